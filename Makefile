@@ -1,0 +1,53 @@
+# `make recipe` and `make test` are each enough on a fresh clone: they make the environment first.
+PYTHON ?= python3.11
+MODEL ?= tiny
+MODEL_PATH ?=
+ARGS ?=
+
+# A plain torch brings gigabytes of CUDA libraries; on Linux x86-64 the CPU build is asked for.
+# With a GPU: make recipe TORCH=torch==2.13.0
+ifeq ($(shell uname -sm),Linux x86_64)
+TORCH ?= torch==2.13.0+cpu
+else
+TORCH ?= torch==2.13.0
+endif
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: recipe plan test test-slow lint format clean
+
+recipe: $(INSTALLED)
+	@$(BIN)/sqft-export run recipes/$(MODEL).yaml $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
+
+plan: $(INSTALLED)
+	@$(BIN)/sqft-export plan recipes/$(MODEL).yaml $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
+
+test: lint
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# The mark is made last: an interrupted install is done again.
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (once, a few minutes)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --retries 1 --timeout 20 --extra-index-url $(TORCH_INDEX) "$(TORCH)"
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,43 @@
+"""What every benchmark ends with: a table for people, one line of JSON for machines."""
+
+import importlib.metadata
+import json
+from typing import Any
+
+import numpy as np
+
+from sqft_export.machine import describe
+
+VERSIONS = ("sqft-export", "torch", "transformers", "numpy")
+
+
+def spread(samples: list[float]) -> dict[str, float]:
+    """Median, lowest and highest of repeated measurements."""
+    return {
+        "median": float(np.median(samples)),
+        "low": float(min(samples)),
+        "high": float(max(samples)),
+    }
+
+
+def table(header: list[str], rows: list[list[Any]]) -> None:
+    cells = [header, *[[_cell(value) for value in row] for row in rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    for row in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def finish(benchmark: str, ratios: dict[str, dict[str, float]], values: dict[str, Any]) -> None:
+    """The last line on stdout."""
+    document = {
+        "benchmark": benchmark,
+        "machine": describe(),
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "ratios": ratios,
+        "values": values,
+    }
+    print(json.dumps(document))

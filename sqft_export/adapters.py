@@ -1,0 +1,267 @@
+"""The layer that replaces Linear: mask, elastic rank, fake quantization.
+
+    W_eff = FQ( W_base + M * (B[:, :r] A[:r, :]) * alpha / max_rank )
+
+is the only definition of the effective weight. Without a grid FQ is the identity; without
+SparsePEFT M is all True. Forward uses it, merge stores it, in float32 and in one order of
+operations, whatever dtype the base weight is stored in: the codes a model was trained with are
+the codes that are written.
+
+Backward recomputes the effective weight instead of keeping it: what stays alive between forward
+and backward is the input, the base weight in its own dtype and one mask bit per weight. The
+gradient passes FQ straight through, and is zero where the code is clamped or the weight pruned.
+"""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora.layer import Linear as PeftLinear
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from sqft_export.checkpoint import Checkpoint
+from sqft_export.compressed import load_float_model, load_grids, load_packed_masks
+from sqft_export.errors import UserError
+from sqft_export.numerics.affine import Grid, dequantize, inside, quantize
+from sqft_export.numerics.masks import unpack_mask
+
+ADAPTER = "default"
+
+
+class CompressedLinear(nn.Linear):
+    """A frozen Linear with its mask bits and grid.
+
+    weight: ``[out, in]`` in the checkpoint's dtype.
+    mask_bits: uint8 ``[out, ceil(in / 8)]``, or None: nothing is pruned or masked.
+    grid: or None: the weight is used as it is.
+    """
+
+    mask_bits: Tensor | None
+    scale: Tensor | None
+    zero_point: Tensor | None
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, mask_bits: Tensor | None, grid: Grid | None
+    ) -> "CompressedLinear":
+        with torch.device("meta"):
+            new = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        new.weight, new.bias = linear.weight, linear.bias
+        new.register_buffer("mask_bits", mask_bits, persistent=False)
+        new.register_buffer("scale", grid.scale if grid else None, persistent=False)
+        new.register_buffer("zero_point", grid.zero_point if grid else None, persistent=False)
+        new.bits = grid.bits if grid else None
+        return new.requires_grad_(False)
+
+    @property
+    def grid(self) -> Grid | None:
+        if self.scale is None:
+            return None
+        return Grid(self.scale, self.zero_point, self.bits, self.in_features // self.scale.shape[1])
+
+    def adapted_weight(self, update: tuple[Tensor, Tensor, float] | None) -> Tensor:
+        """``W + M * (B A) * scaling`` in float32, before the grid.
+
+        :param update: ``A [rank, in]``, ``B [out, rank]`` and ``alpha / max_rank``.
+        """
+        weight = self.weight.float()
+        if update is None:
+            return weight
+        lora_a, lora_b, scaling = update
+        # Contiguous, so that a slice of the super-adapter and its extracted copy take the same
+        # path through the matrix product, to the last bit.
+        delta = (lora_b.float().contiguous() @ lora_a.float().contiguous()) * scaling
+        if self.mask_bits is not None:
+            delta = delta * unpack_mask(self.mask_bits, self.in_features)
+        return weight + delta
+
+    def on_grid(self, adapted: Tensor) -> Tensor:
+        """FQ: the effective weight of an adapted one, float32 ``[out, in]``."""
+        return dequantize(quantize(adapted, self.grid), self.grid) if self.grid else adapted
+
+    def codes(self, update: tuple[Tensor, Tensor, float] | None) -> Tensor:
+        """Codes uint8 ``[out, in]`` of the effective weight; only with a grid."""
+        assert self.grid is not None
+        return quantize(self.adapted_weight(update), self.grid)
+
+    def effective_weight(self, update: tuple[Tensor, Tensor, float] | None) -> Tensor:
+        return self.on_grid(self.adapted_weight(update))
+
+    def straight_through(self, gradient: Tensor, adapted: Tensor) -> Tensor:
+        """Gradient of the adapter's delta from that of the effective weight."""
+        if self.mask_bits is not None:
+            gradient = gradient * unpack_mask(self.mask_bits, self.in_features)
+        return gradient * inside(adapted, self.grid) if self.grid else gradient
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.effective_weight(None).to(x.dtype), self.bias)
+
+
+class _Adapted(torch.autograd.Function):
+    """``x W_eff^T``; W_eff is made in forward and again in backward, never kept."""
+
+    @staticmethod
+    def forward(ctx, x, lora_a, lora_b, layer: CompressedLinear, scaling: float):
+        ctx.save_for_backward(x, lora_a, lora_b)
+        ctx.layer, ctx.scaling = layer, scaling
+        weight = layer.effective_weight((lora_a, lora_b, scaling))
+        return nn.functional.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, lora_a, lora_b = ctx.saved_tensors
+        layer: CompressedLinear = ctx.layer
+        adapted = layer.adapted_weight((lora_a, lora_b, ctx.scaling))
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = gradient @ layer.on_grid(adapted).to(gradient.dtype)
+        by_token = gradient.flatten(0, -2).T @ x.flatten(0, -2)
+        grad_delta = layer.straight_through(by_token.float(), adapted) * ctx.scaling
+        grad_a = (lora_b.float().T @ grad_delta).to(lora_a.dtype)
+        grad_b = (grad_delta @ lora_a.float().T).to(lora_b.dtype)
+        return grad_x, grad_a, grad_b, None, None
+
+
+class ElasticLoraLinear(PeftLinear):
+    """peft's LoRA layer over a :class:`CompressedLinear`, at an active rank.
+
+    ``active_rank`` is set from outside (the trainer before a step, search before an evaluation);
+    nothing here changes it. The scaling stays ``alpha / max_rank`` at every rank.
+    """
+
+    def __init__(self, base_layer, adapter_name: str, **kwargs):
+        super().__init__(base_layer, adapter_name, **kwargs)
+        self.active_rank: int = self.r[adapter_name]
+
+    def update(self) -> tuple[Tensor, Tensor, float]:
+        """``A [rank, in]``, ``B [out, rank]`` at the active rank, and the scaling."""
+        lora_a = self.lora_A[ADAPTER].weight[: self.active_rank]
+        lora_b = self.lora_B[ADAPTER].weight[:, : self.active_rank]
+        return lora_a, lora_b, self.scaling[ADAPTER]
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        lora_a, lora_b, scaling = self.update()
+        # Dropout acts on the adapter alone: whole input columns of A, the same for all tokens of
+        # a step, since the update is one matrix that goes through the grid.
+        lora_a = lora_a * self.lora_dropout[ADAPTER](lora_a.new_ones(self.in_features))
+        y = _Adapted.apply(x, lora_a, lora_b, base, scaling)
+        return y if base.bias is None else y + base.bias
+
+
+def load_compressed(
+    folder: Path, masks: Path | None, grids: Path | None, dtype: torch.dtype
+) -> nn.Module:
+    """A model whose decoder Linears are :class:`CompressedLinear`.
+
+    The Linears keep the checkpoint's dtype; all else is in ``dtype``, the dtype of activations.
+
+    :param masks, grids: folders with the masks and grids, None for a dense or float model.
+    """
+    checkpoint = Checkpoint(folder)
+    linears = checkpoint.linears
+    if checkpoint.packed:
+        model = load_float_model(folder)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    mask_bits = load_packed_masks(masks) if masks else {}
+    grid_of = load_grids(grids, linears) if grids else {}
+    for name in linears:
+        parent, _, child = name.rpartition(".")
+        linear = CompressedLinear.from_linear(
+            model.get_submodule(name), mask_bits.get(name), grid_of.get(name)
+        )
+        setattr(model.get_submodule(parent), child, linear)
+    for module in model.modules():
+        if not isinstance(module, CompressedLinear):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model.requires_grad_(False)
+
+
+def add_adapters(
+    model: nn.Module, target_modules: tuple[str, ...], rank: int, alpha: float, dropout: float
+) -> nn.Module:
+    """Put an :class:`ElasticLoraLinear` on every target, through peft's custom-module hook.
+
+    :raises UserError: naming the target modules that match no Linear.
+    """
+    names = [n for n, m in model.named_modules() if isinstance(m, CompressedLinear)]
+    ends = {name.rsplit(".", 1)[1] for name in names}
+    if strangers := sorted(set(target_modules) - ends):
+        raise UserError(
+            f"adapt.target_modules: found {', '.join(strangers)}, which no decoder Linear is "
+            f"called; allowed are {', '.join(sorted(ends))}"
+        )
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=[n for n in names if n.rsplit(".", 1)[1] in target_modules],
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    config._register_custom_module({CompressedLinear: ElasticLoraLinear})
+    return get_peft_model(model, config)
+
+
+def load_adapted(
+    folder: Path, masks: Path | None, grids: Path | None, adapter: Path, dtype: torch.dtype
+) -> nn.Module:
+    """A trained model: base, mask, grid, and an adapter folder written by adapt or search."""
+    model = load_compressed(folder, masks, grids, dtype)
+    config = LoraConfig.from_pretrained(adapter)
+    config.inference_mode = False
+    config._register_custom_module({CompressedLinear: ElasticLoraLinear})
+    adapted = get_peft_model(model, config)
+    state = load_file(adapter / "adapter_model.safetensors")
+    outcome = set_peft_model_state_dict(adapted, state, adapter_name=ADAPTER)
+    assert not outcome.unexpected_keys, outcome.unexpected_keys
+    return adapted.eval()
+
+
+def elastic_layers(model: nn.Module) -> dict[str, ElasticLoraLinear]:
+    """Name in the base model -> adapted layer."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, ElasticLoraLinear)
+    }
+
+
+def rank_groups(
+    layers: dict[str, ElasticLoraLinear], blocks: str, groups: tuple[tuple[str, ...], ...]
+) -> dict[str, list[str]]:
+    """Group name, such as ``3.q_proj,k_proj`` -> layers that share one rank, in block order."""
+    grouped: dict[str, list[str]] = {}
+    for name in layers:
+        block, _, path = name.removeprefix(f"{blocks}.").partition(".")
+        for group in groups:
+            if path.rsplit(".", 1)[-1] in group:
+                grouped.setdefault(f"{block}.{','.join(group)}", []).append(name)
+    return grouped
+
+
+def set_ranks(
+    layers: dict[str, ElasticLoraLinear], groups: dict[str, list[str]], ranks: dict[str, int]
+) -> None:
+    """Set the active rank of every group; layers in no group keep the highest."""
+    for group, names in groups.items():
+        for name in names:
+            layers[name].active_rank = ranks[group]
+
+
+def compressed_layers(
+    model: nn.Module,
+) -> dict[str, tuple[CompressedLinear, tuple[Tensor, Tensor, float] | None]]:
+    """Name in the base model -> the base Linear and the update it carries, if it is adapted."""
+    found: dict[str, tuple[CompressedLinear, tuple[Tensor, Tensor, float] | None]] = {}
+    adapted = elastic_layers(model)
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedLinear):
+            name = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+            found[name] = (module, adapted[name].update() if name in adapted else None)
+    return found

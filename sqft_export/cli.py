@@ -1,0 +1,107 @@
+"""The command line: run, plan.  ``--help`` imports neither torch nor a runtime."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sqft_export.errors import UserError
+
+app = typer.Typer(
+    help="Compile a language model and a task into a sparse, low-precision deployment.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(help="recipe, such as recipes/tiny.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="settings such as sparsify.sparsity=0.6")
+]
+ModelPath = Annotated[
+    Path | None, typer.Option(help="local Hugging Face folder in place of the recipe's model")
+]
+Runs = Annotated[Path, typer.Option(help="where artifacts are kept")]
+Json = Annotated[bool, typer.Option("--json", help="nothing on stdout but one JSON document")]
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    model_path: ModelPath = None,
+    runs: Runs = Path("runs"),
+    json_only: Json = False,
+) -> None:
+    """Run a recipe to its report; passes already done are skipped."""
+    from sqft_export import pipeline
+    from sqft_export.recipe import load
+
+    loaded = load(recipe, tuple(overrides or ()), model_path)
+    artifacts = pipeline.run(loaded, runs / loaded.name)
+    report = artifacts["report"].path
+    if not json_only:
+        print((report / "report.md").read_text())
+        print(f"report: {report / 'index.html'}")
+    print(json.dumps(json.loads((report / "report.json").read_text())))
+
+
+@app.command("plan")
+def plan_command(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    model_path: ModelPath = None,
+    runs: Runs = Path("runs"),
+    json_only: Json = False,
+) -> None:
+    """Check a recipe and show its passes, what is cached, and predicted bytes."""
+    from sqft_export import pipeline, plan, sources
+    from sqft_export.artifact import Store
+    from sqft_export.recipe import load
+
+    loaded = load(recipe, tuple(overrides or ()), model_path)
+    folder = sources.model_folder(loaded, download=False)
+    layout = plan.check(loaded, folder)
+    predicted = plan.predict_bytes(loaded, layout)
+    needed, free = plan.disk_bytes(loaded, layout, runs)
+    document: dict[str, Any] = {
+        "passes": [
+            {
+                "pass": step.name,
+                "key": step.key[:16],
+                "cached": step.artifact is not None,
+                "predicted_bytes": predicted[step.name],
+            }
+            for step in pipeline.plan_passes(loaded, folder, Store(runs / loaded.name))
+        ],
+        "group_size_fallback": plan.fallbacks(loaded, layout),
+        "disk": {"needed_bytes": needed, "free_bytes": free},
+    }
+    if json_only:
+        print(json.dumps(document))
+        return
+    source = folder or f"{loaded.model.hub} (not on this machine)"
+    print(f"{loaded.name}: {source}, {layout.weights + layout.others:,} weights")
+    for entry in document["passes"]:
+        state = "cached" if entry["cached"] else "to run"
+        print(f"  {entry['pass']:16} {state}  {entry['predicted_bytes'] / 2**20:10.1f} MiB")
+    short = "" if free >= needed else ": too little, a run will be refused here"
+    print(f"  disk {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free{short}")
+    for name, size in document["group_size_fallback"].items():
+        asked = loaded.quantize.group_size
+        print(f"  {name}: group_size {asked} does not divide its inputs; {size} is used")
+
+
+def main() -> None:
+    """Entry point: a UserError is one message and exit code 2, never a traceback."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Score and time a model through the one interface of ``targets.Session``; needs no torch.
+
+Batches are formed of items of equal length, so that nothing is padded and every runtime computes
+on the very same inputs.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from sqft_export.targets import Session
+
+
+def equal_lengths(sequences: list[list[int]], batch: int) -> Iterator[list[int]]:
+    """Indices of up to ``batch`` sequences of the same length, all of them once."""
+    by_length: dict[int, list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        by_length.setdefault(len(sequence), []).append(index)
+    for length in sorted(by_length):
+        indices = by_length[length]
+        for start in range(0, len(indices), batch):
+            yield indices[start : start + batch]
+
+
+def generate(
+    session: Session, prompts: list[list[int]], new_tokens: int, stop: list[int], batch: int = 64
+) -> list[list[int]]:
+    """Greedy continuation of every prompt, up to ``new_tokens`` or before a ``stop`` id."""
+    results: list[list[int]] = [[] for _ in prompts]
+    for indices in equal_lengths(prompts, batch):
+        session.reset()
+        ids = np.array([prompts[i] for i in indices], np.int64)
+        tokens = []
+        ended = np.zeros(len(indices), bool)
+        for _ in range(new_tokens):
+            ids = session.forward(ids)[:, -1].argmax(axis=-1).reshape(-1, 1).astype(np.int64)
+            tokens.append(ids[:, 0])
+            ended |= np.isin(ids[:, 0], stop)
+            if ended.all():
+                break
+        for row, index in enumerate(indices):
+            said = [int(step[row]) for step in tokens]
+            end = next((at for at, token in enumerate(said) if token in stop), len(said))
+            results[index] = said[:end]
+    return results
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def likelihood(
+    session: Session, prompts: list[list[int]], targets: list[list[int]], batch: int = 32
+) -> dict[str, float]:
+    """Perplexity of the targets after their prompts, and the share of their tokens ranked first."""
+    sequences = [p + t for p, t in zip(prompts, targets, strict=True)]
+    loss, right, count = 0.0, 0, 0
+    for indices in equal_lengths(sequences, batch):
+        session.reset()
+        ids = np.array([sequences[i] for i in indices], np.int64)
+        logits = session.forward(ids)
+        for row, index in enumerate(indices):
+            start = len(prompts[index])
+            expected = ids[row, start:]
+            scores = _log_softmax(logits[row, start - 1 : -1])
+            loss -= float(scores[np.arange(len(expected)), expected].sum())
+            right += int((scores.argmax(axis=-1) == expected).sum())
+            count += len(expected)
+    return {"perplexity": math.exp(loss / count), "token_accuracy": right / count}
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile in milliseconds."""
+    low, middle, high = np.percentile(np.array(seconds) * 1e3, [10, 50, 90])
+    return {"median_ms": float(middle), "p10_ms": float(low), "p90_ms": float(high)}
+
+
+def latency(session: Session, prompt: list[int], new_tokens: int, repeats: int) -> dict[str, Any]:
+    """Batch-1 latency after one warm-up round.
+
+    TTFT: the forward pass over the prompt and the choice of the first token. TPOT: one forward
+    pass over one token and the choice of the next, over all ``repeats * (new_tokens - 1)``.
+    """
+    first, later = [], []
+    for repeat in range(repeats + 1):
+        session.reset()
+        ids = np.array([prompt], np.int64)
+        times = []
+        for _ in range(new_tokens):
+            started = time.perf_counter()
+            ids = session.forward(ids)[:, -1].argmax(axis=-1).reshape(1, 1).astype(np.int64)
+            times.append(time.perf_counter() - started)
+        if repeat > 0:
+            first.append(times[0])
+            later += times[1:]
+    return {"ttft": spread(first), "tpot": spread(later)}

@@ -1,0 +1,1 @@
+"""Pure tensor functions: pruning masks, quantization grids, bit packing."""

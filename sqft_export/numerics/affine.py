@@ -1,0 +1,121 @@
+"""The quantization grid, used alike by quantize, adapt, merge, export and verify.
+
+    q = clamp(round(w / s) + z, 0, 2^bits - 1)        w_hat = s * (q - z)
+
+``s`` is stored as float16 and always used as the float32 of that float16; ``z`` is an integer
+inside the range, so 0.0 is on the grid exactly and a pruned weight is the code ``z``. All
+arithmetic is float32 and rounding is half to even, in this one order of operations: codes seen
+in training are the codes that are stored.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A scale below the smallest normal float16 would lose bits, or be flushed to zero by a runtime.
+SMALLEST_SCALE = torch.finfo(torch.float16).tiny
+# Fractions of the full range tried by `fit_grid`; clipping the rarest weight often costs less
+# than a coarser step for all the others.
+SHRINK = tuple(1 - 0.04 * step for step in range(9))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales and zero points of one weight ``[out, in]``.
+
+    scale: float16 ``[out, groups]``, positive.
+    zero_point: uint8 ``[out, groups]``, in [0, 2^bits - 1].
+    bits: 4 or 8.
+    group_size: consecutive input columns that share a scale; ``in`` for one group per row.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+    group_size: int
+
+    @property
+    def highest(self) -> int:
+        return 2**self.bits - 1
+
+    @property
+    def symmetric(self) -> bool:
+        return bool((self.zero_point == 2 ** (self.bits - 1)).all())
+
+    def columns(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """float32 scale and zero point of columns ``start..stop``, each ``[out, stop - start]``."""
+        groups = torch.arange(start, stop, device=self.scale.device) // self.group_size
+        return self.scale[:, groups].float(), self.zero_point[:, groups].float()
+
+
+def grouped(weight: Tensor, group_size: int) -> Tensor:
+    """``[out, in]`` seen as ``[out, groups, group_size]``; ``group_size`` divides ``in``."""
+    return weight.reshape(weight.shape[0], -1, group_size)
+
+
+def _candidate(
+    low: Tensor, high: Tensor, bits: int, symmetric: bool, shrink: float
+) -> tuple[Tensor, Tensor]:
+    """float16 scale and uint8 zero point for the range ``[low, high] * shrink``."""
+    highest = 2**bits - 1
+    width = 2 * torch.maximum(-low, high) if symmetric else high - low
+    scale = (width * shrink / highest).clamp_min(SMALLEST_SCALE)
+    scale = scale.clamp_max(torch.finfo(torch.float16).max).to(torch.float16)
+    if symmetric:
+        zero_point = torch.full_like(scale, 2 ** (bits - 1))
+    else:
+        zero_point = (-low * shrink / scale.float()).round().clamp(0, highest)
+    return scale, zero_point.to(torch.uint8)
+
+
+def fit_grid(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Grid:
+    """Grid of least squared rounding error among a few fractions of each group's range.
+
+    :param weight: ``[out, in]``; ``group_size`` divides ``in``.
+    :return: :class:`Grid`; a group of zeros gets the smallest scale.
+    """
+    groups = grouped(weight.float(), group_size)
+    low = groups.amin(dim=2).clamp_max(0)
+    high = groups.amax(dim=2).clamp_min(0)
+    best_scale, best_zero_point = _candidate(low, high, bits, symmetric, SHRINK[0])
+    least = torch.full_like(low, torch.inf)
+    for shrink in SHRINK:
+        scale, zero_point = _candidate(low, high, bits, symmetric, shrink)
+        grid = Grid(scale, zero_point, bits, group_size)
+        rounded = grouped(dequantize(quantize(weight, grid), grid), group_size)
+        error = (groups - rounded).square().sum(dim=2)
+        better = error < least
+        least = torch.where(better, error, least)
+        best_scale = torch.where(better, scale, best_scale)
+        best_zero_point = torch.where(better, zero_point, best_zero_point)
+    return Grid(best_scale, best_zero_point, bits, group_size)
+
+
+def _unclamped(weight: Tensor, grid: Grid) -> Tensor:
+    """``round(w / s) + z``, float32 ``[out, groups, group_size]``."""
+    steps = grouped(weight.float(), grid.group_size) / grid.scale.float().unsqueeze(2)
+    return steps.round() + grid.zero_point.float().unsqueeze(2)
+
+
+def quantize(weight: Tensor, grid: Grid) -> Tensor:
+    """Codes uint8 ``[out, in]`` of a float ``weight [out, in]``."""
+    codes = _unclamped(weight, grid).clamp(0, grid.highest)
+    return codes.to(torch.uint8).reshape(weight.shape)
+
+
+def dequantize(codes: Tensor, grid: Grid) -> Tensor:
+    """float32 ``[out, in]``: ``s * (q - z)``."""
+    steps = grouped(codes.float(), grid.group_size) - grid.zero_point.float().unsqueeze(2)
+    return (steps * grid.scale.float().unsqueeze(2)).reshape(codes.shape)
+
+
+def inside(weight: Tensor, grid: Grid) -> Tensor:
+    """bool ``[out, in]``: where the code is not clamped and a straight-through gradient passes."""
+    codes = _unclamped(weight, grid)
+    return ((codes >= 0) & (codes <= grid.highest)).reshape(weight.shape)
+
+
+def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
+    """The nearest grid point of every weight: float32 ``[out, in]``."""
+    return dequantize(quantize(weight, grid), grid)

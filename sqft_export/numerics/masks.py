@@ -1,0 +1,56 @@
+"""Pruning masks: bool ``[out, in]``, True where the weight is kept.
+
+A mask is made once, by ``sparsify``, stored one bit per weight and carried through every later
+artifact. It is never derived again from ``weight != 0``: rounding to INT4 makes further zeros.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def drop_lowest(scores: Tensor, count: int) -> Tensor:
+    """Mask that drops the ``count`` lowest scores of every row; ties go to the lower column.
+
+    :param scores: ``[rows, columns]``, any float dtype.
+    :return: bool ``[rows, columns]``, True = kept.
+    """
+    mask = torch.ones_like(scores, dtype=torch.bool)
+    dropped = scores.argsort(dim=1, stable=True)[:, :count]
+    return mask.scatter_(1, dropped, False)
+
+
+def drop_share(scores: Tensor, sparsity: float) -> Tensor:
+    """Drop the ``floor(in * sparsity)`` lowest scores of every output row.
+
+    The comparison group is one output row, as in Wanda (arXiv 2306.11695).
+    """
+    # The epsilon keeps 0.29 * 100 from being 28.
+    return drop_lowest(scores, math.floor(scores.shape[1] * sparsity + 1e-6))
+
+
+def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
+    """N:M mask: of every ``m`` consecutive columns the ``n`` highest scores are kept.
+
+    :raises ValueError: if ``m`` does not divide the number of columns.
+    """
+    if scores.shape[1] % m:
+        raise ValueError(f"{n}:{m} needs inputs divisible by {m}, found {scores.shape[1]}")
+    return drop_lowest(scores.reshape(-1, m), m - n).reshape(scores.shape)
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Eight weights a byte, lowest column in the lowest bit: uint8 ``[out, ceil(in / 8)]``."""
+    out_features, in_features = mask.shape
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -in_features % 8))
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bits = padded.reshape(out_features, -1, 8) << shifts
+    return bits.sum(dim=2, dtype=torch.uint8)
+
+
+def unpack_mask(packed: Tensor, in_features: int) -> Tensor:
+    """Inverse of :func:`pack_mask`: bool ``[out, in_features]``."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    bits = (packed.unsqueeze(2) >> shifts) & 1
+    return bits.reshape(packed.shape[0], -1)[:, :in_features].bool()

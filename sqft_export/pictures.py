@@ -1,0 +1,142 @@
+"""The report's pictures, as inline SVG through matplotlib."""
+
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+COLOURS = {"torch": "#4c72b0", "openvino": "#dd8452", "onnx": "#55a868"}
+# A fixed salt and no date: the same numbers give the same bytes.
+matplotlib.rcParams.update(
+    {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "sqft-export",
+        "font.family": "sans-serif",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+    }
+)
+
+
+def _svg(draw: Callable[[Any], None], width: float = 7.5, height: float = 3.4) -> str:
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    draw(axes)
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # Black becomes the page's own text colour, so that dark mode is readable.
+    return re.sub(r"#000000|(?<=: )black", "currentColor", svg)
+
+
+def _colours(rows: list[dict]) -> list[str]:
+    return [COLOURS[row["runtime"]] for row in rows]
+
+
+def _slant(axes: Any) -> None:
+    for label in axes.get_xticklabels():
+        label.set(rotation=25, ha="right", rotation_mode="anchor")
+
+
+def accuracy_along_passes(rows: list[dict], measure: str) -> str:
+    def draw(axes: Any) -> None:
+        names = [row["name"] for row in rows]
+        bars = axes.bar(names, [100 * row["accuracy"] for row in rows], color=_colours(rows))
+        axes.bar_label(bars, fmt="%.1f", padding=2)
+        axes.set_ylabel(f"{measure}, %")
+        axes.set_ylim(0, 112)
+        axes.set_yticks(range(0, 101, 20))
+        axes.grid(axis="x", visible=False)
+        _slant(axes)
+
+    return _svg(draw, height=3.8)
+
+
+def accuracy_against_size(rows: list[dict], measure: str) -> str:
+    def draw(axes: Any) -> None:
+        points = [(row["file_bytes"] / 1e6, 100 * row["accuracy"]) for row in rows]
+        for (x, y), row in zip(points, rows, strict=True):
+            axes.scatter(x, y, color=COLOURS[row["runtime"]], s=45, zorder=3)
+        axes.set_xlabel("model files, MB")
+        axes.set_ylabel(f"{measure}, %")
+        axes.margins(x=0.05, y=0.2)
+        axes.set_xlim(0, 1.3 * max(x for x, _ in points))
+        for (x, y), names in _clusters(axes, points, [row["name"] for row in rows]):
+            label = "\n".join(names)
+            axes.annotate(
+                label, (x, y), xytext=(9, 0), textcoords="offset points", va="center", size=9
+            )
+
+    return _svg(draw, height=4.2)
+
+
+Point = tuple[float, float]
+
+
+def _clusters(axes: Any, points: list[Point], names: list[str]) -> list[tuple[Point, list[str]]]:
+    """Points too close for a label each, with one list of names at the rightmost of them."""
+    clusters: list[tuple[Point, list[str]]] = []
+    for point, name in sorted(zip(points, names, strict=True), reverse=True):
+        x, y = axes.transLimits.transform(point)
+        for other, others in clusters:
+            there = axes.transLimits.transform(other)
+            if abs(there[0] - x) < 0.16 and abs(there[1] - y) < 0.06:
+                others.append(name)
+                break
+        else:
+            clusters.append((point, [name]))
+    return clusters
+
+
+def latency(rows: list[dict]) -> str:
+    def draw(axes: Any) -> None:
+        positions = range(len(rows))
+        for offset, key, label, alpha in (
+            (-0.2, "ttft", "time to first token", 0.55),
+            (0.2, "tpot", "time per output token", 1.0),
+        ):
+            middle = [row[key]["median_ms"] for row in rows]
+            low = [row[key]["median_ms"] - row[key]["p10_ms"] for row in rows]
+            high = [row[key]["p90_ms"] - row[key]["median_ms"] for row in rows]
+            axes.bar(
+                [p + offset for p in positions],
+                middle,
+                0.38,
+                yerr=[low, high],
+                color=_colours(rows),
+                alpha=alpha,
+                ecolor="#888888",
+                capsize=3,
+                label=label,
+            )
+        axes.set_xticks(list(positions), [row["name"] for row in rows])
+        _slant(axes)
+        axes.set_ylabel("ms (median, p10 to p90)")
+        axes.grid(axis="x", visible=False)
+        axes.legend(["time to first token (light)", "time per output token (full)"], frameon=False)
+
+    return _svg(draw, height=3.8)
+
+
+def training_curve(log: list[dict]) -> str:
+    def draw(axes: Any) -> None:
+        axes.plot([e["step"] for e in log], [e["loss"] for e in log], color="#4c72b0", lw=1)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("loss")
+        if log and log[0]["ranks"]:
+            right = axes.twinx()
+            means = [sum(e["ranks"].values()) / len(e["ranks"]) for e in log]
+            right.plot([e["step"] for e in log], means, ".", color="#dd8452", ms=3, alpha=0.6)
+            right.set_ylabel("mean rank drawn", color="#dd8452")
+            right.spines["right"].set_visible(True)
+            right.grid(visible=False)
+
+    return _svg(draw)

@@ -1,0 +1,136 @@
+"""Check everything, key each pass, skip or run it, seal what it made."""
+
+import contextlib
+import fcntl
+import importlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sqft_export import plan, sources
+from sqft_export.artifact import Artifact, Store, key_of
+from sqft_export.errors import UserError
+from sqft_export.recipe import Recipe
+from sqft_export.stages import Advance, Context
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A pass of this recipe with its key, and its artifact if there is one already."""
+
+    name: str
+    facts: dict[str, Any]
+    artifact: Artifact | None
+
+    @property
+    def key(self) -> str:
+        return key_of(self.facts)
+
+
+def stage_module(name: str) -> Any:
+    """The module of a pass; ``export-openvino`` and ``export-onnx`` share ``export``."""
+    return importlib.import_module(f"sqft_export.stages.{name.partition('-')[0]}")
+
+
+def plan_passes(recipe: Recipe, folder: Path | None, store: Store) -> list[Planned]:
+    """Every pass of the recipe in order, keyed by its facts."""
+    digests = sources.digests(recipe, folder)
+    planned: dict[str, Planned] = {}
+    for name in plan.pass_names(recipe):
+        stage = stage_module(name)
+        facts = {
+            "stage": name,
+            "version": stage.VERSION,
+            "options": stage.options(recipe),
+            "reads": {source: digests[source] for source in stage.READS},
+            "parents": {p: planned[p].key for p in stage.CONSUMES if p in planned},
+        }
+        planned[name] = Planned(name, facts, store.find(name, key_of(facts)))
+    return list(planned.values())
+
+
+@contextlib.contextmanager
+def _quiet(log: Path) -> Iterator[IO[str]]:
+    """Send what libraries print, from Python or native code, to ``log``; yield the real stderr."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with log.open("a") as file, os.fdopen(os.dup(2), "w") as terminal:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield terminal
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for target, original in zip((1, 2), saved, strict=True):
+                os.dup2(original, target)
+                os.close(original)
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Refuse a second run in the same folder; the lock goes with the process."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{root}: another run is working here") from error
+        yield
+
+
+def _start_bar(progress: Progress, name: str):
+    """``start(total) -> advance`` for the bar of one pass."""
+
+    def start(total: int) -> Advance:
+        task = progress.add_task(name, total=total)
+        return lambda: progress.advance(task)
+
+    return start
+
+
+def run(recipe: Recipe, root: Path) -> dict[str, Artifact]:
+    """Run or skip every pass; returns the artifacts by pass name.
+
+    :param root: folder of this recipe's artifacts.
+    :raises UserError: before any work if the recipe can't be run here.
+    """
+    local = sources.model_folder(recipe, download=False)
+    if local or recipe.model.config:
+        plan.check_disk(recipe, plan.check(recipe, local), root)
+    folder = sources.model_folder(recipe, download=True)
+    assert folder is not None
+    plan.check_disk(recipe, plan.check(recipe, folder), root)
+    store = Store(root)
+    artifacts: dict[str, Artifact] = {}
+    with _alone(root), _quiet(root / "log.txt") as terminal:
+        console = Console(file=terminal)
+        columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn())
+        bars = Progress(
+            *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
+        )
+        with bars:
+            for step in plan_passes(recipe, folder, store):
+                if step.artifact is not None:
+                    artifacts[step.name] = step.artifact
+                    console.print(f"{step.name:16} cached")
+                    continue
+                stage = stage_module(step.name)
+                inputs = {n: artifacts[n] for n in stage.CONSUMES if n in artifacts}
+                resumes = getattr(stage, "RESUMES", False)
+                partial = store.open_partial(step.name, step.key, resumes)
+                bar = _start_bar(bars, step.name)
+                started = time.monotonic()
+                metrics = stage.run(Context(step.name, recipe, folder, inputs, partial, bar))
+                seconds = time.monotonic() - started
+                artifacts[step.name] = store.seal(partial, step.name, step.facts, metrics, seconds)
+                console.print(f"{step.name:16} {seconds:.1f} s")
+    return artifacts

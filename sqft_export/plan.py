@@ -1,0 +1,259 @@
+"""What a recipe will do, checked and predicted from headers alone; nothing is loaded."""
+
+import importlib.util
+import shutil
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from sqft_export import sources, tasks
+from sqft_export.checkpoint import decoder_linears
+from sqft_export.errors import UserError
+from sqft_export.families import family_of
+from sqft_export.numerics.groups import fallback_group_size
+from sqft_export.recipe import Amount, Recipe
+from sqft_export.selection import matches
+
+NEEDS = {
+    "openvino": ("openvino", "openvino_tokenizers", "optimum.intel"),
+    "onnx": ("onnxruntime", "onnxruntime_genai", "onnx"),
+}
+
+
+def pass_names(recipe: Recipe) -> list[str]:
+    """The passes of this recipe, in order."""
+    names = []
+    if recipe.sparsify.method != "none":
+        names.append("sparsify")
+    if recipe.quantize.method != "none":
+        names.append("quantize")
+    names += ["adapt", "search", "merge"]
+    names += [f"export-{target}" for target in recipe.export.targets]
+    return [*names, "verify", "baselines", "benchmark", "report"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes of the base model, as the recipe sees them.
+
+    linears: decoder Linear -> (outputs, inputs).
+    others: count of all weights outside them.
+    width: bytes of one stored weight.
+    """
+
+    linears: dict[str, tuple[int, int]]
+    others: int
+    width: int
+
+    @property
+    def weights(self) -> int:
+        return sum(prod(shape) for shape in self.linears.values())
+
+
+def layout_of(recipe: Recipe, folder: Path | None) -> Layout:
+    shapes = sources.weight_shapes(recipe, folder)
+    config = recipe.model.config if folder is None else sources.Checkpoint(folder).config
+    family = family_of(config or {}, str(recipe.file))
+    linears = decoder_linears(shapes, family.blocks)
+    total = sum(prod(shape) for shape in shapes.values())
+    weights = sum(prod(shape) for shape in linears.values())
+    return Layout(linears, total - weights, sources.weight_bytes(recipe, folder))
+
+
+def group_sizes(recipe: Recipe, layout: Layout) -> dict[str, int]:
+    """The group size every Linear really gets."""
+    asked = recipe.quantize.group_size
+    return {
+        name: fallback_group_size(inputs, asked) for name, (_, inputs) in layout.linears.items()
+    }
+
+
+def fallbacks(recipe: Recipe, layout: Layout) -> dict[str, int]:
+    """Linears whose group size is not the one asked for, and the one they get."""
+    asked = recipe.quantize.group_size
+    if recipe.quantize.method == "none" or asked is None:
+        return {}
+    return {name: size for name, size in group_sizes(recipe, layout).items() if size != asked}
+
+
+def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
+    """Bytes that each pass will write, from shapes and bit widths."""
+    stored = (layout.weights + layout.others) * layout.width
+    masks = layout.weights // 8
+    groups = group_sizes(recipe, layout)
+    scales = sum(prod(shape) // groups[name] for name, shape in layout.linears.items())
+    adapter = 4 * sum(
+        recipe.adapt.max_rank * (outputs + inputs)
+        for name, (outputs, inputs) in layout.linears.items()
+        if name.rsplit(".", 1)[1] in recipe.adapt.target_modules
+    )
+    quantized = recipe.quantize.method != "none"
+    # A scale is two bytes, a zero point at most one.
+    codes = layout.weights * recipe.quantize.bits // 8 + 3 * scales if quantized else 0
+    merged = codes + layout.others * layout.width if quantized else stored
+    deployed = codes + 4 * layout.others if quantized else 4 * (layout.weights + layout.others)
+    predicted = {
+        "sparsify": stored + masks,
+        "quantize": stored + 3 * scales,
+        "adapt": adapter,
+        "search": adapter,
+        "merge": merged + masks,
+        "export-openvino": deployed,
+        "export-onnx": deployed,
+        "baselines": stored + merged,
+    }
+    return {name: predicted.get(name, 2**20) for name in pass_names(recipe)}
+
+
+def check(recipe: Recipe, folder: Path | None) -> Layout:
+    """Refuse what can't be run here, before anything is run.
+
+    :raises UserError: listing every fault, each with its field, what was found and what is
+        allowed.
+    """
+    layout = layout_of(recipe, folder)
+    tasks.check(recipe)
+    faults = [
+        *_rank_faults(recipe, layout),
+        *_pattern_faults(recipe, layout),
+        *_group_faults(recipe, layout),
+        *_given_faults(recipe, folder),
+        *_target_faults(recipe),
+    ]
+    if faults:
+        raise UserError("\n".join(f"{recipe.file}: {fault}" for fault in faults))
+    return layout
+
+
+def _rank_faults(recipe: Recipe, layout: Layout) -> list[str]:
+    adapt = recipe.adapt
+    ends = {name.rsplit(".", 1)[1] for name in layout.linears}
+    if strangers := sorted(set(adapt.target_modules) - ends):
+        return [
+            f"adapt.target_modules: found {', '.join(strangers)}, which no decoder Linear is "
+            f"called; allowed are {', '.join(sorted(ends))}"
+        ]
+    smallest = {
+        end: min(min(shape) for name, shape in layout.linears.items() if name.endswith("." + end))
+        for end in adapt.target_modules
+    }
+    return [
+        f"adapt.ranks: found {adapt.max_rank}, but {end} has only {size} rows or columns"
+        for end, size in smallest.items()
+        if size < adapt.max_rank
+    ]
+
+
+def _pattern_faults(recipe: Recipe, layout: Layout) -> list[str]:
+    amounts: list[tuple[str, Amount, tuple[str, ...]]]
+    amounts = [("sparsify", recipe.sparsify, ("*",))]
+    faults = []
+    for number, override in enumerate(recipe.sparsify.overrides):
+        where = f"sparsify.overrides.{number}"
+        amounts.append((where, override, override.modules))
+        if strangers := [
+            m for m in override.modules if not any(matches(n, (m,)) for n in layout.linears)
+        ]:
+            ends = sorted({name.rsplit(".", 1)[1] for name in layout.linears})
+            faults.append(
+                f"{where}.modules: found {', '.join(strangers)}, which matches no decoder Linear; "
+                f"last names are {', '.join(ends)}"
+            )
+    for where, amount, modules in amounts:
+        found = amount.n_of_m()
+        faults += [
+            f"{where}.pattern: found {amount.pattern}, but {name} has {inputs} inputs, "
+            f"which {found[1]} does not divide"
+            for name, (_, inputs) in layout.linears.items()
+            if found and inputs % found[1] and matches(name, modules)
+        ]
+    return faults
+
+
+def _group_faults(recipe: Recipe, layout: Layout) -> list[str]:
+    quantize = recipe.quantize
+    if quantize.group_size_fallback == "allow":
+        return []
+    return [
+        f"quantize.group_size: found {quantize.group_size}, which does not divide the "
+        f"{layout.linears[name][1]} inputs of {name}; group_size_fallback: allow would use {size}"
+        for name, size in fallbacks(recipe, layout).items()
+    ]
+
+
+def _given_faults(recipe: Recipe, folder: Path | None) -> list[str]:
+    """What does not go with a base model that is quantized already, or is not."""
+    config = sources.Checkpoint(folder).config if folder else recipe.model.config or {}
+    stored, quantize = config.get("quantization_config"), recipe.quantize
+    if stored is None:
+        if quantize.method == "given":
+            return ["quantize.method: found given, but the model is not quantized"]
+        return []
+    faults = []
+    if stored.get("quant_method") != "gptq":
+        faults.append(
+            f"model: quantized by {stored.get('quant_method')!r}; only the gptq layout is taken"
+        )
+    if stored.get("desc_act"):
+        faults.append("model: desc_act is true: its columns are out of order and are not taken")
+    if quantize.method != "given":
+        faults.append(
+            f"quantize.method: found {quantize.method}, but the model is quantized; use given"
+        )
+    if recipe.sparsify.method not in ("given", "none"):
+        faults.append(
+            f"sparsify.method: found {recipe.sparsify.method}, but the model is quantized; "
+            "allowed are given and none"
+        )
+    group_size = quantize.group_size or -1
+    for field, found, there in (
+        ("bits", quantize.bits, stored.get("bits")),
+        ("group_size", group_size, stored.get("group_size")),
+        ("symmetric", quantize.symmetric, stored.get("sym", True)),
+    ):
+        if found != there:
+            faults.append(f"quantize.{field}: found {found}, but the model has {there}")
+    return faults
+
+
+def _target_faults(recipe: Recipe) -> list[str]:
+    faults = []
+    for target in recipe.export.targets:
+        missing = [name for name in NEEDS[target] if not _installed(name)]
+        if missing:
+            faults.append(
+                f"export.targets: {target} needs {', '.join(missing)}, not installed here; "
+                f"pip install 'sqft-export[{target}]', or leave {target} out"
+            )
+    return faults
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def check_disk(recipe: Recipe, layout: Layout, root: Path) -> None:
+    """Refuse a run that the disk can't hold.
+
+    :raises UserError: with bytes needed and free.
+    """
+    needed, free = disk_bytes(recipe, layout, root)
+    if free < needed:
+        raise UserError(
+            f"{recipe.file}: disk: {needed / 2**30:.1f} GiB needed in {root}, "
+            f"{free / 2**30:.1f} GiB free"
+        )
+
+
+def disk_bytes(recipe: Recipe, layout: Layout, root: Path) -> tuple[int, int]:
+    """Bytes that a whole run needs at most, and bytes free."""
+    # The exporters trace a float32 copy of the merged model, which is deleted afterwards.
+    transient = 4 * (layout.weights + layout.others)
+    place = root.resolve()
+    while not place.exists():
+        place = place.parent
+    needed = sum(predict_bytes(recipe, layout).values()) + transient
+    return needed, shutil.disk_usage(place).free

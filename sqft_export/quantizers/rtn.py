@@ -1,0 +1,21 @@
+"""Round to nearest on a least-squares grid; looks at no data."""
+
+from torch import Tensor
+
+from sqft_export.numerics.affine import Grid, fit_grid
+
+NEEDS_INPUTS = False
+
+
+def compress(
+    weight: Tensor,
+    mask: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    hessian: Tensor | None,
+    damping: float,
+) -> tuple[Tensor, Grid]:
+    """The weight unchanged and the grid fitted to it."""
+    weight = weight.masked_fill(~mask, 0)
+    return weight, fit_grid(weight, bits, group_size, symmetric)

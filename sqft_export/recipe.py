@@ -1,0 +1,343 @@
+"""The recipe: YAML 1.2 to typed, frozen sections, checked as a whole before anything runs.
+
+Every field is described here once; a wrong one is reported with the file, the YAML path, the
+value found and what is allowed. Paths are relative to the recipe file; ``builtin:tiny`` is the
+folder of the embedded model.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+from sqft_export.errors import UserError
+
+BUILTIN = "builtin:"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    """The base model: a local Hugging Face folder, or a model on the hub."""
+
+    path: str | None = Field(None, description="local folder, or builtin:tiny")
+    hub: str | None = Field(None, description="hub name, downloaded when the recipe runs")
+    revision: str | None = Field(None, description="commit or tag on the hub")
+    config: dict[str, Any] | None = Field(
+        None, description="expected config.json fields; lets plan work where the model is not"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give either path or hub")
+        return self
+
+
+class Problems(Section):
+    """Prompt and answer pairs in jsonl, scored by exact match of the generated answer."""
+
+    kind: Literal["problems"]
+    train: str = Field(description="jsonl of training items")
+    test: str = Field(description="jsonl of held-out items, read by benchmark and verify alone")
+    prompt: str = Field("{prompt}", description="template over the fields of an item")
+    answer: str = Field("{answer}", description="template over the fields of an item")
+    final: str | None = Field(
+        None, description="mark before the final answer, as #### in GSM8K; None compares it all"
+    )
+    max_new_tokens: int = Field(32, ge=1)
+    sequence_length: int = Field(256, ge=8, description="longest training example in tokens")
+
+
+class Text(Section):
+    """A plain text file; scored by perplexity and the share of tokens predicted right."""
+
+    kind: Literal["text"]
+    text: str = Field(description="text file; its last part is held out")
+    test_share: float = Field(0.1, gt=0, lt=1, description="share of the text that is held out")
+    sequence_length: int = Field(256, ge=8, description="tokens per training and test window")
+
+
+Task = Annotated[Problems | Text, Field(discriminator="kind")]
+
+
+class Calibration(Section):
+    """The samples that sparsify and quantize see."""
+
+    source: str = Field(
+        "task", description="task: the training split; else a .txt file, or a .jsonl one"
+    )
+    field: str = Field("text", description="field of a jsonl object that is read")
+    samples: int = Field(128, ge=1)
+    sequence_length: int = Field(512, ge=8, description="tokens kept of each sample")
+
+
+class Amount(Section):
+    """How much is pruned."""
+
+    sparsity: float | None = Field(None, ge=0, lt=1, description="share dropped of each row")
+    pattern: str | None = Field(
+        None, pattern=r"^\d+:\d+$", description='N:M, N of every M columns kept, such as "2:4"'
+    )
+
+    def n_of_m(self) -> tuple[int, int] | None:
+        if self.pattern is None:
+            return None
+        n, m = self.pattern.split(":")
+        return int(n), int(m)
+
+    def check_pattern(self) -> None:
+        found = self.n_of_m()
+        if found and not 0 < found[0] < found[1]:
+            raise ValueError(f"pattern {self.pattern} must keep at least 1 of M and drop 1")
+
+
+class Override(Amount):
+    """Another amount for some Linears."""
+
+    modules: tuple[str, ...] = Field(
+        min_length=1,
+        description="last names (down_proj) or whole ones with wildcards (model.layers.0.*)",
+    )
+    skip: bool = Field(False, description="leave these Linears dense")
+
+    @model_validator(mode="after")
+    def _one_amount(self):
+        if sum([self.skip, self.sparsity is not None, self.pattern is not None]) != 1:
+            raise ValueError("give one of skip, sparsity and pattern")
+        self.check_pattern()
+        return self
+
+
+class Sparsify(Amount):
+    method: Literal["wanda", "sparsegpt", "magnitude", "given", "none"] = Field(
+        "wanda", description="given: the model is sparse already, its zeros are the mask"
+    )
+    overrides: tuple[Override, ...] = Field((), description="the first that matches counts")
+
+    @model_validator(mode="after")
+    def _one_measure(self):
+        if self.method in ("none", "given"):
+            if self.sparsity is not None or self.pattern or self.overrides:
+                raise ValueError(f"method {self.method} takes no amounts")
+        elif (self.sparsity is None) == (self.pattern is None):
+            raise ValueError("give either sparsity or pattern")
+        self.check_pattern()
+        return self
+
+
+class Quantize(Section):
+    method: Literal["gptq", "rtn", "given", "none"] = Field(
+        "gptq", description="given: the model is a GPTQ checkpoint, its codes and grid are taken"
+    )
+    bits: Literal[4, 8] = 4
+    group_size: Literal[16, 32, 64, 128] | None = Field(
+        64, description="inputs that share a scale; null is per channel"
+    )
+    symmetric: bool = True
+    group_size_fallback: Literal["allow", "error"] = Field(
+        "allow",
+        description="where group_size does not divide a layer's inputs: the largest smaller power "
+        "of two from 16 up that does, else per channel; or refuse",
+    )
+    damping: float = Field(0.01, gt=0, lt=1, description="share of the mean diagonal added by GPTQ")
+
+
+class Adapt(Section):
+    """Elastic sparse LoRA. Defaults are the paper's (arXiv 2410.03750)."""
+
+    pipeline: Literal["qa-sparsepeft", "sparsepeft"] = Field(
+        "qa-sparsepeft", description="train through the quantization grid, or sparse floats"
+    )
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    ranks: tuple[int, ...] = Field(
+        (32, 28, 24, 20, 16), min_length=1, description="ranks of the elastic groups"
+    )
+    elastic_groups: tuple[tuple[str, ...], ...] = Field(
+        (("q_proj", "k_proj", "v_proj"),),
+        description="modules that share one drawn rank in a block; other targets keep the highest",
+    )
+    alpha: float = Field(64, gt=0, description="the update is scaled by alpha / highest rank")
+    dropout: float = Field(0.1, ge=0, lt=1, description="on the adapter alone")
+    learning_rate: float = Field(3e-4, gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = Field(100, ge=0)
+    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, ge=1)
+    batch: int = Field(16, ge=1)
+    accumulation: int = Field(1, ge=1)
+    weight_decay: float = Field(0.0, ge=0)
+    loss_on: Literal["answer", "all"] = Field("all", description="tokens that enter the loss")
+    precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    save_steps: int = Field(100, ge=1, description="an interrupted training continues from here")
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps")
+        if min(self.ranks) < 1 or len(set(self.ranks)) < len(self.ranks):
+            raise ValueError(f"ranks must be positive and different, found {list(self.ranks)}")
+        elastic = [name for group in self.elastic_groups for name in group]
+        if strangers := sorted(set(elastic) - set(self.target_modules)):
+            raise ValueError(f"elastic_groups name {strangers}, which are not in target_modules")
+        if len(set(elastic)) < len(elastic):
+            raise ValueError("a module stands in two elastic_groups")
+        return self
+
+    @property
+    def max_rank(self) -> int:
+        return max(self.ranks)
+
+
+class Search(Section):
+    strategy: Literal["median", "maximal", "minimal"] = "median"
+
+
+class Export(Section):
+    targets: tuple[Literal["openvino", "onnx"], ...] = ("openvino", "onnx")
+
+
+class Verify(Section):
+    prompts: int = Field(32, ge=1, description="test prompts whose greedy tokens must be equal")
+    new_tokens: int = Field(16, ge=1)
+    tolerance: float = Field(
+        1e-4, gt=0, description="largest logit difference, in standard deviations of the logits"
+    )
+
+
+class Benchmark(Section):
+    items: int = Field(400, ge=1, description="test items scored, the same for every row")
+    baselines: tuple[
+        Literal["dense", "dense-lora", "sparse", "sparse-quantized", "adapted", "merged"], ...
+    ] = ("dense", "dense-lora", "sparse", "sparse-quantized", "adapted", "merged")
+    prompt_tokens: int = Field(32, ge=1, description="prompt length of the latency measurement")
+    new_tokens: int = Field(32, ge=2)
+    repeats: int = Field(5, ge=2)
+    threads: int | None = Field(None, ge=1, description="null: one per processor")
+
+
+class Recipe(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    seed: int = 42
+    model: Model
+    task: Task
+    calibration: Calibration = Calibration()
+    sparsify: Sparsify
+    quantize: Quantize
+    adapt: Adapt
+    search: Search = Search()
+    export: Export = Export()
+    verify: Verify = Verify()
+    benchmark: Benchmark = Benchmark()
+    _file: Path = pydantic.PrivateAttr(default=Path())
+
+    @model_validator(mode="after")
+    def _pipeline_fits(self):
+        quantized = self.quantize.method != "none"
+        if quantized != (self.adapt.pipeline == "qa-sparsepeft"):
+            raise ValueError(
+                f"adapt.pipeline {self.adapt.pipeline} does not go with quantize.method "
+                f"{self.quantize.method}: qa-sparsepeft trains on a grid, sparsepeft on floats"
+            )
+        return self
+
+    def resolve(self, path: str) -> Path:
+        """A path of the recipe as one of this machine."""
+        if path.startswith(BUILTIN):
+            return Path(__file__).parent / "builtin" / path.removeprefix(BUILTIN)
+        return (self._file.parent / path).resolve()
+
+    @property
+    def file(self) -> Path:
+        return self._file
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    yaml = YAML(typ="safe", pure=True)  # YAML 1.2: 1e-4 is a number, 2:4 is not
+    try:
+        return yaml.load(text)
+    except MarkedYAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {error.problem} {error.problem_mark}") from error
+
+
+def _override(data: dict[str, Any], setting: str) -> None:
+    """Apply ``a.b.c=value``, the value read as YAML."""
+    path, equals, text = setting.partition("=")
+    if not equals:
+        raise UserError(f"override {setting!r}: expected path=value, as sparsify.sparsity=0.6")
+    *parents, last = path.split(".")
+    section = data
+    for name in parents:
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            raise UserError(f"override {setting!r}: {name} is a value, not a section")
+    section[last] = _read_yaml(text, f"override {setting!r}")
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields allowed beside the one at ``location``."""
+    model: Any = Recipe
+    for name in location[:-1]:
+        if name in ("problems", "text") and model is None:
+            model = {"problems": Problems, "text": Text}[str(name)]
+            continue
+        field = model.model_fields.get(name) if model else None
+        annotation = field.annotation if field else None
+        is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        model = annotation if is_section else None
+    return list(model.model_fields) if model else []
+
+
+def _explain(error: Any, where: str) -> str:
+    """One validation error as: file, YAML path, what was found, what is allowed, a suggestion."""
+    location = error["loc"]
+    path = ".".join(str(p) for p in location if p not in ("problems", "text")) or "recipe"
+    if error["type"] == "extra_forbidden":
+        allowed = _fields_at(location)
+        close = difflib.get_close_matches(str(location[-1]), allowed, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"{where}: {path}: unknown key; allowed are {', '.join(allowed)}{hint}"
+    if error["type"] == "missing":
+        return f"{where}: {path}: is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    found = error["input"]
+    shown = "" if isinstance(found, dict | BaseModel) else f"found {found!r}; "
+    hint = ""
+    if error["type"] == "literal_error" and isinstance(found, str):
+        choices = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        if close := difflib.get_close_matches(found, choices, n=1):
+            hint = f"; did you mean {close[0]}?"
+    return f"{where}: {path}: {shown}{message[0].lower()}{message[1:]}{hint}"
+
+
+def load(file: Path, overrides: tuple[str, ...] = (), model_path: Path | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    :param overrides: ``a.b=value`` settings applied on top of the file.
+    :param model_path: a local model folder that takes the place of the recipe's model.
+    :raises UserError: listing every fault found.
+    """
+    if not file.is_file():
+        known = ", ".join(sorted(p.stem for p in file.parent.glob("*.yaml"))) or "none"
+        raise UserError(f"{file}: no such recipe; recipes there: {known}")
+    data = _read_yaml(file.read_text(), str(file))
+    if not isinstance(data, dict):
+        raise UserError(f"{file}: a recipe is a mapping, found {type(data).__name__}")
+    for setting in overrides:
+        _override(data, setting)
+    if model_path is not None:
+        data["model"] = {"path": str(model_path.resolve())}
+    try:
+        recipe = Recipe.model_validate(data)
+    except pydantic.ValidationError as error:
+        lines = [_explain(e, str(file)) for e in error.errors()]
+        raise UserError("\n".join(lines)) from None
+    recipe._file = file.resolve()
+    return recipe

@@ -1,0 +1,5 @@
+"""The lowest rank for every group."""
+
+
+def choose(groups: list[str], ranks: tuple[int, ...]) -> dict[str, int]:
+    return dict.fromkeys(groups, min(ranks))

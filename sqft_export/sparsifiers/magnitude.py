@@ -1,0 +1,13 @@
+"""Magnitude: the baseline that looks at no data."""
+
+from torch import Tensor
+
+from sqft_export.sparsifiers import Rule
+
+NEEDS = "nothing"
+
+
+def compress(weight: Tensor, rule: Rule, inputs: None) -> tuple[Tensor, Tensor]:
+    """Drop the lowest ``|W_ij|``; kept weights are not changed."""
+    mask = rule.mask(weight.abs())
+    return weight.masked_fill(~mask, 0), mask

@@ -1,0 +1,43 @@
+"""SparseGPT (arXiv 2301.00774): choose and compensate, a block of columns at a time.
+
+In every block of columns the weights of lowest ``w^2 / U_cc^2`` go, ``U`` being the upper Cholesky
+factor of the inverse Hessian; the columns to the right absorb the error. Each output row drops
+its share within every block, so that rows and column blocks are equally sparse.
+"""
+
+import torch
+from torch import Tensor
+
+from sqft_export.numerics.hessian import inverse_factor
+from sqft_export.sparsifiers import Rule
+
+NEEDS = "hessian"
+COLUMNS_AT_ONCE = 128
+DAMPING = 0.01  # the reference's share of the mean diagonal
+
+
+def compress(weight: Tensor, rule: Rule, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Compensated weight with exact zeros, and its mask.
+
+    :param inputs: float32 ``[in, in]``, ``X^T X`` over calibration tokens.
+    """
+    factor = inverse_factor(inputs, DAMPING)
+    work = weight.T.contiguous()  # one input column of all rows lies in one piece
+    masks = []
+    in_features = weight.shape[1]
+    m = rule.n_of_m[1] if rule.n_of_m else 1
+    chunk = COLUMNS_AT_ONCE // m * m or m  # a group of M is chosen in one piece
+    for start in range(0, in_features, chunk):
+        stop = min(start + chunk, in_features)
+        scores = (work[start:stop].T / factor.diagonal()[start:stop]).square()
+        mask = rule.mask_of_columns(scores, start)
+        masks.append(mask)
+        dropped = (~mask).T.to(weight.dtype)
+        errors = torch.empty(stop - start, weight.shape[0])
+        for column in range(start, stop):
+            error = errors[column - start]
+            torch.div(work[column] * dropped[column - start], factor[column, column], out=error)
+            work[column:stop].addr_(factor[column, column:stop], error, alpha=-1)
+        work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    mask = torch.cat(masks, dim=1)
+    return work.T.masked_fill(~mask, 0), mask

@@ -1,0 +1,13 @@
+"""Wanda (arXiv 2306.11695): magnitude times the norm of the input it multiplies."""
+
+from torch import Tensor
+
+from sqft_export.sparsifiers import Rule
+
+NEEDS = "norms"
+
+
+def compress(weight: Tensor, rule: Rule, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop the lowest ``|W_ij| * ||X_j||_2``; kept weights are not changed."""
+    mask = rule.mask(weight.abs() * inputs)
+    return weight.masked_fill(~mask, 0), mask

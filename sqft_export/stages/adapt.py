@@ -1,0 +1,80 @@
+"""adapt: train the super-adapter, elastic in rank, through mask and grid."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sqft_export import tasks
+from sqft_export.adapters import (
+    add_adapters,
+    elastic_layers,
+    load_compressed,
+    rank_groups,
+    set_ranks,
+)
+from sqft_export.checkpoint import Checkpoint
+from sqft_export.recipe import Recipe
+from sqft_export.stages import Context
+from sqft_export.training import draw_ranks, total_steps, train, write_log
+
+CONSUMES = ("sparsify", "quantize")
+READS = ("model", "train")
+VERSION = 1
+RESUMES = True
+
+
+def options(recipe: Recipe) -> dict:
+    return {"adapt": recipe.adapt.model_dump(), "seed": recipe.seed}
+
+
+def new_adapter(recipe: Recipe, folder: Path, masks: Path | None, grids: Path | None) -> nn.Module:
+    """A model of ``folder`` with a fresh super-adapter, seeded."""
+    config = recipe.adapt
+    model = load_compressed(folder, masks, grids, getattr(torch, config.precision))
+    torch.manual_seed(recipe.seed)
+    return add_adapters(model, config.target_modules, config.max_rank, config.alpha, config.dropout)
+
+
+def groups_of(context: Context, model: nn.Module) -> dict[str, list[str]]:
+    """The elastic groups of a model with adapters."""
+    blocks = Checkpoint(context.model).family.blocks
+    return rank_groups(elastic_layers(model), blocks, context.recipe.adapt.elastic_groups)
+
+
+def run(context: Context) -> dict:
+    """Writes ``adapter/`` in peft's format and ``training.jsonl`` with loss and ranks a step."""
+    recipe, config = context.recipe, context.recipe.adapt
+    model = new_adapter(recipe, *context.base())
+    layers, groups = elastic_layers(model), groups_of(context, model)
+    tokenizer = tasks.load_tokenizer(context.model)
+    data = tasks.load(recipe, tokenizer)
+
+    def ranks_at(step: int) -> dict[str, int]:
+        return draw_ranks(list(groups), config.ranks, recipe.seed, step)
+
+    log = train(
+        model,
+        data.train,
+        config,
+        recipe.seed,
+        tokenizer.pad_token_id or 0,
+        context.folder / "training",
+        before_step=lambda step: set_ranks(layers, groups, ranks_at(step)),
+        advance=context.start(total_steps(config, len(data.train))),
+    )
+    # The step logged as n is the one that began at n - 1.
+    write_log(
+        context.folder / "training.jsonl",
+        [{**entry, "ranks": ranks_at(int(entry["step"]) - 1)} for entry in log],
+    )
+    model.save_pretrained(context.folder / "adapter")
+    # Training checkpoints serve an interrupted run alone.
+    shutil.rmtree(context.folder / "training")
+    return {
+        "steps": len(log),
+        "first_loss": log[0]["loss"],
+        "last_loss": log[-1]["loss"],
+        "truncated_examples": data.truncated,
+    }

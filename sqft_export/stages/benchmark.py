@@ -1,0 +1,188 @@
+"""benchmark: every row of the report, scored and timed on the same held-out items.
+
+Each row runs in a process of its own (``worker.py``), one after the other, with the same number
+of threads. Deployments run as deployed: the runtimes' default precisions, not the exact mode.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqft_export import tasks
+from sqft_export.errors import UserError
+from sqft_export.recipe import Problems, Recipe
+from sqft_export.stages import Context
+
+CONSUMES = (
+    "sparsify",
+    "quantize",
+    "search",
+    "merge",
+    "export-openvino",
+    "export-onnx",
+    "baselines",
+)
+READS = ("model", "test")
+VERSION = 1
+WEIGHTS = ("*.safetensors", "*.bin", "*.xml", "*.onnx", "*.data")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    kind: torch, adapted, openvino or onnx: how the worker opens it.
+    stored: files and folders whose model files count as its size.
+    sparsity: share of zero weights in the decoder Linears.
+    """
+
+    name: str
+    kind: str
+    folder: Path
+    stored: tuple[Path, ...]
+    sparsity: float
+
+
+def options(recipe: Recipe) -> dict:
+    return {"benchmark": recipe.benchmark.model_dump()}
+
+
+def rows(context: Context) -> list[Row]:
+    """The rows of this recipe, in the order of the passes."""
+    inputs, wanted = context.inputs, context.recipe.benchmark.baselines
+    merged = inputs["merge"].path / "model"
+    merged_sparsity = inputs["merge"].metrics["sparsity"]["all"]
+    made = inputs["baselines"].metrics["sparsity"]
+    table = [Row("dense base", "torch", context.model, (context.model,), 0.0)]
+    if "dense-lora" in made:
+        folder = inputs["baselines"].path / "dense-lora"
+        table.append(Row("dense + LoRA", "torch", folder, (folder,), made["dense-lora"]))
+    if "sparsify" in inputs and "sparse" in wanted:
+        folder = inputs["sparsify"].path / "model"
+        sparsity = inputs["sparsify"].metrics["sparsity"]["all"]
+        table.append(Row("sparse", "torch", folder, (folder,), sparsity))
+    if "sparse-quantized" in made:
+        folder = inputs["baselines"].path / "sparse-quantized"
+        name = f"sparse + INT{context.recipe.quantize.bits}"
+        table.append(Row(name, "torch", folder, (folder,), made["sparse-quantized"]))
+    if "adapted" in wanted:
+        base, _, grids = context.base()
+        stored = (
+            base,
+            inputs["search"].path / "adapter",
+            *([grids / "grids.safetensors"] if grids else []),
+        )
+        table.append(Row("tuned, adapter apart", "adapted", base, stored, merged_sparsity))
+    if "merged" in wanted:
+        table.append(Row("merged", "torch", merged, (merged,), merged_sparsity))
+    for target, title in (("openvino", "OpenVINO"), ("onnx", "ONNX Runtime")):
+        if f"export-{target}" in inputs:
+            folder = inputs[f"export-{target}"].path / "model"
+            table.append(Row(title, target, folder, (folder,), merged_sparsity))
+    if "dense" not in wanted:
+        table = table[1:]
+    return table
+
+
+def stored_bytes(paths: tuple[Path, ...]) -> int:
+    """Bytes of the model files: weights and graphs, without tokenizers and configs."""
+    files = {
+        file
+        for path in paths
+        for file in ([path] if path.is_file() else [f for p in WEIGHTS for f in path.glob(p)])
+        if "tokenizer" not in file.name
+    }
+    return sum(file.stat().st_size for file in files)
+
+
+def _job(context: Context, row: Row, items: list[tasks.Item], stop: list[int]) -> dict[str, Any]:
+    benchmark, task = context.recipe.benchmark, context.recipe.task
+    ids = [token for item in items for token in item.prompt + item.target]
+    _, masks, grids = context.base()
+    return {
+        "kind": row.kind,
+        "folder": str(row.folder),
+        "masks": str(masks) if masks else None,
+        "grids": str(grids) if grids else None,
+        "adapter": str(context.inputs["search"].path / "adapter"),
+        "threads": threads(context.recipe),
+        "prompts": [item.prompt for item in items],
+        "targets": [item.target for item in items],
+        "max_new_tokens": task.max_new_tokens if isinstance(task, Problems) else 0,
+        "stop": stop,
+        "latency_prompt": ids[: benchmark.prompt_tokens],
+        "new_tokens": benchmark.new_tokens,
+        "repeats": benchmark.repeats,
+    }
+
+
+def threads(recipe: Recipe) -> int:
+    return recipe.benchmark.threads or os.cpu_count() or 1
+
+
+def _measure(context: Context, job: dict[str, Any]) -> dict[str, Any]:
+    job_file, result_file = context.folder / "job.json", context.folder / "result.json"
+    job_file.write_text(json.dumps(job))
+    command = [sys.executable, "-m", "sqft_export.worker", str(job_file), str(result_file)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"benchmark of {job['folder']} failed:\n{done.stderr[-2000:]}")
+    result = json.loads(result_file.read_text())
+    job_file.unlink()
+    result_file.unlink()
+    return result
+
+
+def _score(
+    result: dict[str, Any], items: list[tasks.Item], recipe: Recipe, tokenizer: Any
+) -> tuple[float, list[dict[str, Any]]]:
+    """Accuracy, and what was said to every item."""
+    if not isinstance(recipe.task, Problems):
+        return result["token_accuracy"], []
+    said = [tokenizer.decode(ids, skip_special_tokens=True) for ids in result.pop("answers")]
+    scored = []
+    for item, answer in zip(items, said, strict=True):
+        assert item.text is not None
+        expected = tasks.final_answer(item.text, recipe.task.final)
+        right = tasks.final_answer(answer, recipe.task.final) == expected
+        scored.append({"answer": answer, "expected": expected, "right": right})
+    return sum(entry["right"] for entry in scored) / len(scored), scored
+
+
+def run(context: Context) -> dict:
+    """Writes ``results.json``, and ``items.jsonl`` with every answer of every row."""
+    recipe = context.recipe
+    tokenizer = tasks.load_tokenizer(context.model)
+    items = tasks.test_items(recipe, tasks.load(recipe, tokenizer))
+    table = rows(context)
+    advance = context.start(len(table))
+    results = []
+    with (context.folder / "items.jsonl").open("w") as log:
+        for row in table:
+            result = _measure(context, _job(context, row, items, [tokenizer.eos_token_id]))
+            accuracy, answers = _score(result, items, recipe, tokenizer)
+            for number, answer in enumerate(answers):
+                log.write(json.dumps({"row": row.name, "item": number, **answer}) + "\n")
+            measured = {
+                "name": row.name,
+                "runtime": "torch" if row.kind == "adapted" else row.kind,
+                "accuracy": accuracy,
+                "sparsity": row.sparsity,
+                "file_bytes": stored_bytes(row.stored),
+            }
+            results.append(measured | result)
+            advance()
+    settings = {
+        "items": len(items),
+        "threads": threads(recipe),
+        "latency_prompt_tokens": recipe.benchmark.prompt_tokens,
+        "latency_new_tokens": recipe.benchmark.new_tokens,
+        "latency_repeats": recipe.benchmark.repeats,
+    }
+    document = {"settings": settings, "rows": results}
+    (context.folder / "results.json").write_text(json.dumps(document, indent=2) + "\n")
+    return {"rows": len(results)}

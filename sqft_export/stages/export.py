@@ -1,0 +1,25 @@
+"""export-<target>: a deployment folder for one runtime, made from the merged model."""
+
+from sqft_export.checkpoint import file_bytes
+from sqft_export.recipe import Recipe
+from sqft_export.stages import Context
+from sqft_export.targets import target
+
+CONSUMES = ("merge",)
+READS = ()
+VERSION = 1
+
+
+def options(recipe: Recipe) -> dict:
+    return {}
+
+
+def run(context: Context) -> dict:
+    """Writes ``model/``."""
+    advance = context.start(1)
+    folder = context.folder / "model"
+    folder.mkdir()
+    runtime = context.name.removeprefix("export-")
+    target(runtime).export(context.inputs["merge"].path / "model", folder)
+    advance()
+    return {"bytes": file_bytes(folder)}

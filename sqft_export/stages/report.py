@@ -1,0 +1,134 @@
+"""report: one self-contained HTML page, a Markdown table and ``report.json``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from sqft_export import pictures
+from sqft_export.artifact import Artifact
+from sqft_export.machine import describe
+from sqft_export.recipe import Problems, Recipe
+from sqft_export.stages import Context
+
+CONSUMES = (
+    "sparsify",
+    "quantize",
+    "adapt",
+    "search",
+    "merge",
+    "export-openvino",
+    "export-onnx",
+    "verify",
+    "baselines",
+    "benchmark",
+)
+READS = ()
+VERSION = 1
+SCHEMA = 1
+
+COLUMNS = (
+    ("model", lambda r: r["name"]),
+    ("accuracy", lambda r: f"{100 * r['accuracy']:.1f} %"),
+    ("perplexity", lambda r: f"{r['perplexity']:.3f}"),
+    ("sparsity", lambda r: f"{100 * r['sparsity']:.1f} %"),
+    ("files", lambda r: f"{r['file_bytes'] / 1e6:.2f} MB"),
+    ("TTFT ms", lambda r: _latency(r["ttft"])),
+    ("TPOT ms", lambda r: _latency(r["tpot"])),
+    ("peak memory", lambda r: f"{r['peak_memory_bytes'] / 2**20:.0f} MiB"),
+)
+
+
+def options(recipe: Recipe) -> dict:
+    return {"recipe": recipe.model_dump(mode="json")}
+
+
+def _latency(spread: dict[str, float]) -> str:
+    return f"{spread['median_ms']:.2f} ({spread['p10_ms']:.2f} to {spread['p90_ms']:.2f})"
+
+
+def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The table of numbers, a header row first."""
+    return [[name for name, _ in COLUMNS], *([cell(row) for _, cell in COLUMNS] for row in rows)]
+
+
+def markdown(table: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]]) + "\n"
+
+
+def _passes(inputs: dict[str, Artifact]) -> list[dict[str, Any]]:
+    return [
+        {"pass": name, "key": artifact.key[:16], "seconds": artifact.manifest["seconds"]}
+        for name, artifact in inputs.items()
+    ]
+
+
+def _layers(inputs: dict[str, Artifact]) -> list[dict[str, Any]]:
+    """Sparsity and group size of every decoder Linear of the merged model."""
+    sparsity = inputs["merge"].metrics["sparsity"]
+    groups = inputs["quantize"].metrics["group_size"] if "quantize" in inputs else {}
+    return [
+        {"layer": name, "sparsity": share, "group_size": groups.get(name)}
+        for name, share in sparsity.items()
+        if name != "all"
+    ]
+
+
+def _training_log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
+
+
+def document_of(context: Context) -> dict[str, Any]:
+    """``report.json``: every number of the page, each from a sealed artifact."""
+    inputs = context.inputs
+    benchmark = json.loads((inputs["benchmark"].path / "results.json").read_text())
+    task = context.recipe.task
+    return {
+        "schema": SCHEMA,
+        "recipe": context.recipe.model_dump(mode="json"),
+        "measure": "exact match" if isinstance(task, Problems) else "tokens predicted right",
+        "rows": benchmark["rows"],
+        "settings": benchmark["settings"],
+        "verify": inputs["verify"].metrics["checks"],
+        "passes": _passes(inputs),
+        "layers": _layers(inputs),
+        "search": inputs["search"].metrics,
+        "adapt": inputs["adapt"].metrics,
+        "machine": describe(),
+        "versions": inputs["benchmark"].manifest["environment"]["versions"],
+    }
+
+
+def run(context: Context) -> dict:
+    """Writes ``index.html``, its pictures as SVG files, ``report.md`` and ``report.json``."""
+    document = document_of(context)
+    rows, measure = document["rows"], document["measure"]
+    table = cells(rows)
+    (context.folder / "report.json").write_text(json.dumps(document, indent=2) + "\n")
+    (context.folder / "report.md").write_text(markdown(table))
+    log = _training_log(context.inputs["adapt"].path)
+    drawn = [
+        ("Accuracy along the passes", pictures.accuracy_along_passes(rows, measure)),
+        ("Accuracy against file size", pictures.accuracy_against_size(rows, measure)),
+        ("Latency", pictures.latency(rows)),
+        ("Training", pictures.training_curve(log)),
+    ]
+    for title, svg in drawn:
+        (context.folder / f"{title.lower().replace(' ', '-')}.svg").write_text(svg)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html").render(
+        document=document,
+        table=table,
+        recipe=context.recipe.file.read_text(),
+        pictures=drawn,
+    )
+    (context.folder / "index.html").write_text(page)
+    return {"rows": len(rows)}

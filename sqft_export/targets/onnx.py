@@ -1,0 +1,311 @@
+"""ONNX: the ONNX Runtime GenAI builder's float graph, our codes as its MatMulNBits.
+
+The builder makes the graph that ONNX Runtime's users expect (fused GroupQueryAttention with
+rotary embedding, key-value cache in and out, ``genai_config.json``). Each decoder MatMul is then
+replaced by ``com.microsoft::MatMulNBits`` with the codes of the merged model:
+
+    B            uint8 [out, blocks, block_size * bits / 8]   low nibble first
+    scales       float32 [out, blocks]                        the float16 scales, widened
+    zero_points  uint8 [out, ceil(blocks * bits / 8)]         left out where symmetric
+
+The builder joins q, k and v into one product; their rows are joined in the same order.
+"""
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import helper, numpy_helper
+
+from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
+
+MODEL = "model.onnx"
+DATA = "model.onnx.data"
+CONFIG = "genai_config.json"
+# Activations in int8, as the builder's own default on CPU. `exact` sessions use float32.
+DEPLOYED_ACCURACY, EXACT_ACCURACY = 4, 1
+# GroupQueryAttention on CPU rotates only heads whose size is a multiple of this.
+FUSED_ROTARY_STEP = 16
+JOINED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj")}
+
+
+def export(merged: Path, folder: Path) -> None:
+    """Write the deployment folder of a merged model: graph, external data, GenAI config."""
+    from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
+    from sqft_export.checkpoint import Checkpoint
+    from sqft_export.compressed import read_packed, write_float_checkpoint
+
+    checkpoint = Checkpoint(merged)
+    floats, built = folder / "floats", folder / "built"
+    write_float_checkpoint(checkpoint, floats)
+    arguments = ("", str(floats), str(built), "fp32", "cpu", str(folder / "cache"))
+    create_model(*arguments, **parse_extra_options(*arguments, []))
+    model = onnx.load(built / MODEL)
+    packed = set(checkpoint.packed)
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type != "MatMul" or not (names := _linears_of(node.name, packed)):
+            continue
+        layers = [read_packed(checkpoint, name) for name in names]
+        tensors, attributes = _matmul_nbits(layers)
+        model.graph.initializer.remove(initializers.pop(node.input[1]))
+        _become_matmul_nbits(model, node, names, tensors, attributes)
+    decoder = json.loads((built / CONFIG).read_text())
+    if decoder["model"]["decoder"]["head_size"] % FUSED_ROTARY_STEP:
+        _rotary_apart(model, decoder["model"]["decoder"])
+        (built / CONFIG).write_text(json.dumps(decoder, indent=4) + "\n")
+    onnx.save(
+        model,
+        folder / MODEL,
+        save_as_external_data=True,
+        location=DATA,
+        size_threshold=1024,
+    )
+    for file in built.iterdir():
+        if file.name not in (MODEL, DATA):
+            shutil.copyfile(file, folder / file.name)
+    for transient in (floats, built, folder / "cache"):
+        shutil.rmtree(transient, ignore_errors=True)
+
+
+def _rotary_apart(model: Any, decoder: dict[str, Any]) -> None:
+    """Rotate queries and keys before each GroupQueryAttention instead of in it.
+
+    Adds ``position_ids`` to the graph's inputs and to the GenAI config.
+    """
+    graph, sizes = model.graph, _head_rows(decoder)
+    heads = decoder["num_attention_heads"], decoder["num_key_value_heads"]
+    ids = next(i for i in graph.input if i.name == "input_ids")
+    positions = onnx.ValueInfoProto()
+    positions.CopyFrom(ids)
+    positions.name = "position_ids"
+    graph.input.append(positions)
+    decoder["inputs"]["position_ids"] = "position_ids"
+    graph.initializer.append(numpy_helper.from_array(np.array(sizes, np.int64), "qkv_rows"))
+    nodes = []
+    for node in graph.node:
+        if node.op_type == "GroupQueryAttention":
+            q, k, v = (f"{node.name}/{part}" for part in "qkv")
+            nodes.append(helper.make_node("Split", [node.input[0], "qkv_rows"], [q, k, v], axis=-1))
+            for part, count in zip((q, k), heads, strict=True):
+                nodes.append(
+                    helper.make_node(
+                        "RotaryEmbedding",
+                        [part, "position_ids", node.input[7], node.input[8]],
+                        [f"{part}/rotated"],
+                        domain="com.microsoft",
+                        num_heads=count,
+                    )
+                )
+            inputs = [f"{q}/rotated", f"{k}/rotated", v, *node.input[3:7]]
+            del node.input[:]
+            node.input.extend(inputs)
+            next(a for a in node.attribute if a.name == "do_rotary").i = 0
+        nodes.append(node)
+    fresh = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(fresh)
+
+
+def _head_rows(decoder: dict[str, Any]) -> list[int]:
+    """Rows of the joined q, k and v."""
+    keys = decoder["num_key_value_heads"] * decoder["head_size"]
+    return [decoder["num_attention_heads"] * decoder["head_size"], keys, keys]
+
+
+def _linears_of(node: str, packed: set[str]) -> list[str]:
+    """The Linears whose product a builder node is, as ``/model/layers.0/attn/o_proj/MatMul``."""
+    path = (
+        node.strip("/").removesuffix("/MatMul").replace("/", ".").replace(".attn.", ".self_attn.")
+    )
+    if path in packed:
+        return [path]
+    for joined, parts in JOINED.items():
+        if path.endswith(joined):
+            names = [path.removesuffix("qkv_proj") + part for part in parts]
+            return names if set(names) <= packed else []
+    return []
+
+
+def block_size(inputs: int, group_size: int) -> int:
+    """MatMulNBits' block: the group, or for one group a row the next power of two from 16 up."""
+    if group_size < inputs or (group_size >= 16 and group_size & (group_size - 1) == 0):
+        return group_size
+    return max(16, 1 << (inputs - 1).bit_length())
+
+
+def _packed_rows(values: np.ndarray, bits: int) -> np.ndarray:
+    return values if bits == 8 else pack_nibbles(values)
+
+
+def _matmul_nbits(layers: list[tuple[Any, Any]]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Inputs and attributes for codes and grids of Linears that share their input."""
+    bits, inputs = layers[0][1].bits, layers[0][0].shape[1]
+    size = block_size(inputs, layers[0][1].group_size)
+    codes = np.concatenate([codes.numpy() for codes, _ in layers])
+    scales = np.concatenate([grid.scale.numpy() for _, grid in layers]).astype(np.float32)
+    zeros = np.concatenate([grid.zero_point.numpy() for _, grid in layers])
+    outputs, blocks = scales.shape
+    padded = np.repeat(zeros, size, axis=1)  # what a short last block is filled with: zeros
+    padded[:, :inputs] = codes
+    tensors = {
+        "B": _packed_rows(padded.reshape(outputs, blocks, size), bits),
+        "scales": scales,
+    }
+    if not all(grid.symmetric for _, grid in layers):
+        tensors["zero_points"] = _packed_rows(zeros, bits)
+    return tensors, {"K": inputs, "N": outputs, "bits": bits, "block_size": size}
+
+
+def _become_matmul_nbits(
+    model: Any,
+    node: Any,
+    names: list[str],
+    tensors: dict[str, np.ndarray],
+    attributes: dict[str, int],
+) -> None:
+    prefix = ",".join(names)
+    inputs = [node.input[0]]
+    for part, array in tensors.items():
+        inputs.append(f"{prefix}.{part}")
+        model.graph.initializer.append(
+            numpy_helper.from_array(np.ascontiguousarray(array), f"{prefix}.{part}")
+        )
+    new = helper.make_node(
+        "MatMulNBits",
+        inputs,
+        list(node.output),
+        name=node.name,
+        domain="com.microsoft",
+        accuracy_level=DEPLOYED_ACCURACY,
+        **attributes,
+    )
+    node.CopyFrom(new)
+
+
+def read_back(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Codes uint8 ``[out, in]``, scale float32 and zero point uint8 ``[out, groups]`` by Linear.
+
+    Read from the written file, for ``verify``.
+    """
+    model = onnx.load(folder / MODEL)
+    tensors = {t.name: t for t in model.graph.initializer}
+    found = {}
+    for node in model.graph.node:
+        if node.op_type != "MatMulNBits":
+            continue
+        size = {a.name: a.i for a in node.attribute}
+        scales = numpy_helper.to_array(tensors[node.input[2]])
+        scales = scales.reshape(size["N"], -1)
+        packed = numpy_helper.to_array(tensors[node.input[1]])
+        four = size["bits"] == 4
+        codes = unpack_nibbles(packed, size["block_size"]) if four else packed
+        codes = codes.reshape(size["N"], -1)[:, : size["K"]]
+        if len(node.input) > 3:
+            stored = numpy_helper.to_array(tensors[node.input[3]]).reshape(size["N"], -1)
+            zeros = unpack_nibbles(stored, scales.shape[1]) if four else stored
+        else:
+            zeros = np.full(scales.shape, 2 ** (size["bits"] - 1), np.uint8)
+        names = node.input[1].removesuffix(".B").split(",")
+        found.update(_split_rows(folder, names, codes, scales, zeros))
+    return found
+
+
+def _split_rows(folder: Path, names: list[str], *joined: np.ndarray) -> dict[str, Any]:
+    """Rows of joined Linears handed back to each; q has more of them than k and v."""
+    if len(names) == 1:
+        return {names[0]: joined}
+    decoder = json.loads((folder / CONFIG).read_text())["model"]["decoder"]
+    ends = np.cumsum(_head_rows(decoder))
+    parts = [np.split(array, ends[:-1]) for array in joined]
+    return {name: tuple(part[i] for part in parts) for i, name in enumerate(names)}
+
+
+def compressed_kernels(folder: Path) -> set[str]:
+    """The Linears that are MatMulNBits in the graph as ONNX Runtime optimizes it for the CPU."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as scratch:
+        optimized = Path(scratch) / MODEL
+        options.optimized_model_filepath = str(optimized)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", DATA
+        )
+        ort.InferenceSession(str(folder / MODEL), options, providers=["CPUExecutionProvider"])
+        graph = onnx.load(optimized, load_external_data=False).graph
+    kernels = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    return {name for node in kernels for name in node.input[1].removesuffix(".B").split(",")}
+
+
+def _with_accuracy(folder: Path, level: int) -> bytes:
+    """The graph, its weights still outside, with another accuracy level on every MatMulNBits."""
+    model = onnx.load(folder / MODEL, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                attribute.i = level
+    return model.SerializeToString()
+
+
+class OnnxSession:
+    """A decoder graph with its cache as inputs and outputs, kept in the runtime's memory."""
+
+    def __init__(self, session: Any, decoder: dict[str, Any]):
+        self.session, self.decoder = session, decoder
+        inputs = [i.name for i in session.get_inputs()]
+        self.wants_positions = "position_ids" in inputs
+        self.caches = [name for name in inputs if name.startswith("past_")]
+        self.presents = [re.sub("^past_key_values", "present", name) for name in self.caches]
+        self.reset()
+
+    def reset(self) -> None:
+        self.past: list[Any] | None = None
+        self.length = 0
+
+    def _empty_cache(self, batch: int) -> list[Any]:
+        shape = (batch, self.decoder["num_key_value_heads"], 0, self.decoder["head_size"])
+        return [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for _ in self.caches]
+
+    def forward(self, ids: np.ndarray) -> np.ndarray:
+        batch, length = ids.shape
+        self.length += length
+        feeds = {
+            "input_ids": ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(ids)),
+            "attention_mask": ort.OrtValue.ortvalue_from_numpy(
+                np.ones((batch, self.length), np.int64)
+            ),
+        }
+        if self.wants_positions:
+            positions = np.tile(np.arange(self.length - length, self.length), (batch, 1))
+            feeds["position_ids"] = ort.OrtValue.ortvalue_from_numpy(positions)
+        past = self.past or self._empty_cache(batch)
+        feeds |= dict(zip(self.caches, past, strict=True))
+        logits, *self.past = self.session.run_with_ort_values(["logits", *self.presents], feeds)
+        return logits.numpy()
+
+
+def open_session(folder: Path, exact: bool, threads: int | None) -> OnnxSession:
+    """An ONNX folder on the CPU.
+
+    :param exact: float32 activations in every MatMulNBits; else as deployed.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+    model: Any = str(folder / MODEL)
+    if exact:
+        model = _with_accuracy(folder, EXACT_ACCURACY)
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(folder)
+        )
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    config = json.loads((folder / CONFIG).read_text())
+    return OnnxSession(session, config["model"]["decoder"])

@@ -1,0 +1,261 @@
+"""OpenVINO: trace the graph once, then put our codes where its weight constants were.
+
+The pattern is the runtime's own for compressed weights, which its CPU plugin keeps compressed:
+
+    Constant(i4|u4|i8|u8) -> Convert(f16) -> [Subtract(zero point)] -> Multiply(scale f16)
+        -> Reshape [out, in] -> Convert(f32) -> MatMul
+
+A symmetric code ``q`` is stored signed, as ``q - 2^(bits-1)``, so that zero is 0 and no zero point
+is needed (NNCF's INT4_SYM); an asymmetric one is stored as it is, with its zero points.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from openvino import opset13 as ops
+
+from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
+
+MODEL = "openvino_model.xml"
+# The defaults round activations to int8 and bfloat16 and the cache to 8 bits.
+EXACT = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+    "KV_CACHE_PRECISION": "f32",
+}
+
+
+def export(merged: Path, folder: Path) -> None:
+    """Write the deployment folder of a merged model: IR, tokenizer IR, configs.
+
+    :param merged: Hugging Face folder, packed in the GPTQ layout or plain.
+    """
+    import torch
+    from openvino_tokenizers import convert_tokenizer
+    from optimum.exporters.openvino import export_from_model
+    from optimum.intel import OVConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sqft_export.checkpoint import Checkpoint
+    from sqft_export.compressed import read_packed, write_float_checkpoint
+
+    checkpoint = Checkpoint(merged)
+    floats, traced = folder / "floats", folder / "traced"
+    write_float_checkpoint(checkpoint, floats)
+    model = AutoModelForCausalLM.from_pretrained(floats, dtype=torch.float32).eval()
+    export_from_model(
+        model,
+        traced,
+        task="text-generation-with-past",
+        ov_config=OVConfig(dtype="fp32"),
+        stateful=True,
+    )
+    graph = ov.Core().read_model(traced / MODEL)
+    constants = _weight_constants(graph)
+    for name in checkpoint.packed:
+        codes, grid = read_packed(checkpoint, name)
+        _place(
+            constants[name],
+            name,
+            codes.numpy(),
+            grid.scale.numpy(),
+            None if grid.symmetric else grid.zero_point.numpy(),
+            grid.bits,
+        )
+    for name in _half_matrices(checkpoint):
+        _place_half(constants[name])
+    for key, value in _description(checkpoint).items():
+        graph.set_rt_info(value, ["sqft_export", key])
+    ov.save_model(graph, folder / MODEL, compress_to_fp16=False)
+    for file in traced.glob("*.json"):
+        shutil.copyfile(file, folder / file.name)
+    del graph, constants
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    tokenizer.save_pretrained(folder)
+    encoder, decoder = convert_tokenizer(tokenizer, with_detokenizer=True)
+    ov.save_model(encoder, folder / "openvino_tokenizer.xml")
+    ov.save_model(decoder, folder / "openvino_detokenizer.xml")
+    shutil.rmtree(floats)
+    shutil.rmtree(traced)
+
+
+def _description(checkpoint: Any) -> dict[str, str]:
+    quantization = checkpoint.config.get("quantization_config", {})
+    described = {
+        key: str(quantization[key]) for key in ("bits", "group_size", "sym") if quantization
+    }
+    return {"source": checkpoint.config["model_type"], **described}
+
+
+def _half_matrices(checkpoint: Any) -> list[str]:
+    """Embedding and head where the checkpoint stores them in float16: the IR then does too."""
+    return [
+        name.removesuffix(".weight")
+        for name in checkpoint.outer_names()
+        if checkpoint.headers[name].dtype == "F16" and len(checkpoint.headers[name].shape) == 2
+    ]
+
+
+def _place_half(constant: Any) -> None:
+    """Store a float32 constant, whose values are float16's, in float16; no value changes."""
+    node = ops.convert(ops.constant(constant.data.astype(np.float16)), "f32")
+    _replace(constant, node)
+
+
+def _replace(constant: Any, node: Any) -> None:
+    for consumer in constant.output(0).get_target_inputs():
+        consumer.replace_source_output(node.output(0))
+
+
+def _weight_constants(graph: ov.Model) -> dict[str, Any]:
+    """Module name -> the Constant that optimum's trace made of its weight."""
+    found = {}
+    for node in graph.get_ops():
+        name = node.get_friendly_name()
+        if node.get_type_name() == "Constant" and name.endswith(".weight"):
+            found[name.removeprefix("self.").removesuffix(".weight")] = node
+    return found
+
+
+def _low_bits(values: np.ndarray, bits: int, signed: bool) -> Any:
+    """An OpenVINO Constant of 4- or 8-bit integers of the shape of ``values``."""
+    kind = {
+        (4, True): ov.Type.i4,
+        (4, False): ov.Type.u4,
+        (8, True): ov.Type.i8,
+        (8, False): ov.Type.u8,
+    }[bits, signed]
+    stored = values.astype(np.uint8) if bits == 8 else values.astype(np.uint8) & 15
+    if bits == 8:
+        stored = stored.view(np.int8) if signed else stored
+        return ops.constant(np.ascontiguousarray(stored))
+    packed = np.ascontiguousarray(pack_nibbles(stored.reshape(1, -1))[0])
+    return ops.constant(ov.Tensor(packed, list(values.shape), kind), shared_memory=False)
+
+
+def _place(
+    constant: Any,
+    name: str,
+    codes: np.ndarray,
+    scale: np.ndarray,
+    zero_point: np.ndarray | None,
+    bits: int,
+) -> None:
+    """Put codes uint8 ``[out, in]``, scale float16 ``[out, groups]`` in place of a constant."""
+    outputs, inputs = codes.shape
+    groups = scale.shape[1]
+    shape = [outputs, inputs] if groups == 1 else [outputs, groups, inputs // groups]
+    scale_shape = [outputs, 1] if groups == 1 else [outputs, groups, 1]
+    signed = zero_point is None
+    shift = 2 ** (bits - 1) if signed else 0
+    weight = _low_bits(codes.reshape(shape).astype(np.int16) - shift, bits, signed)
+    weight.set_friendly_name(f"{name}.weight")
+    node = ops.convert(weight, "f16")
+    if zero_point is not None:
+        zero = _low_bits(zero_point.reshape(scale_shape), bits, signed=False)
+        zero.set_friendly_name(f"{name}.weight/zero_point")
+        node = ops.subtract(node, ops.convert(zero, "f16"))
+    factor = ops.constant(np.ascontiguousarray(scale.reshape(scale_shape)))
+    factor.set_friendly_name(f"{name}.weight/scale")
+    node = ops.multiply(node, factor)
+    if groups > 1:
+        node = ops.reshape(node, np.array([outputs, inputs], np.int64), special_zero=False)
+    _replace(constant, ops.convert(node, "f32"))
+
+
+def _codes_of(constant: Any) -> np.ndarray:
+    """Integers of a 4- or 8-bit Constant, int16 in its shape."""
+    kind, shape = constant.get_element_type(), list(constant.get_output_shape(0))
+    if kind in (ov.Type.i8, ov.Type.u8):
+        return constant.data.astype(np.int16)
+    packed = np.frombuffer(constant.get_tensor_view().data, np.uint8).reshape(-1)
+    values = unpack_nibbles(packed.reshape(1, -1), int(np.prod(shape)))[0].astype(np.int16)
+    if kind == ov.Type.i4:
+        values = np.where(values > 7, values - 16, values)
+    return values.reshape(shape)
+
+
+def read_back(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Codes uint8 ``[out, in]``, scale float16 and zero point uint8 ``[out, groups]`` by Linear.
+
+    Read from the written file, for ``verify``.
+    """
+    graph = ov.Core().read_model(folder / MODEL)
+    constants = {
+        node.get_friendly_name(): node
+        for node in graph.get_ops()
+        if node.get_type_name() == "Constant"
+    }
+    found = {}
+    for key, scale_node in constants.items():
+        if not key.endswith(".weight/scale"):
+            continue
+        weight = constants[key.removesuffix("/scale")]
+        bits = 4 if weight.get_element_type() in (ov.Type.i4, ov.Type.u4) else 8
+        scale = scale_node.data.reshape(weight.get_output_shape(0)[0], -1)
+        values = _codes_of(weight).reshape(scale.shape[0], -1)
+        zero_node = constants.get(key.removesuffix("scale") + "zero_point")
+        if zero_node is None:
+            values = values + 2 ** (bits - 1)
+            zero = np.full(scale.shape, 2 ** (bits - 1), np.uint8)
+        else:
+            zero = _codes_of(zero_node).reshape(scale.shape).astype(np.uint8)
+        name = key.removesuffix(".weight/scale")
+        found[name] = (values.astype(np.uint8), scale.copy(), zero)
+    return found
+
+
+class OpenVinoSession:
+    """A stateful IR; the cache lives in the runtime."""
+
+    def __init__(self, compiled: Any):
+        self.compiled = compiled
+        self.request = compiled.create_infer_request()
+        self.names = {name for port in compiled.inputs for name in port.names}
+        self.reset()
+
+    def reset(self) -> None:
+        self.request.reset_state()
+        self.past = 0
+
+    def forward(self, ids: np.ndarray) -> np.ndarray:
+        batch, length = ids.shape
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": np.ones((batch, self.past + length), np.int64),
+            "position_ids": np.tile(np.arange(self.past, self.past + length), (batch, 1)),
+            "beam_idx": np.arange(batch, dtype=np.int32),
+        }
+        self.request.infer({k: v for k, v in inputs.items() if k in self.names})
+        self.past += length
+        return self.request.get_tensor("logits").data.copy()
+
+
+def open_session(folder: Path, exact: bool, threads: int | None) -> OpenVinoSession:
+    """An OpenVINO folder on the CPU.
+
+    :param exact: float32 throughout, to compare with torch; else the runtime's defaults.
+    """
+    settings: dict[str, Any] = dict(EXACT) if exact else {}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    return OpenVinoSession(ov.Core().compile_model(folder / MODEL, "CPU", settings))
+
+
+def compressed_kernels(folder: Path) -> set[str]:
+    """The Linears whose runtime kernel reads 4- or 8-bit weights, from the compiled graph.
+
+    One that is missing was folded to floats by the plugin.
+    """
+    compiled = ov.Core().compile_model(folder / MODEL, "CPU")
+    found = set()
+    for node in compiled.get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        if info["runtimePrecision"].astype(str) in ("i4", "u4", "i8", "u8"):
+            for origin in info["originalLayersNames"].astype(str).split(","):
+                if origin.endswith("/aten::linear/MatMul"):
+                    found.add(origin.removeprefix("__module.").removesuffix("/aten::linear/MatMul"))
+    return found

@@ -1,0 +1,213 @@
+"""Tasks: a recipe's data as token ids for calibration, training and evaluation.
+
+Items become token ids here and nowhere else, so that every row of a report scores the same ids.
+No padding is made here: batches are formed of equal lengths (evaluation) or padded on the right
+with the padding masked out (training).
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqft_export.errors import UserError
+from sqft_export.recipe import Problems, Recipe, Text
+
+
+@dataclass(frozen=True)
+class Item:
+    """One evaluation item.
+
+    prompt: token ids the model is given (empty for plain text).
+    target: token ids that perplexity is measured on, after the prompt.
+    text: the expected answer, None for plain text.
+    """
+
+    prompt: list[int]
+    target: list[int]
+    text: str | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example: ids, and how many of the first ones stay out of the loss."""
+
+    ids: list[int]
+    skip: int
+
+
+@dataclass(frozen=True)
+class Data:
+    """A task read, split and tokenized.
+
+    train, validation: training items without and with what search may look at.
+    test: held-out items, for benchmark and verify alone.
+    truncated: training examples that were longer than the limit and were cut.
+    """
+
+    train: list[Example]
+    test: list[Item]
+    truncated: int
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """Objects of a jsonl file.
+
+    :raises UserError: naming the file and line that is not a JSON object, or an empty file.
+    """
+    items = []
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        try:
+            item = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{file}:{number}: not JSON: {error}") from error
+        if not isinstance(item, dict):
+            raise UserError(f"{file}:{number}: expected an object, found {type(item).__name__}")
+        items.append(item)
+    if not items:
+        raise UserError(f"{file}: has no items")
+    return items
+
+
+def _fill(template: str, item: dict[str, Any], file: Path, number: int) -> str:
+    try:
+        return template.format(**item)
+    except KeyError as error:
+        raise UserError(
+            f"{file}:{number}: the template asks for {error}; the item has {', '.join(item)}"
+        ) from error
+
+
+def problems(task: Problems, file: Path) -> list[tuple[str, str]]:
+    """Prompt and answer of every item of a jsonl file."""
+    return [
+        (_fill(task.prompt, item, file, n), _fill(task.answer, item, file, n))
+        for n, item in enumerate(read_jsonl(file), start=1)
+    ]
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse missing files and templates that do not fit their first item; no tokenizer needed."""
+    task = recipe.task
+    fields = ("train", "test") if isinstance(task, Problems) else ("text",)
+    for field in fields:
+        file = recipe.resolve(getattr(task, field))
+        if not file.is_file():
+            raise UserError(f"{recipe.file}: task.{field}: no such file: {file}")
+        if isinstance(task, Problems):
+            problems(task, file)
+    source = recipe.calibration.source
+    if source == "task":
+        return
+    if not recipe.resolve(source).is_file() or Path(source).suffix not in (".txt", ".jsonl"):
+        raise UserError(
+            f"{recipe.file}: calibration.source: found {source!r}; allowed are task and an "
+            "existing .txt or .jsonl file"
+        )
+
+
+def _problem_data(task: Problems, recipe: Recipe, tokenizer: Any) -> Data:
+    train, truncated = [], 0
+    for prompt, answer in problems(task, recipe.resolve(task.train)):
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        ids = prompt_ids + _continuation(tokenizer, prompt, answer) + [tokenizer.eos_token_id]
+        truncated += len(ids) > task.sequence_length
+        train.append(Example(ids[: task.sequence_length], len(prompt_ids)))
+    test = []
+    for prompt, answer in problems(task, recipe.resolve(task.test)):
+        target = [*_continuation(tokenizer, prompt, answer), tokenizer.eos_token_id]
+        test.append(Item(tokenizer(prompt)["input_ids"], target, answer))
+    return Data(train, test, truncated)
+
+
+def _continuation(tokenizer: Any, prompt: str, answer: str) -> list[int]:
+    """Ids of the answer as they follow the prompt's own ids."""
+    whole = tokenizer(prompt + answer)["input_ids"]
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    if whole[: len(prompt_ids)] == prompt_ids:
+        return whole[len(prompt_ids) :]
+    return tokenizer(answer, add_special_tokens=False)["input_ids"]
+
+
+def _windows(ids: list[int], length: int, first: list[int]) -> list[list[int]]:
+    """Whole windows of ``length`` ids, each led by the tokenizer's start token if it has one."""
+    step = length - len(first)
+    return [first + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
+
+
+def _text_data(task: Text, recipe: Recipe, tokenizer: Any) -> Data:
+    file = recipe.resolve(task.text)
+    text = file.read_text()
+    boundary = text.rfind("\n", 0, int(len(text) * (1 - task.test_share))) + 1
+
+    def windows(part: str) -> list[list[int]]:
+        ids = tokenizer(part, add_special_tokens=False)["input_ids"]
+        return _windows(ids, task.sequence_length, _first(tokenizer))
+
+    train, test = windows(text[:boundary]), windows(text[boundary:])
+    if not train or not test:
+        raise UserError(f"{file}: too short for windows of {task.sequence_length} tokens")
+    return Data(
+        [Example(ids, 1) for ids in train],
+        [Item(ids[:1], ids[1:], None) for ids in test],
+        truncated=0,
+    )
+
+
+def load(recipe: Recipe, tokenizer: Any) -> Data:
+    """Read, split and tokenize the recipe's task."""
+    if isinstance(recipe.task, Problems):
+        return _problem_data(recipe.task, recipe, tokenizer)
+    return _text_data(recipe.task, recipe, tokenizer)
+
+
+def calibration_samples(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
+    """Seeded choice of samples, each cut to the calibration length; lengths may differ.
+
+    :raises UserError: if the source has fewer samples than asked for.
+    """
+    config = recipe.calibration
+    samples = _calibration_source(recipe, tokenizer)
+    if len(samples) < config.samples:
+        where = "the training split" if config.source == "task" else config.source
+        raise UserError(
+            f"{recipe.file}: calibration.samples: found {config.samples}, but {where} has "
+            f"{len(samples)} of at most {config.sequence_length} tokens"
+        )
+    chosen = random.Random(recipe.seed).sample(samples, config.samples)
+    return [ids[: config.sequence_length] for ids in chosen]
+
+
+def _calibration_source(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
+    config = recipe.calibration
+    if config.source == "task":
+        return [example.ids for example in load(recipe, tokenizer).train]
+    file = recipe.resolve(config.source)
+    if file.suffix == ".jsonl":
+        texts = [_fill("{" + config.field + "}", item, file, 1) for item in read_jsonl(file)]
+        return [tokenizer(text)["input_ids"] for text in texts]
+    ids = tokenizer(file.read_text(), add_special_tokens=False)["input_ids"]
+    return _windows(ids, config.sequence_length, _first(tokenizer))
+
+
+def _first(tokenizer: Any) -> list[int]:
+    """What leads a window of text: the tokenizer's start token, if it has one."""
+    return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+
+
+def test_items(recipe: Recipe, data: Data) -> list[Item]:
+    """The items that every row of the benchmark scores: the first of the test split."""
+    return data.test[: recipe.benchmark.items]
+
+
+def final_answer(text: str, final: str | None) -> str:
+    """What is compared: all that follows the last ``final`` mark, blanks and commas aside."""
+    answer = text.rsplit(final, 1)[-1] if final else text
+    return answer.strip().replace(",", "")

@@ -1,0 +1,152 @@
+"""The training loop: transformers' Trainer, with the rank of every group drawn once a step."""
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from sqft_export.errors import UserError
+from sqft_export.recipe import Adapt
+from sqft_export.tasks import Example
+
+COMPLETE = "complete"  # written after a training checkpoint, so that a torn one is never resumed
+
+Ranks = dict[str, int]
+
+
+def draw_ranks(groups: list[str], ranks: tuple[int, ...], seed: int, step: int) -> Ranks:
+    """Rank of every group at an optimizer step; a function of its arguments alone.
+
+    Uniform and independent per group, as in NLS. Being stateless it is the same on every process
+    and after a resume.
+    """
+    rng = random.Random(f"{seed}/{step}")
+    return {group: rng.choice(ranks) for group in groups}
+
+
+class _Callback(TrainerCallback):
+    """Sets the ranks before each step, stops on a bad loss, seals checkpoints, moves the bar."""
+
+    def __init__(self, before_step: Callable[[int], None], advance: Callable[[], None]):
+        self.before_step, self.advance = before_step, advance
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.before_step(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.advance()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise UserError(
+                f"adapt: the loss is {loss} at step {state.global_step}; "
+                "lower adapt.learning_rate or use precision float32"
+            )
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / COMPLETE).touch()
+
+
+def collate(examples: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
+    """Right-padded batch; padding is out of attention and out of the loss."""
+    longest = max(len(e["ids"]) for e in examples)
+    ids = torch.full((len(examples), longest), pad)
+    labels = torch.full((len(examples), longest), -100)
+    mask = torch.zeros(len(examples), longest, dtype=torch.int64)
+    for row, example in enumerate(examples):
+        length = len(example["ids"])
+        ids[row, :length] = torch.tensor(example["ids"])
+        labels[row, example["skip"] : length] = ids[row, example["skip"] : length]
+        mask[row, :length] = 1
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def _last_complete(folder: Path) -> str | None:
+    """The newest whole checkpoint of an interrupted training."""
+    done = [mark.parent for mark in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    newest = max(done, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+    return str(newest) if newest else None
+
+
+def total_steps(config: Adapt, examples: int) -> int:
+    """Optimizer steps of a training."""
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None
+    return math.ceil(math.ceil(examples / config.batch) / config.accumulation * config.epochs)
+
+
+def train(
+    model: nn.Module,
+    examples: list[Example],
+    config: Adapt,
+    seed: int,
+    pad: int,
+    folder: Path,
+    before_step: Callable[[int], None],
+    advance: Callable[[], None],
+) -> list[dict[str, float]]:
+    """Train the adapters of ``model`` in place.
+
+    :param pad: token id that fills a batch on the right.
+    :param folder: holds training checkpoints; a training interrupted there is continued.
+    :param before_step: called with the number of the optimizer step about to run.
+    :return: loss and learning rate of every step.
+    :raises UserError: if every label is masked, or the loss is not finite.
+    """
+    skip = {"answer": lambda e: e.skip, "all": lambda e: 0}[config.loss_on]
+    rows = [{"ids": e.ids, "skip": skip(e)} for e in examples if skip(e) < len(e.ids)]
+    if not rows:
+        raise UserError("adapt: no training example has a token left for the loss")
+    steps = total_steps(config, len(rows))
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule
+        if config.schedule != "constant"
+        else "constant_with_warmup",
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        seed=seed,
+        data_seed=seed,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,  # type: ignore[arg-type]  # a list serves as a map-style dataset
+        data_collator=lambda batch: collate(batch, pad),
+        callbacks=[_Callback(before_step, advance)],
+    )
+    trainer.train(resume_from_checkpoint=_last_complete(folder))
+    model.eval()
+    return [
+        {"step": e["step"], "loss": e["loss"], "learning_rate": e["learning_rate"]}
+        for e in trainer.state.log_history
+        if "loss" in e
+    ]
+
+
+def write_log(file: Path, log: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(entry) + "\n" for entry in log))

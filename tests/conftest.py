@@ -1,0 +1,103 @@
+"""Shared fixtures: small random models, and one finished run of the embedded recipe."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from sqft_export import pipeline
+from sqft_export.recipe import Recipe, load
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).parent.parent
+SQFT = str(Path(sys.executable).parent / "sqft-export")
+TINY = ROOT / "sqft_export" / "builtin" / "tiny"
+SHARED = ROOT.parent / "shared" / "data"
+# Everything the recipe does, at a size that fits a test.
+SMALL = (
+    "adapt.steps=12",
+    "adapt.batch=8",
+    "adapt.save_steps=4",
+    "calibration.samples=16",
+    "benchmark.items=8",
+    "benchmark.repeats=2",
+    "benchmark.new_tokens=4",
+    "verify.prompts=8",
+)
+
+
+def small_recipe(*overrides: str, name: str = "tiny", model_path: Path | None = None) -> Recipe:
+    return load(ROOT / "recipes" / f"{name}.yaml", (*SMALL, *overrides), model_path)
+
+
+def start_run(root: Path) -> subprocess.Popen:
+    """The embedded recipe on the command line, as a user starts it."""
+    return subprocess.Popen(
+        [SQFT, "run", "recipes/tiny.yaml", *SMALL, "--runs", str(root)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_cli(tmp_path_factory) -> subprocess.CompletedProcess:
+    """The finished command; ``args[-1]`` is the folder of its runs."""
+    process = start_run(tmp_path_factory.mktemp("runs"))
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return subprocess.CompletedProcess(process.args, 0, out, err)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_cli) -> dict:
+    """Artifacts of the embedded recipe, run to its report."""
+    return pipeline.run(small_recipe(), Path(tiny_cli.args[-1]) / "tiny")
+
+
+def random_model(folder: Path, seed: int = 0, **config) -> Path:
+    """A Llama folder with random weights and the embedded tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 172,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig(**(sizes | config))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_llama(tmp_path_factory) -> Path:
+    return random_model(tmp_path_factory.mktemp("llama"))
+
+
+def copy_run(artifacts: dict, root: Path) -> Path:
+    """A private copy of a run's folder, to damage."""
+    source = next(iter(artifacts.values())).path.parent
+    return Path(shutil.copytree(source, root / "copy"))
+
+
+def test_prompts(count: int) -> list[str]:
+    lines = (TINY / "test.jsonl").read_text().splitlines()[:count]
+    return [f"Question: {json.loads(line)['question']}\nAnswer:" for line in lines]
+
+
+test_prompts.__test__ = False

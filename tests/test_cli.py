@@ -1,0 +1,87 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SQFT = str(Path(sys.executable).parent / "sqft-export")
+
+
+def sqft(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    return subprocess.run(
+        [SQFT, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_help_imports_neither_torch_nor_a_runtime():
+    code = (
+        "import sys\nfrom sqft_export import cli\n"
+        "heavy = {'torch', 'transformers', 'openvino', 'onnxruntime', 'onnx'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert "run" in sqft("--help").stdout
+
+
+@pytest.mark.parametrize("name", ["tiny", "mistral"])
+def test_recipes_pass_plan(name, tmp_path):
+    done = sqft("plan", f"recipes/{name}.yaml", "--runs", str(tmp_path), "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert [p["pass"] for p in document["passes"]][:5] == [
+        "sparsify",
+        "quantize",
+        "adapt",
+        "search",
+        "merge",
+    ]
+    assert document["disk"]["needed_bytes"] > 0
+    assert not any(tmp_path.iterdir())
+    if name == "mistral":
+        predicted = {p["pass"]: p["predicted_bytes"] for p in document["passes"]}
+        # 14.5 GB of float16 and one mask bit a weight; 4.2 GB in INT4 and the mask.
+        assert 15.0e9 < predicted["sparsify"] < 15.6e9
+        assert 4.8e9 < predicted["merge"] < 5.2e9
+
+
+def faults(*overrides: str) -> str:
+    done = sqft("run", "recipes/tiny.yaml", *overrides)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    return done.stderr
+
+
+def test_what_does_not_fit_the_model_is_refused_before_any_work(tmp_path):
+    runs = ("--runs", str(tmp_path))
+    assert "adapt.ranks: found 128, but k_proj has only 64" in faults("adapt.ranks=[128]", *runs)
+    assert "allowed are down_proj, gate_proj, k_proj" in faults(
+        "adapt.target_modules=[q_proj,k_proj,v_proj,out]", *runs
+    )
+    assert "task.train: no such file" in faults("task.train=nope.jsonl", *runs)
+    assert "the template asks for 'query'; the item has question, answer" in faults(
+        "task.prompt='{query}'", *runs
+    )
+    assert "no Hugging Face model in /nowhere" in faults("model.path=/nowhere", *runs)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_hub_that_is_out_of_reach_is_one_sentence_with_two_ways_out(tmp_path):
+    hub = "model={hub: nobody/nothing}"
+    done = sqft("run", "recipes/tiny.yaml", hub, "--runs", str(tmp_path))
+    assert done.returncode == 2
+    assert "can't be fetched" in done.stderr
+    assert "MODEL_PATH=<folder>" in done.stderr
+    assert "make recipe" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_model_type_there_is_no_family_for_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    done = sqft("run", "recipes/tiny.yaml", "--model-path", str(tmp_path))
+    assert done.returncode == 2
+    assert "found 'mixtral', allowed are llama, mistral" in done.stderr

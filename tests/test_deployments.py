@@ -1,0 +1,207 @@
+"""Exported folders in the runtimes' own hands."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from conftest import SHARED, random_model, small_recipe, test_prompts
+from sqft_export import pipeline
+from sqft_export.checkpoint import Checkpoint
+from sqft_export.compressed import load_float_model, read_packed
+from sqft_export.targets import onnx as onnx_target
+from sqft_export.targets import target
+
+PROMPTS = test_prompts(4)
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_run) -> list[list[int]]:
+    """Greedy ids of the merged model in torch."""
+    folder = tiny_run["merge"].path / "model"
+    model, tokenizer = load_float_model(folder), AutoTokenizer.from_pretrained(folder)
+    return [
+        _generate(model, tokenizer(prompt, return_tensors="pt", return_token_type_ids=False))
+        for prompt in PROMPTS
+    ]
+
+
+def _generate(model, inputs) -> list[int]:
+    out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return out[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_optimum_intel_loads_and_generates(tiny_run, expected):
+    from optimum.intel import OVModelForCausalLM
+
+    folder = tiny_run["export-openvino"].path / "model"
+    exact = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+        "KV_CACHE_PRECISION": "f32",
+    }
+    model = OVModelForCausalLM.from_pretrained(folder, ov_config=exact)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for prompt, ids in zip(PROMPTS, expected, strict=True):
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        assert _generate(model, inputs) == ids
+
+
+def test_openvino_genai_loads_tokenizes_and_generates(tiny_run, expected):
+    import openvino_genai
+
+    folder = tiny_run["export-openvino"].path / "model"
+    pipe = openvino_genai.LLMPipeline(
+        str(folder),
+        "CPU",
+        INFERENCE_PRECISION_HINT="f32",
+        DYNAMIC_QUANTIZATION_GROUP_SIZE=0,
+        KV_CACHE_PRECISION="f32",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for prompt, ids in zip(PROMPTS, expected, strict=True):
+        said = pipe.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
+        assert said == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_onnxruntime_genai_loads_tokenizes_and_generates(tiny_run, expected, tmp_path):
+    import onnxruntime_genai as og
+
+    deployed = tiny_run["export-onnx"].path / "model"
+    og.Model(str(deployed))
+    # As deployed, activations are rounded to int8 and a token may differ from torch's.
+    folder = shutil.copytree(deployed, tmp_path / "exact")
+    (folder / "model.onnx").write_bytes(onnx_target._with_accuracy(folder, 1))
+    model = og.Model(str(folder))
+    tokenizer = og.Tokenizer(model)
+    tokenizer.update_options(add_special_tokens="true")
+    for prompt, ids in zip(PROMPTS, expected, strict=True):
+        tokens = tokenizer.encode(prompt)
+        assert tokens.tolist() == AutoTokenizer.from_pretrained(folder)(prompt)["input_ids"]
+        params = og.GeneratorParams(model)
+        params.set_search_options(max_length=len(tokens) + NEW_TOKENS, do_sample=False)
+        generator = og.Generator(model, params)
+        generator.append_tokens(tokens)
+        said = []
+        while not generator.is_done():
+            generator.generate_next_token()
+            said.append(int(generator.get_next_tokens()[0]))
+        assert said == ids
+
+
+def test_genai_config_is_what_the_graph_has(tiny_run):
+    import onnx
+
+    folder = tiny_run["export-onnx"].path / "model"
+    decoder = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
+    graph = onnx.load(folder / decoder["filename"], load_external_data=False).graph
+    inputs = {i.name for i in graph.input}
+    for layer in range(decoder["num_hidden_layers"]):
+        assert decoder["inputs"]["past_key_names"] % layer in inputs
+    assert (folder / "model.onnx.data").stat().st_size > 1e6
+
+
+GRIDS = [
+    pytest.param(4, True, 64, id="int4-symmetric"),
+    pytest.param(4, False, 32, id="int4-asymmetric"),
+    pytest.param(8, True, 64, id="int8-symmetric"),
+    pytest.param(8, False, 32, id="int8-asymmetric"),
+    pytest.param(4, False, None, id="int4-per-channel"),
+]
+
+
+def run_to_verify(recipe, root, monkeypatch) -> dict:
+    passes = pipeline.plan.pass_names(recipe)
+    monkeypatch.setattr(pipeline.plan, "pass_names", lambda _: passes[: passes.index("verify") + 1])
+    return pipeline.run(recipe, root)
+
+
+@pytest.mark.parametrize(("bits", "symmetric", "group_size"), GRIDS)
+def test_every_grid_reaches_both_runtimes_bit_for_bit(
+    tmp_path, monkeypatch, bits, symmetric, group_size
+):
+    """Rows of 172 inputs fall back to one group; `verify` raises on any difference."""
+    model = random_model(tmp_path / "model", seed=bits)
+    size = "null" if group_size is None else group_size
+    recipe = small_recipe(
+        f"quantize={{method: gptq, bits: {bits}, symmetric: {symmetric}, group_size: {size}}}",
+        "adapt.steps=2",
+        "adapt.ranks=[8, 4]",
+        model_path=model,
+    )
+    artifacts = run_to_verify(recipe, tmp_path / "runs", monkeypatch)
+    checks = artifacts["verify"].metrics["checks"]
+    assert all(check["passed"] for check in checks)
+    kernels = [c for c in checks if c["name"].startswith("layers on compressed kernels")]
+    assert [c["compared"] for c in kernels] == [14, 14]
+
+
+def test_float_results_reach_both_runtimes_with_their_zeros(tmp_path, monkeypatch):
+    model = random_model(tmp_path / "model")
+    recipe = small_recipe(
+        "quantize.method=none",
+        "adapt.pipeline=sparsepeft",
+        "adapt.steps=2",
+        "adapt.ranks=[8, 4]",
+        model_path=model,
+    )
+    artifacts = run_to_verify(recipe, tmp_path / "runs", monkeypatch)
+    names = {c["name"] for c in artifacts["verify"].metrics["checks"] if c["passed"]}
+    assert "logits: merged in torch and openvino" in names
+    assert "logits: merged in torch and onnx" in names
+    assert artifacts["merge"].metrics["sparsity"]["all"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_prompts_longer_than_a_block_and_batches_agree_after_the_cache_is_used(tiny_run):
+    merged = target("torch").open_session(tiny_run["merge"].path / "model", True, None)
+    ids = np.random.RandomState(0).randint(5, 400, (4, 150))
+    for name in ("openvino", "onnx"):
+        session = target(name).open_session(tiny_run[f"export-{name}"].path / "model", True, None)
+        merged.reset()
+        for part in (ids[:, :147], ids[:, 147:148], ids[:, 148:149]):
+            ours, theirs = merged.forward(part), session.forward(part)
+            assert np.abs(ours - theirs).max() / ours.std() < 1e-4
+
+
+def test_the_merged_folder_says_what_it_is(tiny_run):
+    checkpoint = Checkpoint(tiny_run["merge"].path / "model")
+    quantization = checkpoint.config["quantization_config"]
+    assert quantization["quant_method"] == "gptq"
+    assert (quantization["bits"], quantization["group_size"]) == (4, 64)
+    assert quantization["sym"] is True and quantization["desc_act"] is False
+    assert len(checkpoint.packed) == 28
+    codes, grid = read_packed(checkpoint, "model.layers.0.mlp.down_proj")
+    assert codes.shape == (256, 640) and grid.scale.dtype == torch.float16
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data folder")
+@pytest.mark.parametrize("checkpoint", ["stories260K", "tinystories-656K"])
+def test_models_nobody_here_made_pass_every_check(tmp_path, checkpoint):
+    recipe = small_recipe(
+        "benchmark.baselines=[]",
+        "benchmark.items=4",
+        name="stories",
+        model_path=Path(SHARED / "checkpoints" / checkpoint),
+    )
+    artifacts = pipeline.run(recipe, tmp_path)
+    assert all(check["passed"] for check in artifacts["verify"].metrics["checks"])
+    report = json.loads((artifacts["report"].path / "report.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["OpenVINO", "ONNX Runtime"]
+    assert report["measure"] == "tokens predicted right"
+
+
+def test_exporting_reports_nothing_over_the_network():
+    code = (
+        "import sys, sqft_export.targets.openvino\n"
+        "import optimum.exporters.openvino, nncf, openvino.tools.ovc\n"
+        "assert sys.modules['openvino_telemetry'] is None\n"
+        "assert 'openvino_telemetry.main' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

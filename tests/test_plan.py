@@ -1,0 +1,75 @@
+import importlib.util
+
+import pytest
+
+from conftest import random_model, small_recipe
+from sqft_export import plan, sources
+from sqft_export.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """A model whose down projections have 172 inputs."""
+    return random_model(tmp_path_factory.mktemp("odd"))
+
+
+def test_a_group_size_that_does_not_divide_is_shown_or_refused(odd):
+    allowed = small_recipe("quantize.group_size=64", model_path=odd)
+    layout = plan.check(allowed, odd)
+    assert plan.fallbacks(allowed, layout) == {
+        f"model.layers.{block}.mlp.down_proj": 172 for block in range(2)
+    }
+    refused = small_recipe(
+        "quantize.group_size=64", "quantize.group_size_fallback=error", model_path=odd
+    )
+    with pytest.raises(UserError, match=r"64, which does not divide the 172 inputs of model.lay"):
+        plan.check(refused, odd)
+
+
+def test_a_pattern_that_does_not_divide_is_refused(odd):
+    recipe = small_recipe("sparsify={method: wanda, pattern: '4:8'}", model_path=odd)
+    with pytest.raises(UserError, match=r"down_proj has 172 inputs, which 8 does not divide"):
+        plan.check(recipe, odd)
+
+
+def test_a_target_that_is_not_installed_is_refused_with_what_to_install(odd, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n: None if n == "onnxruntime_genai" else find(n)
+    )
+    with pytest.raises(UserError, match=r"onnx needs onnxruntime_genai.*sqft-export\[onnx\]"):
+        plan.check(small_recipe(model_path=odd), odd)
+
+
+def test_too_little_disk_is_refused_with_bytes(odd, monkeypatch, tmp_path):
+    recipe = small_recipe(model_path=odd)
+    layout = plan.check(recipe, odd)
+    monkeypatch.setattr(plan, "disk_bytes", lambda *_: (5 * 2**30, 2**30))
+    with pytest.raises(UserError, match=r"5.0 GiB needed in .*, 1.0 GiB free"):
+        plan.check_disk(recipe, layout, tmp_path)
+
+
+def test_a_config_that_is_not_the_expected_one_is_refused(odd):
+    recipe = small_recipe(f"model={{path: {odd}, config: {{hidden_size: 4096}}}}")
+    with pytest.raises(UserError, match=r"hidden_size: the recipe expects 4096, .* has 64"):
+        plan.check(recipe, odd)
+
+
+def test_predicted_bytes_are_those_written(tiny_run):
+    recipe = small_recipe()
+    folder = sources.model_folder(recipe, download=False)
+    predicted = plan.predict_bytes(recipe, plan.layout_of(recipe, folder))
+    for name in ("sparsify", "quantize", "merge", "adapt"):
+        path = tiny_run[name].path
+        written = sum(f.stat().st_size for f in path.rglob("*.safetensors"))
+        assert written == pytest.approx(predicted[name], rel=0.05), name
+
+
+def test_a_truncated_checkpoint_is_named(odd, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(odd, tmp_path / "copy")
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"model.safetensors: \d+ bytes announced, \d+ there"):
+        plan.check(small_recipe(model_path=copy), copy)
