@@ -45,7 +45,7 @@ format: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (once, a few minutes)"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --retries 1 --timeout 20 --extra-index-url $(TORCH_INDEX) "$(TORCH)"
+	$(PIP) --retries 1 --timeout 20 --no-deps --extra-index-url $(TORCH_INDEX) "$(TORCH)"
 	$(PIP) --editable ".[dev]"
 	@touch $@
 

@@ -16,7 +16,7 @@ from sqft_export.selection import matches
 
 NEEDS = {
     "openvino": ("openvino", "openvino_tokenizers", "optimum.intel"),
-    "onnx": ("onnxruntime", "onnxruntime_genai", "onnx"),
+    "onnx": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir"),
 }
 
 
