@@ -96,7 +96,10 @@ class CompressedLinear(nn.Linear):
         return gradient * inside(adapted, self.grid) if self.grid else gradient
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.effective_weight(None).to(x.dtype), self.bias)
+        return self.with_bias(nn.functional.linear(x, self.effective_weight(None).to(x.dtype)))
+
+    def with_bias(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class _Adapted(torch.autograd.Function):
@@ -147,8 +150,7 @@ class ElasticLoraLinear(PeftLinear):
         # Dropout acts on the adapter alone: whole input columns of A, the same for all tokens of
         # a step, since the update is one matrix that goes through the grid.
         lora_a = lora_a * self.lora_dropout[ADAPTER](lora_a.new_ones(self.in_features))
-        y = _Adapted.apply(x, lora_a, lora_b, base, scaling)
-        return y if base.bias is None else y + base.bias
+        return base.with_bias(_Adapted.apply(x, lora_a, lora_b, base, scaling))
 
 
 def load_compressed(

@@ -25,7 +25,7 @@ CONSUMES = (
     "benchmark",
 )
 READS = ()
-VERSION = 1
+VERSION = 2
 SCHEMA = 1
 
 COLUMNS = (
