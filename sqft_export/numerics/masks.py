@@ -16,9 +16,13 @@ def drop_lowest(scores: Tensor, count: int) -> Tensor:
     :param scores: ``[rows, columns]``, any float dtype.
     :return: bool ``[rows, columns]``, True = kept.
     """
-    mask = torch.ones_like(scores, dtype=torch.bool)
-    dropped = scores.argsort(dim=1, stable=True)[:, :count]
-    return mask.scatter_(1, dropped, False)
+    if count == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    # Selecting the count-th score is linear in the columns, sorting them is not.
+    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
+    below, tied = scores < threshold, scores == threshold
+    wanted = count - below.sum(dim=1, keepdim=True)
+    return ~(below | (tied & (tied.cumsum(dim=1) <= wanted)))
 
 
 def drop_share(scores: Tensor, sparsity: float) -> Tensor:
