@@ -3,28 +3,35 @@
     python benchmarks/compression.py --model <Hugging Face folder> --text <text file>
 
 Every combination of {magnitude, wanda, sparsegpt} at 50 % and {none, INT8, INT4} by {rtn, plain
-gptq, mask-aware gptq}: mean relative output error of the decoder Linears on calibration inputs of
-the dense model, perplexity on held-out text, and the share of pruned positions still zero. Plain
-GPTQ is the same code with nothing marked as pruned, which is what GPTQ does to a sparse model.
+gptq, mask-aware gptq, nncf with AWQ and scale estimation}: mean relative output error of the
+decoder Linears on calibration inputs of the dense model, perplexity on held-out text, and the share
+of pruned positions still zero. Plain GPTQ is the same code with nothing marked as pruned, which is
+what GPTQ does to a sparse model. AWQ moves scales between a block's Linears, so nncf's output error
+per Linear means nothing and is left out.
 
 Then, on one Linear, GPTQ and Wanda against a transcription of the published algorithms, in turns.
 """
 
 import argparse
+import contextlib
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from document import finish, spread, table
 from torch import Tensor
 
-from sqft_export.calibration import walk
+from sqft_export.calibration import Block, Inputs, walk
 from sqft_export.checkpoint import Checkpoint
 from sqft_export.compressed import load_float_model
 from sqft_export.evaluate import likelihood
 from sqft_export.numerics.affine import fake_quantize
 from sqft_export.numerics.groups import fallback_group_size
-from sqft_export.quantizers import gptq, rtn
+from sqft_export.numerics.hessian import inverse_factor
+from sqft_export.quantizers import gptq, nncf, rtn
+from sqft_export.recipe import Quantize
 from sqft_export.sparsifiers import Rule, magnitude, sparsegpt, wanda
 from sqft_export.targets.torch import TorchSession
 from sqft_export.tasks import load_tokenizer
@@ -32,7 +39,8 @@ from sqft_export.tasks import load_tokenizer
 GROUP_SIZE = 32
 WINDOW, CALIBRATION, TEST = 256, 48, 32
 SPARSIFIERS = {"dense": None, "magnitude": magnitude, "wanda": wanda, "sparsegpt": sparsegpt}
-QUANTIZERS = ("none", "rtn", "gptq plain", "gptq mask-aware")
+QUANTIZERS = ("none", "rtn", "gptq plain", "gptq mask-aware", "nncf")
+DAMPING = 0.01
 
 
 def windows(folder: Path, text: Path) -> tuple[list[Tensor], list[list[int]]]:
@@ -42,69 +50,72 @@ def windows(folder: Path, text: Path) -> tuple[list[Tensor], list[list[int]]]:
     return [torch.tensor(w) for w in whole[:CALIBRATION]], whole[-TEST:]
 
 
-class Hessians:
-    """``X^T X`` of every Linear of the block at hand."""
+def pruned(weight: Tensor, hessian: Tensor, sparsifier) -> tuple[Tensor, Tensor]:
+    """Weight and mask after one sparsifier."""
+    if sparsifier is None:
+        return weight, torch.ones_like(weight, dtype=torch.bool)
+    inputs = {
+        "nothing": lambda: None,
+        "norms": lambda: hessian.diagonal().sqrt(),
+        "factor": lambda: factor_of(hessian),
+    }[sparsifier.NEEDS]()
+    return sparsifier.compress(weight, Rule(0.5, None), inputs)
 
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
 
-    def __call__(self, name: str, inputs: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0) + inputs.T @ inputs
-
-
-def compress(weight: Tensor, hessian: Tensor, sparsifier, quantizer: str, bits: int):
-    """Weight after one combination, and its mask."""
-    mask = torch.ones_like(weight, dtype=torch.bool)
-    if sparsifier is not None:
-        inputs = {
-            "nothing": None,
-            "norms": hessian.diagonal().sqrt(),
-            "hessian": hessian,
-        }[sparsifier.NEEDS]
-        weight, mask = sparsifier.compress(weight, Rule(0.5, None), inputs)
+def quantized(
+    block: Block, masks: dict[str, Tensor], hessians: dict[str, Tensor], quantizer: str, bits: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and result of every Linear of a pruned block."""
     if quantizer == "none":
-        return weight, mask
-    method = rtn if quantizer == "rtn" else gptq
-    seen = torch.ones_like(mask) if quantizer == "gptq plain" else mask
-    group_size = fallback_group_size(weight.shape[1], GROUP_SIZE)
-    result, grid = method.compress(weight, seen, bits, group_size, True, hessian, 0.01)
-    return fake_quantize(result, grid), mask
+        yield from ((name, linear.weight.clone()) for name, linear in block.linears.items())
+    elif quantizer == "nncf":
+        # Its INT8 is per channel and looks at no data.
+        config = Quantize(method="nncf", bits=bits, group_size=GROUP_SIZE if bits == 4 else None)
+        with contextlib.redirect_stdout(sys.stderr):  # NNCF's tables and bars
+            found = list(nncf.compress_block(block, masks.__getitem__, config))
+        yield from ((name, fake_quantize(weight, grid)) for name, weight, grid in found)
+    else:
+        for name, linear in block.linears.items():
+            mask = torch.ones_like(masks[name]) if quantizer == "gptq plain" else masks[name]
+            options = bits, fallback_group_size(linear.in_features, GROUP_SIZE), True
+            method = rtn if quantizer == "rtn" else gptq
+            factor = factor_of(hessians[name]) if method is gptq else None
+            yield name, fake_quantize(*method.compress(linear.weight, mask, *options, factor))
 
 
 def run(folder: Path, samples: list[Tensor], test, dense: dict, choice) -> dict[str, float]:
     """One row: compress block by block, then score the whole model."""
-    checkpoint, collected = Checkpoint(folder), Hessians()
-    model = load_float_model(folder)
-    errors, kept, pruned = [], 0, 0
-    for block in walk(checkpoint, samples, collected):
+    sparsifier, quantizer, bits = choice
+    model, inputs = load_float_model(folder), Inputs("hessian")
+    errors, kept, dropped = [], 0, 0
+    for block in walk(Checkpoint(folder), samples, inputs.collector):
+        weights = {name: linear.weight.clone() for name, linear in block.linears.items()}
+        hessians = {name: inputs.take(name) for name in weights}
+        masks = {}
         for name, linear in block.linears.items():
-            weight = linear.weight.clone()
-            result, mask = compress(weight, collected.sums.pop(name), *choice)
-            hessian = dense[name]
-            difference = result - weight
-            errors.append(
-                float(
-                    ((difference @ hessian) * difference).sum()
-                    / ((weight @ hessian) * weight).sum()
-                )
-            )
-            pruned += int((~mask).sum())
-            kept += int((result[~mask] == 0).sum())
-            linear.weight.copy_(result)
+            sparse, masks[name] = pruned(weights[name], hessians[name], sparsifier)
+            linear.weight.copy_(sparse)
+        for name, result in quantized(block, masks, hessians, quantizer, bits):
+            difference, weight = result - weights[name], weights[name]
+            energy = ((weight @ dense[name]) * weight).sum()
+            errors.append(float(((difference @ dense[name]) * difference).sum() / energy))
+            dropped += int((~masks[name]).sum())
+            kept += int((result[~masks[name]] == 0).sum())
+            block.linears[name].weight.copy_(result)
             model.get_submodule(name).weight.data.copy_(result)
     scored = likelihood(TorchSession(model), [ids[:1] for ids in test], [ids[1:] for ids in test])
     return {
-        "output_error": sum(errors) / len(errors),
+        "output_error": sum(errors) / len(errors) if quantizer != "nncf" else float("nan"),
         "perplexity": scored["perplexity"],
-        "zeros_kept": kept / pruned if pruned else 1.0,
+        "zeros_kept": kept / dropped if dropped else 1.0,
     }
 
 
 def dense_hessians(folder: Path, samples: list[Tensor]) -> dict[str, Tensor]:
-    collected = Hessians()
-    for _ in walk(Checkpoint(folder), samples, collected):
-        pass
-    return collected.sums
+    inputs, found = Inputs("hessian"), {}
+    for block in walk(Checkpoint(folder), samples, inputs.collector):
+        found |= {name: inputs.take(name) for name in block.linears}
+    return found
 
 
 def published_gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int) -> Tensor:
@@ -142,6 +153,10 @@ def published_wanda(weight: Tensor, norms: Tensor) -> Tensor:
     return result
 
 
+def factor_of(hessian: Tensor) -> Tensor:
+    return inverse_factor(hessian.clone(), DAMPING)
+
+
 def seconds(function) -> float:
     started = time.perf_counter()
     function()
@@ -156,7 +171,7 @@ def speed(repeats: int) -> dict[str, dict[str, float]]:
     norms, mask = hessian.diagonal().sqrt(), torch.ones(1024, 2048, dtype=torch.bool)
     pairs = {
         "gptq_time": (
-            lambda: gptq.compress(weight, mask, 4, 128, True, hessian, 0.01),
+            lambda: gptq.compress(weight, mask, 4, 128, True, factor_of(hessian)),
             lambda: published_gptq(weight, hessian, 4, 128),
         ),
         "wanda_time": (
@@ -180,7 +195,9 @@ def error_ratio() -> dict[str, float]:
         mixing = torch.randn(512, 512, generator=generator) / 512**0.5 + torch.eye(512)
         samples = torch.randn(2048, 512, generator=generator) @ mixing
         hessian, mask = samples.T @ samples, torch.ones(256, 512, dtype=torch.bool)
-        ours = fake_quantize(*gptq.compress(weight, mask, 4, 128, True, hessian, 0.01)) - weight
+        ours = (
+            fake_quantize(*gptq.compress(weight, mask, 4, 128, True, factor_of(hessian))) - weight
+        )
         theirs = published_gptq(weight, hessian, 4, 128) - weight
         ratios.append(float(((ours @ hessian) * ours).sum() / ((theirs @ hessian) * theirs).sum()))
     return spread(ratios)

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from sqft_export.checkpoint import Checkpoint
 from sqft_export.compressed import load_float_model, load_grids, load_packed_masks
 from sqft_export.errors import UserError
-from sqft_export.numerics.affine import Grid, dequantize, inside, quantize
+from sqft_export.numerics.affine import Grid, dequantize, fake_quantize, inside, quantize
 from sqft_export.numerics.masks import unpack_mask
 
 ADAPTER = "default"
@@ -168,14 +168,17 @@ def load_compressed(
         model = load_float_model(folder)
     else:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    mask_bits = load_packed_masks(masks) if masks else {}
-    grid_of = load_grids(grids, linears) if grids else {}
+    mask_bits = load_packed_masks(masks)
+    grid_of = load_grids(grids)
     for name in linears:
         parent, _, child = name.rpartition(".")
         linear = CompressedLinear.from_linear(
             model.get_submodule(name), mask_bits.get(name), grid_of.get(name)
         )
         setattr(model.get_submodule(parent), child, linear)
+    for name in grid_of.keys() - linears.keys():  # embedding and head: not trained, only rounded
+        weight = model.get_submodule(name).weight
+        weight.data = fake_quantize(weight.data, grid_of[name])
     for module in model.modules():
         if not isinstance(module, CompressedLinear):
             for parameter in module.parameters(recurse=False):

@@ -18,8 +18,64 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sqft_export.checkpoint import Checkpoint
 from sqft_export.errors import UserError
+from sqft_export.numerics.hessian import inverse_factor
 
-Collector = Callable[[str, Tensor], None]  # full module name, inputs [tokens, in] float32
+Collector = Callable[[str, Tensor], None]  # full module name, float32 inputs [..., in]
+
+
+class Inputs:
+    """What a method needs of the calibration inputs of the block at hand.
+
+    Linears that are handed the same tensor (q, k and v; gate and up) share one sum.
+
+    needs: "nothing", "norms" (float32 ``[in]``, the L2 norm of every input channel), "hessian"
+        (float32 ``[in, in]``, ``X^T X`` over all tokens) or "factor" (its
+        :func:`~sqft_export.numerics.hessian.inverse_factor`).
+    damping: of the factor.
+    """
+
+    def __init__(self, needs: str, damping: float = 0.01):
+        self.needs, self.damping = needs, damping
+        self._last: tuple[str, Tensor] | None = None
+        self._owner: dict[str, str] = {}  # Linear -> the first one of those that share its sum
+        self._sums: dict[str, Tensor] = {}
+        self._ready: set[str] = set()  # owners whose sum was turned into what is taken
+
+    @property
+    def collector(self) -> Collector | None:
+        return None if self.needs in ("nothing", "block") else self._add
+
+    def _add(self, name: str, inputs: Tensor) -> None:
+        if self._last is not None and inputs is self._last[1]:
+            self._owner[name] = self._last[0]
+            return
+        self._last, self._owner[name] = (name, inputs), name
+        x = inputs.flatten(0, -2)
+        if name not in self._sums:
+            channels = x.shape[1]
+            self._sums[name] = x.new_zeros((channels,) * (1 if self.needs == "norms" else 2))
+        if self.needs == "norms":
+            self._sums[name] += x.square().sum(dim=0)
+        else:
+            self._sums[name].addmm_(x.T, x)
+
+    def take(self, name: str) -> Tensor | None:
+        """What was gathered for one Linear, which is then forgotten; None if nothing is needed."""
+        if self.collector is None:
+            return None
+        self._last = None
+        owner = self._owner.pop(name)
+        total = self._sums[owner]
+        if owner not in self._ready:
+            self._ready.add(owner)
+            if self.needs == "norms":
+                total.sqrt_()
+            elif self.needs == "factor":
+                inverse_factor(total, self.damping)
+        if owner not in self._owner.values():
+            self._ready.remove(owner)
+            del self._sums[owner]
+        return total
 
 
 @dataclass
@@ -27,12 +83,16 @@ class Block:
     """A decoder block in memory.
 
     index: its number.
-    linears: full name -> the Linear.
+    linears: full name -> the Linear; the widest first, so that a method which takes their inputs
+        one by one is soon rid of the largest sum.
+    calls: hidden states ``[1, length, hidden]`` and keyword arguments it is called with, one
+        entry a sample.
     """
 
     index: int
     module: nn.Module
     linears: dict[str, nn.Linear]
+    calls: list[tuple[Tensor, dict[str, Any]]]
 
 
 class _Stop(Exception):
@@ -60,6 +120,24 @@ def _empty_model(checkpoint: Checkpoint) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def _check_complete(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Every decoder weight must be stored under its own name: a mask or grid belongs to one.
+
+    Embedding and head may be one tensor; nothing here changes them.
+    """
+    blocks = f"{checkpoint.family.blocks}."
+    missing = [
+        name
+        for name, _ in model.named_parameters()
+        if name.startswith(blocks) and name not in checkpoint.headers
+    ]
+    if missing:
+        raise UserError(
+            f"{checkpoint.folder}: {missing[0]} is not stored ({len(missing)} missing in all); a "
+            "weight tied to another block's, or left out, can't be compressed"
+        )
+
+
 def _fill(model: nn.Module, checkpoint: Checkpoint, names: list[str]) -> None:
     for name, tensor in checkpoint.tensors(names):
         if not torch.isfinite(tensor).all():
@@ -85,57 +163,55 @@ def _first_inputs(
     return catcher.calls
 
 
-def _collect(block: Block, calls: list[tuple[Tensor, dict[str, Any]]], collector: Collector):
-    """Run the block on every call, each Linear's inputs going to the collector."""
+def _collect(block: Block, collector: Collector) -> None:
+    """Run the block on its inputs, each Linear's going to the collector."""
 
     def hook_of(name: str):
-        return lambda _module, args: collector(name, args[0].flatten(0, -2))
+        return lambda _module, args: collector(name, args[0])
 
     hooks = [
         linear.register_forward_pre_hook(hook_of(name)) for name, linear in block.linears.items()
     ]
-    _advance(block, calls)
+    for hidden, kwargs in block.calls:
+        block.module(hidden, **kwargs)
     for hook in hooks:
         hook.remove()
 
 
-def _advance(block: Block, calls: list[tuple[Tensor, dict[str, Any]]]) -> list[Tensor]:
-    outputs = []
-    for hidden, kwargs in calls:
+def _advance(block: Block) -> None:
+    """Replace the block's inputs by its outputs, a sample at a time."""
+    for index, (hidden, kwargs) in enumerate(block.calls):
         output = block.module(hidden, **kwargs)
-        outputs.append(output[0] if isinstance(output, tuple) else output)
-    return outputs
+        block.calls[index] = (output[0] if isinstance(output, tuple) else output, kwargs)
 
 
 @torch.no_grad()
 def walk(
-    checkpoint: Checkpoint, samples: list[Tensor], collector: Collector | None
+    checkpoint: Checkpoint, samples: list[Tensor] | None, collector: Collector | None
 ) -> Iterator[Block]:
     """Yield every block after its inputs were collected; change its weights before resuming.
 
     :param samples: token ids, each int64 ``[length]``; lengths may differ, nothing is padded.
-    :param collector: called with ``(name, inputs float32 [tokens, in])``; None when the caller
-        needs no activations (nothing is computed then).
-    :raises UserError: naming the file and the tensor with NaN or infinite weights.
+        None: nothing is computed, the blocks are read alone.
+    :param collector: called with ``(name, inputs float32 [1, length, in])`` for every Linear and
+        sample.
+    :raises UserError: naming the file and the tensor that is missing or has NaN or infinite
+        weights.
     """
     model = _empty_model(checkpoint)
-    calls = _first_inputs(model, checkpoint, samples) if collector else []
+    _check_complete(model, checkpoint)
+    calls = _first_inputs(model, checkpoint, samples or [])
     layers = model.get_submodule(checkpoint.family.blocks)
     for index in range(checkpoint.blocks):
         prefix = f"{checkpoint.family.blocks}.{index}"
-        names = checkpoint.block_names(index)
-        _fill(model, checkpoint, names)
+        _fill(model, checkpoint, checkpoint.block_names(index))
         module = layers[index]
-        linears = {
-            f"{prefix}.{name}": child
-            for name, child in module.named_modules()
-            if isinstance(child, nn.Linear)
-        }
-        block = Block(index, module, linears)
+        children = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)]
+        children.sort(key=lambda child: -child[1].in_features)
+        linears = {f"{prefix}.{name}": linear for name, linear in children}
+        block = Block(index, module, linears, calls)
         if collector:
-            _collect(block, calls, collector)
+            _collect(block, collector)
         yield block
-        if collector:
-            outputs = _advance(block, calls)
-            calls = [(out, kwargs) for out, (_, kwargs) in zip(outputs, calls, strict=True)]
+        _advance(block)
         module.to("meta")

@@ -1,9 +1,15 @@
 """Masks, grids and packed layers as the artifacts store them.
 
-masks.safetensors   <linear>                  uint8 [out, ceil(in / 8)], one bit a weight
-grids.safetensors   <linear>.scale            float16 [out, groups]
-                    <linear>.zero_point       uint8 [out, groups]      (metadata: bits)
-merged model        <linear>.qweight, ...     the GPTQ layout (numerics/packing.py)
+masks.safetensors   <linear>                       uint8 [out, ceil(in / 8)], one bit a weight
+grids.safetensors   <module>.scale                 float16 [out, groups]
+                    <module>.zero_point            uint8 [out, groups]
+                    <module>.bits_and_group_size   int64 [2]
+merged model        <linear>.qweight, ...          the GPTQ layout (numerics/packing.py)
+                    grids.safetensors              of embedding and head where these are INT8;
+                                                   loaders take them plain, so they are stored as
+                                                   floats that round to their codes on these grids
+
+The first two are sharded like a checkpoint where they are large.
 """
 
 import json
@@ -11,109 +17,138 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sqft_export.checkpoint import Checkpoint, copy_companions
-from sqft_export.numerics.affine import Grid, dequantize
+from sqft_export.numerics.affine import Grid, dequantize, quantize
 from sqft_export.numerics.masks import unpack_mask
 from sqft_export.numerics.packing import from_gptq
+from sqft_export.tensorfiles import TensorFiles, TensorWriter
 
-MASKS = "masks.safetensors"
-GRIDS = "grids.safetensors"
-
-
-def save_masks(folder: Path, packed: dict[str, Tensor]) -> None:
-    """Linear -> mask bits as ``pack_mask`` makes them."""
-    save_file(packed, folder / MASKS)
+MASKS, GRIDS = "masks", "grids"  # stems of their files
+HELD_BYTES = 32 * 2**20  # of either, before it is written
 
 
-def load_packed_masks(folder: Path) -> dict[str, Tensor]:
+def mask_writer(folder: Path) -> TensorWriter:
+    return TensorWriter(folder, MASKS, HELD_BYTES)
+
+
+def load_packed_masks(folder: Path | None) -> dict[str, Tensor]:
     """Linear -> mask bits, uint8 ``[out, ceil(in / 8)]``; empty where nothing was pruned."""
-    return load_file(folder / MASKS) if (folder / MASKS).is_file() else {}
-
-
-def load_mask(packed: dict[str, Tensor], name: str, shape: torch.Size) -> Tensor:
-    """bool ``[out, in]``, all True for a Linear that was not pruned."""
-    if name not in packed:
-        return torch.ones(shape, dtype=torch.bool)
-    return unpack_mask(packed[name], shape[1])
-
-
-def save_grids(folder: Path, grids: dict[str, Grid]) -> None:
-    tensors = {f"{name}.scale": grid.scale for name, grid in grids.items()}
-    tensors |= {f"{name}.zero_point": grid.zero_point for name, grid in grids.items()}
-    bits = {str(grid.bits) for grid in grids.values()}
-    assert len(bits) == 1, bits
-    save_file(tensors, folder / GRIDS, metadata={"bits": bits.pop()})
-
-
-def load_grids(folder: Path, linears: dict[str, tuple[int, int]]) -> dict[str, Grid]:
-    """Linear -> grid; empty where the model is not quantized.
-
-    :param linears: Linear -> (outputs, inputs), which the group sizes follow from.
-    """
-    if not (folder / GRIDS).is_file():
+    if folder is None:
         return {}
-    with safe_open(folder / GRIDS, framework="pt") as file:
-        bits = int(file.metadata()["bits"])
-        return {
-            name: Grid(
-                scale := file.get_tensor(f"{name}.scale"),
-                file.get_tensor(f"{name}.zero_point"),
-                bits,
-                inputs // scale.shape[1],
-            )
-            for name, (_, inputs) in linears.items()
-        }
+    files = TensorFiles(folder, MASKS)
+    return dict(files.tensors(files.headers))
+
+
+def load_mask(folder: Path | None, name: str, shape: torch.Size) -> Tensor:
+    """bool ``[out, in]``, all True for a Linear that was not pruned.
+
+    :param folder: artifact of sparsify, None where the recipe does without.
+    """
+    if folder is None:
+        return torch.ones(shape, dtype=torch.bool)
+    return unpack_mask(TensorFiles(folder, MASKS).tensor(name), shape[1])
+
+
+class GridWriter:
+    """Writes grids as they come; a context manager."""
+
+    def __init__(self, folder: Path):
+        self._tensors = TensorWriter(folder, GRIDS, HELD_BYTES)
+        self.sizes: dict[str, tuple[int, int]] = {}
+
+    def add(self, name: str, grid: Grid) -> None:
+        self.sizes[name] = (grid.bits, grid.group_size)
+        self._tensors.add(f"{name}.scale", grid.scale)
+        self._tensors.add(f"{name}.zero_point", grid.zero_point)
+        self._tensors.add(f"{name}.bits_and_group_size", torch.tensor(self.sizes[name]))
+
+    def __enter__(self) -> "GridWriter":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._tensors.__exit__(*failure)
+
+
+def load_grids(folder: Path | None) -> dict[str, Grid]:
+    """Module -> grid; empty where nothing is quantized."""
+    if folder is None or not (files := TensorFiles(folder, GRIDS)).exists:
+        return {}
+    suffix = ".scale"
+    names = [name.removesuffix(suffix) for name in files.headers if name.endswith(suffix)]
+    return {
+        name: Grid(
+            files.tensor(f"{name}.scale"),
+            files.tensor(f"{name}.zero_point"),
+            *files.tensor(f"{name}.bits_and_group_size").tolist(),
+        )
+        for name in names
+    }
 
 
 def quantization_config(grids: dict[str, Grid]) -> dict:
-    """The ``quantization_config`` of a merged model; odd groups are ``dynamic``."""
-    sizes = [grid.group_size for grid in grids.values()]
-    common = max(set(sizes), key=sizes.count)
+    """The ``quantization_config`` of a merged model; what differs in a layer is ``dynamic``."""
+    kinds = [_kind(grid) for grid in grids.values()]
+    common = max(dict.fromkeys(kinds), key=kinds.count)
     dynamic = {
-        rf"+:^{name}$".replace(".", r"\."): {
-            "bits": grid.bits,
-            "group_size": -1 if grid.scale.shape[1] == 1 else grid.group_size,
-        }
-        for name, grid in grids.items()
-        if grid.group_size != common
+        rf"+:^{name}$".replace(".", r"\."): dict(kind)
+        for name, kind in zip(grids, kinds, strict=True)
+        if kind != common
     }
-    first = next(iter(grids.values()))
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
-        "bits": first.bits,
-        "group_size": common,
-        "sym": all(grid.symmetric for grid in grids.values()),
+        **dict(common),
         "desc_act": False,
         "lm_head": False,
         **({"dynamic": dynamic} if dynamic else {}),
     }
 
 
-def read_packed(checkpoint: Checkpoint, name: str) -> tuple[Tensor, Grid]:
-    """Codes uint8 ``[out, in]`` and grid of one Linear of a merged model."""
+def _kind(grid: Grid) -> tuple[tuple[str, int | bool], ...]:
+    per_channel = grid.scale.shape[1] == 1
+    return (
+        ("bits", grid.bits),
+        ("group_size", -1 if per_channel else grid.group_size),
+        ("sym", grid.symmetric),
+    )
+
+
+def quantized_names(checkpoint: Checkpoint) -> list[str]:
+    """Modules with codes: packed Linears, then embedding and head where these have a grid."""
+    return [*checkpoint.packed, *load_grids(checkpoint.folder)]
+
+
+def read_quantized(checkpoint: Checkpoint, name: str) -> tuple[Tensor, Grid]:
+    """Codes uint8 ``[out, in]`` and grid of one module of a merged model."""
+    if f"{name}.qweight" not in checkpoint.headers:
+        grid = load_grids(checkpoint.folder)[name]
+        return quantize(checkpoint.tensor(f"{name}.weight"), grid), grid
     keys = [f"{name}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")]
     tensors = {key.rsplit(".", 1)[1]: tensor for key, tensor in checkpoint.tensors(keys)}
     groups, inputs = tensors["scales"].shape[0], tensors["g_idx"].shape[0]
-    bits = checkpoint.config["quantization_config"]["bits"]
+    bits = 32 * tensors["qweight"].shape[0] // inputs
     return from_gptq(tensors, bits, inputs // groups)
 
 
+def plain_names(checkpoint: Checkpoint) -> list[str]:
+    """Tensors stored as they are: all but the codes and grids of packed Linears."""
+    inside = tuple(f"{name}." for name in checkpoint.packed)
+    return [
+        name for name in checkpoint.headers if not name.startswith(inside) or name.endswith(".bias")
+    ]
+
+
 def float_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of a model as floats: stored ones as they are, packed ones dequantized."""
-    packed = checkpoint.packed
-    hidden = tuple(f"{name}." for name in packed)
-    plain = [name for name in checkpoint.headers if not name.startswith(hidden)]
-    yield from checkpoint.tensors(plain)
-    biases = [f"{name}.bias" for name in packed if f"{name}.bias" in checkpoint.headers]
-    yield from checkpoint.tensors(biases)
-    for name in packed:
-        yield f"{name}.weight", dequantize(*read_packed(checkpoint, name))
+    """Every weight of a model as floats: stored ones as they are, quantized ones dequantized."""
+    quantized = quantized_names(checkpoint)
+    weights = {f"{name}.weight" for name in quantized}
+    yield from checkpoint.tensors(n for n in plain_names(checkpoint) if n not in weights)
+    for name in quantized:
+        yield f"{name}.weight", dequantize(*read_quantized(checkpoint, name))
 
 
 def load_float_model(folder: Path) -> nn.Module:

@@ -103,10 +103,11 @@ def run(recipe: Recipe, root: Path) -> dict[str, Artifact]:
     :param root: folder of this recipe's artifacts.
     :raises UserError: before any work if the recipe can't be run here.
     """
-    local = sources.model_folder(recipe, download=False)
-    if local or recipe.model.config:
-        plan.check_disk(recipe, plan.check(recipe, local), root)
-    folder = sources.model_folder(recipe, download=True)
+    folder = sources.model_folder(recipe, download=False)
+    if folder is None:
+        if recipe.model.config:  # what it says is checked before gigabytes are fetched
+            plan.check_disk(recipe, plan.check(recipe, None), root)
+        folder = sources.model_folder(recipe, download=True)
     assert folder is not None
     plan.check_disk(recipe, plan.check(recipe, folder), root)
     store = Store(root)

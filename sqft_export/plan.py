@@ -17,6 +17,7 @@ from sqft_export.selection import matches
 NEEDS = {
     "openvino": ("openvino", "openvino_tokenizers", "optimum.intel"),
     "onnx": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir"),
+    "nncf": ("nncf", "openvino"),
 }
 
 
@@ -118,7 +119,7 @@ def check(recipe: Recipe, folder: Path | None) -> Layout:
         *_pattern_faults(recipe, layout),
         *_group_faults(recipe, layout),
         *_given_faults(recipe, folder),
-        *_target_faults(recipe),
+        *_missing_faults(recipe),
     ]
     if faults:
         raise UserError("\n".join(f"{recipe.file}: {fault}" for fault in faults))
@@ -216,14 +217,18 @@ def _given_faults(recipe: Recipe, folder: Path | None) -> list[str]:
     return faults
 
 
-def _target_faults(recipe: Recipe) -> list[str]:
+def _missing_faults(recipe: Recipe) -> list[str]:
     faults = []
-    for target in recipe.export.targets:
-        missing = [name for name in NEEDS[target] if not _installed(name)]
+    wanted: list[tuple[str, str, str]]
+    wanted = [("export.targets", name, name) for name in recipe.export.targets]
+    if recipe.quantize.method == "nncf":
+        wanted.append(("quantize.method", "nncf", "openvino"))
+    for field, name, extra in wanted:
+        missing = [module for module in NEEDS[name] if not _installed(module)]
         if missing:
             faults.append(
-                f"export.targets: {target} needs {', '.join(missing)}, not installed here; "
-                f"pip install 'sqft-export[{target}]', or leave {target} out"
+                f"{field}: {name} needs {', '.join(missing)}, not installed here; "
+                f"pip install 'sqft-export[{extra}]', or leave {name} out"
             )
     return faults
 

@@ -17,6 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from sqft_export.errors import UserError
 
 BUILTIN = "builtin:"
+HUB = "hub:"
 
 
 class Section(BaseModel):
@@ -68,12 +69,16 @@ Task = Annotated[Problems | Text, Field(discriminator="kind")]
 
 
 class Calibration(Section):
-    """The samples that sparsify and quantize see."""
+    """The samples that sparsify and quantize see. Lengths may differ; nothing is padded."""
 
     source: str = Field(
-        "task", description="task: the training split; else a .txt file, or a .jsonl one"
+        "task",
+        description="task: the training split; a .txt or .jsonl file; a local folder that the "
+        "datasets library reads; or hub:<dataset> on the Hugging Face hub",
     )
-    field: str = Field("text", description="field of a jsonl object that is read")
+    subset: str | None = Field(None, description="configuration of a dataset, such as wikitext's")
+    split: str = Field("train", description="split of a dataset")
+    field: str = Field("text", description="field of a jsonl object or dataset row that is read")
     samples: int = Field(128, ge=1)
     sequence_length: int = Field(512, ge=8, description="tokens kept of each sample")
 
@@ -120,20 +125,53 @@ class Sparsify(Amount):
         "wanda", description="given: the model is sparse already, its zeros are the mask"
     )
     overrides: tuple[Override, ...] = Field((), description="the first that matches counts")
+    allocation: Literal["uniform", "output-error"] = Field(
+        "uniform",
+        description="output-error: Linears without an override differ, up to 0.15 from sparsity, "
+        "so that their summed relative output error is least at the same sparsity over all",
+    )
 
     @model_validator(mode="after")
     def _one_measure(self):
         if self.method in ("none", "given"):
-            if self.sparsity is not None or self.pattern or self.overrides:
+            if self.sparsity is not None or self.pattern or self.overrides or self.allocated:
                 raise ValueError(f"method {self.method} takes no amounts")
         elif (self.sparsity is None) == (self.pattern is None):
             raise ValueError("give either sparsity or pattern")
+        elif self.allocated and self.pattern:
+            raise ValueError("allocation output-error goes with sparsity, not with pattern")
         self.check_pattern()
         return self
 
+    @property
+    def allocated(self) -> bool:
+        return self.allocation == "output-error"
+
+
+class Nncf(Section):
+    """What NNCF does to find codes and grid (its weight compression, a block at a time)."""
+
+    awq: bool = True
+    scale_estimation: bool = True
+    gptq: bool = False
+    int4_ratio: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of each block's weights in INT4; the most sensitive rest is INT8 per "
+        "channel",
+    )
+    sensitivity: Literal[
+        "weight_quantization_error",
+        "hessian_input_activation",
+        "mean_activation_variance",
+        "max_activation_variance",
+        "mean_activation_magnitude",
+    ] = Field("hessian_input_activation", description="what ranks the layers")
+
 
 class Quantize(Section):
-    method: Literal["gptq", "rtn", "given", "none"] = Field(
+    method: Literal["gptq", "rtn", "nncf", "given", "none"] = Field(
         "gptq", description="given: the model is a GPTQ checkpoint, its codes and grid are taken"
     )
     bits: Literal[4, 8] = 4
@@ -147,6 +185,20 @@ class Quantize(Section):
         "of two from 16 up that does, else per channel; or refuse",
     )
     damping: float = Field(0.01, gt=0, lt=1, description="share of the mean diagonal added by GPTQ")
+    embedding_bits: Literal[8] | None = Field(
+        None, description="8: embedding and head in INT8, one scale a row; null: as stored"
+    )
+    nncf: Nncf = Nncf()
+
+    @model_validator(mode="after")
+    def _nncf_fits(self):
+        if self.method != "nncf" and self.nncf != Nncf():
+            raise ValueError(f"nncf: settings for method nncf, but method is {self.method}")
+        if self.method == "nncf" and self.bits == 8 and self.group_size is not None:
+            raise ValueError("NNCF's INT8 is per channel: set group_size: null")
+        if self.method in ("none", "given") and self.embedding_bits:
+            raise ValueError(f"embedding_bits: method {self.method} quantizes nothing")
+        return self
 
 
 class Adapt(Section):

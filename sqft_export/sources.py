@@ -8,7 +8,7 @@ from sqft_export.artifact import digest_of, key_of
 from sqft_export.checkpoint import Checkpoint
 from sqft_export.errors import UserError
 from sqft_export.families import shapes
-from sqft_export.recipe import Problems, Recipe
+from sqft_export.recipe import HUB, Problems, Recipe
 
 WAYS_OUT = "use a local folder with MODEL_PATH=<folder>, or run the embedded model: make recipe"
 
@@ -86,10 +86,13 @@ def digests(recipe: Recipe, folder: Path | None) -> dict[str, Any]:
     settings = task.model_dump(exclude={"train", "test", "text"})
     train, test = (task.train, task.test) if isinstance(task, Problems) else (task.text, task.text)
     source = recipe.calibration.source
-    calibration = train if source == "task" else source
+    if source.startswith(HUB):
+        calibration = source  # with subset and split, which are options, all that is known of it
+    else:
+        calibration = digest_of(recipe.resolve(train if source == "task" else source))
     return {
         "model": digest_of(folder) if folder else key_of({"hub": recipe.model.model_dump()}),
         "train": [settings, digest_of(recipe.resolve(train))],
-        "calibration": [settings, digest_of(recipe.resolve(calibration))],
+        "calibration": [settings, calibration],
         "test": [settings, digest_of(recipe.resolve(test))],
     }

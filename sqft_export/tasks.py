@@ -5,6 +5,7 @@ No padding is made here: batches are formed of equal lengths (evaluation) or pad
 with the padding masked out (training).
 """
 
+import importlib.util
 import json
 import random
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from sqft_export.errors import UserError
-from sqft_export.recipe import Problems, Recipe, Text
+from sqft_export.recipe import HUB, Problems, Recipe, Text
+
+SHORTEST = 16  # tokens of a dataset row that is calibrated on
+SHUFFLED_ROWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -103,13 +107,22 @@ def check(recipe: Recipe) -> None:
             raise UserError(f"{recipe.file}: task.{field}: no such file: {file}")
         if isinstance(task, Problems):
             problems(task, file)
-    source = recipe.calibration.source
-    if source == "task":
+    _check_calibration(recipe)
+
+
+def _check_calibration(recipe: Recipe) -> None:
+    where, source = f"{recipe.file}: calibration.source", recipe.calibration.source
+    path = recipe.resolve(source)
+    if source == "task" or (path.is_file() and path.suffix in (".txt", ".jsonl")):
         return
-    if not recipe.resolve(source).is_file() or Path(source).suffix not in (".txt", ".jsonl"):
+    if not source.startswith(HUB) and not path.is_dir():
         raise UserError(
-            f"{recipe.file}: calibration.source: found {source!r}; allowed are task and an "
-            "existing .txt or .jsonl file"
+            f"{where}: found {source!r}; allowed are task, an existing .txt or .jsonl file, an "
+            "existing dataset folder, and hub:<dataset>"
+        )
+    if importlib.util.find_spec("datasets") is None:
+        raise UserError(
+            f"{where}: {source} needs the datasets library: pip install 'sqft-export[datasets]'"
         )
 
 
@@ -190,11 +203,45 @@ def _calibration_source(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
     if config.source == "task":
         return [example.ids for example in load(recipe, tokenizer).train]
     file = recipe.resolve(config.source)
+    if config.source.startswith(HUB) or file.is_dir():
+        return _dataset_texts(recipe, tokenizer)
     if file.suffix == ".jsonl":
         texts = [_fill("{" + config.field + "}", item, file, 1) for item in read_jsonl(file)]
         return [tokenizer(text)["input_ids"] for text in texts]
     ids = tokenizer(file.read_text(), add_special_tokens=False)["input_ids"]
     return _windows(ids, config.sequence_length, _first(tokenizer))
+
+
+def _dataset_texts(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
+    """The first rows of a seeded shuffle, streamed, so that a large dataset is not fetched whole.
+
+    Rows of fewer than ``SHORTEST`` tokens (headings, blank lines) are passed over.
+    """
+    import datasets
+
+    config = recipe.calibration
+    name = config.source.removeprefix(HUB)
+    where = name if config.source.startswith(HUB) else str(recipe.resolve(name))
+    try:
+        rows = datasets.load_dataset(where, config.subset, split=config.split, streaming=True)
+        samples: list[list[int]] = []
+        for row in rows.shuffle(seed=recipe.seed, buffer_size=SHUFFLED_ROWS):
+            if config.field not in row:
+                raise UserError(
+                    f"{recipe.file}: calibration.field: found {config.field!r}; rows of {where} "
+                    f"have {', '.join(row)}"
+                )
+            ids = tokenizer(row[config.field])["input_ids"]
+            if len(ids) >= SHORTEST:
+                samples.append(ids)
+            if len(samples) == config.samples:
+                break
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"{recipe.file}: calibration.source: {config.source} can't be read "
+            f"({type(error).__name__}: {error}); a local .txt or .jsonl file needs no hub"
+        ) from error
+    return samples
 
 
 def _first(tokenizer: Any) -> list[int]:

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 from conftest import SHARED, random_model, small_recipe, test_prompts
 from sqft_export import pipeline
 from sqft_export.checkpoint import Checkpoint
-from sqft_export.compressed import load_float_model, read_packed
+from sqft_export.compressed import load_float_model, read_quantized
+from sqft_export.numerics.affine import dequantize
 from sqft_export.targets import onnx as onnx_target
 from sqft_export.targets import target
 
@@ -108,13 +109,17 @@ def test_genai_config_is_what_the_graph_has(tiny_run):
     assert (folder / "model.onnx.data").stat().st_size > 1e6
 
 
-GRIDS = [
-    pytest.param(4, True, 64, id="int4-symmetric"),
-    pytest.param(4, False, 32, id="int4-asymmetric"),
-    pytest.param(8, True, 64, id="int8-symmetric"),
-    pytest.param(8, False, 32, id="int8-asymmetric"),
-    pytest.param(4, False, None, id="int4-per-channel"),
-]
+GRIDS = {
+    "int4-symmetric": "method: gptq, bits: 4, group_size: 64",
+    "int4-asymmetric": "method: rtn, bits: 4, group_size: 32, symmetric: false",
+    "int8-symmetric": "method: gptq, bits: 8, group_size: 64, embedding_bits: 8",
+    "int8-asymmetric": "method: gptq, bits: 8, group_size: 32, symmetric: false",
+    "int4-per-channel": "method: gptq, bits: 4, group_size: null, symmetric: false",
+    "nncf-int4": "method: nncf, bits: 4, group_size: 32",
+    "nncf-int4-int8": "method: nncf, bits: 4, group_size: 32, symmetric: false, "
+    "embedding_bits: 8, nncf: {gptq: true, int4_ratio: 0.6}",
+    "nncf-int8": "method: nncf, bits: 8, group_size: null, symmetric: false",
+}
 
 
 def run_to_verify(recipe, root, monkeypatch) -> dict:
@@ -123,15 +128,15 @@ def run_to_verify(recipe, root, monkeypatch) -> dict:
     return pipeline.run(recipe, root)
 
 
-@pytest.mark.parametrize(("bits", "symmetric", "group_size"), GRIDS)
-def test_every_grid_reaches_both_runtimes_bit_for_bit(
-    tmp_path, monkeypatch, bits, symmetric, group_size
-):
+@pytest.mark.parametrize("kind", GRIDS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_grid_reaches_both_runtimes_bit_for_bit(tmp_path, monkeypatch, kind, tied):
     """Rows of 172 inputs fall back to one group; `verify` raises on any difference."""
-    model = random_model(tmp_path / "model", seed=bits)
-    size = "null" if group_size is None else group_size
+    if tied and "embedding_bits" not in GRIDS[kind]:
+        pytest.skip("embedding and head stay floats, tied or not")
+    model = random_model(tmp_path / "model", tie_word_embeddings=tied)
     recipe = small_recipe(
-        f"quantize={{method: gptq, bits: {bits}, symmetric: {symmetric}, group_size: {size}}}",
+        f"quantize={{{GRIDS[kind]}}}",
         "adapt.steps=2",
         "adapt.ranks=[8, 4]",
         model_path=model,
@@ -140,7 +145,11 @@ def test_every_grid_reaches_both_runtimes_bit_for_bit(
     checks = artifacts["verify"].metrics["checks"]
     assert all(check["passed"] for check in checks)
     kernels = [c for c in checks if c["name"].startswith("layers on compressed kernels")]
-    assert [c["compared"] for c in kernels] == [14, 14]
+    outer = 0 if recipe.quantize.embedding_bits is None else 1 if tied else 2
+    assert [c["compared"] for c in kernels] == [14 + outer, 14 + outer]
+    bits = set(artifacts["quantize"].metrics["bits"].values())
+    mixed = "int4_ratio" in GRIDS[kind] or kind == "nncf-int4"  # NNCF: 172 inputs get INT8
+    assert bits == ({4, 8} if mixed else {recipe.quantize.bits})
 
 
 def test_float_results_reach_both_runtimes_with_their_zeros(tmp_path, monkeypatch):
@@ -177,7 +186,7 @@ def test_the_merged_folder_says_what_it_is(tiny_run):
     assert (quantization["bits"], quantization["group_size"]) == (4, 64)
     assert quantization["sym"] is True and quantization["desc_act"] is False
     assert len(checkpoint.packed) == 28
-    codes, grid = read_packed(checkpoint, "model.layers.0.mlp.down_proj")
+    codes, grid = read_quantized(checkpoint, "model.layers.0.mlp.down_proj")
     assert codes.shape == (256, 640) and grid.scale.dtype == torch.float16
 
 
@@ -205,3 +214,17 @@ def test_exporting_reports_nothing_over_the_network():
         "assert 'openvino_telemetry.main' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_gptqmodel_reads_the_weights_we_mean(tiny_run):
+    """Through transformers, as a user of the merged folder would; only where it is installed."""
+    pytest.importorskip("gptqmodel")
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny_run["merge"].path / "model"
+    checkpoint = Checkpoint(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
+    for name in checkpoint.packed:
+        theirs = loaded.get_submodule(name).dequantize_weight().T
+        ours = dequantize(*read_quantized(checkpoint, name))
+        assert torch.equal(theirs, ours.to(theirs.dtype)), name  # GPTQModel computes in float16

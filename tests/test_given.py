@@ -9,7 +9,7 @@ import torch
 from conftest import small_recipe
 from sqft_export import pipeline, plan
 from sqft_export.checkpoint import Checkpoint
-from sqft_export.compressed import read_packed
+from sqft_export.compressed import read_quantized
 from sqft_export.errors import UserError
 
 GIVEN = ("sparsify={method: given}", "quantize.method=given", "adapt.steps=2")
@@ -26,7 +26,7 @@ def test_a_merged_model_is_the_base_of_the_next_recipe(tiny_run, tmp_path, monke
     before, after = Checkpoint(base), Checkpoint(again["merge"].path / "model")
     assert len(before.packed) == 28
     for name in before.packed:
-        ours, theirs = read_packed(before, name), read_packed(after, name)
+        ours, theirs = read_quantized(before, name), read_quantized(after, name)
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1].scale, theirs[1].scale)
     found = again["sparsify"].metrics["sparsity"]["all"]

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from sqft_export.numerics.affine import fake_quantize, fit_grid, quantize
+from sqft_export.numerics.hessian import inverse_factor
 from sqft_export.quantizers import gptq, rtn
 
 
@@ -42,7 +43,9 @@ def literal_gptq(weight, mask, hessian, bits, group_size, symmetric, damping):
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_follows_the_literal_twin(symmetric, inputs, group_size, sparsity):
     weight, mask, _, hessian = layer(inputs=inputs, sparsity=sparsity)
-    result, grid = gptq.compress(weight, mask, 4, group_size, symmetric, hessian, 0.01)
+    result, grid = gptq.compress(
+        weight, mask, 4, group_size, symmetric, inverse_factor(hessian.clone(), 0.01)
+    )
     twin = literal_gptq(weight, mask, hessian, 4, group_size, symmetric, 0.01)
     # A weight on the edge between two codes may fall either way in float32 and float64.
     agree = (fake_quantize(result, grid) - twin).abs() < 1e-6
@@ -53,7 +56,8 @@ def test_follows_the_literal_twin(symmetric, inputs, group_size, sparsity):
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_every_pruned_weight_keeps_its_zero_code(bits, symmetric):
     weight, mask, _, hessian = layer()
-    result, grid = gptq.compress(weight, mask, bits, 32, symmetric, hessian, 0.01)
+    factor = inverse_factor(hessian, 0.01)
+    result, grid = gptq.compress(weight, mask, bits, 32, symmetric, factor)
     zero = grid.zero_point.repeat_interleave(32, dim=1)
     assert (result[~mask] == 0).all()
     assert torch.equal(quantize(result, grid)[~mask], zero[~mask])
@@ -63,8 +67,10 @@ def test_every_pruned_weight_keeps_its_zero_code(bits, symmetric):
 def test_output_error_is_below_rounding_to_nearest(sparsity, share):
     weight, mask, samples, hessian = layer(sparsity=sparsity)
 
+    factor = inverse_factor(hessian, 0.01)
+
     def output_error(method):
-        result, grid = method.compress(weight, mask, 4, 32, True, hessian, 0.01)
+        result, grid = method.compress(weight, mask, 4, 32, True, factor)
         return ((fake_quantize(result, grid) - weight * mask) @ samples.T).square().sum()
 
     assert output_error(gptq) < share * output_error(rtn)
@@ -73,5 +79,28 @@ def test_output_error_is_below_rounding_to_nearest(sparsity, share):
 def test_an_input_that_is_never_active_is_harmless():
     weight, mask, samples, _ = layer()
     samples[:, 5] = 0
-    result, _ = gptq.compress(weight, mask, 4, 32, True, samples.T @ samples, 0.01)
+    factor = inverse_factor(samples.T @ samples, 0.01)
+    result, _ = gptq.compress(weight, mask, 4, 32, True, factor)
     assert torch.isfinite(result).all()
+
+
+@pytest.mark.parametrize("size", [1, 5, 600])
+def test_the_factor_is_that_of_the_inverse(size):
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(2 * size, size, generator=generator)
+    samples[:, 0] = 0
+    hessian = samples.T @ samples
+    twin = hessian.double()
+    twin[0, 0] = 1
+    twin += 0.01 * twin.diagonal().mean() * torch.eye(size)
+    expected = torch.linalg.cholesky(torch.linalg.inv(twin), upper=True)
+    found = inverse_factor(hessian, 0.01)
+    assert found.data_ptr() == hessian.data_ptr()  # a 14336-wide one is 784 MiB: never twice
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_hessian_that_float32_cannot_factor_gets_more_damping():
+    hessian = torch.full((50, 50), 1e6)
+    hessian[0, 0] = 1
+    with pytest.warns(UserWarning, match="damping raised"):
+        assert torch.isfinite(inverse_factor(hessian, 1e-9)).all()

@@ -6,9 +6,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "sqft_export"
 RANKS = [
     {"errors", "artifact", "numerics", "machine", "selection"},
-    {"families", "recipe", "checkpoint", "compressed", "sparsifiers", "quantizers", "search"},
+    {"families", "recipe", "tensorfiles", "checkpoint", "compressed"},
     {"sources", "tasks", "calibration", "adapters", "training", "targets", "pictures"},
-    {"evaluate", "plan"},
+    {"sparsifiers", "quantizers", "search", "evaluate", "plan"},
     {"worker"},
     {"stages"},
     {"pipeline"},

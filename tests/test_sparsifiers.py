@@ -4,8 +4,9 @@ import torch
 from conftest import random_model, small_recipe
 from sqft_export import plan
 from sqft_export.checkpoint import Checkpoint
-from sqft_export.compressed import load_mask, load_packed_masks
+from sqft_export.compressed import load_mask
 from sqft_export.errors import UserError
+from sqft_export.numerics.hessian import inverse_factor
 from sqft_export.pipeline import Context
 from sqft_export.sparsifiers import Rule, magnitude, sparsegpt, wanda
 from sqft_export.stages import sparsify
@@ -43,7 +44,9 @@ def literal_sparsegpt(weight, hessian, sparsity, block):
 @pytest.mark.parametrize("inputs", [96, 192])
 def test_sparsegpt_follows_the_literal_twin(inputs):
     weight, _, _, hessian = layer(outputs=6, inputs=inputs)
-    result, mask = sparsegpt.compress(weight, Rule(0.5, None), hessian)
+    result, mask = sparsegpt.compress(
+        weight, Rule(0.5, None), inverse_factor(hessian.clone(), 0.01)
+    )
     twin, twin_mask = literal_sparsegpt(weight, hessian, 0.5, 128)
     assert (mask == twin_mask).float().mean() > 0.995
     same = (mask == twin_mask).all(dim=1)
@@ -59,7 +62,7 @@ def test_output_error_falls_from_magnitude_to_wanda_to_sparsegpt():
 
     by_magnitude = error(magnitude.compress(weight, rule, None)[0])
     by_wanda = error(wanda.compress(weight, rule, norms)[0])
-    by_sparsegpt = error(sparsegpt.compress(weight, rule, hessian)[0])
+    by_sparsegpt = error(sparsegpt.compress(weight, rule, inverse_factor(hessian, 0.01))[0])
     assert by_sparsegpt < by_wanda < by_magnitude
 
 
@@ -69,7 +72,8 @@ def test_output_error_falls_from_magnitude_to_wanda_to_sparsegpt():
 @pytest.mark.parametrize("method", [magnitude, wanda, sparsegpt])
 def test_zeros_are_where_the_mask_says_and_as_many_as_asked(method, rule):
     weight, _, norms, hessian = layer(inputs=320)
-    inputs = {"nothing": None, "norms": norms, "hessian": hessian}[method.NEEDS]
+    inputs = {"nothing": None, "norms": norms, "factor": inverse_factor(hessian, 0.01)}
+    inputs = inputs[method.NEEDS]
     result, mask = method.compress(weight, rule, inputs)
     assert torch.equal(result == 0, ~mask)
     if rule.n_of_m:
@@ -92,9 +96,8 @@ def run_sparsify(tmp_path, *overrides, model=None):
 def stored(folder):
     """Weights and masks of every decoder Linear, as written."""
     checkpoint = Checkpoint(folder / "model")
-    packed = load_packed_masks(folder)
     for key, weight in checkpoint.tensors(f"{name}.weight" for name in checkpoint.linears):
-        yield key, weight, load_mask(packed, key.removesuffix(".weight"), weight.shape)
+        yield key, weight, load_mask(folder, key.removesuffix(".weight"), weight.shape)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
@@ -147,3 +150,22 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
     save_file(state, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj.weight: has NaN"):
         run_sparsify(tmp_path, model=model)
+
+
+def test_a_weight_that_is_not_stored_is_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = random_model(tmp_path / "model")
+    state = load_file(model / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj.weight is not stored"):
+        run_sparsify(tmp_path, model=model)
+
+
+def test_allocation_keeps_the_overall_sparsity(tmp_path):
+    folder, sparsity = run_sparsify(tmp_path, "sparsify.allocation=output-error")
+    assert sparsity["all"] == pytest.approx(0.5, abs=1e-3)
+    assert max(sparsity.values()) > 0.52 and min(sparsity.values()) < 0.48
+    for _, weight, mask in stored(folder):
+        assert torch.equal(weight == 0, ~mask)

@@ -157,3 +157,30 @@ def test_generation_ends_before_a_stop_token(random_llama):
     stopped = generate(session, [[0, 5, 6, 7]], 8, stop=[free[3]])[0]
     assert stopped == free[: free.index(free[3])]
     assert np.array(stopped).ndim == 1
+
+
+def test_calibration_from_a_dataset_folder(tmp_path):
+    """Short rows are passed over, lengths differ, the choice is seeded."""
+    rows = [
+        {"body": "# Title"},
+        *({"body": "Tom has 3 eggs and 4 apples. " * n} for n in (2, 3, 9)),
+    ]
+    lines = "\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "train.jsonl").write_text(lines)
+    options = (f"calibration={{source: {tmp_path}, field: body, samples: 3, sequence_length: 64}}",)
+    recipe, tokenizer = small_recipe(*options), tasks.load_tokenizer(TINY)
+    samples = tasks.calibration_samples(recipe, tokenizer)
+    assert len({len(ids) for ids in samples}) == 3 and max(map(len, samples)) <= 64
+    assert samples == tasks.calibration_samples(recipe, tokenizer)
+    with pytest.raises(UserError, match=r"rows of .* have body"):
+        recipe = small_recipe(*options, "calibration.field=text")
+        tasks.calibration_samples(recipe, tokenizer)
+    with pytest.raises(UserError, match=r"found 99, but .* has 3"):
+        recipe = small_recipe(*options, "calibration.samples=99")
+        tasks.calibration_samples(recipe, tokenizer)
+
+
+def test_a_source_that_is_neither_is_refused(tmp_path):
+    recipe = small_recipe(f"calibration.source={tmp_path / 'nothing'}")
+    with pytest.raises(UserError, match=r"allowed are task, .* and hub:<dataset>"):
+        tasks.check(recipe)

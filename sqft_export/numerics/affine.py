@@ -43,10 +43,8 @@ class Grid:
     def symmetric(self) -> bool:
         return bool((self.zero_point == 2 ** (self.bits - 1)).all())
 
-    def columns(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """float32 scale and zero point of columns ``start..stop``, each ``[out, stop - start]``."""
-        groups = torch.arange(start, stop, device=self.scale.device) // self.group_size
-        return self.scale[:, groups].float(), self.zero_point[:, groups].float()
+    def rows(self, rows: slice) -> "Grid":
+        return Grid(self.scale[rows], self.zero_point[rows], self.bits, self.group_size)
 
 
 def grouped(weight: Tensor, group_size: int) -> Tensor:

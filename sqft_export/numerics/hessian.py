@@ -1,17 +1,53 @@
 """The second-order view that GPTQ and SparseGPT share."""
 
-import torch
+import warnings
+
+from scipy.linalg.lapack import spotrf, strtri
 from torch import Tensor
+
+ROWS_AT_ONCE = 256
+
+
+def _reverse(square: Tensor) -> None:
+    """Reverse both axes in place, a few rows at a time."""
+    size = len(square)
+    for start in range(0, (size + 1) // 2, ROWS_AT_ONCE):
+        stop = min(start + ROWS_AT_ONCE, (size + 1) // 2)
+        top, bottom = square[start:stop], square[size - stop : size - start]
+        turned = bottom.flip(0, 1)
+        bottom.copy_(top.flip(0, 1))
+        top.copy_(turned)
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper ``U`` with ``U^T U = (H + damping * mean(diag H) * I)^-1``, float32 ``[in, in]``.
+    """Upper ``U`` with ``U^T U = (H + damping * mean(diag H) * I)^-1``, in the memory of ``H``.
 
-    :param hessian: ``X^T X`` over calibration tokens, ``[in, in]``. An input that was never
-        active constrains nothing and gets a diagonal of its own.
+    ``H`` is not inverted: with ``R R^T = H``, ``R`` upper (a Cholesky factor from the last column
+    on), ``U = R^-1``. That is half the arithmetic of inverting and factoring again, and loses
+    fewer digits. A Hessian that is not positive definite in float32 gets more damping, with a
+    warning.
+
+    :param hessian: ``X^T X`` over calibration tokens, float32 ``[in, in]``, overwritten. An input
+        that was never active constrains nothing and gets a diagonal of its own.
+    :return: ``hessian``.
     """
-    hessian = hessian.double()
-    hessian = hessian + torch.diag((hessian.diagonal() == 0).double())
-    hessian.diagonal().add_(damping * hessian.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    diagonal = hessian.diagonal()
+    diagonal.add_(diagonal == 0)
+    step = float(damping * diagonal.mean())
+    _reverse(hessian)
+    original = diagonal.clone()
+    array = hessian.numpy().T  # as LAPACK sees it, column by column
+    while True:
+        diagonal.copy_(original + step)
+        # Only one triangle is written, the other one still has H.
+        _, failed = spotrf(array, lower=0, clean=0, overwrite_a=1)
+        if not failed:
+            break
+        step *= 10
+        warnings.warn(f"Hessian not positive definite: damping raised to {step:.3g}", stacklevel=2)
+        hessian.triu_(1)
+        hessian += hessian.T.clone()
+    hessian.tril_()
+    strtri(array, lower=0, overwrite_c=1)
+    _reverse(hessian)
+    return hessian

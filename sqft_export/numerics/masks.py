@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+ROWS_AT_ONCE = 1024  # what selecting takes beside the scores themselves
+
 
 def drop_lowest(scores: Tensor, count: int) -> Tensor:
     """Mask that drops the ``count`` lowest scores of every row; ties go to the lower column.
@@ -16,13 +18,15 @@ def drop_lowest(scores: Tensor, count: int) -> Tensor:
     :param scores: ``[rows, columns]``, any float dtype.
     :return: bool ``[rows, columns]``, True = kept.
     """
-    if count == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    # Selecting the count-th score is linear in the columns, sorting them is not.
-    threshold = scores.kthvalue(count, dim=1, keepdim=True).values
-    below, tied = scores < threshold, scores == threshold
-    wanted = count - below.sum(dim=1, keepdim=True)
-    return ~(below | (tied & (tied.cumsum(dim=1) <= wanted)))
+    mask = torch.ones_like(scores, dtype=torch.bool)
+    for start in range(0, len(scores) if count else 0, ROWS_AT_ONCE):
+        rows = scores[start : start + ROWS_AT_ONCE]
+        # Selecting the count-th score is linear in the columns, sorting them is not.
+        threshold = rows.kthvalue(count, dim=1, keepdim=True).values
+        below, tied = rows < threshold, rows == threshold
+        wanted = count - below.sum(dim=1, keepdim=True)
+        mask[start : start + ROWS_AT_ONCE] = ~(below | (tied & (tied.cumsum(dim=1) <= wanted)))
+    return mask
 
 
 def drop_share(scores: Tensor, sparsity: float) -> Tensor:

@@ -1,8 +1,11 @@
 """Quantizers, one file a method; the file name is the word in the recipe.
 
-Each offers ``compress(weight, mask, grid_options, hessian, damping) -> (weight, Grid)``: a float32
-weight ``[out, in]`` whose codes on the grid are the result, pruned positions exactly zero, and
-``NEEDS_INPUTS``, whether the Hessian of calibration inputs is wanted.
+Each offers
+
+    NEEDS       what it is given of the calibration inputs (``calibration.Inputs``)
+    compress    ``(weight, mask, bits, group_size, symmetric, inputs) -> (weight, Grid)``: a float32
+                weight ``[out, in]`` whose codes on the grid are the result, pruned positions
+                exactly zero
 """
 
 import importlib

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from sqft_export.numerics.affine import Grid, fit_grid
-from sqft_export.numerics.hessian import inverse_factor
 
-NEEDS_INPUTS = True
+NEEDS = "factor"
 COLUMNS_AT_ONCE = 128  # the update of later columns is one matrix product per so many
 
 
@@ -28,21 +27,19 @@ def compress(
     bits: int,
     group_size: int,
     symmetric: bool,
-    hessian: Tensor,
-    damping: float,
+    factor: Tensor,
 ) -> tuple[Tensor, Grid]:
     """Compensated weight and grid of one Linear.
 
     :param weight: float32 ``[out, in]``.
     :param mask: bool ``[out, in]``, True = kept.
-    :param hessian: float32 or float64 ``[in, in]``, ``X^T X`` over calibration tokens.
-    :param damping: share of the mean diagonal added to the diagonal.
+    :param factor: float32 ``[in, in]``, ``U`` as ``numerics.hessian.inverse_factor`` makes it.
     :return: float32 ``[out, in]`` with exact zeros where pruned, and its grid, each group fitted
         to the weights as they stand when its first column is reached.
     """
-    factor = inverse_factor(hessian, damping)
     # One input column of all rows is what every step touches, so it lies in one piece.
-    work, kept = (weight * mask).T.contiguous(), mask.T.to(weight.dtype)
+    work, kept = weight.T.contiguous(), mask.T.contiguous()
+    work.masked_fill_(~kept, 0)
     fitted: list[Grid] = []
     in_features = weight.shape[1]
     chunk = min(group_size, COLUMNS_AT_ONCE)  # so that a group starts only where a chunk does
@@ -64,4 +61,4 @@ def compress(
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     scales = torch.cat([grid.scale for grid in fitted], dim=1)
     zero_points = torch.cat([grid.zero_point for grid in fitted], dim=1)
-    return work.T.masked_fill(~mask, 0), Grid(scales, zero_points, bits, group_size)
+    return work.masked_fill_(~kept, 0).T, Grid(scales, zero_points, bits, group_size)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from sqft_export.numerics.affine import Grid, fit_grid
 
-NEEDS_INPUTS = False
+NEEDS = "nothing"
 
 
 def compress(
@@ -13,8 +13,7 @@ def compress(
     bits: int,
     group_size: int,
     symmetric: bool,
-    hessian: Tensor | None,
-    damping: float,
+    inputs: None,
 ) -> tuple[Tensor, Grid]:
     """The weight unchanged and the grid fitted to it."""
     weight = weight.masked_fill(~mask, 0)

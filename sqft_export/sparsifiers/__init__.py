@@ -2,8 +2,7 @@
 
 Each offers
 
-    NEEDS       what it is given of the calibration inputs: "nothing", "norms" (float32 ``[in]``,
-                the L2 norm of every input channel) or "hessian" (float32 ``[in, in]``, X^T X)
+    NEEDS       what it is given of the calibration inputs (``calibration.Inputs``)
     compress    ``(weight, rule, inputs) -> (weight, mask)``: float32 ``[out, in]`` with exact
                 zeros, and the bool mask they follow
 """
@@ -16,7 +15,7 @@ from types import ModuleType
 from torch import Tensor
 
 from sqft_export.numerics.masks import drop_lowest, drop_share, keep_n_of_m
-from sqft_export.recipe import Sparsify
+from sqft_export.recipe import Override, Sparsify
 from sqft_export.selection import matches
 
 
@@ -46,11 +45,15 @@ class Rule:
         return drop_lowest(scores, after - before)
 
 
+def override_for(config: Sparsify, name: str) -> Override | None:
+    """The first override that names this Linear."""
+    return next((o for o in config.overrides if matches(name, o.modules)), None)
+
+
 def rule_for(config: Sparsify, name: str) -> Rule | None:
     """The rule of one Linear; None leaves it dense."""
-    for override in config.overrides:
-        if matches(name, override.modules):
-            return None if override.skip else Rule(override.sparsity, override.n_of_m())
+    if override := override_for(config, name):
+        return None if override.skip else Rule(override.sparsity, override.n_of_m())
     if config.method == "given":
         return GIVEN
     return Rule(config.sparsity, config.n_of_m())

@@ -8,20 +8,17 @@ its share within every block, so that rows and column blocks are equally sparse.
 import torch
 from torch import Tensor
 
-from sqft_export.numerics.hessian import inverse_factor
 from sqft_export.sparsifiers import Rule
 
-NEEDS = "hessian"
+NEEDS = "factor"
 COLUMNS_AT_ONCE = 128
-DAMPING = 0.01  # the reference's share of the mean diagonal
 
 
-def compress(weight: Tensor, rule: Rule, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def compress(weight: Tensor, rule: Rule, factor: Tensor) -> tuple[Tensor, Tensor]:
     """Compensated weight with exact zeros, and its mask.
 
-    :param inputs: float32 ``[in, in]``, ``X^T X`` over calibration tokens.
+    :param factor: float32 ``[in, in]``, ``U`` as ``numerics.hessian.inverse_factor`` makes it.
     """
-    factor = inverse_factor(inputs, DAMPING)
     work = weight.T.contiguous()  # one input column of all rows lies in one piece
     masks = []
     in_features = weight.shape[1]
@@ -40,4 +37,4 @@ def compress(weight: Tensor, rule: Rule, inputs: Tensor) -> tuple[Tensor, Tensor
             work[column:stop].addr_(factor[column, column:stop], error, alpha=-1)
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     mask = torch.cat(masks, dim=1)
-    return work.T.masked_fill(~mask, 0), mask
+    return work.T.masked_fill_(~mask, 0), mask

@@ -45,7 +45,7 @@ def _dense_lora(context: Context) -> dict[str, float]:
         advance=context.start(total_steps(config, len(examples))),
     )
     shutil.rmtree(context.folder / "training")
-    return write_merged(model, Checkpoint(context.model), context.folder / "dense-lora")
+    return write_merged(model, Checkpoint(context.model), context.folder / "dense-lora", None)
 
 
 def run(context: Context) -> dict:
@@ -57,5 +57,5 @@ def run(context: Context) -> dict:
         base, masks, grids = context.base()
         model = load_compressed(base, masks, grids, torch.float32)
         folder = context.folder / "sparse-quantized"
-        sparsity["sparse-quantized"] = write_merged(model, Checkpoint(base), folder)["all"]
+        sparsity["sparse-quantized"] = write_merged(model, Checkpoint(base), folder, grids)["all"]
     return {"sparsity": sparsity}

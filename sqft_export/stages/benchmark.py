@@ -74,7 +74,7 @@ def rows(context: Context) -> list[Row]:
         stored = (
             base,
             inputs["search"].path / "adapter",
-            *([grids / "grids.safetensors"] if grids else []),
+            *(grids.glob("grids*.safetensors") if grids else []),
         )
         table.append(Row("tuned, adapter apart", "adapted", base, stored, merged_sparsity))
     if "merged" in wanted:

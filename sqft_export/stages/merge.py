@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from sqft_export.adapters import compressed_layers, load_adapted
-from sqft_export.checkpoint import Checkpoint, CheckpointWriter, copy_companions
-from sqft_export.compressed import MASKS, quantization_config
+from sqft_export.checkpoint import Checkpoint, copy_companions
+from sqft_export.compressed import MASKS, GridWriter, load_grids, quantization_config
 from sqft_export.numerics.affine import Grid
 from sqft_export.numerics.packing import to_gptq
 from sqft_export.recipe import Recipe
 from sqft_export.stages import Context
+from sqft_export.tensorfiles import TensorWriter
 
 CONSUMES = ("sparsify", "quantize", "search")
 READS = ()
-VERSION = 1
+VERSION = 2
 
 
 def options(recipe: Recipe) -> dict:
@@ -25,18 +26,21 @@ def options(recipe: Recipe) -> dict:
 
 
 @torch.no_grad()
-def write_merged(model: nn.Module, base: Checkpoint, folder: Path) -> dict[str, float]:
+def write_merged(
+    model: nn.Module, base: Checkpoint, folder: Path, quantized: Path | None
+) -> dict[str, float]:
     """A plain Hugging Face folder of ``model``: GPTQ layout where it has a grid.
 
     :param model: with ``CompressedLinear``s, adapters on them or not.
     :param base: where everything that is not a decoder Linear's weight comes from.
+    :param quantized: folder of grids; those of embedding and head go along.
     :return: share of zero weights per Linear, and over all of them (``all``).
     """
     layers = compressed_layers(model)
     grids: dict[str, Grid] = {}
     zeros: dict[str, int] = {}
     copy_companions(base.folder, folder)
-    with CheckpointWriter(folder) as writer:
+    with TensorWriter(folder) as writer:
         for name, tensor in base.tensors(base.headers):
             linear = name.removesuffix(".weight")
             if linear not in layers or not name.endswith(".weight"):
@@ -56,6 +60,11 @@ def write_merged(model: nn.Module, base: Checkpoint, folder: Path) -> dict[str, 
                 zeros[linear] = int((weight == 0).sum())
             for part, packed in merged.items():
                 writer.add(f"{linear}.{part}", packed)
+    outer = {n: grid for n, grid in load_grids(quantized).items() if n not in layers}
+    if outer:
+        with GridWriter(folder) as grid_writer:
+            for name, grid in outer.items():
+                grid_writer.add(name, grid)
     if grids:
         config = base.config | {"quantization_config": quantization_config(grids)}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -69,6 +78,8 @@ def run(context: Context) -> dict:
     adapter = context.inputs["search"].path / "adapter"
     model = load_adapted(*context.base(), adapter, torch.float32)
     if sparsified := context.path("sparsify"):
-        shutil.copyfile(sparsified / MASKS, context.folder / MASKS)
+        for file in sparsified.glob(f"{MASKS}*"):
+            shutil.copyfile(file, context.folder / file.name)
     base = Checkpoint(context.latest_model())
-    return {"sparsity": write_merged(model, base, context.folder / "model")}
+    folder = context.folder / "model"
+    return {"sparsity": write_merged(model, base, folder, context.path("quantize"))}

@@ -1,23 +1,33 @@
 """quantize: a grid for every decoder Linear, and weights compensated for it."""
 
 import json
+from collections.abc import Iterator
+from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sqft_export.calibration import walk
-from sqft_export.checkpoint import Checkpoint, CheckpointWriter, copy_companions
-from sqft_export.compressed import load_mask, load_packed_masks, read_packed, save_grids
-from sqft_export.numerics.affine import Grid, dequantize, fake_quantize, quantize
+from sqft_export.calibration import Block, Inputs, walk
+from sqft_export.checkpoint import Checkpoint, copy_companions
+from sqft_export.compressed import (
+    GridWriter,
+    load_mask,
+    plain_names,
+    quantized_names,
+    read_quantized,
+)
+from sqft_export.numerics.affine import Grid, dequantize, fake_quantize, fit_grid, quantize
 from sqft_export.numerics.groups import fallback_group_size
 from sqft_export.quantizers import quantizer
 from sqft_export.recipe import Recipe
 from sqft_export.stages import Context
 from sqft_export.stages.sparsify import calibration
+from sqft_export.tensorfiles import TensorWriter
 
 CONSUMES = ("sparsify",)
 READS = ("model", "calibration")
-VERSION = 1
+VERSION = 2
+ROWS_AT_ONCE = 1024
 
 
 def options(recipe: Recipe) -> dict:
@@ -32,80 +42,102 @@ def stored_as(weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
     """The weight in the checkpoint's dtype, with the codes it has in float32.
 
     Casting can carry a weight over the middle between two codes; such a one is stored as its own
-    grid point, which no cast moves that far.
+    grid point, which no cast moves that far. A few rows at a time: the copies that this takes
+    would be more than the weight.
     """
-    codes, cast = quantize(weight, grid), weight.to(dtype)
-    moved = quantize(cast, grid) != codes
-    return torch.where(moved, dequantize(codes, grid).to(dtype), cast)
+    stored = torch.empty(weight.shape, dtype=dtype)
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        part, part_grid = weight[rows], grid.rows(rows)
+        codes, cast = quantize(part, part_grid), part.to(dtype)
+        moved = quantize(cast, part_grid) != codes
+        stored[rows] = torch.where(moved, dequantize(codes, part_grid).to(dtype), cast)
+    return stored
+
+
+def round_onto(linear: nn.Linear, weight: Tensor, grid: Grid) -> None:
+    """Give a Linear the grid points of a weight: what the blocks after it shall see."""
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        linear.weight[rows] = fake_quantize(weight[rows], grid.rows(rows))
 
 
 def run(context: Context) -> dict:
     """Writes ``model/``, whose codes on ``grids.safetensors`` are the quantized model."""
-    given = context.recipe.quantize.method == "given"
-    grids = _given(context) if given else _compress(context)
-    save_grids(context.folder, grids)
-    return {"group_size": {name: grid.group_size for name, grid in grids.items()}}
+    make = _given if context.recipe.quantize.method == "given" else _compress
+    with GridWriter(context.folder) as grids, TensorWriter(context.folder / "model") as weights:
+        make(context, grids, weights)
+    return {
+        "group_size": {name: group_size for name, (_, group_size) in grids.sizes.items()},
+        "bits": {name: bits for name, (bits, _) in grids.sizes.items()},
+    }
 
 
-def _given(context: Context) -> dict[str, Grid]:
+def _given(context: Context, grids: GridWriter, weights: TensorWriter) -> None:
     """Codes and grids of a GPTQ checkpoint as they are; each weight is its grid point."""
     base = Checkpoint(context.model)
-    advance = context.start(len(base.packed))
-    copy_companions(base.folder, context.folder / "model")
+    names = quantized_names(base)
+    advance = context.start(len(names))
+    copy_companions(base.folder, weights.folder)
     config = {k: v for k, v in base.config.items() if k != "quantization_config"}
-    (context.folder / "model" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    grids: dict[str, Grid] = {}
-    inside = tuple(f"{name}." for name in base.packed)
-    with CheckpointWriter(context.folder / "model") as writer:
-        for name, tensor in base.tensors(n for n in base.headers if not n.startswith(inside)):
-            writer.add(name, tensor)
-        for name in base.packed:
-            codes, grids[name] = read_packed(base, name)
-            weight = dequantize(codes, grids[name])
-            writer.add(f"{name}.weight", stored_as(weight, grids[name], torch.float16))
-            advance()
-        biases = [f"{n}.bias" for n in base.packed if f"{n}.bias" in base.headers]
-        for name, tensor in base.tensors(biases):
-            writer.add(name, tensor)
-    return grids
+    (weights.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    keys = {f"{name}.weight" for name in names}
+    for name, tensor in base.tensors(n for n in plain_names(base) if n not in keys):
+        weights.add(name, tensor)
+    for name in names:
+        codes, grid = read_quantized(base, name)
+        grids.add(name, grid)
+        weights.add(f"{name}.weight", stored_as(dequantize(codes, grid), grid, torch.float16))
+        advance()
 
 
-def _compress(context: Context) -> dict[str, Grid]:
-    recipe, checkpoint = context.recipe, Checkpoint(context.latest_model())
-    config, method = recipe.quantize, quantizer(recipe.quantize.method)
-    sparsified = context.path("sparsify")
-    packed_masks = load_packed_masks(sparsified) if sparsified else {}
-    hessians: dict[str, Tensor] = {}
-
-    def collect(name: str, inputs: Tensor) -> None:
-        hessians[name] = hessians.get(name, 0) + inputs.T @ inputs
-
-    samples = calibration(context)
+def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> None:
+    config, checkpoint = context.recipe.quantize, Checkpoint(context.latest_model())
+    method = quantizer(config.method)
+    samples = None if method.NEEDS == "nothing" else calibration(context)
     advance = context.start(checkpoint.blocks)
-    grids: dict[str, Grid] = {}
-    copy_companions(checkpoint.folder, context.folder / "model")
-    with CheckpointWriter(context.folder / "model") as writer:
-        for block in walk(checkpoint, samples, collect if method.NEEDS_INPUTS else None):
-            compensated: dict[str, Tensor] = {}
-            for name, linear in block.linears.items():
-                mask = load_mask(packed_masks, name, linear.weight.shape)
-                compensated[name], grids[name] = method.compress(
-                    linear.weight,
-                    mask,
-                    config.bits,
-                    fallback_group_size(linear.in_features, config.group_size),
-                    config.symmetric,
-                    hessians.pop(name, None),
-                    config.damping,
-                )
-                linear.weight.copy_(fake_quantize(compensated[name], grids[name]))
-            for name, tensor in checkpoint.tensors(checkpoint.block_names(block.index)):
-                linear_name = name.removesuffix(".weight")
-                if linear_name in compensated and name.endswith(".weight"):
-                    grid = grids[linear_name]
-                    tensor = stored_as(compensated[linear_name], grid, tensor.dtype)
-                writer.add(name, tensor)
-            advance()
-        for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
-            writer.add(name, tensor)
-    return grids
+    inputs = Inputs(method.NEEDS, config.damping)
+
+    def add(name: str, weight: Tensor, grid: Grid) -> None:
+        grids.add(name, grid)
+        key = f"{name}.weight"
+        weights.add(key, stored_as(weight, grid, checkpoint.dtype(key)))
+
+    copy_companions(checkpoint.folder, weights.folder)
+    for block in walk(checkpoint, samples, inputs.collector):
+        rest = set(checkpoint.block_names(block.index))
+        for name, weight, grid in _quantized(context, method, block, inputs):
+            add(name, weight, grid)  # at once: a block's compensated floats are not kept
+            round_onto(block.linears[name], weight, grid)
+            rest.remove(f"{name}.weight")
+        for name, tensor in checkpoint.tensors(sorted(rest)):
+            weights.add(name, tensor)
+        advance()
+    for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
+        if config.embedding_bits and tensor.dim() == 2:
+            tensor = tensor.float()
+            grid = fit_grid(tensor, config.embedding_bits, tensor.shape[1], config.symmetric)
+            add(name.removesuffix(".weight"), tensor, grid)
+        else:
+            weights.add(name, tensor)
+
+
+def _quantized(
+    context: Context, method: ModuleType, block: Block, inputs: Inputs
+) -> Iterator[tuple[str, Tensor, Grid]]:
+    """Name, compensated weight float32 ``[out, in]`` and grid of every Linear of a block."""
+    config, sparsified = context.recipe.quantize, context.path("sparsify")
+
+    def mask_of(name: str) -> Tensor:
+        return load_mask(sparsified, name, block.linears[name].weight.shape)
+
+    if method.NEEDS == "block":
+        yield from method.compress_block(block, mask_of, config)
+        return
+    for name, linear in block.linears.items():
+        group_size = fallback_group_size(linear.in_features, config.group_size)
+        grid_options = config.bits, group_size, config.symmetric
+        yield (
+            name,
+            *method.compress(linear.weight, mask_of(name), *grid_options, inputs.take(name)),
+        )

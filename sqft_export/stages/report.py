@@ -66,11 +66,16 @@ def _passes(inputs: dict[str, Artifact]) -> list[dict[str, Any]]:
 
 
 def _layers(inputs: dict[str, Artifact]) -> list[dict[str, Any]]:
-    """Sparsity and group size of every decoder Linear of the merged model."""
+    """Sparsity, bits and group size of every decoder Linear of the merged model."""
     sparsity = inputs["merge"].metrics["sparsity"]
-    groups = inputs["quantize"].metrics["group_size"] if "quantize" in inputs else {}
+    grids = inputs["quantize"].metrics if "quantize" in inputs else {"group_size": {}, "bits": {}}
     return [
-        {"layer": name, "sparsity": share, "group_size": groups.get(name)}
+        {
+            "layer": name,
+            "sparsity": share,
+            "bits": grids["bits"].get(name),
+            "group_size": grids["group_size"].get(name),
+        }
         for name, share in sparsity.items()
         if name != "all"
     ]

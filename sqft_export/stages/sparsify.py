@@ -1,23 +1,26 @@
 """sparsify: a checkpoint with zeros, and the mask they follow."""
 
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from sqft_export import tasks
-from sqft_export.calibration import walk
-from sqft_export.checkpoint import Checkpoint, CheckpointWriter, copy_companions
-from sqft_export.compressed import read_packed, save_masks, write_float_checkpoint
+from sqft_export.calibration import Inputs, walk
+from sqft_export.checkpoint import Checkpoint, copy_companions
+from sqft_export.compressed import mask_writer, read_quantized, write_float_checkpoint
 from sqft_export.numerics.affine import dequantize
 from sqft_export.numerics.masks import pack_mask
 from sqft_export.recipe import Recipe
-from sqft_export.sparsifiers import Rule, rule_for, sparsifier
+from sqft_export.sparsifiers import Rule, override_for, rule_for, sparsifier
+from sqft_export.sparsifiers.allocation import Curve, allocate, error_curve
 from sqft_export.stages import Context
+from sqft_export.tensorfiles import TensorWriter
 
 CONSUMES = ()
 READS = ("model", "calibration")
-VERSION = 1
+VERSION = 2
 
 
 def options(recipe: Recipe) -> dict:
@@ -28,34 +31,16 @@ def options(recipe: Recipe) -> dict:
     }
 
 
-class _Inputs:
-    """What a sparsifier needs of the calibration inputs of the block at hand."""
-
-    def __init__(self, needs: str):
-        self.needs = needs
-        self.sums: dict[str, Tensor] = {}
-
-    def collect(self, name: str, inputs: Tensor) -> None:
-        fresh = inputs.square().sum(dim=0) if self.needs == "norms" else inputs.T @ inputs
-        self.sums[name] = self.sums[name].add_(fresh) if name in self.sums else fresh
-
-    def take(self, name: str) -> Tensor | None:
-        if self.needs == "nothing":
-            return None
-        total = self.sums.pop(name)
-        return total.sqrt() if self.needs == "norms" else total
-
-
 class _Masks:
-    """Packed masks of the model so far, and how many weights each drops."""
+    """Writes masks as they come and counts what each drops; a context manager."""
 
-    def __init__(self) -> None:
-        self.packed: dict[str, Tensor] = {}
+    def __init__(self, folder: Path) -> None:
+        self._writer = mask_writer(folder)
         self.dropped: dict[str, int] = {}
         self.sizes: dict[str, int] = {}
 
     def add(self, name: str, mask: Tensor) -> None:
-        self.packed[name] = pack_mask(mask)
+        self._writer.add(name, pack_mask(mask))
         self.dropped[name] = int((~mask).sum())
         self.sizes[name] = mask.numel()
 
@@ -64,6 +49,12 @@ class _Masks:
         shares = {name: self.dropped[name] / self.sizes[name] for name in self.sizes}
         return shares | {"all": sum(self.dropped.values()) / sum(self.sizes.values())}
 
+    def __enter__(self) -> "_Masks":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._writer.__exit__(*failure)
+
 
 def run(context: Context) -> dict:
     """Writes ``model/`` and ``masks.safetensors``."""
@@ -71,39 +62,59 @@ def run(context: Context) -> dict:
     if checkpoint.packed:
         return _given_codes(context, checkpoint)
     method = sparsifier(config.method)
-    inputs, masks = _Inputs(method.NEEDS), _Masks()
-    asleep = method.NEEDS == "nothing"
-    samples = [] if asleep else calibration(context)
+    samples = calibration(context) if method.NEEDS != "nothing" or config.allocated else None
+    rules = _rules(context, checkpoint, samples)
+    inputs = Inputs(method.NEEDS)
     advance = context.start(checkpoint.blocks)
     copy_companions(context.model, context.folder / "model")
-    with CheckpointWriter(context.folder / "model") as writer:
-        for block in walk(checkpoint, samples, None if asleep else inputs.collect):
-            changed: dict[str, Tensor] = {}
+    with TensorWriter(context.folder / "model") as writer, _Masks(context.folder) as masks:
+        for block in walk(checkpoint, samples, inputs.collector):
+            rest = set(checkpoint.block_names(block.index))
             for name, linear in block.linears.items():
-                rule = rule_for(config, name)
-                changed[name], mask = _compress(method, linear.weight, rule, inputs.take(name))
+                weight, mask = _compress(method, linear.weight, rules[name], inputs.take(name))
                 masks.add(name, mask)
-                linear.weight.copy_(changed[name])
-            for name, tensor in checkpoint.tensors(checkpoint.block_names(block.index)):
-                linear_name = name.removesuffix(".weight")
-                is_weight = linear_name in changed and name != linear_name
-                writer.add(name, changed[linear_name].to(tensor.dtype) if is_weight else tensor)
+                linear.weight.copy_(weight)
+                key = f"{name}.weight"
+                writer.add(key, weight.to(checkpoint.dtype(key)))
+                rest.remove(key)
+            for name, tensor in checkpoint.tensors(sorted(rest)):
+                writer.add(name, tensor)
             advance()
         for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
             writer.add(name, tensor)
-    save_masks(context.folder, masks.packed)
     return {"sparsity": masks.sparsity()}
+
+
+def _rules(
+    context: Context, checkpoint: Checkpoint, samples: list[Tensor] | None
+) -> dict[str, Rule | None]:
+    """The rule of every Linear, from the recipe or by the output error that it costs."""
+    config = context.recipe.sparsify
+    rules = {name: rule_for(config, name) for name in checkpoint.linears}
+    if not config.allocated:
+        return rules
+    assert config.sparsity is not None and samples is not None
+    free = [name for name in rules if override_for(config, name) is None]
+    inputs, curves = Inputs("norms"), dict[str, Curve]()
+    advance = context.start(checkpoint.blocks)
+    for block in walk(checkpoint, samples, inputs.collector):
+        for name, linear in block.linears.items():
+            norms = inputs.take(name)
+            if name in free:
+                curves[name] = error_curve(linear.weight, norms, config.sparsity)
+        advance()
+    shares = allocate(curves, config.sparsity)
+    return rules | {name: Rule(share, None) for name, share in shares.items()}
 
 
 def _given_codes(context: Context, checkpoint: Checkpoint) -> dict:
     """The mask of a quantized checkpoint: where its code is not the zero point."""
-    masks = _Masks()
     advance = context.start(len(checkpoint.packed))
     write_float_checkpoint(checkpoint, context.folder / "model", torch.float16)
-    for name in checkpoint.packed:
-        masks.add(name, dequantize(*read_packed(checkpoint, name)) != 0)
-        advance()
-    save_masks(context.folder, masks.packed)
+    with _Masks(context.folder) as masks:
+        for name in checkpoint.packed:
+            masks.add(name, dequantize(*read_quantized(checkpoint, name)) != 0)
+            advance()
     return {"sparsity": masks.sparsity()}
 
 

@@ -17,10 +17,11 @@ from sqft_export import tasks
 from sqft_export.adapters import compressed_layers, load_adapted
 from sqft_export.checkpoint import Checkpoint
 from sqft_export.compressed import (
+    MASKS,
     load_float_model,
     load_mask,
-    load_packed_masks,
-    read_packed,
+    quantized_names,
+    read_quantized,
 )
 from sqft_export.errors import UserError
 from sqft_export.evaluate import equal_lengths, generate
@@ -29,6 +30,7 @@ from sqft_export.recipe import Recipe
 from sqft_export.stages import Context
 from sqft_export.targets import Session, target
 from sqft_export.targets.torch import TorchSession
+from sqft_export.tensorfiles import TensorFiles
 
 CONSUMES = ("sparsify", "quantize", "search", "merge", "export-openvino", "export-onnx")
 READS = ("test",)
@@ -164,11 +166,13 @@ def _check_stages(checks: _Checks, trained: nn.Module, masks: Weights) -> None:
     checks.add(_zeros("the trained forward", _effective(trained), masks))
 
 
-def _check_merged(checks: _Checks, trained: nn.Module, masks: Weights) -> dict[str, Packed]:
+def _check_merged(
+    checks: _Checks, trained: nn.Module, merged: Session, masks: Weights
+) -> dict[str, Packed]:
     """The merged model against the trained one; returns its packed layers."""
     folder = checks.context.inputs["merge"].path / "model"
     checkpoint = Checkpoint(folder)
-    packed = {name: read_packed(checkpoint, name) for name in checkpoint.packed}
+    packed = {name: read_quantized(checkpoint, name) for name in quantized_names(checkpoint)}
     arrays = {name: _as_arrays(*layer) for name, layer in packed.items()}
     if packed:
         with torch.no_grad():
@@ -183,13 +187,14 @@ def _check_merged(checks: _Checks, trained: nn.Module, masks: Weights) -> dict[s
     checks.add(_zeros("the merged model", weights, masks))
     # Floats that merge cast to a shorter dtype are not the trained ones any more.
     if packed or all(header.dtype == "F32" for header in checkpoint.headers.values()):
-        merged = TorchSession(load_float_model(folder))
         tolerance = checks.context.recipe.verify.tolerance
         checks.sessions("trained and merged in torch", TorchSession(trained), merged, tolerance)
     return arrays
 
 
-def _check_target(checks: _Checks, name: str, merged: dict[str, Packed], masks: Weights) -> None:
+def _check_target(
+    checks: _Checks, name: str, in_torch: Session, merged: dict[str, Packed], masks: Weights
+) -> None:
     context, runtime = checks.context, target(name)
     folder = context.inputs[f"export-{name}"].path / "model"
     if merged:
@@ -202,10 +207,9 @@ def _check_target(checks: _Checks, name: str, merged: dict[str, Packed], masks: 
         checks.add(
             Check(f"layers on compressed kernels in {name}", len(merged), len(floats), 0, "layers")
         )
-    torch_session = target("torch").open_session(context.inputs["merge"].path / "model", True, None)
     exact = runtime.open_session(folder, True, None)
     tolerance = context.recipe.verify.tolerance
-    checks.sessions(f"merged in torch and {name}", torch_session, exact, tolerance)
+    checks.sessions(f"merged in torch and {name}", in_torch, exact, tolerance)
 
 
 def run(context: Context) -> dict:
@@ -218,16 +222,17 @@ def run(context: Context) -> dict:
     adapter = context.inputs["search"].path / "adapter"
     trained = load_adapted(*context.base(), adapter, torch.float32)
     sparsified = context.path("sparsify")
-    bits = load_packed_masks(sparsified) if sparsified else {}
+    pruned = TensorFiles(sparsified, MASKS).headers if sparsified else {}
     shapes = {name: layer.weight.shape for name, (layer, _) in compressed_layers(trained).items()}
-    masks = {name: load_mask(bits, name, shapes[name]) for name in bits}
+    masks = {name: load_mask(sparsified, name, shapes[name]) for name in pruned}
     checks = _Checks(context)
     _check_stages(checks, trained, masks)
     advance()
-    merged = _check_merged(checks, trained, masks)
+    in_torch = TorchSession(load_float_model(context.inputs["merge"].path / "model"))
+    merged = _check_merged(checks, trained, in_torch, masks)
     advance()
     for name in targets:
-        _check_target(checks, name, merged, masks)
+        _check_target(checks, name, in_torch, merged, masks)
         advance()
     results = [asdict(check) | {"passed": check.passed} for check in checks.done]
     (context.folder / "verify.json").write_text(json.dumps(results, indent=2) + "\n")

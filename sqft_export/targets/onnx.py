@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ CONFIG = "genai_config.json"
 DEPLOYED_ACCURACY, EXACT_ACCURACY = 4, 1
 # GroupQueryAttention on CPU rotates only heads whose size is a multiple of this.
 FUSED_ROTARY_STEP = 16
+EMBEDDING_NODE = "/model/embed_tokens/Gather"
 JOINED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj")}
 
 
@@ -40,7 +42,7 @@ def export(merged: Path, folder: Path) -> None:
     from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
     from sqft_export.checkpoint import Checkpoint
-    from sqft_export.compressed import read_packed, write_float_checkpoint
+    from sqft_export.compressed import quantized_names, read_quantized, write_float_checkpoint
 
     checkpoint = Checkpoint(merged)
     floats, built = folder / "floats", folder / "built"
@@ -48,15 +50,14 @@ def export(merged: Path, folder: Path) -> None:
     arguments = ("", str(floats), str(built), "fp32", "cpu", str(folder / "cache"))
     create_model(*arguments, **parse_extra_options(*arguments, []))
     model = onnx.load(built / MODEL)
-    packed = set(checkpoint.packed)
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type != "MatMul" or not (names := _linears_of(node.name, packed)):
-            continue
-        layers = [read_packed(checkpoint, name) for name in names]
-        tensors, attributes = _matmul_nbits(layers)
-        model.graph.initializer.remove(initializers.pop(node.input[1]))
-        _become_matmul_nbits(model, node, names, tensors, attributes)
+    layers = {name: read_quantized(checkpoint, name) for name in quantized_names(checkpoint)}
+    family = checkpoint.family
+    if checkpoint.tied and family.embedding in layers:
+        layers[family.head] = layers[family.embedding]
+    _quantize_products(model.graph, layers)
+    if family.embedding in layers:
+        head = family.head if checkpoint.tied else None
+        _quantize_gather(model.graph, family.embedding, *layers[family.embedding], head)
     decoder = json.loads((built / CONFIG).read_text())
     if decoder["model"]["decoder"]["head_size"] % FUSED_ROTARY_STEP:
         _rotary_apart(model, decoder["model"]["decoder"])
@@ -109,9 +110,7 @@ def _rotary_apart(model: Any, decoder: dict[str, Any]) -> None:
             node.input.extend(inputs)
             next(a for a in node.attribute if a.name == "do_rotary").i = 0
         nodes.append(node)
-    fresh = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(fresh)
+    _set_nodes(graph, nodes)
 
 
 def _head_rows(decoder: dict[str, Any]) -> list[int]:
@@ -120,17 +119,44 @@ def _head_rows(decoder: dict[str, Any]) -> list[int]:
     return [decoder["num_attention_heads"] * decoder["head_size"], keys, keys]
 
 
-def _linears_of(node: str, packed: set[str]) -> list[str]:
+def _quantize_products(graph: Any, layers: dict[str, Any]) -> None:
+    """Every MatMul with a weight that has codes becomes MatMulNBits."""
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        names = _linears_of(node.name, layers) if node.op_type == "MatMul" else []
+        if not names:
+            nodes.append(node)
+            continue
+        graph.initializer.remove(initializers.pop(node.input[1]))
+        if len({(g.bits, g.group_size, g.symmetric) for _, g in (layers[n] for n in names)}) == 1:
+            nodes.append(_matmul_nbits(graph, node, names, layers, node.output[0]))
+            continue
+        # One product can't mix kinds of grid: each Linear gets its own, then they are joined.
+        parts = [f"{node.output[0]}/{name}" for name in names]
+        for name, part in zip(names, parts, strict=True):
+            nodes.append(_matmul_nbits(graph, node, [name], layers, part))
+        nodes.append(helper.make_node("Concat", parts, [node.output[0]], axis=-1))
+    _set_nodes(graph, nodes)
+
+
+def _set_nodes(graph: Any, nodes: list[Any]) -> None:
+    fresh = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(fresh)
+
+
+def _linears_of(node: str, layers: Container[str]) -> list[str]:
     """The Linears whose product a builder node is, as ``/model/layers.0/attn/o_proj/MatMul``."""
     path = (
         node.strip("/").removesuffix("/MatMul").replace("/", ".").replace(".attn.", ".self_attn.")
     )
-    if path in packed:
+    if path in layers:
         return [path]
     for joined, parts in JOINED.items():
         if path.endswith(joined):
             names = [path.removesuffix("qkv_proj") + part for part in parts]
-            return names if set(names) <= packed else []
+            return names if all(name in layers for name in names) else []
     return []
 
 
@@ -145,8 +171,8 @@ def _packed_rows(values: np.ndarray, bits: int) -> np.ndarray:
     return values if bits == 8 else pack_nibbles(values)
 
 
-def _matmul_nbits(layers: list[tuple[Any, Any]]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Inputs and attributes for codes and grids of Linears that share their input."""
+def _block_arrays(layers: list[tuple[Any, Any]]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Codes, scales and zero points as blocks, and the sizes, of Linears that share their input."""
     bits, inputs = layers[0][1].bits, layers[0][0].shape[1]
     size = block_size(inputs, layers[0][1].group_size)
     codes = np.concatenate([codes.numpy() for codes, _ in layers])
@@ -155,37 +181,72 @@ def _matmul_nbits(layers: list[tuple[Any, Any]]) -> tuple[dict[str, np.ndarray],
     outputs, blocks = scales.shape
     padded = np.repeat(zeros, size, axis=1)  # what a short last block is filled with: zeros
     padded[:, :inputs] = codes
-    tensors = {
+    arrays = {
         "B": _packed_rows(padded.reshape(outputs, blocks, size), bits),
         "scales": scales,
     }
     if not all(grid.symmetric for _, grid in layers):
-        tensors["zero_points"] = _packed_rows(zeros, bits)
-    return tensors, {"K": inputs, "N": outputs, "bits": bits, "block_size": size}
+        arrays["zero_points"] = _packed_rows(zeros, bits)
+    return arrays, {"K": inputs, "N": outputs, "bits": bits, "block_size": size}
 
 
-def _become_matmul_nbits(
-    model: Any,
-    node: Any,
-    names: list[str],
-    tensors: dict[str, np.ndarray],
-    attributes: dict[str, int],
-) -> None:
-    prefix = ",".join(names)
-    inputs = [node.input[0]]
-    for part, array in tensors.items():
-        inputs.append(f"{prefix}.{part}")
-        model.graph.initializer.append(
-            numpy_helper.from_array(np.ascontiguousarray(array), f"{prefix}.{part}")
-        )
-    new = helper.make_node(
+def _add(graph: Any, prefix: str, arrays: dict[str, np.ndarray]) -> list[str]:
+    """Store arrays as initializers; returns their names."""
+    names = [f"{prefix}.{part}" for part in arrays]
+    for name, array in zip(names, arrays.values(), strict=True):
+        graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+    return names
+
+
+def _matmul_nbits(
+    graph: Any, node: Any, names: list[str], layers: dict[str, Any], output: str
+) -> Any:
+    """The product of ``node`` with the codes of the named Linears, their rows joined."""
+    arrays, sizes = _block_arrays([layers[name] for name in names])
+    return helper.make_node(
         "MatMulNBits",
-        inputs,
+        [node.input[0], *_add(graph, ",".join(names), arrays)],
+        [output],
+        name=node.name if output == node.output[0] else f"{node.name}/{names[0]}",
+        domain="com.microsoft",
+        accuracy_level=DEPLOYED_ACCURACY,
+        **sizes,
+    )
+
+
+def _quantize_gather(graph: Any, embedding: str, codes: Any, grid: Any, head: str | None) -> None:
+    """The embedding's Gather reads codes: GatherBlockQuantized, one block a row.
+
+    :param head: module whose MatMulNBits already holds the same codes, None where it is apart.
+    """
+    node = next(n for n in graph.node if n.name == EMBEDDING_NODE)
+    rows, columns = codes.shape
+    size = block_size(columns, grid.group_size)
+    scale, zero = grid.scale.numpy().astype(np.float32), grid.zero_point.numpy()
+    arrays = {"scales": scale, "zero_points": zero}
+    for stored in [t for t in graph.initializer if t.name == node.input[0]]:
+        graph.initializer.remove(stored)
+    # The builder ties by turning the head's matrix round.
+    for turned in [n for n in graph.node if list(n.output) == [node.input[0]]]:
+        graph.node.remove(turned)
+    if head and size == columns:
+        shape = numpy_helper.from_array(np.array([rows, columns], np.int64), f"{embedding}.shape")
+        graph.initializer.append(shape)
+        reshape = helper.make_node("Reshape", [f"{head}.B", shape.name], [f"{embedding}.B"])
+        graph.node.insert(0, reshape)
+    else:
+        arrays["B"] = codes.numpy()
+    _add(graph, embedding, arrays)
+    new = helper.make_node(
+        "GatherBlockQuantized",
+        [f"{embedding}.B", node.input[1], f"{embedding}.scales", f"{embedding}.zero_points"],
         list(node.output),
         name=node.name,
         domain="com.microsoft",
-        accuracy_level=DEPLOYED_ACCURACY,
-        **attributes,
+        bits=grid.bits,
+        gather_axis=0,
+        quantize_axis=1,
+        block_size=size,
     )
     node.CopyFrom(new)
 
@@ -199,6 +260,12 @@ def read_back(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarra
     tensors = {t.name: t for t in model.graph.initializer}
     found = {}
     for node in model.graph.node:
+        if node.op_type == "GatherBlockQuantized":
+            scale, zero = (numpy_helper.to_array(tensors[node.input[i]]) for i in (2, 3))
+            shared = [n.input[0] for n in model.graph.node if list(n.output) == [node.input[0]]]
+            codes = numpy_helper.to_array(tensors[(shared or node.input)[0]])
+            name = node.input[0].removesuffix(".B")
+            found[name] = (codes.reshape(len(scale), -1), scale, zero)
         if node.op_type != "MatMulNBits":
             continue
         size = {a.name: a.i for a in node.attribute}
@@ -240,8 +307,12 @@ def compressed_kernels(folder: Path) -> set[str]:
         )
         ort.InferenceSession(str(folder / MODEL), options, providers=["CPUExecutionProvider"])
         graph = onnx.load(optimized, load_external_data=False).graph
-    kernels = [node for node in graph.node if node.op_type == "MatMulNBits"]
-    return {name for node in kernels for name in node.input[1].removesuffix(".B").split(",")}
+    found = set()
+    for node in graph.node:
+        if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
+            weight = node.input[1 if node.op_type == "MatMulNBits" else 0]
+            found |= set(weight.removesuffix(".B").split(","))
+    return found
 
 
 def _with_accuracy(folder: Path, level: int) -> bytes:

@@ -40,7 +40,7 @@ def export(merged: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from sqft_export.checkpoint import Checkpoint
-    from sqft_export.compressed import read_packed, write_float_checkpoint
+    from sqft_export.compressed import quantized_names, read_quantized, write_float_checkpoint
 
     checkpoint = Checkpoint(merged)
     floats, traced = folder / "floats", folder / "traced"
@@ -55,8 +55,9 @@ def export(merged: Path, folder: Path) -> None:
     )
     graph = ov.Core().read_model(traced / MODEL)
     constants = _weight_constants(graph)
-    for name in checkpoint.packed:
-        codes, grid = read_packed(checkpoint, name)
+    quantized = quantized_names(checkpoint)
+    for name in quantized:
+        codes, grid = read_quantized(checkpoint, name)
         _place(
             constants[name],
             name,
@@ -66,7 +67,8 @@ def export(merged: Path, folder: Path) -> None:
             grid.bits,
         )
     for name in _half_matrices(checkpoint):
-        _place_half(constants[name])
+        if name not in quantized:
+            _place_half(constants[name])
     for key, value in _description(checkpoint).items():
         graph.set_rt_info(value, ["sqft_export", key])
     ov.save_model(graph, folder / MODEL, compress_to_fp16=False)
@@ -178,12 +180,11 @@ def _codes_of(constant: Any) -> np.ndarray:
     return values.reshape(shape)
 
 
-def read_back(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Codes uint8 ``[out, in]``, scale float16 and zero point uint8 ``[out, groups]`` by Linear.
+def codes_and_grids(graph: Any) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
+    """Codes uint8 ``[out, in]``, scale and zero point uint8 ``[out, groups]``, bits, by weight.
 
-    Read from the written file, for ``verify``.
+    Of a graph written here or by NNCF: both name a constant's scale and zero point after it.
     """
-    graph = ov.Core().read_model(folder / MODEL)
     constants = {
         node.get_friendly_name(): node
         for node in graph.get_ops()
@@ -194,18 +195,28 @@ def read_back(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarra
         if not key.endswith(".weight/scale"):
             continue
         weight = constants[key.removesuffix("/scale")]
-        bits = 4 if weight.get_element_type() in (ov.Type.i4, ov.Type.u4) else 8
         scale = scale_node.data.reshape(weight.get_output_shape(0)[0], -1)
         values = _codes_of(weight).reshape(scale.shape[0], -1)
+        bits = 4 if weight.get_element_type() in (ov.Type.i4, ov.Type.u4) else 8
         zero_node = constants.get(key.removesuffix("scale") + "zero_point")
         if zero_node is None:
-            values = values + 2 ** (bits - 1)
-            zero = np.full(scale.shape, 2 ** (bits - 1), np.uint8)
+            middle = 2 ** (bits - 1)
+            values = values + middle
+            zero = np.full(scale.shape, middle, np.uint8)
         else:
             zero = _codes_of(zero_node).reshape(scale.shape).astype(np.uint8)
         name = key.removesuffix(".weight/scale")
-        found[name] = (values.astype(np.uint8), scale.copy(), zero)
+        found[name] = (values.astype(np.uint8), scale.copy(), zero, bits)
     return found
+
+
+def read_back(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Codes uint8 ``[out, in]``, scale float16 and zero point uint8 ``[out, groups]`` by module.
+
+    Read from the written file, for ``verify``.
+    """
+    found = codes_and_grids(ov.Core().read_model(folder / MODEL))
+    return {name: parts[:3] for name, parts in found.items()}
 
 
 class OpenVinoSession:
@@ -246,7 +257,7 @@ def open_session(folder: Path, exact: bool, threads: int | None) -> OpenVinoSess
 
 
 def compressed_kernels(folder: Path) -> set[str]:
-    """The Linears whose runtime kernel reads 4- or 8-bit weights, from the compiled graph.
+    """Linears and embeddings whose kernel reads 4- or 8-bit weights, from the compiled graph.
 
     One that is missing was folded to floats by the plugin.
     """
@@ -256,6 +267,7 @@ def compressed_kernels(folder: Path) -> set[str]:
         info = node.get_rt_info()
         if info["runtimePrecision"].astype(str) in ("i4", "u4", "i8", "u8"):
             for origin in info["originalLayersNames"].astype(str).split(","):
-                if origin.endswith("/aten::linear/MatMul"):
-                    found.add(origin.removeprefix("__module.").removesuffix("/aten::linear/MatMul"))
+                module, _, operation = origin.removeprefix("__module.").partition("/")
+                if operation in ("aten::linear/MatMul", "aten::embedding/Gather"):
+                    found.add(module)
     return found

@@ -1,0 +1,170 @@
+"""Peak memory and speed of sparsify + quantize on a Mistral-7B-shaped checkpoint.
+
+    python benchmarks/streaming.py [--blocks 2 4 8] [--samples 4] [--length 128] [--small]
+
+Writes checkpoints of the true width with random weights, one after the other, with more and more
+blocks, and runs both passes on each in a process of its own: Wanda at 50 %, mask-aware GPTQ in
+INT4. Bound: two decoder blocks in float32 + the calibration activations + 1.5 GiB, whatever the
+number of blocks. The peak is what the kernel reports for the process, imports and mapped file
+pages included.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from document import finish, table
+
+from sqft_export.checkpoint import Checkpoint
+from sqft_export.recipe import load
+from sqft_export.stages import Context, quantize, sparsify
+from sqft_export.tensorfiles import TensorWriter
+
+GIB = 2**30
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "sqft_export" / "builtin" / "tiny"
+SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "heads": 32, "kv_heads": 8}
+SMALL = {"hidden_size": 256, "intermediate_size": 896, "heads": 8, "kv_heads": 2}
+
+
+def write_checkpoint(folder: Path, shape: dict[str, int], blocks: int) -> None:
+    """A Mistral folder with random bfloat16 weights and the embedded model's tokenizer."""
+    folder.mkdir()
+    for file in TINY.glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    keys = hidden // shape["heads"] * shape["kv_heads"]
+    vocabulary = json.loads((TINY / "config.json").read_text())["vocab_size"]
+    config = {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": shape["heads"],
+        "num_key_value_heads": shape["kv_heads"],
+        "vocab_size": vocabulary,
+        "dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    matrices = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    norms = ("input_layernorm", "post_attention_layernorm")
+    generator = torch.Generator().manual_seed(0)
+    with TensorWriter(folder) as writer:
+        for name in ("model.embed_tokens", "lm_head"):
+            weight = torch.randn(vocabulary, hidden, generator=generator) * 0.02
+            writer.add(f"{name}.weight", weight.bfloat16())
+        writer.add("model.norm.weight", torch.ones(hidden, dtype=torch.bfloat16))
+        for block in range(blocks):
+            for name, size in matrices.items():
+                weight = (torch.randn(size, generator=generator) * 0.02).bfloat16()
+                writer.add(f"model.layers.{block}.{name}.weight", weight)
+            for name in norms:
+                ones = torch.ones(hidden, dtype=torch.bfloat16)
+                writer.add(f"model.layers.{block}.{name}.weight", ones)
+
+
+def compress(model: Path, out: Path, samples: int, length: int) -> dict[str, Any]:
+    """Both passes in this process; seconds of each and the peak resident bytes so far."""
+    recipe = load(
+        ROOT / "recipes" / "tiny.yaml",
+        (
+            f"calibration={{samples: {samples}, sequence_length: {length}}}",
+            "quantize.group_size=128",
+        ),
+        model,
+    )
+    measured: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
+    for name, stage in (("sparsify", sparsify), ("quantize", quantize)):
+        (out / name).mkdir()
+        context = Context(name, recipe, model, dict(inputs), out / name, lambda total: lambda: None)
+        started = time.monotonic()
+        stage.run(context)
+        measured[f"{name}_seconds"] = time.monotonic() - started
+        measured[f"{name}_peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        inputs[name] = argparse.Namespace(path=out / name)
+    return measured
+
+
+def measure(shape: dict[str, int], blocks: int, samples: int, length: int) -> dict[str, Any]:
+    """One row, its files deleted afterwards."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model, out = Path(scratch) / "model", Path(scratch) / "out"
+        write_checkpoint(model, shape, blocks)
+        out.mkdir()
+        command = [sys.executable, __file__, "--child", str(model), str(out)]
+        command += ["--samples", str(samples), "--length", str(length)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        weights = sum(o * i for o, i in Checkpoint(model).linears.values())
+    block = 4 * weights / blocks
+    activations = 4 * samples * length * shape["hidden_size"]
+    seconds = found["sparsify_seconds"] + found["quantize_seconds"]
+    return found | {
+        "blocks": blocks,
+        "bound": 2 * block + activations + 1.5 * GIB,
+        "peak": found["quantize_peak"],
+        "seconds_per_billion_weights": seconds / weights * 1e9,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--small", action="store_true", help="a narrow model, to try this out")
+    parser.add_argument("--child", type=Path, nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(compress(*arguments.child, arguments.samples, arguments.length)))
+        return
+    shape = SMALL if arguments.small else SHAPE
+    rows = [measure(shape, n, arguments.samples, arguments.length) for n in arguments.blocks]
+    header = [
+        "blocks",
+        "sparsify s",
+        "quantize s",
+        "s per billion weights",
+        "peak GiB",
+        "bound GiB",
+    ]
+    table(
+        header,
+        [
+            [
+                row["blocks"],
+                row["sparsify_seconds"],
+                row["quantize_seconds"],
+                row["seconds_per_billion_weights"],
+                row["peak"] / GIB,
+                row["bound"] / GIB,
+            ]
+            for row in rows
+        ],
+    )
+    shares = [row["peak"] / row["bound"] for row in rows]
+    middle = sorted(shares)[len(shares) // 2]
+    ratio = {"median": middle, "low": min(shares), "high": max(shares)}
+    finish("streaming", {"peak_over_bound": ratio}, {str(row["blocks"]): row for row in rows})
+
+
+if __name__ == "__main__":
+    main()
