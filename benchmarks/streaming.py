@@ -11,7 +11,6 @@ pages included.
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from sqft_export.checkpoint import Checkpoint
 from sqft_export.recipe import load
 from sqft_export.stages import Context, quantize, sparsify
 from sqft_export.tensorfiles import TensorWriter
+from sqft_export.worker import peak_memory
 
 GIB = 2**30
 ROOT = Path(__file__).parent.parent
@@ -66,7 +66,7 @@ def write_checkpoint(folder: Path, shape: dict[str, int], blocks: int) -> None:
     }
     norms = ("input_layernorm", "post_attention_layernorm")
     generator = torch.Generator().manual_seed(0)
-    with TensorWriter(folder) as writer:
+    with TensorWriter(folder, shard_bytes=2**28) as writer:
         for name in ("model.embed_tokens", "lm_head"):
             weight = torch.randn(vocabulary, hidden, generator=generator) * 0.02
             writer.add(f"{name}.weight", weight.bfloat16())
@@ -98,7 +98,7 @@ def compress(model: Path, out: Path, samples: int, length: int) -> dict[str, Any
         started = time.monotonic()
         stage.run(context)
         measured[f"{name}_seconds"] = time.monotonic() - started
-        measured[f"{name}_peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        measured[f"{name}_peak"] = peak_memory()
         inputs[name] = argparse.Namespace(path=out / name)
     return measured
 

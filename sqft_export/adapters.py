@@ -10,8 +10,15 @@ the codes that are written.
 Backward recomputes the effective weight instead of keeping it: what stays alive between forward
 and backward is the input, the base weight in its own dtype and one mask bit per weight. The
 gradient passes FQ straight through, and is zero where the code is clamped or the weight pruned.
+Trainable scales are ``s * exp(d)`` rounded to float16 as they will be stored, with
+``dW_eff / dd = W_eff - W * inside`` (the step size gradient of LSQ, arXiv 1902.08153, per relative
+step).
+
+Two of the four pipelines keep the adapter apart: ``y = x FQ(W_base)^T + dropout(x) (B A)^T *
+alpha / max_rank``, plain LoRA beside a sparse or quantized base, never merged.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,10 +31,11 @@ from transformers import AutoModelForCausalLM
 from sqft_export.checkpoint import Checkpoint
 from sqft_export.compressed import load_float_model, load_grids, load_packed_masks
 from sqft_export.errors import UserError
-from sqft_export.numerics.affine import Grid, dequantize, fake_quantize, inside, quantize
+from sqft_export.numerics.affine import Grid, fake_quantize, grouped, inside, quantize
 from sqft_export.numerics.masks import unpack_mask
 
 ADAPTER = "default"
+Update = tuple[Tensor, Tensor, float]  # A [rank, in], B [out, rank], alpha / max_rank
 
 
 class CompressedLinear(nn.Linear):
@@ -36,6 +44,7 @@ class CompressedLinear(nn.Linear):
     weight: ``[out, in]`` in the checkpoint's dtype.
     mask_bits: uint8 ``[out, ceil(in / 8)]``, or None: nothing is pruned or masked.
     grid: or None: the weight is used as it is.
+    apart: an adapter on it works beside it.
     """
 
     mask_bits: Tensor | None
@@ -44,7 +53,11 @@ class CompressedLinear(nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, mask_bits: Tensor | None, grid: Grid | None
+        cls,
+        linear: nn.Linear,
+        mask_bits: Tensor | None,
+        grid: Grid | None,
+        apart: bool = False,
     ) -> "CompressedLinear":
         with torch.device("meta"):
             new = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
@@ -52,20 +65,25 @@ class CompressedLinear(nn.Linear):
         new.register_buffer("mask_bits", mask_bits, persistent=False)
         new.register_buffer("scale", grid.scale if grid else None, persistent=False)
         new.register_buffer("zero_point", grid.zero_point if grid else None, persistent=False)
-        new.bits = grid.bits if grid else None
+        new.bits, new.apart = grid.bits if grid else None, apart
         return new.requires_grad_(False)
 
     @property
     def grid(self) -> Grid | None:
+        return self.grid_at(None)
+
+    def grid_at(self, shift: Tensor | None) -> Grid | None:
+        """The grid, its scales moved by ``exp(shift)`` and rounded as they are stored.
+
+        :param shift: float32 ``[out, groups]``, or None.
+        """
         if self.scale is None:
             return None
-        return Grid(self.scale, self.zero_point, self.bits, self.in_features // self.scale.shape[1])
+        scale = self.scale if shift is None else (self.scale.float() * shift.exp()).half()
+        return Grid(scale, self.zero_point, self.bits, self.in_features // scale.shape[1])
 
-    def adapted_weight(self, update: tuple[Tensor, Tensor, float] | None) -> Tensor:
-        """``W + M * (B A) * scaling`` in float32, before the grid.
-
-        :param update: ``A [rank, in]``, ``B [out, rank]`` and ``alpha / max_rank``.
-        """
+    def adapted_weight(self, update: Update | None) -> Tensor:
+        """``W + M * (B A) * scaling`` in float32, before the grid."""
         weight = self.weight.float()
         if update is None:
             return weight
@@ -77,23 +95,15 @@ class CompressedLinear(nn.Linear):
             delta = delta * unpack_mask(self.mask_bits, self.in_features)
         return weight + delta
 
-    def on_grid(self, adapted: Tensor) -> Tensor:
-        """FQ: the effective weight of an adapted one, float32 ``[out, in]``."""
-        return dequantize(quantize(adapted, self.grid), self.grid) if self.grid else adapted
-
-    def codes(self, update: tuple[Tensor, Tensor, float] | None) -> Tensor:
+    def codes(self, update: Update | None) -> Tensor:
         """Codes uint8 ``[out, in]`` of the effective weight; only with a grid."""
         assert self.grid is not None
         return quantize(self.adapted_weight(update), self.grid)
 
-    def effective_weight(self, update: tuple[Tensor, Tensor, float] | None) -> Tensor:
-        return self.on_grid(self.adapted_weight(update))
-
-    def straight_through(self, gradient: Tensor, adapted: Tensor) -> Tensor:
-        """Gradient of the adapter's delta from that of the effective weight."""
-        if self.mask_bits is not None:
-            gradient = gradient * unpack_mask(self.mask_bits, self.in_features)
-        return gradient * inside(adapted, self.grid) if self.grid else gradient
+    def effective_weight(self, update: Update | None, shift: Tensor | None = None) -> Tensor:
+        """float32 ``[out, in]``."""
+        adapted, grid = self.adapted_weight(update), self.grid_at(shift)
+        return fake_quantize(adapted, grid) if grid else adapted
 
     def forward(self, x: Tensor) -> Tensor:
         return self.with_bias(nn.functional.linear(x, self.effective_weight(None).to(x.dtype)))
@@ -106,25 +116,35 @@ class _Adapted(torch.autograd.Function):
     """``x W_eff^T``; W_eff is made in forward and again in backward, never kept."""
 
     @staticmethod
-    def forward(ctx, x, lora_a, lora_b, layer: CompressedLinear, scaling: float):
-        ctx.save_for_backward(x, lora_a, lora_b)
+    def forward(ctx, x, lora_a, lora_b, shift, layer: CompressedLinear, scaling: float):
+        ctx.save_for_backward(x, lora_a, lora_b, shift)
         ctx.layer, ctx.scaling = layer, scaling
-        weight = layer.effective_weight((lora_a, lora_b, scaling))
+        weight = layer.effective_weight((lora_a, lora_b, scaling), shift)
         return nn.functional.linear(x, weight.to(x.dtype))
 
     @staticmethod
     def backward(ctx, gradient):
-        x, lora_a, lora_b = ctx.saved_tensors
+        x, lora_a, lora_b, shift = ctx.saved_tensors
         layer: CompressedLinear = ctx.layer
-        adapted = layer.adapted_weight((lora_a, lora_b, ctx.scaling))
+        adapted, grid = layer.adapted_weight((lora_a, lora_b, ctx.scaling)), layer.grid_at(shift)
+        effective = fake_quantize(adapted, grid) if grid else adapted
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = gradient @ layer.on_grid(adapted).to(gradient.dtype)
-        by_token = gradient.flatten(0, -2).T @ x.flatten(0, -2)
-        grad_delta = layer.straight_through(by_token.float(), adapted) * ctx.scaling
+            grad_x = gradient @ effective.to(gradient.dtype)
+        grad_weight = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).float()
+        grad_shift = None
+        if grid:
+            unclamped = inside(adapted, grid)
+            if shift is not None:
+                moved = grad_weight * (effective - adapted * unclamped)
+                grad_shift = grouped(moved, grid.group_size).sum(dim=2)
+            grad_weight = grad_weight * unclamped
+        if layer.mask_bits is not None:
+            grad_weight = grad_weight * unpack_mask(layer.mask_bits, layer.in_features)
+        grad_delta = grad_weight * ctx.scaling
         grad_a = (lora_b.float().T @ grad_delta).to(lora_a.dtype)
         grad_b = (grad_delta @ lora_a.float().T).to(lora_b.dtype)
-        return grad_x, grad_a, grad_b, None, None
+        return grad_x, grad_a, grad_b, grad_shift, None, None
 
 
 class ElasticLoraLinear(PeftLinear):
@@ -137,43 +157,72 @@ class ElasticLoraLinear(PeftLinear):
     def __init__(self, base_layer, adapter_name: str, **kwargs):
         super().__init__(base_layer, adapter_name, **kwargs)
         self.active_rank: int = self.r[adapter_name]
+        # peft saves and loads whatever is called lora_ and keyed by the adapter's name.
+        self.lora_shift = nn.ParameterDict()
 
-    def update(self) -> tuple[Tensor, Tensor, float]:
+    def train_scales(self) -> None:
+        """Let the scales of the base's grid move; to be called before training or loading."""
+        scale = self.get_base_layer().scale
+        self.lora_shift[ADAPTER] = nn.Parameter(torch.zeros(scale.shape, device=scale.device))
+
+    @torch.no_grad()
+    def settle_scales(self) -> None:
+        """Make the trained scales those of the base."""
+        if ADAPTER in self.lora_shift:
+            base = self.get_base_layer()
+            base.scale = base.grid_at(self.lora_shift.pop(ADAPTER)).scale
+
+    def update(self) -> Update:
         """``A [rank, in]``, ``B [out, rank]`` at the active rank, and the scaling."""
         lora_a = self.lora_A[ADAPTER].weight[: self.active_rank]
         lora_b = self.lora_B[ADAPTER].weight[:, : self.active_rank]
         return lora_a, lora_b, self.scaling[ADAPTER]
 
     def forward(self, x: Tensor) -> Tensor:
-        base = self.get_base_layer()
+        base, dropout = self.get_base_layer(), self.lora_dropout[ADAPTER]
         lora_a, lora_b, scaling = self.update()
+        if base.apart:
+            low = nn.functional.linear(dropout(x), lora_a.to(x.dtype))
+            return base(x) + nn.functional.linear(low, lora_b.to(x.dtype)) * scaling
         # Dropout acts on the adapter alone: whole input columns of A, the same for all tokens of
         # a step, since the update is one matrix that goes through the grid.
-        lora_a = lora_a * self.lora_dropout[ADAPTER](lora_a.new_ones(self.in_features))
-        return base.with_bias(_Adapted.apply(x, lora_a, lora_b, base, scaling))
+        lora_a = lora_a * dropout(lora_a.new_ones(self.in_features))
+        shift = self.lora_shift.get(ADAPTER, None)
+        return base.with_bias(_Adapted.apply(x, lora_a, lora_b, shift, base, scaling))
 
 
-def load_compressed(
-    folder: Path, masks: Path | None, grids: Path | None, dtype: torch.dtype
-) -> nn.Module:
+@dataclass(frozen=True)
+class Base:
+    """What an adapter is trained on.
+
+    folder: Hugging Face folder.
+    masks, grids: folders with the masks that an update is kept in and the grids; None without.
+    apart: the adapter stays beside the base instead of entering its weight.
+    """
+
+    folder: Path
+    masks: Path | None = None
+    grids: Path | None = None
+    apart: bool = False
+
+
+def load_compressed(base: Base, dtype: torch.dtype) -> nn.Module:
     """A model whose decoder Linears are :class:`CompressedLinear`.
 
     The Linears keep the checkpoint's dtype; all else is in ``dtype``, the dtype of activations.
-
-    :param masks, grids: folders with the masks and grids, None for a dense or float model.
     """
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(base.folder)
     linears = checkpoint.linears
     if checkpoint.packed:
-        model = load_float_model(folder)
+        model = load_float_model(base.folder)
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-    mask_bits = load_packed_masks(masks)
-    grid_of = load_grids(grids)
+        model = AutoModelForCausalLM.from_pretrained(base.folder, dtype="auto").eval()
+    mask_bits = load_packed_masks(base.masks)
+    grid_of = load_grids(base.grids)
     for name in linears:
         parent, _, child = name.rpartition(".")
         linear = CompressedLinear.from_linear(
-            model.get_submodule(name), mask_bits.get(name), grid_of.get(name)
+            model.get_submodule(name), mask_bits.get(name), grid_of.get(name), base.apart
         )
         setattr(model.get_submodule(parent), child, linear)
     for name in grid_of.keys() - linears.keys():  # embedding and head: not trained, only rounded
@@ -213,19 +262,24 @@ def add_adapters(
     return get_peft_model(model, config)
 
 
-def load_adapted(
-    folder: Path, masks: Path | None, grids: Path | None, adapter: Path, dtype: torch.dtype
-) -> nn.Module:
-    """A trained model: base, mask, grid, and an adapter folder written by adapt or search."""
-    model = load_compressed(folder, masks, grids, dtype)
+def load_adapted(base: Base, adapter: Path, dtype: torch.dtype) -> nn.Module:
+    """A trained model: its base and an adapter folder written by adapt or search."""
     config = LoraConfig.from_pretrained(adapter)
     config.inference_mode = False
     config._register_custom_module({CompressedLinear: ElasticLoraLinear})
-    adapted = get_peft_model(model, config)
+    adapted = get_peft_model(load_compressed(base, dtype), config)
     state = load_file(adapter / "adapter_model.safetensors")
+    if any(".lora_shift" in name for name in state):
+        train_scales(adapted)
     outcome = set_peft_model_state_dict(adapted, state, adapter_name=ADAPTER)
     assert not outcome.unexpected_keys, outcome.unexpected_keys
     return adapted.eval()
+
+
+def train_scales(model: nn.Module) -> None:
+    """Give every adapted layer on a grid scales that move."""
+    for layer in elastic_layers(model).values():
+        layer.train_scales()
 
 
 def elastic_layers(model: nn.Module) -> dict[str, ElasticLoraLinear]:
@@ -259,14 +313,13 @@ def set_ranks(
             layers[name].active_rank = ranks[group]
 
 
-def compressed_layers(
-    model: nn.Module,
-) -> dict[str, tuple[CompressedLinear, tuple[Tensor, Tensor, float] | None]]:
-    """Name in the base model -> the base Linear and the update it carries, if it is adapted."""
-    found: dict[str, tuple[CompressedLinear, tuple[Tensor, Tensor, float] | None]] = {}
+def compressed_layers(model: nn.Module) -> dict[str, tuple[CompressedLinear, Update | None]]:
+    """Name in the base model -> the base Linear and the update that enters its weight, if any."""
+    found: dict[str, tuple[CompressedLinear, Update | None]] = {}
     adapted = elastic_layers(model)
     for name, module in model.named_modules():
         if isinstance(module, CompressedLinear):
             name = name.removeprefix("base_model.model.").removesuffix(".base_layer")
-            found[name] = (module, adapted[name].update() if name in adapted else None)
+            merges = name in adapted and not module.apart
+            found[name] = (module, adapted[name].update() if merges else None)
     return found

@@ -46,6 +46,21 @@ def _slant(axes: Any) -> None:
         label.set(rotation=25, ha="right", rotation_mode="anchor")
 
 
+def search_front(front: list[dict], measure: str) -> str:
+    """Accuracy against adapter parameters of all that search evaluated."""
+
+    def draw(axes: Any) -> None:
+        axes.scatter(
+            [entry["parameters"] / 1e3 for entry in front],
+            [100 * entry["accuracy"] for entry in front],
+            color=COLOURS["torch"],
+        )
+        axes.set_xlabel("adapter parameters, thousands")
+        axes.set_ylabel(f"{measure}, % of validation items")
+
+    return _svg(draw)
+
+
 def accuracy_along_passes(rows: list[dict], measure: str) -> str:
     def draw(axes: Any) -> None:
         names = [row["name"] for row in rows]

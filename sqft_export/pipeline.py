@@ -134,4 +134,6 @@ def run(recipe: Recipe, root: Path) -> dict[str, Artifact]:
                 seconds = time.monotonic() - started
                 artifacts[step.name] = store.seal(partial, step.name, step.facts, metrics, seconds)
                 console.print(f"{step.name:16} {seconds:.1f} s")
+                for warning in metrics.get("warnings", []):
+                    console.print(f"warning: {warning}")
     return artifacts

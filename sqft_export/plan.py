@@ -28,9 +28,15 @@ def pass_names(recipe: Recipe) -> list[str]:
         names.append("sparsify")
     if recipe.quantize.method != "none":
         names.append("quantize")
+    distill, baselines = recipe.adapt.distill, recipe.benchmark.baselines
+    if "dense-lora" in baselines or (distill and distill.teacher == "dense-lora"):
+        names.append("teacher")
     names += ["adapt", "search", "merge"]
     names += [f"export-{target}" for target in recipe.export.targets]
-    return [*names, "verify", "baselines", "benchmark", "report"]
+    names.append("verify")
+    if "sparse-quantized" in baselines and recipe.quantize.method != "none":
+        names.append("baselines")
+    return [*names, "benchmark", "report"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,8 @@ def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
         "merge": merged + masks,
         "export-openvino": deployed,
         "export-onnx": deployed,
-        "baselines": stored + merged,
+        "teacher": stored,
+        "baselines": merged,
     }
     return {name: predicted.get(name, 2**20) for name in pass_names(recipe)}
 

@@ -201,12 +201,34 @@ class Quantize(Section):
         return self
 
 
+class Distill(Section):
+    """Part of the loss: the divergence from a teacher's next-token distribution."""
+
+    teacher: Literal["dense", "dense-lora"] = Field(
+        "dense", description="the base model, or the base model with LoRA trained on the task"
+    )
+    weight: float = Field(0.5, gt=0, le=1, description="of the divergence; the rest is the loss")
+    temperature: float = Field(1.0, gt=0)
+
+
 class Adapt(Section):
     """Elastic sparse LoRA. Defaults are the paper's (arXiv 2410.03750)."""
 
-    pipeline: Literal["qa-sparsepeft", "sparsepeft"] = Field(
-        "qa-sparsepeft", description="train through the quantization grid, or sparse floats"
+    pipeline: Literal["shears", "sparsepeft", "sqft", "qa-sparsepeft"] = Field(
+        "qa-sparsepeft",
+        description="sparsepeft: masked adapter, merges into sparse floats; qa-sparsepeft: trained "
+        "through the grid too, merges into sparse codes; shears, sqft: plain adapter kept apart "
+        "from a sparse float or quantized base",
     )
+    merge_dense: bool = Field(
+        False, description="shears: merge all the same; the result is no longer sparse"
+    )
+    elastic: bool = Field(True, description="false: every adapter has the highest rank throughout")
+    trainable_scales: bool = Field(False, description="qa-sparsepeft: the grid's scales move too")
+    scale_learning_rate: float = Field(
+        0.1, gt=0, description="of trainable scales, as a share of learning_rate, per relative step"
+    )
+    distill: Distill | None = Field(None, description="learn from a teacher as well")
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
     ranks: tuple[int, ...] = Field(
         (32, 28, 24, 20, 16), min_length=1, description="ranks of the elastic groups"
@@ -241,7 +263,26 @@ class Adapt(Section):
             raise ValueError(f"elastic_groups name {strangers}, which are not in target_modules")
         if len(set(elastic)) < len(elastic):
             raise ValueError("a module stands in two elastic_groups")
+        if self.merge_dense and self.pipeline != "shears":
+            raise ValueError(f"merge_dense is for shears, found {self.pipeline}")
+        if self.trainable_scales and self.pipeline != "qa-sparsepeft":
+            raise ValueError(f"trainable_scales is for qa-sparsepeft, found {self.pipeline}")
         return self
+
+    @property
+    def on_grid(self) -> bool:
+        """The base is quantized."""
+        return self.pipeline in ("sqft", "qa-sparsepeft")
+
+    @property
+    def masked(self) -> bool:
+        """The update is kept inside the pruning mask."""
+        return self.pipeline in ("sparsepeft", "qa-sparsepeft")
+
+    @property
+    def apart(self) -> bool:
+        """The adapter is not merged."""
+        return self.pipeline == "sqft" or (self.pipeline == "shears" and not self.merge_dense)
 
     @property
     def max_rank(self) -> int:
@@ -249,7 +290,31 @@ class Adapt(Section):
 
 
 class Search(Section):
-    strategy: Literal["median", "maximal", "minimal"] = "median"
+    """The rank of every elastic group, chosen on items set aside from the training data."""
+
+    strategy: Literal[
+        "median",
+        "maximal",
+        "minimal",
+        "given",
+        "frequent",
+        "lowest-loss",
+        "hill-climb",
+        "evolutionary",
+    ] = "median"
+    budget: int = Field(20, ge=1, description="evaluations at most, of strategies that evaluate")
+    items: int = Field(64, ge=1, description="training items set aside for them to be scored on")
+    configuration: str | None = Field(None, description="given: a search's configuration.json")
+
+    @model_validator(mode="after")
+    def _given_fits(self):
+        if (self.configuration is not None) != (self.strategy == "given"):
+            raise ValueError("configuration and strategy given go together")
+        return self
+
+    @property
+    def evaluates(self) -> bool:
+        return self.strategy in ("lowest-loss", "hill-climb", "evolutionary")
 
 
 class Export(Section):
@@ -293,10 +358,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _pipeline_fits(self):
         quantized = self.quantize.method != "none"
-        if quantized != (self.adapt.pipeline == "qa-sparsepeft"):
+        if quantized != self.adapt.on_grid:
             raise ValueError(
                 f"adapt.pipeline {self.adapt.pipeline} does not go with quantize.method "
-                f"{self.quantize.method}: qa-sparsepeft trains on a grid, sparsepeft on floats"
+                f"{self.quantize.method}: qa-sparsepeft and sqft train on a grid, sparsepeft and "
+                "shears on floats"
             )
         return self
 

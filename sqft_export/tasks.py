@@ -45,12 +45,14 @@ class Example:
 class Data:
     """A task read, split and tokenized.
 
-    train, validation: training items without and with what search may look at.
+    train: training examples.
+    validation: training items set aside for search, if it evaluates any.
     test: held-out items, for benchmark and verify alone.
     truncated: training examples that were longer than the limit and were cut.
     """
 
     train: list[Example]
+    validation: list[Item]
     test: list[Item]
     truncated: int
 
@@ -127,17 +129,36 @@ def _check_calibration(recipe: Recipe) -> None:
 
 
 def _problem_data(task: Problems, recipe: Recipe, tokenizer: Any) -> Data:
-    train, truncated = [], 0
-    for prompt, answer in problems(task, recipe.resolve(task.train)):
-        prompt_ids = tokenizer(prompt)["input_ids"]
-        ids = prompt_ids + _continuation(tokenizer, prompt, answer) + [tokenizer.eos_token_id]
-        truncated += len(ids) > task.sequence_length
-        train.append(Example(ids[: task.sequence_length], len(prompt_ids)))
-    test = []
-    for prompt, answer in problems(task, recipe.resolve(task.test)):
-        target = [*_continuation(tokenizer, prompt, answer), tokenizer.eos_token_id]
-        test.append(Item(tokenizer(prompt)["input_ids"], target, answer))
-    return Data(train, test, truncated)
+    def items(file: str) -> list[Item]:
+        found = []
+        for prompt, answer in problems(task, recipe.resolve(file)):
+            target = [*_continuation(tokenizer, prompt, answer), tokenizer.eos_token_id]
+            found.append(Item(tokenizer(prompt)["input_ids"], target, answer))
+        return found
+
+    train, validation = _set_aside(recipe, items(task.train))
+    whole = [(item.prompt + item.target, len(item.prompt)) for item in train]
+    examples = [Example(ids[: task.sequence_length], skip) for ids, skip in whole]
+    truncated = sum(len(ids) > task.sequence_length for ids, _ in whole)
+    return Data(examples, validation, items(task.test), truncated)
+
+
+def _set_aside(recipe: Recipe, items: list[Item]) -> tuple[list[Item], list[Item]]:
+    """Training items, and a seeded choice of them that search scores on instead.
+
+    :raises UserError: if nothing would be left to train on.
+    """
+    search = recipe.search
+    if not search.evaluates:
+        return items, []
+    if search.items >= len(items):
+        raise UserError(
+            f"{recipe.file}: search.items: found {search.items}, but the training data has "
+            f"{len(items)} items in all"
+        )
+    chosen = set(random.Random(recipe.seed).sample(range(len(items)), search.items))
+    train = [item for n, item in enumerate(items) if n not in chosen]
+    return train, [items[n] for n in sorted(chosen)]
 
 
 def _continuation(tokenizer: Any, prompt: str, answer: str) -> list[int]:
@@ -164,13 +185,15 @@ def _text_data(task: Text, recipe: Recipe, tokenizer: Any) -> Data:
         ids = tokenizer(part, add_special_tokens=False)["input_ids"]
         return _windows(ids, task.sequence_length, _first(tokenizer))
 
-    train, test = windows(text[:boundary]), windows(text[boundary:])
+    train, test = (
+        [Item(ids[:1], ids[1:], None) for ids in windows(part)]
+        for part in (text[:boundary], text[boundary:])
+    )
     if not train or not test:
         raise UserError(f"{file}: too short for windows of {task.sequence_length} tokens")
+    train, validation = _set_aside(recipe, train)
     return Data(
-        [Example(ids, 1) for ids in train],
-        [Item(ids[:1], ids[1:], None) for ids in test],
-        truncated=0,
+        [Example(item.prompt + item.target, 1) for item in train], validation, test, truncated=0
     )
 
 
@@ -252,6 +275,12 @@ def _first(tokenizer: Any) -> list[int]:
 def test_items(recipe: Recipe, data: Data) -> list[Item]:
     """The items that every row of the benchmark scores: the first of the test split."""
     return data.test[: recipe.benchmark.items]
+
+
+def is_right(task: Problems, said: str, item: Item) -> bool:
+    """Whether a generated answer is the expected one."""
+    assert item.text is not None
+    return final_answer(said, task.final) == final_answer(item.text, task.final)
 
 
 def final_answer(text: str, final: str | None) -> str:

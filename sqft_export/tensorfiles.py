@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "I8": 1}
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-SHARD_BYTES = 256 * 2**20
+SHARD_BYTES = 2 * 2**30
 
 
 def index_name(stem: str) -> str:

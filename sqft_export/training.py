@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sqft_export.errors import UserError
@@ -85,6 +85,57 @@ def total_steps(config: Adapt, examples: int) -> int:
     return math.ceil(math.ceil(examples / config.batch) / config.accumulation * config.epochs)
 
 
+class _Trainer(Trainer):
+    """Scales at their own learning rate, and a teacher in the loss."""
+
+    def __init__(self, config: Adapt, teacher: nn.Module | None, **kwargs):
+        super().__init__(**kwargs)
+        self.config, self.teacher = config, teacher
+
+    optimizer: Any
+
+    def create_optimizer(self, *_):
+        if self.optimizer is None:
+            rate = self.config.learning_rate
+            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            scales = [p for n, p in named if ".lora_shift." in n]
+            adapters = [p for n, p in named if ".lora_shift." not in n]
+            groups = [{"params": adapters, "weight_decay": self.config.weight_decay}]
+            if scales:
+                groups.append({"params": scales, "lr": rate * self.config.scale_learning_rate})
+            self.optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        distill = self.config.distill
+        if self.teacher is not None and distill is not None:
+            with torch.no_grad():
+                without_labels = {k: v for k, v in inputs.items() if k != "labels"}
+                teacher = self.teacher(**without_labels).logits
+            apart = divergence(
+                outputs.logits, teacher, inputs["labels"], distill.temperature, num_items_in_batch
+            )
+            loss = (1 - distill.weight) * loss + distill.weight * apart
+        return (loss, outputs) if return_outputs else loss
+
+
+def divergence(
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, count: Tensor | None
+) -> Tensor:
+    """``T^2 KL(teacher || student)`` per token of the loss (arXiv 1503.02531).
+
+    :param student, teacher: logits ``[batch, length, vocabulary]``.
+    :param labels: ``[batch, length]``, -100 where a token is not in the loss.
+    :param count: tokens of the whole optimizer step, None for those of this batch.
+    """
+    wanted = labels[:, 1:] != -100
+    ours = (student[:, :-1][wanted].float() / temperature).log_softmax(-1)
+    theirs = (teacher[:, :-1][wanted].float() / temperature).log_softmax(-1)
+    total = nn.functional.kl_div(ours, theirs, reduction="sum", log_target=True)
+    return temperature**2 * total / (wanted.sum() if count is None else count)
+
+
 def train(
     model: nn.Module,
     examples: list[Example],
@@ -94,12 +145,14 @@ def train(
     folder: Path,
     before_step: Callable[[int], None],
     advance: Callable[[], None],
+    teacher: nn.Module | None = None,
 ) -> list[dict[str, float]]:
     """Train the adapters of ``model`` in place.
 
     :param pad: token id that fills a batch on the right.
     :param folder: holds training checkpoints; a training interrupted there is continued.
     :param before_step: called with the number of the optimizer step about to run.
+    :param teacher: what ``config.distill`` learns from.
     :return: loss and learning rate of every step.
     :raises UserError: if every label is masked, or the loss is not finite.
     """
@@ -132,7 +185,9 @@ def train(
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
     )
-    trainer = Trainer(
+    trainer = _Trainer(
+        config,
+        teacher,
         model=model,
         args=arguments,
         train_dataset=rows,  # type: ignore[arg-type]  # a list serves as a map-style dataset

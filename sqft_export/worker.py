@@ -31,14 +31,13 @@ def open_job(job: dict[str, Any]) -> Session:
         return target(job["kind"]).open_session(Path(job["folder"]), False, job["threads"])
     import torch
 
-    from sqft_export.adapters import load_adapted
+    from sqft_export.adapters import Base, load_adapted
     from sqft_export.targets.torch import TorchSession
 
     masks, grids = (Path(job[k]) if job[k] else None for k in ("masks", "grids"))
+    base = Base(Path(job["folder"]), masks, grids, job["apart"])
     torch.set_num_threads(job["threads"])
-    return TorchSession(
-        load_adapted(Path(job["folder"]), masks, grids, Path(job["adapter"]), torch.float32)
-    )
+    return TorchSession(load_adapted(base, Path(job["adapter"]), torch.float32))
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:

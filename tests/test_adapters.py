@@ -5,6 +5,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from sqft_export.adapters import (
+    Base,
     CompressedLinear,
     _Adapted,
     add_adapters,
@@ -54,7 +55,7 @@ def test_forward_and_gradients_are_those_of_the_formula(masked, quantized):
     layer, mask, x, lora_a, lora_b = compressed(masked, quantized)
     ours = [t.clone().requires_grad_() for t in (x, lora_a, lora_b)]
     twin = [t.clone().requires_grad_() for t in (x, lora_a, lora_b)]
-    y = _Adapted.apply(*ours, layer, 2.0)
+    y = _Adapted.apply(*ours, None, layer, 2.0)
     expected = literal_forward(layer, mask, *twin, 2.0)
     torch.testing.assert_close(y, expected)
     (y.sin()).sum().backward()
@@ -74,16 +75,14 @@ def test_pruned_weights_are_zero_in_the_forward_whatever_the_update(dtype):
 
 def adapted(folder, dropout=0.0):
     torch.manual_seed(0)
-    model = add_adapters(
-        load_compressed(folder, None, None, torch.float32), TARGETS, 8, 16, dropout
-    )
+    model = add_adapters(load_compressed(Base(folder), torch.float32), TARGETS, 8, 16, dropout)
     for layer in elastic_layers(model).values():
         nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
     return model
 
 
 def test_unknown_target_is_named_with_what_there_is(random_llama):
-    model = load_compressed(random_llama, None, None, torch.float32)
+    model = load_compressed(Base(random_llama), torch.float32)
     with pytest.raises(UserError, match=r"q_prj.*allowed are down_proj, gate_proj"):
         add_adapters(model, ("q_prj",), 8, 16, 0.0)
 
@@ -143,7 +142,7 @@ def test_linears_keep_the_dtype_of_the_checkpoint(tmp_path, random_llama):
     AutoModelForCausalLM.from_pretrained(random_llama, dtype=torch.float16).save_pretrained(
         tmp_path
     )
-    model = load_compressed(tmp_path, None, None, torch.float32)
+    model = load_compressed(Base(tmp_path), torch.float32)
     assert {layer.weight.dtype for layer, _ in compressed_layers(model).values()} == {torch.float16}
     assert model.get_input_embeddings().weight.dtype == torch.float32
 

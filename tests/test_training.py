@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from sqft_export.adapters import add_adapters, elastic_layers, load_compressed, set_ranks
+from sqft_export.adapters import Base, add_adapters, elastic_layers, load_compressed, set_ranks
 from sqft_export.errors import UserError
 from sqft_export.recipe import Adapt
 from sqft_export.tasks import Example
@@ -17,7 +17,7 @@ def config(**changes) -> Adapt:
 
 
 def start(folder) -> nn.Module:
-    model = load_compressed(folder, None, None, torch.float32)
+    model = load_compressed(Base(folder), torch.float32)
     torch.manual_seed(1)
     return add_adapters(model, ("q_proj", "v_proj"), 8, 16, 0.1)
 

@@ -1,5 +1,7 @@
 """The highest rank for every group."""
 
+from sqft_export.search import Ranks, Space
 
-def choose(groups: list[str], ranks: tuple[int, ...]) -> dict[str, int]:
-    return dict.fromkeys(groups, max(ranks))
+
+def search(space: Space) -> Ranks:
+    return dict.fromkeys(space.groups, max(space.ranks))

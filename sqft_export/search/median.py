@@ -1,5 +1,7 @@
 """The middle rank for every group, the method authors' heuristic."""
 
+from sqft_export.search import Ranks, Space
 
-def choose(groups: list[str], ranks: tuple[int, ...]) -> dict[str, int]:
-    return dict.fromkeys(groups, sorted(ranks, reverse=True)[(len(ranks) - 1) // 2])
+
+def search(space: Space) -> Ranks:
+    return dict.fromkeys(space.groups, space.ranks[(len(space.ranks) - 1) // 2])

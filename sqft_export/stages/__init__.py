@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqft_export.adapters import Base
 from sqft_export.artifact import Artifact
 from sqft_export.recipe import Recipe
 
@@ -40,9 +41,13 @@ class Context:
         """Folder of an input, None where the recipe does without that pass."""
         return self.inputs[name].path if name in self.inputs else None
 
-    def base(self) -> tuple[Path, Path | None, Path | None]:
-        """What training starts from: model folder, folder of masks, folder of grids."""
-        return self.latest_model(), self.path("sparsify"), self.path("quantize")
+    def base(self) -> Base:
+        """What training starts from, with the scales that it ended with once there are such."""
+        adapt, grids = self.recipe.adapt, self.path("quantize")
+        if adapt.trainable_scales and "search" in self.inputs:
+            grids = self.inputs["search"].path
+        masks = self.path("sparsify") if adapt.masked else None
+        return Base(self.latest_model(), masks, grids, adapt.apart)
 
     def latest_model(self) -> Path:
         """The last model folder before adapters: quantized, else sparse, else the base model."""

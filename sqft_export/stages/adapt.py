@@ -1,52 +1,72 @@
 """adapt: train the super-adapter, elastic in rank, through mask and grid."""
 
 import shutil
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from sqft_export import tasks
 from sqft_export.adapters import (
+    Base,
     add_adapters,
     elastic_layers,
     load_compressed,
     rank_groups,
     set_ranks,
+    train_scales,
 )
 from sqft_export.checkpoint import Checkpoint
 from sqft_export.recipe import Recipe
 from sqft_export.stages import Context
 from sqft_export.training import draw_ranks, total_steps, train, write_log
 
-CONSUMES = ("sparsify", "quantize")
+CONSUMES = ("sparsify", "quantize", "teacher")
 READS = ("model", "train")
-VERSION = 1
+VERSION = 2
 RESUMES = True
 
 
 def options(recipe: Recipe) -> dict:
-    return {"adapt": recipe.adapt.model_dump(), "seed": recipe.seed}
+    return {
+        "adapt": recipe.adapt.model_dump(),
+        "seed": recipe.seed,
+        "set_aside": recipe.search.items if recipe.search.evaluates else 0,
+    }
 
 
-def new_adapter(recipe: Recipe, folder: Path, masks: Path | None, grids: Path | None) -> nn.Module:
-    """A model of ``folder`` with a fresh super-adapter, seeded."""
+def new_adapter(recipe: Recipe, base: Base) -> nn.Module:
+    """A model with a fresh super-adapter, seeded."""
     config = recipe.adapt
-    model = load_compressed(folder, masks, grids, getattr(torch, config.precision))
+    model = load_compressed(base, getattr(torch, config.precision))
     torch.manual_seed(recipe.seed)
     return add_adapters(model, config.target_modules, config.max_rank, config.alpha, config.dropout)
 
 
 def groups_of(context: Context, model: nn.Module) -> dict[str, list[str]]:
-    """The elastic groups of a model with adapters."""
-    blocks = Checkpoint(context.model).family.blocks
-    return rank_groups(elastic_layers(model), blocks, context.recipe.adapt.elastic_groups)
+    """The elastic groups of a model with adapters; none where ranks are not elastic."""
+    blocks, config = Checkpoint(context.model).family.blocks, context.recipe.adapt
+    return rank_groups(
+        elastic_layers(model), blocks, config.elastic_groups if config.elastic else ()
+    )
+
+
+def _teacher(context: Context) -> nn.Module | None:
+    """The model that the loss compares with, frozen."""
+    config = context.recipe.adapt
+    if config.distill is None:
+        return None
+    folder = context.model
+    if config.distill.teacher == "dense-lora":
+        folder = context.inputs["teacher"].path / "dense-lora"
+    return load_compressed(Base(folder), getattr(torch, config.precision))
 
 
 def run(context: Context) -> dict:
     """Writes ``adapter/`` in peft's format and ``training.jsonl`` with loss and ranks a step."""
     recipe, config = context.recipe, context.recipe.adapt
-    model = new_adapter(recipe, *context.base())
+    model = new_adapter(recipe, context.base())
+    if config.trainable_scales:
+        train_scales(model)
     layers, groups = elastic_layers(model), groups_of(context, model)
     tokenizer = tasks.load_tokenizer(context.model)
     data = tasks.load(recipe, tokenizer)
@@ -63,6 +83,7 @@ def run(context: Context) -> dict:
         context.folder / "training",
         before_step=lambda step: set_ranks(layers, groups, ranks_at(step)),
         advance=context.start(total_steps(config, len(data.train))),
+        teacher=_teacher(context),
     )
     # The step logged as n is the one that began at n - 1.
     write_log(

@@ -16,6 +16,7 @@ from sqft_export import tasks
 from sqft_export.errors import UserError
 from sqft_export.recipe import Problems, Recipe
 from sqft_export.stages import Context
+from sqft_export.targets import ADAPTER
 
 CONSUMES = (
     "sparsify",
@@ -24,11 +25,12 @@ CONSUMES = (
     "merge",
     "export-openvino",
     "export-onnx",
+    "teacher",
     "baselines",
 )
 READS = ("model", "test")
 VERSION = 1
-WEIGHTS = ("*.safetensors", "*.bin", "*.xml", "*.onnx", "*.data")
+WEIGHTS = ("*.safetensors", "*.bin", "*.xml", "*.onnx", "*.data", "*.onnx_adapter")
 
 
 @dataclass(frozen=True)
@@ -56,33 +58,34 @@ def rows(context: Context) -> list[Row]:
     inputs, wanted = context.inputs, context.recipe.benchmark.baselines
     merged = inputs["merge"].path / "model"
     merged_sparsity = inputs["merge"].metrics["sparsity"]["all"]
-    made = inputs["baselines"].metrics["sparsity"]
     table = [Row("dense base", "torch", context.model, (context.model,), 0.0)]
-    if "dense-lora" in made:
-        folder = inputs["baselines"].path / "dense-lora"
-        table.append(Row("dense + LoRA", "torch", folder, (folder,), made["dense-lora"]))
+    if "teacher" in inputs and "dense-lora" in wanted:
+        folder = inputs["teacher"].path / "dense-lora"
+        sparsity = inputs["teacher"].metrics["sparsity"]["all"]
+        table.append(Row("dense + LoRA", "torch", folder, (folder,), sparsity))
     if "sparsify" in inputs and "sparse" in wanted:
         folder = inputs["sparsify"].path / "model"
         sparsity = inputs["sparsify"].metrics["sparsity"]["all"]
         table.append(Row("sparse", "torch", folder, (folder,), sparsity))
-    if "sparse-quantized" in made:
+    if "baselines" in inputs:
         folder = inputs["baselines"].path / "sparse-quantized"
         name = f"sparse + INT{context.recipe.quantize.bits}"
-        table.append(Row(name, "torch", folder, (folder,), made["sparse-quantized"]))
+        sparsity = inputs["baselines"].metrics["sparsity"]["all"]
+        table.append(Row(name, "torch", folder, (folder,), sparsity))
     if "adapted" in wanted:
-        base, _, grids = context.base()
+        base = context.base()
         stored = (
-            base,
+            base.folder,
             inputs["search"].path / "adapter",
-            *(grids.glob("grids*.safetensors") if grids else []),
+            *(base.grids.glob("grids*.safetensors") if base.grids else []),
         )
-        table.append(Row("tuned, adapter apart", "adapted", base, stored, merged_sparsity))
-    if "merged" in wanted:
+        table.append(Row("tuned, adapter apart", "adapted", base.folder, stored, merged_sparsity))
+    if "merged" in wanted and not context.recipe.adapt.apart:
         table.append(Row("merged", "torch", merged, (merged,), merged_sparsity))
     for target, title in (("openvino", "OpenVINO"), ("onnx", "ONNX Runtime")):
         if f"export-{target}" in inputs:
             folder = inputs[f"export-{target}"].path / "model"
-            table.append(Row(title, target, folder, (folder,), merged_sparsity))
+            table.append(Row(title, target, folder, (folder, folder / ADAPTER), merged_sparsity))
     if "dense" not in wanted:
         table = table[1:]
     return table
@@ -102,12 +105,13 @@ def stored_bytes(paths: tuple[Path, ...]) -> int:
 def _job(context: Context, row: Row, items: list[tasks.Item], stop: list[int]) -> dict[str, Any]:
     benchmark, task = context.recipe.benchmark, context.recipe.task
     ids = [token for item in items for token in item.prompt + item.target]
-    _, masks, grids = context.base()
+    base = context.base()
     return {
         "kind": row.kind,
         "folder": str(row.folder),
-        "masks": str(masks) if masks else None,
-        "grids": str(grids) if grids else None,
+        "masks": str(base.masks) if base.masks else None,
+        "grids": str(base.grids) if base.grids else None,
+        "apart": base.apart,
         "adapter": str(context.inputs["search"].path / "adapter"),
         "threads": threads(context.recipe),
         "prompts": [item.prompt for item in items],
@@ -146,10 +150,8 @@ def _score(
     said = [tokenizer.decode(ids, skip_special_tokens=True) for ids in result.pop("answers")]
     scored = []
     for item, answer in zip(items, said, strict=True):
-        assert item.text is not None
-        expected = tasks.final_answer(item.text, recipe.task.final)
-        right = tasks.final_answer(answer, recipe.task.final) == expected
-        scored.append({"answer": answer, "expected": expected, "right": right})
+        right = tasks.is_right(recipe.task, answer, item)
+        scored.append({"answer": answer, "expected": item.text, "right": right})
     return sum(entry["right"] for entry in scored) / len(scored), scored
 
 

@@ -7,7 +7,7 @@ from sqft_export.targets import target
 
 CONSUMES = ("merge",)
 READS = ()
-VERSION = 1
+VERSION = 2
 
 
 def options(recipe: Recipe) -> dict:
@@ -20,6 +20,9 @@ def run(context: Context) -> dict:
     folder = context.folder / "model"
     folder.mkdir()
     runtime = context.name.removeprefix("export-")
-    target(runtime).export(context.inputs["merge"].path / "model", folder)
+    merged = context.inputs["merge"].path
+    target(runtime).export(merged / "model", folder)
+    if context.recipe.adapt.apart:
+        target(runtime).add_adapter(folder, merged / "adapter")
     advance()
     return {"bytes": file_bytes(folder)}

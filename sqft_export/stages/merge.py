@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sqft_export.adapters import compressed_layers, load_adapted
+from sqft_export.adapters import compressed_layers, load_adapted, load_compressed
 from sqft_export.checkpoint import Checkpoint, copy_companions
 from sqft_export.compressed import MASKS, GridWriter, load_grids, quantization_config
 from sqft_export.numerics.affine import Grid
@@ -74,12 +74,23 @@ def write_merged(
 
 
 def run(context: Context) -> dict:
-    """Writes ``model/`` and a copy of the mask."""
-    adapter = context.inputs["search"].path / "adapter"
-    model = load_adapted(*context.base(), adapter, torch.float32)
+    """Writes ``model/`` and a copy of the mask; the adapter too where it stays apart."""
+    adapter, config = context.inputs["search"].path / "adapter", context.recipe.adapt
+    if config.apart:
+        model = load_compressed(context.base(), torch.float32)
+        shutil.copytree(adapter, context.folder / "adapter")
+    else:
+        model = load_adapted(context.base(), adapter, torch.float32)
     if sparsified := context.path("sparsify"):
         for file in sparsified.glob(f"{MASKS}*"):
             shutil.copyfile(file, context.folder / file.name)
     base = Checkpoint(context.latest_model())
-    folder = context.folder / "model"
-    return {"sparsity": write_merged(model, base, folder, context.path("quantize"))}
+    sparsity = write_merged(model, base, context.folder / "model", context.path("quantize"))
+    warnings = []
+    if config.merge_dense and sparsified:
+        before = context.inputs["sparsify"].metrics["sparsity"]["all"]
+        warnings.append(
+            f"merge_dense: a dense update was merged; {sparsity['all']:.1%} of the weights are "
+            f"zero, {before:.1%} were before"
+        )
+    return {"sparsity": sparsity, "warnings": warnings}

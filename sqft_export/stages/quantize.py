@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sqft_export.calibration import Block, Inputs, walk
 from sqft_export.checkpoint import Checkpoint, copy_companions
 from sqft_export.compressed import (
+    HELD_BYTES,
     GridWriter,
     load_mask,
     plain_names,
@@ -65,7 +66,8 @@ def round_onto(linear: nn.Linear, weight: Tensor, grid: Grid) -> None:
 def run(context: Context) -> dict:
     """Writes ``model/``, whose codes on ``grids.safetensors`` are the quantized model."""
     make = _given if context.recipe.quantize.method == "given" else _compress
-    with GridWriter(context.folder) as grids, TensorWriter(context.folder / "model") as weights:
+    weight_writer = TensorWriter(context.folder / "model", shard_bytes=HELD_BYTES)
+    with GridWriter(context.folder) as grids, weight_writer as weights:
         make(context, grids, weights)
     return {
         "group_size": {name: group_size for name, (_, group_size) in grids.sizes.items()},

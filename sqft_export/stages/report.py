@@ -21,6 +21,7 @@ CONSUMES = (
     "export-openvino",
     "export-onnx",
     "verify",
+    "teacher",
     "baselines",
     "benchmark",
 )
@@ -101,6 +102,7 @@ def document_of(context: Context) -> dict[str, Any]:
         "layers": _layers(inputs),
         "search": inputs["search"].metrics,
         "adapt": inputs["adapt"].metrics,
+        "warnings": [w for a in inputs.values() for w in a.metrics.get("warnings", [])],
         "machine": describe(),
         "versions": inputs["benchmark"].manifest["environment"]["versions"],
     }
@@ -120,6 +122,8 @@ def run(context: Context) -> dict:
         ("Latency", pictures.latency(rows)),
         ("Training", pictures.training_curve(log)),
     ]
+    if front := document["search"]["front"]:
+        drawn.append(("Search", pictures.search_front(front, measure)))
     for title, svg in drawn:
         (context.folder / f"{title.lower().replace(' ', '-')}.svg").write_text(svg)
     environment = Environment(

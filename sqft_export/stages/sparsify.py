@@ -9,7 +9,12 @@ from torch import Tensor
 from sqft_export import tasks
 from sqft_export.calibration import Inputs, walk
 from sqft_export.checkpoint import Checkpoint, copy_companions
-from sqft_export.compressed import mask_writer, read_quantized, write_float_checkpoint
+from sqft_export.compressed import (
+    HELD_BYTES,
+    mask_writer,
+    read_quantized,
+    write_float_checkpoint,
+)
 from sqft_export.numerics.affine import dequantize
 from sqft_export.numerics.masks import pack_mask
 from sqft_export.recipe import Recipe
@@ -67,7 +72,8 @@ def run(context: Context) -> dict:
     inputs = Inputs(method.NEEDS)
     advance = context.start(checkpoint.blocks)
     copy_companions(context.model, context.folder / "model")
-    with TensorWriter(context.folder / "model") as writer, _Masks(context.folder) as masks:
+    model_writer = TensorWriter(context.folder / "model", shard_bytes=HELD_BYTES)
+    with model_writer as writer, _Masks(context.folder) as masks:
         for block in walk(checkpoint, samples, inputs.collector):
             rest = set(checkpoint.block_names(block.index))
             for name, linear in block.linears.items():

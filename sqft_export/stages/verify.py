@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from sqft_export import tasks
@@ -163,7 +164,8 @@ def _check_stages(checks: _Checks, trained: nn.Module, masks: Weights) -> None:
         if folder := context.path(stage):
             weights = _stored_weights(folder / "model", list(masks))
             checks.add(_zeros(stage, weights, masks))
-    checks.add(_zeros("the trained forward", _effective(trained), masks))
+    if not context.recipe.adapt.merge_dense:
+        checks.add(_zeros("the trained forward", _effective(trained), masks))
 
 
 def _check_merged(
@@ -184,7 +186,8 @@ def _check_merged(
         weights = {name: dequantize(*layer) for name, layer in packed.items()}
     else:
         weights = _stored_weights(folder, list(masks))
-    checks.add(_zeros("the merged model", weights, masks))
+    if not checks.context.recipe.adapt.merge_dense:
+        checks.add(_zeros("the merged model", weights, masks))
     # Floats that merge cast to a shorter dtype are not the trained ones any more.
     if packed or all(header.dtype == "F32" for header in checkpoint.headers.values()):
         tolerance = checks.context.recipe.verify.tolerance
@@ -212,6 +215,15 @@ def _check_target(
     checks.sessions(f"merged in torch and {name}", in_torch, exact, tolerance)
 
 
+def _merged_model(context: Context) -> nn.Module:
+    """The merged folder in float32, with its adapter by stock peft where one is kept apart."""
+    folder = context.inputs["merge"].path
+    model = load_float_model(folder / "model")
+    if not context.recipe.adapt.apart:
+        return model
+    return PeftModel.from_pretrained(model, folder / "adapter").eval()
+
+
 def run(context: Context) -> dict:
     """Writes ``verify.json``.
 
@@ -220,7 +232,7 @@ def run(context: Context) -> dict:
     targets = context.recipe.export.targets
     advance: Callable[[], None] = context.start(2 + len(targets))
     adapter = context.inputs["search"].path / "adapter"
-    trained = load_adapted(*context.base(), adapter, torch.float32)
+    trained = load_adapted(context.base(), adapter, torch.float32)
     sparsified = context.path("sparsify")
     pruned = TensorFiles(sparsified, MASKS).headers if sparsified else {}
     shapes = {name: layer.weight.shape for name, (layer, _) in compressed_layers(trained).items()}
@@ -228,7 +240,7 @@ def run(context: Context) -> dict:
     checks = _Checks(context)
     _check_stages(checks, trained, masks)
     advance()
-    in_torch = TorchSession(load_float_model(context.inputs["merge"].path / "model"))
+    in_torch = TorchSession(_merged_model(context))
     merged = _check_merged(checks, trained, in_torch, masks)
     advance()
     for name in targets:

@@ -1,11 +1,14 @@
 """Runtimes a model is exported to and run on: openvino, onnx, torch.
 
 Each offers ``open_session(folder, exact, threads) -> Session``; openvino and onnx also
-``export(merged, folder)`` and ``read_back(folder)``.
+``export(merged, folder)``, ``add_adapter(folder, adapter)`` for one that is not merged, and
+``read_back(folder)``.
 """
 
 import importlib
+import json
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -14,6 +17,29 @@ import numpy as np
 # OpenVINO's converter and NNCF report their use over the network unless told not to; where the
 # package that does so is missing, they go without. Nobody asked for network access here.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
+
+ADAPTER = "adapter"  # folder inside a deployment whose adapter is not merged
+
+
+def read_adapter(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Linear -> ``A`` float32 ``[rank, in]`` and ``B`` ``[out, rank]``, the scaling within ``B``.
+
+    :param folder: an adapter as peft stores it.
+    """
+    from safetensors.numpy import load_file
+
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    found = {}
+    for key, lora_a in tensors.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        lora_b = tensors[key.replace(".lora_A.", ".lora_B.")]
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        alpha = config["alpha_pattern"].get(name, config["lora_alpha"])
+        found[name] = lora_a, (lora_b * (alpha / len(lora_a))).astype(np.float32)
+    return found
 
 
 class Session(Protocol):

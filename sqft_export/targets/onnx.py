@@ -25,9 +25,11 @@ import onnxruntime as ort
 from onnx import helper, numpy_helper
 
 from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
+from sqft_export.targets import ADAPTER, read_adapter
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
+ADAPTER_FILE = "adapter.onnx_adapter"
 CONFIG = "genai_config.json"
 # Activations in int8, as the builder's own default on CPU. `exact` sessions use float32.
 DEPLOYED_ACCURACY, EXACT_ACCURACY = 4, 1
@@ -74,6 +76,65 @@ def export(merged: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
     for transient in (floats, built, folder / "cache"):
         shutil.rmtree(transient, ignore_errors=True)
+
+
+def add_adapter(folder: Path, adapter: Path) -> None:
+    """Give the graph inputs for low-rank updates, and write the adapter that fills them.
+
+    ``<linear>.lora_A`` float32 ``[in, rank]`` and ``.lora_B`` ``[rank, out]`` are inputs with an
+    empty default, so that the graph runs without an adapter too; ``adapter.onnx_adapter`` is what
+    ONNX Runtime's ``LoraAdapter`` and GenAI's ``Adapters`` load.
+    """
+    model = onnx.load(folder / MODEL, load_external_data=False)
+    graph, updates, nodes = model.graph, read_adapter(adapter), []
+    parameters: dict[str, np.ndarray] = {}
+    joined_rows = _head_rows(json.loads((folder / CONFIG).read_text())["model"]["decoder"])
+    for node in graph.node:
+        nodes.append(node)
+        names = _linears_of(node.name, _AnyLinear()) if node.op_type.startswith("MatMul") else []
+        if not any(name in updates for name in names):
+            continue
+        output, parts = node.output[0], []
+        node.output[0] = f"{output}/base"
+        for name, rows in zip(names, joined_rows if len(names) > 1 else [0], strict=True):
+            # One that has no adapter but is joined with some that have gets one of rank 0.
+            inputs = len(next(updates[n][0].T for n in names if n in updates))
+            nothing = np.zeros((0, inputs), np.float32), np.zeros((rows, 0), np.float32)
+            lora_a, lora_b = updates.get(name, nothing)
+            pair = {f"{name}.lora_A": lora_a.T, f"{name}.lora_B": lora_b.T}
+            parameters |= {key: np.ascontiguousarray(array) for key, array in pair.items()}
+            key_a, key_b = pair
+            _add_optional_input(graph, key_a, [len(lora_a.T), "rank"], [len(lora_a.T), 0])
+            _add_optional_input(graph, key_b, ["rank", len(lora_b)], [0, len(lora_b)])
+            low, part = f"{output}/{name}/low", f"{output}/{name}/update"
+            nodes.append(helper.make_node("MatMul", [node.input[0], key_a], [low]))
+            nodes.append(helper.make_node("MatMul", [low, key_b], [part]))
+            parts.append(part)
+        if len(parts) > 1:
+            nodes.append(helper.make_node("Concat", parts, [f"{output}/update"], axis=-1))
+            parts = [f"{output}/update"]
+        nodes.append(helper.make_node("Add", [f"{output}/base", *parts], [output]))
+    _set_nodes(graph, nodes)
+    onnx.save(model, folder / MODEL)
+    (folder / ADAPTER).mkdir()
+    stored = ort.AdapterFormat()
+    stored.set_adapter_version(1)
+    stored.set_model_version(1)
+    values = {key: ort.OrtValue.ortvalue_from_numpy(array) for key, array in parameters.items()}
+    stored.set_parameters(values)
+    stored.export_adapter(str(folder / ADAPTER / ADAPTER_FILE))
+
+
+def _add_optional_input(graph: Any, name: str, shape: list[int | str], default: list[int]) -> None:
+    graph.input.append(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
+    graph.initializer.append(numpy_helper.from_array(np.zeros(default, np.float32), name))
+
+
+class _AnyLinear:
+    """Stands for the Linears of a graph that nothing else lists: every name but the joined one."""
+
+    def __contains__(self, name: object) -> bool:
+        return not str(name).endswith("qkv_proj")
 
 
 def _rotary_apart(model: Any, decoder: dict[str, Any]) -> None:
@@ -328,8 +389,11 @@ def _with_accuracy(folder: Path, level: int) -> bytes:
 class OnnxSession:
     """A decoder graph with its cache as inputs and outputs, kept in the runtime's memory."""
 
-    def __init__(self, session: Any, decoder: dict[str, Any]):
-        self.session, self.decoder = session, decoder
+    def __init__(self, session: Any, decoder: dict[str, Any], adapter: Any = None):
+        self.session, self.decoder, self.adapter = session, decoder, adapter
+        self.options = ort.RunOptions()
+        if adapter is not None:
+            self.options.add_active_adapter(adapter)
         inputs = [i.name for i in session.get_inputs()]
         self.wants_positions = "position_ids" in inputs
         self.caches = [name for name in inputs if name.startswith("past_")]
@@ -358,7 +422,9 @@ class OnnxSession:
             feeds["position_ids"] = ort.OrtValue.ortvalue_from_numpy(positions)
         past = self.past or self._empty_cache(batch)
         feeds |= dict(zip(self.caches, past, strict=True))
-        logits, *self.past = self.session.run_with_ort_values(["logits", *self.presents], feeds)
+        logits, *self.past = self.session.run_with_ort_values(
+            ["logits", *self.presents], feeds, self.options
+        )
         return logits.numpy()
 
 
@@ -379,4 +445,8 @@ def open_session(folder: Path, exact: bool, threads: int | None) -> OnnxSession:
         )
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     config = json.loads((folder / CONFIG).read_text())
-    return OnnxSession(session, config["model"]["decoder"])
+    adapter = None
+    if (file := folder / ADAPTER / ADAPTER_FILE).is_file():
+        adapter = ort.LoraAdapter()
+        adapter.Load(str(file))
+    return OnnxSession(session, config["model"]["decoder"], adapter)

@@ -18,8 +18,10 @@ import openvino as ov
 from openvino import opset13 as ops
 
 from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
+from sqft_export.targets import ADAPTER, read_adapter
 
 MODEL = "openvino_model.xml"
+ADAPTER_FILE = "adapter_model.safetensors"
 # The defaults round activations to int8 and bfloat16 and the cache to 8 bits.
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
@@ -82,6 +84,40 @@ def export(merged: Path, folder: Path) -> None:
     ov.save_model(decoder, folder / "openvino_detokenizer.xml")
     shutil.rmtree(floats)
     shutil.rmtree(traced)
+
+
+def add_adapter(folder: Path, adapter: Path) -> None:
+    """Put an adapter beside the IR, as ``openvino_genai.Adapter`` reads it.
+
+    GenAI does not read peft's config; the scaling is within B.
+    """
+    from safetensors.numpy import save_file
+
+    tensors = {}
+    for name, (lora_a, lora_b) in read_adapter(adapter).items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a
+        tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b
+    (folder / ADAPTER).mkdir()
+    save_file(tensors, folder / ADAPTER / ADAPTER_FILE)
+
+
+def _with_adapter(graph: ov.Model, file: Path) -> ov.Model:
+    """The graph with two more products beside each adapted one, as GenAI puts them."""
+    from safetensors.numpy import load_file
+
+    tensors = load_file(file)
+    products = {node.get_friendly_name(): node for node in graph.get_ops()}
+    for key, lora_a in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            product = products[f"__module.{name}/aten::linear/MatMul"]
+            lora_b = tensors[key.replace(".lora_A.", ".lora_B.")]
+            consumers = product.output(0).get_target_inputs()
+            low = ops.matmul(product.input_value(0), ops.constant(lora_a), False, True)
+            both = ops.add(product, ops.matmul(low, ops.constant(lora_b), False, True))
+            for consumer in consumers:
+                consumer.replace_source_output(both.output(0))
+    return graph
 
 
 def _description(checkpoint: Any) -> dict[str, str]:
@@ -253,7 +289,11 @@ def open_session(folder: Path, exact: bool, threads: int | None) -> OpenVinoSess
     settings: dict[str, Any] = dict(EXACT) if exact else {}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
-    return OpenVinoSession(ov.Core().compile_model(folder / MODEL, "CPU", settings))
+    core, adapter = ov.Core(), folder / ADAPTER / ADAPTER_FILE
+    graph = core.read_model(folder / MODEL)
+    if adapter.is_file():
+        graph = _with_adapter(graph, adapter)
+    return OpenVinoSession(core.compile_model(graph, "CPU", settings))
 
 
 def compressed_kernels(folder: Path) -> set[str]:

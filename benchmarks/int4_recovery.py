@@ -1,0 +1,103 @@
+"""How near INT4-sparse comes to float-sparse, and what each option of adapt is worth.
+
+    python benchmarks/int4_recovery.py [--recipes tiny stories] [--seeds 0 1 2] [ARGS ...]
+
+The same recipe, tuned with each option, three seeds: accuracy of the merged model on the held-out
+items (exact match, or tokens predicted right), in points under float-sparse (``sparsepeft``) of the
+same seed. Further arguments are overrides of every recipe, such as ``adapt.steps=60``.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from statistics import mean, stdev
+
+from document import finish, spread, table
+
+from sqft_export import pipeline, plan, tasks
+from sqft_export.evaluate import generate, likelihood
+from sqft_export.recipe import Problems, Recipe, load
+from sqft_export.targets import target
+
+ROOT = Path(__file__).parent.parent
+FLOATS = ("quantize.method=none", "adapt.pipeline=sparsepeft")
+SCALES = ("adapt.trainable_scales=true",)
+DENSE, LORA = ("adapt.distill.teacher=dense",), ("adapt.distill.teacher=dense-lora",)
+VARIANTS = {
+    "float-sparse (sparsepeft)": FLOATS,
+    "INT4 from rounding to nearest": ("quantize.method=rtn",),
+    "INT4 from GPTQ": (),
+    "INT4, NNCF's grid": ("quantize.method=nncf",),
+    "INT4, trainable scales": SCALES,
+    "INT4, teacher dense": DENSE,
+    "INT4, teacher dense + LoRA": LORA,
+    "INT4, scales and teacher dense": (*SCALES, *DENSE),
+}
+
+
+def merged(recipe: Recipe, runs: Path) -> Path:
+    """Run the recipe as far as its merged model."""
+    whole = plan.pass_names
+    plan.pass_names = lambda r: [  # type: ignore[assignment]
+        name
+        for name in whole(r)
+        if name in ("sparsify", "quantize", "adapt", "search", "merge")
+        or (name == "teacher" and r.adapt.distill and r.adapt.distill.teacher == "dense-lora")
+    ]
+    try:
+        return pipeline.run(recipe, runs)["merge"].path / "model"
+    finally:
+        plan.pass_names = whole
+
+
+def accuracy(recipe: Recipe, folder: Path) -> dict[str, float]:
+    """Accuracy in percent and perplexity of a Hugging Face folder on the recipe's test items."""
+    tokenizer = tasks.load_tokenizer(folder)
+    items = tasks.test_items(recipe, tasks.load(recipe, tokenizer))
+    prompts, session = (
+        [item.prompt for item in items],
+        target("torch").open_session(folder, True, None),
+    )
+    found = likelihood(session, prompts, [item.target for item in items])
+    share, task = found["token_accuracy"], recipe.task
+    if isinstance(task, Problems):
+        ids = generate(session, prompts, task.max_new_tokens, [tokenizer.eos_token_id])
+        said = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        share = mean(tasks.is_right(task, a, i) for a, i in zip(said, items, strict=True))
+    return {"accuracy": 100 * share, "perplexity": found["perplexity"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipes", nargs="+", default=["tiny", "stories"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("overrides", nargs="*", help="such as adapt.steps=60")
+    arguments = parser.parse_args()
+    rows, ratios, values = [], {}, {}
+    for name in arguments.recipes:
+        found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+        with tempfile.TemporaryDirectory() as runs:
+            for seed in arguments.seeds:
+                for variant, settings in VARIANTS.items():
+                    overrides = (f"seed={seed}", *arguments.overrides, *settings)
+                    recipe = load(ROOT / "recipes" / f"{name}.yaml", overrides)
+                    folder = merged(recipe, Path(runs))
+                    found[variant].append(accuracy(recipe, folder))
+        floats = [entry["accuracy"] for entry in found["float-sparse (sparsepeft)"]]
+        for variant, entries in found.items():
+            reached = [entry["accuracy"] for entry in entries]
+            under = [a - b for a, b in zip(floats, reached, strict=True)]
+            perplexity = mean(entry["perplexity"] for entry in entries)
+            deviation = stdev(reached) if len(reached) > 1 else 0.0
+            rows.append([name, variant, mean(reached), deviation, perplexity, mean(under)])
+            ratios[f"{name}: {variant}"] = spread(
+                [a / b for a, b in zip(reached, floats, strict=True)]
+            )
+            values[f"{name}: {variant}"] = {"runs": entries, "points_under_float": under}
+    header = ["model", "variant", "accuracy %", "std dev", "perplexity", "points under float"]
+    table(header, rows)
+    finish("int4_recovery", ratios, values)
+
+
+if __name__ == "__main__":
+    main()
