@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 MODEL ?= tiny
 MODEL_PATH ?=
 ARGS ?=
+# Training on several processes: LAUNCH="accelerate launch --num_processes 8"
+LAUNCH ?=
 
 # A plain torch brings gigabytes of CUDA libraries; on Linux x86-64 the CPU build is asked for.
 # With a GPU: make recipe TORCH=torch==2.13.0
@@ -21,7 +23,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 .PHONY: recipe plan test test-slow lint format clean
 
 recipe: $(INSTALLED)
-	@$(BIN)/sqft-export run recipes/$(MODEL).yaml $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
+	@$(if $(LAUNCH),PATH="$(CURDIR)/$(BIN):$$PATH" $(LAUNCH) -m sqft_export.cli,$(BIN)/sqft-export) run recipes/$(MODEL).yaml $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
 
 plan: $(INSTALLED)
 	@$(BIN)/sqft-export plan recipes/$(MODEL).yaml $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")

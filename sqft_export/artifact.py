@@ -87,6 +87,9 @@ class Store:
     def path_of(self, stage: str, key: str) -> Path:
         return self.root / f"{stage}-{key[:16]}"
 
+    def partial_of(self, stage: str, key: str) -> Path:
+        return self.path_of(stage, key).with_suffix(".partial")
+
     def find(self, stage: str, key: str) -> Artifact | None:
         """The sealed artifact of this key, every file checked; None if there is none.
 
@@ -99,7 +102,7 @@ class Store:
 
     def open_partial(self, stage: str, key: str, resumes: bool) -> Path:
         """The directory a stage works in; kept from an interrupted run if the stage resumes."""
-        partial = self.path_of(stage, key).with_suffix(".partial")
+        partial = self.partial_of(stage, key)
         if partial.exists() and not resumes:
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)

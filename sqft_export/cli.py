@@ -37,10 +37,13 @@ def run(
 ) -> None:
     """Run a recipe to its report; passes already done are skipped."""
     from sqft_export import pipeline
+    from sqft_export.machine import process_rank
     from sqft_export.recipe import load
 
     loaded = load(recipe, tuple(overrides or ()), model_path)
     artifacts = pipeline.run(loaded, runs / loaded.name)
+    if process_rank():
+        return
     report = artifacts["report"].path
     if not json_only:
         print((report / "report.md").read_text())

@@ -15,10 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sqft_export import plan, sources
-from sqft_export.artifact import Artifact, Store, key_of
+from sqft_export.artifact import Artifact, Store, key_of, read
 from sqft_export.errors import UserError
+from sqft_export.machine import process_rank
 from sqft_export.recipe import Recipe
 from sqft_export.stages import Advance, Context
+
+WAIT_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,28 @@ def _start_bar(progress: Progress, name: str):
     return start
 
 
+def _follow(recipe: Recipe, folder: Path, store: Store) -> dict[str, Artifact]:
+    """What every process of a launcher but the first does: train along, else wait for the first.
+
+    Should the first one fail, the launcher ends the others.
+    """
+    artifacts: dict[str, Artifact] = {}
+    store.root.mkdir(parents=True, exist_ok=True)
+    with _quiet(store.root / f"log-{process_rank()}.txt"):
+        for step in plan_passes(recipe, folder, store):
+            stage = stage_module(step.name)
+            sealed = store.path_of(step.name, step.key)
+            if getattr(stage, "DISTRIBUTED", False) and not sealed.exists():
+                inputs = {n: artifacts[n] for n in stage.CONSUMES if n in artifacts}
+                partial = store.partial_of(step.name, step.key)
+                bar = lambda total: lambda: None  # noqa: E731
+                stage.run(Context(step.name, recipe, folder, inputs, partial, bar))
+            while not sealed.exists():
+                time.sleep(WAIT_SECONDS)
+            artifacts[step.name] = read(sealed)
+    return artifacts
+
+
 def run(recipe: Recipe, root: Path) -> dict[str, Artifact]:
     """Run or skip every pass; returns the artifacts by pass name.
 
@@ -111,6 +136,8 @@ def run(recipe: Recipe, root: Path) -> dict[str, Artifact]:
     assert folder is not None
     plan.check_disk(recipe, plan.check(recipe, folder), root)
     store = Store(root)
+    if process_rank():
+        return _follow(recipe, folder, store)
     artifacts: dict[str, Artifact] = {}
     with _alone(root), _quiet(root / "log.txt") as terminal:
         console = Console(file=terminal)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sqft_export.errors import UserError
+from sqft_export.machine import process_count
 from sqft_export.recipe import Adapt
 from sqft_export.tasks import Example
 
@@ -78,11 +79,12 @@ def _last_complete(folder: Path) -> str | None:
 
 
 def total_steps(config: Adapt, examples: int) -> int:
-    """Optimizer steps of a training."""
+    """Optimizer steps of a training; every process takes batches of its own."""
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None
-    return math.ceil(math.ceil(examples / config.batch) / config.accumulation * config.epochs)
+    batches = math.ceil(examples / (config.batch * process_count()))
+    return math.ceil(batches / config.accumulation * config.epochs)
 
 
 class _Trainer(Trainer):

@@ -131,6 +131,49 @@ def test_dropout_leaves_the_base_alone_and_evaluation_too(random_llama):
         assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
 
 
+def test_scales_learn_by_the_derivative_of_the_formula():
+    """Against autograd on ``s (clamp(w / s) rounded by detach)``, the zero point not in the way."""
+    layer, mask, x, lora_a, lora_b = compressed(True, True)
+    shift = torch.full(layer.scale.shape, 0.05, requires_grad=True)
+    y = _Adapted.apply(x, lora_a, lora_b, shift, layer, 2.0)
+    y.sin().sum().backward()
+    twin = torch.full(layer.scale.shape, 0.05, requires_grad=True)
+    stored = (layer.scale.float() * twin.exp()).half().float()
+    # Straight through the rounding of the scale as well.
+    scale = layer.scale.float() * twin.exp()
+    scale = (scale + (stored - scale).detach()).repeat_interleave(32, dim=1)
+    weight = layer.weight.float() + mask * (lora_b @ lora_a) * 2.0
+    steps = (weight / scale).clamp(-8.49999, 7.49999)
+    effective = scale * (steps + (steps.round() - steps).detach())
+    (x @ effective.T).sin().sum().backward()
+    torch.testing.assert_close(shift.grad, twin.grad, rtol=1e-2, atol=1e-3)
+
+
+def test_inside_the_range_it_is_what_nncf_trains():
+    """NNCF's FQ_LORA: the same grid points, the same gradients of adapter and scale."""
+    quantize_functions = pytest.importorskip("nncf.torch.quantization.quantize_functions")
+    layer, _, x, lora_a, lora_b = compressed(False, True)
+    lora_a, lora_b = lora_a * 0.01, lora_b * 0.01  # no weight is clamped
+    layer.scale *= 1.2
+    ours = [t.clone().requires_grad_() for t in (lora_a, lora_b, torch.zeros(layer.scale.shape))]
+    y = _Adapted.apply(x, *ours, layer, 1.0)
+    y.sin().sum().backward()
+    theirs = [t.clone().requires_grad_() for t in (lora_a, lora_b)]
+    # NNCF's scale is the negative end of the range, -8 steps.
+    ends = (8 * layer.scale.float()).unsqueeze(2).requires_grad_()
+    shape = (24, 2, 32)
+    weight = quantize_functions.symmetric_quantize_lora(
+        layer.weight, shape, *theirs, ends, -8, 7, 16, 1e-16
+    )
+    (x @ weight.T).sin().sum().backward()
+    torch.testing.assert_close(layer.effective_weight((lora_a, lora_b, 1.0)), weight.detach())
+    for one, other in zip(ours[:2], theirs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
+    relative = (ends.grad * ends.detach()).squeeze(2)  # per relative step, as ours is
+    cosine = torch.nn.functional.cosine_similarity(ours[2].grad, relative, dim=0)
+    assert (cosine > 0.99).all()
+
+
 def test_extracted_copies_give_the_codes_of_the_slices():
     layer, _, _, lora_a, lora_b = compressed(True, True)
     sliced = (lora_a[:5], lora_b[:, :5], 2.0)

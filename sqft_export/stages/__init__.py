@@ -5,6 +5,7 @@ READS               of "model", "train", "test", "calibration": what else its re
 VERSION             raised when the code changes what comes out
 options(recipe)     the settings its result depends on
 RESUMES             True if it continues from what an interrupted run left (default: starts over)
+DISTRIBUTED         True if all processes of a launcher run it (default: the first alone)
 run(context)        does the work in ``context.folder`` and returns metrics
 """
 

@@ -16,6 +16,7 @@ from sqft_export.adapters import (
     train_scales,
 )
 from sqft_export.checkpoint import Checkpoint
+from sqft_export.machine import process_rank
 from sqft_export.recipe import Recipe
 from sqft_export.stages import Context
 from sqft_export.training import draw_ranks, total_steps, train, write_log
@@ -24,6 +25,7 @@ CONSUMES = ("sparsify", "quantize", "teacher")
 READS = ("model", "train")
 VERSION = 2
 RESUMES = True
+DISTRIBUTED = True
 
 
 def options(recipe: Recipe) -> dict:
@@ -85,6 +87,8 @@ def run(context: Context) -> dict:
         advance=context.start(total_steps(config, len(data.train))),
         teacher=_teacher(context),
     )
+    if process_rank():
+        return {}
     # The step logged as n is the one that began at n - 1.
     write_log(
         context.folder / "training.jsonl",

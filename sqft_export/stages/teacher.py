@@ -8,6 +8,7 @@ import shutil
 from sqft_export import tasks
 from sqft_export.adapters import Base
 from sqft_export.checkpoint import Checkpoint
+from sqft_export.machine import process_rank
 from sqft_export.recipe import Recipe
 from sqft_export.stages import Context
 from sqft_export.stages.adapt import new_adapter
@@ -18,6 +19,7 @@ CONSUMES = ()
 READS = ("model", "train")
 VERSION = 1
 RESUMES = True
+DISTRIBUTED = True
 
 
 def options(recipe: Recipe) -> dict:
@@ -45,6 +47,8 @@ def run(context: Context) -> dict:
         before_step=lambda step: None,
         advance=context.start(total_steps(config, len(examples))),
     )
+    if process_rank():
+        return {}
     shutil.rmtree(context.folder / "training")
     folder = context.folder / "dense-lora"
     return {"sparsity": write_merged(model, Checkpoint(context.model), folder, None)}

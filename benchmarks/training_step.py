@@ -1,0 +1,227 @@
+"""One training step, ours and others', on the same blocks, batch and length.
+
+    python benchmarks/training_step.py [--hidden 1024] [--batch 8] [--length 128] [--rounds 3]
+
+    (a) lora         stock peft LoRA on the pruned float model
+    (b) sparsepeft   ours: masked adapter
+    (c) qa           ours: masked adapter through the INT4 grid
+    (d) nncf         NNCF's FQ_LORA_NLS (no mask: it has none; adapters on all Linears)
+    (e) published    the SQFT forward transcribed from its formulas, by plain autograd
+
+Two Mistral-shaped blocks in float32, adapters of rank 32 on q, k, v, up and down, AdamW. Every
+variant runs in processes of its own, in turns; a step is forward, backward and update, the first
+two steps of a process are not counted. Peak memory is the process's.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from document import finish, spread, table
+from torch import Tensor, nn
+
+from sqft_export.adapters import Base, add_adapters, load_compressed
+from sqft_export.compressed import GridWriter, mask_writer
+from sqft_export.numerics.affine import fit_grid
+from sqft_export.numerics.masks import drop_share, pack_mask
+from sqft_export.worker import peak_memory
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+RANK, ALPHA, GROUP_SIZE, WARM = 32, 64.0, 64, 2
+VOCABULARY = 4096
+VARIANTS = ("lora", "sparsepeft", "qa", "nncf", "published")
+
+
+def write_base(folder: Path, hidden: int) -> None:
+    """A pruned Mistral folder, its masks and INT4 grids."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=hidden * 7 // 2,
+        num_hidden_layers=2,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 256,
+    )
+    model = MistralForCausalLM(config)
+    with mask_writer(folder) as masks, GridWriter(folder) as grids, torch.no_grad():
+        for name, module in model.model.layers.named_modules(prefix="model.layers"):
+            if isinstance(module, nn.Linear):
+                mask = drop_share(module.weight.abs(), 0.5)
+                module.weight.mul_(mask)
+                masks.add(name, pack_mask(mask))
+                grids.add(name, fit_grid(module.weight, 4, GROUP_SIZE, True))
+    model.save_pretrained(folder / "model")
+
+
+class Published(nn.Module):
+    """QA-SparsePEFT as published: mask from the weight, full-size scales, straight-through by
+    detach, dropout before the whole layer; everything autograd needs is kept."""
+
+    def __init__(self, linear: nn.Linear, scale: Tensor):
+        super().__init__()
+        self.base_weight = linear.weight.detach()
+        self.scale = scale.float()
+        self.group = torch.arange(linear.in_features) // GROUP_SIZE
+        self.lora_a = nn.Parameter(torch.randn(RANK, linear.in_features) / linear.in_features)
+        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, RANK))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = self.base_weight != 0
+        weight = self.base_weight + (self.lora_b @ self.lora_a) * (ALPHA / RANK) * mask
+        scale = self.scale[:, self.group]
+        codes = ((weight + 8 * scale) / scale).round().clamp(0, 15)
+        weight = weight + (scale * (codes - 8) - weight).detach()
+        return nn.functional.linear(nn.functional.dropout(x, 0.0), weight)
+
+
+def published(folder: Path) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    from sqft_export.compressed import load_grids
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").requires_grad_(False)
+    for name, grid in load_grids(folder).items():
+        parent, _, child = name.rpartition(".")
+        if child in TARGETS:
+            owner = model.get_submodule(parent)
+            setattr(owner, child, Published(getattr(owner, child), grid.scale))
+    return model
+
+
+def stock_lora(folder: Path) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS))
+    return get_peft_model(model, config)
+
+
+def nncf_nls(folder: Path, ids: Tensor) -> nn.Module:
+    import nncf
+    from nncf.parameters import CompressionFormat
+    from nncf.quantization.advanced_parameters import AdvancedCompressionParameters
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").requires_grad_(False)
+    model.config.use_cache = False
+    model = nncf.compress_weights(
+        model,
+        mode=nncf.CompressWeightsMode.INT4_SYM,
+        group_size=GROUP_SIZE,
+        ratio=1.0,
+        dataset=nncf.Dataset([{"input_ids": ids, "labels": ids}]),
+        compression_format=CompressionFormat.FQ_LORA_NLS,
+        backup_mode=nncf.BackupMode.NONE,
+        advanced_parameters=AdvancedCompressionParameters(lora_adapter_rank=RANK),
+    )
+    return model
+
+
+def build(variant: str, folder: Path, ids: Tensor) -> nn.Module:
+    if variant == "lora":
+        return stock_lora(folder)
+    if variant == "nncf":
+        return nncf_nls(folder, ids)
+    if variant == "published":
+        return published(folder)
+    base = Base(folder / "model", folder, folder if variant == "qa" else None)
+    model = load_compressed(base, torch.float32)
+    return add_adapters(model, TARGETS, RANK, ALPHA, 0.0)
+
+
+def measure(variant: str, folder: Path, batch: int, length: int, steps: int) -> dict[str, Any]:
+    """Seconds of every counted step, and the peak resident bytes."""
+    ids = torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
+    model = build(variant, folder, ids).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    seconds = []
+    for _ in range(WARM + steps):
+        started = time.perf_counter()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - started)
+    return {"seconds": seconds[WARM:], "peak": peak_memory()}
+
+
+def counted(hidden: int, tokens: int) -> dict[str, float]:
+    """Multiply-adds of the Linears of one block and step, over those of stock LoRA.
+
+    Stock LoRA needs the product with the weight forward and back (2 per weight and token). An
+    update that enters the weight also needs the weight's own gradient, 1 more on adapted Linears,
+    and ``B A`` twice and two products with its gradient, whatever the number of tokens.
+    """
+    inner, keys = hidden * 7 // 2, hidden // 4
+    adapted = hidden * hidden + 2 * hidden * keys + 2 * hidden * inner
+    every = adapted + hidden * hidden + hidden * inner
+    ours = 2 * every * tokens + adapted * tokens + 4 * RANK * adapted
+    return {"of_stock_lora": ours / (2 * every * tokens)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    sizes = arguments.batch, arguments.length, arguments.steps
+    if arguments.child:
+        variant, folder = arguments.child
+        print(json.dumps(measure(variant, Path(folder), *sizes)))
+        return
+    found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in arguments.variants}
+    with tempfile.TemporaryDirectory() as folder:
+        write_base(Path(folder), arguments.hidden)
+        for _ in range(arguments.rounds):
+            for variant, runs in found.items():
+                command = [sys.executable, __file__, "--child", variant, folder]
+                command += ["--batch", str(sizes[0]), "--length", str(sizes[1])]
+                command += ["--steps", str(sizes[2])]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                runs.append(json.loads(done.stdout.splitlines()[-1]))
+    medians = {name: [median(run["seconds"]) for run in runs] for name, runs in found.items()}
+    peaks = {name: median(run["peak"] for run in runs) for name, runs in found.items()}
+    ratios = {}
+    for one, other in (
+        ("sparsepeft", "lora"),
+        ("qa", "lora"),
+        ("published", "qa"),
+        ("nncf", "qa"),
+    ):
+        if one in medians and other in medians:
+            pairs = zip(medians[one], medians[other], strict=True)
+            ratios[f"{one} / {other}"] = spread([a / b for a, b in pairs])
+    rows = [
+        [name, median(each), min(each), max(each), peaks[name] / 2**20]
+        for name, each in medians.items()
+    ]
+    table(["variant", "s a step", "low", "high", "peak MiB"], rows)
+    print()
+    table(["ratio", "median", "low", "high"], [[n, *found.values()] for n, found in ratios.items()])
+    arithmetic = counted(arguments.hidden, arguments.batch * arguments.length)
+    print(f"\nmultiply-adds of (b) and (c) over (a): {arithmetic['of_stock_lora']:.2f}")
+    finish(
+        "training_step",
+        ratios,
+        {"runs": found, "multiply_adds": arithmetic, "sizes": vars(arguments) | {"child": None}},
+    )
+
+
+if __name__ == "__main__":
+    main()
