@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 from sqft_export.checkpoint import Checkpoint
 from sqft_export.compressed import load_float_model, load_grids, load_packed_masks
 from sqft_export.errors import UserError
-from sqft_export.numerics.affine import Grid, fake_quantize, grouped, inside, quantize
+from sqft_export.numerics.affine import Grid, fake_quantize, fake_quantize_inside, grouped, quantize
 from sqft_export.numerics.masks import unpack_mask
 
 ADAPTER = "default"
@@ -90,10 +90,10 @@ class CompressedLinear(nn.Linear):
         lora_a, lora_b, scaling = update
         # Contiguous, so that a slice of the super-adapter and its extracted copy take the same
         # path through the matrix product, to the last bit.
-        delta = (lora_b.float().contiguous() @ lora_a.float().contiguous()) * scaling
+        delta = (lora_b.float().contiguous() @ lora_a.float().contiguous()).mul_(scaling)
         if self.mask_bits is not None:
-            delta = delta * unpack_mask(self.mask_bits, self.in_features)
-        return weight + delta
+            delta.mul_(unpack_mask(self.mask_bits, self.in_features))
+        return delta.add_(weight)
 
     def codes(self, update: Update | None) -> Tensor:
         """Codes uint8 ``[out, in]`` of the effective weight; only with a grid."""
@@ -127,23 +127,21 @@ class _Adapted(torch.autograd.Function):
         x, lora_a, lora_b, shift = ctx.saved_tensors
         layer: CompressedLinear = ctx.layer
         adapted, grid = layer.adapted_weight((lora_a, lora_b, ctx.scaling)), layer.grid_at(shift)
-        effective = fake_quantize(adapted, grid) if grid else adapted
+        effective, unclamped = fake_quantize_inside(adapted, grid) if grid else (adapted, None)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = gradient @ effective.to(gradient.dtype)
         grad_weight = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).float()
         grad_shift = None
         if grid:
-            unclamped = inside(adapted, grid)
             if shift is not None:
                 moved = grad_weight * (effective - adapted * unclamped)
                 grad_shift = grouped(moved, grid.group_size).sum(dim=2)
-            grad_weight = grad_weight * unclamped
+            grad_weight.mul_(unclamped)
         if layer.mask_bits is not None:
-            grad_weight = grad_weight * unpack_mask(layer.mask_bits, layer.in_features)
-        grad_delta = grad_weight * ctx.scaling
-        grad_a = (lora_b.float().T @ grad_delta).to(lora_a.dtype)
-        grad_b = (grad_delta @ lora_a.float().T).to(lora_b.dtype)
+            grad_weight.mul_(unpack_mask(layer.mask_bits, layer.in_features))
+        grad_a = ((lora_b.float() * ctx.scaling).T @ grad_weight).to(lora_a.dtype)
+        grad_b = (grad_weight @ (lora_a.float() * ctx.scaling).T).to(lora_b.dtype)
         return grad_x, grad_a, grad_b, grad_shift, None, None
 
 

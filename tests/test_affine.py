@@ -6,8 +6,8 @@ from sqft_export.numerics.affine import (
     Grid,
     dequantize,
     fake_quantize,
+    fake_quantize_inside,
     fit_grid,
-    inside,
     quantize,
 )
 from sqft_export.numerics.groups import fallback_group_size
@@ -76,6 +76,16 @@ def test_fitted_grid_is_not_worse_than_the_full_range(bits, symmetric):
     assert error <= plain_error
 
 
+@pytest.mark.parametrize(("bits", "symmetric"), GRIDS)
+def test_the_short_way_gives_the_points_of_the_codes(bits, symmetric):
+    weight = weights() * 3  # some clamped
+    grid = fit_grid(weights(), bits, 32, symmetric)
+    points = dequantize(quantize(weight, grid), grid)
+    assert torch.equal(fake_quantize(weight, grid), points)
+    values, inside = fake_quantize_inside(weight, grid)
+    assert torch.equal(values, points) and not inside.all()
+
+
 def test_a_group_of_zeros_stays_zero():
     grid = fit_grid(torch.zeros(2, 32), 4, 32, True)
     assert (grid.scale == SMALLEST_SCALE).all()
@@ -85,7 +95,8 @@ def test_a_group_of_zeros_stays_zero():
 def test_inside_is_where_the_code_was_not_clamped():
     grid = Grid(torch.ones(1, 1).half(), torch.full((1, 1), 8, dtype=torch.uint8), 4, 4)
     weight = torch.tensor([[-8.4, -8.6, 7.4, 7.6]])
-    assert inside(weight, grid).tolist() == [[True, False, True, False]]
+    _, inside = fake_quantize_inside(weight, grid)
+    assert inside.tolist() == [[True, False, True, False]]
 
 
 @pytest.mark.parametrize(

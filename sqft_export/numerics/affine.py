@@ -108,12 +108,25 @@ def dequantize(codes: Tensor, grid: Grid) -> Tensor:
     return (steps * grid.scale.float().unsqueeze(2)).reshape(codes.shape)
 
 
-def inside(weight: Tensor, grid: Grid) -> Tensor:
-    """bool ``[out, in]``: where the code is not clamped and a straight-through gradient passes."""
-    codes = _unclamped(weight, grid)
-    return ((codes >= 0) & (codes <= grid.highest)).reshape(weight.shape)
+def _steps(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Steps of the grid from zero, rounded and clamped, and before they are clamped."""
+    zero_point = grid.zero_point.float().unsqueeze(2)
+    steps = (grouped(weight.float(), grid.group_size) / grid.scale.float().unsqueeze(2)).round_()
+    return steps.clamp(-zero_point, grid.highest - zero_point), steps
 
 
 def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
-    """The nearest grid point of every weight: float32 ``[out, in]``."""
-    return dequantize(quantize(weight, grid), grid)
+    """The nearest grid point of every weight: float32 ``[out, in]``.
+
+    Equal to ``dequantize(quantize(weight, grid), grid)``, without the way over integers.
+    """
+    clamped, _ = _steps(weight, grid)
+    return clamped.mul_(grid.scale.float().unsqueeze(2)).reshape(weight.shape)
+
+
+def fake_quantize_inside(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The same, and bool ``[out, in]``: where the code is not clamped, so that a straight-through
+    gradient passes."""
+    clamped, steps = _steps(weight, grid)
+    inside = (steps == clamped).reshape(weight.shape)
+    return clamped.mul_(grid.scale.float().unsqueeze(2)).reshape(weight.shape), inside

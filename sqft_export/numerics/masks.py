@@ -4,6 +4,7 @@ A mask is made once, by ``sparsify``, stored one bit per weight and carried thro
 artifact. It is never derived again from ``weight != 0``: rounding to INT4 makes further zeros.
 """
 
+import functools
 import math
 
 import torch
@@ -59,6 +60,14 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 def unpack_mask(packed: Tensor, in_features: int) -> Tensor:
     """Inverse of :func:`pack_mask`: bool ``[out, in_features]``."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits = (packed.unsqueeze(2) >> shifts) & 1
-    return bits.reshape(packed.shape[0], -1)[:, :in_features].bool()
+    # Eight bools are one 64-bit word of a table: a training step unpacks every mask twice.
+    words = _words(packed.device)[packed.int()]
+    return words.view(torch.bool)[:, :in_features]
+
+
+@functools.cache
+def _words(device: torch.device) -> Tensor:
+    """int64 ``[256]``: the eight bools of every byte, in memory order."""
+    shifts = torch.arange(8, dtype=torch.uint8)
+    bits = (torch.arange(256, dtype=torch.uint8).unsqueeze(1) >> shifts) & 1
+    return bits.bool().view(torch.int64).squeeze(1).to(device)

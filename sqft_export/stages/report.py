@@ -26,7 +26,7 @@ CONSUMES = (
     "benchmark",
 )
 READS = ()
-VERSION = 2
+VERSION = 3
 SCHEMA = 1
 
 COLUMNS = (
