@@ -28,7 +28,7 @@ from sqft_export.numerics.packing import from_gptq
 from sqft_export.tensorfiles import TensorFiles, TensorWriter
 
 MASKS, GRIDS = "masks", "grids"  # stems of their files
-HELD_BYTES = 64 * 2**20  # what a pass that streams holds before it is written
+HELD_BYTES = 16 * 2**20  # what a pass that streams holds before it is written
 
 
 def mask_writer(folder: Path) -> TensorWriter:

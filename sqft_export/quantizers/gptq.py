@@ -38,8 +38,8 @@ def compress(
         to the weights as they stand when its first column is reached.
     """
     # One input column of all rows is what every step touches, so it lies in one piece.
-    work, kept = weight.T.contiguous(), mask.T.contiguous()
-    work.masked_fill_(~kept, 0)
+    work, kept = weight.T.contiguous(), mask.T
+    _drop(work, kept)
     fitted: list[Grid] = []
     in_features = weight.shape[1]
     chunk = min(group_size, COLUMNS_AT_ONCE)  # so that a group starts only where a chunk does
@@ -61,4 +61,13 @@ def compress(
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     scales = torch.cat([grid.scale for grid in fitted], dim=1)
     zero_points = torch.cat([grid.zero_point for grid in fitted], dim=1)
-    return work.masked_fill_(~kept, 0).T, Grid(scales, zero_points, bits, group_size)
+    _drop(work, kept)
+    return work.T, Grid(scales, zero_points, bits, group_size)
+
+
+def _drop(work: Tensor, kept: Tensor) -> None:
+    """Set what is not kept to zero, a few rows at a time: the inverse of a mask is a copy too."""
+    for rows, kept_rows in zip(
+        work.split(COLUMNS_AT_ONCE), kept.split(COLUMNS_AT_ONCE), strict=True
+    ):
+        rows.masked_fill_(~kept_rows, 0)

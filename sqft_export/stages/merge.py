@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from sqft_export.adapters import compressed_layers, load_adapted, load_compressed
 from sqft_export.checkpoint import Checkpoint, copy_companions
-from sqft_export.compressed import MASKS, GridWriter, load_grids, quantization_config
+from sqft_export.compressed import (
+    MASKS,
+    GridWriter,
+    float_tensors,
+    load_grids,
+    quantization_config,
+)
 from sqft_export.numerics.affine import Grid
 from sqft_export.numerics.packing import to_gptq
 from sqft_export.recipe import Recipe
@@ -41,7 +47,7 @@ def write_merged(
     zeros: dict[str, int] = {}
     copy_companions(base.folder, folder)
     with TensorWriter(folder) as writer:
-        for name, tensor in base.tensors(base.headers):
+        for name, tensor in float_tensors(base):
             linear = name.removesuffix(".weight")
             if linear not in layers or not name.endswith(".weight"):
                 writer.add(name, tensor)
@@ -65,9 +71,10 @@ def write_merged(
         with GridWriter(folder) as grid_writer:
             for name, grid in outer.items():
                 grid_writer.add(name, grid)
+    config = {k: v for k, v in base.config.items() if k != "quantization_config"}
     if grids:
-        config = base.config | {"quantization_config": quantization_config(grids)}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        config["quantization_config"] = quantization_config(grids)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     total = sum(layer.weight.numel() for layer, _ in layers.values())
     shares = {name: zeros[name] / layer.weight.numel() for name, (layer, _) in layers.items()}
     return shares | {"all": sum(zeros.values()) / total}
