@@ -1,14 +1,13 @@
 """How near INT4-sparse comes to float-sparse, and what each option of adapt is worth.
 
-    python benchmarks/int4_recovery.py [--recipes tiny stories] [--seeds 0 1 2] [ARGS ...]
+    python benchmarks/int4_recovery.py --recipes tiny stories --seeds 0 1 2 --set adapt.steps=60
 
 The same recipe, tuned with each option, three seeds: accuracy of the merged model on the held-out
 items (exact match, or tokens predicted right), in points under float-sparse (``sparsepeft``) of the
-same seed. Further arguments are overrides of every recipe, such as ``adapt.steps=60``.
+same seed. ``--set`` overrides every recipe; ``--runs`` keeps what was trained, to go on from there.
 """
 
 import argparse
-import tempfile
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -71,18 +70,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipes", nargs="+", default=["tiny", "stories"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("overrides", nargs="*", help="such as adapt.steps=60")
+    parser.add_argument("--set", nargs="+", default=[], help="such as adapt.steps=60")
+    parser.add_argument("--runs", type=Path, default=Path("runs") / "int4_recovery")
     arguments = parser.parse_args()
     rows, ratios, values = [], {}, {}
     for name in arguments.recipes:
         found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
-        with tempfile.TemporaryDirectory() as runs:
-            for seed in arguments.seeds:
-                for variant, settings in VARIANTS.items():
-                    overrides = (f"seed={seed}", *arguments.overrides, *settings)
-                    recipe = load(ROOT / "recipes" / f"{name}.yaml", overrides)
-                    folder = merged(recipe, Path(runs))
-                    found[variant].append(accuracy(recipe, folder))
+        for seed in arguments.seeds:
+            for variant, settings in VARIANTS.items():
+                overrides = (f"seed={seed}", *arguments.set, *settings)
+                recipe = load(ROOT / "recipes" / f"{name}.yaml", overrides)
+                folder = merged(recipe, arguments.runs / name)
+                found[variant].append(accuracy(recipe, folder))
         floats = [entry["accuracy"] for entry in found["float-sparse (sparsepeft)"]]
         for variant, entries in found.items():
             reached = [entry["accuracy"] for entry in entries]

@@ -27,3 +27,14 @@ def test_compression_prints_its_table_and_one_json_line(tmp_path):
     aware = document["values"]["wanda/gptq mask-aware/4"]
     plain = document["values"]["wanda/gptq plain/4"]
     assert aware["zeros_kept"] == 1.0 > plain["zeros_kept"]
+
+
+@pytest.mark.slow
+def test_streaming_stays_under_its_bound_on_a_narrow_model():
+    command = [sys.executable, str(ROOT / "benchmarks" / "streaming.py"), "--small"]
+    done = subprocess.run(
+        [*command, "--blocks", "1", "3"], capture_output=True, text=True, check=True
+    )
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document["ratios"]["peak_over_bound"]["high"] < 1
+    assert set(document["values"]) == {"1", "3"}
