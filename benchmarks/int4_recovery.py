@@ -14,8 +14,8 @@ from statistics import mean, stdev
 from document import finish, spread, table
 
 from sqft_export import pipeline, plan, tasks
-from sqft_export.evaluate import generate, likelihood
-from sqft_export.recipe import Problems, Recipe, load
+from sqft_export.evaluate import score
+from sqft_export.recipe import Recipe, load
 from sqft_export.targets import target
 
 ROOT = Path(__file__).parent.parent
@@ -53,16 +53,10 @@ def accuracy(recipe: Recipe, folder: Path) -> dict[str, float]:
     """Accuracy in percent and perplexity of a Hugging Face folder on the recipe's test items."""
     tokenizer = tasks.load_tokenizer(folder)
     items = tasks.test_items(recipe, tasks.load(recipe, tokenizer))
-    prompts, session = (
-        [item.prompt for item in items],
-        target("torch").open_session(folder, True, None),
+    found = score(
+        target("torch").open_session(folder, True, None), tasks.questions(recipe, items, tokenizer)
     )
-    found = likelihood(session, prompts, [item.target for item in items])
-    share, task = found["token_accuracy"], recipe.task
-    if isinstance(task, Problems):
-        ids = generate(session, prompts, task.max_new_tokens, [tokenizer.eos_token_id])
-        said = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        share = mean(tasks.is_right(task, a, i) for a, i in zip(said, items, strict=True))
+    share = tasks.accuracy_of(tasks.judge(recipe, items, found, tokenizer), found)
     return {"accuracy": 100 * share, "perplexity": found["perplexity"]}
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as PeftLinear
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM
 from sqft_export.checkpoint import Checkpoint
 from sqft_export.compressed import load_float_model, load_grids, load_packed_masks
 from sqft_export.errors import UserError
+from sqft_export.machine import process_rank
 from sqft_export.numerics.affine import Grid, fake_quantize, fake_quantize_inside, grouped, quantize
 from sqft_export.numerics.masks import unpack_mask
 
@@ -236,7 +237,7 @@ def load_compressed(base: Base, dtype: torch.dtype) -> nn.Module:
 
 def add_adapters(
     model: nn.Module, target_modules: tuple[str, ...], rank: int, alpha: float, dropout: float
-) -> nn.Module:
+) -> PeftModel:
     """Put an :class:`ElasticLoraLinear` on every target, through peft's custom-module hook.
 
     :raises UserError: naming the target modules that match no Linear.
@@ -258,6 +259,21 @@ def add_adapters(
     )
     config._register_custom_module({CompressedLinear: ElasticLoraLinear})
     return get_peft_model(model, config)
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter in peft's format, from the first process of a launcher.
+
+    To be called on all of them: parameters that FSDP (its second version) has spread over the
+    processes are gathered here.
+    """
+    whole = {
+        name: parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    if process_rank() == 0:
+        model.save_pretrained(folder, state_dict=whole)
 
 
 def load_adapted(base: Base, adapter: Path, dtype: torch.dtype) -> nn.Module:

@@ -54,12 +54,12 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def likelihood(
+def log_likelihoods(
     session: Session, prompts: list[list[int]], targets: list[list[int]], batch: int = 32
-) -> dict[str, float]:
-    """Perplexity of the targets after their prompts, and the share of their tokens ranked first."""
+) -> list[tuple[float, int]]:
+    """Of every target after its prompt: summed log likelihood, and how many tokens rank first."""
     sequences = [p + t for p, t in zip(prompts, targets, strict=True)]
-    loss, right, count = 0.0, 0, 0
+    found = [(0.0, 0)] * len(sequences)
     for indices in equal_lengths(sequences, batch):
         session.reset()
         ids = np.array([sequences[i] for i in indices], np.int64)
@@ -68,10 +68,32 @@ def likelihood(
             start = len(prompts[index])
             expected = ids[row, start:]
             scores = _log_softmax(logits[row, start - 1 : -1])
-            loss -= float(scores[np.arange(len(expected)), expected].sum())
-            right += int((scores.argmax(axis=-1) == expected).sum())
-            count += len(expected)
-    return {"perplexity": math.exp(loss / count), "token_accuracy": right / count}
+            total = float(scores[np.arange(len(expected)), expected].sum())
+            found[index] = total, int((scores.argmax(axis=-1) == expected).sum())
+    return found
+
+
+def likelihood(
+    session: Session, prompts: list[list[int]], targets: list[list[int]]
+) -> dict[str, float]:
+    """Perplexity of the targets after their prompts, and the share of their tokens ranked first."""
+    found = log_likelihoods(session, prompts, targets)
+    count = sum(len(target) for target in targets)
+    return {
+        "perplexity": math.exp(-sum(total for total, _ in found) / count),
+        "token_accuracy": sum(first for _, first in found) / count,
+    }
+
+
+def score(session: Session, questions: dict[str, Any]) -> dict[str, Any]:
+    """Answer ``tasks.questions``: perplexity, generated ids, log likelihood of every choice."""
+    result: dict[str, Any] = likelihood(session, questions["prompts"], questions["targets"])
+    result["answers"] = generate(
+        session, questions["asked"], questions["max_new_tokens"], questions["stop"]
+    )
+    pairs = log_likelihoods(session, questions["contexts"], questions["continuations"])
+    result["likelihoods"] = [total for total, _ in pairs]
+    return result
 
 
 def spread(seconds: list[float]) -> dict[str, float]:

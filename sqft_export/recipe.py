@@ -56,6 +56,34 @@ class Problems(Section):
     sequence_length: int = Field(256, ge=8, description="longest training example in tokens")
 
 
+class Dataset(Section):
+    """A dataset by name: its prompts, and its scoring as the SQFT authors and lm-eval have them."""
+
+    kind: Literal["dataset"]
+    name: Literal[
+        "gsm8k",
+        "math_10k",
+        "commonsense",
+        "arc_easy",
+        "arc_challenge",
+        "openbookqa",
+        "piqa",
+        "boolq",
+        "winogrande",
+        "hellaswag",
+    ]
+    folder: str | None = Field(
+        None, description="local folder with <set>/train.json and test.json; null: from the hub"
+    )
+    train_sets: tuple[str, ...] | None = Field(None, description="null: those of the name")
+    test_sets: tuple[str, ...] | None = Field(None, description="null: those of the name")
+    template: Literal["question", "alpaca", "phi3"] = Field(
+        "question", description="prompt of word problems and instructions"
+    )
+    max_new_tokens: int = Field(256, ge=1, description="of answers that are generated")
+    sequence_length: int = Field(512, ge=8, description="longest training example in tokens")
+
+
 class Text(Section):
     """A plain text file; scored by perplexity and the share of tokens predicted right."""
 
@@ -65,7 +93,10 @@ class Text(Section):
     sequence_length: int = Field(256, ge=8, description="tokens per training and test window")
 
 
-Task = Annotated[Problems | Text, Field(discriminator="kind")]
+Task = Annotated[Problems | Dataset | Text, Field(discriminator="kind")]
+
+
+TASK_KINDS: dict[str, type[Section]] = {"problems": Problems, "dataset": Dataset, "text": Text}
 
 
 class Calibration(Section):
@@ -403,8 +434,8 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     """Names of the fields allowed beside the one at ``location``."""
     model: Any = Recipe
     for name in location[:-1]:
-        if name in ("problems", "text") and model is None:
-            model = {"problems": Problems, "text": Text}[str(name)]
+        if name in TASK_KINDS and model is None:
+            model = TASK_KINDS[str(name)]
             continue
         field = model.model_fields.get(name) if model else None
         annotation = field.annotation if field else None
@@ -416,7 +447,7 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
 def _explain(error: Any, where: str) -> str:
     """One validation error as: file, YAML path, what was found, what is allowed, a suggestion."""
     location = error["loc"]
-    path = ".".join(str(p) for p in location if p not in ("problems", "text")) or "recipe"
+    path = ".".join(str(p) for p in location if p not in TASK_KINDS) or "recipe"
     if error["type"] == "extra_forbidden":
         allowed = _fields_at(location)
         close = difflib.get_close_matches(str(location[-1]), allowed, n=1)

@@ -4,11 +4,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from sqft_export import tasks
 from sqft_export.artifact import digest_of, key_of
 from sqft_export.checkpoint import Checkpoint
 from sqft_export.errors import UserError
 from sqft_export.families import shapes
-from sqft_export.recipe import HUB, Problems, Recipe
+from sqft_export.recipe import HUB, Recipe
 
 WAYS_OUT = "use a local folder with MODEL_PATH=<folder>, or run the embedded model: make recipe"
 
@@ -82,17 +83,20 @@ def weight_bytes(recipe: Recipe, folder: Path | None) -> int:
 
 def digests(recipe: Recipe, folder: Path | None) -> dict[str, Any]:
     """What the names in a pass's ``READS`` mean in the facts of its artifact."""
-    task = recipe.task
-    settings = task.model_dump(exclude={"train", "test", "text"})
-    train, test = (task.train, task.test) if isinstance(task, Problems) else (task.text, task.text)
+    settings = recipe.task.model_dump(exclude={"train", "test", "text", "folder"})
+
+    def split(name: str) -> list[Any]:
+        return [settings, *map(digest_of, tasks.data_files(recipe, name))]
+
     source = recipe.calibration.source
+    calibration: Any
     if source.startswith(HUB):
         calibration = source  # with subset and split, which are options, all that is known of it
     else:
-        calibration = digest_of(recipe.resolve(train if source == "task" else source))
+        calibration = split("train") if source == "task" else digest_of(recipe.resolve(source))
     return {
         "model": digest_of(folder) if folder else key_of({"hub": recipe.model.model_dump()}),
-        "train": [settings, digest_of(recipe.resolve(train))],
+        "train": split("train"),
         "calibration": [settings, calibration],
-        "test": [settings, digest_of(recipe.resolve(test))],
+        "test": split("test"),
     }

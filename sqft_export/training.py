@@ -138,6 +138,11 @@ def divergence(
     return temperature**2 * total / (wanted.sum() if count is None else count)
 
 
+def without_loss(example: Example, config: Adapt) -> bool:
+    """Whether cutting an example to the limit left nothing of it that the loss is on."""
+    return config.loss_on == "answer" and example.skip >= len(example.ids)
+
+
 def train(
     model: nn.Module,
     examples: list[Example],
@@ -158,8 +163,11 @@ def train(
     :return: loss and learning rate of every step.
     :raises UserError: if every label is masked, or the loss is not finite.
     """
-    skip = {"answer": lambda e: e.skip, "all": lambda e: 0}[config.loss_on]
-    rows = [{"ids": e.ids, "skip": skip(e)} for e in examples if skip(e) < len(e.ids)]
+    rows = [
+        {"ids": e.ids, "skip": e.skip if config.loss_on == "answer" else 0}
+        for e in examples
+        if not without_loss(e, config)
+    ]
     if not rows:
         raise UserError("adapt: no training example has a token left for the loss")
     steps = total_steps(config, len(rows))

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sqft_export.evaluate import generate, latency, likelihood
+from sqft_export.evaluate import latency, score
 from sqft_export.targets import Session, target
 
 
@@ -45,9 +45,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     session = open_job(job)
     result: dict[str, Any] = {"load_seconds": time.perf_counter() - started}
     result |= latency(session, job["latency_prompt"], job["new_tokens"], job["repeats"])
-    result |= likelihood(session, job["prompts"], job["targets"])
-    if job["max_new_tokens"]:
-        result["answers"] = generate(session, job["prompts"], job["max_new_tokens"], job["stop"])
+    result |= score(session, job["questions"])
     result["peak_memory_bytes"] = peak_memory()
     return result
 

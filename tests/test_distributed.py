@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from conftest import ROOT, SMALL, random_model
 
@@ -44,3 +46,24 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
     # One process writes and speaks.
     assert sum(line.startswith("{") for line in out.splitlines()) == 1
+
+
+def test_fsdp_spreads_the_weights_and_changes_no_gradient(tmp_path):
+    """Base weights half on either process, gathered in forward and again in backward."""
+    model = random_model(tmp_path / "model", intermediate_size=128, dtype="bfloat16")
+    torchrun = str(Path(sys.executable).parent / "torchrun")
+    script = [str(ROOT / "tests" / "fsdp_step.py"), str(model), str(tmp_path / "adapter")]
+    done = subprocess.run(
+        [torchrun, "--standalone", "--nproc_per_node", "2", *script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    gathered, whole = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "whole")
+    )
+    assert gathered.keys() == whole.keys() and gathered
+    for name, tensor in whole.items():
+        torch.testing.assert_close(gathered[name], tensor)

@@ -9,6 +9,7 @@ from conftest import TINY, small_recipe
 from sqft_export import tasks
 from sqft_export.errors import UserError
 from sqft_export.evaluate import equal_lengths, generate, likelihood
+from sqft_export.known_datasets import read_rows
 from sqft_export.targets import target
 
 
@@ -107,7 +108,7 @@ def test_calibration_reads_texts_of_its_own(tmp_path, tokenizer):
 def test_a_line_that_is_not_json_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"a": 1}\nnot json\n')
     with pytest.raises(UserError, match=r"a.jsonl:2: not JSON"):
-        tasks.read_jsonl(tmp_path / "a.jsonl")
+        read_rows(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import shutil
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from sqft_export import tasks
@@ -12,6 +13,7 @@ from sqft_export.adapters import (
     elastic_layers,
     load_compressed,
     rank_groups,
+    save_adapter,
     set_ranks,
     train_scales,
 )
@@ -19,11 +21,11 @@ from sqft_export.checkpoint import Checkpoint
 from sqft_export.machine import process_rank
 from sqft_export.recipe import Recipe
 from sqft_export.stages import Context
-from sqft_export.training import draw_ranks, total_steps, train, write_log
+from sqft_export.training import draw_ranks, total_steps, train, without_loss, write_log
 
 CONSUMES = ("sparsify", "quantize", "teacher")
 READS = ("model", "train")
-VERSION = 2
+VERSION = 3
 RESUMES = True
 DISTRIBUTED = True
 
@@ -36,7 +38,7 @@ def options(recipe: Recipe) -> dict:
     }
 
 
-def new_adapter(recipe: Recipe, base: Base) -> nn.Module:
+def new_adapter(recipe: Recipe, base: Base) -> PeftModel:
     """A model with a fresh super-adapter, seeded."""
     config = recipe.adapt
     model = load_compressed(base, getattr(torch, config.precision))
@@ -87,6 +89,7 @@ def run(context: Context) -> dict:
         advance=context.start(total_steps(config, len(data.train))),
         teacher=_teacher(context),
     )
+    save_adapter(model, context.folder / "adapter")
     if process_rank():
         return {}
     # The step logged as n is the one that began at n - 1.
@@ -94,7 +97,6 @@ def run(context: Context) -> dict:
         context.folder / "training.jsonl",
         [{**entry, "ranks": ranks_at(int(entry["step"]) - 1)} for entry in log],
     )
-    model.save_pretrained(context.folder / "adapter")
     # Training checkpoints serve an interrupted run alone.
     shutil.rmtree(context.folder / "training")
     return {
@@ -102,4 +104,5 @@ def run(context: Context) -> dict:
         "first_loss": log[0]["loss"],
         "last_loss": log[-1]["loss"],
         "truncated_examples": data.truncated,
+        "left_out_examples": sum(without_loss(e, config) for e in data.train),
     }

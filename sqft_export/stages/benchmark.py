@@ -14,7 +14,7 @@ from typing import Any
 
 from sqft_export import tasks
 from sqft_export.errors import UserError
-from sqft_export.recipe import Problems, Recipe
+from sqft_export.recipe import Recipe
 from sqft_export.stages import Context
 from sqft_export.targets import ADAPTER
 
@@ -29,7 +29,7 @@ CONSUMES = (
     "baselines",
 )
 READS = ("model", "test")
-VERSION = 1
+VERSION = 2
 WEIGHTS = ("*.safetensors", "*.bin", "*.xml", "*.onnx", "*.data", "*.onnx_adapter")
 
 
@@ -102,8 +102,8 @@ def stored_bytes(paths: tuple[Path, ...]) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _job(context: Context, row: Row, items: list[tasks.Item], stop: list[int]) -> dict[str, Any]:
-    benchmark, task = context.recipe.benchmark, context.recipe.task
+def _job(context: Context, row: Row, items: list[tasks.Item], tokenizer: Any) -> dict[str, Any]:
+    benchmark = context.recipe.benchmark
     ids = [token for item in items for token in item.prompt + item.target]
     base = context.base()
     return {
@@ -114,10 +114,7 @@ def _job(context: Context, row: Row, items: list[tasks.Item], stop: list[int]) -
         "apart": base.apart,
         "adapter": str(context.inputs["search"].path / "adapter"),
         "threads": threads(context.recipe),
-        "prompts": [item.prompt for item in items],
-        "targets": [item.target for item in items],
-        "max_new_tokens": task.max_new_tokens if isinstance(task, Problems) else 0,
-        "stop": stop,
+        "questions": tasks.questions(context.recipe, items, tokenizer),
         "latency_prompt": ids[: benchmark.prompt_tokens],
         "new_tokens": benchmark.new_tokens,
         "repeats": benchmark.repeats,
@@ -141,18 +138,9 @@ def _measure(context: Context, job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _score(
-    result: dict[str, Any], items: list[tasks.Item], recipe: Recipe, tokenizer: Any
-) -> tuple[float, list[dict[str, Any]]]:
-    """Accuracy, and what was said to every item."""
-    if not isinstance(recipe.task, Problems):
-        return result["token_accuracy"], []
-    said = [tokenizer.decode(ids, skip_special_tokens=True) for ids in result.pop("answers")]
-    scored = []
-    for item, answer in zip(items, said, strict=True):
-        right = tasks.is_right(recipe.task, answer, item)
-        scored.append({"answer": answer, "expected": item.text, "right": right})
-    return sum(entry["right"] for entry in scored) / len(scored), scored
+def _told(judged: tasks.Judged) -> dict[str, Any]:
+    told = {"answer": judged.said, "expected": judged.item.text, "right": judged.right}
+    return told | ({"set": judged.item.source} if judged.item.source else {})
 
 
 def run(context: Context) -> dict:
@@ -165,18 +153,20 @@ def run(context: Context) -> dict:
     results = []
     with (context.folder / "items.jsonl").open("w") as log:
         for row in table:
-            result = _measure(context, _job(context, row, items, [tokenizer.eos_token_id]))
-            accuracy, answers = _score(result, items, recipe, tokenizer)
-            for number, answer in enumerate(answers):
-                log.write(json.dumps({"row": row.name, "item": number, **answer}) + "\n")
+            result = _measure(context, _job(context, row, items, tokenizer))
+            judged = tasks.judge(recipe, items, result, tokenizer)
+            for number, answer in enumerate(judged):
+                log.write(json.dumps({"row": row.name, "item": number} | _told(answer)) + "\n")
             measured = {
                 "name": row.name,
                 "runtime": "torch" if row.kind == "adapted" else row.kind,
-                "accuracy": accuracy,
+                "accuracy": tasks.accuracy_of(judged, result),
+                "accuracy_by_set": tasks.accuracy_by_set(judged),
                 "sparsity": row.sparsity,
                 "file_bytes": stored_bytes(row.stored),
             }
-            results.append(measured | result)
+            kept = {k: v for k, v in result.items() if k not in ("answers", "likelihoods")}
+            results.append(measured | kept)
             advance()
     settings = {
         "items": len(items),

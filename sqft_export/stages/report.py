@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from sqft_export import pictures
 from sqft_export.artifact import Artifact
 from sqft_export.machine import describe
-from sqft_export.recipe import Problems, Recipe
+from sqft_export.recipe import Recipe
 from sqft_export.stages import Context
 
 CONSUMES = (
@@ -26,8 +26,13 @@ CONSUMES = (
     "benchmark",
 )
 READS = ()
-VERSION = 3
+VERSION = 4
 SCHEMA = 1
+MEASURES = {
+    "problems": "exact match",
+    "dataset": "answered right",
+    "text": "tokens predicted right",
+}
 
 COLUMNS = (
     ("model", lambda r: r["name"]),
@@ -94,7 +99,7 @@ def document_of(context: Context) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "recipe": context.recipe.model_dump(mode="json"),
-        "measure": "exact match" if isinstance(task, Problems) else "tokens predicted right",
+        "measure": MEASURES[task.kind],
         "rows": benchmark["rows"],
         "settings": benchmark["settings"],
         "verify": inputs["verify"].metrics["checks"],
@@ -136,6 +141,7 @@ def run(context: Context) -> dict:
     page = environment.get_template("report.html").render(
         document=document,
         table=table,
+        sets=[name for name in rows[0]["accuracy_by_set"] if name],
         recipe=context.recipe.file.read_text(),
         pictures=drawn,
     )

@@ -18,8 +18,8 @@ from sqft_export import tasks
 from sqft_export.adapters import compressed_layers, elastic_layers, load_adapted, set_ranks
 from sqft_export.compressed import GridWriter, load_grids
 from sqft_export.errors import UserError
-from sqft_export.evaluate import generate, likelihood
-from sqft_export.recipe import Problems, Recipe
+from sqft_export.evaluate import score
+from sqft_export.recipe import Recipe
 from sqft_export.search import Ranks, Score, Space, strategy
 from sqft_export.stages import Context
 from sqft_export.stages.adapt import groups_of
@@ -79,6 +79,7 @@ class _Validation:
         self.file = context.folder / EVALUATIONS
         self.tokenizer = tasks.load_tokenizer(context.model)
         self.items = tasks.load(context.recipe, self.tokenizer).validation
+        self.questions = tasks.questions(context.recipe, self.items, self.tokenizer)
         self.advance = context.start(context.recipe.search.budget)
 
     def known(self) -> list[dict[str, Any]]:
@@ -93,21 +94,16 @@ class _Validation:
 
     def score(self, ranks: Ranks) -> Score:
         size = self.parameters(ranks)
-        prompts = [item.prompt for item in self.items]
-        found = likelihood(self.session, prompts, [item.target for item in self.items])
-        accuracy, task = found["token_accuracy"], self.context.recipe.task
-        if isinstance(task, Problems):
-            stop = [self.tokenizer.eos_token_id]
-            answers = generate(self.session, prompts, task.max_new_tokens, stop)
-            said = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-            right = [tasks.is_right(task, a, i) for a, i in zip(said, self.items, strict=True)]
-            accuracy = sum(right) / len(right)
-        score = Score(accuracy, -math.log(found["perplexity"]), -size)
-        entry = {"ranks": ranks, "accuracy": accuracy, "likelihood": score.likelihood}
+        recipe = self.context.recipe
+        found = score(self.session, self.questions)
+        judged = tasks.judge(recipe, self.items, found, self.tokenizer)
+        accuracy = tasks.accuracy_of(judged, found)
+        scored = Score(accuracy, -math.log(found["perplexity"]), -size)
+        entry = {"ranks": ranks, "accuracy": accuracy, "likelihood": scored.likelihood}
         with self.file.open("a") as log:
             log.write(json.dumps(entry | {"parameters": size}) + "\n")
         self.advance()
-        return score
+        return scored
 
 
 def _given(context: Context, groups: list[str]) -> Ranks:
@@ -145,8 +141,8 @@ def run(context: Context) -> dict:
     if recipe.search.evaluates and groups:
         validation = _Validation(context, model, groups)
         for entry in validation.known():
-            score = Score(entry["accuracy"], entry["likelihood"], -entry["parameters"])
-            space.seen[space.key(entry["ranks"])] = score
+            known = Score(entry["accuracy"], entry["likelihood"], -entry["parameters"])
+            space.seen[space.key(entry["ranks"])] = known
         space.score = validation.score
         chosen = strategy(recipe.search.strategy).search(space)
         evaluations = validation.known()

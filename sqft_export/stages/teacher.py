@@ -5,8 +5,10 @@ No mask, no grid, no elastic rank; else the recipe's own settings.
 
 import shutil
 
+import torch
+
 from sqft_export import tasks
-from sqft_export.adapters import Base
+from sqft_export.adapters import Base, load_adapted, save_adapter
 from sqft_export.checkpoint import Checkpoint
 from sqft_export.machine import process_rank
 from sqft_export.recipe import Recipe
@@ -17,7 +19,7 @@ from sqft_export.training import total_steps, train
 
 CONSUMES = ()
 READS = ("model", "train")
-VERSION = 1
+VERSION = 2
 RESUMES = True
 DISTRIBUTED = True
 
@@ -32,9 +34,10 @@ def options(recipe: Recipe) -> dict:
 
 
 def run(context: Context) -> dict:
-    """Writes ``dense-lora/``, merged."""
+    """Writes ``adapter/`` in peft's format and ``dense-lora/``, merged."""
     recipe, config = context.recipe, context.recipe.adapt
-    model = new_adapter(recipe, Base(context.model))
+    base = Base(context.model)
+    model = new_adapter(recipe, base)
     tokenizer = tasks.load_tokenizer(context.model)
     examples = tasks.load(recipe, tokenizer).train
     train(
@@ -47,8 +50,12 @@ def run(context: Context) -> dict:
         before_step=lambda step: None,
         advance=context.start(total_steps(config, len(examples))),
     )
+    adapter = context.folder / "adapter"
+    save_adapter(model, adapter)
     if process_rank():
         return {}
     shutil.rmtree(context.folder / "training")
+    # Loaded anew: the trained model may be spread over processes.
+    tuned = load_adapted(base, adapter, torch.float32)
     folder = context.folder / "dense-lora"
-    return {"sparsity": write_merged(model, Checkpoint(context.model), folder, None)}
+    return {"sparsity": write_merged(tuned, Checkpoint(context.model), folder, None)}
