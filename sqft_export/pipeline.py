@@ -42,11 +42,25 @@ def stage_module(name: str) -> Any:
     return importlib.import_module(f"sqft_export.stages.{name.partition('-')[0]}")
 
 
-def plan_passes(recipe: Recipe, folder: Path | None, store: Store) -> list[Planned]:
-    """Every pass of the recipe in order, keyed by its facts."""
+def needed_passes(recipe: Recipe, last: tuple[str, ...]) -> list[str]:
+    """The passes of the recipe in order: all, or those that ``last`` are made from."""
+    names = plan.pass_names(recipe)
+    if not last:
+        return names
+    needed = set(last)
+    for name in reversed(names):
+        if name in needed:
+            needed |= set(stage_module(name).CONSUMES)
+    return [name for name in names if name in needed]
+
+
+def plan_passes(
+    recipe: Recipe, folder: Path | None, store: Store, last: tuple[str, ...] = ()
+) -> list[Planned]:
+    """Every pass of the recipe in order, keyed by its facts; up to ``last`` if given."""
     digests = sources.digests(recipe, folder)
     planned: dict[str, Planned] = {}
-    for name in plan.pass_names(recipe):
+    for name in needed_passes(recipe, last):
         stage = stage_module(name)
         facts = {
             "stage": name,
@@ -100,7 +114,9 @@ def _start_bar(progress: Progress, name: str):
     return start
 
 
-def _follow(recipe: Recipe, folder: Path, store: Store) -> dict[str, Artifact]:
+def _follow(
+    recipe: Recipe, folder: Path, store: Store, last: tuple[str, ...]
+) -> dict[str, Artifact]:
     """What every process of a launcher but the first does: train along, else wait for the first.
 
     Should the first one fail, the launcher ends the others.
@@ -108,7 +124,7 @@ def _follow(recipe: Recipe, folder: Path, store: Store) -> dict[str, Artifact]:
     artifacts: dict[str, Artifact] = {}
     store.root.mkdir(parents=True, exist_ok=True)
     with _quiet(store.root / f"log-{process_rank()}.txt"):
-        for step in plan_passes(recipe, folder, store):
+        for step in plan_passes(recipe, folder, store, last):
             stage = stage_module(step.name)
             sealed = store.path_of(step.name, step.key)
             if getattr(stage, "DISTRIBUTED", False) and not sealed.exists():
@@ -122,10 +138,11 @@ def _follow(recipe: Recipe, folder: Path, store: Store) -> dict[str, Artifact]:
     return artifacts
 
 
-def run(recipe: Recipe, root: Path) -> dict[str, Artifact]:
+def run(recipe: Recipe, root: Path, last: tuple[str, ...] = ()) -> dict[str, Artifact]:
     """Run or skip every pass; returns the artifacts by pass name.
 
     :param root: folder of this recipe's artifacts.
+    :param last: passes to stop at; only these and what they are made from is run.
     :raises UserError: before any work if the recipe can't be run here.
     """
     folder = sources.model_folder(recipe, download=False)
@@ -137,7 +154,7 @@ def run(recipe: Recipe, root: Path) -> dict[str, Artifact]:
     plan.check_disk(recipe, plan.check(recipe, folder), root)
     store = Store(root)
     if process_rank():
-        return _follow(recipe, folder, store)
+        return _follow(recipe, folder, store, last)
     artifacts: dict[str, Artifact] = {}
     with _alone(root), _quiet(root / "log.txt") as terminal:
         console = Console(file=terminal)
@@ -146,7 +163,7 @@ def run(recipe: Recipe, root: Path) -> dict[str, Artifact]:
             *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
         )
         with bars:
-            for step in plan_passes(recipe, folder, store):
+            for step in plan_passes(recipe, folder, store, last):
                 if step.artifact is not None:
                     artifacts[step.name] = step.artifact
                     console.print(f"{step.name:16} cached")

@@ -350,6 +350,11 @@ class Search(Section):
 
 class Export(Section):
     targets: tuple[Literal["openvino", "onnx"], ...] = ("openvino", "onnx")
+    onnx_graph: Literal["fused", "standard"] = Field(
+        "fused",
+        description="fused: the operators of ONNX Runtime GenAI; standard: ONNX's own and "
+        "MatMulNBits, which onnx.checker and OpenVINO read too",
+    )
 
 
 class Verify(Section):

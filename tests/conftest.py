@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sqft_export import pipeline
 from sqft_export.recipe import Recipe, load
@@ -62,8 +62,8 @@ def tiny_run(tiny_cli) -> dict:
     return pipeline.run(small_recipe(), Path(tiny_cli.args[-1]) / "tiny")
 
 
-def random_model(folder: Path, seed: int = 0, **config) -> Path:
-    """A Llama folder with random weights and the embedded tokenizer."""
+def random_model(folder: Path, seed: int = 0, model_type: str = "llama", **config) -> Path:
+    """A folder of a model with random weights and the embedded tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     sizes = {
         "vocab_size": len(tokenizer),
@@ -79,7 +79,12 @@ def random_model(folder: Path, seed: int = 0, **config) -> Path:
         "initializer_range": 0.2,
     }
     torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(**(sizes | config))).save_pretrained(folder)
+    made = AutoConfig.for_model(model_type, **(sizes | config))
+    model = AutoModelForCausalLM.from_config(made)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):  # else zeros, which would hide a lost one
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -16,6 +16,7 @@ from sqft_export import pipeline
 from sqft_export.checkpoint import Checkpoint
 from sqft_export.compressed import load_float_model, read_quantized
 from sqft_export.numerics.affine import dequantize
+from sqft_export.recipe import Export
 from sqft_export.targets import onnx as onnx_target
 from sqft_export.targets import target
 
@@ -122,15 +123,9 @@ GRIDS = {
 }
 
 
-def run_to_verify(recipe, root, monkeypatch) -> dict:
-    passes = pipeline.plan.pass_names(recipe)
-    monkeypatch.setattr(pipeline.plan, "pass_names", lambda _: passes[: passes.index("verify") + 1])
-    return pipeline.run(recipe, root)
-
-
 @pytest.mark.parametrize("kind", GRIDS)
 @pytest.mark.parametrize("tied", [False, True])
-def test_every_grid_reaches_both_runtimes_bit_for_bit(tmp_path, monkeypatch, kind, tied):
+def test_every_grid_reaches_both_runtimes_bit_for_bit(tmp_path, kind, tied):
     """Rows of 172 inputs fall back to one group; `verify` raises on any difference."""
     if tied and "embedding_bits" not in GRIDS[kind]:
         pytest.skip("embedding and head stay floats, tied or not")
@@ -141,7 +136,7 @@ def test_every_grid_reaches_both_runtimes_bit_for_bit(tmp_path, monkeypatch, kin
         "adapt.ranks=[8, 4]",
         model_path=model,
     )
-    artifacts = run_to_verify(recipe, tmp_path / "runs", monkeypatch)
+    artifacts = pipeline.run(recipe, tmp_path / "runs", ("verify",))
     checks = artifacts["verify"].metrics["checks"]
     assert all(check["passed"] for check in checks)
     kernels = [c for c in checks if c["name"].startswith("layers on compressed kernels")]
@@ -152,7 +147,7 @@ def test_every_grid_reaches_both_runtimes_bit_for_bit(tmp_path, monkeypatch, kin
     assert bits == ({4, 8} if mixed else {recipe.quantize.bits})
 
 
-def test_float_results_reach_both_runtimes_with_their_zeros(tmp_path, monkeypatch):
+def test_float_results_reach_both_runtimes_with_their_zeros(tmp_path):
     model = random_model(tmp_path / "model")
     recipe = small_recipe(
         "quantize.method=none",
@@ -161,7 +156,7 @@ def test_float_results_reach_both_runtimes_with_their_zeros(tmp_path, monkeypatc
         "adapt.ranks=[8, 4]",
         model_path=model,
     )
-    artifacts = run_to_verify(recipe, tmp_path / "runs", monkeypatch)
+    artifacts = pipeline.run(recipe, tmp_path / "runs", ("verify",))
     names = {c["name"] for c in artifacts["verify"].metrics["checks"] if c["passed"]}
     assert "logits: merged in torch and openvino" in names
     assert "logits: merged in torch and onnx" in names
@@ -177,6 +172,70 @@ def test_prompts_longer_than_a_block_and_batches_agree_after_the_cache_is_used(t
         for part in (ids[:, :147], ids[:, 147:148], ids[:, 148:149]):
             ours, theirs = merged.forward(part), session.forward(part)
             assert np.abs(ours - theirs).max() / ours.std() < 1e-4
+
+
+def _padded(prompts: list[list[int]], left: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask ``[batch, longest]``, prompts filled up on one side."""
+    longest = max(map(len, prompts))
+    ids, mask = (np.zeros((len(prompts), longest), np.int64) for _ in range(2))
+    for row, prompt in enumerate(prompts):
+        place = slice(longest - len(prompt), None) if left else slice(len(prompt))
+        ids[row, place], mask[row, place] = prompt, 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("kind", ["openvino", "standard", "fused"])
+def test_a_padded_batch_says_what_each_prompt_says_alone(tiny_run, tmp_path, kind):
+    """On the left; on the right for the fused graph, whose attention knows no other."""
+    merged = tiny_run["merge"].path / "model"
+    runtime = "openvino" if kind == "openvino" else "onnx"
+    folder = tiny_run[f"export-{runtime}"].path / "model"
+    if kind == "standard":
+        folder = tmp_path
+        target("onnx").export(merged, folder, Export(onnx_graph="standard"))
+    session = target(runtime).open_session(folder, True, None)
+    alone = target("torch").open_session(merged, True, None)
+    random = np.random.RandomState(0)
+    prompts = [random.randint(5, 400, n).tolist() for n in (5, 70, 12, 3)]
+    following = random.randint(5, 400, (4, 1))
+    left = kind != "fused"
+    ids, mask = _padded(prompts, left)
+    ends = [-1 if left else len(p) - 1 for p in prompts]
+    first = session.forward(ids, mask)[range(4), ends]
+    grown = np.ones((4, 1), np.int64)
+    # Right-padded, the kernel takes the number of ones alone.
+    second = session.forward(following, np.concatenate([mask, grown] if left else [grown, mask], 1))
+    for row, prompt in enumerate(prompts):
+        alone.reset()
+        for ours, theirs in (
+            (alone.forward(np.array([prompt]))[0, -1], first[row]),
+            (alone.forward(following[row : row + 1])[0, -1], second[row, -1]),
+        ):
+            assert np.abs(ours - theirs).max() / ours.std() < 1e-4
+
+
+def test_onnxruntime_genai_answers_a_batch_as_it_answers_each(tiny_run, tmp_path):
+    import onnxruntime_genai as og
+
+    folder = shutil.copytree(tiny_run["export-onnx"].path / "model", tmp_path / "exact")
+    (folder / "model.onnx").write_bytes(onnx_target._with_accuracy(folder, 1))
+    model = og.Model(str(folder))
+    tokenizer = og.Tokenizer(model)
+
+    def generate(tokens, batch: int) -> list[list[int]]:
+        params = og.GeneratorParams(model)
+        length = tokens.shape[-1] + NEW_TOKENS
+        params.set_search_options(
+            max_length=length, min_length=length, do_sample=False, batch_size=batch
+        )
+        generator = og.Generator(model, params)
+        generator.append_tokens(tokens)
+        while not generator.is_done():
+            generator.generate_next_token()
+        return [list(generator.get_sequence(i))[-NEW_TOKENS:] for i in range(batch)]
+
+    together = generate(tokenizer.encode_batch(PROMPTS).as_numpy(), 4)
+    assert together == [generate(tokenizer.encode(p), 1)[0] for p in PROMPTS]
 
 
 def test_the_merged_folder_says_what_it_is(tiny_run):

@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqft_export.errors import UserError
@@ -16,6 +16,8 @@ class Family:
     projections: Linear of a block -> (outputs, inputs), named as in :func:`dimensions`.
     vectors: other weights of a block -> their length, for predicting sizes.
     embedding, final_norm, head: the weights outside the blocks.
+    builder: what ONNX Runtime GenAI's model builder calls its class, None where it has none.
+    halves: Linear of a block that the builder takes apart -> what it calls its equal parts.
     """
 
     model_types: tuple[str, ...]
@@ -25,13 +27,15 @@ class Family:
     embedding: str
     final_norm: str
     head: str
+    builder: str | None = None
+    halves: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def _load() -> dict[str, Family]:
     families = {}
     for module in pkgutil.iter_modules(__path__):
-        family = importlib.import_module(f"{__name__}.{module.name}").FAMILY
-        families.update(dict.fromkeys(family.model_types, family))
+        for family in importlib.import_module(f"{__name__}.{module.name}").FAMILIES:
+            families.update(dict.fromkeys(family.model_types, family))
     return families
 
 
@@ -55,11 +59,15 @@ def dimensions(config: dict[str, Any]) -> dict[str, int]:
     """The named sizes that the projections of a family refer to."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
+    queries, keys = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
     return {
         "hidden": hidden,
-        "queries": heads * head_dim,
-        "keys": (config.get("num_key_value_heads") or heads) * head_dim,
+        "head": head_dim,
+        "queries": queries,
+        "keys": keys,
+        "queries_keys_values": queries + 2 * keys,
         "intermediate": config["intermediate_size"],
+        "gate_and_up": 2 * config["intermediate_size"],
         "vocabulary": config["vocab_size"],
     }
 
@@ -78,5 +86,5 @@ def shapes(config: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:
         for name, (outputs, inputs) in family.projections.items():
             weights[f"{at}.{name}.weight"] = (size[outputs], size[inputs])
         for name, length in family.vectors.items():
-            weights[f"{at}.{name}.weight"] = (size[length],)
+            weights[f"{at}.{name}"] = (size[length],)
     return weights

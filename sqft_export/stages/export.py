@@ -7,11 +7,11 @@ from sqft_export.targets import target
 
 CONSUMES = ("merge",)
 READS = ()
-VERSION = 2
+VERSION = 3
 
 
 def options(recipe: Recipe) -> dict:
-    return {}
+    return {"onnx_graph": recipe.export.onnx_graph}
 
 
 def run(context: Context) -> dict:
@@ -21,7 +21,7 @@ def run(context: Context) -> dict:
     folder.mkdir()
     runtime = context.name.removeprefix("export-")
     merged = context.inputs["merge"].path
-    target(runtime).export(merged / "model", folder)
+    target(runtime).export(merged / "model", folder, context.recipe.export)
     if context.recipe.adapt.apart:
         target(runtime).add_adapter(folder, merged / "adapter")
     advance()

@@ -1,8 +1,8 @@
 """Runtimes a model is exported to and run on: openvino, onnx, torch.
 
 Each offers ``open_session(folder, exact, threads) -> Session``; openvino and onnx also
-``export(merged, folder)``, ``add_adapter(folder, adapter)`` for one that is not merged, and
-``read_back(folder)``.
+``export(merged, folder, options)``, ``add_adapter(folder, adapter)`` for one that is not merged,
+and ``read_back(folder)``.
 """
 
 import importlib
@@ -48,11 +48,18 @@ class Session(Protocol):
     def reset(self) -> None:
         """Forget the cache."""
 
-    def forward(self, ids: np.ndarray) -> np.ndarray:
+    def forward(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Continue the cache with int64 ``ids [batch, n]``: float32 logits ``[batch, n, vocab]``.
 
         The batch must stay the same between two resets.
+
+        :param mask: int64 ``[batch, cached + n]``, 0 where a prompt is filled up on the left.
         """
+
+
+def positions_of(mask: np.ndarray, length: int) -> np.ndarray:
+    """int64 ``[batch, length]``: positions of the last ``length`` tokens, filling not counted."""
+    return np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -length:]
 
 
 def target(name: str) -> Any:

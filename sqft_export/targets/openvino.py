@@ -18,9 +18,12 @@ import openvino as ov
 from openvino import opset13 as ops
 
 from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
-from sqft_export.targets import ADAPTER, read_adapter
+from sqft_export.recipe import Export
+from sqft_export.targets import ADAPTER, positions_of, read_adapter
 
 MODEL = "openvino_model.xml"
+# What a product is called where it is alone and where its bias is fused into it, and the embedding.
+KERNELS = ("aten::linear/MatMul", "aten::linear/Add", "aten::embedding/Gather")
 ADAPTER_FILE = "adapter_model.safetensors"
 # The defaults round activations to int8 and bfloat16 and the cache to 8 bits.
 EXACT = {
@@ -30,26 +33,24 @@ EXACT = {
 }
 
 
-def export(merged: Path, folder: Path) -> None:
+def export(merged: Path, folder: Path, options: Export) -> None:
     """Write the deployment folder of a merged model: IR, tokenizer IR, configs.
 
     :param merged: Hugging Face folder, packed in the GPTQ layout or plain.
     """
-    import torch
     from openvino_tokenizers import convert_tokenizer
     from optimum.exporters.openvino import export_from_model
     from optimum.intel import OVConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from sqft_export.checkpoint import Checkpoint
-    from sqft_export.compressed import quantized_names, read_quantized, write_float_checkpoint
+    from sqft_export.compressed import quantized_names, read_quantized
+    from sqft_export.skeleton import skeleton
 
     checkpoint = Checkpoint(merged)
-    floats, traced = folder / "floats", folder / "traced"
-    write_float_checkpoint(checkpoint, floats)
-    model = AutoModelForCausalLM.from_pretrained(floats, dtype=torch.float32).eval()
+    traced = folder / "traced"
     export_from_model(
-        model,
+        skeleton(checkpoint),
         traced,
         task="text-generation-with-past",
         ov_config=OVConfig(dtype="fp32"),
@@ -57,20 +58,14 @@ def export(merged: Path, folder: Path) -> None:
     )
     graph = ov.Core().read_model(traced / MODEL)
     constants = _weight_constants(graph)
-    quantized = quantized_names(checkpoint)
-    for name in quantized:
-        codes, grid = read_quantized(checkpoint, name)
-        _place(
-            constants[name],
-            name,
-            codes.numpy(),
-            grid.scale.numpy(),
-            None if grid.symmetric else grid.zero_point.numpy(),
-            grid.bits,
-        )
-    for name in _half_matrices(checkpoint):
-        if name not in quantized:
-            _place_half(constants[name])
+    quantized = set(quantized_names(checkpoint))
+    for name, constant in constants.items():
+        if name in quantized:
+            codes, grid = read_quantized(checkpoint, name)
+            zero_point = None if grid.symmetric else grid.zero_point.numpy()
+            _place(constant, name, codes.numpy(), grid.scale.numpy(), zero_point, grid.bits)
+        elif len(constant.get_output_shape(0)) == 2:
+            _place_floats(constant, name, checkpoint.tensor(f"{name}.weight"))
     for key, value in _description(checkpoint).items():
         graph.set_rt_info(value, ["sqft_export", key])
     ov.save_model(graph, folder / MODEL, compress_to_fp16=False)
@@ -82,7 +77,6 @@ def export(merged: Path, folder: Path) -> None:
     encoder, decoder = convert_tokenizer(tokenizer, with_detokenizer=True)
     ov.save_model(encoder, folder / "openvino_tokenizer.xml")
     ov.save_model(decoder, folder / "openvino_detokenizer.xml")
-    shutil.rmtree(floats)
     shutil.rmtree(traced)
 
 
@@ -128,19 +122,18 @@ def _description(checkpoint: Any) -> dict[str, str]:
     return {"source": checkpoint.config["model_type"], **described}
 
 
-def _half_matrices(checkpoint: Any) -> list[str]:
-    """Embedding and head where the checkpoint stores them in float16: the IR then does too."""
-    return [
-        name.removesuffix(".weight")
-        for name in checkpoint.outer_names()
-        if checkpoint.headers[name].dtype == "F16" and len(checkpoint.headers[name].shape) == 2
-    ]
+def _place_floats(constant: Any, name: str, weight: Any) -> None:
+    """Store a matrix in the dtype that the checkpoint has it in; no value changes."""
+    import torch
 
-
-def _place_half(constant: Any) -> None:
-    """Store a float32 constant, whose values are float16's, in float16; no value changes."""
-    node = ops.convert(ops.constant(constant.data.astype(np.float16)), "f32")
-    _replace(constant, node)
+    if weight.dtype == torch.bfloat16:
+        bits = weight.view(torch.int16).numpy()
+        stored = ops.constant(ov.Tensor(bits, list(bits.shape), ov.Type.bf16), shared_memory=False)
+    else:
+        stored = ops.constant(weight.numpy())
+    stored.set_friendly_name(f"{name}.weight")
+    narrow = weight.dtype != torch.float32
+    _replace(constant, ops.convert(stored, "f32") if narrow else stored)
 
 
 def _replace(constant: Any, node: Any) -> None:
@@ -268,12 +261,14 @@ class OpenVinoSession:
         self.request.reset_state()
         self.past = 0
 
-    def forward(self, ids: np.ndarray) -> np.ndarray:
+    def forward(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         batch, length = ids.shape
+        if mask is None:
+            mask = np.ones((batch, self.past + length), np.int64)
         inputs = {
             "input_ids": ids,
-            "attention_mask": np.ones((batch, self.past + length), np.int64),
-            "position_ids": np.tile(np.arange(self.past, self.past + length), (batch, 1)),
+            "attention_mask": mask,
+            "position_ids": positions_of(mask, length),
             "beam_idx": np.arange(batch, dtype=np.int32),
         }
         self.request.infer({k: v for k, v in inputs.items() if k in self.names})
@@ -308,6 +303,6 @@ def compressed_kernels(folder: Path) -> set[str]:
         if info["runtimePrecision"].astype(str) in ("i4", "u4", "i8", "u8"):
             for origin in info["originalLayersNames"].astype(str).split(","):
                 module, _, operation = origin.removeprefix("__module.").partition("/")
-                if operation in ("aten::linear/MatMul", "aten::embedding/Gather"):
+                if operation in KERNELS:
                     found.add(module)
     return found

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sqft_export.compressed import load_float_model
+from sqft_export.targets import positions_of
 
 
 class TorchSession:
@@ -20,9 +21,13 @@ class TorchSession:
         self.cache = None
 
     @torch.no_grad()
-    def forward(self, ids: np.ndarray) -> np.ndarray:
+    def forward(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        padded = {}
+        if mask is not None:
+            padded["attention_mask"] = torch.from_numpy(mask)
+            padded["position_ids"] = torch.from_numpy(positions_of(mask, ids.shape[1]))
         output = self.model(
-            input_ids=torch.from_numpy(ids), past_key_values=self.cache, use_cache=True
+            input_ids=torch.from_numpy(ids), past_key_values=self.cache, use_cache=True, **padded
         )
         self.cache = output.past_key_values
         return output.logits.float().numpy()
