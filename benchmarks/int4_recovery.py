@@ -13,7 +13,7 @@ from statistics import mean, stdev
 
 from document import finish, spread, table
 
-from sqft_export import pipeline, plan, tasks
+from sqft_export import pipeline, tasks
 from sqft_export.evaluate import score
 from sqft_export.recipe import Recipe, load
 from sqft_export.targets import target
@@ -32,21 +32,6 @@ VARIANTS = {
     "INT4, teacher dense + LoRA": LORA,
     "INT4, scales and teacher dense": (*SCALES, *DENSE),
 }
-
-
-def merged(recipe: Recipe, runs: Path) -> Path:
-    """Run the recipe as far as its merged model."""
-    whole = plan.pass_names
-    plan.pass_names = lambda r: [  # type: ignore[assignment]
-        name
-        for name in whole(r)
-        if name in ("sparsify", "quantize", "adapt", "search", "merge")
-        or (name == "teacher" and r.adapt.distill and r.adapt.distill.teacher == "dense-lora")
-    ]
-    try:
-        return pipeline.run(recipe, runs)["merge"].path / "model"
-    finally:
-        plan.pass_names = whole
 
 
 def accuracy(recipe: Recipe, folder: Path) -> dict[str, float]:
@@ -72,9 +57,10 @@ def main() -> None:
         found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
         for seed in arguments.seeds:
             for variant, settings in VARIANTS.items():
-                overrides = (f"seed={seed}", *arguments.set, *settings)
+                overrides = (f"seed={seed}", "benchmark.baselines=[]", *arguments.set, *settings)
                 recipe = load(ROOT / "recipes" / f"{name}.yaml", overrides)
-                folder = merged(recipe, arguments.runs / name)
+                artifacts = pipeline.run(recipe, arguments.runs / name, ("merge",))
+                folder = artifacts["merge"].path / "model"
                 found[variant].append(accuracy(recipe, folder))
         floats = [entry["accuracy"] for entry in found["float-sparse (sparsepeft)"]]
         for variant, entries in found.items():

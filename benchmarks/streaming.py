@@ -11,7 +11,6 @@ pages included.
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,65 +18,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from document import finish, table
+from shapes import SMALL, WIDE, write_checkpoint
 
 from sqft_export.checkpoint import Checkpoint
 from sqft_export.recipe import load
 from sqft_export.stages import Context, quantize, sparsify
-from sqft_export.tensorfiles import TensorWriter
 from sqft_export.worker import peak_memory
 
 GIB = 2**30
 ROOT = Path(__file__).parent.parent
-TINY = ROOT / "sqft_export" / "builtin" / "tiny"
-SHAPE = {"hidden_size": 4096, "intermediate_size": 14336, "heads": 32, "kv_heads": 8}
-SMALL = {"hidden_size": 256, "intermediate_size": 896, "heads": 8, "kv_heads": 2}
-
-
-def write_checkpoint(folder: Path, shape: dict[str, int], blocks: int) -> None:
-    """A Mistral folder with random bfloat16 weights and the embedded model's tokenizer."""
-    folder.mkdir()
-    for file in TINY.glob("tokenizer*"):
-        shutil.copyfile(file, folder / file.name)
-    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
-    keys = hidden // shape["heads"] * shape["kv_heads"]
-    vocabulary = json.loads((TINY / "config.json").read_text())["vocab_size"]
-    config = {
-        "model_type": "mistral",
-        "architectures": ["MistralForCausalLM"],
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": shape["heads"],
-        "num_key_value_heads": shape["kv_heads"],
-        "vocab_size": vocabulary,
-        "dtype": "bfloat16",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    matrices = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-    norms = ("input_layernorm", "post_attention_layernorm")
-    generator = torch.Generator().manual_seed(0)
-    with TensorWriter(folder, shard_bytes=2**28) as writer:
-        for name in ("model.embed_tokens", "lm_head"):
-            weight = torch.randn(vocabulary, hidden, generator=generator) * 0.02
-            writer.add(f"{name}.weight", weight.bfloat16())
-        writer.add("model.norm.weight", torch.ones(hidden, dtype=torch.bfloat16))
-        for block in range(blocks):
-            for name, size in matrices.items():
-                weight = (torch.randn(size, generator=generator) * 0.02).bfloat16()
-                writer.add(f"model.layers.{block}.{name}.weight", weight)
-            for name in norms:
-                ones = torch.ones(hidden, dtype=torch.bfloat16)
-                writer.add(f"model.layers.{block}.{name}.weight", ones)
 
 
 def compress(model: Path, out: Path, samples: int, length: int) -> dict[str, Any]:
@@ -136,7 +86,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(compress(*arguments.child, arguments.samples, arguments.length)))
         return
-    shape = SMALL if arguments.small else SHAPE
+    shape = SMALL if arguments.small else WIDE
     rows = [measure(shape, n, arguments.samples, arguments.length) for n in arguments.blocks]
     header = [
         "blocks",

@@ -1,0 +1,14 @@
+"""Compile a language model into a sparse, low-precision deployment, and load it where it runs.
+
+    import sqft_export
+
+    model = sqft_export.load_openvino("folder")          # openvino.Model
+    pipe = sqft_export.load_openvino_genai("folder")     # openvino_genai.LLMPipeline
+    session = sqft_export.load_onnx("folder")            # onnxruntime.InferenceSession
+
+Importing this imports no runtime and no torch.
+"""
+
+from sqft_export.sparse.loaders import load_onnx, load_openvino, load_openvino_genai
+
+__all__ = ["load_onnx", "load_openvino", "load_openvino_genai"]

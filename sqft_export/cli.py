@@ -1,4 +1,4 @@
-"""The command line: run, plan.  ``--help`` imports neither torch nor a runtime."""
+"""The command line.  ``--help`` imports neither torch nor a runtime."""
 
 import json
 import sys
@@ -25,6 +25,9 @@ ModelPath = Annotated[
 ]
 Runs = Annotated[Path, typer.Option(help="where artifacts are kept")]
 Json = Annotated[bool, typer.Option("--json", help="nothing on stdout but one JSON document")]
+
+Deployment = Annotated[Path, typer.Argument(help="a deployment: OpenVINO or ONNX folder")]
+Out = Annotated[Path, typer.Argument(help="folder to write; must not exist")]
 
 
 @app.command()
@@ -95,6 +98,69 @@ def plan_command(
     for name, size in document["group_size_fallback"].items():
         asked = loaded.quantize.group_size
         print(f"  {name}: group_size {asked} does not divide its inputs; {size} is used")
+
+
+@app.command()
+def export(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    only: Annotated[
+        str | None, typer.Option(help="openvino or onnx; default: what the recipe names")
+    ] = None,
+    model_path: ModelPath = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Write the deployment folders of a recipe; what was trained is not trained again."""
+    from sqft_export import pipeline
+    from sqft_export.recipe import load
+
+    settings = [f"export.targets=[{only}]"] if only else []
+    loaded = load(recipe, (*(overrides or ()), *settings), model_path)
+    last = tuple(f"export-{target}" for target in loaded.export.targets)
+    if not last:
+        raise UserError(f"{loaded.file}: export.targets: is empty; name one with --only")
+    artifacts = pipeline.run(loaded, runs / loaded.name, last)
+    for name in last:
+        print(artifacts[name].path / "model")
+
+
+@app.command()
+def inspect(
+    folder: Deployment,
+    json_only: Json = False,
+) -> None:
+    """Show what a deployment holds: layers, bits, sparsity, bytes, digests, runtimes."""
+    from sqft_export import inspection
+
+    found = inspection.inspect(folder)
+    print(json.dumps(found) if json_only else inspection.describe(found))
+
+
+@app.command("pack")
+def pack_command(
+    folder: Deployment,
+    out: Out,
+    entropy: Annotated[
+        bool, typer.Option("--entropy", help="compress too: smaller, slower to load")
+    ] = False,
+) -> None:
+    """Write a copy of a deployment whose weight file zeros make smaller."""
+    from sqft_export.sparse.folders import pack
+
+    _say_packed(out, pack(folder, out, entropy))
+
+
+@app.command("unpack")
+def unpack_command(folder: Deployment, out: Out) -> None:
+    """Write the plain folder of a packed one, byte for byte as it was."""
+    from sqft_export.sparse.folders import unpack
+
+    _say_packed(out, unpack(folder, out))
+
+
+def _say_packed(out: Path, told: dict[str, Any]) -> None:
+    dense, packed = told["dense_bytes"], told["packed_bytes"]
+    print(f"{out}: weights {dense:,} bytes dense, {packed:,} packed ({packed / dense:.1%})")
 
 
 def main() -> None:

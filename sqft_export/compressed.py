@@ -12,6 +12,7 @@ merged model        <linear>.qweight, ...          the GPTQ layout (numerics/pac
 The first two are sharded like a checkpoint where they are large.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,6 +133,36 @@ def read_quantized(checkpoint: Checkpoint, name: str) -> tuple[Tensor, Grid]:
     groups, inputs = tensors["scales"].shape[0], tensors["g_idx"].shape[0]
     bits = 32 * tensors["qweight"].shape[0] // inputs
     return from_gptq(tensors, bits, inputs // groups)
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a deployment says of the model it was made from.
+
+    weights_sha256: of all tensors in the order of their names, as they are stored.
+    """
+    quantization = checkpoint.config.get("quantization_config", {})
+    known = {key: str(quantization[key]) for key in ("bits", "group_size", "sym") if quantization}
+    zeros = count = 0
+    quantized = set(quantized_names(checkpoint))
+    for name in checkpoint.linears:
+        if name in quantized:
+            codes, grid = read_quantized(checkpoint, name)
+            zero_point = grid.zero_point.repeat_interleave(grid.group_size, dim=1)
+            zeros += int((codes == zero_point[:, : codes.shape[1]]).sum())
+        else:
+            codes = checkpoint.tensor(f"{name}.weight")
+            zeros += int((codes == 0).sum())
+        count += codes.numel()
+    digest = hashlib.sha256()
+    for name, tensor in checkpoint.tensors(sorted(checkpoint.headers)):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return {
+        "model_type": checkpoint.config["model_type"],
+        **known,
+        "sparsity": f"{zeros / count:.6f}",
+        "weights_sha256": digest.hexdigest(),
+    }
 
 
 def plain_names(checkpoint: Checkpoint) -> list[str]:

@@ -127,6 +127,7 @@ def check(recipe: Recipe, folder: Path | None) -> Layout:
         *_group_faults(recipe, layout),
         *_given_faults(recipe, folder),
         *_missing_faults(recipe),
+        *_target_faults(recipe, folder),
     ]
     if faults:
         raise UserError("\n".join(f"{recipe.file}: {fault}" for fault in faults))
@@ -238,6 +239,19 @@ def _missing_faults(recipe: Recipe) -> list[str]:
                 f"pip install 'sqft-export[{extra}]', or leave {name} out"
             )
     return faults
+
+
+def _target_faults(recipe: Recipe, folder: Path | None) -> list[str]:
+    """What a runtime can't do with this model."""
+    config = sources.Checkpoint(folder).config if folder else recipe.model.config or {}
+    family = family_of(config, str(recipe.file))
+    fused = "onnx" in recipe.export.targets and recipe.export.onnx_graph == "fused"
+    if fused and family.builder is None:
+        return [
+            "export.onnx_graph: found fused, but ONNX Runtime GenAI's builder has no "
+            f"{config['model_type']}; use standard"
+        ]
+    return []
 
 
 def _installed(module: str) -> bool:

@@ -355,6 +355,18 @@ class Export(Section):
         description="fused: the operators of ONNX Runtime GenAI; standard: ONNX's own and "
         "MatMulNBits, which onnx.checker and OpenVINO read too",
     )
+    sparse_files: bool = Field(
+        False, description="a packed copy of every deployment too, which zeros make smaller"
+    )
+    entropy: bool = Field(
+        False, description="packed copies compressed as well: smaller, and slower to load"
+    )
+
+    @model_validator(mode="after")
+    def _entropy_fits(self):
+        if self.entropy and not self.sparse_files:
+            raise ValueError("entropy is for packed copies; set sparse_files: true")
+        return self
 
 
 class Verify(Section):

@@ -6,10 +6,19 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "sqft_export"
 RANKS = [
     {"errors", "artifact", "numerics", "machine", "selection"},
-    {"families", "recipe", "known_datasets", "tensorfiles", "checkpoint", "compressed", "skeleton"},
+    {
+        "sparse",
+        "families",
+        "recipe",
+        "known_datasets",
+        "tensorfiles",
+        "checkpoint",
+        "compressed",
+        "skeleton",
+    },
     {"sources", "tasks", "calibration", "adapters", "training", "targets", "pictures"},
     {"sparsifiers", "quantizers", "search", "evaluate", "plan"},
-    {"worker"},
+    {"worker", "inspection"},
     {"stages"},
     {"pipeline"},
     {"cli"},

@@ -15,20 +15,21 @@ from sqft_export.numerics.affine import Grid
 def _pack_int32(codes: Tensor, bits: int) -> Tensor:
     """Rows of codes ``[n, m]`` to int32 ``[ceil(n / f), m]``, the last word filled up."""
     factor = 32 // bits
-    codes = torch.nn.functional.pad(codes.to(torch.int64), (0, 0, 0, -codes.shape[0] % factor))
-    words = torch.zeros(codes.shape[0] // factor, codes.shape[1], dtype=torch.int64)
-    for position in range(factor):
-        words |= codes[position::factor] << (bits * position)
-    return words.to(torch.int32)
+    codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, 0, 0, -codes.shape[0] % factor))
+    # Little-endian: the codes of a word are its bytes, two to a byte where they are nibbles.
+    words = codes.reshape(-1, factor, codes.shape[1]).permute(0, 2, 1).contiguous()
+    if bits == 4:
+        words = words[..., 0::2] | (words[..., 1::2] << 4)
+    return words.contiguous().view(torch.int32).squeeze(-1)
 
 
 def _unpack_int32(words: Tensor, bits: int) -> Tensor:
     """Inverse of :func:`_pack_int32`: uint8 ``[n, m]``."""
-    factor = 32 // bits
-    codes = torch.empty(words.shape[0] * factor, words.shape[1], dtype=torch.uint8)
-    for position in range(factor):
-        codes[position::factor] = ((words >> (bits * position)) & (2**bits - 1)).to(torch.uint8)
-    return codes
+    count, width = words.shape
+    values = words.contiguous().view(torch.uint8).reshape(count, width, 4)
+    if bits == 4:
+        values = torch.stack([values & 15, values >> 4], dim=-1).reshape(count, width, 8)
+    return values.permute(0, 2, 1).reshape(-1, width)
 
 
 def to_gptq(codes: Tensor, grid: Grid) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from typing import Any
 from sqft_export import tasks
 from sqft_export.errors import UserError
 from sqft_export.recipe import Recipe
+from sqft_export.sparse.folders import PACKED
 from sqft_export.stages import Context
 from sqft_export.targets import ADAPTER
 
@@ -30,7 +31,7 @@ CONSUMES = (
 )
 READS = ("model", "test")
 VERSION = 2
-WEIGHTS = ("*.safetensors", "*.bin", "*.xml", "*.onnx", "*.data", "*.onnx_adapter")
+WEIGHTS = ("*.safetensors", "*.bin", "*.xml", "*.onnx", "*.data", "*.onnx_adapter", "*.sqft")
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,10 @@ def rows(context: Context) -> list[Row]:
         if f"export-{target}" in inputs:
             folder = inputs[f"export-{target}"].path / "model"
             table.append(Row(title, target, folder, (folder, folder / ADAPTER), merged_sparsity))
+            packed = folder.with_name(PACKED)
+            if packed.is_dir():
+                stored = (packed, packed / ADAPTER)
+                table.append(Row(f"{title}, packed", target, packed, stored, merged_sparsity))
     if "dense" not in wanted:
         table = table[1:]
     return table

@@ -1,21 +1,24 @@
 """export-<target>: a deployment folder for one runtime, made from the merged model."""
 
+from typing import Any
+
 from sqft_export.checkpoint import file_bytes
 from sqft_export.recipe import Recipe
+from sqft_export.sparse.folders import PACKED, pack
 from sqft_export.stages import Context
 from sqft_export.targets import target
 
 CONSUMES = ("merge",)
 READS = ()
-VERSION = 3
+VERSION = 4
 
 
 def options(recipe: Recipe) -> dict:
-    return {"onnx_graph": recipe.export.onnx_graph}
+    return recipe.export.model_dump(exclude={"targets"})
 
 
 def run(context: Context) -> dict:
-    """Writes ``model/``."""
+    """Writes ``model/``, and ``packed/`` where the recipe asks for it."""
     advance = context.start(1)
     folder = context.folder / "model"
     folder.mkdir()
@@ -24,5 +27,9 @@ def run(context: Context) -> dict:
     target(runtime).export(merged / "model", folder, context.recipe.export)
     if context.recipe.adapt.apart:
         target(runtime).add_adapter(folder, merged / "adapter")
+    metrics: dict[str, Any] = {"bytes": file_bytes(folder)}
+    if context.recipe.export.sparse_files:
+        packed = context.folder / PACKED
+        metrics["packed"] = pack(folder, packed, context.recipe.export.entropy)
     advance()
-    return {"bytes": file_bytes(folder)}
+    return metrics

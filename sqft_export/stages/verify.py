@@ -7,6 +7,7 @@ runtimes' exact mode, before and after the cache is used; greedy tokens on real 
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ from sqft_export.errors import UserError
 from sqft_export.evaluate import equal_lengths, generate
 from sqft_export.numerics.affine import Grid, dequantize
 from sqft_export.recipe import Recipe
+from sqft_export.sparse.container import PackedFile
+from sqft_export.sparse.folders import PACKED, packed_file
 from sqft_export.stages import Context
 from sqft_export.targets import Session, target
 from sqft_export.targets.torch import TorchSession
@@ -35,7 +38,7 @@ from sqft_export.tensorfiles import TensorFiles
 
 CONSUMES = ("sparsify", "quantize", "search", "merge", "export-openvino", "export-onnx")
 READS = ("test",)
-VERSION = 1
+VERSION = 2
 
 Weights = dict[str, Tensor]  # Linear -> float32 [out, in], or codes less zero points
 
@@ -215,6 +218,22 @@ def _check_target(
     checks.sessions(f"merged in torch and {name}", in_torch, exact, tolerance)
 
 
+def _check_packed(checks: _Checks, name: str, artifact: Path) -> None:
+    """The packed copy: the same bytes, and as deployed the same logits to the last bit."""
+    dense, packed = artifact / "model", artifact / PACKED
+    file = packed_file(packed)
+    assert file is not None
+    with PackedFile(file) as opened:
+        inflated = opened.inflate()
+        stored = np.fromfile(dense / opened.header.file, np.uint8)
+    same = stored.shape == inflated.shape
+    differing = int((stored != inflated).sum()) if same else len(stored)
+    checks.add(Check(f"bytes inflated from the packed {name}", len(stored), differing, 0, "bytes"))
+    runtime = target(name)
+    one, other = (runtime.open_session(folder, False, None) for folder in (dense, packed))
+    checks.add(_logits(f"{name} dense and packed, as deployed", one, other, checks.prompts, 0.0))
+
+
 def _merged_model(context: Context) -> nn.Module:
     """The merged folder in float32, with its adapter by stock peft where one is kept apart."""
     folder = context.inputs["merge"].path
@@ -245,6 +264,8 @@ def run(context: Context) -> dict:
     advance()
     for name in targets:
         _check_target(checks, name, in_torch, merged, masks)
+        if context.recipe.export.sparse_files:
+            _check_packed(checks, name, context.inputs[f"export-{name}"].path)
         advance()
     results = [asdict(check) | {"passed": check.passed} for check in checks.done]
     (context.folder / "verify.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sqft_export.errors import UserError
+
 # OpenVINO's converter and NNCF report their use over the network unless told not to; where the
 # package that does so is missing, they go without. Nobody asked for network access here.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
@@ -60,6 +62,23 @@ class Session(Protocol):
 def positions_of(mask: np.ndarray, length: int) -> np.ndarray:
     """int64 ``[batch, length]``: positions of the last ``length`` tokens, filling not counted."""
     return np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -length:]
+
+
+GRAPHS = {"openvino": "openvino_model.xml", "onnx": "model.onnx"}
+
+
+def kind_of(folder: Path) -> str:
+    """Which runtime a deployment is for.
+
+    :raises UserError: if the folder is none.
+    """
+    found = [name for name, graph in GRAPHS.items() if (folder / graph).is_file()]
+    if len(found) != 1:
+        raise UserError(
+            f"{folder}: not a deployment; found {' and '.join(found) or 'no graph'}, expected "
+            f"one of {', '.join(GRAPHS.values())}"
+        )
+    return found[0]
 
 
 def target(name: str) -> Any:

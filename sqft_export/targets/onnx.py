@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 
 from sqft_export.recipe import Export
+from sqft_export.sparse.loaders import load_onnx
 from sqft_export.targets import ADAPTER, positions_of, read_adapter
 
 MODEL = "model.onnx"
@@ -29,12 +30,16 @@ def export(merged: Path, folder: Path, options: Export) -> None:
     """Write the deployment folder of a merged model: graph, external data, GenAI config."""
     import onnx
 
+    from sqft_export.compressed import describe
     from sqft_export.targets import onnx_fused, onnx_standard
     from sqft_export.targets.onnx_weights import ExternalData, Weights
 
     graph = {"fused": onnx_fused, "standard": onnx_standard}[options.onnx_graph]
     with ExternalData(folder / DATA) as data:
-        model = graph.build(Weights(merged), folder, data)
+        weights = Weights(merged)
+        model = graph.build(weights, folder, data)
+    for key, value in describe(weights.checkpoint).items():
+        model.metadata_props.add(key=f"sqft_export.{key}", value=value)
     onnx.save(model, folder / MODEL)
     for pattern in TOKENIZER:
         for file in merged.glob(pattern):
@@ -132,6 +137,16 @@ def read_back(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarra
     return read_packed(onnx.load(folder / MODEL))
 
 
+def metadata(folder: Path) -> dict[str, str]:
+    """What the graph says of the model it was made from."""
+    import onnx
+
+    model = onnx.load(folder / MODEL, load_external_data=False)
+    prefix = "sqft_export."
+    found = {p.key: p.value for p in model.metadata_props if p.key.startswith(prefix)}
+    return {key.removeprefix(prefix): value for key, value in found.items()}
+
+
 def compressed_kernels(folder: Path) -> set[str]:
     """The Linears that are MatMulNBits in the graph as ONNX Runtime optimizes it for the CPU."""
     import onnx
@@ -220,13 +235,14 @@ def open_session(folder: Path, exact: bool, threads: int | None) -> OnnxSession:
     options.log_severity_level = 3
     if threads:
         options.intra_op_num_threads = threads
-    model: Any = str(folder / MODEL)
     if exact:
         model = _with_accuracy(folder, EXACT_ACCURACY)
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(folder)
         )
-    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    else:
+        session = load_onnx(folder, options)
     adapter = None
     if (file := folder / ADAPTER / ADAPTER_FILE).is_file():
         adapter = ort.LoraAdapter()

@@ -19,6 +19,7 @@ from openvino import opset13 as ops
 
 from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
 from sqft_export.recipe import Export
+from sqft_export.sparse.loaders import load_openvino
 from sqft_export.targets import ADAPTER, positions_of, read_adapter
 
 MODEL = "openvino_model.xml"
@@ -44,7 +45,7 @@ def export(merged: Path, folder: Path, options: Export) -> None:
     from transformers import AutoTokenizer
 
     from sqft_export.checkpoint import Checkpoint
-    from sqft_export.compressed import quantized_names, read_quantized
+    from sqft_export.compressed import describe, quantized_names, read_quantized
     from sqft_export.skeleton import skeleton
 
     checkpoint = Checkpoint(merged)
@@ -66,7 +67,7 @@ def export(merged: Path, folder: Path, options: Export) -> None:
             _place(constant, name, codes.numpy(), grid.scale.numpy(), zero_point, grid.bits)
         elif len(constant.get_output_shape(0)) == 2:
             _place_floats(constant, name, checkpoint.tensor(f"{name}.weight"))
-    for key, value in _description(checkpoint).items():
+    for key, value in describe(checkpoint).items():
         graph.set_rt_info(value, ["sqft_export", key])
     ov.save_model(graph, folder / MODEL, compress_to_fp16=False)
     for file in traced.glob("*.json"):
@@ -112,14 +113,6 @@ def _with_adapter(graph: ov.Model, file: Path) -> ov.Model:
             for consumer in consumers:
                 consumer.replace_source_output(both.output(0))
     return graph
-
-
-def _description(checkpoint: Any) -> dict[str, str]:
-    quantization = checkpoint.config.get("quantization_config", {})
-    described = {
-        key: str(quantization[key]) for key in ("bits", "group_size", "sym") if quantization
-    }
-    return {"source": checkpoint.config["model_type"], **described}
 
 
 def _place_floats(constant: Any, name: str, weight: Any) -> None:
@@ -248,6 +241,14 @@ def read_back(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarra
     return {name: parts[:3] for name, parts in found.items()}
 
 
+def metadata(folder: Path) -> dict[str, str]:
+    """What the graph says of the model it was made from."""
+    graph = ov.Core().read_model(folder / MODEL)
+    if not graph.has_rt_info(["sqft_export"]):
+        return {}
+    return {key: str(value) for key, value in graph.get_rt_info("sqft_export").value.items()}
+
+
 class OpenVinoSession:
     """A stateful IR; the cache lives in the runtime."""
 
@@ -285,7 +286,7 @@ def open_session(folder: Path, exact: bool, threads: int | None) -> OpenVinoSess
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
     core, adapter = ov.Core(), folder / ADAPTER / ADAPTER_FILE
-    graph = core.read_model(folder / MODEL)
+    graph = load_openvino(folder, core)
     if adapter.is_file():
         graph = _with_adapter(graph, adapter)
     return OpenVinoSession(core.compile_model(graph, "CPU", settings))

@@ -1,0 +1,1 @@
+"""Weight files that sparsity shrinks, and loaders that inflate them in memory. No torch."""
