@@ -124,6 +124,49 @@ def export(
         print(artifacts[name].path / "model")
 
 
+@app.command("benchmark")
+def benchmark_command(
+    folders: Annotated[list[Path], typer.Argument(help="deployments, compared with the first")],
+    prompt_tokens: Annotated[str, typer.Option(help="lengths of prompts")] = "32,128,512",
+    new_tokens: Annotated[int, typer.Option(min=2)] = 32,
+    batch: Annotated[str, typer.Option(help="batch sizes for tokens per second")] = "1,4",
+    rounds: Annotated[int, typer.Option(min=1, help="processes per folder")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    cpus: Annotated[str | None, typer.Option(help="stay on these processors, as 0,1")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="answer a dataset too: gsm8k, arc_easy, boolq, ...")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="local folder of the task's dataset")] = None,
+    text: Annotated[Path | None, typer.Option(help="a text file, for perplexity")] = None,
+    items: Annotated[int, typer.Option(min=1, help="of the task or windows of the text")] = 100,
+    out: Annotated[Path | None, typer.Option(help="folder for results.json, items.jsonl")] = None,
+    json_only: Json = False,
+) -> None:
+    """Measure deployments on this machine: latency, memory, energy, accuracy."""
+    from sqft_export import device
+
+    settings = device.Settings(
+        prompt_tokens=_numbers(prompt_tokens, "--prompt-tokens"),
+        new_tokens=new_tokens,
+        batches=_numbers(batch, "--batch"),
+        rounds=rounds,
+        threads=threads,
+        cpus=_numbers(cpus, "--cpus") if cpus else None,
+    )
+    questions = device.questions_of(folders[0], task, data, text, items)
+    document = device.benchmark(folders, settings, questions)
+    if out:
+        device.write(document, out)
+    print(json.dumps(document) if json_only else device.table(document))
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"{option}: found {text!r}; numbers with commas are expected") from error
+
+
 @app.command()
 def inspect(
     folder: Deployment,

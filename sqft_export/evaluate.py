@@ -121,3 +121,50 @@ def latency(session: Session, prompt: list[int], new_tokens: int, repeats: int) 
             first.append(times[0])
             later += times[1:]
     return {"ttft": spread(first), "tpot": spread(later)}
+
+
+def _decode(session: Session, ids: np.ndarray, new_tokens: int) -> list[float]:
+    """Seconds of the pass over the prompts and of each later one, greedy."""
+    session.reset()
+    seconds = []
+    for _ in range(new_tokens):
+        started = time.perf_counter()
+        ids = session.forward(ids)[:, -1].argmax(axis=-1).reshape(-1, 1).astype(np.int64)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def profile(
+    session: Session,
+    prompt_tokens: list[int],
+    new_tokens: int,
+    batches: list[int],
+    vocabulary: int,
+) -> dict[str, Any]:
+    """TTFT at every prompt length, TPOT, tokens per second at every batch size.
+
+    The prompts are made of all tokens in turn: what they say has no part in how long it takes.
+
+    :return: ``ttft_ms`` and ``tokens_per_second`` by length and batch (as strings), ``tpot_ms`` of
+        every pass, ``passes`` measured in all, times their batch.
+    """
+
+    def prompt(length: int, batch: int = 1) -> np.ndarray:
+        return np.tile(np.arange(length, dtype=np.int64) * 7 % vocabulary, (batch, 1))
+
+    _decode(session, prompt(prompt_tokens[0]), 4)
+    first = _decode(session, prompt(prompt_tokens[0]), new_tokens)
+    ttft = {str(prompt_tokens[0]): [1e3 * first[0]]}
+    for length in prompt_tokens[1:]:
+        ttft[str(length)] = [1e3 * _decode(session, prompt(length), 1)[0]]
+    rates = {}
+    for batch in batches:
+        later = _decode(session, prompt(prompt_tokens[0], batch), new_tokens)[1:]
+        rates[str(batch)] = batch * len(later) / sum(later)
+    passes = new_tokens + len(prompt_tokens) - 1 + new_tokens * sum(batches)
+    return {
+        "ttft_ms": ttft,
+        "tpot_ms": [1e3 * s for s in first[1:]],
+        "tokens_per_second": rates,
+        "passes": passes,
+    }

@@ -239,10 +239,12 @@ def local_file(folder: Path, name: str, split: str) -> Path | None:
     return None
 
 
-def missing(task: Dataset, folder: Path | None, where: str) -> list[str]:
+def missing(
+    task: Dataset, folder: Path | None, where: str, splits: tuple[str, ...] = ("train", "test")
+) -> list[str]:
     """What is wrong with a task's sets: names there are not, files that are not there."""
     faults = []
-    for split in ("train", "test"):
+    for split in splits:
         names = set_names(task, split)
         if strangers := [name for name in names if name not in SETS]:
             faults.append(

@@ -1,5 +1,6 @@
 """What a number was measured on."""
 
+import ctypes
 import os
 import platform
 from pathlib import Path
@@ -25,6 +26,25 @@ def describe() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
     }
+
+
+def energy_joules() -> float | None:
+    """Energy that the processor packages have used since some moment; None where untold (RAPL)."""
+    counters = sorted(Path("/sys/class/powercap").glob("intel-rapl:[0-9]/energy_uj"))
+    try:
+        return sum(int(counter.read_text()) for counter in counters) / 1e6 if counters else None
+    except PermissionError:  # root alone may read it
+        return None
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system.
+
+    glibc keeps what lies below a piece still in use: where small tensors stay and large ones come
+    and go, as in an export, that grows to as much again as what stays.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def process_rank() -> int:

@@ -99,6 +99,8 @@ def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
     codes = layout.weights * recipe.quantize.bits // 8 + 3 * scales if quantized else 0
     merged = codes + layout.others * layout.width if quantized else stored
     deployed = codes + 4 * layout.others if quantized else 4 * (layout.weights + layout.others)
+    if recipe.export.sparse_files:
+        deployed *= 2  # at most: a packed copy is never larger
     predicted = {
         "sparsify": stored + masks,
         "quantize": stored + 3 * scales,

@@ -6,6 +6,7 @@ with the padding masked out (training).
 """
 
 import importlib.util
+import itertools
 import random
 import re
 from collections.abc import Iterator
@@ -245,6 +246,18 @@ def load(recipe: Recipe, tokenizer: Any) -> Data:
     if isinstance(recipe.task, Text):
         return _text_data(recipe.task, recipe, tokenizer)
     return _problem_data(recipe.task, recipe, tokenizer)
+
+
+def held_out(recipe: Recipe, tokenizer: Any) -> list[Item]:
+    """The test items alone; of several sets in turn, so that a first few are of all of them."""
+    task = recipe.task
+    if isinstance(task, Text):
+        return _text_data(task, recipe, tokenizer).test
+    by_set: dict[str, list[Item]] = {}
+    for found in _records(recipe, "test"):
+        by_set.setdefault(found[0], []).append(_item(tokenizer, *found))
+    turns = itertools.zip_longest(*by_set.values())
+    return [item for turn in turns for item in turn if item is not None]
 
 
 def calibration_samples(recipe: Recipe, tokenizer: Any) -> list[list[int]]:

@@ -6,24 +6,36 @@ The job holds token ids, so that a runtime's worker needs neither tokenizer nor 
 """
 
 import json
+import os
 import resource
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from sqft_export.evaluate import latency, score
+from sqft_export.evaluate import latency, profile, score
+from sqft_export.machine import energy_joules
 from sqft_export.targets import Session, target
+
+
+def _status(field: str) -> int | None:
+    """Bytes that the kernel tells of this process; None where it has no such file."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    line = next(line for line in status.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def peak_memory() -> int:
     """Peak resident bytes of this process since it was started."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not ru_maxrss: Linux carries the parent's peak over into it.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not ru_maxrss where it can be helped: Linux carries the parent's peak over into it.
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def memory_now() -> int:
+    """Resident bytes of this process."""
+    return _status("VmRSS") or peak_memory()
 
 
 def open_job(job: dict[str, Any]) -> Session:
@@ -41,11 +53,24 @@ def open_job(job: dict[str, Any]) -> Session:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """What the job asks for: ``profile``, ``latency_prompt``, ``questions``."""
+    asked = job.get("profile") or {}
+    if asked.get("cpus"):
+        os.sched_setaffinity(0, asked["cpus"])
     started = time.perf_counter()
     session = open_job(job)
     result: dict[str, Any] = {"load_seconds": time.perf_counter() - started}
-    result |= latency(session, job["latency_prompt"], job["new_tokens"], job["repeats"])
-    result |= score(session, job["questions"])
+    if asked:
+        before = energy_joules()
+        sizes = asked["prompt_tokens"], asked["new_tokens"], asked["batches"]
+        result |= profile(session, *sizes, job["vocabulary"])
+        after = energy_joules()
+        result["energy_joules"] = None if before is None or after is None else after - before
+    if "latency_prompt" in job:
+        result |= latency(session, job["latency_prompt"], job["new_tokens"], job["repeats"])
+    if "questions" in job:
+        result |= score(session, job["questions"])
+    result["steady_memory_bytes"] = memory_now()
     result["peak_memory_bytes"] = peak_memory()
     return result
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "sqft_export"
 RANKS = [
-    {"errors", "artifact", "numerics", "machine", "selection"},
+    {"errors", "artifact", "numerics", "machine", "selection", "intervals"},
     {
         "sparse",
         "families",
@@ -19,6 +19,7 @@ RANKS = [
     {"sources", "tasks", "calibration", "adapters", "training", "targets", "pictures"},
     {"sparsifiers", "quantizers", "search", "evaluate", "plan"},
     {"worker", "inspection"},
+    {"device"},
     {"stages"},
     {"pipeline"},
     {"cli"},

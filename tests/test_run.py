@@ -50,7 +50,9 @@ def test_the_report_shows_every_row_with_every_number(tiny_run):
         "tuned, adapter apart",
         "merged",
         "OpenVINO",
+        "OpenVINO, packed",
         "ONNX Runtime",
+        "ONNX Runtime, packed",
     ]
     for row in document["rows"]:
         assert 0 <= row["accuracy"] <= 1
@@ -59,12 +61,13 @@ def test_the_report_shows_every_row_with_every_number(tiny_run):
         assert row["peak_memory_bytes"] > 1e7
         assert row["ttft"]["median_ms"] > 0
         assert row["tpot"]["p10_ms"] <= row["tpot"]["median_ms"] <= row["tpot"]["p90_ms"]
-    tuned, merged = document["rows"][4:6]
+    tuned, merged, _, _, onnx, packed = document["rows"][4:]
+    assert packed["file_bytes"] < onnx["file_bytes"] and packed["accuracy"] == onnx["accuracy"]
     assert tuned["perplexity"] == merged["perplexity"]
     page = (folder / "index.html").read_text()
     assert page.count("<svg") == 4
     assert not re.findall(r'(?:src|href)="https?:', page)
-    assert (folder / "report.md").read_text().count("\n") == 10
+    assert (folder / "report.md").read_text().count("\n") == 12
 
 
 def test_training_log_has_the_rank_of_every_group_at_every_step(tiny_run):

@@ -21,6 +21,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from sqft_export.checkpoint import Checkpoint
+from sqft_export.machine import release_memory
 from sqft_export.numerics.affine import Grid
 from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
 
@@ -77,6 +78,7 @@ class ExternalData:
         self.stream.seek(offset)
         array.tofile(self.stream)
         self.stream.flush()
+        release_memory()
         tensor = onnx.TensorProto(
             name=name,
             dims=array.shape,

@@ -17,6 +17,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
+from sqft_export.machine import release_memory
 from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
 from sqft_export.recipe import Export
 from sqft_export.sparse.loaders import load_openvino
@@ -67,6 +68,7 @@ def export(merged: Path, folder: Path, options: Export) -> None:
             _place(constant, name, codes.numpy(), grid.scale.numpy(), zero_point, grid.bits)
         elif len(constant.get_output_shape(0)) == 2:
             _place_floats(constant, name, checkpoint.tensor(f"{name}.weight"))
+        release_memory()
     for key, value in describe(checkpoint).items():
         graph.set_rt_info(value, ["sqft_export", key])
     ov.save_model(graph, folder / MODEL, compress_to_fp16=False)

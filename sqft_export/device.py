@@ -1,0 +1,376 @@
+"""`sqft-export benchmark`: what deployments are worth on the device they were copied to.
+
+Needs the runtime alone, no torch, no recipe, no network. Every folder is measured in a process of
+its own; folders take turns, and each round turns the order round, so that a slow moment of the
+machine hits all of them. Definitions:
+
+    load     from the folder to a session that can answer
+    TTFT     the forward pass over the prompt and the choice of the first token, batch 1
+    TPOT     one forward pass over one token and the choice of the next, batch 1
+    tokens/s new tokens of all rows of a batch over the time of their passes, prompt not counted
+    memory   peak: the process's, runtime included; steady: resident after the last answer
+    energy   of the processor package over the measured passes, where the kernel tells it
+
+One unmeasured round of passes warms up every process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqft_export.errors import UserError
+from sqft_export.intervals import bootstrap_ratio, mcnemar, wilson
+from sqft_export.machine import describe
+from sqft_export.targets import kind_of
+
+GENAI = "genai_config.json"
+UNCERTAIN = "its interval holds 1: not told apart"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    prompt_tokens: lengths of prompts, for TTFT; TPOT is after the first of them.
+    batches: sizes for tokens/s.
+    rounds: processes per folder.
+    threads: None: the runtime's choice; cpus: processors to stay on, None: any.
+    """
+
+    prompt_tokens: tuple[int, ...] = (32, 128, 512)
+    new_tokens: int = 32
+    batches: tuple[int, ...] = (1, 4)
+    rounds: int = 5
+    threads: int | None = None
+    cpus: tuple[int, ...] | None = None
+
+
+def _run(job: dict[str, Any]) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        job_file, result_file = Path(scratch) / "job.json", Path(scratch) / "result.json"
+        job_file.write_text(json.dumps(job))
+        command = [sys.executable, "-m", "sqft_export.worker", str(job_file), str(result_file)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"{job['folder']}: failed:\n{done.stderr[-2000:]}")
+        return json.loads(result_file.read_text())
+
+
+def names_of(folders: list[Path]) -> list[str]:
+    """Short names that tell the folders apart: the parts of their paths that differ."""
+    parts = [list(folder.resolve().parts) for folder in folders]
+    if len(folders) == 1:
+        return [folders[0].name]
+    while len({p[0] for p in parts}) == 1:
+        parts = [p[1:] for p in parts]
+    while len({p[-1] for p in parts}) == 1:
+        parts = [p[:-1] for p in parts]
+    return ["/".join(p) for p in parts]
+
+
+def latencies(
+    folders: dict[str, Path], settings: Settings, vocabulary: dict[str, int]
+) -> dict[str, list[dict[str, Any]]]:
+    """One entry a round for every folder."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in folders}
+    for number in range(settings.rounds):
+        order = list(folders.items())
+        for name, folder in order if number % 2 == 0 else order[::-1]:
+            job: dict[str, Any] = {"kind": kind_of(folder), "folder": str(folder)}
+            job |= {"threads": settings.threads, "vocabulary": vocabulary[name]}
+            found[name].append(_run(job | {"profile": asdict(settings)}))
+    return found
+
+
+def spread_of(samples: list[float]) -> dict[str, float]:
+    median, p90, p99 = np.percentile(np.array(samples), [50, 90, 99])
+    return {"median": float(median), "p90": float(p90), "p99": float(p99)}
+
+
+def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """All rounds of one folder as medians and percentiles."""
+    ttft = {
+        length: spread_of([s for run in runs for s in run["ttft_ms"][length]])
+        for length in runs[0]["ttft_ms"]
+    }
+    energies = [run["energy_joules"] for run in runs]
+    tokens = sum(run["passes"] for run in runs)
+    known = [energy for energy in energies if energy is not None]
+    return {
+        "load_seconds": spread_of([run["load_seconds"] for run in runs]),
+        "ttft_ms": ttft,
+        "tpot_ms": spread_of([s for run in runs for s in run["tpot_ms"]]),
+        "tokens_per_second": {
+            batch: spread_of([run["tokens_per_second"][batch] for run in runs])["median"]
+            for batch in runs[0]["tokens_per_second"]
+        },
+        "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
+        "steady_memory_bytes": int(np.median([run["steady_memory_bytes"] for run in runs])),
+        "joules_per_token": sum(known) / tokens if len(known) == len(runs) else None,
+    }
+
+
+def _medians(runs: list[dict[str, Any]], figure: str) -> list[float]:
+    """One number a round."""
+    if figure == "load":
+        return [run["load_seconds"] for run in runs]
+    if figure == "tpot":
+        return [float(np.median(run["tpot_ms"])) for run in runs]
+    first = next(iter(runs[0]["ttft_ms"]))
+    return [float(np.median(run["ttft_ms"][first])) for run in runs]
+
+
+def ratios(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Every folder over the first: ratio of medians with its interval, and whether that tells."""
+    first, *others = found
+    told = []
+    for name in others:
+        for figure in ("load", "ttft", "tpot"):
+            one, other = _medians(found[name], figure), _medians(found[first], figure)
+            low, high = bootstrap_ratio(one, other)
+            ratio = float(np.median(one) / np.median(other))
+            told.append(
+                {
+                    "folder": name,
+                    "over": first,
+                    "figure": figure,
+                    "ratio": ratio,
+                    "low": low,
+                    "high": high,
+                    "warning": UNCERTAIN if low <= 1 <= high else None,
+                }
+            )
+    return told
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What deployments are asked for their accuracy; see ``tasks.questions``.
+
+    recipe, items, tokenizer: what the answers are judged with.
+    """
+
+    recipe: Any
+    items: list[Any]
+    tokenizer: Any
+    asked: dict[str, Any]
+
+
+class _Tokenizer:
+    """``tokenizer.json`` alone, by the tokenizers library: no transformers."""
+
+    def __init__(self, folder: Path):
+        from tokenizers import Tokenizer
+
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise UserError(f"{folder}: no tokenizer.json, which a task or a text needs")
+        self.tokenizer = Tokenizer.from_file(str(file))
+        self.eos_token_id = _config_of(folder, "eos_token_id")
+        self.bos_token_id = _config_of(folder, "bos_token_id")
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return {"input_ids": ids}
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+def questions_of(
+    folder: Path, task: str | None, data: Path | None, text: Path | None, items: int
+) -> Questions | None:
+    """What a task or a text file asks, tokenized as the first folder's model reads.
+
+    :raises UserError: if it can't be read.
+    """
+    if task is None and text is None:
+        return None
+    from sqft_export import tasks
+    from sqft_export.recipe import Dataset, Recipe, Text
+
+    section: Any
+    if text is not None:
+        section = Text(kind="text", text=str(text.resolve()), test_share=0.5)
+    else:
+        place = str(data.resolve()) if data else None
+        try:
+            # Only its test sets are read.
+            section = Dataset(kind="dataset", name=task, folder=place)  # type: ignore[arg-type]
+        except ValueError as error:
+            names = ", ".join(Dataset.model_fields["name"].annotation.__args__)  # type: ignore[union-attr]
+            raise UserError(f"--task: found {task!r}; allowed are {names}") from error
+    recipe = Recipe.model_construct(**{"task": section})
+    tokenizer = _Tokenizer(folder)
+    context = _config_of(folder, "max_position_embeddings", "context_length") or sys.maxsize
+    if task is not None:
+        _check_data(section)
+    found = tasks.held_out(recipe, tokenizer)
+    chosen = [item for item in found if len(item.prompt + item.target) <= context][:items]
+    if not chosen:
+        raise UserError(f"{folder}: no item fits into the model's {context} tokens")
+    asked = tasks.questions(recipe, chosen, tokenizer)
+    room = context - max(len(item.prompt) for item in chosen)
+    asked["max_new_tokens"] = min(asked["max_new_tokens"], room)
+    return Questions(recipe, chosen, tokenizer, asked)
+
+
+def _check_data(section: Any) -> None:
+    """That the test sets are there; the training sets need not be."""
+    from sqft_export.known_datasets import missing
+
+    folder = Path(section.folder) if section.folder else None
+    if faults := missing(section, folder, "benchmark", splits=("test",)):
+        raise UserError("\n".join(faults))
+
+
+def write(document: dict[str, Any], out: Path) -> None:
+    """``results.json``, and ``items.jsonl`` with every answer of every folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "items.jsonl").open("w") as log:
+        for row in document.get("accuracy", []):
+            for number, item in enumerate(row["items"]):
+                log.write(json.dumps({"folder": row["folder"], "item": number} | item) + "\n")
+    (out / "results.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+def accuracies(folders: dict[str, Path], questions: Questions, threads: int | None) -> list[Any]:
+    """Accuracy of every folder with its interval, compared in pairs with the first one's."""
+    from sqft_export import tasks
+
+    rows: list[dict[str, Any]] = []
+    first: list[bool] = []
+    for name, folder in folders.items():
+        job = {"kind": kind_of(folder), "folder": str(folder), "threads": threads}
+        result = _run(job | {"questions": questions.asked})
+        judged = tasks.judge(questions.recipe, questions.items, result, questions.tokenizer)
+        right = [entry.right for entry in judged]
+        row: dict[str, Any] = {"folder": name, "perplexity": result["perplexity"]}
+        row["accuracy"] = tasks.accuracy_of(judged, result)
+        if right:
+            low, high = wilson(sum(right), len(right))
+            first = first or right
+            row |= {"low": low, "high": high, "p_same_as_first": mcnemar(right, first)}
+        row["items"] = [
+            {"set": e.item.source, "said": e.said, "expected": e.item.text, "right": e.right}
+            for e in judged
+        ]
+        rows.append(row)
+    return rows
+
+
+def file_bytes_of(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def benchmark(
+    folders: list[Path], settings: Settings, questions: Questions | None = None
+) -> dict[str, Any]:
+    """Measure deployments.
+
+    :raises UserError: if a folder is no deployment, or one fails.
+    """
+    named = dict(zip(names_of(folders), folders, strict=True))
+    kinds = {name: kind_of(folder) for name, folder in named.items()}
+    sizes = {name: vocabulary_of(folder) for name, folder in named.items()}
+    cpus = settings.cpus
+    if cpus and not set(cpus) <= set(range(os.cpu_count() or 1)):
+        last = (os.cpu_count() or 1) - 1
+        raise UserError(f"cpus: found {list(cpus)}; this machine has 0 to {last}")
+    found = latencies(named, settings, sizes)
+    document = {
+        "machine": describe(),
+        "versions": runtime_versions(set(kinds.values())),
+        "settings": asdict(settings),
+        "folders": {
+            name: {"runtime": kinds[name], "file_bytes": file_bytes_of(named[name])}
+            | summarize(runs)
+            for name, runs in found.items()
+        },
+        "ratios": ratios(found),
+    }
+    if questions is not None:
+        document["accuracy"] = accuracies(named, questions, settings.threads)
+    return document
+
+
+def runtime_versions(kinds: set[str]) -> dict[str, str]:
+    import importlib.metadata
+
+    wanted = {"openvino": ("openvino",), "onnx": ("onnxruntime",)}
+    names = ["sqft-export", *(name for kind in sorted(kinds) for name in wanted[kind])]
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def _config_of(folder: Path, *names: str) -> int | None:
+    """A number from the configs of a deployment: the first of ``names`` that one of them has."""
+    for file in ("generation_config.json", "config.json", GENAI):
+        if (folder / file).is_file():
+            document = json.loads((folder / file).read_text())
+            for name in names:
+                found = document.get(name, document.get("model", {}).get(name))
+                if found is not None:
+                    return found[0] if isinstance(found, list) else found
+    return None
+
+
+def vocabulary_of(folder: Path) -> int:
+    """Number of tokens.
+
+    :raises UserError: if no config says it.
+    """
+    found = _config_of(folder, "vocab_size")
+    if found is None:
+        raise UserError(f"{folder}: neither config.json nor {GENAI} says vocab_size")
+    return found
+
+
+def table(document: dict[str, Any]) -> str:
+    """The document as text."""
+    lengths = list(next(iter(document["folders"].values()))["ttft_ms"])
+    batches = list(next(iter(document["folders"].values()))["tokens_per_second"])
+    header = ["deployment", "files MB", "load s", *(f"TTFT {n}" for n in lengths)]
+    header += ["TPOT ms", "p90", "p99", *(f"tok/s x{b}" for b in batches), "peak MiB", "J/token"]
+    rows = [header]
+    for name, row in document["folders"].items():
+        tpot, joules = row["tpot_ms"], row["joules_per_token"]
+        cells = [name, f"{row['file_bytes'] / 1e6:.2f}", f"{row['load_seconds']['median']:.2f}"]
+        cells += [f"{row['ttft_ms'][n]['median']:.2f}" for n in lengths]
+        cells += [f"{tpot[key]:.2f}" for key in ("median", "p90", "p99")]
+        cells += [f"{row['tokens_per_second'][b]:.0f}" for b in batches]
+        cells += [f"{row['peak_memory_bytes'] / 2**20:.0f}"]
+        cells += [f"{joules:.2f}" if joules is not None else "not measurable here"]
+        rows.append(cells)
+    lines = _aligned(rows)
+    for ratio in document["ratios"]:
+        note = f"  ({ratio['warning']})" if ratio["warning"] else ""
+        lines.append(
+            f"{ratio['figure']}: {ratio['folder']} / {ratio['over']} = {ratio['ratio']:.2f} "
+            f"({ratio['low']:.2f} to {ratio['high']:.2f}){note}"
+        )
+    for row in document.get("accuracy", []):
+        interval = f" ({row['low']:.1%} to {row['high']:.1%})" if "low" in row else ""
+        lines.append(
+            f"accuracy: {row['folder']} {row['accuracy']:.1%}{interval}, perplexity "
+            f"{row['perplexity']:.3f}"
+            + (f", p {row['p_same_as_first']:.2g} to be the first's" if "low" in row else "")
+        )
+    machine = document["machine"]
+    versions = ", ".join(f"{k} {v}" for k, v in document["versions"].items())
+    lines.append(f"{machine['processor']}, {machine['cores']} cores, {versions}")
+    return "\n".join(lines)
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
