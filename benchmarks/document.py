@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import json
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,13 @@ import numpy as np
 from sqft_export.machine import describe
 
 VERSIONS = ("sqft-export", "torch", "transformers", "numpy")
+
+
+def in_a_process(script: str, *arguments: str) -> Any:
+    """What a script prints as its last line, as JSON, when it is run on its own."""
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def spread(samples: list[float]) -> dict[str, float]:

@@ -9,14 +9,12 @@ kernel reports for the process, imports and mapped file pages included.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from document import finish, spread, table
+from document import finish, in_a_process, spread, table
 from shapes import SMALL, WIDE, write_checkpoint, write_merged
 
 from sqft_export.checkpoint import file_bytes
@@ -41,6 +39,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--words", type=int, default=32768, help="size of the vocabulary")
     parser.add_argument("--small", action="store_true", help="256 wide, to see that it runs")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -54,12 +53,10 @@ def main() -> None:
         write_merged(base, merged, 0.5, 4, 128, arguments.blocks)
         stored = file_bytes(merged)
         bound = stored + 2 * GIB
-        for kind in KINDS:
+        for kind in arguments.kinds:
             out = Path(scratch) / kind.replace(" ", "-")
             out.mkdir()
-            command = [sys.executable, __file__, "--child", kind, str(merged), str(out)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            found[kind] = json.loads(done.stdout.splitlines()[-1])
+            found[kind] = in_a_process(__file__, "--child", kind, str(merged), str(out))
             for file in out.iterdir():
                 if file.is_file():
                     file.unlink()

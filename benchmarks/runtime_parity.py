@@ -7,29 +7,28 @@ float IR (INT4 symmetric in groups of 64, or INT8 per channel), embedding and he
 ONNX Runtime: our graph against the GenAI model builder's own quantization, in groups of 64,
 embedding and head in floats in both.
 
-Every candidate is timed in a process of its own, in turns, so that a slow moment of the machine
-hits all of them. A ratio is ours over theirs in the same round. optimum-onnx needs an older
-transformers than the rest of this environment, so it is not here.
+Ours and theirs are in one process and take turns pass by pass, so that a slow moment of the machine
+hits both; a ratio is that of the medians of one process, low and high over the processes.
+optimum-onnx needs an older transformers than the rest of this environment, so it is not here.
 """
 
 import argparse
 import importlib.metadata
 import json
-import subprocess
-import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from document import finish, spread, table
+import numpy as np
+from document import finish, in_a_process, spread, table
 from shapes import MIDDLE, SMALL, write_checkpoint, write_merged
 
-from sqft_export.evaluate import latency
 from sqft_export.recipe import Export
 from sqft_export.targets import target
 
 GROUP = 64
+PROMPT, TOKENS, REPEATS = 128, 32, 6
 PEERS = {"openvino": "nncf", "onnx": "builder"}
 
 
@@ -94,36 +93,45 @@ def build(root: Path, base: Path, bits: int) -> dict[str, Path]:
     return folders
 
 
-def child(runtime: str, folder: Path, threads: int) -> None:
-    session = target(runtime).open_session(folder, False, threads)
-    prompt = [5 + i % 300 for i in range(128)]
-    print(json.dumps(latency(session, prompt, new_tokens=33, repeats=3)))
+def child(runtime: str, folders: list[Path], number: int, threads: int) -> None:
+    """Milliseconds of every pass, ours and theirs: over 128 tokens, and over one token after them.
 
-
-def measure(folders: dict[str, Path], rounds: int, threads: int) -> dict[str, list[dict[str, Any]]]:
-    """Every candidate in every round, the order turned round each time."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in folders}
-    for number in range(rounds):
-        order = list(folders.items())
-        for name, folder in order if number % 2 else order[::-1]:
-            command = [sys.executable, __file__, "--child", name.split()[0], str(folder)]
-            command += ["--threads", str(threads)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
-    return found
+    :param number: of the round; in every other one theirs is loaded first.
+    """
+    loaded = sorted((0, 1), reverse=bool(number % 2))
+    opened = {who: target(runtime).open_session(folders[who], False, threads) for who in loaded}
+    sessions = [opened[0], opened[1]]
+    prompt = np.array([[5 + i % 300 for i in range(PROMPT)]], np.int64)
+    token = np.array([[7]], np.int64)
+    found = {"ttft": ([], []), "tpot": ([], [])}  # type: dict[str, tuple[list, list]]
+    for repeat in range(REPEATS + 1):
+        for session in sessions:
+            session.reset()
+        for step in range(1 + TOKENS):
+            order = (0, 1) if (repeat + step) % 2 else (1, 0)
+            for who in order:
+                started = time.perf_counter()
+                sessions[who].forward(token if step else prompt)
+                if repeat:  # the first warms up
+                    spent = 1e3 * (time.perf_counter() - started)
+                    found["tpot" if step else "ttft"][who].append(spent)
+    medians = {figure: [median(each) for each in both] for figure, both in found.items()}
+    print(json.dumps(medians))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--bits", type=int, nargs="+", choices=(4, 8), default=[4, 8])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="256 wide, to see that it runs")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--number", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        child(arguments.child[0], Path(arguments.child[1]), arguments.threads)
+        runtime, *folders = arguments.child
+        child(runtime, [Path(f) for f in folders], arguments.number, arguments.threads)
         return
     rows, ratios, values = [], {}, {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -131,14 +139,16 @@ def main() -> None:
         write_checkpoint(root / "base", SMALL if arguments.small else MIDDLE, arguments.blocks)
         for bits in arguments.bits:
             folders = build(root, root / "base", bits)
-            runs = measure(folders, arguments.rounds, arguments.threads)
-            values[f"INT{bits}"] = runs
             for runtime, peer in PEERS.items():
+                pair = [str(folders[f"{runtime} {who}"]) for who in ("ours", peer)]
+                options = ("--child", runtime, *pair, "--threads", str(arguments.threads))
+                runs = [
+                    in_a_process(__file__, *options, "--number", str(number))
+                    for number in range(arguments.rounds)
+                ]
+                values[f"{runtime} INT{bits}"] = runs
                 for figure in ("ttft", "tpot"):
-                    ours, theirs = (
-                        [run[figure]["median_ms"] for run in runs[f"{runtime} {who}"]]
-                        for who in ("ours", peer)
-                    )
+                    ours, theirs = zip(*(run[figure] for run in runs), strict=True)
                     ratio = spread([a / b for a, b in zip(ours, theirs, strict=True)])
                     ratios[f"{runtime} INT{bits} {figure}: ours / {peer}"] = ratio
                     medians = [median(ours), median(theirs)]

@@ -13,8 +13,6 @@ the same round; memory is the process's peak, the runtime included.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 import zlib
@@ -25,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import zstandard
-from document import finish, spread, table
+from document import finish, in_a_process, spread, table
 from shapes import SMALL, WIDE, pruned_grid, write_checkpoint, write_merged
 
 from sqft_export.numerics.nibbles import pack_nibbles
@@ -111,13 +109,10 @@ def loads(shape: dict[str, int], blocks: int, rounds: int, threads: int) -> dict
                 runs: dict[str, list[Any]] = {way: [] for way in WAYS}
                 for number in range(rounds + 1):
                     for way in WAYS if number % 2 else WAYS[::-1]:
-                        command = [sys.executable, __file__, "--child", runtime]
-                        command += [str(folders[way]), "--threads", str(threads)]
-                        done = subprocess.run(
-                            command, check=True, stdout=subprocess.PIPE, text=True
-                        )
+                        arguments = ("--child", runtime, str(folders[way]))
+                        run = in_a_process(__file__, *arguments, "--threads", str(threads))
                         if number:  # the first reads from the disk
-                            runs[way].append(json.loads(done.stdout.splitlines()[-1]))
+                            runs[way].append(run)
                 found[f"{runtime} INT{bits}"] = runs
     return found
 

@@ -8,20 +8,25 @@ import torch
 
 from conftest import random_model, small_recipe
 from conftest import test_prompts as prompts
-from sqft_export import pipeline, plan
+from sqft_export import pipeline
 from sqft_export.compressed import load_grids
 from sqft_export.errors import UserError
 from sqft_export.recipe import load
 from sqft_export.targets import target
 
-COMMON = ("adapt.ranks=[8, 4]", "adapt.steps=6", "adapt.learning_rate=2e-2")
+COMMON = (
+    "benchmark.baselines=[]",
+    "adapt.ranks=[8, 4]",
+    "adapt.steps=6",
+    "adapt.learning_rate=2e-2",
+)
 PIPELINES = {
     "shears": ("quantize.method=none", "adapt.pipeline=shears"),
     "shears, merged": (
         "quantize.method=none",
         "adapt={pipeline: shears, merge_dense: true, steps: 6}",
     ),
-    "sqft": ("quantize.group_size=32", "adapt.pipeline=sqft"),
+    "sqft": ("quantize.group_size=32", "adapt.pipeline=sqft", "export.onnx_graph=standard"),
     "sqft, some targets": (
         "quantize.group_size=32",
         "adapt={pipeline: sqft, target_modules: [q_proj, v_proj, up_proj], steps: 6}",
@@ -29,13 +34,6 @@ PIPELINES = {
     ),
     "scales": ("quantize.group_size=32", "adapt.trainable_scales=true", "adapt.elastic=false"),
 }
-
-
-def run_to_verify(recipe, root, monkeypatch) -> dict:
-    passes = plan.pass_names(recipe)
-    wanted = [p for p in passes[: passes.index("verify") + 1] if p != "teacher"]
-    monkeypatch.setattr(plan, "pass_names", lambda _: wanted)
-    return pipeline.run(recipe, root)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +49,7 @@ def runs(model, tmp_path_factory):
     def run(name: str) -> dict:
         if name not in done:
             recipe = small_recipe(*COMMON, *PIPELINES[name], *COMMON, model_path=model)
-            with pytest.MonkeyPatch.context() as monkeypatch:
-                done[name] = run_to_verify(recipe, tmp_path_factory.mktemp("runs"), monkeypatch)
+            done[name] = pipeline.run(recipe, tmp_path_factory.mktemp("runs"), ("verify",))
         return done[name]
 
     return run

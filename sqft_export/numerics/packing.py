@@ -17,16 +17,16 @@ def _pack_int32(codes: Tensor, bits: int) -> Tensor:
     factor = 32 // bits
     codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, 0, 0, -codes.shape[0] % factor))
     # Little-endian: the codes of a word are its bytes, two to a byte where they are nibbles.
-    words = codes.reshape(-1, factor, codes.shape[1]).permute(0, 2, 1).contiguous()
+    words = codes.reshape(-1, factor, codes.shape[1]).permute(0, 2, 1)
     if bits == 4:
         words = words[..., 0::2] | (words[..., 1::2] << 4)
-    return words.contiguous().view(torch.int32).squeeze(-1)
+    return words.reshape(-1).view(torch.int32).reshape(-1, codes.shape[1])
 
 
 def _unpack_int32(words: Tensor, bits: int) -> Tensor:
     """Inverse of :func:`_pack_int32`: uint8 ``[n, m]``."""
     count, width = words.shape
-    values = words.contiguous().view(torch.uint8).reshape(count, width, 4)
+    values = words.reshape(-1).contiguous().view(torch.uint8).reshape(count, width, 4)
     if bits == 4:
         values = torch.stack([values & 15, values >> 4], dim=-1).reshape(count, width, 8)
     return values.permute(0, 2, 1).reshape(-1, width)

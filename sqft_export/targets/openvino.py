@@ -50,6 +50,7 @@ def export(merged: Path, folder: Path, options: Export) -> None:
     from sqft_export.skeleton import skeleton
 
     checkpoint = Checkpoint(merged)
+    described = describe(checkpoint)  # before the graph is in memory
     traced = folder / "traced"
     export_from_model(
         skeleton(checkpoint),
@@ -69,7 +70,7 @@ def export(merged: Path, folder: Path, options: Export) -> None:
         elif len(constant.get_output_shape(0)) == 2:
             _place_floats(constant, name, checkpoint.tensor(f"{name}.weight"))
         release_memory()
-    for key, value in describe(checkpoint).items():
+    for key, value in described.items():
         graph.set_rt_info(value, ["sqft_export", key])
     ov.save_model(graph, folder / MODEL, compress_to_fp16=False)
     for file in traced.glob("*.json"):
