@@ -127,7 +127,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tiny_run, tmp_path):
         "tiny/sparsify-*.partial/model/*",
         "tiny/quantize-*.partial/model/*",
         "tiny/adapt-*.partial/training/checkpoint-4/complete",
-        "tiny/export-openvino-*.partial/model/floats/*",
+        "tiny/export-openvino-*.partial/model/traced/*",
     ):
         kill_when(start_run(tmp_path), tmp_path, pattern)
     resumed = pipeline.run(small_recipe(), tmp_path / "tiny")

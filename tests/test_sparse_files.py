@@ -296,6 +296,19 @@ def test_headers_that_lie_are_refused(small_packed, tmp_path, data):
         assert len(found) == small_packed.with_suffix("").stat().st_size
 
 
+def test_initializers_outside_the_file_are_refused(tiny_run, tmp_path):
+    """What ONNX Runtime would be handed lies inside the inflated bytes, or nothing is."""
+    pack(tiny_run["export-onnx"].path / "model", tmp_path / "packed")
+    file = tmp_path / "packed" / "model.onnx.data.sqft"
+    with PackedFile(file) as packed:
+        assert len(packed.header.initializers) > 50
+    content = file.read_bytes()
+    for change in ({"at": 2**40}, {"at": 1}, {"dims": [2**40]}, {"type": "object"}):
+        file.write_bytes(with_header(content, lambda h, c=change: h["initializers"][0].update(c)))
+        with pytest.raises(UserError, match=r"sqft: "):
+            sqft_export.load_onnx(tmp_path / "packed")
+
+
 def test_a_later_version_is_told_as_such(small_packed, tmp_path):
     content = with_header(small_packed.read_bytes(), lambda h: h.update(version=2))
     (tmp_path / "w.sqft").write_bytes(content)

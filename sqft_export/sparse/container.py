@@ -17,6 +17,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -103,14 +104,31 @@ class Sparse(Part):
 Region = Annotated[Raw | Sparse, Field(discriminator="kind")]
 
 
+class Initializer(Part):
+    """An ONNX graph's tensor in the dense file; ``type`` is numpy's name of its elements."""
+
+    name: str
+    type: Literal["float32", "float16", "uint8", "int8", "int32", "int64"]
+    dims: tuple[Count, ...]
+    at: Count
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.dims) * np.dtype(self.type).itemsize
+
+
 class Header(Part):
-    """``file``, ``size``, ``sha256``: of the dense file; the regions cover it in order."""
+    """``file``, ``size``, ``sha256``: of the dense file; the regions cover it in order.
+
+    initializers: what ONNX Runtime is handed, of a graph of which all are of these types.
+    """
 
     version: Literal[1]
     file: Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]
     size: Count
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     regions: tuple[Region, ...]
+    initializers: tuple[Initializer, ...] = ()
 
 
 def _aligned(offset: int) -> int:
@@ -186,10 +204,17 @@ class Writer:
             )
         )
 
-    def finish(self, file: str, size: int, sha256: str) -> Header:
+    def finish(
+        self, file: str, size: int, sha256: str, initializers: tuple[Initializer, ...] = ()
+    ) -> Header:
         self.stream.close()
         header = Header(
-            version=VERSION, file=file, size=size, sha256=sha256, regions=tuple(self.regions)
+            version=VERSION,
+            file=file,
+            size=size,
+            sha256=sha256,
+            regions=tuple(self.regions),
+            initializers=initializers,
         )
         text = json.dumps(header.model_dump(exclude_none=True), separators=(",", ":")).encode()
         temporary = self.file.with_name(self.file.name + ".partial")
@@ -270,6 +295,9 @@ class PackedFile:
                 self._check_sparse(region)
         if end != self.header.size:
             raise self._damaged(f"regions cover {end} of {self.header.size} bytes")
+        for one in self.header.initializers:
+            if one.at + one.bytes > end or one.at % ALIGNMENT:
+                raise self._damaged(f"{one.name}: is not inside the dense file")
 
     def _check_sparse(self, region: Sparse) -> None:
         if region.size != -(-region.elements * region.bits // 8):

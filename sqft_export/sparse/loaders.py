@@ -75,10 +75,21 @@ def load_onnx(folder: str | Path, options: Any = None, providers: Any = None) ->
     options = options or ort.SessionOptions()
     if file := packed_file(folder):
         with PackedFile(file) as packed:
-            dense = packed.inflate()
-        options.add_external_initializers_from_files_in_memory(
-            [weights.name], [dense], [len(dense)]
-        )
+            dense, initializers = packed.inflate(), packed.header.initializers
+        if initializers:  # used where they lie; the runtime copies a file in memory
+            options.add_external_initializers(
+                [one.name for one in initializers],
+                [
+                    ort.OrtValue.ortvalue_from_numpy(
+                        dense[one.at : one.at + one.bytes].view(one.type).reshape(one.dims)
+                    )
+                    for one in initializers
+                ],
+            )
+        else:
+            options.add_external_initializers_from_files_in_memory(
+                [weights.name], [dense], [len(dense)]
+            )
     return ort.InferenceSession(
         str(graph), options, providers=providers or ["CPUExecutionProvider"]
     )
