@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from sqft_export.checkpoint import file_bytes
 from sqft_export.errors import UserError
 from sqft_export.intervals import bootstrap_ratio, mcnemar, wilson
 from sqft_export.machine import describe
@@ -266,10 +267,6 @@ def accuracies(folders: dict[str, Path], questions: Questions, threads: int | No
     return rows
 
 
-def file_bytes_of(folder: Path) -> int:
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-
-
 def benchmark(
     folders: list[Path], settings: Settings, questions: Questions | None = None
 ) -> dict[str, Any]:
@@ -290,8 +287,7 @@ def benchmark(
         "versions": runtime_versions(set(kinds.values())),
         "settings": asdict(settings),
         "folders": {
-            name: {"runtime": kinds[name], "file_bytes": file_bytes_of(named[name])}
-            | summarize(runs)
+            name: {"runtime": kinds[name], "file_bytes": file_bytes(named[name])} | summarize(runs)
             for name, runs in found.items()
         },
         "ratios": ratios(found),
