@@ -5,10 +5,16 @@
     model = sqft_export.load_openvino("folder")          # openvino.Model
     pipe = sqft_export.load_openvino_genai("folder")     # openvino_genai.LLMPipeline
     session = sqft_export.load_onnx("folder")            # onnxruntime.InferenceSession
+    model = sqft_export.load_onnx_genai("folder")        # onnxruntime_genai.Model
 
 Importing this imports no runtime and no torch.
 """
 
-from sqft_export.sparse.loaders import load_onnx, load_openvino, load_openvino_genai
+from sqft_export.sparse.loaders import (
+    load_onnx,
+    load_onnx_genai,
+    load_openvino,
+    load_openvino_genai,
+)
 
-__all__ = ["load_onnx", "load_openvino", "load_openvino_genai"]
+__all__ = ["load_onnx", "load_onnx_genai", "load_openvino", "load_openvino_genai"]

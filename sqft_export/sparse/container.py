@@ -17,7 +17,6 @@ import mmap
 import os
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -104,31 +103,14 @@ class Sparse(Part):
 Region = Annotated[Raw | Sparse, Field(discriminator="kind")]
 
 
-class Initializer(Part):
-    """An ONNX graph's tensor in the dense file; ``type`` is numpy's name of its elements."""
-
-    name: str
-    type: Literal["float32", "float16", "uint8", "int8", "int32", "int64"]
-    dims: tuple[Count, ...]
-    at: Count
-
-    @property
-    def bytes(self) -> int:
-        return prod(self.dims) * np.dtype(self.type).itemsize
-
-
 class Header(Part):
-    """``file``, ``size``, ``sha256``: of the dense file; the regions cover it in order.
-
-    initializers: what ONNX Runtime is handed, of a graph of which all are of these types.
-    """
+    """``file``, ``size``, ``sha256``: of the dense file; the regions cover it in order."""
 
     version: Literal[1]
     file: Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]
     size: Count
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     regions: tuple[Region, ...]
-    initializers: tuple[Initializer, ...] = ()
 
 
 def _aligned(offset: int) -> int:
@@ -204,9 +186,7 @@ class Writer:
             )
         )
 
-    def finish(
-        self, file: str, size: int, sha256: str, initializers: tuple[Initializer, ...] = ()
-    ) -> Header:
+    def finish(self, file: str, size: int, sha256: str) -> Header:
         self.stream.close()
         header = Header(
             version=VERSION,
@@ -214,7 +194,6 @@ class Writer:
             size=size,
             sha256=sha256,
             regions=tuple(self.regions),
-            initializers=initializers,
         )
         text = json.dumps(header.model_dump(exclude_none=True), separators=(",", ":")).encode()
         temporary = self.file.with_name(self.file.name + ".partial")
@@ -295,9 +274,6 @@ class PackedFile:
                 self._check_sparse(region)
         if end != self.header.size:
             raise self._damaged(f"regions cover {end} of {self.header.size} bytes")
-        for one in self.header.initializers:
-            if one.at + one.bytes > end or one.at % ALIGNMENT:
-                raise self._damaged(f"{one.name}: is not inside the dense file")
 
     def _check_sparse(self, region: Sparse) -> None:
         if region.size != -(-region.elements * region.bits // 8):
@@ -339,18 +315,36 @@ class PackedFile:
         :raises UserError: naming the tensor that is damaged.
         """
         out = np.empty(self.header.size, np.uint8) if out is None else out
+        for _ in self._regions(out, threads):
+            pass
+        return out
+
+    def inflate_file(self, file: Path, threads: int | None = None) -> None:
+        """The dense file itself; what is done with is not kept in memory.
+
+        :raises UserError: naming the tensor that is damaged.
+        """
+        with file.open("w+b") as stream:
+            stream.truncate(self.header.size)
+            dense = mmap.mmap(stream.fileno(), self.header.size)
+            for region in self._regions(np.frombuffer(dense, np.uint8), threads):
+                _let_go(dense, region.at, region.size)
+
+    def _regions(self, out: Bytes, threads: int | None) -> Iterator[Raw | Sparse]:
+        """Write region by region; yields each when it is whole."""
         with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
             raw = [r for r in self.header.regions if isinstance(r, Raw)]
             # Zero points are in raw regions, which therefore come first.
-            for done in [pool.submit(self._copy, r, out) for r in raw]:
-                done.result()
+            yield from pool.map(lambda region: self._copy(region, out), raw)
             for region in self.header.regions:
                 if isinstance(region, Sparse):
                     self._inflate(region, out, pool)
-        return out
+                    yield region
 
-    def _copy(self, region: Raw, out: Bytes) -> None:
+    def _copy(self, region: Raw, out: Bytes) -> Raw:
         out[region.at : region.at + region.size] = self._bytes(region.data, f"byte {region.at}")
+        self._forget(region.data)
+        return region
 
     def _inflate(self, region: Sparse, out: Bytes, pool: Executor) -> None:
         mask = self._bytes(region.mask, region.name, pool)
@@ -361,6 +355,11 @@ class PackedFile:
             inflate(region.bits, region.elements, mask, kept, fill, region.group, place, pool)
         except ValueError as error:
             raise self._damaged(f"{region.name}: {error}") from error
+        self._forget(region.mask)
+        self._forget(region.kept)
+
+    def _forget(self, piece: Piece) -> None:
+        _let_go(self._map, len(self.content) - len(self.payload) + piece.at, piece.size)
 
     def _bytes(self, piece: Piece, name: str, pool: Executor | None = None) -> Bytes:
         stored = self.payload[piece.at : piece.at + piece.size]
@@ -391,6 +390,14 @@ class PackedFile:
         except zstandard.ZstdError as error:
             raise self._damaged(f"{name}: {error}") from error
         out[:] = np.frombuffer(data, np.uint8)
+
+
+def _let_go(mapped: mmap.mmap, at: int, size: int) -> None:
+    """Take whole pages of a mapped file out of this process; the system may keep them cached."""
+    first = -(-at // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (at + size) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED, first, length)
 
 
 def fills_of(fill: int | ZeroPoints, dense: Bytes) -> np.ndarray:

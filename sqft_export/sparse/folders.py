@@ -12,7 +12,7 @@ import numpy as np
 from sqft_export.artifact import sha256_of
 from sqft_export.errors import UserError
 from sqft_export.sparse.container import PackedFile, Writer, fills_of, sha256
-from sqft_export.sparse.regions import initializers_of, regions_of
+from sqft_export.sparse.regions import regions_of
 
 SUFFIX = ".sqft"
 PACKED = "packed"  # folder beside a deployment's own, in the artifact of an export
@@ -73,8 +73,7 @@ def pack(folder: Path, out: Path, entropy: bool = False) -> dict[str, Any]:
         )
         sparse += sum(r.kind == "sparse" for r in writer.regions[before:])
     writer.raw(end, dense[end:])
-    initializers = initializers_of(graph, weights)
-    writer.finish(weights.name, len(dense), sha256_of(weights), initializers)
+    writer.finish(weights.name, len(dense), sha256_of(weights))
     partial.rename(out)
     size = (out / packed.name).stat().st_size
     return {"dense_bytes": len(dense), "packed_bytes": size, "sparse_tensors": sparse}

@@ -1,12 +1,17 @@
-"""Load a deployment whose weights are packed: inflated in memory, then handed to the runtime.
+"""Load a deployment whose weights are packed: inflated first, then handed to the runtime.
 
 The runtime sees the graph of the dense folder and the bytes of its weights: the same kernels, the
 same results. A dense folder loads too.
 """
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from sqft_export.errors import UserError
 from sqft_export.sparse.container import PackedFile
 from sqft_export.sparse.folders import graph_and_weights, packed_file
 
@@ -62,34 +67,55 @@ def load_openvino_genai(folder: str | Path, device: str = "CPU", **properties: A
     )
 
 
+@contextmanager
+def _dense(folder: Path) -> Iterator[Path]:
+    """A folder with plain weights: the one given, or a copy for the time it takes to load it.
+
+    ONNX Runtime maps a weight file and lets go of each tensor as it repacks it for its kernels;
+    what it is handed in memory it keeps beside the repacked copy. So weights are inflated into a
+    file in the directory for temporary files, which is unlinked before most of it is ever written.
+    """
+    packed = packed_file(folder)
+    if packed is None:
+        yield folder
+        return
+    with TemporaryDirectory(prefix="sqft-") as scratch:
+        copy = Path(scratch)
+        with PackedFile(packed) as opened:
+            free = shutil.disk_usage(copy).free
+            if free < opened.header.size:
+                raise UserError(
+                    f"{copy.parent}: {free} bytes are free, {opened.header.size} are needed to "
+                    "inflate the weights; TMPDIR names another directory"
+                )
+            for file in folder.iterdir():
+                if file.is_file() and file != packed:
+                    shutil.copy(file, copy)
+            opened.inflate_file(copy / graph_and_weights(folder)[1].name)
+        yield copy
+
+
 def load_onnx(folder: str | Path, options: Any = None, providers: Any = None) -> Any:
     """An ``onnxruntime.InferenceSession``.
 
     :param options: ``SessionOptions``; None for the defaults.
-    :raises UserError: if the weights are damaged.
+    :raises UserError: if the weights are damaged, or there is no room to inflate them.
     """
     import onnxruntime as ort
 
-    folder = Path(folder)
-    graph, weights = graph_and_weights(folder)
-    options = options or ort.SessionOptions()
-    if file := packed_file(folder):
-        with PackedFile(file) as packed:
-            dense, initializers = packed.inflate(), packed.header.initializers
-        if initializers:  # used where they lie; the runtime copies a file in memory
-            options.add_external_initializers(
-                [one.name for one in initializers],
-                [
-                    ort.OrtValue.ortvalue_from_numpy(
-                        dense[one.at : one.at + one.bytes].view(one.type).reshape(one.dims)
-                    )
-                    for one in initializers
-                ],
-            )
-        else:
-            options.add_external_initializers_from_files_in_memory(
-                [weights.name], [dense], [len(dense)]
-            )
-    return ort.InferenceSession(
-        str(graph), options, providers=providers or ["CPUExecutionProvider"]
-    )
+    graph, _ = graph_and_weights(Path(folder))
+    with _dense(Path(folder)) as dense:
+        return ort.InferenceSession(
+            str(dense / graph.name), options, providers=providers or ["CPUExecutionProvider"]
+        )
+
+
+def load_onnx_genai(folder: str | Path) -> Any:
+    """An ``onnxruntime_genai.Model``.
+
+    :raises UserError: if the weights are damaged, or there is no room to inflate them.
+    """
+    import onnxruntime_genai
+
+    with _dense(Path(folder)) as dense:
+        return onnxruntime_genai.Model(str(dense))

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from sqft_export.sparse.container import ALIGNMENT, Initializer, ZeroPoints
+from sqft_export.sparse.container import ZeroPoints
 
 SMALLEST = 1024  # bytes of a tensor worth a look
-PLAIN = ("float32", "float16", "uint8", "int8", "int32", "int64")
 IR_BITS = {"u4": 4, "i4": 4, "u8": 8, "i8": 8, "f16": 16, "bf16": 16, "f32": 32}
 
 
@@ -114,23 +113,6 @@ def _stored(model: Any, file: str) -> dict[str, tuple[Any, int, int]]:
         if where.get("location") == file:
             stored[tensor.name] = (tensor, int(where.get("offset", 0)), int(where["length"]))
     return stored
-
-
-def initializers_of(graph: Path, weights: Path) -> tuple[Initializer, ...]:
-    """The tensors of an ONNX graph that are in the weight file; none if any is not plain."""
-    if graph.suffix != ".onnx":
-        return ()
-    import onnx
-    from onnx import helper
-
-    found = []
-    model = onnx.load(graph, load_external_data=False)
-    for name, (tensor, at, _) in _stored(model, weights.name).items():
-        kind = str(helper.tensor_dtype_to_np_dtype(tensor.data_type))
-        if at % ALIGNMENT or kind not in PLAIN:
-            return ()
-        found.append(Initializer(name=name, type=kind, dims=tuple(tensor.dims), at=at))  # type: ignore[arg-type]
-    return tuple(found)
 
 
 def _of_onnx(graph: Path, file: str) -> Iterator[Region]:
