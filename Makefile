@@ -1,6 +1,7 @@
 # `make recipe` and `make test` are each enough on a fresh clone: they make the environment first.
 PYTHON ?= python3.11
 MODEL ?= tiny
+RECIPE ?= $(MODEL)
 MODEL_PATH ?=
 ARGS ?=
 # Training on several processes: LAUNCH="accelerate launch --num_processes 8"
@@ -20,10 +21,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: recipe plan test test-slow lint format clean
+.PHONY: recipe sweep plan test test-slow lint format clean
 
 recipe: $(INSTALLED)
 	@$(if $(LAUNCH),PATH="$(CURDIR)/$(BIN):$$PATH" $(LAUNCH) -m sqft_export.cli,$(BIN)/sqft-export) run recipes/$(MODEL).yaml $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
+
+# make sweep RECIPE=tiny SPARSITY=0.3,0.5,0.7 BITS=4,8
+sweep: $(INSTALLED)
+	@$(BIN)/sqft-export sweep recipes/$(RECIPE).yaml $(if $(SPARSITY),--over sparsify.sparsity=$(SPARSITY)) $(if $(BITS),--over quantize.bits=$(BITS)) $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
 
 plan: $(INSTALLED)
 	@$(BIN)/sqft-export plan recipes/$(MODEL).yaml $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")

@@ -1,9 +1,11 @@
 """The command line.  ``--help`` imports neither torch nor a runtime."""
 
+import itertools
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -124,15 +126,34 @@ def export(
         print(artifacts[name].path / "model")
 
 
+@app.command("list")
+def list_command(
+    what: Annotated[Literal["targets"], typer.Argument(help="targets: runtimes and devices")],
+    json_only: Json = False,
+) -> None:
+    """Show which runtimes and devices this machine has, and why it lacks the others."""
+    from sqft_export.targets.devices import places
+
+    found = places()
+    if json_only:
+        print(json.dumps([asdict(place) for place in found]))
+        return
+    for place in found:
+        print(f"{place.device:4} {place.runtime:9} {place.name:22} {place.missing or 'here'}")
+
+
 @app.command("benchmark")
 def benchmark_command(
     folders: Annotated[list[Path], typer.Argument(help="deployments, compared with the first")],
-    prompt_tokens: Annotated[str, typer.Option(help="lengths of prompts")] = "32,128,512",
+    prompt_tokens: Annotated[str, typer.Option(help="lengths of prompts")] = "32,128,512,2048",
     new_tokens: Annotated[int, typer.Option(min=2)] = 32,
-    batch: Annotated[str, typer.Option(help="batch sizes for tokens per second")] = "1,4",
+    batch: Annotated[str, typer.Option(help="batch sizes for tokens per second")] = "1,4,16",
     rounds: Annotated[int, typer.Option(min=1, help="processes per folder")] = 5,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     cpus: Annotated[str | None, typer.Option(help="stay on these processors, as 0,1")] = None,
+    place: Annotated[
+        str, typer.Option("--device", help="cpu, gpu or npu; `list targets` says which are here")
+    ] = "cpu",
     task: Annotated[
         str | None, typer.Option(help="answer a dataset too: gsm8k, arc_easy, boolq, ...")
     ] = None,
@@ -152,6 +173,7 @@ def benchmark_command(
         rounds=rounds,
         threads=threads,
         cpus=_numbers(cpus, "--cpus") if cpus else None,
+        device=place,
     )
     questions = device.questions_of(folders[0], task, data, text, items)
     document = device.benchmark(folders, settings, questions)
@@ -177,6 +199,51 @@ def inspect(
 
     found = inspection.inspect(folder)
     print(json.dumps(found) if json_only else inspection.describe(found))
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="runs (runs/tiny) or their reports")],
+    out: Annotated[Path, typer.Option(help="folder for the page")] = Path("runs/comparison"),
+) -> None:
+    """Write one page over several runs."""
+    from sqft_export import comparison
+
+    comparison.compare(folders, out)
+    print((out / "comparison.md").read_text())
+    print(f"comparison: {out / 'index.html'}")
+
+
+@app.command()
+def sweep(
+    recipe: RecipeFile,
+    over: Annotated[
+        list[str],
+        typer.Option("--over", help="a setting and its values: sparsify.sparsity=0.3,0.5"),
+    ],
+    overrides: Overrides = None,
+    model_path: ModelPath = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Run a recipe with every combination of values, then compare; done passes are shared."""
+    from sqft_export import pipeline, plan, sources
+    from sqft_export.recipe import load
+
+    axes = []
+    for setting in over:
+        path, equals, values = setting.partition("=")
+        if not equals or not all(values.split(",")):
+            raise UserError(f"--over {setting!r}: expected path=value,value")
+        axes.append([f"{path}={value}" for value in values.split(",")])
+    chosen = [(*(overrides or ()), *settings) for settings in itertools.product(*axes)]
+    recipes = [load(recipe, settings, model_path) for settings in chosen]
+    for one in recipes:  # all of them before the first runs
+        plan.check(one, sources.model_folder(one, download=False))
+    reports = []
+    for one, settings in zip(recipes, chosen, strict=True):
+        print(" ".join(settings), file=sys.stderr)
+        reports.append(pipeline.run(one, runs / one.name)["report"].path)
+    compare(reports, runs / recipes[0].name / "sweep")
 
 
 @app.command("pack")

@@ -8,6 +8,8 @@ machine hits all of them. Definitions:
     TTFT     the forward pass over the prompt and the choice of the first token, batch 1
     TPOT     one forward pass over one token and the choice of the next, batch 1
     tokens/s new tokens of all rows of a batch over the time of their passes, prompt not counted
+    agreement  on the tokens of a task or text: how often the first folder's most likely next token
+             is this folder's too, and the KL divergence from its distribution, in nats a token
     memory   peak: the process's, runtime included; steady: resident after the last answer
     energy   of the processor package over the measured passes, where the kernel tells it
 
@@ -19,7 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from sqft_export.errors import UserError
 from sqft_export.intervals import bootstrap_ratio, mcnemar, wilson
 from sqft_export.machine import describe
 from sqft_export.targets import kind_of
+from sqft_export.targets.devices import present
 
 GENAI = "genai_config.json"
 UNCERTAIN = "its interval holds 1: not told apart"
@@ -39,18 +42,20 @@ UNCERTAIN = "its interval holds 1: not told apart"
 class Settings:
     """What is measured.
 
-    prompt_tokens: lengths of prompts, for TTFT; TPOT is after the first of them.
+    prompt_tokens: lengths of prompts, for TTFT; TPOT is after the first of them. Those that do not
+    fit into a model with what it generates are left out.
     batches: sizes for tokens/s.
     rounds: processes per folder.
     threads: None: the runtime's choice; cpus: processors to stay on, None: any.
     """
 
-    prompt_tokens: tuple[int, ...] = (32, 128, 512)
+    prompt_tokens: tuple[int, ...] = (32, 128, 512, 2048)
     new_tokens: int = 32
-    batches: tuple[int, ...] = (1, 4)
+    batches: tuple[int, ...] = (1, 4, 16)
     rounds: int = 5
     threads: int | None = None
     cpus: tuple[int, ...] | None = None
+    device: str = "cpu"
 
 
 def _run(job: dict[str, Any]) -> dict[str, Any]:
@@ -86,6 +91,7 @@ def latencies(
         for name, folder in order if number % 2 == 0 else order[::-1]:
             job: dict[str, Any] = {"kind": kind_of(folder), "folder": str(folder)}
             job |= {"threads": settings.threads, "vocabulary": vocabulary[name]}
+            job |= {"device": settings.device}
             found[name].append(_run(job | {"profile": asdict(settings)}))
     return found
 
@@ -242,15 +248,55 @@ def write(document: dict[str, Any], out: Path) -> None:
     (out / "results.json").write_text(json.dumps(document, indent=2) + "\n")
 
 
-def accuracies(folders: dict[str, Path], questions: Questions, threads: int | None) -> list[Any]:
+AGREEMENT_TOKENS = 512  # a distribution over 128k tokens is half a megabyte
+
+
+def agreements(
+    folders: dict[str, Path], questions: Questions, settings: Settings
+) -> list[dict[str, Any]]:
+    """Every folder's next-token distributions beside the first one's, on the same tokens.
+
+    Two vocabularies may differ in what fills them up; the tokens of both are compared.
+    """
+    ids, left = [], AGREEMENT_TOKENS
+    for item in questions.items:
+        sequence = (item.prompt + item.target)[:left]
+        left -= len(sequence)
+        if sequence:
+            ids.append(sequence)
+    rows: list[dict[str, Any]] = []
+    first: np.ndarray | None = None
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, folder in folders.items():
+            file = Path(scratch) / "distributions.npy"
+            job = {"kind": kind_of(folder), "folder": str(folder), "threads": settings.threads}
+            asked = {"file": str(file), "ids": ids}
+            _run(job | {"device": settings.device, "distributions": asked})
+            found = np.load(file)
+            if first is None:
+                first = found
+                continue
+            common = min(first.shape[1], found.shape[1])
+            one, other = first[:, :common].astype(np.float64), found[:, :common]
+            same = int((one.argmax(axis=1) == other.argmax(axis=1)).sum())
+            low, high = wilson(same, len(one))
+            divergence = float((np.exp(one) * (one - other)).sum(axis=1).mean())
+            row = {"folder": name, "tokens": len(one), "agreement": same / len(one)}
+            rows.append(row | {"low": low, "high": high, "kl_nats": divergence})
+    return rows
+
+
+def accuracies(
+    folders: dict[str, Path], questions: Questions, settings: Settings
+) -> list[dict[str, Any]]:
     """Accuracy of every folder with its interval, compared in pairs with the first one's."""
     from sqft_export import tasks
 
     rows: list[dict[str, Any]] = []
     first: list[bool] = []
     for name, folder in folders.items():
-        job = {"kind": kind_of(folder), "folder": str(folder), "threads": threads}
-        result = _run(job | {"questions": questions.asked})
+        job = {"kind": kind_of(folder), "folder": str(folder), "threads": settings.threads}
+        result = _run(job | {"device": settings.device, "questions": questions.asked})
         judged = tasks.judge(questions.recipe, questions.items, result, questions.tokenizer)
         right = [entry.right for entry in judged]
         row: dict[str, Any] = {"folder": name, "perplexity": result["perplexity"]}
@@ -272,7 +318,8 @@ def benchmark(
 ) -> dict[str, Any]:
     """Measure deployments.
 
-    :raises UserError: if a folder is no deployment, or one fails.
+    :raises UserError: if a folder is no deployment, one fails, or its runtime does not reach the
+        device.
     """
     named = dict(zip(names_of(folders), folders, strict=True))
     kinds = {name: kind_of(folder) for name, folder in named.items()}
@@ -281,6 +328,9 @@ def benchmark(
     if cpus and not set(cpus) <= set(range(os.cpu_count() or 1)):
         last = (os.cpu_count() or 1) - 1
         raise UserError(f"cpus: found {list(cpus)}; this machine has 0 to {last}")
+    for kind in sorted(set(kinds.values())):
+        present(kind, settings.device)
+    settings = _that_fit(settings, folders)
     found = latencies(named, settings, sizes)
     document = {
         "machine": describe(),
@@ -293,14 +343,31 @@ def benchmark(
         "ratios": ratios(found),
     }
     if questions is not None:
-        document["accuracy"] = accuracies(named, questions, settings.threads)
+        document["accuracy"] = accuracies(named, questions, settings)
+        document["agreement"] = agreements(named, questions, settings)
     return document
+
+
+def _that_fit(settings: Settings, folders: list[Path]) -> Settings:
+    """The settings without prompts that are too long for one of the models.
+
+    :raises UserError: if none is left.
+    """
+    contexts = [_config_of(f, "max_position_embeddings", "context_length") for f in folders]
+    shortest = min((c for c in contexts if c is not None), default=sys.maxsize)
+    fitting = tuple(n for n in settings.prompt_tokens if n + settings.new_tokens <= shortest)
+    if not fitting:
+        raise UserError(
+            f"prompt_tokens: found {list(settings.prompt_tokens)} and {settings.new_tokens} new "
+            f"tokens; a model takes {shortest} in all"
+        )
+    return replace(settings, prompt_tokens=fitting)
 
 
 def runtime_versions(kinds: set[str]) -> dict[str, str]:
     import importlib.metadata
 
-    wanted = {"openvino": ("openvino",), "onnx": ("onnxruntime",)}
+    wanted = {"openvino": ("openvino",), "onnx": ("onnxruntime",), "torch": ("torch",)}
     names = ["sqft-export", *(name for kind in sorted(kinds) for name in wanted[kind])]
     return {name: importlib.metadata.version(name) for name in names}
 
@@ -357,6 +424,11 @@ def table(document: dict[str, Any]) -> str:
             f"accuracy: {row['folder']} {row['accuracy']:.1%}{interval}, perplexity "
             f"{row['perplexity']:.3f}"
             + (f", p {row['p_same_as_first']:.2g} to be the first's" if "low" in row else "")
+        )
+    for row in document.get("agreement", []):
+        lines.append(
+            f"agreement: {row['folder']} {row['agreement']:.1%} ({row['low']:.1%} to "
+            f"{row['high']:.1%}) of {row['tokens']} tokens, KL {row['kl_nats']:.2g} nats"
         )
     machine = document["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in document["versions"].items())

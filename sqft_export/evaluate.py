@@ -96,6 +96,15 @@ def score(session: Session, questions: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def distributions(session: Session, sequences: list[list[int]]) -> np.ndarray:
+    """Logarithms of the next-token distribution after every token: float32 ``[tokens, vocab]``."""
+    rows = []
+    for ids in sequences:
+        session.reset()
+        rows.append(_log_softmax(session.forward(np.array([ids], np.int64))[0]))
+    return np.concatenate(rows).astype(np.float32)
+
+
 def spread(seconds: list[float]) -> dict[str, float]:
     """Median, 10th and 90th percentile in milliseconds."""
     low, middle, high = np.percentile(np.array(seconds) * 1e3, [10, 50, 90])

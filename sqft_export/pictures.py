@@ -75,20 +75,67 @@ def accuracy_along_passes(rows: list[dict], measure: str) -> str:
     return _svg(draw, height=3.8)
 
 
-def accuracy_against_size(rows: list[dict], measure: str) -> str:
+COSTS: dict[str, tuple[str, Callable[[dict], float]]] = {
+    "file_bytes": ("model files, MB", lambda row: row["file_bytes"] / 1e6),
+    "tpot": ("time per output token, ms (median)", lambda row: row["tpot"]["median_ms"]),
+}
+
+
+def pareto(points: list["Point"]) -> list["Point"]:
+    """Points that no other one beats in both cost (first) and accuracy (second), by cost."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    return front
+
+
+def accuracy_against(rows: list[dict], measure: str, cost: str) -> str:
+    """Accuracy against ``file_bytes`` or ``tpot``; the line joins what nothing else beats."""
+    label, cost_of = COSTS[cost]
+
     def draw(axes: Any) -> None:
-        points = [(row["file_bytes"] / 1e6, 100 * row["accuracy"]) for row in rows]
+        points = [(cost_of(row), 100 * row["accuracy"]) for row in rows]
+        front = pareto(points)
+        axes.step(*zip(*front, strict=True), where="post", color="#888888", lw=1, zorder=2)
         for (x, y), row in zip(points, rows, strict=True):
             axes.scatter(x, y, color=COLOURS[row["runtime"]], s=45, zorder=3)
-        axes.set_xlabel("model files, MB")
+        axes.set_xlabel(label)
         axes.set_ylabel(f"{measure}, %")
         axes.margins(x=0.05, y=0.2)
         axes.set_xlim(0, 1.3 * max(x for x, _ in points))
         for (x, y), names in _clusters(axes, points, [row["name"] for row in rows]):
-            label = "\n".join(names)
+            text = "\n".join(names)
             axes.annotate(
-                label, (x, y), xytext=(9, 0), textcoords="offset points", va="center", size=9
+                text, (x, y), xytext=(9, 0), textcoords="offset points", va="center", size=9
             )
+
+    return _svg(draw, height=4.2)
+
+
+MARKERS = {"torch": "o", "openvino": "s", "onnx": "^"}
+
+
+def runs_against(rows: list[dict], measure: str, cost: str) -> str:
+    """As :func:`accuracy_against` for rows with a ``run``: a colour a run, a shape a runtime."""
+    label, cost_of = COSTS[cost]
+
+    def draw(axes: Any) -> None:
+        points = [(cost_of(row), 100 * row["accuracy"]) for row in rows]
+        front = pareto(points)
+        axes.step(*zip(*front, strict=True), where="post", color="#888888", lw=1, zorder=2)
+        colours = {run: f"C{i}" for i, run in enumerate(dict.fromkeys(r["run"] for r in rows))}
+        for (x, y), row in zip(points, rows, strict=True):
+            axes.scatter(x, y, color=colours[row["run"]], marker=MARKERS[row["runtime"]], s=45)
+        for run, colour in colours.items():
+            axes.scatter([], [], color=colour, marker="D", label=run)
+        for runtime, marker in MARKERS.items():
+            axes.scatter([], [], color="#888888", marker=marker, label=runtime)
+        axes.set_xlabel(label)
+        axes.set_ylabel(f"{measure}, %")
+        axes.margins(y=0.2)
+        axes.set_xlim(0, 1.1 * max(x for x, _ in points))
+        axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 
     return _svg(draw, height=4.2)
 
@@ -139,6 +186,27 @@ def latency(rows: list[dict]) -> str:
         axes.legend(["time to first token (light)", "time per output token (full)"], frameon=False)
 
     return _svg(draw, height=3.8)
+
+
+def sparsity_by_layer(layers: list[dict]) -> str:
+    """Share of zero weights of every Linear, by block: one line for all of a name."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for layer in layers:
+        block = next(int(part) for part in layer["layer"].split(".") if part.isdigit())
+        name = layer["layer"].rsplit(".", 1)[1]
+        lines.setdefault(name, []).append((block, 100 * layer["sparsity"]))
+
+    def draw(axes: Any) -> None:
+        for name, points in lines.items():
+            axes.plot(*zip(*points, strict=True), "o-", ms=4, lw=1, alpha=0.8, label=name)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("decoder block")
+        axes.set_ylabel("zero weights, %")
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(0, low - 2), min(100, high + 2))
+        axes.legend(frameon=False, ncols=2, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+    return _svg(draw)
 
 
 def training_curve(log: list[dict]) -> str:

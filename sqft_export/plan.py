@@ -13,6 +13,7 @@ from sqft_export.families import family_of
 from sqft_export.numerics.groups import fallback_group_size
 from sqft_export.recipe import Amount, Recipe
 from sqft_export.selection import matches
+from sqft_export.targets.devices import places
 
 NEEDS = {
     "openvino": ("openvino", "openvino_tokenizers", "optimum.intel"),
@@ -130,6 +131,7 @@ def check(recipe: Recipe, folder: Path | None) -> Layout:
         *_given_faults(recipe, folder),
         *_missing_faults(recipe),
         *_target_faults(recipe, folder),
+        *_device_faults(recipe),
     ]
     if faults:
         raise UserError("\n".join(f"{recipe.file}: {fault}" for fault in faults))
@@ -254,6 +256,23 @@ def _target_faults(recipe: Recipe, folder: Path | None) -> list[str]:
             f"{config['model_type']}; use standard"
         ]
     return []
+
+
+def _device_faults(recipe: Recipe) -> list[str]:
+    """Devices to measure on that no runtime of the recipe reaches here."""
+    wanted = [d for d in recipe.benchmark.targets if d not in ("auto", "cpu")]
+    found = places() if wanted else []
+    runtimes = {*recipe.export.targets, "torch"}
+    faults = []
+    for device in wanted:
+        candidates = [p for p in found if p.device == device and p.runtime in runtimes]
+        if all(p.missing for p in candidates):
+            reasons = "; ".join(f"{p.runtime} ({p.name}): {p.missing}" for p in candidates)
+            faults.append(
+                f"benchmark.targets: found {device}, which nothing reaches here "
+                f"({reasons or 'no runtime of export.targets knows it'}); auto takes what is here"
+            )
+    return faults
 
 
 def _installed(module: str) -> bool:

@@ -382,6 +382,11 @@ class Benchmark(Section):
     baselines: tuple[
         Literal["dense", "dense-lora", "sparse", "sparse-quantized", "adapted", "merged"], ...
     ] = ("dense", "dense-lora", "sparse", "sparse-quantized", "adapted", "merged")
+    targets: tuple[Literal["auto", "cpu", "gpu", "npu"], ...] = Field(
+        ("cpu",),
+        min_length=1,
+        description="devices that deployments are measured on; auto: all that are here",
+    )
     prompt_tokens: int = Field(32, ge=1, description="prompt length of the latency measurement")
     new_tokens: int = Field(32, ge=2)
     repeats: int = Field(5, ge=2)

@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sqft_export.evaluate import latency, profile, score
+import numpy as np
+
+from sqft_export.evaluate import distributions, latency, profile, score
 from sqft_export.machine import energy_joules
 from sqft_export.targets import Session, target
 
@@ -40,7 +42,8 @@ def memory_now() -> int:
 
 def open_job(job: dict[str, Any]) -> Session:
     if job["kind"] != "adapted":
-        return target(job["kind"]).open_session(Path(job["folder"]), False, job["threads"])
+        device = job.get("device", "cpu")
+        return target(job["kind"]).open_session(Path(job["folder"]), False, job["threads"], device)
     import torch
 
     from sqft_export.adapters import Base, load_adapted
@@ -53,7 +56,7 @@ def open_job(job: dict[str, Any]) -> Session:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """What the job asks for: ``profile``, ``latency_prompt``, ``questions``."""
+    """What the job asks for: ``profile``, ``latency_prompt``, ``questions``, ``distributions``."""
     asked = job.get("profile") or {}
     if asked.get("cpus"):
         os.sched_setaffinity(0, asked["cpus"])
@@ -70,6 +73,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         result |= latency(session, job["latency_prompt"], job["new_tokens"], job["repeats"])
     if "questions" in job:
         result |= score(session, job["questions"])
+    if "distributions" in job:
+        np.save(job["distributions"]["file"], distributions(session, job["distributions"]["ids"]))
     result["steady_memory_bytes"] = memory_now()
     result["peak_memory_bytes"] = peak_memory()
     return result

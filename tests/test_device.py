@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from conftest import ROOT, SQFT
 from sqft_export import device
+from sqft_export.errors import UserError
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -84,6 +86,31 @@ def test_accuracy_has_an_interval_and_every_answer_is_kept(measured):
     assert len(items) == 18 and {"folder", "item", "said", "expected", "right"} <= set(items[0])
 
 
+def test_agreement_is_with_the_first_on_the_same_tokens(measured):
+    document, _ = measured
+    onnx, packed = document["agreement"]
+    assert onnx["tokens"] == packed["tokens"] > 50
+    assert onnx["low"] <= onnx["agreement"] <= onnx["high"] and onnx["agreement"] > 0.9
+    assert 0 <= onnx["kl_nats"] < 0.05
+    assert (onnx["agreement"], onnx["kl_nats"]) == (packed["agreement"], packed["kl_nats"])
+
+
+def test_prompts_that_do_not_fit_are_left_out(tiny_run):
+    folder = tiny_run["export-onnx"].path / "model"
+    settings = device.Settings(prompt_tokens=(8, 10**6), new_tokens=2, batches=(1,), rounds=1)
+    document = device.benchmark([folder], settings)
+    assert document["settings"]["prompt_tokens"] == (8,)
+    with pytest.raises(UserError, match="a model takes 256 in all"):
+        device.benchmark([folder], replace(settings, prompt_tokens=(10**6,)))
+
+
+def test_a_merged_folder_is_measured_on_torch(tiny_run):
+    settings = device.Settings(prompt_tokens=(8,), new_tokens=2, batches=(1,), rounds=1)
+    document = device.benchmark([tiny_run["merge"].path / "model"], settings)
+    (row,) = document["folders"].values()
+    assert row["runtime"] == "torch" and row["tpot_ms"]["median"] > 0
+
+
 def test_the_table_names_what_can_not_be_measured(measured):
     document, _ = measured
     text = device.table(document)
@@ -104,6 +131,8 @@ def test_bad_input_is_told_before_anything_runs(folders, tmp_path):
         ((folders[1], "--batch", "1,x"), "--batch: found '1,x'"),
         ((folders[1], "--task", "gsm8"), "--task: found 'gsm8'; allowed are gsm8k"),
         ((folders[1], "--task", "gsm8k", "--data", str(tmp_path)), "no test file of gsm8k"),
+        ((folders[0], "--device", "npu"), "found npu, which openvino does not reach here"),
+        ((folders[0], "--device", "tpu"), "it has no such device"),
         ((folders[1], "--cpus", "999"), "this machine has 0 to"),
     ):
         done = run(*arguments)

@@ -16,12 +16,12 @@ RANKS = [
         "compressed",
         "skeleton",
     },
-    {"sources", "tasks", "calibration", "adapters", "training", "targets", "pictures"},
+    {"sources", "tasks", "calibration", "adapters", "training", "targets", "pictures", "pages"},
     {"sparsifiers", "quantizers", "search", "evaluate", "plan"},
     {"worker", "inspection"},
     {"device"},
     {"stages"},
-    {"pipeline"},
+    {"pipeline", "comparison"},
     {"cli"},
 ]
 

@@ -8,16 +8,18 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sqft_export import tasks
 from sqft_export.errors import UserError
+from sqft_export.intervals import mcnemar, wilson
 from sqft_export.recipe import Recipe
 from sqft_export.sparse.folders import PACKED
 from sqft_export.stages import Context
 from sqft_export.targets import ADAPTER
+from sqft_export.targets.devices import DEVICES, places
 
 CONSUMES = (
     "sparsify",
@@ -30,7 +32,8 @@ CONSUMES = (
     "baselines",
 )
 READS = ("model", "test")
-VERSION = 2
+VERSION = 3
+MADE = ("merged", "OpenVINO", "ONNX Runtime")  # rows of a model that is to live on the target
 WEIGHTS = ("*.safetensors", "*.bin", "*.xml", "*.onnx", "*.data", "*.onnx_adapter", "*.sqft")
 
 
@@ -41,6 +44,7 @@ class Row:
     kind: torch, adapted, openvino or onnx: how the worker opens it.
     stored: files and folders whose model files count as its size.
     sparsity: share of zero weights in the decoder Linears.
+    device: cpu, gpu or npu.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Row:
     folder: Path
     stored: tuple[Path, ...]
     sparsity: float
+    device: str = "cpu"
 
 
 def options(recipe: Recipe) -> dict:
@@ -93,7 +98,23 @@ def rows(context: Context) -> list[Row]:
                 table.append(Row(f"{title}, packed", target, packed, stored, merged_sparsity))
     if "dense" not in wanted:
         table = table[1:]
-    return table
+    return on_devices(table, context.recipe.benchmark.targets)
+
+
+def on_devices(table: list[Row], targets: tuple[str, ...]) -> list[Row]:
+    """What was made, on every device that is asked for and here; all else on the CPU alone."""
+    others = [d for d in DEVICES[1:] if {d, "auto"} & set(targets)]
+    here = {(p.runtime, p.device) for p in places() if p.missing is None} if others else set()
+    made = [row for row in table if row.name in MADE]
+    moved = [
+        replace(row, name=f"{row.name}, {device.upper()}", device=device)
+        for device in others
+        for row in made
+        if (row.kind, device) in here
+    ]
+    if {"cpu", "auto"} & set(targets):
+        return table + moved
+    return [row for row in table if row not in made] + moved
 
 
 def stored_bytes(paths: tuple[Path, ...]) -> int:
@@ -113,6 +134,7 @@ def _job(context: Context, row: Row, items: list[tasks.Item], tokenizer: Any) ->
     base = context.base()
     return {
         "kind": row.kind,
+        "device": row.device,
         "folder": str(row.folder),
         "masks": str(base.masks) if base.masks else None,
         "grids": str(base.grids) if base.grids else None,
@@ -155,17 +177,23 @@ def run(context: Context) -> dict:
     items = tasks.test_items(recipe, tasks.load(recipe, tokenizer))
     table = rows(context)
     advance = context.start(len(table))
-    results = []
+    results: list[dict[str, Any]] = []
+    first: list[bool] = []
     with (context.folder / "items.jsonl").open("w") as log:
         for row in table:
             result = _measure(context, _job(context, row, items, tokenizer))
             judged = tasks.judge(recipe, items, result, tokenizer)
             for number, answer in enumerate(judged):
                 log.write(json.dumps({"row": row.name, "item": number} | _told(answer)) + "\n")
+            right = [answer.right for answer in judged]
+            first = first or right
             measured = {
                 "name": row.name,
                 "runtime": "torch" if row.kind == "adapted" else row.kind,
+                "device": row.device,
                 "accuracy": tasks.accuracy_of(judged, result),
+                "interval": wilson(sum(right), len(right)) if right else None,
+                "p_same_as_first": mcnemar(right, first) if right else None,
                 "accuracy_by_set": tasks.accuracy_by_set(judged),
                 "sparsity": row.sparsity,
                 "file_bytes": stored_bytes(row.stored),

@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from sqft_export import pictures
 from sqft_export.artifact import Artifact
 from sqft_export.machine import describe
+from sqft_export.pages import markdown, render
 from sqft_export.recipe import Recipe
 from sqft_export.stages import Context
 
@@ -26,8 +25,8 @@ CONSUMES = (
     "benchmark",
 )
 READS = ()
-VERSION = 4
-SCHEMA = 1
+VERSION = 5
+SCHEMA = 2
 MEASURES = {
     "problems": "exact match",
     "dataset": "answered right",
@@ -36,7 +35,7 @@ MEASURES = {
 
 COLUMNS = (
     ("model", lambda r: r["name"]),
-    ("accuracy", lambda r: f"{100 * r['accuracy']:.1f} %"),
+    ("accuracy", lambda r: _accuracy(r)),
     ("perplexity", lambda r: f"{r['perplexity']:.3f}"),
     ("sparsity", lambda r: f"{100 * r['sparsity']:.1f} %"),
     ("files", lambda r: f"{r['file_bytes'] / 1e6:.2f} MB"),
@@ -50,6 +49,14 @@ def options(recipe: Recipe) -> dict:
     return {"recipe": recipe.model_dump(mode="json")}
 
 
+def _accuracy(row: dict[str, Any]) -> str:
+    share = f"{100 * row['accuracy']:.1f} %"
+    if row["interval"] is None:
+        return share
+    low, high = row["interval"]
+    return f"{share} ({100 * low:.1f} to {100 * high:.1f})"
+
+
 def _latency(spread: dict[str, float]) -> str:
     return f"{spread['median_ms']:.2f} ({spread['p10_ms']:.2f} to {spread['p90_ms']:.2f})"
 
@@ -57,11 +64,6 @@ def _latency(spread: dict[str, float]) -> str:
 def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
     """The table of numbers, a header row first."""
     return [[name for name, _ in COLUMNS], *([cell(row) for _, cell in COLUMNS] for row in rows)]
-
-
-def markdown(table: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in table]
-    return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]]) + "\n"
 
 
 def _passes(inputs: dict[str, Artifact]) -> list[dict[str, Any]]:
@@ -123,22 +125,18 @@ def run(context: Context) -> dict:
     log = _training_log(context.inputs["adapt"].path)
     drawn = [
         ("Accuracy along the passes", pictures.accuracy_along_passes(rows, measure)),
-        ("Accuracy against file size", pictures.accuracy_against_size(rows, measure)),
+        ("Accuracy against file size", pictures.accuracy_against(rows, measure, "file_bytes")),
+        ("Accuracy against latency", pictures.accuracy_against(rows, measure, "tpot")),
         ("Latency", pictures.latency(rows)),
+        ("Sparsity by layer", pictures.sparsity_by_layer(document["layers"])),
         ("Training", pictures.training_curve(log)),
     ]
     if front := document["search"]["front"]:
         drawn.append(("Search", pictures.search_front(front, measure)))
     for title, svg in drawn:
         (context.folder / f"{title.lower().replace(' ', '-')}.svg").write_text(svg)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html").render(
+    page = render(
+        "report.html",
         document=document,
         table=table,
         sets=[name for name in rows[0]["accuracy_by_set"] if name],

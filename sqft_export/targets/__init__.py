@@ -1,6 +1,6 @@
 """Runtimes a model is exported to and run on: openvino, onnx, torch.
 
-Each offers ``open_session(folder, exact, threads) -> Session``; openvino and onnx also
+Each offers ``open_session(folder, exact, threads, device) -> Session``; openvino and onnx also
 ``export(merged, folder, options)``, ``add_adapter(folder, adapter)`` for one that is not merged,
 and ``read_back(folder)``.
 """
@@ -68,11 +68,13 @@ GRAPHS = {"openvino": "openvino_model.xml", "onnx": "model.onnx"}
 
 
 def kind_of(folder: Path) -> str:
-    """Which runtime a deployment is for.
+    """Which runtime a deployment is for; torch for a Hugging Face folder.
 
     :raises UserError: if the folder is none.
     """
     found = [name for name, graph in GRAPHS.items() if (folder / graph).is_file()]
+    if not found and (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+        return "torch"
     if len(found) != 1:
         raise UserError(
             f"{folder}: not a deployment; found {' and '.join(found) or 'no graph'}, expected "

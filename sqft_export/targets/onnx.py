@@ -14,14 +14,17 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from sqft_export.errors import UserError
 from sqft_export.recipe import Export
 from sqft_export.sparse.loaders import load_onnx
 from sqft_export.targets import ADAPTER, positions_of, read_adapter
+from sqft_export.targets.devices import present
 
 MODEL = "model.onnx"
 DATA = "model.onnx.data"
 ADAPTER_FILE = "adapter.onnx_adapter"
 CONFIG = "genai_config.json"
+CPU_PROVIDER = "CPUExecutionProvider"
 EXACT_ACCURACY = 1  # float32 activations; as deployed they are int8
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*")
 
@@ -226,11 +229,16 @@ class OnnxSession:
         return logits.numpy()
 
 
-def open_session(folder: Path, exact: bool, threads: int | None) -> OnnxSession:
-    """An ONNX folder on the CPU.
+def open_session(
+    folder: Path, exact: bool, threads: int | None, device: str = "cpu"
+) -> OnnxSession:
+    """An ONNX folder on a device.
 
     :param exact: float32 activations in every MatMulNBits; else as deployed.
+    :param threads: of the CPU.
+    :raises UserError: if the device is not here.
     """
+    provider = CPU_PROVIDER if device == "cpu" else present("onnx", device).name
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads:
@@ -240,9 +248,11 @@ def open_session(folder: Path, exact: bool, threads: int | None) -> OnnxSession:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(folder)
         )
-        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(model, options, providers=[provider])
     else:
-        session = load_onnx(folder, options)
+        session = load_onnx(folder, options, [provider])
+    if session.get_providers()[0] != provider:  # the runtime goes on without, telling a log alone
+        raise UserError(f"{folder}: {provider} could not be started; see ONNX Runtime's log")
     adapter = None
     if (file := folder / ADAPTER / ADAPTER_FILE).is_file():
         adapter = ort.LoraAdapter()

@@ -22,6 +22,7 @@ from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
 from sqft_export.recipe import Export
 from sqft_export.sparse.loaders import load_openvino
 from sqft_export.targets import ADAPTER, positions_of, read_adapter
+from sqft_export.targets.devices import present
 
 MODEL = "openvino_model.xml"
 # What a product is called where it is alone and where its bias is fused into it, and the embedding.
@@ -280,19 +281,25 @@ class OpenVinoSession:
         return self.request.get_tensor("logits").data.copy()
 
 
-def open_session(folder: Path, exact: bool, threads: int | None) -> OpenVinoSession:
-    """An OpenVINO folder on the CPU.
+def open_session(
+    folder: Path, exact: bool, threads: int | None, device: str = "cpu"
+) -> OpenVinoSession:
+    """An OpenVINO folder on a device.
 
     :param exact: float32 throughout, to compare with torch; else the runtime's defaults.
+    :param threads: of the CPU.
+    :raises UserError: if the device is not here.
     """
     settings: dict[str, Any] = dict(EXACT) if exact else {}
-    if threads:
+    if device != "cpu":
+        present("openvino", device)
+    elif threads:
         settings["INFERENCE_NUM_THREADS"] = threads
     core, adapter = ov.Core(), folder / ADAPTER / ADAPTER_FILE
     graph = load_openvino(folder, core)
     if adapter.is_file():
         graph = _with_adapter(graph, adapter)
-    return OpenVinoSession(core.compile_model(graph, "CPU", settings))
+    return OpenVinoSession(core.compile_model(graph, device.upper(), settings))
 
 
 def compressed_kernels(folder: Path) -> set[str]:

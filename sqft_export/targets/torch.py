@@ -1,4 +1,7 @@
-"""torch: the reference that the runtimes are compared with, in float32."""
+"""torch: the reference that the runtimes are compared with, in float32; on a GPU in bfloat16.
+
+On a GPU the INT4 Linears of a merged model stay INT4, in torch's own packed layout and matmul.
+"""
 
 from pathlib import Path
 
@@ -6,15 +9,71 @@ import numpy as np
 import torch
 from torch import nn
 
-from sqft_export.compressed import load_float_model
+from sqft_export.checkpoint import Checkpoint
+from sqft_export.compressed import load_float_model, read_quantized
+from sqft_export.numerics.affine import Grid
 from sqft_export.targets import positions_of
+from sqft_export.targets.devices import present
+
+PACKED_GROUPS = (32, 64, 128, 256)
+TILES = {"cpu": 2, "cuda": 8}  # of 16 inputs each, which a packed block is deep
+
+
+class PackedLinear(nn.Module):
+    """``x @ W.T + bias`` with INT4 codes in torch's layout, dequantized inside the product.
+
+    torch has ``W = (code - 8) * scale + shift``, hence ``shift = (8 - zero_point) * scale``.
+    """
+
+    def __init__(
+        self,
+        codes: torch.Tensor,
+        grid: Grid,
+        bias: torch.Tensor | None,
+        device: str,
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+        scale, zero = grid.scale.float(), grid.zero_point.float()
+        self.group_size, self.bias = grid.group_size, bias
+        table = torch.stack([scale, (8 - zero) * scale], dim=-1).transpose(0, 1).contiguous()
+        self.register_buffer("table", table.to(device, dtype))
+        if device == "cpu":
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), TILES[device])
+            self.product = torch.ops.aten._weight_int4pack_mm_for_cpu
+        else:
+            pairs = (codes[:, 0::2] << 4 | codes[:, 1::2]).to(torch.uint8).to(device)
+            packed = torch.ops.aten._convert_weight_to_int4pack(pairs, TILES[device])
+            self.product = torch.ops.aten._weight_int4pack_mm
+        self.register_buffer("packed", packed)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        out = self.product(flat, self.packed, self.group_size, self.table)
+        out = out.reshape(*x.shape[:-1], -1)
+        return out if self.bias is None else out + self.bias
+
+
+def load_packed_model(folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
+    """A merged model whose INT4 Linears are :class:`PackedLinear`; others are floats of ``dtype``.
+
+    What torch's layout can't hold (other bits, other group sizes, odd widths) is dequantized.
+    """
+    model, checkpoint = load_float_model(folder).to(dtype), Checkpoint(folder)
+    for name in checkpoint.packed:
+        codes, grid = read_quantized(checkpoint, name)
+        deep = codes.shape[1] % (16 * TILES[device]) == 0 and codes.shape[0] % 16 == 0
+        if grid.bits == 4 and grid.group_size in PACKED_GROUPS and deep:
+            linear = model.get_submodule(name)
+            model.set_submodule(name, PackedLinear(codes, grid, linear.bias, device, dtype))
+    return model.to(device)
 
 
 class TorchSession:
     """A Hugging Face causal LM and its cache."""
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, device: str = "cpu"):
+        self.model, self.device = model, device
         self.reset()
 
     def reset(self) -> None:
@@ -22,19 +81,26 @@ class TorchSession:
 
     @torch.no_grad()
     def forward(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-        padded = {}
+        arrays = {"input_ids": ids}
         if mask is not None:
-            padded["attention_mask"] = torch.from_numpy(mask)
-            padded["position_ids"] = torch.from_numpy(positions_of(mask, ids.shape[1]))
-        output = self.model(
-            input_ids=torch.from_numpy(ids), past_key_values=self.cache, use_cache=True, **padded
-        )
+            arrays |= {"attention_mask": mask, "position_ids": positions_of(mask, ids.shape[1])}
+        inputs = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
+        output = self.model(**inputs, past_key_values=self.cache, use_cache=True)
         self.cache = output.past_key_values
-        return output.logits.float().numpy()
+        return output.logits.float().cpu().numpy()
 
 
-def open_session(folder: Path, exact: bool, threads: int | None) -> TorchSession:
-    """A merged or plain Hugging Face folder; always exact."""
+def open_session(
+    folder: Path, exact: bool, threads: int | None, device: str = "cpu"
+) -> TorchSession:
+    """A merged or plain Hugging Face folder.
+
+    :param device: cpu: float32, always exact; gpu: bfloat16, INT4 weights packed.
+    :raises UserError: if the device is not here.
+    """
     if threads:
         torch.set_num_threads(threads)
-    return TorchSession(load_float_model(folder))
+    if device == "cpu":
+        return TorchSession(load_float_model(folder))
+    name = present("torch", device).name
+    return TorchSession(load_packed_model(folder, name, torch.bfloat16), name)

@@ -1,0 +1,100 @@
+"""`sqft-export compare` and `sweep`: several runs on one page."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, SMALL, SQFT
+from sqft_export import comparison, pictures
+from sqft_export.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def swept(tiny_cli) -> tuple[subprocess.CompletedProcess, dict]:
+    """Two sparsities; the first is the run of the fixture, whose passes are cached."""
+    runs = tiny_cli.args[-1]
+    done = subprocess.run(
+        [
+            *(SQFT, "sweep", "recipes/tiny.yaml", *SMALL, "benchmark.baselines=[merged]"),
+            *("--over", "sparsify.sparsity=0.5,0.7", "--runs", runs),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done, json.loads((Path(runs) / "tiny" / "sweep" / "comparison.json").read_text())
+
+
+def test_a_sweep_compares_every_value(swept):
+    done, document = swept
+    assert [run["settings"] for run in document["runs"]] == [
+        {"sparsify.sparsity": 0.5},
+        {"sparsify.sparsity": 0.7},
+    ]
+    by_name = {row["name"]: row for row in document["rows"]}
+    low, high = (by_name[f"sparsity {s}: OpenVINO, packed"] for s in (0.5, 0.7))
+    assert high["sparsity"] > 0.69 and high["file_bytes"] < low["file_bytes"]
+    assert "| sparsity 0.7: ONNX Runtime, packed" in done.stdout
+    assert not document["warnings"]
+
+
+def test_the_page_needs_nothing_but_itself(swept, tiny_cli):
+    page = (Path(tiny_cli.args[-1]) / "tiny" / "sweep" / "index.html").read_text()
+    assert page.count("<svg") == 3 and "What differs" in page
+    assert "<script" not in page and "<link" not in page and "src=" not in page
+
+
+def test_the_front_is_what_nothing_beats():
+    points = [(2.0, 80.0), (1.0, 70.0), (3.0, 75.0), (1.0, 60.0), (4.0, 90.0)]
+    assert pictures.pareto(points) == [(1.0, 70.0), (2.0, 80.0), (4.0, 90.0)]
+
+
+def test_runs_that_do_not_compare_are_told(tiny_run, tmp_path):
+    report = tiny_run["report"].path
+    with pytest.raises(UserError, match="found 1 run"):
+        comparison.compare([report], tmp_path / "out")
+    with pytest.raises(UserError, match=r"neither a report nor a run"):
+        comparison.compare([report, tmp_path], tmp_path / "out")
+    other = tmp_path / "other"
+    shutil.copytree(report, other)
+    document = json.loads((other / "report.json").read_text())
+    (other / "report.json").write_text(json.dumps(document | {"measure": "tokens"}))
+    with pytest.raises(UserError, match="runs measure exact match and tokens"):
+        comparison.compare([report, other], tmp_path / "out")
+    (other / "report.json").write_text(json.dumps(document | {"schema": 1}))
+    with pytest.raises(UserError, match=r"schema 1, this program reads \d"):
+        comparison.compare([report, other], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_machine_is_told(tiny_run, tmp_path):
+    report = tiny_run["report"].path
+    other = tmp_path / "other"
+    shutil.copytree(report, other)
+    document = json.loads((other / "report.json").read_text())
+    document["machine"]["processor"] = "another"
+    (other / "report.json").write_text(json.dumps(document))
+    told = comparison.compare([report, other], tmp_path / "out")
+    assert "different machines" in told["warnings"][0]
+    assert [run["name"] for run in told["runs"]] == ["run (1)", "run (2)"]
+
+
+def test_a_bad_value_is_refused_before_the_first_run(tmp_path):
+    for over, message in (
+        ("sparsify.sparsity=0.5,7", "sparsify.sparsity: found 7"),
+        ("sparsify.sparsity", "expected path=value,value"),
+    ):
+        done = subprocess.run(
+            [SQFT, "sweep", "recipes/tiny.yaml", "--over", over, "--runs", str(tmp_path / "runs")],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert not (tmp_path / "runs").exists()
