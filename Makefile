@@ -4,6 +4,19 @@ MODEL ?= tiny
 RECIPE ?= $(MODEL)
 MODEL_PATH ?=
 ARGS ?=
+# The data of a recipe: TASK=gsm8k, math or commonsense, with what the SQFT authors set for it.
+TASK ?=
+TASK_gsm8k = task.name=gsm8k
+TASK_math = task.name=math_10k task.template=alpaca
+TASK_commonsense = task.name=commonsense task.folder=null
+TASK_math_phi3 = task.template=phi3
+TASK_commonsense_phi3 = adapt.learning_rate=1e-4 adapt.epochs=3 'adapt.ranks=[16,12,8]' adapt.alpha=32
+ifneq ($(TASK),)
+ifeq ($(filter gsm8k math commonsense,$(TASK)),)
+$(error TASK: found $(TASK); allowed are gsm8k, math, commonsense)
+endif
+TASK_ARGS = $(TASK_$(TASK)) $(TASK_$(TASK)_$(MODEL))
+endif
 # Training on several processes: LAUNCH="accelerate launch --num_processes 8"
 LAUNCH ?=
 
@@ -24,14 +37,14 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 .PHONY: recipe sweep plan test test-slow lint format clean
 
 recipe: $(INSTALLED)
-	@$(if $(LAUNCH),PATH="$(CURDIR)/$(BIN):$$PATH" $(LAUNCH) -m sqft_export.cli,$(BIN)/sqft-export) run recipes/$(MODEL).yaml $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
+	@$(if $(LAUNCH),PATH="$(CURDIR)/$(BIN):$$PATH" $(LAUNCH) -m sqft_export.cli,$(BIN)/sqft-export) run recipes/$(MODEL).yaml $(TASK_ARGS) $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
 
 # make sweep RECIPE=tiny SPARSITY=0.3,0.5,0.7 BITS=4,8
 sweep: $(INSTALLED)
 	@$(BIN)/sqft-export sweep recipes/$(RECIPE).yaml $(if $(SPARSITY),--over sparsify.sparsity=$(SPARSITY)) $(if $(BITS),--over quantize.bits=$(BITS)) $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
 
 plan: $(INSTALLED)
-	@$(BIN)/sqft-export plan recipes/$(MODEL).yaml $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
+	@$(BIN)/sqft-export plan recipes/$(MODEL).yaml $(TASK_ARGS) $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
 
 test: lint
 	$(BIN)/pytest -m "not slow"

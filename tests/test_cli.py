@@ -1,10 +1,14 @@
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from sqft_export import plan
+from sqft_export.recipe import load
 
 ROOT = Path(__file__).parent.parent
 SQFT = str(Path(sys.executable).parent / "sqft-export")
@@ -25,6 +29,36 @@ def test_help_imports_neither_torch_nor_a_runtime():
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert "run" in sqft("--help").stdout
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "math", "commonsense"])
+@pytest.mark.parametrize("name", ["mistral", "llama3", "llama3.2-1b", "phi3", "qwen2.5"])
+def test_every_recipe_plans_every_task(name, task, tmp_path):
+    """By make, as users type it; no weights and no network are needed."""
+    done = subprocess.run(
+        ["make", "--dry-run", "plan", f"MODEL={name}", f"TASK={task}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    settings = shlex.split(done.stdout.splitlines()[-1])[3:]
+    recipe = load(ROOT / "recipes" / f"{name}.yaml", tuple(settings))
+    assert recipe.name == name
+    assert recipe.task.name == {"math": "math_10k"}.get(task, task)
+    if task == "gsm8k":  # its data is in this repository
+        plan.check(recipe, None)
+
+
+def test_an_unknown_task_is_told():
+    done = subprocess.run(
+        ["make", "--dry-run", "plan", "MODEL=phi3", "TASK=maths"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode and "allowed are gsm8k, math, commonsense" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["tiny", "mistral"])

@@ -56,7 +56,7 @@ def test_broken_yaml_names_the_line(tmp_path):
 
 
 def test_a_missing_recipe_names_those_there_are():
-    with pytest.raises(UserError, match=r"recipes there: mistral, stories, tiny"):
+    with pytest.raises(UserError, match=r"recipes there: .*mistral, .*stories, tiny"):
         load(ROOT / "recipes" / "nope.yaml")
 
 

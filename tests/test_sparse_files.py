@@ -137,6 +137,25 @@ def test_openvino_genai_speaks_from_a_packed_folder(tiny_run, tmp_path):
     assert said[0] == said[1]
 
 
+def test_onnxruntime_genai_speaks_from_a_packed_folder(tiny_run, tmp_path):
+    import onnxruntime_genai as og
+
+    folder = tiny_run["export-onnx"].path / "model"
+    pack(folder, tmp_path / "packed")
+
+    def said(model):
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=24, do_sample=False)
+        generator = og.Generator(model, parameters)
+        generator.append_tokens(np.arange(5, 15, dtype=np.int32))
+        for _ in range(8):
+            generator.generate_next_token()
+        return generator.get_sequence(0).tolist()
+
+    dense, packed = (sqft_export.load_onnx_genai(f) for f in (folder, tmp_path / "packed"))
+    assert said(dense) == said(packed)
+
+
 @pytest.mark.parametrize("kind", ["asymmetric", "float16", "standard"])
 def test_other_weights_come_back_too(tmp_path, kind):
     """Zero points by group, sparse floats, and a graph of another maker."""
