@@ -58,6 +58,7 @@ def test_the_report_shows_every_row_with_every_number(tiny_run):
         assert 0 <= row["accuracy"] <= 1
         assert row["perplexity"] > 1
         assert row["file_bytes"] > 1e5
+        assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
         assert row["peak_memory_bytes"] > 1e7
         assert row["ttft"]["median_ms"] > 0
         assert row["tpot"]["p10_ms"] <= row["tpot"]["median_ms"] <= row["tpot"]["p90_ms"]
@@ -65,7 +66,7 @@ def test_the_report_shows_every_row_with_every_number(tiny_run):
     assert packed["file_bytes"] < onnx["file_bytes"] and packed["accuracy"] == onnx["accuracy"]
     assert tuned["perplexity"] == merged["perplexity"]
     page = (folder / "index.html").read_text()
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 6
     assert not re.findall(r'(?:src|href)="https?:', page)
     assert (folder / "report.md").read_text().count("\n") == 12
 
