@@ -90,20 +90,26 @@ def pareto(points: list["Point"]) -> list["Point"]:
     return front
 
 
+def _plane(axes: Any, rows: list[dict], measure: str, cost: str, room: float) -> list["Point"]:
+    """Axes of cost and accuracy with the line of what nothing beats; the rows as points."""
+    label, cost_of = COSTS[cost]
+    points = [(cost_of(row), 100 * row["accuracy"]) for row in rows]
+    front = zip(*pareto(points), strict=True)
+    axes.step(*front, where="post", color="#888888", lw=1, zorder=2)
+    axes.set_xlabel(label)
+    axes.set_ylabel(f"{measure}, %")
+    axes.margins(y=0.2)
+    axes.set_xlim(0, room * max(x for x, _ in points))
+    return points
+
+
 def accuracy_against(rows: list[dict], measure: str, cost: str) -> str:
     """Accuracy against ``file_bytes`` or ``tpot``; the line joins what nothing else beats."""
-    label, cost_of = COSTS[cost]
 
     def draw(axes: Any) -> None:
-        points = [(cost_of(row), 100 * row["accuracy"]) for row in rows]
-        front = pareto(points)
-        axes.step(*zip(*front, strict=True), where="post", color="#888888", lw=1, zorder=2)
+        points = _plane(axes, rows, measure, cost, 1.3)
         for (x, y), row in zip(points, rows, strict=True):
             axes.scatter(x, y, color=COLOURS[row["runtime"]], s=45, zorder=3)
-        axes.set_xlabel(label)
-        axes.set_ylabel(f"{measure}, %")
-        axes.margins(x=0.05, y=0.2)
-        axes.set_xlim(0, 1.3 * max(x for x, _ in points))
         for (x, y), names in _clusters(axes, points, [row["name"] for row in rows]):
             text = "\n".join(names)
             axes.annotate(
@@ -118,12 +124,9 @@ MARKERS = {"torch": "o", "openvino": "s", "onnx": "^"}
 
 def runs_against(rows: list[dict], measure: str, cost: str) -> str:
     """As :func:`accuracy_against` for rows with a ``run``: a colour a run, a shape a runtime."""
-    label, cost_of = COSTS[cost]
 
     def draw(axes: Any) -> None:
-        points = [(cost_of(row), 100 * row["accuracy"]) for row in rows]
-        front = pareto(points)
-        axes.step(*zip(*front, strict=True), where="post", color="#888888", lw=1, zorder=2)
+        points = _plane(axes, rows, measure, cost, 1.1)
         colours = {run: f"C{i}" for i, run in enumerate(dict.fromkeys(r["run"] for r in rows))}
         for (x, y), row in zip(points, rows, strict=True):
             axes.scatter(x, y, color=colours[row["run"]], marker=MARKERS[row["runtime"]], s=45)
@@ -131,10 +134,6 @@ def runs_against(rows: list[dict], measure: str, cost: str) -> str:
             axes.scatter([], [], color=colour, marker="D", label=run)
         for runtime, marker in MARKERS.items():
             axes.scatter([], [], color="#888888", marker=marker, label=runtime)
-        axes.set_xlabel(label)
-        axes.set_ylabel(f"{measure}, %")
-        axes.margins(y=0.2)
-        axes.set_xlim(0, 1.1 * max(x for x, _ in points))
         axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 
     return _svg(draw, height=4.2)
