@@ -36,7 +36,7 @@ def test_help_imports_neither_torch_nor_a_runtime():
 def test_every_recipe_plans_every_task(name, task, tmp_path):
     """By make, as users type it; no weights and no network are needed."""
     done = subprocess.run(
-        ["make", "--dry-run", "plan", f"MODEL={name}", f"TASK={task}"],
+        ["make", "--no-print-directory", "--dry-run", "plan", f"MODEL={name}", f"TASK={task}"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -52,7 +52,7 @@ def test_every_recipe_plans_every_task(name, task, tmp_path):
 
 def test_an_unknown_task_is_told():
     done = subprocess.run(
-        ["make", "--dry-run", "plan", "MODEL=phi3", "TASK=maths"],
+        ["make", "--no-print-directory", "--dry-run", "plan", "MODEL=phi3", "TASK=maths"],
         cwd=ROOT,
         capture_output=True,
         text=True,
