@@ -13,13 +13,14 @@ from sqft_export.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def swept(tiny_cli) -> tuple[subprocess.CompletedProcess, dict]:
+def swept(tiny_cli, tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
     """Two sparsities; the first is the run of the fixture, whose passes are cached."""
-    runs = tiny_cli.args[-1]
+    runs = tmp_path_factory.mktemp("sweep") / "runs"
+    shutil.copytree(tiny_cli.args[-1], runs)  # other tests count what is in theirs
     done = subprocess.run(
         [
             *(SQFT, "sweep", "recipes/tiny.yaml", *SMALL, "benchmark.baselines=[merged]"),
-            *("--over", "sparsify.sparsity=0.5,0.7", "--runs", runs),
+            *("--over", "sparsify.sparsity=0.5,0.7", "--runs", str(runs)),
         ],
         cwd=ROOT,
         capture_output=True,
@@ -27,11 +28,12 @@ def swept(tiny_cli) -> tuple[subprocess.CompletedProcess, dict]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return done, json.loads((Path(runs) / "tiny" / "sweep" / "comparison.json").read_text())
+    return done, runs / "tiny" / "sweep"
 
 
 def test_a_sweep_compares_every_value(swept):
-    done, document = swept
+    done, folder = swept
+    document = json.loads((folder / "comparison.json").read_text())
     assert [run["settings"] for run in document["runs"]] == [
         {"sparsify.sparsity": 0.5},
         {"sparsify.sparsity": 0.7},
@@ -43,8 +45,8 @@ def test_a_sweep_compares_every_value(swept):
     assert not document["warnings"]
 
 
-def test_the_page_needs_nothing_but_itself(swept, tiny_cli):
-    page = (Path(tiny_cli.args[-1]) / "tiny" / "sweep" / "index.html").read_text()
+def test_the_page_needs_nothing_but_itself(swept):
+    page = (swept[1] / "index.html").read_text()
     assert page.count("<svg") == 3 and "What differs" in page
     assert "<script" not in page and "<link" not in page and "src=" not in page
 
