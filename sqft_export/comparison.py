@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from sqft_export import pictures
+from sqft_export.artifact import MANIFEST
 from sqft_export.errors import UserError
 from sqft_export.pages import markdown, render
+from sqft_export.stages.benchmark import MADE
 from sqft_export.stages.report import SCHEMA, cells
 
 REPORT = "report.json"
-# Rows of what was made; how it was made is in each run's own report.
-MADE = ("merged", "OpenVINO", "ONNX Runtime")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def report_of(folder: Path) -> Path:
     """
     if (folder / REPORT).is_file():
         return folder / REPORT
-    found = [f for f in folder.glob(f"report-*/{REPORT}") if (f.parent / "manifest.json").is_file()]
+    found = [f for f in folder.glob(f"report-*/{REPORT}") if (f.parent / MANIFEST).is_file()]
     if not found:
         raise UserError(f"{folder}: neither a report nor a run with one; expected {REPORT} in it")
     return max(found, key=lambda file: file.stat().st_mtime)
@@ -94,7 +94,7 @@ def document_of(runs: list[Run]) -> dict[str, Any]:
         row | {"name": f"{name}: {row['name']}", "run": name}
         for name, run in zip(names, runs, strict=True)
         for row in run.document["rows"]
-        if row["name"].startswith(MADE)
+        if row["name"].startswith(MADE)  # how they were made is in each run's own report
     ]
     machines: list[dict[str, Any]] = []
     for run in runs:

@@ -81,6 +81,16 @@ def names_of(folders: list[Path]) -> list[str]:
     return ["/".join(p) for p in parts]
 
 
+def _job(folder: Path, settings: Settings) -> dict[str, Any]:
+    """What every worker is told of a folder."""
+    return {
+        "kind": kind_of(folder),
+        "folder": str(folder),
+        "threads": settings.threads,
+        "device": settings.device,
+    }
+
+
 def latencies(
     folders: dict[str, Path], settings: Settings, vocabulary: dict[str, int]
 ) -> dict[str, list[dict[str, Any]]]:
@@ -89,10 +99,8 @@ def latencies(
     for number in range(settings.rounds):
         order = list(folders.items())
         for name, folder in order if number % 2 == 0 else order[::-1]:
-            job: dict[str, Any] = {"kind": kind_of(folder), "folder": str(folder)}
-            job |= {"threads": settings.threads, "vocabulary": vocabulary[name]}
-            job |= {"device": settings.device}
-            found[name].append(_run(job | {"profile": asdict(settings)}))
+            asked = {"vocabulary": vocabulary[name], "profile": asdict(settings)}
+            found[name].append(_run(_job(folder, settings) | asked))
     return found
 
 
@@ -251,66 +259,74 @@ def write(document: dict[str, Any], out: Path) -> None:
 AGREEMENT_TOKENS = 512  # a distribution over 128k tokens is half a megabyte
 
 
-def agreements(
-    folders: dict[str, Path], questions: Questions, settings: Settings
-) -> list[dict[str, Any]]:
-    """Every folder's next-token distributions beside the first one's, on the same tokens.
-
-    Two vocabularies may differ in what fills them up; the tokens of both are compared.
-    """
-    ids, left = [], AGREEMENT_TOKENS
-    for item in questions.items:
+def _agreement_tokens(items: list[Any]) -> list[list[int]]:
+    """The items as sequences of tokens, cut where there are enough."""
+    sequences, left = [], AGREEMENT_TOKENS
+    for item in items:
         sequence = (item.prompt + item.target)[:left]
         left -= len(sequence)
         if sequence:
-            ids.append(sequence)
-    rows: list[dict[str, Any]] = []
-    first: np.ndarray | None = None
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, folder in folders.items():
-            file = Path(scratch) / "distributions.npy"
-            job = {"kind": kind_of(folder), "folder": str(folder), "threads": settings.threads}
-            asked = {"file": str(file), "ids": ids}
-            _run(job | {"device": settings.device, "distributions": asked})
-            found = np.load(file)
-            if first is None:
-                first = found
-                continue
-            common = min(first.shape[1], found.shape[1])
-            one, other = first[:, :common].astype(np.float64), found[:, :common]
-            same = int((one.argmax(axis=1) == other.argmax(axis=1)).sum())
-            low, high = wilson(same, len(one))
-            divergence = float((np.exp(one) * (one - other)).sum(axis=1).mean())
-            row = {"folder": name, "tokens": len(one), "agreement": same / len(one)}
-            rows.append(row | {"low": low, "high": high, "kl_nats": divergence})
-    return rows
+            sequences.append(sequence)
+    return sequences
 
 
-def accuracies(
+def agreement(first: np.ndarray, found: np.ndarray) -> dict[str, Any]:
+    """Next-token distributions (logarithms, ``[tokens, vocab]``) beside those of the first folder.
+
+    Two vocabularies may differ in what fills them up; the tokens of both are compared.
+    """
+    common = min(first.shape[1], found.shape[1])
+    one, other = first[:, :common].astype(np.float64), found[:, :common]
+    same = int((one.argmax(axis=1) == other.argmax(axis=1)).sum())
+    low, high = wilson(same, len(one))
+    return {
+        "tokens": len(one),
+        "agreement": same / len(one),
+        "low": low,
+        "high": high,
+        "kl_nats": float((np.exp(one) * (one - other)).sum(axis=1).mean()),
+    }
+
+
+def answers(
     folders: dict[str, Path], questions: Questions, settings: Settings
-) -> list[dict[str, Any]]:
-    """Accuracy of every folder with its interval, compared in pairs with the first one's."""
+) -> dict[str, list[dict[str, Any]]]:
+    """``accuracy`` of every folder with its interval, and ``agreement`` with the first one.
+
+    A folder is loaded once for both.
+    """
     from sqft_export import tasks
 
     rows: list[dict[str, Any]] = []
-    first: list[bool] = []
-    for name, folder in folders.items():
-        job = {"kind": kind_of(folder), "folder": str(folder), "threads": settings.threads}
-        result = _run(job | {"device": settings.device, "questions": questions.asked})
-        judged = tasks.judge(questions.recipe, questions.items, result, questions.tokenizer)
-        right = [entry.right for entry in judged]
-        row: dict[str, Any] = {"folder": name, "perplexity": result["perplexity"]}
-        row["accuracy"] = tasks.accuracy_of(judged, result)
-        if right:
-            low, high = wilson(sum(right), len(right))
-            first = first or right
-            row |= {"low": low, "high": high, "p_same_as_first": mcnemar(right, first)}
-        row["items"] = [
-            {"set": e.item.source, "said": e.said, "expected": e.item.text, "right": e.right}
-            for e in judged
-        ]
-        rows.append(row)
-    return rows
+    agreements: list[dict[str, Any]] = []
+    first_right: list[bool] = []
+    first_distributions: np.ndarray | None = None
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "distributions.npy"
+        tokens = {"file": str(file), "ids": _agreement_tokens(questions.items)}
+        for name, folder in folders.items():
+            asked = {"questions": questions.asked, "distributions": tokens}
+            result = _run(_job(folder, settings) | asked)
+            judged = tasks.judge(questions.recipe, questions.items, result, questions.tokenizer)
+            right = [entry.right for entry in judged]
+            row: dict[str, Any] = {"folder": name, "perplexity": result["perplexity"]}
+            row["accuracy"] = tasks.accuracy_of(judged, result)
+            if right:
+                low, high = wilson(sum(right), len(right))
+                first_right = first_right or right
+                row |= {"low": low, "high": high, "p_same_as_first": mcnemar(right, first_right)}
+            row["items"] = [
+                {"set": e.item.source, "said": e.said, "expected": e.item.text, "right": e.right}
+                for e in judged
+            ]
+            rows.append(row)
+            distributions = np.load(file)
+            if first_distributions is None:
+                first_distributions = distributions
+            else:
+                found = agreement(first_distributions, distributions)
+                agreements.append({"folder": name} | found)
+    return {"accuracy": rows, "agreement": agreements}
 
 
 def benchmark(
@@ -343,8 +359,7 @@ def benchmark(
         "ratios": ratios(found),
     }
     if questions is not None:
-        document["accuracy"] = accuracies(named, questions, settings)
-        document["agreement"] = agreements(named, questions, settings)
+        document |= answers(named, questions, settings)
     return document
 
 

@@ -1,6 +1,7 @@
 """What a number was measured on."""
 
 import ctypes
+import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -35,6 +36,14 @@ def energy_joules() -> float | None:
         return sum(int(counter.read_text()) for counter in counters) / 1e6 if counters else None
     except PermissionError:  # root alone may read it
         return None
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be imported; only its parents are."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def release_memory() -> None:

@@ -1,6 +1,5 @@
 """What a recipe will do, checked and predicted from headers alone; nothing is loaded."""
 
-import importlib.util
 import shutil
 from dataclasses import dataclass
 from math import prod
@@ -10,6 +9,7 @@ from sqft_export import sources, tasks
 from sqft_export.checkpoint import decoder_linears
 from sqft_export.errors import UserError
 from sqft_export.families import family_of
+from sqft_export.machine import installed
 from sqft_export.numerics.groups import fallback_group_size
 from sqft_export.recipe import Amount, Recipe
 from sqft_export.selection import matches
@@ -236,7 +236,7 @@ def _missing_faults(recipe: Recipe) -> list[str]:
     if recipe.quantize.method == "nncf":
         wanted.append(("quantize.method", "nncf", "openvino"))
     for field, name, extra in wanted:
-        missing = [module for module in NEEDS[name] if not _installed(module)]
+        missing = [module for module in NEEDS[name] if not installed(module)]
         if missing:
             faults.append(
                 f"{field}: {name} needs {', '.join(missing)}, not installed here; "
@@ -273,13 +273,6 @@ def _device_faults(recipe: Recipe) -> list[str]:
                 f"({reasons or 'no runtime of export.targets knows it'}); auto takes what is here"
             )
     return faults
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def check_disk(recipe: Recipe, layout: Layout, root: Path) -> None:

@@ -42,8 +42,8 @@ def memory_now() -> int:
 
 def open_job(job: dict[str, Any]) -> Session:
     if job["kind"] != "adapted":
-        device = job.get("device", "cpu")
-        return target(job["kind"]).open_session(Path(job["folder"]), False, job["threads"], device)
+        folder, threads = Path(job["folder"]), job["threads"]
+        return target(job["kind"]).open_session(folder, False, threads, job["device"])
     import torch
 
     from sqft_export.adapters import Base, load_adapted

@@ -189,11 +189,7 @@ class Writer:
     def finish(self, file: str, size: int, sha256: str) -> Header:
         self.stream.close()
         header = Header(
-            version=VERSION,
-            file=file,
-            size=size,
-            sha256=sha256,
-            regions=tuple(self.regions),
+            version=VERSION, file=file, size=size, sha256=sha256, regions=tuple(self.regions)
         )
         text = json.dumps(header.model_dump(exclude_none=True), separators=(",", ":")).encode()
         temporary = self.file.with_name(self.file.name + ".partial")

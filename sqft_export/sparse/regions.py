@@ -105,21 +105,15 @@ def _region(name: str, data: dict[str, Any], zeros: dict[str, Any] | None) -> Re
     return Region(name, data["at"], data["size"], data["bits"], data["elements"], fill, group)
 
 
-def _stored(model: Any, file: str) -> dict[str, tuple[Any, int, int]]:
-    """Initializer -> tensor, offset and bytes in the weight file."""
+def _of_onnx(graph: Path, file: str) -> Iterator[Region]:
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False)
     stored = {}
     for tensor in model.graph.initializer:
         where = {entry.key: entry.value for entry in tensor.external_data}
         if where.get("location") == file:
             stored[tensor.name] = (tensor, int(where.get("offset", 0)), int(where["length"]))
-    return stored
-
-
-def _of_onnx(graph: Path, file: str) -> Iterator[Region]:
-    import onnx
-
-    model = onnx.load(graph, load_external_data=False)
-    stored = _stored(model, file)
     named = set()
     for node in model.graph.node:
         if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):

@@ -1,12 +1,12 @@
 """Which runtimes reach which devices of this machine, and why the others do not."""
 
 import importlib.metadata
-import importlib.util
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sqft_export.errors import UserError
+from sqft_export.machine import installed
 
 DEVICES = ("cpu", "gpu", "npu")
 OPENVINO_NEEDS = {
@@ -39,15 +39,15 @@ class Place:
 
 def places() -> list[Place]:
     """Every runtime with every device it knows."""
-    return [*_openvino(), *_onnx(), *_torch()]
+    return [place for probe in PROBES.values() for place in probe()]
 
 
 def present(runtime: str, device: str) -> Place:
-    """The place a model is to run.
+    """The place a model is to run; no other runtime is loaded to find it.
 
     :raises UserError: if it is not on this machine, with the reason.
     """
-    found = [p for p in places() if (p.runtime, p.device) == (runtime, device)]
+    found = [place for place in PROBES[runtime]() if place.device == device]
     for place in found:
         if place.missing is None:
             return place
@@ -55,19 +55,15 @@ def present(runtime: str, device: str) -> Place:
     raise UserError(f"device: found {device}, which {runtime} does not reach here ({reasons})")
 
 
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
 def _openvino() -> Iterator[Place]:
     here: list[str] = []
-    if _installed("openvino"):
+    if installed("openvino"):
         import openvino as ov
 
         here = [name.partition(".")[0] for name in ov.Core().available_devices]
     for device in DEVICES:
         missing = None
-        if not _installed("openvino"):
+        if not installed("openvino"):
             missing = "openvino is not installed"
         elif device.upper() not in here:
             missing = f"OpenVINO sees {', '.join(here)}; this needs {OPENVINO_NEEDS[device]}"
@@ -76,14 +72,14 @@ def _openvino() -> Iterator[Place]:
 
 def _onnx() -> Iterator[Place]:
     here: list[str] = []
-    if _installed("onnxruntime"):
+    if installed("onnxruntime"):
         import onnxruntime as ort
 
         here = ort.get_available_providers()
     for device, names in PROVIDERS.items():
         for name in names:
             missing = None
-            if not _installed("onnxruntime"):
+            if not installed("onnxruntime"):
                 missing = "onnxruntime is not installed"
             elif name not in here:
                 missing = f"not in this build of ONNX Runtime; it is in {PROVIDER_NEEDS[name]}"
@@ -93,7 +89,7 @@ def _onnx() -> Iterator[Place]:
 
 
 def _torch() -> Iterator[Place]:
-    if not _installed("torch"):
+    if not installed("torch"):
         for device, name in (("cpu", "cpu"), ("gpu", "cuda")):
             yield Place("torch", device, name, "torch is not installed")
         return
@@ -108,3 +104,6 @@ def _torch() -> Iterator[Place]:
         if not torch.cuda.is_available():
             missing = f"torch {version} sees no CUDA device"
     yield Place("torch", "gpu", "cuda", missing)
+
+
+PROBES = {"openvino": _openvino, "onnx": _onnx, "torch": _torch}

@@ -164,7 +164,7 @@ def compressed_kernels(folder: Path) -> set[str]:
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", DATA
         )
-        ort.InferenceSession(str(folder / MODEL), options, providers=["CPUExecutionProvider"])
+        ort.InferenceSession(str(folder / MODEL), options, providers=[CPU_PROVIDER])
         graph = onnx.load(optimized, load_external_data=False).graph
     found = set()
     for node in graph.node:
