@@ -11,11 +11,10 @@ that file: ``raw`` bytes, and ``sparse`` tensors as mask and kept codes. Every p
 a file that is cut, flipped or inconsistent is refused before a byte of it is used.
 """
 
-import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,7 +25,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field
 
 from sqft_export.errors import UserError
-from sqft_export.sparse.inflate import Bytes, deflate, inflate
+from sqft_export.sparse.inflate import Bytes, DenseFile, Memory, deflate, inflate
 
 MAGIC = b"SQFTPACK"
 VERSION = 1
@@ -311,51 +310,52 @@ class PackedFile:
         :raises UserError: naming the tensor that is damaged.
         """
         out = np.empty(self.header.size, np.uint8) if out is None else out
-        for _ in self._regions(out, threads):
-            pass
+        self._write(Memory(out), threads)
         return out
 
     def inflate_file(self, file: Path, threads: int | None = None) -> None:
-        """The dense file itself; what is done with is not kept in memory.
+        """The dense file itself; a chunk a thread is in memory.
 
         :raises UserError: naming the tensor that is damaged.
         """
-        with file.open("w+b") as stream:
+        with file.open("w+b", buffering=0) as stream:
             stream.truncate(self.header.size)
-            dense = mmap.mmap(stream.fileno(), self.header.size)
-            for region in self._regions(np.frombuffer(dense, np.uint8), threads):
-                _let_go(dense, region.at, region.size)
+            self._write(DenseFile(stream), threads)
 
-    def _regions(self, out: Bytes, threads: int | None) -> Iterator[Raw | Sparse]:
-        """Write region by region; yields each when it is whole."""
+    def _write(self, out: Memory | DenseFile, threads: int | None) -> None:
         with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
             raw = [r for r in self.header.regions if isinstance(r, Raw)]
             # Zero points are in raw regions, which therefore come first.
-            yield from pool.map(lambda region: self._copy(region, out), raw)
+            for _ in pool.map(lambda region: self._copy(region, out), raw):
+                pass
             for region in self.header.regions:
                 if isinstance(region, Sparse):
                     self._inflate(region, out, pool)
-                    yield region
 
-    def _copy(self, region: Raw, out: Bytes) -> Raw:
-        out[region.at : region.at + region.size] = self._bytes(region.data, f"byte {region.at}")
+    def _copy(self, region: Raw, out: Memory | DenseFile) -> None:
+        out.write(region.at, self._bytes(region.data, f"byte {region.at}"))
         self._forget(region.data)
-        return region
 
-    def _inflate(self, region: Sparse, out: Bytes, pool: Executor) -> None:
+    def _inflate(self, region: Sparse, out: Memory | DenseFile, pool: Executor) -> None:
         mask = self._bytes(region.mask, region.name, pool)
         kept = self._bytes(region.kept, region.name, pool)
-        place = out[region.at : region.at + region.size]
-        fill = fills_of(region.fill, out)
+        fill = fills_of(region.fill, out.read)
         try:
-            inflate(region.bits, region.elements, mask, kept, fill, region.group, place, pool)
+            inflate(
+                region.bits, region.elements, mask, kept, fill, region.group, out, region.at, pool
+            )
         except ValueError as error:
             raise self._damaged(f"{region.name}: {error}") from error
         self._forget(region.mask)
         self._forget(region.kept)
 
     def _forget(self, piece: Piece) -> None:
-        _let_go(self._map, len(self.content) - len(self.payload) + piece.at, piece.size)
+        """Take a piece's pages out of this process; the system may keep them cached."""
+        start = len(self.content) - len(self.payload) + piece.at
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (start + piece.size) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, first, length)
 
     def _bytes(self, piece: Piece, name: str, pool: Executor | None = None) -> Bytes:
         stored = self.payload[piece.at : piece.at + piece.size]
@@ -388,24 +388,15 @@ class PackedFile:
         out[:] = np.frombuffer(data, np.uint8)
 
 
-def _let_go(mapped: mmap.mmap, at: int, size: int) -> None:
-    """Take whole pages of a mapped file out of this process; the system may keep them cached."""
-    first = -(-at // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (at + size) // mmap.PAGESIZE * mmap.PAGESIZE - first
-    if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED, first, length)
+def fills_of(fill: int | ZeroPoints, dense: Callable[[int, int], Bytes]) -> np.ndarray:
+    """uint32: the fill, or that of every group.
 
-
-def fills_of(fill: int | ZeroPoints, dense: Bytes) -> np.ndarray:
-    """uint32: the fill, or that of every group, read from the dense bytes."""
+    :param dense: offset and size -> the dense file's bytes there.
+    """
     if isinstance(fill, int):
         return np.array([fill], np.uint32)
-    stored = dense[fill.at : fill.at + fill.rows * fill.row_bytes]
+    stored = dense(fill.at, fill.rows * fill.row_bytes)
     rows = stored.reshape(fill.rows, fill.row_bytes)
     if fill.bits == 4:
         rows = np.stack([rows & 15, rows >> 4], axis=-1).reshape(fill.rows, -1)
     return np.ascontiguousarray(rows[:, : fill.per_row]).reshape(-1).astype(np.uint32)
-
-
-def sha256(data: Bytes) -> str:
-    return hashlib.sha256(data.data).hexdigest()

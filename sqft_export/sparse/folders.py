@@ -11,7 +11,8 @@ import numpy as np
 
 from sqft_export.artifact import sha256_of
 from sqft_export.errors import UserError
-from sqft_export.sparse.container import PackedFile, Writer, fills_of, sha256
+from sqft_export.sparse.container import PackedFile, Writer, fills_of
+from sqft_export.sparse.inflate import Memory
 from sqft_export.sparse.regions import regions_of
 
 SUFFIX = ".sqft"
@@ -68,7 +69,7 @@ def pack(folder: Path, out: Path, entropy: bool = False) -> dict[str, Any]:
             region.bits,
             region.elements,
             region.fill,
-            fills_of(region.fill, dense),
+            fills_of(region.fill, Memory(dense).read),
             region.group,
         )
         sparse += sum(r.kind == "sparse" for r in writer.regions[before:])
@@ -88,16 +89,20 @@ def unpack(folder: Path, out: Path) -> dict[str, Any]:
     if packed is None:
         raise UserError(f"{folder}: has no packed weights (*{SUFFIX})")
     with PackedFile(packed) as opened:
-        header, dense = opened.header, opened.inflate()
-    if header.file != packed.name.removesuffix(SUFFIX):
-        raise UserError(f"{packed}: holds {header.file}; it was renamed or belongs elsewhere")
-    if sha256(dense) != header.sha256:
-        raise UserError(f"{packed}: what it holds is not the file that was packed")
-    partial = _fresh(out)
-    shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=lambda *_: {packed.name})
-    dense.tofile(partial / header.file)
+        header = opened.header
+        if header.file != packed.name.removesuffix(SUFFIX):
+            raise UserError(f"{packed}: holds {header.file}; it was renamed or belongs elsewhere")
+        partial = _fresh(out)
+        shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=lambda *_: {packed.name})
+        try:
+            opened.inflate_file(partial / header.file)
+            if sha256_of(partial / header.file) != header.sha256:
+                raise UserError(f"{packed}: what it holds is not the file that was packed")
+        except UserError:
+            shutil.rmtree(partial)
+            raise
     partial.rename(out)
-    return {"dense_bytes": len(dense), "packed_bytes": packed.stat().st_size}
+    return {"dense_bytes": header.size, "packed_bytes": packed.stat().st_size}
 
 
 def _fresh(out: Path) -> Path:

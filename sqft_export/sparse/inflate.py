@@ -6,8 +6,11 @@ threads work on different chunks. Where no compiler was there, numpy does the sa
 
 import ctypes
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,56 @@ import numpy as np
 CHUNK = 2**20  # elements inflated by one call; kept codes of a chunk start on a byte
 
 Bytes = np.ndarray  # uint8 [n]
+
+
+class Memory:
+    """Dense bytes in an array of uint8."""
+
+    def __init__(self, array: Bytes):
+        self.array = array
+
+    @contextmanager
+    def part(self, at: int, size: int) -> Iterator[Bytes]:
+        """Where to write ``size`` bytes that belong at ``at``."""
+        yield self.read(at, size)
+
+    def write(self, at: int, data: Bytes) -> None:
+        self.array[at : at + len(data)] = data
+
+    def read(self, at: int, size: int) -> Bytes:
+        return self.array[at : at + size]
+
+
+class DenseFile:
+    """Dense bytes in an unbuffered file, written from one buffer a thread.
+
+    A map of the file would cost a page fault every 4 KiB, more than all the decoding does. The
+    system writes to a file one call at a time, so that the lock costs nothing.
+    """
+
+    def __init__(self, stream: RawIOBase):
+        self.stream = stream
+        self.lock = threading.Lock()
+        self.buffers = threading.local()
+
+    @contextmanager
+    def part(self, at: int, size: int) -> Iterator[Bytes]:
+        buffer = getattr(self.buffers, "buffer", np.empty(0, np.uint8))
+        if len(buffer) < size:
+            buffer = self.buffers.buffer = np.empty(size, np.uint8)
+        yield buffer[:size]
+        self.write(at, buffer[:size])
+
+    def write(self, at: int, data: Bytes) -> None:
+        with self.lock:
+            self.stream.seek(at)
+            while len(data):
+                data = data[self.stream.write(data.data) :]
+
+    def read(self, at: int, size: int) -> Bytes:
+        with self.lock:
+            self.stream.seek(at)
+            return np.frombuffer(self.stream.read(size), np.uint8)
 
 
 @functools.cache
@@ -31,11 +84,13 @@ def native() -> Any:
 
 def kept_bytes(mask: Bytes, elements: int, bits: int) -> list[int]:
     """Bytes of the kept codes of every chunk, from the mask alone."""
-    step = CHUNK // 8
-    counts = [
-        int(np.bitwise_count(mask[start : start + step]).sum(dtype=np.int64))
-        for start in range(0, len(mask), step)
-    ]
+    counts = []
+    for start in range(0, len(mask), CHUNK // 8):
+        part = mask[start : start + CHUNK // 8]
+        words = part[: len(part) // 8 * 8].view(np.uint64)  # an eighth of the work
+        rest = part[len(words) * 8 :]
+        counts.append(int(np.bitwise_count(words).sum(dtype=np.int64)))
+        counts[-1] += int(np.bitwise_count(rest).sum(dtype=np.int64))
     return [-(-count * bits // 8) for count in counts]
 
 
@@ -73,25 +128,27 @@ def _chunk(
     kept: Bytes,
     fill: np.ndarray,
     group: int,
-    out: Bytes,
+    out: Memory | DenseFile,
+    at: int,
     library: Any,
 ) -> None:
-    if library is None:
-        out[:] = _inflate_numpy(bits, mask, first, count, kept, fill, group)
-        return
-    taken = library.sqft_inflate(
-        ctypes.c_int(bits),
-        _pointer(mask),
-        ctypes.c_int64(first),
-        ctypes.c_int64(count),
-        _pointer(kept),
-        ctypes.c_int64(len(kept)),
-        _pointer(fill),
-        ctypes.c_int64(group),
-        _pointer(out),
-        ctypes.c_int(library.sqft_has_words()),
-    )
-    assert taken >= 0  # sizes were checked against the mask
+    with out.part(at + first * bits // 8, -(-count * bits // 8)) as place:
+        if library is None:
+            place[:] = _inflate_numpy(bits, mask, first, count, kept, fill, group)
+            return
+        taken = library.sqft_inflate(
+            ctypes.c_int(bits),
+            _pointer(mask),
+            ctypes.c_int64(first),
+            ctypes.c_int64(count),
+            _pointer(kept),
+            ctypes.c_int64(len(kept)),
+            _pointer(fill),
+            ctypes.c_int64(group),
+            _pointer(place),
+            ctypes.c_int(library.sqft_has_words()),
+        )
+        assert taken >= 0  # sizes were checked against the mask
 
 
 def inflate(
@@ -101,11 +158,12 @@ def inflate(
     kept: Bytes,
     fill: np.ndarray,
     group: int,
-    out: Bytes,
+    out: Memory | DenseFile,
+    at: int,
     pool: Executor,
     library: Any | Callable[[], Any] = native,
 ) -> None:
-    """Write a tensor's dense bytes to ``out``.
+    """Write a tensor's dense bytes to ``out``, from byte ``at`` on.
 
     :param bits: of an element: 4, 8, 16 or 32.
     :param mask: ``ceil(elements / 8)`` bytes, lowest bit first; bits past the end are zero.
@@ -115,8 +173,8 @@ def inflate(
     :raises ValueError: if the sizes do not fit each other.
     """
     sizes = kept_bytes(mask, elements, bits)
-    if len(mask) != -(-elements // 8) or len(out) != -(-elements * bits // 8):
-        raise ValueError("mask or dense size does not fit the number of elements")
+    if len(mask) != -(-elements // 8):
+        raise ValueError("mask does not fit the number of elements")
     if elements % 8 and mask[-1] >> (elements % 8):
         raise ValueError("mask has bits past its end")
     if sum(sizes) != len(kept):
@@ -128,10 +186,9 @@ def inflate(
     tasks = []
     for index, first in enumerate(range(0, elements, CHUNK)):
         count = min(CHUNK, elements - first)
-        place = slice(first * bits // 8, -(-(first + count) * bits // 8))
         codes = kept[starts[index] : starts[index + 1]]
         tasks.append(
-            pool.submit(_chunk, bits, mask, first, count, codes, fill, group, out[place], library)
+            pool.submit(_chunk, bits, mask, first, count, codes, fill, group, out, at, library)
         )
     for task in tasks:
         task.result()
