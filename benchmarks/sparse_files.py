@@ -13,6 +13,7 @@ the same round; memory is the process's peak, the runtime included.
 
 import argparse
 import json
+import os
 import tempfile
 import time
 import zlib
@@ -109,6 +110,7 @@ def loads(shape: dict[str, int], blocks: int, rounds: int, threads: int) -> dict
                 runs: dict[str, list[Any]] = {way: [] for way in WAYS}
                 for number in range(rounds + 1):
                     for way in WAYS if number % 2 else WAYS[::-1]:
+                        os.sync()  # nothing waits to be written, which would hold up a loader's
                         arguments = ("--child", runtime, str(folders[way]))
                         run = in_a_process(__file__, *arguments, "--threads", str(threads))
                         if number:  # the first reads from the disk

@@ -29,11 +29,25 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from sqft_export.checkpoint import Checkpoint
-from sqft_export.compressed import load_float_model, load_grids, load_packed_masks
+from sqft_export.compressed import (
+    MASKS,
+    load_float_model,
+    load_grids,
+    load_packed_masks,
+    read_quantized,
+)
 from sqft_export.errors import UserError
 from sqft_export.machine import process_rank
-from sqft_export.numerics.affine import Grid, fake_quantize, fake_quantize_inside, grouped, quantize
+from sqft_export.numerics.affine import (
+    Grid,
+    dequantize,
+    fake_quantize,
+    fake_quantize_inside,
+    grouped,
+    quantize,
+)
 from sqft_export.numerics.masks import unpack_mask
+from sqft_export.tensorfiles import TensorFiles
 
 ADAPTER = "default"
 Update = tuple[Tensor, Tensor, float]  # A [rank, in], B [out, rank], alpha / max_rank
@@ -203,6 +217,45 @@ class Base:
     masks: Path | None = None
     grids: Path | None = None
     apart: bool = False
+
+
+class Layers:
+    """The decoder Linears of a base and what an adapter adds to each, read one at a time.
+
+    :param adapter: folder in peft's format; None: nothing is added.
+    """
+
+    def __init__(self, base: Base, adapter: Path | None = None):
+        self.checkpoint, self.apart = Checkpoint(base.folder), base.apart
+        self.names = list(self.checkpoint.linears)
+        self.grids = load_grids(base.grids)
+        self.masks = TensorFiles(base.masks, MASKS) if base.masks else None
+        self.adapter = TensorFiles(adapter, "adapter_model") if adapter else None
+        self.config = LoraConfig.from_pretrained(adapter) if adapter else None
+
+    def layer(self, name: str) -> tuple[CompressedLinear, Update | None]:
+        """The Linear without its bias, and the update that enters its weight, if any."""
+        if name in self.checkpoint.packed:
+            weight = dequantize(*read_quantized(self.checkpoint, name))
+        else:
+            weight = self.checkpoint.tensor(f"{name}.weight")
+        with torch.device("meta"):
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        masked = self.masks is not None and name in self.masks.headers
+        bits = self.masks.tensor(name) if self.masks is not None and masked else None
+        layer = CompressedLinear.from_linear(linear, bits, self.grids.get(name), self.apart)
+        return layer, self._update(name)
+
+    def _update(self, name: str) -> Update | None:
+        prefix = f"base_model.model.{name}"
+        if self.adapter is None or self.config is None or self.apart:
+            return None
+        if f"{prefix}.lora_A.weight" not in self.adapter.headers:
+            return None
+        lora_a, lora_b = (self.adapter.tensor(f"{prefix}.lora_{x}.weight") for x in "AB")
+        alpha = self.config.alpha_pattern.get(name, self.config.lora_alpha)
+        return lora_a, lora_b, alpha / len(lora_a)
 
 
 def load_compressed(base: Base, dtype: torch.dtype) -> nn.Module:

@@ -96,19 +96,27 @@ class Block:
 
 
 class _Stop(Exception):
-    """Raised by the catcher: the inputs of the first block are known."""
+    """Raised by the last catcher: what every block is called with is known."""
 
 
 class _Catcher(nn.Module):
-    """Stands in for the first block and keeps what it is called with."""
+    """Stands in for a block and keeps what it is called with.
 
-    def __init__(self) -> None:
+    :param wraps: whether the block returns its hidden states in a tuple; None: nothing comes after.
+    """
+
+    def __init__(self, block: nn.Module, wraps: bool | None):
         super().__init__()
+        # Models ask their blocks for more than to be called, such as what kind of mask they want.
+        self.__dict__ |= {k: v for k, v in vars(block).items() if not k.startswith("_")}
+        self.wraps = wraps
         self.calls: list[tuple[Tensor, dict[str, Any]]] = []
 
-    def forward(self, hidden: Tensor, **kwargs: Any) -> None:
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor]:
         self.calls.append((hidden, kwargs))
-        raise _Stop
+        if self.wraps is None:
+            raise _Stop
+        return (hidden,) if self.wraps else hidden
 
 
 def _empty_model(checkpoint: Checkpoint) -> nn.Module:
@@ -139,28 +147,51 @@ def _check_complete(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _fill(model: nn.Module, checkpoint: Checkpoint, names: list[str]) -> None:
-    for name, tensor in checkpoint.tensors(names):
+    known = model.state_dict().keys()  # old checkpoints store buffers that are computed now
+    for name, tensor in checkpoint.tensors([name for name in names if name in known]):
         if not torch.isfinite(tensor).all():
             file = checkpoint.folder / checkpoint.headers[name].file
             raise UserError(f"{file}: {name}: has NaN or infinite weights")
         set_module_tensor_to_device(model, name, "cpu", tensor, dtype=torch.float32)
 
 
-def _first_inputs(
-    model: nn.Module, checkpoint: Checkpoint, samples: list[Tensor]
-) -> list[tuple[Tensor, dict[str, Any]]]:
-    """Hidden states and keyword arguments that reach block 0, one entry a sample."""
-    embedding = f"{checkpoint.family.embedding}.weight"
-    _fill(model, checkpoint, [embedding])
-    layers = model.get_submodule(checkpoint.family.blocks)
-    first, catcher = layers[0], _Catcher()
-    layers[0] = catcher
+def _caught(
+    model: nn.Module, layers: Any, samples: list[Tensor], wraps: list[bool | None]
+) -> list[list[tuple[Tensor, dict[str, Any]]]]:
+    """What the first blocks are called with, block by block and sample by sample."""
+    blocks = list(layers[: len(wraps)])
+    catchers = [_Catcher(block, one) for block, one in zip(blocks, wraps, strict=True)]
+    for index, catcher in enumerate(catchers):
+        layers[index] = catcher
     for sample in samples:
         with contextlib.suppress(_Stop):
             model(input_ids=sample.unsqueeze(0), use_cache=False)
-    layers[0] = first
-    set_module_tensor_to_device(model, embedding, "meta")
-    return catcher.calls
+    for index, block in enumerate(blocks):
+        layers[index] = block
+    return [catcher.calls for catcher in catchers]
+
+
+def _first_inputs(
+    model: nn.Module, checkpoint: Checkpoint, samples: list[Tensor]
+) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+    """Hidden states that reach block 0, and keyword arguments of every block, a sample each.
+
+    Blocks of one model may differ in theirs: Gemma's take turns at a window of attention.
+    """
+    family = checkpoint.family
+    layers = model.get_submodule(family.blocks)
+    if not samples:
+        return [], [[] for _ in layers]
+    before = [n for n in checkpoint.outer_names() if not n.startswith(f"{family.head}.")]
+    _fill(model, checkpoint, before)
+    # A block is run once, only to see what it returns.
+    [[(hidden, kwargs)]] = _caught(model, layers, samples[:1], [None])
+    _fill(model, checkpoint, checkpoint.block_names(0))
+    wraps = isinstance(layers[0](hidden, **kwargs), tuple)
+    calls = _caught(model, layers, samples, [wraps] * (len(layers) - 1) + [None])
+    for module in (model.get_submodule(name.rpartition(".")[0]) for name in before):
+        module.to("meta")
+    return [hidden for hidden, _ in calls[0]], [[kwargs for _, kwargs in c] for c in calls]
 
 
 def _collect(block: Block, collector: Collector) -> None:
@@ -178,11 +209,12 @@ def _collect(block: Block, collector: Collector) -> None:
         hook.remove()
 
 
-def _advance(block: Block) -> None:
-    """Replace the block's inputs by its outputs, a sample at a time."""
+def _advance(block: Block) -> list[Tensor]:
+    """The block's outputs, each in place of its input."""
     for index, (hidden, kwargs) in enumerate(block.calls):
         output = block.module(hidden, **kwargs)
         block.calls[index] = (output[0] if isinstance(output, tuple) else output, kwargs)
+    return [hidden for hidden, _ in block.calls]
 
 
 @torch.no_grad()
@@ -200,7 +232,7 @@ def walk(
     """
     model = _empty_model(checkpoint)
     _check_complete(model, checkpoint)
-    calls = _first_inputs(model, checkpoint, samples or [])
+    hidden, keywords = _first_inputs(model, checkpoint, samples or [])
     layers = model.get_submodule(checkpoint.family.blocks)
     for index in range(checkpoint.blocks):
         prefix = f"{checkpoint.family.blocks}.{index}"
@@ -209,9 +241,9 @@ def walk(
         children = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)]
         children.sort(key=lambda child: -child[1].in_features)
         linears = {f"{prefix}.{name}": linear for name, linear in children}
-        block = Block(index, module, linears, calls)
+        block = Block(index, module, linears, list(zip(hidden, keywords[index], strict=True)))
         if collector:
             _collect(block, collector)
         yield block
-        _advance(block)
+        hidden = _advance(block)
         module.to("meta")

@@ -31,6 +31,13 @@ class Checkpoint(TensorFiles):
     @cached_property
     def headers(self) -> dict[str, Header]:
         headers = dict(super().headers)
+        outer, _, _ = self.family.blocks.partition(".")
+        if not any(name.startswith(f"{self.family.blocks}.") for name in headers):
+            # Stored as the model without its head, as Bloom is.
+            headers = {
+                name if name.startswith(self.family.head) else f"{outer}.{name}": header
+                for name, header in headers.items()
+            }
         embedding, head = f"{self.family.embedding}.weight", f"{self.family.head}.weight"
         if self.tied and embedding not in headers and head in headers:
             headers[embedding] = headers.pop(head)  # one tensor, stored under either name
@@ -59,11 +66,14 @@ class Checkpoint(TensorFiles):
 
     @property
     def blocks(self) -> int:
-        return int(self.config["num_hidden_layers"])
+        """Number of decoder blocks."""
+        start = len(self.family.blocks) + 1
+        inside = [n for n in self.headers if n.startswith(f"{self.family.blocks}.")]
+        return 1 + max(int(name[start:].partition(".")[0]) for name in inside)
 
     @property
     def tied(self) -> bool:
-        return bool(self.config.get("tie_word_embeddings"))
+        return bool(self.config.get("tie_word_embeddings", self.family.tied))
 
     def block_names(self, block: int) -> list[str]:
         """Names of all tensors of one decoder block."""

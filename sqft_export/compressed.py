@@ -14,7 +14,7 @@ The first two are sharded like a checkpoint where they are large.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import torch
@@ -173,13 +173,17 @@ def plain_names(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
-def float_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+def float_tensors(
+    checkpoint: Checkpoint, without: Container[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
     """Every weight of a model as floats: stored ones as they are, quantized ones dequantized."""
     quantized = quantized_names(checkpoint)
-    weights = {f"{name}.weight" for name in quantized}
-    yield from checkpoint.tensors(n for n in plain_names(checkpoint) if n not in weights)
+    leave = {f"{name}.weight" for name in quantized}
+    plain = (n for n in plain_names(checkpoint) if n not in leave and n not in without)
+    yield from checkpoint.tensors(plain)
     for name in quantized:
-        yield f"{name}.weight", dequantize(*read_quantized(checkpoint, name))
+        if f"{name}.weight" not in without:
+            yield f"{name}.weight", dequantize(*read_quantized(checkpoint, name))
 
 
 def load_float_model(folder: Path) -> nn.Module:

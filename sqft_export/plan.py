@@ -8,7 +8,7 @@ from pathlib import Path
 from sqft_export import sources, tasks
 from sqft_export.checkpoint import decoder_linears
 from sqft_export.errors import UserError
-from sqft_export.families import family_of
+from sqft_export.families import Family, adapted, family_of
 from sqft_export.machine import installed
 from sqft_export.numerics.groups import fallback_group_size
 from sqft_export.recipe import Amount, Recipe
@@ -44,11 +44,13 @@ def pass_names(recipe: Recipe) -> list[str]:
 class Layout:
     """Shapes of the base model, as the recipe sees them.
 
+    family: of the model.
     linears: decoder Linear -> (outputs, inputs).
     others: count of all weights outside them.
     width: bytes of one stored weight.
     """
 
+    family: Family
     linears: dict[str, tuple[int, int]]
     others: int
     width: int
@@ -65,7 +67,7 @@ def layout_of(recipe: Recipe, folder: Path | None) -> Layout:
     linears = decoder_linears(shapes, family.blocks)
     total = sum(prod(shape) for shape in shapes.values())
     weights = sum(prod(shape) for shape in linears.values())
-    return Layout(linears, total - weights, sources.weight_bytes(recipe, folder))
+    return Layout(family, linears, total - weights, sources.weight_bytes(recipe, folder))
 
 
 def group_sizes(recipe: Recipe, layout: Layout) -> dict[str, int]:
@@ -89,11 +91,12 @@ def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
     stored = (layout.weights + layout.others) * layout.width
     masks = layout.weights // 8
     groups = group_sizes(recipe, layout)
+    targets, _ = adapted(layout.family, recipe.adapt.target_modules, None)
     scales = sum(prod(shape) // groups[name] for name, shape in layout.linears.items())
     adapter = 4 * sum(
         recipe.adapt.max_rank * (outputs + inputs)
         for name, (outputs, inputs) in layout.linears.items()
-        if name.rsplit(".", 1)[1] in recipe.adapt.target_modules
+        if name.rsplit(".", 1)[1] in targets
     )
     quantized = recipe.quantize.method != "none"
     # A scale is two bytes, a zero point at most one.
@@ -130,7 +133,7 @@ def check(recipe: Recipe, folder: Path | None) -> Layout:
         *_group_faults(recipe, layout),
         *_given_faults(recipe, folder),
         *_missing_faults(recipe),
-        *_target_faults(recipe, folder),
+        *_target_faults(recipe, layout.family),
         *_device_faults(recipe),
     ]
     if faults:
@@ -140,15 +143,16 @@ def check(recipe: Recipe, folder: Path | None) -> Layout:
 
 def _rank_faults(recipe: Recipe, layout: Layout) -> list[str]:
     adapt = recipe.adapt
+    targets, _ = adapted(layout.family, adapt.target_modules, None)
     ends = {name.rsplit(".", 1)[1] for name in layout.linears}
-    if strangers := sorted(set(adapt.target_modules) - ends):
+    if strangers := sorted(set(targets) - ends):
         return [
             f"adapt.target_modules: found {', '.join(strangers)}, which no decoder Linear is "
             f"called; allowed are {', '.join(sorted(ends))}"
         ]
     smallest = {
         end: min(min(shape) for name, shape in layout.linears.items() if name.endswith("." + end))
-        for end in adapt.target_modules
+        for end in targets
     }
     return [
         f"adapt.ranks: found {adapt.max_rank}, but {end} has only {size} rows or columns"
@@ -245,15 +249,13 @@ def _missing_faults(recipe: Recipe) -> list[str]:
     return faults
 
 
-def _target_faults(recipe: Recipe, folder: Path | None) -> list[str]:
+def _target_faults(recipe: Recipe, family: Family) -> list[str]:
     """What a runtime can't do with this model."""
-    config = sources.Checkpoint(folder).config if folder else recipe.model.config or {}
-    family = family_of(config, str(recipe.file))
     fused = "onnx" in recipe.export.targets and recipe.export.onnx_graph == "fused"
     if fused and family.builder is None:
         return [
-            "export.onnx_graph: found fused, but ONNX Runtime GenAI's builder has no "
-            f"{config['model_type']}; use standard"
+            "export.onnx_graph: found fused, but ONNX Runtime GenAI's builder is not used for "
+            f"{', '.join(family.model_types)}; use standard, or auto"
         ]
     return []
 

@@ -260,13 +260,16 @@ class Adapt(Section):
         0.1, gt=0, description="of trainable scales, as a share of learning_rate, per relative step"
     )
     distill: Distill | None = Field(None, description="learn from a teacher as well")
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+    target_modules: tuple[str, ...] | None = Field(
+        None, description="Linears with an adapter, by their last name; null: the family's"
+    )
     ranks: tuple[int, ...] = Field(
         (32, 28, 24, 20, 16), min_length=1, description="ranks of the elastic groups"
     )
-    elastic_groups: tuple[tuple[str, ...], ...] = Field(
-        (("q_proj", "k_proj", "v_proj"),),
-        description="modules that share one drawn rank in a block; other targets keep the highest",
+    elastic_groups: tuple[tuple[str, ...], ...] | None = Field(
+        None,
+        description="modules that share one drawn rank in a block; other targets keep the highest; "
+        "null: the family's",
     )
     alpha: float = Field(64, gt=0, description="the update is scaled by alpha / highest rank")
     dropout: float = Field(0.1, ge=0, lt=1, description="on the adapter alone")
@@ -289,8 +292,8 @@ class Adapt(Section):
             raise ValueError("give either epochs or steps")
         if min(self.ranks) < 1 or len(set(self.ranks)) < len(self.ranks):
             raise ValueError(f"ranks must be positive and different, found {list(self.ranks)}")
-        elastic = [name for group in self.elastic_groups for name in group]
-        if strangers := sorted(set(elastic) - set(self.target_modules)):
+        elastic = [name for group in self.elastic_groups or () for name in group]
+        if strangers := sorted(set(elastic) - set(self.target_modules or elastic)):
             raise ValueError(f"elastic_groups name {strangers}, which are not in target_modules")
         if len(set(elastic)) < len(elastic):
             raise ValueError("a module stands in two elastic_groups")
@@ -350,10 +353,11 @@ class Search(Section):
 
 class Export(Section):
     targets: tuple[Literal["openvino", "onnx"], ...] = ("openvino", "onnx")
-    onnx_graph: Literal["fused", "standard"] = Field(
-        "fused",
+    onnx_graph: Literal["auto", "fused", "standard"] = Field(
+        "auto",
         description="fused: the operators of ONNX Runtime GenAI; standard: ONNX's own and "
-        "MatMulNBits, which onnx.checker and OpenVINO read too",
+        "MatMulNBits, which onnx.checker and OpenVINO read too; auto: fused where GenAI's builder "
+        "knows the model",
     )
     sparse_files: bool = Field(
         False, description="a packed copy of every deployment too, which zeros make smaller"

@@ -9,6 +9,7 @@ RANKS = [
     {
         "sparse",
         "families",
+        "structure",
         "recipe",
         "known_datasets",
         "tensorfiles",

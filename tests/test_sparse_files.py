@@ -73,7 +73,7 @@ def test_every_way_to_inflate_is_the_literal_one(data):
     assert np.unpackbits(mask, bitorder="little").sum() == (values != fills).sum()
     np.testing.assert_array_equal(literal_inflate(bits, elements, mask, kept, fill, group), values)
     with ThreadPoolExecutor(2) as pool:
-        for library in (None, native()):
+        for library in WAYS:
             out = np.empty_like(dense)
             inflate(bits, elements, mask, kept, fill, group, Memory(out), 0, pool, library)
             np.testing.assert_array_equal(out, dense)
@@ -87,11 +87,25 @@ def test_tensors_of_several_chunks_are_inflated_whole():
         values[random.random(elements) < 0.6] = 8
         fill, dense = np.array([8], np.uint32), dense_bytes(values, bits)
         mask, kept = deflate(bits, elements, dense, fill, 0)
-        for library in (None, native()):
+        for library in WAYS:
             out = np.empty_like(dense)
             with ThreadPoolExecutor(2) as pool:
                 inflate(bits, elements, mask, kept, fill, 0, Memory(out), 0, pool, library)
             np.testing.assert_array_equal(out, dense)
+
+
+class Level:
+    """The compiled library, held to one of its ways."""
+
+    def __init__(self, level: int):
+        self.sqft_inflate, self.level = native().sqft_inflate, level
+
+    def sqft_level(self) -> int:
+        return min(self.level, native().sqft_level())
+
+
+# numpy, and every way of the compiled library that this processor has
+WAYS = [lambda: None, *(lambda level=level: Level(level) for level in range(3))]
 
 
 def test_the_compiled_library_is_there_and_used():

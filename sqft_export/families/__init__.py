@@ -1,11 +1,14 @@
-"""Model families as data: where the decoder blocks, their projections and the head are."""
+"""Model families as data: where the decoder blocks and the head are, and what adapters go on."""
 
+import functools
 import importlib
+import json
+import logging
 import pkgutil
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqft_export.errors import UserError
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -13,20 +16,21 @@ class Family:
     """One or more Hugging Face ``model_type`` that share their layout.
 
     blocks: path of the list of decoder blocks.
-    projections: Linear of a block -> (outputs, inputs), named as in :func:`dimensions`.
-    vectors: other weights of a block -> their length, for predicting sizes.
-    embedding, final_norm, head: the weights outside the blocks.
+    embedding, head: of tokens.
+    targets: Linears of a block that get an adapter where the recipe names none.
+    groups: those of them that share a rank; they are handed the same input.
+    tied: whether embedding and head are one where ``config.json`` does not say.
     builder: what ONNX Runtime GenAI's model builder calls its class, None where it has none.
     halves: Linear of a block that the builder takes apart -> what it calls its equal parts.
     """
 
     model_types: tuple[str, ...]
     blocks: str
-    projections: dict[str, tuple[str, str]]
-    vectors: dict[str, str]
     embedding: str
-    final_norm: str
     head: str
+    targets: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
+    tied: bool = False
     builder: str | None = None
     halves: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -34,7 +38,8 @@ class Family:
 def _load() -> dict[str, Family]:
     families = {}
     for module in pkgutil.iter_modules(__path__):
-        for family in importlib.import_module(f"{__name__}.{module.name}").FAMILIES:
+        loaded = importlib.import_module(f"{__name__}.{module.name}")
+        for family in getattr(loaded, "FAMILIES", ()):
             families.update(dict.fromkeys(family.model_types, family))
     return families
 
@@ -43,48 +48,53 @@ FAMILIES = _load()
 
 
 def family_of(config: dict[str, Any], where: str) -> Family:
-    """The family of a Hugging Face ``config.json``.
+    """The family of a Hugging Face ``config.json``; of one that is not listed, by its structure.
 
-    :raises UserError: naming ``where`` and the model types there are.
+    :raises UserError: naming ``where``, if it has no blocks of Linears that could be compressed.
     """
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise UserError(
-            f"{where}: model_type: found {model_type!r}, allowed are {', '.join(sorted(FAMILIES))}"
-        )
-    return FAMILIES[model_type]
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    return _unlisted(json.dumps(config, sort_keys=True, default=str), where)
 
 
-def dimensions(config: dict[str, Any]) -> dict[str, int]:
-    """The named sizes that the projections of a family refer to."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or hidden // heads
-    queries, keys = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
-    return {
-        "hidden": hidden,
-        "head": head_dim,
-        "queries": queries,
-        "keys": keys,
-        "queries_keys_values": queries + 2 * keys,
-        "intermediate": config["intermediate_size"],
-        "gate_and_up": 2 * config["intermediate_size"],
-        "vocabulary": config["vocab_size"],
-    }
+@functools.cache
+def _unlisted(config: str, where: str) -> Family:
+    from sqft_export.structure import by_structure
+
+    family = by_structure(json.loads(config), where)
+    logger.warning(
+        "%s: model_type %s is none of the tested ones (%s); taken by its structure: blocks %s, "
+        "adapters on %s",
+        where,
+        family.model_types[0],
+        ", ".join(sorted(FAMILIES)),
+        family.blocks,
+        ", ".join(family.targets),
+    )
+    return family
+
+
+def adapted(
+    family: Family, targets: tuple[str, ...] | None, groups: tuple[tuple[str, ...], ...] | None
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Last names of the Linears that get an adapter, and which share a rank.
+
+    :param targets, groups: the recipe's; what it leaves out is the family's.
+    """
+    targets = family.targets if targets is None else targets
+    if groups is None:
+        within = (tuple(name for name in group if name in targets) for group in family.groups)
+        groups = tuple(group for group in within if group)
+    return targets, groups
 
 
 def shapes(config: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:
-    """Every weight of the model and its shape, from ``config.json`` alone."""
-    family, size = family_of(config, where), dimensions(config)
-    weights: dict[str, tuple[int, ...]] = {
-        f"{family.embedding}.weight": (size["vocabulary"], size["hidden"]),
-        f"{family.final_norm}.weight": (size["hidden"],),
-    }
-    if not config.get("tie_word_embeddings"):
-        weights[f"{family.head}.weight"] = (size["vocabulary"], size["hidden"])
-    for block in range(config["num_hidden_layers"]):
-        at = f"{family.blocks}.{block}"
-        for name, (outputs, inputs) in family.projections.items():
-            weights[f"{at}.{name}.weight"] = (size[outputs], size[inputs])
-        for name, length in family.vectors.items():
-            weights[f"{at}.{name}"] = (size[length],)
-    return weights
+    """Every weight of the model and its shape, from ``config.json`` alone.
+
+    :raises UserError: naming ``where`` and what transformers can't make a model of.
+    """
+    from sqft_export.structure import empty_model
+
+    model = empty_model(config, where)
+    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Llama and Mistral: grouped-query attention, SwiGLU, RMSNorm, rotary positions."""
+"""Llama, Mistral, Phi-3, Qwen2.5, Qwen3: one block with small differences."""
 
 from dataclasses import replace
 
@@ -7,19 +7,24 @@ from sqft_export.families import Family
 LLAMA = Family(
     model_types=("llama",),
     blocks="model.layers",
-    projections={
-        "self_attn.q_proj": ("queries", "hidden"),
-        "self_attn.k_proj": ("keys", "hidden"),
-        "self_attn.v_proj": ("keys", "hidden"),
-        "self_attn.o_proj": ("hidden", "queries"),
-        "mlp.gate_proj": ("intermediate", "hidden"),
-        "mlp.up_proj": ("intermediate", "hidden"),
-        "mlp.down_proj": ("hidden", "intermediate"),
-    },
-    vectors={"input_layernorm.weight": "hidden", "post_attention_layernorm.weight": "hidden"},
     embedding="model.embed_tokens",
-    final_norm="model.norm",
     head="lm_head",
+    targets=("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
+    groups=(("q_proj", "k_proj", "v_proj"),),
     builder="LlamaModel",
 )
-FAMILIES = (LLAMA, replace(LLAMA, model_types=("mistral",), builder="MistralModel"))
+FAMILIES = (
+    LLAMA,
+    replace(LLAMA, model_types=("mistral",), builder="MistralModel"),
+    replace(LLAMA, model_types=("qwen2",), builder="QwenModel"),
+    replace(LLAMA, model_types=("qwen3",), builder="Qwen3Model"),
+    # q, k, v in one Linear; gate, up in another.
+    replace(
+        LLAMA,
+        model_types=("phi3",),
+        targets=("qkv_proj",),
+        groups=(("qkv_proj",),),
+        builder="Phi3MiniModel",
+        halves={"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")},
+    ),
+)

@@ -323,7 +323,8 @@ class PackedFile:
             self._write(DenseFile(stream), threads)
 
     def _write(self, out: Memory | DenseFile, threads: int | None) -> None:
-        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        # One more than processors: one waits for its turn to write.
+        with ThreadPoolExecutor(threads or 1 + (os.cpu_count() or 1)) as pool:
             raw = [r for r in self.header.regions if isinstance(r, Raw)]
             # Zero points are in raw regions, which therefore come first.
             for _ in pool.map(lambda region: self._copy(region, out), raw):

@@ -146,7 +146,7 @@ def _chunk(
             _pointer(fill),
             ctypes.c_int64(group),
             _pointer(place),
-            ctypes.c_int(library.sqft_has_words()),
+            ctypes.c_int(library.sqft_level()),
         )
         assert taken >= 0  # sizes were checked against the mask
 

@@ -1,6 +1,6 @@
 /* Inflate sparse weights: mask bits and kept codes back to dense codes.
 
-   sqft_inflate(bits, mask, first, count, kept, kept_bytes, fill, group, out, words)
+   sqft_inflate(bits, mask, first, count, kept, kept_bytes, fill, group, out, level)
 
    Writes elements first .. first+count of a tensor of `bits`-wide elements to `out`, which is where
    element `first` lies. `first` is a multiple of 16 and, unless the tensor ends there, so is count.
@@ -9,7 +9,9 @@
    group: fill[e / group] for group > 0, else fill[0]. Returns the number of kept elements, or -1 if
    `kept` is too short; nothing is ever read or written outside the given sizes.
 
-   Two ways: one word at a time by the processor's bit deposit (BMI2), and one element at a time. */
+   Three ways, the highest that sqft_level() finds on this processor, or a lower one by `level`: 64
+   elements at a time by byte expansion (AVX-512 VBMI2), one word at a time by bit deposit (BMI2), one
+   element at a time. */
 
 #include <stdint.h>
 #include <string.h>
@@ -52,11 +54,11 @@ static int64_t inflate_plain(int bits, const uint8_t *mask, int64_t first, int64
 __attribute__((target("bmi2,popcnt"), always_inline))
 static inline int64_t inflate_words(const int bits, const uint8_t *mask, int64_t first,
                                     int64_t count, const uint8_t *kept, int64_t kept_bytes,
-                                    const uint32_t *fill, int64_t group, uint8_t *out) {
+                                    const uint32_t *fill, int64_t group, uint8_t *out,
+                                    int64_t done, int64_t taken) {
     const int each = 64 / bits;
     const uint64_t ones = bits == 32 ? 0xffffffffu : (1ull << bits) - 1;
     const uint64_t spread = ~0ull / ones; /* a one at the bottom of every element */
-    int64_t taken = 0, done = 0;
     /* A word of kept codes is read as nine bytes; the last ones are left to the plain loop. */
     const int64_t safe = (kept_bytes - 9) * 8 / bits - each;
     const int64_t whole = count - count % each;
@@ -94,10 +96,11 @@ static inline int64_t inflate_words(const int bits, const uint8_t *mask, int64_t
 }
 
 __attribute__((target("bmi2,popcnt")))
-static int64_t inflate_fast(int bits, const uint8_t *mask, int64_t first, int64_t count,
-                            const uint8_t *kept, int64_t kept_bytes, const uint32_t *fill,
-                            int64_t group, uint8_t *out) {
-#define WORDS(bits) inflate_words(bits, mask, first, count, kept, kept_bytes, fill, group, out)
+static int64_t inflate_by_words(int bits, const uint8_t *mask, int64_t first, int64_t count,
+                                const uint8_t *kept, int64_t kept_bytes, const uint32_t *fill,
+                                int64_t group, uint8_t *out, int64_t done, int64_t taken) {
+#define WORDS(bits) \
+    inflate_words(bits, mask, first, count, kept, kept_bytes, fill, group, out, done, taken)
     switch (bits) {
     case 4: return WORDS(4);
     case 8: return WORDS(8);
@@ -106,11 +109,55 @@ static int64_t inflate_fast(int bits, const uint8_t *mask, int64_t first, int64_
     }
 #undef WORDS
 }
+
+/* 64 elements of 4 or 8 bits at a time; how far it got goes to the words, which do the rest. */
+__attribute__((target("avx512f,avx512bw,avx512vbmi2,bmi2,popcnt")))
+static void inflate_vectors(int bits, const uint8_t *mask, int64_t first, int64_t count,
+                            const uint8_t *kept, int64_t kept_bytes, const uint32_t *fill,
+                            int64_t group, uint8_t *out, int64_t *done_out, int64_t *taken_out) {
+    int64_t taken = 0, done = 0;
+    /* A vector of codes is read as 33 or 64 bytes, whatever the mask takes of it. */
+    const int64_t safe = bits == 4 ? kept_bytes * 2 - 68 : kept_bytes - 64;
+    const __m512i nibble = _mm512_set1_epi16(15);
+    while (done + 64 <= count && taken <= safe) {
+        const __m512i filled =
+            _mm512_set1_epi8((char)fill[group > 0 ? (first + done) / group : 0]);
+        int64_t until = count - 63;
+        if (group > 0 && ((first + done) / group + 1) * group - first < until)
+            until = ((first + done) / group + 1) * group - first;
+        for (; done < until && taken <= safe; done += 64) {
+            uint64_t chosen;
+            memcpy(&chosen, mask + ((first + done) >> 3), 8);
+            if (bits == 8) {
+                __m512i codes = _mm512_loadu_si512(kept + taken);
+                codes = _mm512_mask_expand_epi8(filled, chosen, codes);
+                _mm512_storeu_si512(out + done, codes);
+            } else { /* nibbles to bytes, expanded, and back */
+                const int odd = (int)(taken & 1);
+                const uint8_t *at = kept + (taken >> 1);
+                __m512i low = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)at));
+                __m512i high =
+                    _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(at + odd)));
+                low = _mm512_and_si512(_mm512_srl_epi16(low, _mm_cvtsi32_si128(4 * odd)), nibble);
+                high = _mm512_srl_epi16(high, _mm_cvtsi32_si128(4 - 4 * odd));
+                high = _mm512_slli_epi16(_mm512_and_si512(high, nibble), 8);
+                __m512i wide =
+                    _mm512_mask_expand_epi8(filled, chosen, _mm512_or_si512(low, high));
+                wide = _mm512_or_si512(wide, _mm512_srli_epi16(wide, 4));
+                _mm256_storeu_si256((__m256i *)(out + (done >> 1)), _mm512_cvtepi16_epi8(wide));
+            }
+            taken += __builtin_popcountll(chosen);
+        }
+    }
+    *done_out = done;
+    *taken_out = taken;
+}
 #endif
 
-EXPORT int sqft_has_words(void) {
+EXPORT int sqft_level(void) {
 #ifdef HAVE_DEPOSIT
-    return __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+    if (!__builtin_cpu_supports("bmi2") || !__builtin_cpu_supports("popcnt")) return 0;
+    return __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bw") ? 2 : 1;
 #else
     return 0;
 #endif
@@ -118,11 +165,15 @@ EXPORT int sqft_has_words(void) {
 
 EXPORT int64_t sqft_inflate(int bits, const uint8_t *mask, int64_t first, int64_t count,
                             const uint8_t *kept, int64_t kept_bytes, const uint32_t *fill,
-                            int64_t group, uint8_t *out, int words) {
+                            int64_t group, uint8_t *out, int level) {
 #ifdef HAVE_DEPOSIT
-    if (words && count > 0)
-        return inflate_fast(bits, mask, first, count, kept, kept_bytes, fill, group, out);
+    int64_t done = 0, taken = 0;
+    if (level > 1 && bits <= 8 && group % 64 == 0)
+        inflate_vectors(bits, mask, first, count, kept, kept_bytes, fill, group, out, &done, &taken);
+    if (level > 0 && count > 0)
+        return inflate_by_words(bits, mask, first, count, kept, kept_bytes, fill, group, out, done,
+                                taken);
 #endif
-    (void)words;
+    (void)level;
     return inflate_plain(bits, mask, first, count, kept, kept_bytes, fill, group, out, 0);
 }

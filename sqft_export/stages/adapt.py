@@ -18,6 +18,7 @@ from sqft_export.adapters import (
     train_scales,
 )
 from sqft_export.checkpoint import Checkpoint
+from sqft_export.families import adapted
 from sqft_export.machine import process_rank
 from sqft_export.recipe import Recipe
 from sqft_export.stages import Context
@@ -43,15 +44,16 @@ def new_adapter(recipe: Recipe, base: Base) -> PeftModel:
     config = recipe.adapt
     model = load_compressed(base, getattr(torch, config.precision))
     torch.manual_seed(recipe.seed)
-    return add_adapters(model, config.target_modules, config.max_rank, config.alpha, config.dropout)
+    family = Checkpoint(base.folder).family
+    targets, _ = adapted(family, config.target_modules, config.elastic_groups)
+    return add_adapters(model, targets, config.max_rank, config.alpha, config.dropout)
 
 
 def groups_of(context: Context, model: nn.Module) -> dict[str, list[str]]:
     """The elastic groups of a model with adapters; none where ranks are not elastic."""
-    blocks, config = Checkpoint(context.model).family.blocks, context.recipe.adapt
-    return rank_groups(
-        elastic_layers(model), blocks, config.elastic_groups if config.elastic else ()
-    )
+    family, config = Checkpoint(context.model).family, context.recipe.adapt
+    _, groups = adapted(family, config.target_modules, config.elastic_groups)
+    return rank_groups(elastic_layers(model), family.blocks, groups if config.elastic else ())
 
 
 def _teacher(context: Context) -> nn.Module | None:

@@ -2,18 +2,18 @@
 
 import json
 import shutil
+from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sqft_export.adapters import compressed_layers, load_adapted, load_compressed
-from sqft_export.checkpoint import Checkpoint, copy_companions
+from sqft_export.adapters import Layers
+from sqft_export.checkpoint import copy_companions
 from sqft_export.compressed import (
     MASKS,
     GridWriter,
     float_tensors,
-    load_grids,
     quantization_config,
 )
 from sqft_export.numerics.affine import Grid
@@ -24,7 +24,8 @@ from sqft_export.tensorfiles import TensorWriter
 
 CONSUMES = ("sparsify", "quantize", "search")
 READS = ()
-VERSION = 2
+VERSION = 3
+SHARD_BYTES = 2**28  # what is held in memory before it is written
 
 
 def options(recipe: Recipe) -> dict:
@@ -32,41 +33,37 @@ def options(recipe: Recipe) -> dict:
 
 
 @torch.no_grad()
-def write_merged(
-    model: nn.Module, base: Checkpoint, folder: Path, quantized: Path | None
-) -> dict[str, float]:
-    """A plain Hugging Face folder of ``model``: GPTQ layout where it has a grid.
+def write_merged(layers: Layers, folder: Path) -> dict[str, float]:
+    """A plain Hugging Face folder, GPTQ layout where a layer has a grid; a layer is in memory.
 
-    :param model: with ``CompressedLinear``s, adapters on them or not.
-    :param base: where everything that is not a decoder Linear's weight comes from.
-    :param quantized: folder of grids; those of embedding and head go along.
     :return: share of zero weights per Linear, and over all of them (``all``).
     """
-    layers = compressed_layers(model)
+    base = layers.checkpoint
     grids: dict[str, Grid] = {}
     zeros: dict[str, int] = {}
+    count = 0
+    weights = {f"{name}.weight" for name in layers.names}
     copy_companions(base.folder, folder)
-    with TensorWriter(folder) as writer:
-        for name, tensor in float_tensors(base):
-            linear = name.removesuffix(".weight")
-            if linear not in layers or not name.endswith(".weight"):
-                writer.add(name, tensor)
-                continue
-            layer, update = layers[linear]
+    with TensorWriter(folder, shard_bytes=SHARD_BYTES) as writer:
+        for name, tensor in float_tensors(base, without=weights):
+            writer.add(name, tensor)
+        for name in layers.names:
+            layer, update = layers.layer(name)
             merged: dict[str, Tensor] = {}
             if layer.grid:
-                grids[linear] = layer.grid
+                grids[name] = layer.grid
                 codes = layer.codes(update)
                 merged = to_gptq(codes, layer.grid)
                 zero = layer.grid.zero_point.repeat_interleave(layer.grid.group_size, dim=1)
-                zeros[linear] = int((codes == zero).sum())
+                zeros[name] = int((codes == zero).sum())
             else:
-                weight = layer.effective_weight(update).to(tensor.dtype)
+                weight = layer.effective_weight(update).to(layer.weight.dtype)
                 merged = {"weight": weight}
-                zeros[linear] = int((weight == 0).sum())
+                zeros[name] = int((weight == 0).sum())
+            count += layer.weight.numel()
             for part, packed in merged.items():
-                writer.add(f"{linear}.{part}", packed)
-    outer = {n: grid for n, grid in load_grids(quantized).items() if n not in layers}
+                writer.add(f"{name}.{part}", packed)
+    outer = {n: grid for n, grid in layers.grids.items() if f"{n}.weight" not in weights}
     if outer:
         with GridWriter(folder) as grid_writer:
             for name, grid in outer.items():
@@ -75,24 +72,19 @@ def write_merged(
     if grids:
         config["quantization_config"] = quantization_config(grids)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    total = sum(layer.weight.numel() for layer, _ in layers.values())
-    shares = {name: zeros[name] / layer.weight.numel() for name, (layer, _) in layers.items()}
-    return shares | {"all": sum(zeros.values()) / total}
+    shares = {n: zeros[n] / prod(base.linears[n]) for n in layers.names}
+    return shares | {"all": sum(zeros.values()) / count}
 
 
 def run(context: Context) -> dict:
     """Writes ``model/`` and a copy of the mask; the adapter too where it stays apart."""
     adapter, config = context.inputs["search"].path / "adapter", context.recipe.adapt
     if config.apart:
-        model = load_compressed(context.base(), torch.float32)
         shutil.copytree(adapter, context.folder / "adapter")
-    else:
-        model = load_adapted(context.base(), adapter, torch.float32)
     if sparsified := context.path("sparsify"):
         for file in sparsified.glob(f"{MASKS}*"):
             shutil.copyfile(file, context.folder / file.name)
-    base = Checkpoint(context.latest_model())
-    sparsity = write_merged(model, base, context.folder / "model", context.path("quantize"))
+    sparsity = write_merged(Layers(context.base(), adapter), context.folder / "model")
     warnings = []
     if config.merge_dense and sparsified:
         before = context.inputs["sparsify"].metrics["sparsity"]["all"]

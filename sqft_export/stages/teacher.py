@@ -5,11 +5,8 @@ No mask, no grid, no elastic rank; else the recipe's own settings.
 
 import shutil
 
-import torch
-
 from sqft_export import tasks
-from sqft_export.adapters import Base, load_adapted, save_adapter
-from sqft_export.checkpoint import Checkpoint
+from sqft_export.adapters import Base, Layers, save_adapter
 from sqft_export.machine import process_rank
 from sqft_export.recipe import Recipe
 from sqft_export.stages import Context
@@ -19,7 +16,7 @@ from sqft_export.training import total_steps, train
 
 CONSUMES = ()
 READS = ("model", "train")
-VERSION = 2
+VERSION = 3
 RESUMES = True
 DISTRIBUTED = True
 
@@ -55,7 +52,4 @@ def run(context: Context) -> dict:
     if process_rank():
         return {}
     shutil.rmtree(context.folder / "training")
-    # Loaded anew: the trained model may be spread over processes.
-    tuned = load_adapted(base, adapter, torch.float32)
-    folder = context.folder / "dense-lora"
-    return {"sparsity": write_merged(tuned, Checkpoint(context.model), folder, None)}
+    return {"sparsity": write_merged(Layers(base, adapter), context.folder / "dense-lora")}

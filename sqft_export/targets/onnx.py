@@ -37,9 +37,11 @@ def export(merged: Path, folder: Path, options: Export) -> None:
     from sqft_export.targets import onnx_fused, onnx_standard
     from sqft_export.targets.onnx_weights import ExternalData, Weights
 
-    graph = {"fused": onnx_fused, "standard": onnx_standard}[options.onnx_graph]
+    weights = Weights(merged)
+    built = weights.checkpoint.family.builder is not None
+    fused = built if options.onnx_graph == "auto" else options.onnx_graph == "fused"
+    graph = onnx_fused if fused else onnx_standard
     with ExternalData(folder / DATA) as data:
-        weights = Weights(merged)
         model = graph.build(weights, folder, data)
     for key, value in describe(weights.checkpoint).items():
         model.metadata_props.add(key=f"sqft_export.{key}", value=value)
