@@ -268,7 +268,9 @@ def load_compressed(base: Base, dtype: torch.dtype) -> nn.Module:
     if checkpoint.packed:
         model = load_float_model(base.folder)
     else:
-        model = AutoModelForCausalLM.from_pretrained(base.folder, dtype="auto").eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            base.folder, dtype="auto", attn_implementation=checkpoint.family.attention
+        ).eval()
     mask_bits = load_packed_masks(base.masks)
     grid_of = load_grids(base.grids)
     for name in linears:

@@ -124,7 +124,9 @@ def _empty_model(checkpoint: Checkpoint) -> nn.Module:
     config = AutoConfig.from_pretrained(checkpoint.folder)
     config.use_cache = False
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=checkpoint.family.attention
+        )
     return model.eval().requires_grad_(False)
 
 

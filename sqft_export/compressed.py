@@ -192,7 +192,10 @@ def load_float_model(folder: Path) -> nn.Module:
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights below are already dequantized
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    attention = checkpoint.family.attention
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=attention
+    )
     state = {name: tensor.float() for name, tensor in float_tensors(checkpoint)}
     missing, unexpected = model.load_state_dict(state, strict=False)
     allowed = {f"{checkpoint.family.head}.weight"} if checkpoint.tied else set()

@@ -37,14 +37,14 @@ def write_config(checkpoint: Checkpoint, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def skeleton(checkpoint: Checkpoint, **options: str) -> nn.Module:
+def skeleton(checkpoint: Checkpoint, attention: str | None = None) -> nn.Module:
     """A float32 model of a checkpoint's architecture whose matrices are empty.
 
     A matrix is marked with its place in its block: no two of a block are equal, so no optimizer
     takes them for one, and the same one of all blocks is, so that a writer that stores equal
     constants once writes one block.
 
-    :param options: for ``from_config``, such as the attention implementation.
+    :param attention: its implementation; None for the family's.
     """
     from accelerate import init_empty_weights
 
@@ -52,7 +52,11 @@ def skeleton(checkpoint: Checkpoint, **options: str) -> nn.Module:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=torch.float32,
+            attn_implementation=attention or checkpoint.family.attention,
+        )
     blocks = f"{checkpoint.family.blocks}."
     places: dict[str, int] = {}
     for name, parameter in list(model.named_parameters()):

@@ -79,6 +79,8 @@ def random_model(folder: Path, seed: int = 0, model_type: str = "llama", **confi
         "initializer_range": 0.2,
     }
     torch.manual_seed(seed)
+    known = AutoConfig.for_model(model_type)
+    sizes = {name: size for name, size in sizes.items() if hasattr(known, name)}
     made = AutoConfig.for_model(model_type, **(sizes | config))
     model = AutoModelForCausalLM.from_config(made)
     for name, parameter in model.named_parameters():

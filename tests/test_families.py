@@ -65,6 +65,9 @@ def family_run(request, tmp_path_factory):
         "adapt.steps=2",
         "adapt.ranks=[8, 4]",
         "adapt.target_modules=null",
+        "benchmark.baselines=[]",
+        "export.sparse_files=false",
+        "verify.prompts=8",
         "adapt.elastic_groups=null",
         model_path=random_model(root / "model", model_type=model_type, **config),
     )

@@ -19,6 +19,8 @@ class Family:
     embedding, head: of tokens.
     targets: Linears of a block that get an adapter where the recipe names none.
     groups: those of them that share a rank; they are handed the same input.
+    attention: the implementation in transformers to take, None for its own choice; others may leave
+        out what a model has, as the capped scores of Gemma 2.
     tied: whether embedding and head are one where ``config.json`` does not say.
     builder: what ONNX Runtime GenAI's model builder calls its class, None where it has none.
     halves: Linear of a block that the builder takes apart -> what it calls its equal parts.
@@ -30,6 +32,7 @@ class Family:
     head: str
     targets: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...]
+    attention: str | None = None
     tied: bool = False
     builder: str | None = None
     halves: dict[str, tuple[str, ...]] = field(default_factory=dict)

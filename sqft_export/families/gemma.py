@@ -5,6 +5,6 @@ from dataclasses import replace
 from sqft_export.families.llama import LLAMA
 
 FAMILIES = (
-    replace(LLAMA, model_types=("gemma2",), tied=True, builder=None),
+    replace(LLAMA, model_types=("gemma2",), attention="eager", tied=True, builder=None),
     replace(LLAMA, model_types=("gemma3_text",), tied=True, builder=None),
 )

@@ -94,7 +94,7 @@ class _Decoder(nn.Module):
 
 def build(weights: Weights, folder: Path, data: ExternalData) -> onnx.ModelProto:
     """The graph, its weights written to ``data``; ``genai_config.json`` and tokenizer too."""
-    model = skeleton(weights.checkpoint, attn_implementation=PLAIN_ATTENTION)
+    model = skeleton(weights.checkpoint, attention=PLAIN_ATTENTION)
     for number, (name, module) in enumerate(list(model.named_modules()), start=1):
         if isinstance(module, nn.Linear):
             parent, _, child = name.rpartition(".")
