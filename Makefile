@@ -46,8 +46,9 @@ sweep: $(INSTALLED)
 plan: $(INSTALLED)
 	@$(BIN)/sqft-export plan recipes/$(MODEL).yaml $(TASK_ARGS) $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
 
+# Two files of tests at a time, each process on its share of the processors.
 test: lint
-	$(BIN)/pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow
