@@ -15,7 +15,7 @@ ifneq ($(TASK),)
 ifeq ($(filter gsm8k math commonsense,$(TASK)),)
 $(error TASK: found $(TASK); allowed are gsm8k, math, commonsense)
 endif
-TASK_ARGS = $(TASK_$(TASK)) $(TASK_$(TASK)_$(MODEL))
+TASK_ARGS = $(TASK_$(TASK)) $(TASK_$(TASK)_$(RECIPE))
 endif
 # Training on several processes: LAUNCH="accelerate launch --num_processes 8"
 LAUNCH ?=
@@ -37,14 +37,14 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 .PHONY: recipe sweep plan test test-slow lint format clean
 
 recipe: $(INSTALLED)
-	@$(if $(LAUNCH),PATH="$(CURDIR)/$(BIN):$$PATH" $(LAUNCH) -m sqft_export.cli,$(BIN)/sqft-export) run recipes/$(MODEL).yaml $(TASK_ARGS) $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
+	@$(if $(LAUNCH),PATH="$(CURDIR)/$(BIN):$$PATH" $(LAUNCH) -m sqft_export.cli,$(BIN)/sqft-export) run recipes/$(RECIPE).yaml $(TASK_ARGS) $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
 
 # make sweep RECIPE=tiny SPARSITY=0.3,0.5,0.7 BITS=4,8
 sweep: $(INSTALLED)
-	@$(BIN)/sqft-export sweep recipes/$(RECIPE).yaml $(if $(SPARSITY),--over sparsify.sparsity=$(SPARSITY)) $(if $(BITS),--over quantize.bits=$(BITS)) $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
+	@$(BIN)/sqft-export sweep recipes/$(RECIPE).yaml $(TASK_ARGS) $(if $(SPARSITY),--over sparsify.sparsity=$(SPARSITY)) $(if $(BITS),--over quantize.bits=$(BITS)) $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
 
 plan: $(INSTALLED)
-	@$(BIN)/sqft-export plan recipes/$(MODEL).yaml $(TASK_ARGS) $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
+	@$(BIN)/sqft-export plan recipes/$(RECIPE).yaml $(TASK_ARGS) $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
 
 # Two files of tests at a time, each process on its share of the processors.
 test: lint

@@ -280,6 +280,15 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("sqft_export"):
+            raise
+        print(
+            f"error: {error.name} is not installed, which this command needs; "
+            "pip install 'sqft-export[all]'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 
 if __name__ == "__main__":

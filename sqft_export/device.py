@@ -18,7 +18,6 @@ One unmeasured round of passes warms up every process.
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +32,7 @@ from sqft_export.intervals import bootstrap_ratio, mcnemar, wilson
 from sqft_export.machine import describe
 from sqft_export.targets import kind_of
 from sqft_export.targets.devices import present
+from sqft_export.worker import in_a_process
 
 GENAI = "genai_config.json"
 UNCERTAIN = "its interval holds 1: not told apart"
@@ -56,17 +56,6 @@ class Settings:
     threads: int | None = None
     cpus: tuple[int, ...] | None = None
     device: str = "cpu"
-
-
-def _run(job: dict[str, Any]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as scratch:
-        job_file, result_file = Path(scratch) / "job.json", Path(scratch) / "result.json"
-        job_file.write_text(json.dumps(job))
-        command = [sys.executable, "-m", "sqft_export.worker", str(job_file), str(result_file)]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            raise UserError(f"{job['folder']}: failed:\n{done.stderr[-2000:]}")
-        return json.loads(result_file.read_text())
 
 
 def names_of(folders: list[Path]) -> list[str]:
@@ -100,7 +89,7 @@ def latencies(
         order = list(folders.items())
         for name, folder in order if number % 2 == 0 else order[::-1]:
             asked = {"vocabulary": vocabulary[name], "profile": asdict(settings)}
-            found[name].append(_run(_job(folder, settings) | asked))
+            found[name].append(in_a_process(_job(folder, settings) | asked))
     return found
 
 
@@ -306,7 +295,7 @@ def answers(
         tokens = {"file": str(file), "ids": _agreement_tokens(questions.items)}
         for name, folder in folders.items():
             asked = {"questions": questions.asked, "distributions": tokens}
-            result = _run(_job(folder, settings) | asked)
+            result = in_a_process(_job(folder, settings) | asked)
             judged = tasks.judge(questions.recipe, questions.items, result, questions.tokenizer)
             right = [entry.right for entry in judged]
             row: dict[str, Any] = {"folder": name, "perplexity": result["perplexity"]}

@@ -331,4 +331,9 @@ def records(
             except (KeyError, ValueError, IndexError) as error:
                 place = f"{file or name}: item {number}"
                 raise UserError(f"{place}: not a row of {name}: {error!r}") from error
+            if split == "test" and SETS[name].rule == "choice" and len(record.choices) < 2:
+                raise UserError(
+                    f"{file or name}: item {number}: has its answer alone, and no choices to tell "
+                    "it from; such a file can be trained on, not tested on"
+                )
             yield name, rule_of(task, name), record

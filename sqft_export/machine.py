@@ -29,12 +29,31 @@ def describe() -> dict[str, Any]:
     }
 
 
-def energy_joules() -> float | None:
-    """Energy that the processor packages have used since some moment; None where untold (RAPL)."""
+def energy_joules(device: str = "cpu") -> float | None:
+    """Energy that a device has used since some moment; None where the machine does not tell.
+
+    :param device: gpu: all NVIDIA GPUs, by NVML where nvidia-ml-py is installed; else the processor
+        packages, by RAPL.
+    """
+    if device == "gpu":
+        return _gpu_joules()
     counters = sorted(Path("/sys/class/powercap").glob("intel-rapl:[0-9]/energy_uj"))
     try:
         return sum(int(counter.read_text()) for counter in counters) / 1e6 if counters else None
     except PermissionError:  # root alone may read it
+        return None
+
+
+def _gpu_joules() -> float | None:
+    if not installed("pynvml"):
+        return None
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        gpus = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+        return sum(map(pynvml.nvmlDeviceGetTotalEnergyConsumption, gpus)) / 1e3
+    except pynvml.NVMLError:  # no driver, or a GPU that does not count
         return None
 
 

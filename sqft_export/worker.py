@@ -8,13 +8,16 @@ The job holds token ids, so that a runtime's worker needs neither tokenizer nor 
 import json
 import os
 import resource
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sqft_export.errors import UserError
 from sqft_export.evaluate import distributions, latency, profile, score
 from sqft_export.machine import energy_joules
 from sqft_export.targets import Session, target
@@ -64,10 +67,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     session = open_job(job)
     result: dict[str, Any] = {"load_seconds": time.perf_counter() - started}
     if asked:
-        before = energy_joules()
+        before = energy_joules(asked["device"])
         sizes = asked["prompt_tokens"], asked["new_tokens"], asked["batches"]
         result |= profile(session, *sizes, job["vocabulary"])
-        after = energy_joules()
+        after = energy_joules(asked["device"])
         result["energy_joules"] = None if before is None or after is None else after - before
     if "latency_prompt" in job:
         result |= latency(session, job["latency_prompt"], job["new_tokens"], job["repeats"])
@@ -78,6 +81,21 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     result["steady_memory_bytes"] = memory_now()
     result["peak_memory_bytes"] = peak_memory()
     return result
+
+
+def in_a_process(job: dict[str, Any]) -> dict[str, Any]:
+    """:func:`measure` in a process of its own.
+
+    :raises UserError: with the last that it said, if it failed.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        job_file, result_file = Path(scratch) / "job.json", Path(scratch) / "result.json"
+        job_file.write_text(json.dumps(job))
+        command = [sys.executable, "-m", "sqft_export.worker", str(job_file), str(result_file)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"{job['folder']}: could not be measured:\n{done.stderr[-2000:]}")
+        return json.loads(result_file.read_text())
 
 
 if __name__ == "__main__":

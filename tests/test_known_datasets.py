@@ -202,6 +202,18 @@ def test_a_mix_trains_on_all_its_sets_and_is_scored_set_by_set(tmp_path, monkeyp
     assert json.loads(lines[0]).keys() == {"row", "item", "answer", "expected", "right", "set"}
 
 
+def test_answers_without_choices_are_trained_on_but_never_scored(tmp_path):
+    """The SQFT repository's ARC-Easy; any model would be right every time."""
+    row = {"instruction": "Which is a metal?", "input": "", "output": "iron"}
+    for split in ("train", "test"):
+        _write(tmp_path, "arc_easy", split, [row])
+    task = small_recipe(_dataset(tmp_path, "arc_easy")).task
+    [(_, _, record)] = records(task, "train", tmp_path, "")
+    assert record.answer.strip() == "iron"
+    with pytest.raises(UserError, match=r"arc_easy/test.json.*: item 1: has its answer alone"):
+        list(records(task, "test", tmp_path, ""))
+
+
 def test_a_set_that_is_not_there_is_named_with_the_way_out(tmp_path):
     _write(tmp_path, "arc_easy", "train", [TWINS[0][1]])
     recipe = small_recipe(_dataset(tmp_path, "arc_easy"))

@@ -6,20 +6,18 @@ of threads. Deployments run as deployed: the runtimes' default precisions, not t
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sqft_export import tasks
-from sqft_export.errors import UserError
 from sqft_export.intervals import mcnemar, wilson
 from sqft_export.recipe import Recipe
 from sqft_export.sparse.folders import PACKED
 from sqft_export.stages import Context
 from sqft_export.targets import ADAPTER
 from sqft_export.targets.devices import DEVICES, places
+from sqft_export.worker import in_a_process
 
 CONSUMES = (
     "sparsify",
@@ -152,19 +150,6 @@ def threads(recipe: Recipe) -> int:
     return recipe.benchmark.threads or os.cpu_count() or 1
 
 
-def _measure(context: Context, job: dict[str, Any]) -> dict[str, Any]:
-    job_file, result_file = context.folder / "job.json", context.folder / "result.json"
-    job_file.write_text(json.dumps(job))
-    command = [sys.executable, "-m", "sqft_export.worker", str(job_file), str(result_file)]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"benchmark of {job['folder']} failed:\n{done.stderr[-2000:]}")
-    result = json.loads(result_file.read_text())
-    job_file.unlink()
-    result_file.unlink()
-    return result
-
-
 def _told(judged: tasks.Judged) -> dict[str, Any]:
     told = {"answer": judged.said, "expected": judged.item.text, "right": judged.right}
     return told | ({"set": judged.item.source} if judged.item.source else {})
@@ -181,7 +166,7 @@ def run(context: Context) -> dict:
     first: list[bool] = []
     with (context.folder / "items.jsonl").open("w") as log:
         for row in table:
-            result = _measure(context, _job(context, row, items, tokenizer))
+            result = in_a_process(_job(context, row, items, tokenizer))
             judged = tasks.judge(recipe, items, result, tokenizer)
             for number, answer in enumerate(judged):
                 log.write(json.dumps({"row": row.name, "item": number} | _told(answer)) + "\n")
