@@ -30,7 +30,9 @@ def empty_model(config: dict[str, Any], where: str) -> Any:
         )
     settings = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config")}
     with init_empty_weights():
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+    model.tie_weights()
+    return model
 
 
 def _refuse_others(config: dict[str, Any], where: str) -> None:

@@ -79,6 +79,21 @@ def test_every_model_type_has_its_case():
     assert UNLISTED[0] not in FAMILIES
 
 
+def test_the_readme_says_which_family_runs_where():
+    """The table, as what is tested here makes it; a new family is pasted from this failure."""
+    tested: dict[str, list[str]] = {}
+    for model_type, _, peculiar in MODELS:
+        tested.setdefault(model_type, []).append(peculiar)
+    lines = [
+        "| `model_type` | tested with | OpenVINO, its GenAI | ONNX Runtime, its GenAI |",
+        "| --- | --- | --- | --- |",
+    ]
+    for model_type, peculiar in tested.items():
+        graphs = "`fused`, `standard`" if FAMILIES[model_type].builder else "`standard`"
+        lines.append(f"| `{model_type}` | {'; '.join(peculiar)} | yes | {graphs} |")
+    assert "\n".join(lines) in README.read_text(), "\n".join(["README.md needs", *lines])
+
+
 def test_every_check_passes_in_both_runtimes(family_run):
     checks = family_run["verify"].metrics["checks"]
     assert all(check["passed"] for check in checks)
