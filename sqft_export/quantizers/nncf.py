@@ -59,7 +59,7 @@ def compress_block(
             f"quantize.nncf.awq: block {block.index} needs {len(added)} multiplications beside "
             "its weights, which no codes can carry; set it to false"
         )
-    found = codes_and_grids(graph)
+    found = dict(codes_and_grids(graph))
     prefix = next(iter(block.linears)).split(f".{block.index}.")[0] + f".{block.index}"
     for name, linear in block.linears.items():
         path = name.removeprefix(f"{prefix}.")

@@ -1,80 +1,78 @@
 """verify: what was trained is what runs. Any difference stops the run.
 
-Zeros and codes are compared bit for bit, in every decoder Linear, adapted or not; logits in the
-runtimes' exact mode, before and after the cache is used; greedy tokens on real prompts.
+Zeros and codes are compared bit for bit, in every decoder Linear, adapted or not, one layer in
+memory; logits in the runtimes' exact mode, before and after the cache is used; greedy tokens on
+real prompts.
 """
 
 import json
-from collections.abc import Callable
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from sqft_export import tasks
-from sqft_export.adapters import compressed_layers, load_adapted
+from sqft_export.adapters import Layers
+from sqft_export.artifact import sha256_of
 from sqft_export.checkpoint import Checkpoint
-from sqft_export.compressed import (
-    MASKS,
-    load_float_model,
-    load_mask,
-    quantized_names,
-    read_quantized,
-)
+from sqft_export.compressed import MASKS, load_mask, quantized_names, read_quantized
 from sqft_export.errors import UserError
 from sqft_export.evaluate import equal_lengths, generate
 from sqft_export.numerics.affine import Grid, dequantize
 from sqft_export.recipe import Recipe
+from sqft_export.reference import Reference
 from sqft_export.sparse.container import PackedFile
 from sqft_export.sparse.folders import PACKED, packed_file
 from sqft_export.stages import Context
 from sqft_export.targets import Session, target
-from sqft_export.targets.torch import TorchSession
 from sqft_export.tensorfiles import TensorFiles
 
 CONSUMES = ("sparsify", "quantize", "search", "merge", "export-openvino", "export-onnx")
 READS = ("test",)
-VERSION = 2
+VERSION = 3
+BATCH = 16  # prompts that go through the reference at once
 
-Weights = dict[str, Tensor]  # Linear -> float32 [out, in], or codes less zero points
+Packed = tuple[np.ndarray, np.ndarray, np.ndarray]  # codes, scale, zero point
 
 
-@dataclass(frozen=True)
+@dataclass
 class Check:
     """One comparison: what was compared, of how many things, how many differ or by how much."""
 
     name: str
-    compared: int
-    differing: float
-    allowed: float
     unit: str
+    allowed: float = 0
+    compared: int = 0
+    differing: float = 0
 
     @property
     def passed(self) -> bool:
         return self.differing <= self.allowed
+
+    def count(self, differs: Tensor | np.ndarray) -> None:
+        """Add an array that is True where something differs."""
+        self.compared += int(np.prod(differs.shape))
+        self.differing += int(differs.sum())
+
+    def compare(self, one: Packed, other: Packed) -> None:
+        """Add codes, scales and zero points; all of them differ where the shapes do."""
+        for ours, theirs in zip(one, other, strict=True):
+            if ours.shape == theirs.shape:
+                # In float64: a float16 scale and its float32 copy are the same number.
+                self.count(ours.astype(np.float64) != theirs.astype(np.float64))
+            else:
+                self.count(np.ones(ours.shape, bool))
 
 
 def options(recipe: Recipe) -> dict:
     return {"verify": recipe.verify.model_dump()}
 
 
-def _zeros(name: str, weights: Weights, masks: Weights) -> Check:
-    """Pruned positions that are not exactly zero."""
-    pruned = sum(int((~mask).sum()) for mask in masks.values())
-    back = sum(int((weights[n][~mask] != 0).sum()) for n, mask in masks.items())
-    return Check(f"pruned positions zero in {name}", pruned, back, 0, "positions")
-
-
-def _stored_weights(folder: Any, names: list[str]) -> Weights:
-    checkpoint = Checkpoint(folder)
-    return {
-        key.removesuffix(".weight"): tensor
-        for key, tensor in checkpoint.tensors(f"{name}.weight" for name in names)
-    }
+def _arrays(codes: Tensor, grid: Grid) -> Packed:
+    return codes.numpy(), grid.scale.numpy(), grid.zero_point.numpy()
 
 
 def _steps(codes: np.ndarray, zero_point: np.ndarray) -> Tensor:
@@ -84,54 +82,36 @@ def _steps(codes: np.ndarray, zero_point: np.ndarray) -> Tensor:
     return torch.from_numpy(codes.astype(np.int16) - zeros)
 
 
-Packed = tuple[np.ndarray, np.ndarray, np.ndarray]  # codes, scale, zero point
+class _Checks:
+    """Collects the checks of one run.
 
+    masks: of pruned Linears; those whose update was merged densely are not looked at.
+    """
 
-def _as_arrays(codes: Tensor, grid: Grid) -> Packed:
-    return codes.numpy(), grid.scale.numpy(), grid.zero_point.numpy()
+    def __init__(self, context: Context):
+        self.context, self.done = context, list[Check]()
+        self.prompts = _prompts(context)
+        self.masks = context.path("sparsify")
+        self.pruned = set(TensorFiles(self.masks, MASKS).headers) if self.masks else set()
+        self.kept_zero = not context.recipe.adapt.merge_dense
+        self.merged = Checkpoint(context.inputs["merge"].path / "model")
+        self.quantized = quantized_names(self.merged)
 
+    def start(self, name: str, unit: str, allowed: float = 0) -> Check:
+        self.done.append(Check(name, unit, allowed))
+        return self.done[-1]
 
-def _same_packed(name: str, one: dict[str, Packed], other: dict[str, Packed]) -> Check:
-    """Codes, scales and zero points that are not equal; a Linear missing counts whole."""
-    compared = differing = 0
-    for layer, parts in one.items():
-        for index, part in enumerate(parts):
-            compared += part.size
-            if layer not in other or other[layer][index].shape != part.shape:
-                differing += part.size
-            else:
-                # Compared in float64: a float16 scale and its float32 copy are the same number.
-                theirs = other[layer][index].astype(np.float64)
-                differing += int((part.astype(np.float64) != theirs).sum())
-    return Check(f"codes, scales, zero points: {name}", compared, differing, 0, "numbers")
+    def zeros(self, name: str) -> Check:
+        return self.start(f"pruned positions zero in {name}", "positions")
 
+    def packed(self, name: str) -> Check:
+        return self.start(f"codes, scales, zero points: {name}", "numbers")
 
-def _logits(name: str, one: Session, other: Session, prompts: list[list[int]], allowed: float):
-    """Largest logit difference in standard deviations, over the prompt and one cached step."""
-    worst, count = 0.0, 0
-    for indices in equal_lengths(prompts, 16):
-        ids = np.array([prompts[i] for i in indices], np.int64)
-        one.reset()
-        other.reset()
-        for part in (ids[:, :-1], ids[:, -1:]):
-            ours, theirs = one.forward(part), other.forward(part)
-            worst = max(worst, float(np.abs(ours - theirs).max() / ours.std()))
-            count += ours.size
-    return Check(f"logits: {name}", count, worst, allowed, "standard deviations")
-
-
-def _tokens(name: str, one: list[list[int]], other: list[list[int]]) -> Check:
-    differing = sum(a != b for a, b in zip(one, other, strict=True))
-    return Check(f"greedy tokens: {name}", len(one), differing, 0, "prompts")
-
-
-def _effective(model: nn.Module) -> Weights:
-    """The weight every Linear multiplies with in the trained forward."""
-    with torch.no_grad():
-        return {
-            name: layer.effective_weight(update)
-            for name, (layer, update) in compressed_layers(model).items()
-        }
+    def count_zeros(self, check: Check, layer: str, weight: Tensor) -> None:
+        """Add what the mask says is pruned and ``weight`` has not at zero."""
+        if layer in self.pruned:
+            mask = load_mask(self.masks, layer, weight.shape)
+            check.count(weight[~mask] != 0)
 
 
 def _prompts(context: Context) -> list[list[int]]:
@@ -143,79 +123,85 @@ def _prompts(context: Context) -> list[list[int]]:
     return [item.prompt + item.target[: max(2, len(item.target) // 4)] for item in items]
 
 
-class _Checks:
-    """Collects the checks of one run."""
-
-    def __init__(self, context: Context):
-        self.context, self.done = context, list[Check]()
-        self.prompts = _prompts(context)
-        self.new_tokens = context.recipe.verify.new_tokens
-
-    def add(self, *checks: Check) -> None:
-        self.done += checks
-
-    def sessions(self, name: str, one: Session, other: Session, allowed: float) -> None:
-        """Compare logits and greedy tokens of two sessions."""
-        self.add(_logits(name, one, other, self.prompts, allowed))
-        texts = (generate(s, self.prompts, self.new_tokens, stop=[]) for s in (one, other))
-        self.add(_tokens(name, *texts))
-
-
-def _check_stages(checks: _Checks, trained: nn.Module, masks: Weights) -> None:
+@torch.no_grad()
+def _check_layers(checks: _Checks) -> None:
+    """Every decoder Linear along the passes, from its base to the merged file."""
     context = checks.context
-    for stage in ("sparsify", "quantize"):
-        if folder := context.path(stage):
-            weights = _stored_weights(folder / "model", list(masks))
-            checks.add(_zeros(stage, weights, masks))
-    if not context.recipe.adapt.merge_dense:
-        checks.add(_zeros("the trained forward", _effective(trained), masks))
+    stages = {
+        name: (Checkpoint(folder / "model"), checks.zeros(name))
+        for name in ("sparsify", "quantize")
+        if (folder := context.path(name))
+    }
+    in_forward = checks.zeros("the trained forward") if checks.kept_zero else None
+    in_merged = checks.zeros("the merged model") if checks.kept_zero else None
+    quantized = set(checks.quantized)
+    name = "codes, scales, zero points" if quantized else "weights"
+    same = checks.start(f"{name}: trained forward and merged", "numbers")
+    layers = Layers(context.base(), context.inputs["search"].path / "adapter")
+    for linear in layers.names:
+        layer, update = layers.layer(linear)
+        for checkpoint, zeros in stages.values():
+            checks.count_zeros(zeros, linear, checkpoint.tensor(f"{linear}.weight"))
+        trained = layer.effective_weight(update)
+        if linear in quantized:
+            assert layer.grid is not None
+            codes, grid = read_quantized(checks.merged, linear)
+            same.compare(_arrays(layer.codes(update), layer.grid), _arrays(codes, grid))
+            merged = dequantize(codes, grid)
+        else:
+            merged = checks.merged.tensor(f"{linear}.weight")
+            same.count(trained.to(merged.dtype) != merged)
+        if in_forward and in_merged:
+            checks.count_zeros(in_forward, linear, trained)
+            checks.count_zeros(in_merged, linear, merged)
 
 
-def _check_merged(
-    checks: _Checks, trained: nn.Module, merged: Session, masks: Weights
-) -> dict[str, Packed]:
-    """The merged model against the trained one; returns its packed layers."""
-    folder = checks.context.inputs["merge"].path / "model"
-    checkpoint = Checkpoint(folder)
-    packed = {name: read_quantized(checkpoint, name) for name in quantized_names(checkpoint)}
-    arrays = {name: _as_arrays(*layer) for name, layer in packed.items()}
-    if packed:
-        with torch.no_grad():
-            seen = {
-                name: _as_arrays(layer.codes(update), layer.grid)  # type: ignore[arg-type]
-                for name, (layer, update) in compressed_layers(trained).items()
-            }
-        checks.add(_same_packed("trained forward and merged", seen, arrays))
-        weights = {name: dequantize(*layer) for name, layer in packed.items()}
-    else:
-        weights = _stored_weights(folder, list(masks))
-    if not checks.context.recipe.adapt.merge_dense:
-        checks.add(_zeros("the merged model", weights, masks))
-    # Floats that merge cast to a shorter dtype are not the trained ones any more.
-    if packed or all(header.dtype == "F32" for header in checkpoint.headers.values()):
-        tolerance = checks.context.recipe.verify.tolerance
-        checks.sessions("trained and merged in torch", TorchSession(trained), merged, tolerance)
-    return arrays
+def _check_written(checks: _Checks, name: str, folder: Path) -> None:
+    """Codes and zeros of a deployment's file, and the kernels that its runtime takes."""
+    runtime = target(name)
+    same = checks.packed(f"merged and {name}")
+    zeros = checks.zeros(name)
+    missing = set(checks.quantized)
+    for layer, (codes, scale, zero) in runtime.read_back(folder):
+        missing.discard(layer)
+        ours = _arrays(*read_quantized(checks.merged, layer))
+        same.compare(ours, (codes, scale, zero))
+        checks.count_zeros(zeros, layer, _steps(codes, zero))
+    for layer in missing:  # counts whole
+        same.count(np.ones(read_quantized(checks.merged, layer)[0].shape, bool))
+    kernels = checks.start(f"layers on compressed kernels in {name}", "layers")
+    compressed = runtime.compressed_kernels(folder)
+    kernels.count(np.array([layer not in compressed for layer in checks.quantized]))
 
 
-def _check_target(
-    checks: _Checks, name: str, in_torch: Session, merged: dict[str, Packed], masks: Weights
-) -> None:
-    context, runtime = checks.context, target(name)
-    folder = context.inputs[f"export-{name}"].path / "model"
-    if merged:
-        found = runtime.read_back(folder)
-        checks.add(_same_packed(f"merged and {name}", merged, found))
-        steps = {layer: _steps(codes, zero) for layer, (codes, _, zero) in found.items()}
-        checks.add(_zeros(name, steps, masks))
-        compressed = runtime.compressed_kernels(folder)
-        floats = [layer for layer in merged if layer not in compressed]
-        checks.add(
-            Check(f"layers on compressed kernels in {name}", len(merged), len(floats), 0, "layers")
-        )
-    exact = runtime.open_session(folder, True, None)
-    tolerance = context.recipe.verify.tolerance
-    checks.sessions(f"merged in torch and {name}", in_torch, exact, tolerance)
+def _prompt_logits(session: Session, prompts: list[list[int]]) -> list[np.ndarray]:
+    """``[length, vocabulary]`` of every prompt, its last token by a step from the cache."""
+    found: list[np.ndarray] = [np.empty(0)] * len(prompts)
+    for indices in equal_lengths(prompts, BATCH):
+        ids = np.array([prompts[i] for i in indices], np.int64)
+        session.reset()
+        logits = np.concatenate([session.forward(part) for part in (ids[:, :-1], ids[:, -1:])], 1)
+        for index, one in zip(indices, logits, strict=True):
+            found[index] = one
+    return found
+
+
+def _check_session(checks: _Checks, name: str, reference: Reference, session: Session) -> None:
+    """Logits over every prompt, and the tokens that follow: each the likeliest in torch."""
+    settings, both = checks.context.recipe.verify, f"merged in torch and {name}"
+    logits = checks.start(f"logits: {both}", "standard deviations", settings.tolerance)
+    tokens = checks.start(f"greedy tokens: {both}", "tokens")
+    for start in range(0, len(checks.prompts), BATCH):
+        prompts = checks.prompts[start : start + BATCH]
+        said = generate(session, prompts, settings.new_tokens, stop=[])
+        ours = reference.logits([p + s for p, s in zip(prompts, said, strict=True)])
+        theirs = _prompt_logits(session, prompts)
+        for prompt, answer, one, other in zip(prompts, said, ours, theirs, strict=True):
+            of_prompt = one[: len(prompt)]
+            worst = np.abs(of_prompt - other).max() / of_prompt.std()
+            logits.differing = max(logits.differing, float(worst))
+            logits.compared += of_prompt.size
+            tokens.count(one[len(prompt) - 1 : -1].argmax(axis=-1) != np.array(answer))
 
 
 def _check_packed(checks: _Checks, name: str, artifact: Path) -> None:
@@ -223,24 +209,22 @@ def _check_packed(checks: _Checks, name: str, artifact: Path) -> None:
     dense, packed = artifact / "model", artifact / PACKED
     file = packed_file(packed)
     assert file is not None
-    with PackedFile(file) as opened:
-        inflated = opened.inflate()
-        stored = np.fromfile(dense / opened.header.file, np.uint8)
-    same = stored.shape == inflated.shape
-    differing = int((stored != inflated).sum()) if same else len(stored)
-    checks.add(Check(f"bytes inflated from the packed {name}", len(stored), differing, 0, "bytes"))
-    runtime = target(name)
-    one, other = (runtime.open_session(folder, False, None) for folder in (dense, packed))
-    checks.add(_logits(f"{name} dense and packed, as deployed", one, other, checks.prompts, 0.0))
-
-
-def _merged_model(context: Context) -> nn.Module:
-    """The merged folder in float32, with its adapter by stock peft where one is kept apart."""
-    folder = context.inputs["merge"].path
-    model = load_float_model(folder / "model")
-    if not context.recipe.adapt.apart:
-        return model
-    return PeftModel.from_pretrained(model, folder / "adapter").eval()
+    check = checks.start(f"bytes inflated from the packed {name}", "bytes")
+    with tempfile.TemporaryDirectory(dir=checks.context.folder) as scratch:
+        with PackedFile(file) as opened:
+            stored, inflated = dense / opened.header.file, Path(scratch) / "inflated"
+            opened.inflate_file(inflated)
+        check.compared = stored.stat().st_size
+        if sha256_of(inflated) != sha256_of(stored):
+            check.differing = check.compared
+    same = checks.start(f"logits: {name} dense and packed, as deployed", "standard deviations")
+    one, other = (
+        _prompt_logits(target(name).open_session(folder, False, None), checks.prompts)
+        for folder in (dense, packed)
+    )
+    for ours, theirs in zip(one, other, strict=True):
+        same.compared += ours.size
+        same.differing = max(same.differing, float(np.abs(ours - theirs).max() / ours.std()))
 
 
 def run(context: Context) -> dict:
@@ -248,24 +232,22 @@ def run(context: Context) -> dict:
 
     :raises UserError: listing every check that failed.
     """
-    targets = context.recipe.export.targets
-    advance: Callable[[], None] = context.start(2 + len(targets))
-    adapter = context.inputs["search"].path / "adapter"
-    trained = load_adapted(context.base(), adapter, torch.float32)
-    sparsified = context.path("sparsify")
-    pruned = TensorFiles(sparsified, MASKS).headers if sparsified else {}
-    shapes = {name: layer.weight.shape for name, (layer, _) in compressed_layers(trained).items()}
-    masks = {name: load_mask(sparsified, name, shapes[name]) for name in pruned}
+    targets, merge = context.recipe.export.targets, context.inputs["merge"].path
+    advance = context.start(1 + len(targets))
     checks = _Checks(context)
-    _check_stages(checks, trained, masks)
+    _check_layers(checks)
     advance()
-    in_torch = TorchSession(_merged_model(context))
-    merged = _check_merged(checks, trained, in_torch, masks)
-    advance()
+    adapter = merge / "adapter" if context.recipe.adapt.apart else None
+    reference = Reference(merge / "model", adapter)
     for name in targets:
-        _check_target(checks, name, in_torch, merged, masks)
+        artifact = context.inputs[f"export-{name}"].path
+        if checks.quantized:
+            _check_written(checks, name, artifact / "model")
+        session = target(name).open_session(artifact / "model", True, None)
+        _check_session(checks, name, reference, session)
+        del session
         if context.recipe.export.sparse_files:
-            _check_packed(checks, name, context.inputs[f"export-{name}"].path)
+            _check_packed(checks, name, artifact)
         advance()
     results = [asdict(check) | {"passed": check.passed} for check in checks.done]
     (context.folder / "verify.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,16 +131,16 @@ def _add_optional_input(graph: Any, name: str, shape: list[int | str], default: 
     graph.initializer.append(numpy_helper.from_array(np.zeros(default, np.float32), name))
 
 
-def read_back(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Codes uint8 ``[out, in]``, scale float32 and zero point uint8 ``[out, groups]`` by module.
+def read_back(folder: Path) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """By module: codes uint8 ``[out, in]``, scale float32 and zero point uint8 ``[out, groups]``.
 
-    Read from the written file, for ``verify``.
+    Read from the written file, one at a time.
     """
     import onnx
 
     from sqft_export.targets.onnx_weights import read_packed
 
-    return read_packed(onnx.load(folder / MODEL))
+    return read_packed(onnx.load(folder / MODEL, load_external_data=False), folder)
 
 
 def metadata(folder: Path) -> dict[str, str]:

@@ -11,6 +11,8 @@ product; ``gate_up_proj[0:160]`` is a range of rows where one Linear feeds sever
 """
 
 import re
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -235,28 +237,35 @@ def set_nodes(graph: Any, nodes: list[Any]) -> None:
 Packed = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def read_packed(model: Any) -> dict[str, Packed]:
-    """Codes uint8 ``[out, in]``, scale float32 and zero point uint8 ``[out, groups]`` by Linear.
+def read_packed(model: Any, folder: Path) -> Iterator[tuple[str, Packed]]:
+    """By Linear: codes uint8 ``[out, in]``, scale float32 and zero point uint8 ``[out, groups]``.
 
-    :param model: with its external data loaded.
+    :param folder: where its external data is, of which what is asked for is read.
     """
     tensors = {t.name: t for t in model.graph.initializer}
-    found: dict[str, dict[int, Packed]] = {}
+
+    def array(name: str) -> np.ndarray:
+        copy = onnx.TensorProto()  # reading external data fills the proto, which then stays
+        copy.CopyFrom(tensors[name])
+        return numpy_helper.to_array(copy, str(folder))
+
+    products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    wanted = Counter(part.linear for node in products for part in product_parts(node))
+    pieces: dict[str, dict[int, Packed]] = {}
     for node in model.graph.node:
         if node.op_type == "GatherBlockQuantized":
-            found[node.input[0].removesuffix(".B")] = {0: _read_gather(model, node, tensors)}
+            yield node.input[0].removesuffix(".B"), _read_gather(model, node, array)
         elif node.op_type == "MatMulNBits":
-            packed, row = _read_product(node, tensors), 0
+            packed, row = _read_product(node, array), 0
             parts = product_parts(node)
             for part in parts:
                 count = _rows_of(part, parts, packed, model)
-                rows = tuple(array[row : row + count] for array in packed)
-                found.setdefault(part.linear, {})[part.start] = rows  # type: ignore[assignment]
+                rows = tuple(values[row : row + count] for values in packed)
+                pieces.setdefault(part.linear, {})[part.start] = rows  # type: ignore[assignment]
                 row += count
-    return {
-        name: tuple(np.concatenate(arrays) for arrays in zip(*_ordered(pieces), strict=True))  # type: ignore[misc]
-        for name, pieces in found.items()
-    }
+                if len(pieces[part.linear]) == wanted[part.linear]:
+                    whole = zip(*_ordered(pieces.pop(part.linear)), strict=True)
+                    yield part.linear, tuple(map(np.concatenate, whole))  # type: ignore[misc]
 
 
 def _ordered(pieces: dict[int, Packed]) -> list[Packed]:
@@ -276,22 +285,22 @@ def _rows_of(part: Part, parts: list[Part], packed: Packed, model: Any) -> int:
     return share * heads["num_heads" if part == parts[0] else "kv_num_heads"]
 
 
-def _read_gather(model: Any, node: Any, tensors: Any) -> Packed:
-    scale, zero = (numpy_helper.to_array(tensors[node.input[i]]) for i in (2, 3))
+def _read_gather(model: Any, node: Any, array: Callable[[str], np.ndarray]) -> Packed:
+    scale, zero = (array(node.input[i]) for i in (2, 3))
     shared = [n.input[0] for n in model.graph.node if list(n.output) == [node.input[0]]]
-    codes = numpy_helper.to_array(tensors[(shared or node.input)[0]])
+    codes = array((shared or node.input)[0])
     return codes.reshape(len(scale), -1), scale, zero
 
 
-def _read_product(node: Any, tensors: Any) -> Packed:
+def _read_product(node: Any, array: Callable[[str], np.ndarray]) -> Packed:
     size = {a.name: a.i for a in node.attribute}
-    scales = numpy_helper.to_array(tensors[node.input[2]]).reshape(size["N"], -1)
-    packed = numpy_helper.to_array(tensors[node.input[1]])
+    scales = array(node.input[2]).reshape(size["N"], -1)
+    packed = array(node.input[1])
     four = size["bits"] == 4
     codes = unpack_nibbles(packed, size["block_size"]) if four else packed
     codes = codes.reshape(size["N"], -1)[:, : size["K"]]
     if len(node.input) > 3 and node.input[3]:
-        stored = numpy_helper.to_array(tensors[node.input[3]]).reshape(size["N"], -1)
+        stored = array(node.input[3]).reshape(size["N"], -1)
         zeros = unpack_nibbles(stored, scales.shape[1]) if four else stored
     else:
         zeros = np.full(scales.shape, 2 ** (size["bits"] - 1), np.uint8)

@@ -10,6 +10,7 @@ is needed (NNCF's INT4_SYM); an asymmetric one is stored as it is, with its zero
 """
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -223,8 +224,10 @@ def _codes_of(constant: Any) -> np.ndarray:
     return values.reshape(shape)
 
 
-def codes_and_grids(graph: Any) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
-    """Codes uint8 ``[out, in]``, scale and zero point uint8 ``[out, groups]``, bits, by weight.
+def codes_and_grids(
+    graph: Any,
+) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray, np.ndarray, int]]]:
+    """By weight, one at a time: codes uint8 ``[out, in]``, scale, zero point, bits.
 
     Of a graph written here or by NNCF: both name a constant's scale and zero point after it.
     """
@@ -233,7 +236,6 @@ def codes_and_grids(graph: Any) -> dict[str, tuple[np.ndarray, np.ndarray, np.nd
         for node in graph.get_ops()
         if node.get_type_name() == "Constant"
     }
-    found = {}
     for key, scale_node in constants.items():
         if not key.endswith(".weight/scale"):
             continue
@@ -249,17 +251,16 @@ def codes_and_grids(graph: Any) -> dict[str, tuple[np.ndarray, np.ndarray, np.nd
         else:
             zero = _codes_of(zero_node).reshape(scale.shape).astype(np.uint8)
         name = key.removesuffix(".weight/scale")
-        found[name] = (values.astype(np.uint8), scale.copy(), zero, bits)
-    return found
+        yield name, (values.astype(np.uint8), scale.copy(), zero, bits)
 
 
-def read_back(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Codes uint8 ``[out, in]``, scale float16 and zero point uint8 ``[out, groups]`` by module.
+def read_back(folder: Path) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """By module: codes uint8 ``[out, in]``, scale float16 and zero point uint8 ``[out, groups]``.
 
-    Read from the written file, for ``verify``.
+    Read from the written file, one at a time.
     """
-    found = codes_and_grids(ov.Core().read_model(folder / MODEL))
-    return {name: parts[:3] for name, parts in found.items()}
+    for name, parts in codes_and_grids(ov.Core().read_model(folder / MODEL)):
+        yield name, parts[:3]
 
 
 def metadata(folder: Path) -> dict[str, str]:

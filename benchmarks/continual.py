@@ -1,0 +1,109 @@
+"""A merged model as the base of the next recipe, three times: what is kept and what is forgotten.
+
+    python benchmarks/continual.py [--steps 150] [--items 150]
+
+The embedded model learns additions, then subtractions, then multiplications (its word problems by
+their first step). The first round prunes and quantizes; the later ones take the zeros and the grid
+as they are. After each round the OpenVINO deployment answers held-out problems of all three kinds:
+the first column down the rows is what later rounds forget. ``verify`` compares every code of every
+round; that the zeros of the first round are the zeros of the last is checked here.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from document import finish, table
+
+from sqft_export import pipeline, tasks
+from sqft_export.compressed import load_packed_masks
+from sqft_export.intervals import wilson
+from sqft_export.recipe import Recipe, load
+from sqft_export.worker import in_a_process
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "sqft_export" / "builtin" / "tiny"
+KINDS = {"additions": "+", "subtractions": "-", "multiplications": "*"}
+GIVEN = ("sparsify={method: given}", "quantize.method=given")
+
+
+def write_kinds(folder: Path) -> None:
+    """``<kind>-train.jsonl`` and ``-test.jsonl``: problems by the sign of their first step."""
+    for split in ("train", "test"):
+        lines = (TINY / f"{split}.jsonl").read_text().splitlines()
+        for kind, sign in KINDS.items():
+            chosen = [x for x in lines if sign in json.loads(x)["answer"].partition("=")[0]]
+            (folder / f"{kind}-{split}.jsonl").write_text("\n".join(chosen) + "\n")
+
+
+def recipe_of(kind: str, data: Path, base: Path | None, steps: int, items: int) -> Recipe:
+    settings = (
+        f"task.train={data / kind}-train.jsonl",
+        f"task.test={data / kind}-test.jsonl",
+        f"name={kind}",
+        f"adapt.steps={steps}",
+        f"benchmark.items={items}",
+        "benchmark.baselines=[]",
+        "export={targets: [openvino]}",
+    )
+    return load(ROOT / "recipes" / "tiny.yaml", settings + (GIVEN if base else ()), base)
+
+
+def accuracy(folder: Path, recipe: Recipe) -> tuple[int, int]:
+    """Problems answered right by a deployment, and problems asked."""
+    tokenizer = tasks.load_tokenizer(TINY)
+    items = tasks.test_items(recipe, tasks.load(recipe, tokenizer))
+    job: dict[str, Any] = {"kind": "openvino", "folder": str(folder), "threads": None}
+    job |= {"device": "cpu", "questions": tasks.questions(recipe, items, tokenizer)}
+    judged = tasks.judge(recipe, items, in_a_process(job), tokenizer)
+    return sum(one.right for one in judged), len(judged)
+
+
+def rounds(root: Path, steps: int, items: int) -> list[dict[str, Any]]:
+    """One entry a round: its kind, zeros, and how many problems of every kind are right."""
+    write_kinds(root)
+    found: list[dict[str, Any]] = []
+    base, first = None, None
+    for number, kind in enumerate(KINDS, start=1):
+        recipe = recipe_of(kind, root, base, steps, items)
+        artifacts = pipeline.run(recipe, root / f"round-{number}", ("verify",))
+        base = artifacts["merge"].path / "model"
+        masks = load_packed_masks(artifacts["sparsify"].path)
+        first = first or masks
+        # Rounding may make zeros too, so that a later mask is inside the first.
+        regrown = sum(int((mask & ~first[name]).sum()) for name, mask in masks.items())
+        scores = {
+            k: accuracy(
+                artifacts["export-openvino"].path / "model", recipe_of(k, root, base, steps, items)
+            )
+            for k in KINDS
+        }
+        sparsity = artifacts["merge"].metrics["sparsity"]["all"]
+        found.append({"learned": kind, "sparsity": sparsity, "regrown": regrown, "right": scores})
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--items", type=int, default=150)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = rounds(Path(scratch), arguments.steps, arguments.items)
+    rows = []
+    for number, entry in enumerate(found, start=1):
+        cells = []
+        for right, count in entry["right"].values():
+            low, high = wilson(right, count)
+            cells.append(f"{right / count:.1%} ({low:.0%} to {high:.0%})")
+        rows.append(
+            [number, entry["learned"], f"{entry['sparsity']:.2%}", entry["regrown"], *cells]
+        )
+    table(["round", "learned", "zeros", "zeros lost", *KINDS], rows)
+    finish("continual", {}, {"rounds": found})
+
+
+if __name__ == "__main__":
+    main()
