@@ -41,13 +41,13 @@ def _refuse_others(config: Any, where: str) -> None:
         if (getattr(config, name, None) or 0) > 1:
             raise UserError(
                 f"{where}: model_type: {config.model_type} is a mixture of experts ({name}: "
-                f"{getattr(config, name)}); a token's expert weights can't be pruned by all tokens' inputs"
+                f"{getattr(config, name)}); their weights can't be pruned by every token's inputs"
             )
     for name in OTHER_SENSES:
         if getattr(config, name, None):
             raise UserError(
-                f"{where}: model_type: {config.model_type} also sees or hears ({name}); only language "
-                "models are compressed, such as its text model saved alone"
+                f"{where}: model_type: {config.model_type} also sees or hears ({name}); only "
+                "language models are compressed, such as its text model saved alone"
             )
 
 
