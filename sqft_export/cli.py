@@ -64,8 +64,8 @@ def plan_command(
     runs: Runs = Path("runs"),
     json_only: Json = False,
 ) -> None:
-    """Check a recipe and show its passes, what is cached, and predicted bytes."""
-    from sqft_export import pipeline, plan, sources
+    """Check a recipe and show its passes, what is cached, and what each will cost here."""
+    from sqft_export import pipeline, plan, predict, sources, tasks
     from sqft_export.artifact import Store
     from sqft_export.recipe import load
 
@@ -74,6 +74,9 @@ def plan_command(
     layout = plan.check(loaded, folder)
     predicted = plan.predict_bytes(loaded, layout)
     needed, free = plan.disk_bytes(loaded, layout, runs)
+    machine = predict.speeds(runs)
+    seconds = predict.seconds(loaded, layout, machine, tasks.count_examples(loaded))
+    memory, room = predict.memory(loaded, layout), predict.free_memory()
     document: dict[str, Any] = {
         "passes": [
             {
@@ -81,11 +84,15 @@ def plan_command(
                 "key": step.key[:16],
                 "cached": step.artifact is not None,
                 "predicted_bytes": predicted[step.name],
+                "predicted_seconds": seconds[step.name],
+                "predicted_memory_bytes": int(memory[step.name]),
             }
             for step in pipeline.plan_passes(loaded, folder, Store(runs / loaded.name))
         ],
         "group_size_fallback": plan.fallbacks(loaded, layout),
         "disk": {"needed_bytes": needed, "free_bytes": free},
+        "memory": {"needed_bytes": int(max(memory.values())), "free_bytes": room},
+        "machine": asdict(machine),
     }
     if json_only:
         print(json.dumps(document))
@@ -94,12 +101,27 @@ def plan_command(
     print(f"{loaded.name}: {source}, {layout.weights + layout.others:,} weights")
     for entry in document["passes"]:
         state = "cached" if entry["cached"] else "to run"
-        print(f"  {entry['pass']:16} {state}  {entry['predicted_bytes'] / 2**20:10.1f} MiB")
-    short = "" if free >= needed else ": too little, a run will be refused here"
-    print(f"  disk {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free{short}")
+        print(
+            f"  {entry['pass']:16} {state} {entry['predicted_bytes'] / 2**20:10.1f} MiB on disk"
+            f"{entry['predicted_memory_bytes'] / 2**30:8.1f} GiB of memory"
+            f"  {_time(entry['predicted_seconds'])}"
+        )
+    for name in ("disk", "memory"):
+        needed, free = document[name].values()
+        short = "" if free >= needed else ": too little, a run will be refused here"
+        print(f"  {name} {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free{short}")
+    print(f"  times for {machine.flops / 1e9:.0f} GFLOP/s, {machine.disk / 1e6:.0f} MB/s of disk")
     for name, size in document["group_size_fallback"].items():
         asked = loaded.quantize.group_size
         print(f"  {name}: group_size {asked} does not divide its inputs; {size} is used")
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "time depends on data that is not here"
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
 
 
 @app.command()

@@ -14,7 +14,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sqft_export import plan, sources
+from sqft_export import plan, predict, sources
 from sqft_export.artifact import Artifact, Store, key_of, read
 from sqft_export.errors import UserError
 from sqft_export.machine import process_rank
@@ -151,8 +151,11 @@ def run(recipe: Recipe, root: Path, last: tuple[str, ...] = ()) -> dict[str, Art
             plan.check_disk(recipe, plan.check(recipe, None), root)
         folder = sources.model_folder(recipe, download=True)
     assert folder is not None
-    plan.check_disk(recipe, plan.check(recipe, folder), root)
+    layout = plan.check(recipe, folder)
+    plan.check_disk(recipe, layout, root)
     store = Store(root)
+    to_run = [s.name for s in plan_passes(recipe, folder, store, last) if s.artifact is None]
+    predict.check_memory(recipe, layout, to_run)
     if process_rank():
         return _follow(recipe, folder, store, last)
     artifacts: dict[str, Artifact] = {}

@@ -248,6 +248,20 @@ def load(recipe: Recipe, tokenizer: Any) -> Data:
     return _problem_data(recipe.task, recipe, tokenizer)
 
 
+def count_examples(recipe: Recipe) -> int | None:
+    """Training examples there will be, from the files alone; None where they are on the hub.
+
+    A text's windows are guessed at four characters a token.
+    """
+    task = recipe.task
+    if isinstance(task, Dataset) and task.folder is None:
+        return None
+    if isinstance(task, Text):
+        characters = recipe.resolve(task.text).stat().st_size * (1 - task.test_share)
+        return int(characters / 4 / task.sequence_length)
+    return sum(1 for _ in _records(recipe, "train"))
+
+
 def held_out(recipe: Recipe, tokenizer: Any) -> list[Item]:
     """The test items alone; of several sets in turn, so that a first few are of all of them."""
     task = recipe.task

@@ -28,7 +28,7 @@ RANKS = [
         "pictures",
         "pages",
     },
-    {"sparsifiers", "quantizers", "search", "evaluate", "plan"},
+    {"sparsifiers", "quantizers", "search", "evaluate", "plan", "predict"},
     {"worker", "inspection"},
     {"device"},
     {"stages"},

@@ -3,7 +3,7 @@ import importlib.util
 import pytest
 
 from conftest import random_model, small_recipe
-from sqft_export import plan, sources
+from sqft_export import pipeline, plan, predict, sources, tasks
 from sqft_export.errors import UserError
 
 
@@ -47,6 +47,38 @@ def test_too_little_disk_is_refused_with_bytes(odd, monkeypatch, tmp_path):
     monkeypatch.setattr(plan, "disk_bytes", lambda *_: (5 * 2**30, 2**30))
     with pytest.raises(UserError, match=r"5.0 GiB needed in .*, 1.0 GiB free"):
         plan.check_disk(recipe, layout, tmp_path)
+
+
+def test_too_little_memory_is_refused_with_the_pass_and_bytes(odd, monkeypatch, tmp_path):
+    monkeypatch.setattr(predict, "free_memory", lambda: 2**29)
+    with pytest.raises(UserError, match=r"memory: \w+ needs \d+\.\d GiB, 0.5 GiB are free"):
+        pipeline.run(small_recipe(model_path=odd), tmp_path)
+    assert not list(tmp_path.glob("sparsify*"))
+
+
+def test_costs_grow_with_the_work(odd):
+    """Twice the samples, steps and answers take longer; a wider group of them needs memory."""
+    machine = predict.Speeds(flops=1e11, elements=1e9, disk=1e9)
+    more = ("calibration.samples=64", "adapt.steps=48", "benchmark.items=64", "verify.prompts=64")
+    costs = []
+    for settings in ((), more):
+        recipe = small_recipe(*settings, model_path=odd)
+        layout = plan.layout_of(recipe, odd)
+        costs.append(predict.seconds(recipe, layout, machine, examples=None))
+        memory = predict.memory(recipe, layout)
+        assert memory.keys() == costs[-1].keys() == set(plan.pass_names(recipe))
+    for name in ("sparsify", "quantize", "adapt", "benchmark", "verify"):
+        assert costs[0][name] < costs[1][name], name
+
+
+def test_steps_of_epochs_are_counted_from_the_data(odd):
+    machine = predict.Speeds(1e11, 1e9, 1e9)
+    recipe = small_recipe("adapt.steps=null", "adapt.epochs=2", model_path=odd)
+    layout = plan.layout_of(recipe, odd)
+    assert tasks.count_examples(recipe) == 6000
+    few, many = (predict.seconds(recipe, layout, machine, n)["adapt"] for n in (100, 6000))
+    assert few < many
+    assert predict.seconds(recipe, layout, machine, None)["adapt"] is None
 
 
 def test_a_config_that_is_not_the_expected_one_is_refused(odd):

@@ -1,0 +1,128 @@
+"""Every pass at the width of Mistral-7B: seconds and peak memory, beside what `plan` predicts.
+
+    python benchmarks/real_size.py [--blocks 8] [--runs <folder>] [--small]
+
+A checkpoint of the true width with random weights and as many blocks as asked for goes through all
+passes of the recipe `mistral`, with few calibration samples, prompts and steps; each pass in a
+process of its own, whose peak is what the kernel reports of it and its children. Seconds and memory
+of 32 blocks are the same plus 24 blocks' share, found from a second run with half the blocks.
+`--runs` keeps what was made and measured; with it, a second call only compares again.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from document import finish, spread, table
+from shapes import SMALL, WIDE, write_checkpoint
+
+from sqft_export import pipeline, plan, predict
+from sqft_export.recipe import Recipe, load
+from sqft_export.worker import peak_memory
+
+ROOT = Path(__file__).parent.parent
+GIB = 2**30
+WORDS = 32768
+WHOLE = 32  # blocks of the real model
+SETTINGS = (
+    "name=real-size",
+    "model.config=null",
+    "task={kind: text, text: 'builtin:tiny/train.jsonl', sequence_length: 64}",
+    "calibration={samples: 4, sequence_length: 128}",
+    "adapt.steps=2",
+    "adapt.epochs=null",
+    "adapt.batch=1",
+    "verify={prompts: 4, new_tokens: 4}",
+    "benchmark={items: 2, baselines: [], prompt_tokens: 32, new_tokens: 8, repeats: 2}",
+)
+
+
+def recipe_of(model: Path) -> Recipe:
+    return load(ROOT / "recipes" / "mistral.yaml", SETTINGS, model)
+
+
+def child(model: Path, runs: Path, name: str) -> None:
+    """One pass, those before it being there; seconds and peak of this process and its children."""
+    artifacts = pipeline.run(recipe_of(model), runs, (name,))
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    seconds = artifacts[name].manifest["seconds"]
+    told = {"seconds": seconds, "peak": max(peak_memory(), children)}
+    print(json.dumps(told))
+
+
+def measure(root: Path, shape: dict[str, int], blocks: int) -> dict[str, dict[str, float]]:
+    """Pass -> seconds and peak; what was measured in ``root`` before is not measured again."""
+    model, runs, file = root / f"{blocks}" / "model", root / f"{blocks}" / "runs", root / "m.json"
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    if not model.is_dir():
+        write_checkpoint(model, shape, blocks, WORDS)
+    found = known.setdefault(str(blocks), {})
+    for name in plan.pass_names(recipe_of(model)):
+        if name not in found:
+            command = [sys.executable, __file__, "--child", str(model), str(runs), name]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            found[name] = json.loads(done.stdout.splitlines()[-1])
+            print(name, found[name], file=sys.stderr, flush=True)
+            file.write_text(json.dumps(known))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--runs", type=Path, help="keep what is made here")
+    parser.add_argument("--small", action="store_true", help="256 wide, to see that it runs")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(Path(arguments.child[0]), Path(arguments.child[1]), arguments.child[2])
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        root = arguments.runs or Path(scratch)
+        root.mkdir(parents=True, exist_ok=True)
+        report(root, SMALL if arguments.small else WIDE, arguments.blocks)
+
+
+def report(root: Path, shape: dict[str, int], blocks: int) -> None:
+    measured = {n: measure(root, shape, n) for n in (blocks // 2, blocks)}
+    recipe = recipe_of(root / f"{blocks}" / "model")
+    layout = plan.layout_of(recipe, root / f"{blocks}" / "model")
+    machine = predict.speeds(root)
+    seconds = predict.seconds(recipe, layout, machine, examples=None)
+    memory = predict.memory(recipe, layout)
+    rows, ratios, values = [], {}, {}
+    for name, found in measured[blocks].items():
+        half, told = measured[blocks // 2][name], seconds[name] or 0
+        grown = {key: (found[key] - half[key]) / (blocks - blocks // 2) for key in found}
+        whole = {key: found[key] + (WHOLE - blocks) * grown[key] for key in found}
+        row: dict[str, Any] = {"measured": found, "predicted": [told, memory[name]], "of_32": whole}
+        values[name] = row
+        ratios[f"{name} seconds"] = spread([told / found["seconds"]])
+        ratios[f"{name} memory"] = spread([memory[name] / found["peak"]])
+        rows.append(
+            [
+                name,
+                found["seconds"],
+                told,
+                told / found["seconds"],
+                found["seconds"] / layout.weights * 1e9,
+                found["peak"] / GIB,
+                memory[name] / GIB,
+                memory[name] / found["peak"],
+                whole["seconds"],
+                whole["peak"] / GIB,
+            ]
+        )
+    print(f"{blocks} blocks, {layout.weights:,} decoder weights, {layout.others:,} others")
+    header = ["pass", "s", "predicted", "ratio", "s/billion", "peak GiB", "predicted", "ratio"]
+    table([*header, f"s of {WHOLE}", f"GiB of {WHOLE}"], rows)
+    finish("real_size", ratios, values)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""What a pass will cost on this machine: seconds and peak memory, from counted work.
+
+Work is counted in three kinds: multiplications of matrix products, passes of an elementwise
+operation over a weight, bytes written. How fast the machine does each is measured in a second or
+two. How many elementwise passes each of ours comes to, what a library takes whatever the model, and
+what it keeps in memory are constants fitted to `benchmarks/real_size.py`, which compares both.
+"""
+
+import time
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import psutil
+
+from sqft_export.errors import UserError
+from sqft_export.plan import Layout, predict_bytes
+from sqft_export.recipe import Recipe
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """flops: of a float32 matrix product; elements: of a multiply-add over float32 in memory;
+    disk: bytes; each a second."""
+
+    flops: float
+    elements: float
+    disk: float
+
+
+def speeds(folder: Path) -> Speeds:
+    """Measure this machine.
+
+    :param folder: on the disk that is written to.
+    """
+    import torch
+
+    def best(work, times: int = 3) -> float:
+        taken = []
+        for _ in range(times):
+            started = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - started)
+        return min(taken)
+
+    left, right = torch.randn(512, 4096), torch.randn(4096, 4096)
+    flops = 2 * 512 * 4096 * 4096 / best(lambda: left @ right)
+    values = torch.randn(2**24)
+    elements = values.numel() / best(lambda: values.mul(1.5).add_(values))
+    place = folder.resolve()
+    while not place.is_dir():
+        place = place.parent
+    scratch, block = place / ".speed", bytes(2**26)
+
+    def write() -> None:
+        scratch.write_bytes(block)
+
+    try:
+        disk = len(block) / best(write)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return Speeds(flops, elements, disk)
+
+
+def seconds(
+    recipe: Recipe, layout: Layout, machine: Speeds, examples: int | None
+) -> dict[str, float | None]:
+    """Of every pass of the recipe; None where they depend on data that is not here.
+
+    :param examples: to train on, which steps are counted from where the recipe gives epochs.
+    """
+    written, found = predict_bytes(recipe, layout), dict[str, float | None]()
+    for name, size in written.items():
+        work = _work(name, recipe, layout, examples)
+        found[name] = (
+            None
+            if work is None
+            else (
+                FIXED_SECONDS.get(name, 1)
+                + work.flops / machine.flops
+                + work.elements / machine.elements
+                + size / machine.disk
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Multiplications and additions in matrix products, and elements of elementwise passes."""
+
+    flops: float = 0
+    elements: float = 0
+
+
+# Elementwise passes over every decoder weight, in float32, that a pass comes to; of adapt, a step.
+ELEMENTWISE = {
+    "sparsify": 30,
+    "quantize": 120,
+    "adapt": 25,
+    "teacher": 25,
+    "search": 2,
+    "merge": 12,
+    "baselines": 12,
+    "export-openvino": 4,
+    "export-onnx": 4,
+    "verify": 20,
+}
+# Whatever the model: imports, tracing, a runtime's start.
+FIXED_SECONDS = {"export-openvino": 8.0, "export-onnx": 8.0, "verify": 4.0, "benchmark": 12.0}
+FIXED_MEMORY = 0.7 * GIB
+GENERATED_AT_ONCE = 64  # prompts that `benchmark` answers together
+
+
+def _work(name: str, recipe: Recipe, layout: Layout, examples: int | None) -> _Work | None:
+    forward = 2 * layout.weights  # of a token
+    elements = ELEMENTWISE.get(name, 0) * layout.weights
+    if name == "sparsify":
+        return _Work(2 * forward * _calibration_tokens(recipe), elements)
+    if name == "quantize":
+        tokens = _calibration_tokens(recipe)
+        solved = _solver(layout, tokens) if recipe.quantize.method == "gptq" else 0
+        return _Work(2 * forward * tokens + solved, elements)
+    if name in ("adapt", "teacher"):
+        config = recipe.adapt
+        if config.steps is None and examples is None:
+            return None
+        batch = config.batch * config.accumulation
+        steps = config.steps or (config.epochs or 0) * (examples or 0) / batch
+        tokens = batch * recipe.task.sequence_length
+        # Forward, backward to the inputs and to the weights; the update is made twice.
+        flops = 3 * forward * tokens + 4 * config.max_rank * layout.weights
+        return _Work(steps * flops, steps * elements)
+    if name in ("merge", "baselines"):
+        return _Work(2 * recipe.adapt.max_rank * layout.weights, elements)
+    if name in ("verify", "benchmark"):
+        return _Work(_answers(name, recipe) * forward, elements)
+    return _Work(0, elements)
+
+
+def _calibration_tokens(recipe: Recipe) -> int:
+    return recipe.calibration.samples * recipe.calibration.sequence_length
+
+
+def _answers(name: str, recipe: Recipe) -> float:
+    """Tokens that go through the model."""
+    runtimes = len(recipe.export.targets) * (1 + recipe.export.sparse_files)
+    length = recipe.task.sequence_length
+    if name == "verify":
+        checked = recipe.verify
+        return 3 * runtimes * checked.prompts * (length + checked.new_tokens)
+    asked = recipe.benchmark
+    rows = runtimes + len(asked.baselines)
+    timed = (asked.repeats + 1) * (asked.prompt_tokens + asked.new_tokens)
+    generated = getattr(recipe.task, "max_new_tokens", 0)
+    return rows * (asked.items * (2 * length + generated) + timed)
+
+
+def _solver(layout: Layout, tokens: int) -> float:
+    """Of GPTQ: sums, factors and updates; what stands together shares its inputs."""
+    total, seen = 0.0, set()
+    for name, (outputs, inputs) in layout.linears.items():
+        shared = name.rpartition(".")[0], inputs
+        if shared not in seen:
+            seen.add(shared)
+            total += 2 * tokens * inputs**2 + inputs**3
+        total += outputs * inputs**2
+    return total
+
+
+def memory(recipe: Recipe, layout: Layout) -> dict[str, float]:
+    """Peak resident bytes of every pass, and of the processes it starts."""
+    written = predict_bytes(recipe, layout)
+    blocks = len({_block(linear) for linear in layout.linears})
+    block = 4 * layout.weights / blocks
+    largest = 4 * max(map(prod, layout.linears.values()))
+    widest = max(inputs for _, inputs in layout.linears.values())
+    activations = 4 * _calibration_tokens(recipe) * widest
+    outer, whole = 4 * layout.others, layout.weights + layout.others
+    gptq = recipe.quantize.method == "gptq"
+    exported = max(written.get(f"export-{name}", 0) for name in ("openvino", "onnx"))
+    deployed = exported / (1 + recipe.export.sparse_files)
+    loaded = layout.width * whole + layout.weights / 8 + outer
+    in_float = 4 * whole if recipe.benchmark.baselines else 0
+    of_pass = {
+        "sparsify": block + 3 * largest + activations,
+        "quantize": block + 2 * largest + 4 * widest**2 * gptq + activations,
+        "adapt": loaded + 5 * written["adapt"] + 4 * largest,
+        "search": loaded + 2 * written["adapt"],
+        "merge": 4 * largest,
+        "export-openvino": deployed + 2 * largest + outer,
+        "export-onnx": 2 * largest + outer,
+        "verify": 2 * deployed + outer,
+        "benchmark": max(1.5 * deployed, in_float),
+    }
+    of_pass |= {"teacher": of_pass["adapt"], "baselines": of_pass["merge"]}
+    return {name: FIXED_MEMORY + of_pass.get(name, 0) for name in written}
+
+
+def _block(linear: str) -> str:
+    return next(part for part in linear.split(".") if part.isdigit())
+
+
+def free_memory() -> int:
+    """Bytes that can be taken without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def check_memory(recipe: Recipe, layout: Layout, passes: list[str]) -> None:
+    """Refuse passes that this machine's free memory can't hold.
+
+    :raises UserError: with the pass, bytes needed and free.
+    """
+    free = free_memory()
+    needed = {name: size for name, size in memory(recipe, layout).items() if name in passes}
+    worst = max(needed, key=needed.__getitem__, default=None)
+    if worst is not None and needed[worst] > free:
+        raise UserError(
+            f"{recipe.file}: memory: {worst} needs {needed[worst] / GIB:.1f} GiB, "
+            f"{free / GIB:.1f} GiB are free"
+        )
