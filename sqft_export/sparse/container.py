@@ -15,7 +15,7 @@ import json
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -329,26 +329,39 @@ class PackedFile:
             # Zero points are in raw regions, which therefore come first.
             for _ in pool.map(lambda region: self._copy(region, out), raw):
                 pass
+            before: tuple[Sparse, list[Future[None]]] | None = None
             for region in self.header.regions:
                 if isinstance(region, Sparse):
-                    self._inflate(region, out, pool)
+                    # One is checked while the one before it is written.
+                    started = region, self._inflate(region, out, pool)
+                    self._finish(before)
+                    before = started
+            self._finish(before)
+
+    def _finish(self, started: tuple[Sparse, list[Future[None]]] | None) -> None:
+        if started:
+            region, tasks = started
+            for task in tasks:
+                task.result()
+            self._forget(region.mask)
+            self._forget(region.kept)
 
     def _copy(self, region: Raw, out: Memory | DenseFile) -> None:
         out.write(region.at, self._bytes(region.data, f"byte {region.at}"))
         self._forget(region.data)
 
-    def _inflate(self, region: Sparse, out: Memory | DenseFile, pool: Executor) -> None:
+    def _inflate(
+        self, region: Sparse, out: Memory | DenseFile, pool: Executor
+    ) -> list[Future[None]]:
         mask = self._bytes(region.mask, region.name, pool)
         kept = self._bytes(region.kept, region.name, pool)
         fill = fills_of(region.fill, out.read)
         try:
-            inflate(
+            return inflate(
                 region.bits, region.elements, mask, kept, fill, region.group, out, region.at, pool
             )
         except ValueError as error:
             raise self._damaged(f"{region.name}: {error}") from error
-        self._forget(region.mask)
-        self._forget(region.kept)
 
     def _forget(self, piece: Piece) -> None:
         """Take a piece's pages out of this process; the system may keep them cached."""

@@ -8,7 +8,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from io import RawIOBase
 from pathlib import Path
@@ -162,8 +162,9 @@ def inflate(
     at: int,
     pool: Executor,
     library: Any | Callable[[], Any] = native,
-) -> None:
-    """Write a tensor's dense bytes to ``out``, from byte ``at`` on.
+) -> list[Future[None]]:
+    """Write a tensor's dense bytes to ``out``, from byte ``at`` on; they are there when all of the
+    tasks that are returned are done.
 
     :param bits: of an element: 4, 8, 16 or 32.
     :param mask: ``ceil(elements / 8)`` bytes, lowest bit first; bits past the end are zero.
@@ -183,15 +184,14 @@ def inflate(
         raise ValueError("fewer fills than groups")
     library = library() if callable(library) else library
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
-    tasks = []
+    tasks: list[Future[None]] = []
     for index, first in enumerate(range(0, elements, CHUNK)):
         count = min(CHUNK, elements - first)
         codes = kept[starts[index] : starts[index + 1]]
         tasks.append(
             pool.submit(_chunk, bits, mask, first, count, codes, fill, group, out, at, library)
         )
-    for task in tasks:
-        task.result()
+    return tasks
 
 
 def deflate(

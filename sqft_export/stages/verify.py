@@ -57,12 +57,18 @@ class Check:
         self.compared += int(np.prod(differs.shape))
         self.differing += int(differs.sum())
 
+    def count_zeros(self, dropped: Tensor | None, weight: Tensor) -> None:
+        """Add what was dropped; what of it is not zero differs."""
+        if dropped is not None:
+            self.compared += int(dropped.sum())
+            self.differing += int((dropped & (weight != 0)).sum())
+
     def compare(self, one: Packed, other: Packed) -> None:
         """Add codes, scales and zero points; all of them differ where the shapes do."""
         for ours, theirs in zip(one, other, strict=True):
             if ours.shape == theirs.shape:
-                # In float64: a float16 scale and its float32 copy are the same number.
-                self.count(ours.astype(np.float64) != theirs.astype(np.float64))
+                # A float16 scale and its float32 copy are compared as float32, which is exact.
+                self.count(ours != theirs)
             else:
                 self.count(np.ones(ours.shape, bool))
 
@@ -107,11 +113,9 @@ class _Checks:
     def packed(self, name: str) -> Check:
         return self.start(f"codes, scales, zero points: {name}", "numbers")
 
-    def count_zeros(self, check: Check, layer: str, weight: Tensor) -> None:
-        """Add what the mask says is pruned and ``weight`` has not at zero."""
-        if layer in self.pruned:
-            mask = load_mask(self.masks, layer, weight.shape)
-            check.count(weight[~mask] != 0)
+    def dropped(self, layer: str, shape: torch.Size) -> Tensor | None:
+        """bool ``[out, in]``, True where the Linear was pruned; None where it was not."""
+        return ~load_mask(self.masks, layer, shape) if layer in self.pruned else None
 
 
 def _prompts(context: Context) -> list[list[int]]:
@@ -140,8 +144,9 @@ def _check_layers(checks: _Checks) -> None:
     layers = Layers(context.base(), context.inputs["search"].path / "adapter")
     for linear in layers.names:
         layer, update = layers.layer(linear)
+        dropped = checks.dropped(linear, layer.weight.shape)
         for checkpoint, zeros in stages.values():
-            checks.count_zeros(zeros, linear, checkpoint.tensor(f"{linear}.weight"))
+            zeros.count_zeros(dropped, checkpoint.tensor(f"{linear}.weight"))
         trained = layer.effective_weight(update)
         if linear in quantized:
             assert layer.grid is not None
@@ -152,8 +157,8 @@ def _check_layers(checks: _Checks) -> None:
             merged = checks.merged.tensor(f"{linear}.weight")
             same.count(trained.to(merged.dtype) != merged)
         if in_forward and in_merged:
-            checks.count_zeros(in_forward, linear, trained)
-            checks.count_zeros(in_merged, linear, merged)
+            in_forward.count_zeros(dropped, trained)
+            in_merged.count_zeros(dropped, merged)
 
 
 def _check_written(checks: _Checks, name: str, folder: Path) -> None:
@@ -166,7 +171,8 @@ def _check_written(checks: _Checks, name: str, folder: Path) -> None:
         missing.discard(layer)
         ours = _arrays(*read_quantized(checks.merged, layer))
         same.compare(ours, (codes, scale, zero))
-        checks.count_zeros(zeros, layer, _steps(codes, zero))
+        steps = _steps(codes, zero)
+        zeros.count_zeros(checks.dropped(layer, steps.shape), steps)
     for layer in missing:  # counts whole
         same.count(np.ones(read_quantized(checks.merged, layer)[0].shape, bool))
     kernels = checks.start(f"layers on compressed kernels in {name}", "layers")
