@@ -12,13 +12,12 @@ of 32 blocks are the same plus 24 blocks' share, found from a second run with ha
 import argparse
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from document import finish, spread, table
+from document import finish, in_a_process, spread, table
 from shapes import SMALL, WIDE, write_checkpoint
 
 from sqft_export import pipeline, plan, predict
@@ -64,9 +63,7 @@ def measure(root: Path, shape: dict[str, int], blocks: int) -> dict[str, dict[st
     found = known.setdefault(str(blocks), {})
     for name in plan.pass_names(recipe_of(model)):
         if name not in found:
-            command = [sys.executable, __file__, "--child", str(model), str(runs), name]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            found[name] = json.loads(done.stdout.splitlines()[-1])
+            found[name] = in_a_process(__file__, "--child", str(model), str(runs), name)
             print(name, found[name], file=sys.stderr, flush=True)
             file.write_text(json.dumps(known))
     return found

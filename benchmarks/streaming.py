@@ -11,14 +11,12 @@ pages included.
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from document import finish, table
+from document import finish, in_a_process, table
 from shapes import SMALL, WIDE, write_checkpoint
 
 from sqft_export.checkpoint import Checkpoint
@@ -59,10 +57,8 @@ def measure(shape: dict[str, int], blocks: int, samples: int, length: int) -> di
         model, out = Path(scratch) / "model", Path(scratch) / "out"
         write_checkpoint(model, shape, blocks)
         out.mkdir()
-        command = [sys.executable, __file__, "--child", str(model), str(out)]
-        command += ["--samples", str(samples), "--length", str(length)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        found = json.loads(done.stdout.splitlines()[-1])
+        amount = ("--samples", str(samples), "--length", str(length))
+        found = in_a_process(__file__, "--child", str(model), str(out), *amount)
         weights = sum(o * i for o, i in Checkpoint(model).linears.values())
     block = 4 * weights / blocks
     activations = 4 * samples * length * shape["hidden_size"]

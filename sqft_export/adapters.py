@@ -227,7 +227,7 @@ class Layers:
 
     def __init__(self, base: Base, adapter: Path | None = None):
         self.checkpoint, self.apart = Checkpoint(base.folder), base.apart
-        self.names = list(self.checkpoint.linears)
+        self.names, self.packed = list(self.checkpoint.linears), set(self.checkpoint.packed)
         self.grids = load_grids(base.grids)
         self.masks = TensorFiles(base.masks, MASKS) if base.masks else None
         self.adapter = TensorFiles(adapter, "adapter_model") if adapter else None
@@ -235,15 +235,14 @@ class Layers:
 
     def layer(self, name: str) -> tuple[CompressedLinear, Update | None]:
         """The Linear without its bias, and the update that enters its weight, if any."""
-        if name in self.checkpoint.packed:
+        if name in self.packed:
             weight = dequantize(*read_quantized(self.checkpoint, name))
         else:
             weight = self.checkpoint.tensor(f"{name}.weight")
         with torch.device("meta"):
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        masked = self.masks is not None and name in self.masks.headers
-        bits = self.masks.tensor(name) if self.masks is not None and masked else None
+        bits = self.masks.tensor(name) if self.masks and name in self.masks.headers else None
         layer = CompressedLinear.from_linear(linear, bits, self.grids.get(name), self.apart)
         return layer, self._update(name)
 

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from sqft_export.checkpoint import Checkpoint
 from sqft_export.errors import UserError
 from sqft_export.numerics.hessian import inverse_factor
+from sqft_export.skeleton import empty_model
 
 Collector = Callable[[str, Tensor], None]  # full module name, float32 inputs [..., in]
 
@@ -117,17 +116,6 @@ class _Catcher(nn.Module):
         if self.wraps is None:
             raise _Stop
         return (hidden,) if self.wraps else hidden
-
-
-def empty_model(checkpoint: Checkpoint) -> nn.Module:
-    """The architecture without weights; buffers (rotary frequencies) are real."""
-    config = AutoConfig.from_pretrained(checkpoint.folder)
-    config.use_cache = False
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=checkpoint.family.attention
-        )
-    return model.eval().requires_grad_(False)
 
 
 def _check_complete(model: nn.Module, checkpoint: Checkpoint) -> None:

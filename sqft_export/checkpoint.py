@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,15 @@ class Checkpoint(TensorFiles):
     @property
     def blocks(self) -> int:
         """Number of decoder blocks."""
-        start = len(self.family.blocks) + 1
-        inside = [n for n in self.headers if n.startswith(f"{self.family.blocks}.")]
-        return 1 + max(int(name[start:].partition(".")[0]) for name in inside)
+        return count_blocks(self.headers, self.family.blocks)
 
     @property
     def tied(self) -> bool:
         return bool(self.config.get("tie_word_embeddings", self.family.tied))
+
+    def stored_name(self, module: str) -> str:
+        """Where a module's weight is: a tied head has the embedding's."""
+        return self.family.embedding if self.tied and module == self.family.head else module
 
     def block_names(self, block: int) -> list[str]:
         """Names of all tensors of one decoder block."""
@@ -84,6 +87,13 @@ class Checkpoint(TensorFiles):
         """Names of all tensors outside the decoder blocks."""
         prefix = f"{self.family.blocks}."
         return [name for name in self.headers if not name.startswith(prefix)]
+
+
+def count_blocks(names: Iterable[str], blocks: str) -> int:
+    """Number of decoder blocks that weights of such names are in."""
+    start = f"{blocks}."
+    inside = (name.removeprefix(start) for name in names if name.startswith(start))
+    return 1 + max(int(name.partition(".")[0]) for name in inside)
 
 
 def decoder_linears(shapes: dict[str, tuple[int, ...]], blocks: str) -> dict[str, tuple[int, int]]:

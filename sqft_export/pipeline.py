@@ -114,8 +114,17 @@ def _start_bar(progress: Progress, name: str):
     return start
 
 
+def _affordable(
+    recipe: Recipe, folder: Path, layout: plan.Layout, store: Store, last: tuple[str, ...]
+) -> list[Planned]:
+    """Every pass, once memory is known to hold those that are to run."""
+    steps = plan_passes(recipe, folder, store, last)
+    predict.check_memory(recipe, layout, [step.name for step in steps if step.artifact is None])
+    return steps
+
+
 def _follow(
-    recipe: Recipe, folder: Path, store: Store, last: tuple[str, ...]
+    recipe: Recipe, folder: Path, layout: plan.Layout, store: Store, last: tuple[str, ...]
 ) -> dict[str, Artifact]:
     """What every process of a launcher but the first does: train along, else wait for the first.
 
@@ -124,7 +133,7 @@ def _follow(
     artifacts: dict[str, Artifact] = {}
     store.root.mkdir(parents=True, exist_ok=True)
     with _quiet(store.root / f"log-{process_rank()}.txt"):
-        for step in plan_passes(recipe, folder, store, last):
+        for step in _affordable(recipe, folder, layout, store, last):
             stage = stage_module(step.name)
             sealed = store.path_of(step.name, step.key)
             if getattr(stage, "DISTRIBUTED", False) and not sealed.exists():
@@ -154,10 +163,8 @@ def run(recipe: Recipe, root: Path, last: tuple[str, ...] = ()) -> dict[str, Art
     layout = plan.check(recipe, folder)
     plan.check_disk(recipe, layout, root)
     store = Store(root)
-    to_run = [s.name for s in plan_passes(recipe, folder, store, last) if s.artifact is None]
-    predict.check_memory(recipe, layout, to_run)
     if process_rank():
-        return _follow(recipe, folder, store, last)
+        return _follow(recipe, folder, layout, store, last)
     artifacts: dict[str, Artifact] = {}
     with _alone(root), _quiet(root / "log.txt") as terminal:
         console = Console(file=terminal)
@@ -166,7 +173,7 @@ def run(recipe: Recipe, root: Path, last: tuple[str, ...] = ()) -> dict[str, Art
             *columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal
         )
         with bars:
-            for step in plan_passes(recipe, folder, store, last):
+            for step in _affordable(recipe, folder, layout, store, last):
                 if step.artifact is not None:
                     artifacts[step.name] = step.artifact
                     console.print(f"{step.name:16} cached")

@@ -294,8 +294,13 @@ def disk_bytes(recipe: Recipe, layout: Layout, root: Path) -> tuple[int, int]:
     """Bytes that a whole run needs at most, and bytes free."""
     # The exporters trace a float32 copy of the merged model, which is deleted afterwards.
     transient = 4 * (layout.weights + layout.others)
-    place = root.resolve()
+    needed = sum(predict_bytes(recipe, layout).values()) + transient
+    return needed, shutil.disk_usage(existing(root)).free
+
+
+def existing(folder: Path) -> Path:
+    """A folder, or the nearest above it that is there."""
+    place = folder.resolve()
     while not place.exists():
         place = place.parent
-    needed = sum(predict_bytes(recipe, layout).values()) + transient
-    return needed, shutil.disk_usage(place).free
+    return place

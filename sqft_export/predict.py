@@ -13,8 +13,9 @@ from pathlib import Path
 
 import psutil
 
+from sqft_export.checkpoint import count_blocks
 from sqft_export.errors import UserError
-from sqft_export.plan import Layout, predict_bytes
+from sqft_export.plan import Layout, existing, predict_bytes
 from sqft_export.recipe import Recipe
 
 GIB = 2**30
@@ -49,10 +50,7 @@ def speeds(folder: Path) -> Speeds:
     flops = 2 * 512 * 4096 * 4096 / best(lambda: left @ right)
     values = torch.randn(2**24)
     elements = values.numel() / best(lambda: values.mul(1.5).add_(values))
-    place = folder.resolve()
-    while not place.is_dir():
-        place = place.parent
-    scratch, block = place / ".speed", bytes(2**26)
+    scratch, block = existing(folder) / ".speed", bytes(2**26)
 
     def write() -> None:
         scratch.write_bytes(block)
@@ -110,7 +108,6 @@ ELEMENTWISE = {
 # Whatever the model: imports, tracing, a runtime's start.
 FIXED_SECONDS = {"export-openvino": 12.0, "export-onnx": 8.0, "verify": 4.0, "benchmark": 2.0}
 FIXED_MEMORY = 0.7 * GIB
-GENERATED_AT_ONCE = 64  # prompts that `benchmark` answers together
 
 
 def _work(name: str, recipe: Recipe, layout: Layout, examples: int | None) -> _Work | None:
@@ -172,8 +169,7 @@ def _solver(layout: Layout, tokens: int) -> float:
 def memory(recipe: Recipe, layout: Layout) -> dict[str, float]:
     """Peak resident bytes of every pass, and of the processes it starts."""
     written = predict_bytes(recipe, layout)
-    blocks = len({_block(linear) for linear in layout.linears})
-    block = 4 * layout.weights / blocks
+    block = 4 * layout.weights / count_blocks(layout.linears, layout.family.blocks)
     largest = 4 * max(map(prod, layout.linears.values()))
     widest = max(inputs for _, inputs in layout.linears.values())
     activations = 4 * _calibration_tokens(recipe) * widest
@@ -198,10 +194,6 @@ def memory(recipe: Recipe, layout: Layout) -> dict[str, float]:
     }
     of_pass |= {"teacher": of_pass["adapt"], "baselines": of_pass["merge"]}
     return {name: FIXED_MEMORY + of_pass.get(name, 0) for name in written}
-
-
-def _block(linear: str) -> str:
-    return next(part for part in linear.split(".") if part.isdigit())
 
 
 def free_memory() -> int:

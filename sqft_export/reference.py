@@ -8,10 +8,10 @@ import torch
 from accelerate.hooks import attach_align_device_hook
 from torch import Tensor
 
-from sqft_export.calibration import empty_model
 from sqft_export.checkpoint import Checkpoint
 from sqft_export.compressed import quantized_names, read_quantized
 from sqft_export.numerics.affine import dequantize
+from sqft_export.skeleton import empty_model
 from sqft_export.targets import read_adapter
 
 
@@ -25,9 +25,7 @@ class _Weights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         module, _, parameter = name.rpartition(".")
-        family = self.checkpoint.family
-        if self.checkpoint.tied and module == family.head:
-            module = family.embedding
+        module = self.checkpoint.stored_name(module)
         if parameter == "weight" and module in self.quantized:
             weight = dequantize(*read_quantized(self.checkpoint, module))
         else:

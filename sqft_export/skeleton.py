@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -37,17 +38,11 @@ def write_config(checkpoint: Checkpoint, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def skeleton(checkpoint: Checkpoint, attention: str | None = None) -> nn.Module:
-    """A float32 model of a checkpoint's architecture whose matrices are empty.
-
-    A matrix is marked with its place in its block: no two of a block are equal, so no optimizer
-    takes them for one, and the same one of all blocks is, so that a writer that stores equal
-    constants once writes one block.
+def empty_model(checkpoint: Checkpoint, attention: str | None = None) -> nn.Module:
+    """A float32 model of a checkpoint's architecture without weights; buffers are real.
 
     :param attention: its implementation; None for the family's.
     """
-    from accelerate import init_empty_weights
-
     config = AutoConfig.from_pretrained(checkpoint.folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -57,6 +52,19 @@ def skeleton(checkpoint: Checkpoint, attention: str | None = None) -> nn.Module:
             dtype=torch.float32,
             attn_implementation=attention or checkpoint.family.attention,
         )
+    return model.eval().requires_grad_(False)
+
+
+def skeleton(checkpoint: Checkpoint, attention: str | None = None) -> nn.Module:
+    """A float32 model of a checkpoint's architecture whose matrices are empty.
+
+    A matrix is marked with its place in its block: no two of a block are equal, so no optimizer
+    takes them for one, and the same one of all blocks is, so that a writer that stores equal
+    constants once writes one block.
+
+    :param attention: its implementation; None for the family's.
+    """
+    model = empty_model(checkpoint, attention)
     blocks = f"{checkpoint.family.blocks}."
     places: dict[str, int] = {}
     for name, parameter in list(model.named_parameters()):
@@ -72,4 +80,4 @@ def skeleton(checkpoint: Checkpoint, attention: str | None = None) -> nn.Module:
     generation = checkpoint.folder / "generation_config.json"
     if generation.is_file():
         model.generation_config = model.generation_config.from_pretrained(checkpoint.folder)
-    return model.eval()
+    return model

@@ -96,6 +96,43 @@ def random_llama(tmp_path_factory) -> Path:
     return random_model(tmp_path_factory.mktemp("llama"))
 
 
+def exact_pipeline(folder: Path):
+    """A folder in OpenVINO GenAI, in float32 throughout."""
+    import openvino_genai
+
+    return openvino_genai.LLMPipeline(
+        str(folder),
+        "CPU",
+        INFERENCE_PRECISION_HINT="f32",
+        DYNAMIC_QUANTIZATION_GROUP_SIZE=0,
+        KV_CACHE_PRECISION="f32",
+    )
+
+
+def exact_onnx(deployed: Path, folder: Path) -> Path:
+    """A copy of an ONNX folder that does not round activations to int8, as torch does not."""
+    from sqft_export.targets import onnx
+
+    shutil.copytree(deployed, folder)
+    (folder / "model.onnx").write_bytes(onnx._with_accuracy(folder, 1))
+    return folder
+
+
+def said_by_onnx_genai(model, prompt, new_tokens: int) -> list[int]:
+    """Greedy ids that an ``onnxruntime_genai.Model`` puts after a prompt's."""
+    import onnxruntime_genai as og
+
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=len(prompt) + new_tokens, do_sample=False)
+    generator = og.Generator(model, params)
+    generator.append_tokens(prompt)
+    said = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        said.append(int(generator.get_next_tokens()[0]))
+    return said
+
+
 def copy_run(artifacts: dict, root: Path) -> Path:
     """A private copy of a run's folder, to damage."""
     source = next(iter(artifacts.values())).path.parent

@@ -1,7 +1,6 @@
 """Exported folders in the runtimes' own hands."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +10,20 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from conftest import SHARED, random_model, small_recipe, test_prompts
+from conftest import (
+    SHARED,
+    exact_onnx,
+    exact_pipeline,
+    random_model,
+    said_by_onnx_genai,
+    small_recipe,
+    test_prompts,
+)
 from sqft_export import pipeline
 from sqft_export.checkpoint import Checkpoint
 from sqft_export.compressed import load_float_model, read_quantized
 from sqft_export.numerics.affine import dequantize
 from sqft_export.recipe import Export
-from sqft_export.targets import onnx as onnx_target
 from sqft_export.targets import target
 
 PROMPTS = test_prompts(4)
@@ -57,16 +63,8 @@ def test_optimum_intel_loads_and_generates(tiny_run, expected):
 
 
 def test_openvino_genai_loads_tokenizes_and_generates(tiny_run, expected):
-    import openvino_genai
-
     folder = tiny_run["export-openvino"].path / "model"
-    pipe = openvino_genai.LLMPipeline(
-        str(folder),
-        "CPU",
-        INFERENCE_PRECISION_HINT="f32",
-        DYNAMIC_QUANTIZATION_GROUP_SIZE=0,
-        KV_CACHE_PRECISION="f32",
-    )
+    pipe = exact_pipeline(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for prompt, ids in zip(PROMPTS, expected, strict=True):
         said = pipe.generate(prompt, max_new_tokens=NEW_TOKENS, do_sample=False)
@@ -79,23 +77,14 @@ def test_onnxruntime_genai_loads_tokenizes_and_generates(tiny_run, expected, tmp
     deployed = tiny_run["export-onnx"].path / "model"
     og.Model(str(deployed))
     # As deployed, activations are rounded to int8 and a token may differ from torch's.
-    folder = shutil.copytree(deployed, tmp_path / "exact")
-    (folder / "model.onnx").write_bytes(onnx_target._with_accuracy(folder, 1))
+    folder = exact_onnx(deployed, tmp_path / "exact")
     model = og.Model(str(folder))
     tokenizer = og.Tokenizer(model)
     tokenizer.update_options(add_special_tokens="true")
     for prompt, ids in zip(PROMPTS, expected, strict=True):
         tokens = tokenizer.encode(prompt)
         assert tokens.tolist() == AutoTokenizer.from_pretrained(folder)(prompt)["input_ids"]
-        params = og.GeneratorParams(model)
-        params.set_search_options(max_length=len(tokens) + NEW_TOKENS, do_sample=False)
-        generator = og.Generator(model, params)
-        generator.append_tokens(tokens)
-        said = []
-        while not generator.is_done():
-            generator.generate_next_token()
-            said.append(int(generator.get_next_tokens()[0]))
-        assert said == ids
+        assert said_by_onnx_genai(model, tokens, NEW_TOKENS) == ids
 
 
 def test_genai_config_is_what_the_graph_has(tiny_run):
@@ -219,8 +208,7 @@ def test_a_padded_batch_says_what_each_prompt_says_alone(tiny_run, tmp_path, kin
 def test_onnxruntime_genai_answers_a_batch_as_it_answers_each(tiny_run, tmp_path):
     import onnxruntime_genai as og
 
-    folder = shutil.copytree(tiny_run["export-onnx"].path / "model", tmp_path / "exact")
-    (folder / "model.onnx").write_bytes(onnx_target._with_accuracy(folder, 1))
+    folder = exact_onnx(tiny_run["export-onnx"].path / "model", tmp_path / "exact")
     model = og.Model(str(folder))
     tokenizer = og.Tokenizer(model)
 

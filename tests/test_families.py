@@ -1,6 +1,5 @@
 """Every family, with its peculiarities: all passes, both runtimes, both ONNX graphs."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +7,11 @@ import onnx
 import pytest
 from transformers import AutoTokenizer
 
-from conftest import random_model, small_recipe
+from conftest import exact_onnx, exact_pipeline, random_model, said_by_onnx_genai, small_recipe
 from sqft_export import pipeline
+from sqft_export.evaluate import generate
 from sqft_export.families import FAMILIES
 from sqft_export.recipe import Export
-from sqft_export.targets import onnx as onnx_target
 from sqft_export.targets import openvino as openvino_target
 from sqft_export.targets import target
 
@@ -129,48 +128,20 @@ def test_the_standard_graph_is_standard_and_agrees(family_run, tmp_path):
 
 
 def test_both_genai_runtimes_say_what_torch_says(family_run, tmp_path):
+    import onnxruntime_genai as og
+
     merged = family_run["merge"].path / "model"
     tokenizer = AutoTokenizer.from_pretrained(merged)
     prompt = tokenizer.encode("Question: 3 + 4\nAnswer:")
-    reference, expected = target("torch").open_session(merged, True, None), []
-    token = np.array([prompt])
-    for _ in range(NEW_TOKENS):
-        token = reference.forward(token)[:, -1:].argmax(axis=-1)
-        if token[0, 0] == tokenizer.eos_token_id:
-            break
-        expected.append(int(token[0, 0]))
-    assert _by_openvino_genai(family_run["export-openvino"].path / "model", prompt) == expected
-    folder = shutil.copytree(family_run["export-onnx"].path / "model", tmp_path / "exact")
-    (folder / "model.onnx").write_bytes(onnx_target._with_accuracy(folder, 1))
-    assert _by_onnxruntime_genai(folder, prompt) == expected
-
-
-def _by_openvino_genai(folder: Path, prompt: list[int]) -> list[int]:
-    import openvino_genai
-
-    pipe = openvino_genai.LLMPipeline(
-        str(folder),
-        "CPU",
-        INFERENCE_PRECISION_HINT="f32",
-        DYNAMIC_QUANTIZATION_GROUP_SIZE=0,
-        KV_CACHE_PRECISION="f32",
-    )
+    reference, stop = target("torch").open_session(merged, True, None), [tokenizer.eos_token_id]
+    [expected] = generate(reference, [prompt], NEW_TOKENS, stop)
+    pipe = exact_pipeline(family_run["export-openvino"].path / "model")
     ids = openvino_target.ov.Tensor(np.array([prompt]))
-    found = pipe.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
-    return [token for token in found.tokens[0] if token != pipe.get_tokenizer().get_eos_token_id()]
-
-
-def _by_onnxruntime_genai(folder: Path, prompt: list[int]) -> list[int]:
-    import onnxruntime_genai as og
-
-    model = og.Model(str(folder))
-    params = og.GeneratorParams(model)
-    params.set_search_options(max_length=len(prompt) + NEW_TOKENS, do_sample=False)
-    generator = og.Generator(model, params)
-    generator.append_tokens(prompt)
-    while not generator.is_done():
-        generator.generate_next_token()
-    return list(generator.get_sequence(0))[len(prompt) :]
+    said = pipe.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False).tokens[0]
+    assert [token for token in said if token not in stop] == expected
+    folder = exact_onnx(family_run["export-onnx"].path / "model", tmp_path / "exact")
+    said = said_by_onnx_genai(og.Model(str(folder)), prompt, NEW_TOKENS)
+    assert [token for token in said if token not in stop] == expected
 
 
 def _is_fused(folder: Path) -> bool:

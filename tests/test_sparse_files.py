@@ -5,7 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +76,8 @@ def test_every_way_to_inflate_is_the_literal_one(data):
         for library in WAYS:
             out = np.empty_like(dense)
             tasks = inflate(bits, elements, mask, kept, fill, group, Memory(out), 0, pool, library)
-            wait(tasks)
+            for task in tasks:
+                task.result()
             np.testing.assert_array_equal(out, dense)
 
 
@@ -91,7 +92,9 @@ def test_tensors_of_several_chunks_are_inflated_whole():
         for library in WAYS:
             out = np.empty_like(dense)
             with ThreadPoolExecutor(2) as pool:
-                wait(inflate(bits, elements, mask, kept, fill, 0, Memory(out), 0, pool, library))
+                tasks = inflate(bits, elements, mask, kept, fill, 0, Memory(out), 0, pool, library)
+                for task in tasks:
+                    task.result()
             np.testing.assert_array_equal(out, dense)
 
 

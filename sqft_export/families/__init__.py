@@ -41,8 +41,7 @@ class Family:
 def _load() -> dict[str, Family]:
     families = {}
     for module in pkgutil.iter_modules(__path__):
-        loaded = importlib.import_module(f"{__name__}.{module.name}")
-        for family in getattr(loaded, "FAMILIES", ()):
+        for family in importlib.import_module(f"{__name__}.{module.name}").FAMILIES:
             families.update(dict.fromkeys(family.model_types, family))
     return families
 

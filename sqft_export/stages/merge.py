@@ -41,7 +41,7 @@ def write_merged(layers: Layers, folder: Path) -> dict[str, float]:
     base = layers.checkpoint
     grids: dict[str, Grid] = {}
     zeros: dict[str, int] = {}
-    count = 0
+    sizes = {name: prod(shape) for name, shape in base.linears.items()}
     weights = {f"{name}.weight" for name in layers.names}
     copy_companions(base.folder, folder)
     with TensorWriter(folder, shard_bytes=SHARD_BYTES) as writer:
@@ -60,7 +60,6 @@ def write_merged(layers: Layers, folder: Path) -> dict[str, float]:
                 weight = layer.effective_weight(update).to(layer.weight.dtype)
                 merged = {"weight": weight}
                 zeros[name] = int((weight == 0).sum())
-            count += layer.weight.numel()
             for part, packed in merged.items():
                 writer.add(f"{name}.{part}", packed)
     outer = {n: grid for n, grid in layers.grids.items() if f"{n}.weight" not in weights}
@@ -72,8 +71,8 @@ def write_merged(layers: Layers, folder: Path) -> dict[str, float]:
     if grids:
         config["quantization_config"] = quantization_config(grids)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shares = {n: zeros[n] / prod(base.linears[n]) for n in layers.names}
-    return shares | {"all": sum(zeros.values()) / count}
+    shares = {name: zeros[name] / size for name, size in sizes.items()}
+    return shares | {"all": sum(zeros.values()) / sum(sizes.values())}
 
 
 def run(context: Context) -> dict:

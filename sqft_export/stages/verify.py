@@ -110,9 +110,6 @@ class _Checks:
     def zeros(self, name: str) -> Check:
         return self.start(f"pruned positions zero in {name}", "positions")
 
-    def packed(self, name: str) -> Check:
-        return self.start(f"codes, scales, zero points: {name}", "numbers")
-
     def dropped(self, layer: str, shape: torch.Size) -> Tensor | None:
         """bool ``[out, in]``, True where the Linear was pruned; None where it was not."""
         return ~load_mask(self.masks, layer, shape) if layer in self.pruned else None
@@ -164,12 +161,13 @@ def _check_layers(checks: _Checks) -> None:
 def _check_written(checks: _Checks, name: str, folder: Path) -> None:
     """Codes and zeros of a deployment's file, and the kernels that its runtime takes."""
     runtime = target(name)
-    same = checks.packed(f"merged and {name}")
+    same = checks.start(f"codes, scales, zero points: merged and {name}", "numbers")
     zeros = checks.zeros(name)
     missing = set(checks.quantized)
     for layer, (codes, scale, zero) in runtime.read_back(folder):
         missing.discard(layer)
-        ours = _arrays(*read_quantized(checks.merged, layer))
+        stored = checks.merged.stored_name(layer)
+        ours = _arrays(*read_quantized(checks.merged, stored))
         same.compare(ours, (codes, scale, zero))
         steps = _steps(codes, zero)
         zeros.count_zeros(checks.dropped(layer, steps.shape), steps)
