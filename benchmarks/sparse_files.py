@@ -37,6 +37,7 @@ from sqft_export.worker import peak_memory
 GROUP = 128
 SPARSITIES = (0.5, 0.6, 0.75, 0.9)
 WAYS = ("dense", "packed", "entropy")
+QUIET = 60  # seconds; a disk that has just taken gigabytes can be slow for a while
 
 
 def entropy_of(counts: np.ndarray) -> float:
@@ -90,32 +91,40 @@ def child(runtime: str, folder: Path, threads: int) -> None:
     print(json.dumps({"seconds": time.perf_counter() - started, "peak": peak_memory()}))
 
 
+def deployments(root: Path, shape: dict[str, int], blocks: int) -> dict[str, dict[str, Path]]:
+    """Runtime and bits -> way -> folder."""
+    found: dict[str, dict[str, Path]] = {}
+    base = root / "base"
+    write_checkpoint(base, shape, 1)
+    for bits in (4, 8):
+        merged = root / f"merged-{bits}"
+        write_merged(base, merged, 0.5, bits, GROUP, blocks)
+        for runtime in ("openvino", "onnx"):
+            folders = {way: root / f"{runtime}-{bits}-{way}" for way in WAYS}
+            folders["dense"].mkdir()
+            target(runtime).export(merged, folders["dense"], Export())
+            for way in WAYS[1:]:
+                pack(folders["dense"], folders[way], way == "entropy")
+            found[f"{runtime} INT{bits}"] = folders
+    return found
+
+
 def loads(shape: dict[str, int], blocks: int, rounds: int, threads: int) -> dict[str, Any]:
     """Deployment -> way -> one entry a round."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        base = Path(scratch) / "base"
-        write_checkpoint(base, shape, 1)
-        for bits in (4, 8):
-            merged = Path(scratch) / f"merged-{bits}"
-            write_merged(base, merged, 0.5, bits, GROUP, blocks)
-            for runtime in ("openvino", "onnx"):
-                dense = Path(scratch) / f"{runtime}-{bits}-dense"
-                dense.mkdir()
-                target(runtime).export(merged, dense, Export())
-                folders = {"dense": dense}
-                for way in WAYS[1:]:
-                    folders[way] = dense.with_name(dense.name.replace("dense", way))
-                    pack(dense, folders[way], way == "entropy")
-                runs: dict[str, list[Any]] = {way: [] for way in WAYS}
-                for number in range(rounds + 1):
-                    for way in WAYS if number % 2 else WAYS[::-1]:
-                        os.sync()  # nothing waits to be written, which would hold up a loader's
-                        arguments = ("--child", runtime, str(folders[way]))
-                        run = in_a_process(__file__, *arguments, "--threads", str(threads))
-                        if number:  # the first reads from the disk
-                            runs[way].append(run)
-                found[f"{runtime} INT{bits}"] = runs
+        made = deployments(Path(scratch), shape, blocks)
+        os.sync()
+        time.sleep(QUIET)
+        for name, folders in made.items():
+            found[name] = {way: [] for way in WAYS}
+            for number in range(rounds + 1):
+                for way in WAYS if number % 2 else WAYS[::-1]:
+                    os.sync()  # nothing waits to be written, which would hold up a loader's
+                    arguments = ("--child", name.partition(" ")[0], str(folders[way]))
+                    run = in_a_process(__file__, *arguments, "--threads", str(threads))
+                    if number:  # the first reads from the disk
+                        found[name][way].append(run)
     return found
 
 
