@@ -54,12 +54,18 @@ def child(model: Path, runs: Path, name: str) -> None:
     print(json.dumps(told))
 
 
-def measure(root: Path, shape: dict[str, int], blocks: int) -> dict[str, dict[str, float]]:
-    """Pass -> seconds and peak; what was measured in ``root`` before is not measured again."""
-    model, runs, file = root / f"{blocks}" / "model", root / f"{blocks}" / "runs", root / "m.json"
-    known = json.loads(file.read_text()) if file.is_file() else {}
+def model_at(root: Path, shape: dict[str, int], blocks: int) -> Path:
+    """The checkpoint with so many blocks, made where it is not there yet."""
+    model = root / f"{blocks}" / "model"
     if not model.is_dir():
         write_checkpoint(model, shape, blocks, WORDS)
+    return model
+
+
+def measure(root: Path, shape: dict[str, int], blocks: int) -> dict[str, dict[str, float]]:
+    """Pass -> seconds and peak; what was measured in ``root`` before is not measured again."""
+    model, runs, file = model_at(root, shape, blocks), root / f"{blocks}" / "runs", root / "m.json"
+    known = json.loads(file.read_text()) if file.is_file() else {}
     found = known.setdefault(str(blocks), {})
     for name in plan.pass_names(recipe_of(model)):
         if name not in found:
@@ -86,12 +92,15 @@ def main() -> None:
 
 
 def report(root: Path, shape: dict[str, int], blocks: int) -> None:
-    measured = {n: measure(root, shape, n) for n in (blocks // 2, blocks)}
-    recipe = recipe_of(root / f"{blocks}" / "model")
-    layout = plan.layout_of(recipe, root / f"{blocks}" / "model")
+    measured = {blocks // 2: measure(root, shape, blocks // 2)}
+    # Before the run, as `plan` does.
+    model = model_at(root, shape, blocks)
+    recipe = recipe_of(model)
+    layout = plan.layout_of(recipe, model)
     machine = predict.speeds(root)
     seconds = predict.seconds(recipe, layout, machine, examples=None)
     memory = predict.memory(recipe, layout)
+    measured[blocks] = measure(root, shape, blocks)
     rows, ratios, values = [], {}, {}
     for name, found in measured[blocks].items():
         half, told = measured[blocks // 2][name], seconds[name] or 0

@@ -14,9 +14,12 @@ the same round; memory is the process's peak, the runtime included.
 import argparse
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import time
 import zlib
+from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +30,7 @@ import zstandard
 from document import finish, in_a_process, spread, table
 from shapes import SMALL, WIDE, pruned_grid, write_checkpoint, write_merged
 
+from sqft_export.checkpoint import file_bytes
 from sqft_export.numerics.nibbles import pack_nibbles
 from sqft_export.recipe import Export
 from sqft_export.sparse.container import Writer
@@ -37,7 +41,6 @@ from sqft_export.worker import peak_memory
 GROUP = 128
 SPARSITIES = (0.5, 0.6, 0.75, 0.9)
 WAYS = ("dense", "packed", "entropy")
-QUIET = 60  # seconds; a disk that has just taken gigabytes can be slow for a while
 
 
 def entropy_of(counts: np.ndarray) -> float:
@@ -84,7 +87,17 @@ def sizes(bits: int, sparsity: float, width: int) -> dict[str, float]:
     return {name: 8 * size / len(codes) for name, size in found.items()} | {"bound": bound}
 
 
+def touch_memory(size: int) -> None:
+    """Have ``size`` bytes touched and freed by another process.
+
+    A virtual machine gives free memory back to its host, and waits for it when it is next touched:
+    a cost of that machine, several times the load itself, and not of a way to load.
+    """
+    subprocess.run([sys.executable, "-c", f"b'x' * {size}"], check=True)
+
+
 def child(runtime: str, folder: Path, threads: int) -> None:
+    touch_memory(8 * file_bytes(folder))
     started = time.perf_counter()
     session = target(runtime).open_session(folder, False, threads)
     session.forward(np.array([[5, 6, 7]], np.int64))
@@ -113,9 +126,8 @@ def loads(shape: dict[str, int], blocks: int, rounds: int, threads: int) -> dict
     """Deployment -> way -> one entry a round."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        made = deployments(Path(scratch), shape, blocks)
-        os.sync()
-        time.sleep(QUIET)
+        with redirect_stdout(sys.stderr):  # exporters talk
+            made = deployments(Path(scratch), shape, blocks)
         for name, folders in made.items():
             found[name] = {way: [] for way in WAYS}
             for number in range(rounds + 1):

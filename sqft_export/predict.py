@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from statistics import median
 
 import psutil
 
@@ -38,25 +39,25 @@ def speeds(folder: Path) -> Speeds:
     """
     import torch
 
-    def best(work, times: int = 3) -> float:
+    def usual(work, times: int = 7) -> float:
         taken = []
         for _ in range(times):
             started = time.perf_counter()
             work()
             taken.append(time.perf_counter() - started)
-        return min(taken)
+        return median(taken)
 
     left, right = torch.randn(512, 4096), torch.randn(4096, 4096)
-    flops = 2 * 512 * 4096 * 4096 / best(lambda: left @ right)
+    flops = 2 * 512 * 4096 * 4096 / usual(lambda: left @ right)
     values = torch.randn(2**24)
-    elements = values.numel() / best(lambda: values.mul(1.5).add_(values))
+    elements = values.numel() / usual(lambda: values.mul(1.5).add_(values))
     scratch, block = existing(folder) / ".speed", bytes(2**26)
 
     def write() -> None:
         scratch.write_bytes(block)
 
     try:
-        disk = len(block) / best(write)
+        disk = len(block) / usual(write)
     finally:
         scratch.unlink(missing_ok=True)
     return Speeds(flops, elements, disk)

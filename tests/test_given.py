@@ -2,35 +2,65 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import small_recipe
+from conftest import TINY, small_recipe
 from sqft_export import pipeline, plan
+from sqft_export.artifact import Artifact
 from sqft_export.checkpoint import Checkpoint
-from sqft_export.compressed import read_quantized
+from sqft_export.compressed import load_mask, read_quantized
 from sqft_export.errors import UserError
+from sqft_export.numerics.affine import Grid, dequantize
 
 GIVEN = ("sparsify={method: given}", "quantize.method=given", "adapt.steps=2")
 
 
-def test_a_merged_model_is_the_base_of_the_next_recipe(tiny_run, tmp_path, monkeypatch):
+def next_round(base: Path, runs: Path, *settings: str) -> dict[str, Artifact]:
+    """A merged model through the recipe up to ``verify``, its zeros and grid as they are."""
+    return pipeline.run(small_recipe(*GIVEN, *settings, model_path=base), runs, ("verify",))
+
+
+@pytest.fixture(scope="module")
+def second_round(tiny_run, tmp_path_factory) -> dict[str, Artifact]:
     base = tiny_run["merge"].path / "model"
-    recipe = small_recipe(*GIVEN, "adapt.learning_rate=1e-9", model_path=base)
-    passes = plan.pass_names(recipe)
-    monkeypatch.setattr(pipeline.plan, "pass_names", lambda _: passes[: passes.index("verify") + 1])
-    again = pipeline.run(recipe, tmp_path)
-    assert all(check["passed"] for check in again["verify"].metrics["checks"])
+    return next_round(base, tmp_path_factory.mktemp("second"), "adapt.learning_rate=1e-9")
+
+
+def layers(model: Path) -> dict[str, tuple[torch.Tensor, Grid]]:
+    checkpoint = Checkpoint(model)
+    return {name: read_quantized(checkpoint, name) for name in checkpoint.packed}
+
+
+def test_a_merged_model_is_the_base_of_the_next_recipe(tiny_run, second_round):
+    assert all(check["passed"] for check in second_round["verify"].metrics["checks"])
     # Hardly trained, so the codes that come out are the ones that went in.
-    before, after = Checkpoint(base), Checkpoint(again["merge"].path / "model")
-    assert len(before.packed) == 28
-    for name in before.packed:
-        ours, theirs = read_quantized(before, name), read_quantized(after, name)
-        assert torch.equal(ours[0], theirs[0])
-        assert torch.equal(ours[1].scale, theirs[1].scale)
-    found = again["sparsify"].metrics["sparsity"]["all"]
+    before, after = (layers(run["merge"].path / "model") for run in (tiny_run, second_round))
+    assert len(before) == 28
+    for name, (codes, grid) in before.items():
+        assert torch.equal(codes, after[name][0])
+        assert torch.equal(grid.scale, after[name][1].scale)
+    found = second_round["sparsify"].metrics["sparsity"]["all"]
     assert found == tiny_run["merge"].metrics["sparsity"]["all"]
+
+
+def test_a_third_round_on_other_data_keeps_zeros_and_grid(tiny_run, second_round, tmp_path):
+    problems = (TINY / "train.jsonl").read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join(x for x in problems if "*" in x))
+    base, data = second_round["merge"].path / "model", f"task.train={tmp_path}/train.jsonl"
+    third = next_round(base, tmp_path / "runs", data, "adapt.steps=6")
+    assert all(check["passed"] for check in third["verify"].metrics["checks"])
+    first, masks = layers(tiny_run["merge"].path / "model"), tiny_run["sparsify"].path
+    changed = 0
+    for name, (codes, grid) in layers(third["merge"].path / "model").items():
+        assert torch.equal(grid.scale, first[name][1].scale)
+        assert torch.equal(grid.zero_point, first[name][1].zero_point)
+        dropped = ~load_mask(masks, name, codes.shape)
+        assert not dequantize(codes, grid)[dropped].any()
+        changed += int((codes != first[name][0]).sum())
+    assert changed  # it learned
 
 
 @pytest.mark.parametrize(

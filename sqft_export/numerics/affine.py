@@ -73,7 +73,8 @@ def fit_grid(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Gri
     :param weight: ``[out, in]``; ``group_size`` divides ``in``.
     :return: :class:`Grid`; a group of zeros gets the smallest scale.
     """
-    groups = grouped(weight.float(), group_size)
+    weight = weight.float()
+    groups = grouped(weight, group_size)
     low = groups.amin(dim=2).clamp_max(0)
     high = groups.amax(dim=2).clamp_min(0)
     best_scale, best_zero_point = _candidate(low, high, bits, symmetric, SHRINK[0])
@@ -81,8 +82,8 @@ def fit_grid(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Gri
     for shrink in SHRINK:
         scale, zero_point = _candidate(low, high, bits, symmetric, shrink)
         grid = Grid(scale, zero_point, bits, group_size)
-        rounded = grouped(dequantize(quantize(weight, grid), grid), group_size)
-        error = (groups - rounded).square().sum(dim=2)
+        rounded = grouped(fake_quantize(weight, grid), group_size)
+        error = rounded.sub_(groups).square_().sum(dim=2)
         better = error < least
         least = torch.where(better, error, least)
         best_scale = torch.where(better, scale, best_scale)
@@ -90,29 +91,25 @@ def fit_grid(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Gri
     return Grid(best_scale, best_zero_point, bits, group_size)
 
 
-def _unclamped(weight: Tensor, grid: Grid) -> Tensor:
-    """``round(w / s) + z``, float32 ``[out, groups, group_size]``."""
-    steps = grouped(weight.float(), grid.group_size) / grid.scale.float().unsqueeze(2)
-    return steps.round() + grid.zero_point.float().unsqueeze(2)
-
-
 def quantize(weight: Tensor, grid: Grid) -> Tensor:
     """Codes uint8 ``[out, in]`` of a float ``weight [out, in]``."""
-    codes = _unclamped(weight, grid).clamp(0, grid.highest)
+    codes = grouped(weight.float(), grid.group_size) / grid.scale.float().unsqueeze(2)
+    # In place: a large result costs more to place in memory than to compute.
+    codes.round_().add_(grid.zero_point.float().unsqueeze(2)).clamp_(0, grid.highest)
     return codes.to(torch.uint8).reshape(weight.shape)
 
 
 def dequantize(codes: Tensor, grid: Grid) -> Tensor:
-    """float32 ``[out, in]``: ``s * (q - z)``."""
-    steps = grouped(codes.float(), grid.group_size) - grid.zero_point.float().unsqueeze(2)
-    return (steps * grid.scale.float().unsqueeze(2)).reshape(codes.shape)
+    """float32 ``[out, in]``: ``s * (q - z)``, of codes uint8 ``[out, in]``."""
+    steps = grouped(codes.float(), grid.group_size).sub_(grid.zero_point.float().unsqueeze(2))
+    return steps.mul_(grid.scale.float().unsqueeze(2)).reshape(codes.shape)
 
 
-def _steps(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Steps of the grid from zero, rounded and clamped, and before they are clamped."""
-    zero_point = grid.zero_point.float().unsqueeze(2)
+def _steps(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps of the grid from zero, rounded; the lowest and the highest that there are."""
+    low = -grid.zero_point.float().unsqueeze(2)
     steps = (grouped(weight.float(), grid.group_size) / grid.scale.float().unsqueeze(2)).round_()
-    return steps.clamp(-zero_point, grid.highest - zero_point), steps
+    return steps, low, grid.highest + low
 
 
 def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
@@ -120,13 +117,14 @@ def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
 
     Equal to ``dequantize(quantize(weight, grid), grid)``, without the way over integers.
     """
-    clamped, _ = _steps(weight, grid)
-    return clamped.mul_(grid.scale.float().unsqueeze(2)).reshape(weight.shape)
+    steps, low, high = _steps(weight, grid)
+    return steps.clamp_(low, high).mul_(grid.scale.float().unsqueeze(2)).reshape(weight.shape)
 
 
 def fake_quantize_inside(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """The same, and bool ``[out, in]``: where the code is not clamped, so that a straight-through
     gradient passes."""
-    clamped, steps = _steps(weight, grid)
+    steps, low, high = _steps(weight, grid)
+    clamped = steps.clamp(low, high)
     inside = (steps == clamped).reshape(weight.shape)
     return clamped.mul_(grid.scale.float().unsqueeze(2)).reshape(weight.shape), inside

@@ -55,13 +55,14 @@ class Check:
     def count(self, differs: Tensor | np.ndarray) -> None:
         """Add an array that is True where something differs."""
         self.compared += int(np.prod(differs.shape))
-        self.differing += int(differs.sum())
+        self.differing += int(np.count_nonzero(np.asarray(differs)))
 
     def count_zeros(self, dropped: Tensor | None, weight: Tensor) -> None:
         """Add what was dropped; what of it is not zero differs."""
         if dropped is not None:
-            self.compared += int(dropped.sum())
-            self.differing += int((dropped & (weight != 0)).sum())
+            # Numpy counts bools several times as fast as torch.
+            self.compared += int(np.count_nonzero(dropped.numpy()))
+            self.differing += int(np.count_nonzero((dropped & (weight != 0)).numpy()))
 
     def compare(self, one: Packed, other: Packed) -> None:
         """Add codes, scales and zero points; all of them differ where the shapes do."""
