@@ -111,10 +111,9 @@ def accuracy_against(rows: list[dict], measure: str, cost: str) -> str:
         for (x, y), row in zip(points, rows, strict=True):
             axes.scatter(x, y, color=COLOURS[row["runtime"]], s=45, zorder=3)
         for (x, y), names in _clusters(axes, points, [row["name"] for row in rows]):
-            text = "\n".join(names)
-            axes.annotate(
-                text, (x, y), xytext=(9, 0), textcoords="offset points", va="center", size=9
-            )
+            # Below, where neither the line nor what costs more is.
+            text, below = "\n".join(names), {"xytext": (-4, -7), "textcoords": "offset points"}
+            axes.annotate(text, (x, y), va="top", size=9, **below)
 
     return _svg(draw, height=4.2)
 

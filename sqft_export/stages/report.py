@@ -25,7 +25,7 @@ CONSUMES = (
     "benchmark",
 )
 READS = ()
-VERSION = 5
+VERSION = 6
 SCHEMA = 2
 MEASURES = {
     "problems": "exact match",

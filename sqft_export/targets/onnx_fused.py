@@ -152,7 +152,7 @@ def _place_embedding(graph: Any, weights: Weights, data: ExternalData) -> None:
     if family.embedding in weights.quantized:
         for one in turned:
             graph.node.remove(one)
-        head = family.head if weights.tied else None
+        head = family.head if weights.checkpoint.tied else None
         quantize_gather(data, graph, weights, node, family.embedding, head)
     elif turned:
         turned[0].input[0] = f"{family.head}.weight"

@@ -102,9 +102,9 @@ class Weights:
 
         self.checkpoint = Checkpoint(merged)
         self.quantized = set(quantized_names(self.checkpoint))
-        family = self.checkpoint.family
-        self.tied = {family.head: family.embedding} if self.checkpoint.tied else {}
-        self.quantized |= {head for head, one in self.tied.items() if one in self.quantized}
+        self.head = self.checkpoint.family.head
+        if self.checkpoint.stored_name(self.head) in self.quantized:
+            self.quantized.add(self.head)
         self._read = read_quantized
 
     @cached_property
@@ -112,19 +112,18 @@ class Weights:
         """Modules with a matrix: decoder Linears, embeddings, head."""
         shapes = self.checkpoint.shapes.items()
         found = {n.removesuffix(".weight") for n, shape in shapes if len(shape) == 2}
-        return found | self.tied.keys()
+        return found | {self.head}
 
     def codes(self, part: Part) -> tuple[np.ndarray, Grid]:
         """Codes uint8 ``[out, in]`` and grid of some rows."""
-        codes, grid = self._read(self.checkpoint, self.tied.get(part.linear, part.linear))
-        rows = Grid(grid.scale[part.rows], grid.zero_point[part.rows], grid.bits, grid.group_size)
-        return codes[part.rows].numpy(), rows
+        codes, grid = self._read(self.checkpoint, self.checkpoint.stored_name(part.linear))
+        return codes[part.rows].numpy(), grid.rows(part.rows)
 
     def floats(self, parts: list[Part]) -> np.ndarray:
         """float32 ``[out, in]``, the rows of the parts joined."""
         found = []
         for part in parts:
-            name = self.tied.get(part.linear, part.linear)
+            name = self.checkpoint.stored_name(part.linear)
             found.append(self.checkpoint.tensor(f"{name}.weight").float().numpy()[part.rows])
         return np.concatenate(found) if len(found) > 1 else found[0]
 
