@@ -2,11 +2,11 @@
 
     python benchmarks/continual.py [--steps 150] [--items 150]
 
-The embedded model learns additions, then subtractions, then multiplications (its word problems by
-their first step). The first round prunes and quantizes; the later ones take the zeros and the grid
-as they are. After each round the OpenVINO deployment answers held-out problems of all three kinds:
-the first column down the rows is what later rounds forget. ``verify`` compares every code of every
-round; that the zeros of the first round are the zeros of the last is checked here.
+The embedded model learns word problems of one step, then of two, then of three. The first round
+prunes and quantizes; the later ones take the zeros and the grid as they are. After each round the
+OpenVINO deployment answers held-out problems of all three kinds: the first column down the rows is
+what later rounds forget. ``verify`` compares every code of every round; that the zeros of the first
+round are zeros in the last is checked here.
 """
 
 import argparse
@@ -25,16 +25,16 @@ from sqft_export.worker import in_a_process
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "sqft_export" / "builtin" / "tiny"
-KINDS = {"additions": "+", "subtractions": "-", "multiplications": "*"}
+KINDS = {"one-step": 1, "two-steps": 2, "three-steps": 3}
 GIVEN = ("sparsify={method: given}", "quantize.method=given")
 
 
 def write_kinds(folder: Path) -> None:
-    """``<kind>-train.jsonl`` and ``-test.jsonl``: problems by the sign of their first step."""
+    """``<kind>-train.jsonl`` and ``-test.jsonl``: problems by the equations in their answer."""
     for split in ("train", "test"):
         lines = (TINY / f"{split}.jsonl").read_text().splitlines()
-        for kind, sign in KINDS.items():
-            chosen = [x for x in lines if sign in json.loads(x)["answer"].partition("=")[0]]
+        for kind, steps in KINDS.items():
+            chosen = [line for line in lines if json.loads(line)["answer"].count("=") == steps]
             (folder / f"{kind}-{split}.jsonl").write_text("\n".join(chosen) + "\n")
 
 
