@@ -105,7 +105,7 @@ ELEMENTWISE = {
     "merge": 7,
     "baselines": 7,
     "export-openvino": 8.5,
-    "export-onnx": 7.5,
+    "export-onnx": 6,
     "verify": 21,
 }
 # The same over embedding and head, which runtimes and torch read as floats.
