@@ -25,7 +25,7 @@ CONSUMES = (
     "benchmark",
 )
 READS = ()
-VERSION = 6
+VERSION = 7
 SCHEMA = 2
 MEASURES = {
     "problems": "exact match",
