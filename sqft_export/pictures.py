@@ -112,8 +112,14 @@ def accuracy_against(rows: list[dict], measure: str, cost: str) -> str:
             axes.scatter(x, y, color=COLOURS[row["runtime"]], s=45, zorder=3)
         for (x, y), names in _clusters(axes, points, [row["name"] for row in rows]):
             # Below, where neither the line nor what costs more is.
-            text, below = "\n".join(names), {"xytext": (-4, -7), "textcoords": "offset points"}
-            axes.annotate(text, (x, y), va="top", size=9, **below)
+            axes.annotate(
+                "\n".join(names),
+                (x, y),
+                xytext=(-4, -7),
+                textcoords="offset points",
+                va="top",
+                size=9,
+            )
 
     return _svg(draw, height=4.2)
 

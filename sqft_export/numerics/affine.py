@@ -91,12 +91,24 @@ def fit_grid(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Gri
     return Grid(best_scale, best_zero_point, bits, group_size)
 
 
+def _steps(weight: Tensor, grid: Grid) -> Tensor:
+    """``round(w / s)``, float32 ``[out, groups, group_size]``, its own memory.
+
+    What follows works in place: a large result costs more to place in memory than to compute.
+    """
+    return (grouped(weight.float(), grid.group_size) / grid.scale.float().unsqueeze(2)).round_()
+
+
+def _limits(grid: Grid) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest step of every group, float32 ``[out, groups, 1]``."""
+    low = -grid.zero_point.float().unsqueeze(2)
+    return low, grid.highest + low
+
+
 def quantize(weight: Tensor, grid: Grid) -> Tensor:
     """Codes uint8 ``[out, in]`` of a float ``weight [out, in]``."""
-    codes = grouped(weight.float(), grid.group_size) / grid.scale.float().unsqueeze(2)
-    # In place: a large result costs more to place in memory than to compute.
-    codes.round_().add_(grid.zero_point.float().unsqueeze(2)).clamp_(0, grid.highest)
-    return codes.to(torch.uint8).reshape(weight.shape)
+    codes = _steps(weight, grid).add_(grid.zero_point.float().unsqueeze(2))
+    return codes.clamp_(0, grid.highest).to(torch.uint8).reshape(weight.shape)
 
 
 def dequantize(codes: Tensor, grid: Grid) -> Tensor:
@@ -105,26 +117,19 @@ def dequantize(codes: Tensor, grid: Grid) -> Tensor:
     return steps.mul_(grid.scale.float().unsqueeze(2)).reshape(codes.shape)
 
 
-def _steps(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps of the grid from zero, rounded; the lowest and the highest that there are."""
-    low = -grid.zero_point.float().unsqueeze(2)
-    steps = (grouped(weight.float(), grid.group_size) / grid.scale.float().unsqueeze(2)).round_()
-    return steps, low, grid.highest + low
-
-
 def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
     """The nearest grid point of every weight: float32 ``[out, in]``.
 
     Equal to ``dequantize(quantize(weight, grid), grid)``, without the way over integers.
     """
-    steps, low, high = _steps(weight, grid)
-    return steps.clamp_(low, high).mul_(grid.scale.float().unsqueeze(2)).reshape(weight.shape)
+    nearest = _steps(weight, grid).clamp_(*_limits(grid))
+    return nearest.mul_(grid.scale.float().unsqueeze(2)).reshape(weight.shape)
 
 
 def fake_quantize_inside(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """The same, and bool ``[out, in]``: where the code is not clamped, so that a straight-through
     gradient passes."""
-    steps, low, high = _steps(weight, grid)
-    clamped = steps.clamp(low, high)
-    inside = (steps == clamped).reshape(weight.shape)
-    return clamped.mul_(grid.scale.float().unsqueeze(2)).reshape(weight.shape), inside
+    steps = _steps(weight, grid)
+    nearest = steps.clamp(*_limits(grid))
+    inside = (steps == nearest).reshape(weight.shape)
+    return nearest.mul_(grid.scale.float().unsqueeze(2)).reshape(weight.shape), inside
