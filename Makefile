@@ -63,7 +63,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format
 
 # The mark is made last: an interrupted install is done again.
-$(INSTALLED): pyproject.toml constraints.txt sqft_export/sparse/unpack.c
+$(INSTALLED): pyproject.toml constraints.txt sqft_export/packed/unpack.c
 	@echo "installing into $(VENV) (once, a few minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --retries 1 --timeout 20 --no-deps --extra-index-url $(TORCH_INDEX) "$(TORCH)"

@@ -23,18 +23,18 @@ import torch
 from document import finish, spread, table
 from torch import Tensor
 
-from sqft_export.calibration import Block, Inputs, walk
-from sqft_export.checkpoint import Checkpoint
-from sqft_export.compressed import load_float_model
-from sqft_export.evaluate import likelihood
+from sqft_export.data.items import load_tokenizer
+from sqft_export.measure.likelihood import likelihood
+from sqft_export.model.blocks import Block, Inputs, walk
+from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.floats import load_float_model
 from sqft_export.numerics.affine import fake_quantize
 from sqft_export.numerics.groups import fallback_group_size
 from sqft_export.numerics.hessian import inverse_factor
 from sqft_export.quantizers import gptq, nncf, rtn
-from sqft_export.recipe import Quantize
-from sqft_export.sparsifiers import Rule, magnitude, sparsegpt, wanda
+from sqft_export.recipe.schema import Quantize
+from sqft_export.sparsifiers import Pruning, magnitude, sparsegpt, wanda
 from sqft_export.targets.torch import TorchSession
-from sqft_export.tasks import load_tokenizer
 
 GROUP_SIZE = 32
 WINDOW, CALIBRATION, TEST = 256, 48, 32
@@ -59,7 +59,7 @@ def pruned(weight: Tensor, hessian: Tensor, sparsifier) -> tuple[Tensor, Tensor]
         "norms": lambda: hessian.diagonal().sqrt(),
         "factor": lambda: factor_of(hessian),
     }[sparsifier.NEEDS]()
-    return sparsifier.compress(weight, Rule(0.5, None), inputs)
+    return sparsifier.compress(weight, Pruning(0.5, None), inputs)
 
 
 def quantized(
@@ -175,7 +175,7 @@ def speed(repeats: int) -> dict[str, dict[str, float]]:
             lambda: published_gptq(weight, hessian, 4, 128),
         ),
         "wanda_time": (
-            lambda: wanda.compress(weight, Rule(0.5, None), norms),
+            lambda: wanda.compress(weight, Pruning(0.5, None), norms),
             lambda: published_wanda(weight, norms),
         ),
     }

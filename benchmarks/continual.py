@@ -17,11 +17,14 @@ from typing import Any
 
 from document import finish, table
 
-from sqft_export import pipeline, tasks
-from sqft_export.compressed import load_packed_masks
-from sqft_export.intervals import wilson
-from sqft_export.recipe import Recipe, load
-from sqft_export.worker import in_a_process
+from sqft_export.data.items import load_data, load_tokenizer, test_items
+from sqft_export.data.scoring import judge, questions
+from sqft_export.measure.statistics import wilson
+from sqft_export.measure.worker import in_a_process
+from sqft_export.model.storage import load_mask_bits
+from sqft_export.recipe.load import load_recipe
+from sqft_export.recipe.schema import Recipe
+from sqft_export.run.pipeline import run_recipe
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "sqft_export" / "builtin" / "tiny"
@@ -48,16 +51,16 @@ def recipe_of(kind: str, data: Path, base: Path | None, steps: int, items: int) 
         "benchmark.baselines=[]",
         "export={targets: [openvino]}",
     )
-    return load(ROOT / "recipes" / "tiny.yaml", settings + (GIVEN if base else ()), base)
+    return load_recipe(ROOT / "recipes" / "tiny.yaml", settings + (GIVEN if base else ()), base)
 
 
 def accuracy(folder: Path, recipe: Recipe) -> tuple[int, int]:
     """Problems answered right by a deployment, and problems asked."""
-    tokenizer = tasks.load_tokenizer(TINY)
-    items = tasks.test_items(recipe, tasks.load(recipe, tokenizer))
+    tokenizer = load_tokenizer(TINY)
+    items = test_items(recipe, load_data(recipe, tokenizer))
     job: dict[str, Any] = {"kind": "openvino", "folder": str(folder), "threads": None}
-    job |= {"device": "cpu", "questions": tasks.questions(recipe, items, tokenizer)}
-    judged = tasks.judge(recipe, items, in_a_process(job), tokenizer)
+    job |= {"device": "cpu", "questions": questions(recipe, items, tokenizer)}
+    judged = judge(recipe, items, in_a_process(job), tokenizer)
     return sum(one.right for one in judged), len(judged)
 
 
@@ -68,9 +71,9 @@ def rounds(root: Path, steps: int, items: int) -> list[dict[str, Any]]:
     base, first = None, None
     for number, kind in enumerate(KINDS, start=1):
         recipe = recipe_of(kind, root, base, steps, items)
-        artifacts = pipeline.run(recipe, root / f"round-{number}", ("verify",))
+        artifacts = run_recipe(recipe, root / f"round-{number}", ("verify",))
         base = artifacts["merge"].path / "model"
-        masks = load_packed_masks(artifacts["sparsify"].path)
+        masks = load_mask_bits(artifacts["sparsify"].path)
         first = first or masks
         # Rounding may make zeros too, so that a later mask is inside the first.
         regrown = sum(int((mask & ~first[name]).sum()) for name, mask in masks.items())

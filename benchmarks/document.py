@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sqft_export.machine import describe
+from sqft_export.measure.machine import machine_facts
 
 VERSIONS = ("sqft-export", "torch", "transformers", "numpy")
 
@@ -44,7 +44,7 @@ def finish(benchmark: str, ratios: dict[str, dict[str, float]], values: dict[str
     """The last line on stdout."""
     document = {
         "benchmark": benchmark,
-        "machine": describe(),
+        "machine": machine_facts(),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         "ratios": ratios,
         "values": values,

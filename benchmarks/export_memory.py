@@ -17,10 +17,10 @@ from typing import Any
 from document import finish, in_a_process, spread, table
 from shapes import SMALL, WIDE, write_checkpoint, write_merged
 
-from sqft_export.checkpoint import file_bytes
-from sqft_export.recipe import Export
+from sqft_export.measure.worker import peak_memory
+from sqft_export.model.checkpoint import file_bytes
+from sqft_export.recipe.schema import Export
 from sqft_export.targets import target
-from sqft_export.worker import peak_memory
 
 GIB = 2**30
 KINDS = {"openvino": "openvino", "onnx fused": "onnx", "onnx standard": "onnx"}

@@ -13,9 +13,12 @@ from statistics import mean, stdev
 
 from document import finish, spread, table
 
-from sqft_export import pipeline, tasks
-from sqft_export.evaluate import score
-from sqft_export.recipe import Recipe, load
+from sqft_export.data.items import load_data, load_tokenizer, test_items
+from sqft_export.data.scoring import accuracy_of, judge, questions
+from sqft_export.measure.likelihood import score
+from sqft_export.recipe.load import load_recipe
+from sqft_export.recipe.schema import Recipe
+from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets import target
 
 ROOT = Path(__file__).parent.parent
@@ -36,12 +39,12 @@ VARIANTS = {
 
 def accuracy(recipe: Recipe, folder: Path) -> dict[str, float]:
     """Accuracy in percent and perplexity of a Hugging Face folder on the recipe's test items."""
-    tokenizer = tasks.load_tokenizer(folder)
-    items = tasks.test_items(recipe, tasks.load(recipe, tokenizer))
+    tokenizer = load_tokenizer(folder)
+    items = test_items(recipe, load_data(recipe, tokenizer))
     found = score(
-        target("torch").open_session(folder, True, None), tasks.questions(recipe, items, tokenizer)
+        target("torch").open_session(folder, True, None), questions(recipe, items, tokenizer)
     )
-    share = tasks.accuracy_of(tasks.judge(recipe, items, found, tokenizer), found)
+    share = accuracy_of(judge(recipe, items, found, tokenizer), found)
     return {"accuracy": 100 * share, "perplexity": found["perplexity"]}
 
 
@@ -58,8 +61,8 @@ def main() -> None:
         for seed in arguments.seeds:
             for variant, settings in VARIANTS.items():
                 overrides = (f"seed={seed}", "benchmark.baselines=[]", *arguments.set, *settings)
-                recipe = load(ROOT / "recipes" / f"{name}.yaml", overrides)
-                artifacts = pipeline.run(recipe, arguments.runs / name, ("merge",))
+                recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", overrides)
+                artifacts = run_recipe(recipe, arguments.runs / name, ("merge",))
                 folder = artifacts["merge"].path / "model"
                 found[variant].append(accuracy(recipe, folder))
         floats = [entry["accuracy"] for entry in found["float-sparse (sparsepeft)"]]

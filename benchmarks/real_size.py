@@ -20,9 +20,14 @@ from typing import Any
 from document import finish, in_a_process, spread, table
 from shapes import SMALL, WIDE, write_checkpoint
 
-from sqft_export import pipeline, plan, predict
-from sqft_export.recipe import Recipe, load
-from sqft_export.worker import peak_memory
+from sqft_export.measure.worker import peak_memory
+from sqft_export.plan.costs import predict_memory, predict_seconds
+from sqft_export.plan.layout import layout_of
+from sqft_export.plan.speeds import measure_speeds
+from sqft_export.recipe.load import load_recipe
+from sqft_export.recipe.passes import pass_names
+from sqft_export.recipe.schema import Recipe
+from sqft_export.run.pipeline import run_recipe
 
 ROOT = Path(__file__).parent.parent
 GIB = 2**30
@@ -42,12 +47,12 @@ SETTINGS = (
 
 
 def recipe_of(model: Path) -> Recipe:
-    return load(ROOT / "recipes" / "mistral.yaml", SETTINGS, model)
+    return load_recipe(ROOT / "recipes" / "mistral.yaml", SETTINGS, model)
 
 
 def child(model: Path, runs: Path, name: str) -> None:
     """One pass, those before it being there; seconds and peak of this process and its children."""
-    artifacts = pipeline.run(recipe_of(model), runs, (name,))
+    artifacts = run_recipe(recipe_of(model), runs, (name,))
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     seconds = artifacts[name].manifest["seconds"]
     told = {"seconds": seconds, "peak": max(peak_memory(), children)}
@@ -67,7 +72,7 @@ def measure(root: Path, shape: dict[str, int], blocks: int) -> dict[str, dict[st
     model, runs, file = model_at(root, shape, blocks), root / f"{blocks}" / "runs", root / "m.json"
     known = json.loads(file.read_text()) if file.is_file() else {}
     found = known.setdefault(str(blocks), {})
-    for name in plan.pass_names(recipe_of(model)):
+    for name in pass_names(recipe_of(model)):
         if name not in found:
             found[name] = in_a_process(__file__, "--child", str(model), str(runs), name)
             print(name, found[name], file=sys.stderr, flush=True)
@@ -96,10 +101,10 @@ def report(root: Path, shape: dict[str, int], blocks: int) -> None:
     # Before the run, as `plan` does.
     model = model_at(root, shape, blocks)
     recipe = recipe_of(model)
-    layout = plan.layout_of(recipe, model)
-    machine = predict.speeds(root)
-    seconds = predict.seconds(recipe, layout, machine, examples=None)
-    memory = predict.memory(recipe, layout)
+    layout = layout_of(recipe, model)
+    machine = measure_speeds(root)
+    seconds = predict_seconds(recipe, layout, machine, examples=None)
+    memory = predict_memory(recipe, layout)
     measured[blocks] = measure(root, shape, blocks)
     rows, ratios, values = [], {}, {}
     for name, found in measured[blocks].items():

@@ -24,7 +24,7 @@ import numpy as np
 from document import finish, in_a_process, spread, table
 from shapes import MIDDLE, SMALL, write_checkpoint, write_merged
 
-from sqft_export.recipe import Export
+from sqft_export.recipe.schema import Export
 from sqft_export.targets import target
 
 GROUP = 64
@@ -34,8 +34,8 @@ PEERS = {"openvino": "nncf", "onnx": "builder"}
 
 def our_merged(base: Path, folder: Path, bits: int, words_too: bool) -> None:
     """Our merged model; ``words_too``: embedding and head in INT8, as NNCF has them."""
-    from sqft_export.checkpoint import Checkpoint
-    from sqft_export.compressed import GridWriter
+    from sqft_export.model.checkpoint import Checkpoint
+    from sqft_export.model.storage import GridWriter
     from sqft_export.numerics.affine import fit_grid
 
     # NNCF's INT8 is per channel.

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqft_export.checkpoint import Checkpoint, copy_companions
-from sqft_export.compressed import quantization_config
+from sqft_export.model.checkpoint import Checkpoint, copy_companions
+from sqft_export.model.storage import quantization_config
+from sqft_export.model.tensorfiles import TensorWriter
 from sqft_export.numerics.affine import Grid, fit_grid, quantize
+from sqft_export.numerics.gptq_layout import to_gptq
 from sqft_export.numerics.masks import drop_share
-from sqft_export.numerics.packing import to_gptq
-from sqft_export.tensorfiles import TensorWriter
 
 TINY = Path(__file__).parent.parent / "sqft_export" / "builtin" / "tiny"
 WIDE = {"hidden_size": 4096, "intermediate_size": 14336, "heads": 32, "kv_heads": 8}

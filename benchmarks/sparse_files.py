@@ -30,13 +30,13 @@ import zstandard
 from document import finish, in_a_process, spread, table
 from shapes import SMALL, WIDE, pruned_grid, write_checkpoint, write_merged
 
-from sqft_export.checkpoint import file_bytes
+from sqft_export.measure.worker import peak_memory
+from sqft_export.model.checkpoint import file_bytes
 from sqft_export.numerics.nibbles import pack_nibbles
-from sqft_export.recipe import Export
-from sqft_export.sparse.container import Writer
-from sqft_export.sparse.folders import pack
+from sqft_export.packed.container import Writer
+from sqft_export.packed.folders import pack
+from sqft_export.recipe.schema import Export
 from sqft_export.targets import target
-from sqft_export.worker import peak_memory
 
 GROUP = 128
 SPARSITIES = (0.5, 0.6, 0.75, 0.9)

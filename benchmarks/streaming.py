@@ -19,10 +19,10 @@ from typing import Any
 from document import finish, in_a_process, table
 from shapes import SMALL, WIDE, write_checkpoint
 
-from sqft_export.checkpoint import Checkpoint
-from sqft_export.recipe import load
+from sqft_export.measure.worker import peak_memory
+from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.recipe.load import load_recipe
 from sqft_export.stages import Context, quantize, sparsify
-from sqft_export.worker import peak_memory
 
 GIB = 2**30
 ROOT = Path(__file__).parent.parent
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 
 def compress(model: Path, out: Path, samples: int, length: int) -> dict[str, Any]:
     """Both passes in this process; seconds of each and the peak resident bytes so far."""
-    recipe = load(
+    recipe = load_recipe(
         ROOT / "recipes" / "tiny.yaml",
         (
             f"calibration={{samples: {samples}, sequence_length: {length}}}",

@@ -27,11 +27,12 @@ import torch
 from document import finish, spread, table
 from torch import Tensor, nn
 
-from sqft_export.adapters import Base, add_adapters, load_compressed
-from sqft_export.compressed import GridWriter, mask_writer
+from sqft_export.adapters.files import Base
+from sqft_export.adapters.loading import add_adapters, load_compressed
+from sqft_export.measure.worker import peak_memory
+from sqft_export.model.storage import GridWriter, mask_writer
 from sqft_export.numerics.affine import fit_grid
-from sqft_export.numerics.masks import drop_share, pack_mask
-from sqft_export.worker import peak_memory
+from sqft_export.numerics.masks import drop_share, mask_to_bits
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 RANK, ALPHA, GROUP_SIZE, WARM = 32, 64.0, 64, 2
@@ -58,7 +59,7 @@ def write_base(folder: Path, hidden: int) -> None:
             if isinstance(module, nn.Linear):
                 mask = drop_share(module.weight.abs(), 0.5)
                 module.weight.mul_(mask)
-                masks.add(name, pack_mask(mask))
+                masks.add(name, mask_to_bits(mask))
                 grids.add(name, fit_grid(module.weight, 4, GROUP_SIZE, True))
     model.save_pretrained(folder / "model")
 
@@ -87,7 +88,7 @@ class Published(nn.Module):
 def published(folder: Path) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    from sqft_export.compressed import load_grids
+    from sqft_export.model.storage import load_grids
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model").requires_grad_(False)
     for name, grid in load_grids(folder).items():

@@ -10,7 +10,7 @@
 Importing this imports no runtime and no torch.
 """
 
-from sqft_export.sparse.loaders import (
+from sqft_export.packed.loaders import (
     load_onnx,
     load_onnx_genai,
     load_openvino,

@@ -3,7 +3,6 @@
 import itertools
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,12 +40,12 @@ def run(
     json_only: Json = False,
 ) -> None:
     """Run a recipe to its report; passes already done are skipped."""
-    from sqft_export import pipeline
-    from sqft_export.machine import process_rank
-    from sqft_export.recipe import load
+    from sqft_export.recipe.load import load_recipe
+    from sqft_export.run.launcher import process_rank
+    from sqft_export.run.pipeline import run_recipe
 
-    loaded = load(recipe, tuple(overrides or ()), model_path)
-    artifacts = pipeline.run(loaded, runs / loaded.name)
+    loaded = load_recipe(recipe, tuple(overrides or ()), model_path)
+    artifacts = run_recipe(loaded, runs / loaded.name)
     if process_rank():
         return
     report = artifacts["report"].path
@@ -65,63 +64,12 @@ def plan_command(
     json_only: Json = False,
 ) -> None:
     """Check a recipe and show its passes, what is cached, and what each will cost here."""
-    from sqft_export import pipeline, plan, predict, sources, tasks
-    from sqft_export.artifact import Store
-    from sqft_export.recipe import load
+    from sqft_export.recipe.load import load_recipe
+    from sqft_export.report.text import plan_text
+    from sqft_export.run.preview import preview
 
-    loaded = load(recipe, tuple(overrides or ()), model_path)
-    folder = sources.model_folder(loaded, download=False)
-    layout = plan.check(loaded, folder)
-    predicted = plan.predict_bytes(loaded, layout)
-    needed, free = plan.disk_bytes(loaded, layout, runs)
-    machine = predict.speeds(runs)
-    seconds = predict.seconds(loaded, layout, machine, tasks.count_examples(loaded))
-    memory, room = predict.memory(loaded, layout), predict.free_memory()
-    document: dict[str, Any] = {
-        "passes": [
-            {
-                "pass": step.name,
-                "key": step.key[:16],
-                "cached": step.artifact is not None,
-                "predicted_bytes": predicted[step.name],
-                "predicted_seconds": seconds[step.name],
-                "predicted_memory_bytes": int(memory[step.name]),
-            }
-            for step in pipeline.plan_passes(loaded, folder, Store(runs / loaded.name))
-        ],
-        "group_size_fallback": plan.fallbacks(loaded, layout),
-        "disk": {"needed_bytes": needed, "free_bytes": free},
-        "memory": {"needed_bytes": int(max(memory.values())), "free_bytes": room},
-        "machine": asdict(machine),
-    }
-    if json_only:
-        print(json.dumps(document))
-        return
-    source = folder or f"{loaded.model.hub} (not on this machine)"
-    print(f"{loaded.name}: {source}, {layout.weights + layout.others:,} weights")
-    for entry in document["passes"]:
-        state = "cached" if entry["cached"] else "to run"
-        print(
-            f"  {entry['pass']:16} {state} {entry['predicted_bytes'] / 2**20:10.1f} MiB on disk"
-            f"{entry['predicted_memory_bytes'] / 2**30:8.1f} GiB of memory"
-            f"  {_time(entry['predicted_seconds'])}"
-        )
-    for name in ("disk", "memory"):
-        needed, free = document[name].values()
-        short = "" if free >= needed else ": too little, a run will be refused here"
-        print(f"  {name} {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free{short}")
-    print(f"  times for {machine.flops / 1e9:.0f} GFLOP/s, {machine.disk / 1e6:.0f} MB/s of disk")
-    for name, size in document["group_size_fallback"].items():
-        asked = loaded.quantize.group_size
-        print(f"  {name}: group_size {asked} does not divide its inputs; {size} is used")
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "time depends on data that is not here"
-    if seconds < 90:
-        return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+    document = preview(load_recipe(recipe, tuple(overrides or ()), model_path), runs)
+    print(json.dumps(document) if json_only else plan_text(document))
 
 
 @app.command()
@@ -135,33 +83,36 @@ def export(
     runs: Runs = Path("runs"),
 ) -> None:
     """Write the deployment folders of a recipe; what was trained is not trained again."""
-    from sqft_export import pipeline
-    from sqft_export.recipe import load
+    from sqft_export.recipe.load import load_recipe
+    from sqft_export.run.pipeline import run_recipe
 
     settings = [f"export.targets=[{only}]"] if only else []
-    loaded = load(recipe, (*(overrides or ()), *settings), model_path)
+    loaded = load_recipe(recipe, (*(overrides or ()), *settings), model_path)
     last = tuple(f"export-{target}" for target in loaded.export.targets)
     if not last:
         raise UserError(f"{loaded.file}: export.targets: is empty; name one with --only")
-    artifacts = pipeline.run(loaded, runs / loaded.name, last)
+    artifacts = run_recipe(loaded, runs / loaded.name, last)
     for name in last:
         print(artifacts[name].path / "model")
 
 
 @app.command("list")
 def list_command(
-    what: Annotated[Literal["targets"], typer.Argument(help="targets: runtimes and devices")],
+    what: Annotated[
+        Literal["targets", "recipes", "families", "methods"],
+        typer.Argument(help="targets: runtimes and devices of this machine"),
+    ],
     json_only: Json = False,
 ) -> None:
-    """Show which runtimes and devices this machine has, and why it lacks the others."""
-    from sqft_export.targets.devices import places
+    """Show what there is: targets here, recipes, model families, methods of every pass."""
+    from sqft_export.plan.catalog import CATALOG
 
-    found = places()
+    entries = CATALOG[what]()
     if json_only:
-        print(json.dumps([asdict(place) for place in found]))
+        print(json.dumps(entries))
         return
-    for place in found:
-        print(f"{place.device:4} {place.runtime:9} {place.name:22} {place.missing or 'here'}")
+    for entry in entries:
+        print("  ".join(f"{value!s:14}" for value in entry.values()).rstrip())
 
 
 @app.command("benchmark")
@@ -173,7 +124,7 @@ def benchmark_command(
     rounds: Annotated[int, typer.Option(min=1, help="processes per folder")] = 5,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     cpus: Annotated[str | None, typer.Option(help="stay on these processors, as 0,1")] = None,
-    place: Annotated[
+    device: Annotated[
         str, typer.Option("--device", help="cpu, gpu or npu; `list targets` says which are here")
     ] = "cpu",
     task: Annotated[
@@ -186,22 +137,22 @@ def benchmark_command(
     json_only: Json = False,
 ) -> None:
     """Measure deployments on this machine: latency, memory, energy, accuracy."""
-    from sqft_export import device
-
-    settings = device.Settings(
-        prompt_tokens=_numbers(prompt_tokens, "--prompt-tokens"),
-        new_tokens=new_tokens,
-        batches=_numbers(batch, "--batch"),
-        rounds=rounds,
-        threads=threads,
-        cpus=_numbers(cpus, "--cpus") if cpus else None,
-        device=place,
+    from sqft_export.measure.deployments import (
+        DeviceSettings,
+        benchmark_folders,
+        questions_of,
+        write_results,
     )
-    questions = device.questions_of(folders[0], task, data, text, items)
-    document = device.benchmark(folders, settings, questions)
+    from sqft_export.report.text import deployments_text
+
+    lengths, batches = _numbers(prompt_tokens, "--prompt-tokens"), _numbers(batch, "--batch")
+    stay = _numbers(cpus, "--cpus") if cpus else None
+    settings = DeviceSettings(lengths, new_tokens, batches, rounds, threads, stay, device)
+    questions = questions_of(folders[0], task, data, text, items)
+    document = benchmark_folders(folders, settings, questions)
     if out:
-        device.write(document, out)
-    print(json.dumps(document) if json_only else device.table(document))
+        write_results(document, out)
+    print(json.dumps(document) if json_only else deployments_text(document))
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:
@@ -217,10 +168,10 @@ def inspect(
     json_only: Json = False,
 ) -> None:
     """Show what a deployment holds: layers, bits, sparsity, bytes, digests, runtimes."""
-    from sqft_export import inspection
+    from sqft_export.targets.inspect import inspect_folder, inspection_text
 
-    found = inspection.inspect(folder)
-    print(json.dumps(found) if json_only else inspection.describe(found))
+    found = inspect_folder(folder)
+    print(json.dumps(found) if json_only else inspection_text(found))
 
 
 @app.command()
@@ -229,9 +180,9 @@ def compare(
     out: Annotated[Path, typer.Option(help="folder for the page")] = Path("runs/comparison"),
 ) -> None:
     """Write one page over several runs."""
-    from sqft_export import comparison
+    from sqft_export.report.runs import compare_runs
 
-    comparison.compare(folders, out)
+    compare_runs(folders, out)
     print((out / "comparison.md").read_text())
     print(f"comparison: {out / 'index.html'}")
 
@@ -248,8 +199,10 @@ def sweep(
     runs: Runs = Path("runs"),
 ) -> None:
     """Run a recipe with every combination of values, then compare; done passes are shared."""
-    from sqft_export import pipeline, plan, sources
-    from sqft_export.recipe import load
+    from sqft_export.model.hub import model_folder
+    from sqft_export.plan.checks import check_recipe
+    from sqft_export.recipe.load import load_recipe
+    from sqft_export.run.pipeline import run_recipe
 
     axes = []
     for setting in over:
@@ -258,13 +211,13 @@ def sweep(
             raise UserError(f"--over {setting!r}: expected path=value,value")
         axes.append([f"{path}={value}" for value in values.split(",")])
     chosen = [(*(overrides or ()), *settings) for settings in itertools.product(*axes)]
-    recipes = [load(recipe, settings, model_path) for settings in chosen]
+    recipes = [load_recipe(recipe, settings, model_path) for settings in chosen]
     for one in recipes:  # all of them before the first runs
-        plan.check(one, sources.model_folder(one, download=False))
+        check_recipe(one, model_folder(one, download=False))
     reports = []
     for one, settings in zip(recipes, chosen, strict=True):
         print(" ".join(settings), file=sys.stderr)
-        reports.append(pipeline.run(one, runs / one.name)["report"].path)
+        reports.append(run_recipe(one, runs / one.name)["report"].path)
     compare(reports, runs / recipes[0].name / "sweep")
 
 
@@ -277,7 +230,7 @@ def pack_command(
     ] = False,
 ) -> None:
     """Write a copy of a deployment whose weight file zeros make smaller."""
-    from sqft_export.sparse.folders import pack
+    from sqft_export.packed.folders import pack
 
     _say_packed(out, pack(folder, out, entropy))
 
@@ -285,13 +238,13 @@ def pack_command(
 @app.command("unpack")
 def unpack_command(folder: Deployment, out: Out) -> None:
     """Write the plain folder of a packed one, byte for byte as it was."""
-    from sqft_export.sparse.folders import unpack
+    from sqft_export.packed.folders import unpack
 
     _say_packed(out, unpack(folder, out))
 
 
-def _say_packed(out: Path, told: dict[str, Any]) -> None:
-    dense, packed = told["dense_bytes"], told["packed_bytes"]
+def _say_packed(out: Path, sizes: dict[str, Any]) -> None:
+    dense, packed = sizes["dense_bytes"], sizes["packed_bytes"]
     print(f"{out}: weights {dense:,} bytes dense, {packed:,} packed ({packed / dense:.1%})")
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sqft_export import pipeline
-from sqft_export.recipe import Recipe, load
+from sqft_export.recipe.load import load_recipe
+from sqft_export.recipe.schema import Recipe
+from sqft_export.run.pipeline import run_recipe
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parent.parent
@@ -33,7 +34,7 @@ SMALL = (
 
 
 def small_recipe(*overrides: str, name: str = "tiny", model_path: Path | None = None) -> Recipe:
-    return load(ROOT / "recipes" / f"{name}.yaml", (*SMALL, *overrides), model_path)
+    return load_recipe(ROOT / "recipes" / f"{name}.yaml", (*SMALL, *overrides), model_path)
 
 
 def start_run(root: Path) -> subprocess.Popen:
@@ -59,7 +60,7 @@ def tiny_cli(tmp_path_factory) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="session")
 def tiny_run(tiny_cli) -> dict:
     """Artifacts of the embedded recipe, run to its report."""
-    return pipeline.run(small_recipe(), Path(tiny_cli.args[-1]) / "tiny")
+    return run_recipe(small_recipe(), Path(tiny_cli.args[-1]) / "tiny")
 
 
 def random_model(folder: Path, seed: int = 0, model_type: str = "llama", **config) -> Path:
@@ -111,10 +112,10 @@ def exact_pipeline(folder: Path):
 
 def exact_onnx(deployed: Path, folder: Path) -> Path:
     """A copy of an ONNX folder that does not round activations to int8, as torch does not."""
-    from sqft_export.targets import onnx
+    from sqft_export.targets.onnx.session import with_accuracy
 
     shutil.copytree(deployed, folder)
-    (folder / "model.onnx").write_bytes(onnx._with_accuracy(folder, 1))
+    (folder / "model.onnx").write_bytes(with_accuracy(folder, 1))
     return folder
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sqft_export import plan
-from sqft_export.recipe import load
+from sqft_export.plan.checks import check_recipe
+from sqft_export.recipe.load import load_recipe
 
 ROOT = Path(__file__).parent.parent
 SQFT = str(Path(sys.executable).parent / "sqft-export")
@@ -45,11 +45,11 @@ def test_every_recipe_plans_every_task(name, task, tmp_path):
         check=True,
     )
     settings = shlex.split(done.stdout.splitlines()[-1])[3:]
-    recipe = load(ROOT / "recipes" / f"{name}.yaml", tuple(settings))
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", tuple(settings))
     assert recipe.name == name
     assert recipe.task.name == {"math": "math_10k"}.get(task, task)
     if task == "gsm8k":  # its data is in this repository
-        plan.check(recipe, None)
+        check_recipe(recipe, None)
 
 
 def test_an_unknown_task_is_told():

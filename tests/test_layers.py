@@ -1,75 +1,204 @@
-"""Imports point down: a module imports only from its own rank or a lower one."""
+"""The house: arrows point down, between rooms and inside them; a word means one thing."""
 
 import ast
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "sqft_export"
-RANKS = [
-    {"errors", "artifact", "numerics", "machine", "selection", "intervals"},
-    {
-        "sparse",
-        "families",
-        "structure",
-        "recipe",
-        "known_datasets",
-        "tensorfiles",
-        "checkpoint",
-        "compressed",
-        "skeleton",
-    },
-    {
-        "sources",
-        "tasks",
-        "calibration",
-        "reference",
-        "adapters",
-        "training",
-        "targets",
-        "pictures",
-        "pages",
-    },
-    {"sparsifiers", "quantizers", "search", "evaluate", "plan", "predict"},
-    {"worker", "inspection"},
-    {"device"},
+# From the bottom up. A module imports only what stands in an earlier line; one that is named as a
+# whole room (its files are plugs) may import within itself.
+ORDER = [
+    {"errors"},
+    {"numerics.codes", "numerics.groups", "numerics.nibbles", "numerics.hessian", "numerics.masks"},
+    {"numerics.affine"},
+    {"numerics.gptq_layout"},
+    {"recipe.schema"},
+    {"recipe.load", "recipe.passes"},
+    {"run.artifact", "run.launcher", "targets.folder", "model.memory", "model.tensorfiles"},
+    {"model.families"},
+    {"model.architecture"},
+    {"model.checkpoint", "model.hub"},
+    {"model.skeleton", "model.storage"},
+    {"model.floats", "model.blocks"},
+    {"data.datasets"},
+    {"data.items"},
+    {"data.calibration", "data.scoring"},
+    {"packed.inflate"},
+    {"packed.container"},
+    {"packed.regions"},
+    {"packed.folders"},
+    {"packed.loaders"},
+    {"adapters.files", "adapters.linear"},
+    {"adapters.elastic"},
+    {"adapters.loading"},
+    {"adapters.merging", "adapters.training"},
+    {"targets", "targets.devices"},
+    {"targets.openvino", "targets.torch", "targets.onnx.session", "targets.onnx.weights"},
+    {"targets.onnx.adapter", "targets.onnx.fused", "targets.onnx.standard"},
+    {"targets.onnx"},
+    {"targets.inspect"},
+    {"sparsifiers", "quantizers", "search"},
+    {"measure.statistics", "measure.machine"},
+    {"measure.decode", "measure.rows"},
+    {"measure.likelihood"},
+    {"measure.worker"},
+    {"measure.deployments"},
+    {"plan.layout", "plan.speeds", "plan.catalog"},
+    {"plan.checks", "plan.costs"},
+    {"report.text", "report.html", "report.pictures", "report.document"},
+    {"report.runs"},
     {"stages"},
-    {"pipeline", "comparison"},
+    {"run.digests"},
+    {"run.pipeline"},
+    {"run.preview"},
     {"cli"},
 ]
+PLUGS = ("sparsifiers", "quantizers", "search", "model.families")
+ROOMS = sorted(p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name[0] not in "_.")
+# What every plug of a kind offers: the same name in each, held by a Protocol.
+CONTRACTS = {"NEEDS", "compress", "search"}
+LONGEST = 40
+DEEPEST = 3
 
 
-def rank_of(part: str) -> int:
-    return next(rank for rank, names in enumerate(RANKS) if part in names)
-
-
-def imports_of(file: Path) -> set[str]:
-    """First parts below ``sqft_export`` of all that a file imports, inside functions too."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        names = []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        found |= {n.split(".")[1] for n in names if n.startswith("sqft_export.")}
+def modules() -> dict[str, ast.Module]:
+    """Dotted name below the package -> its code."""
+    found = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name and not name.startswith("builtin"):
+            found[name] = ast.parse(file.read_text())
     return found
+
+
+MODULES = modules()
+
+
+def entry_of(module: str) -> str | None:
+    """The longest entry of ``ORDER`` that a module is, or is within."""
+    known = [entry for line in ORDER for entry in line]
+    within = [e for e in known if module == e or module.startswith(f"{e}.")]
+    return max(within, key=len, default=None)
+
+
+def rank_of(entry: str) -> int:
+    return next(rank for rank, line in enumerate(ORDER) if entry in line)
+
+
+def nodes_at_run_time(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those under ``if TYPE_CHECKING``."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from nodes_at_run_time(node)
+
+
+def imports_of(tree: ast.Module) -> set[str]:
+    """Modules below ``sqft_export`` that one imports, inside functions too."""
+    names = set()
+    for node in nodes_at_run_time(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sqft_export"):
+            base = (node.module or "").removeprefix("sqft_export").removeprefix(".")
+            for alias in node.names:
+                whole = f"{base}.{alias.name}".removeprefix(".")
+                names.add(whole if whole in MODULES else base)
+        elif isinstance(node, ast.Import):
+            names |= {a.name for a in node.names if a.name.startswith("sqft_export.")}
+    return {name.removeprefix("sqft_export.") for name in names}
 
 
 def test_imports_point_down():
     wrong = []
-    for file in PACKAGE.rglob("*.py"):
-        part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if part in ("__init__", "builtin"):
+    for module, tree in MODULES.items():
+        own = entry_of(module)
+        if own is None:
+            assert module in ROOMS, f"{module} has no place in ORDER"
+            assert not imports_of(tree), f"{module} is a room's front and imports nothing"
             continue
-        wrong += [
-            f"{file.relative_to(PACKAGE)} imports {other}"
-            for other in imports_of(file)
-            if rank_of(other) > rank_of(part)
-        ]
+        for other in imports_of(tree):
+            theirs = entry_of(other)
+            assert theirs, f"{module} imports {other}, which has no place in ORDER"
+            same = theirs == own and own in PLUGS
+            to_front = theirs == own and other == own  # a stage and the protocol of stages
+            if rank_of(theirs) >= rank_of(own) and not same and not to_front:
+                wrong.append(f"{module} imports {other}")
     assert not wrong
 
 
+def test_stages_import_no_sibling():
+    for module, tree in MODULES.items():
+        if module.startswith("stages."):
+            assert not [other for other in imports_of(tree) if other.startswith("stages.")], module
+
+
+def test_plugs_and_stages_are_held_to_their_protocols():
+    """Every file of such a room stands in the tuple that mypy checks."""
+    rooms = ("stages", "sparsifiers", "quantizers", "search")
+    for room in rooms:
+        checking = [
+            alias.name
+            for node in ast.walk(MODULES[room])
+            if isinstance(node, ast.ImportFrom) and node.module == f"sqft_export.{room}"
+            for alias in node.names
+        ]
+        files = {m.split(".")[1] for m in MODULES if m.startswith(f"{room}.")} - {"allocation"}
+        assert files == set(checking), room
+
+
+def public_names(tree: ast.Module) -> Iterator[str]:
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names = [node.target.id]
+        else:
+            names = []
+        yield from (name for name in names if not name.startswith("_"))
+
+
+def test_no_name_is_public_in_two_rooms():
+    rooms = defaultdict(set)
+    for module, tree in MODULES.items():
+        if "." in module or module in ROOMS:
+            for name in public_names(tree):
+                rooms[name].add(module.partition(".")[0])
+    twice = {n: sorted(r) for n, r in rooms.items() if len(r) > 1 and n not in CONTRACTS}
+    assert not twice
+
+
+def depth_of(node: ast.AST) -> int:
+    """Levels of blocks inside a function, its own not counted."""
+    blocks = (ast.If, ast.For, ast.While, ast.With, ast.Try)
+    inner = [
+        depth_of(child) + (isinstance(child, blocks) and not is_elif(node, child))
+        for child in ast.iter_child_nodes(node)
+        if not isinstance(child, ast.FunctionDef | ast.ClassDef | ast.Lambda)
+    ]
+    return max(inner, default=0)
+
+
+def is_elif(parent: ast.AST, child: ast.AST) -> bool:
+    return isinstance(parent, ast.If) and isinstance(child, ast.If) and parent.orelse == [child]
+
+
+def test_functions_are_short_and_flat():
+    long, deep = [], []
+    for module, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                if (node.end_lineno or 0) - node.lineno + 1 > LONGEST:
+                    long.append(f"{module}.{node.name}")
+                if depth_of(node) > DEEPEST:
+                    deep.append(f"{module}.{node.name}: {depth_of(node)}")
+    assert not long and not deep, (long, deep)
+
+
 def test_artifact_needs_the_standard_library_alone():
-    tree = ast.parse((PACKAGE / "artifact.py").read_text())
-    modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert {m for m in modules if m and m.startswith("sqft_export")} == {"sqft_export.errors"}
-    assert not modules & {"numpy", "torch", "safetensors"}
+    assert imports_of(MODULES["run.artifact"]) == {"errors"}
+    names = {n.module for n in ast.walk(MODULES["run.artifact"]) if isinstance(n, ast.ImportFrom)}
+    assert not names & {"numpy", "torch", "safetensors"}

@@ -5,14 +5,14 @@ import warnings
 from scipy.linalg.lapack import spotrf, strtri
 from torch import Tensor
 
-ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE = 256
 
 
 def _reverse(square: Tensor) -> None:
     """Reverse both axes in place, a few rows at a time."""
     size = len(square)
-    for start in range(0, (size + 1) // 2, ROWS_AT_ONCE):
-        stop = min(start + ROWS_AT_ONCE, (size + 1) // 2)
+    for start in range(0, (size + 1) // 2, _ROWS_AT_ONCE):
+        stop = min(start + _ROWS_AT_ONCE, (size + 1) // 2)
         top, bottom = square[start:stop], square[size - stop : size - start]
         turned = bottom.flip(0, 1)
         bottom.copy_(top.flip(0, 1))

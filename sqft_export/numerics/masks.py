@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-ROWS_AT_ONCE = 1024  # what selecting takes beside the scores themselves
+_ROWS_AT_ONCE = 1024  # what selecting takes beside the scores themselves
 
 
 def drop_lowest(scores: Tensor, count: int) -> Tensor:
@@ -20,13 +20,13 @@ def drop_lowest(scores: Tensor, count: int) -> Tensor:
     :return: bool ``[rows, columns]``, True = kept.
     """
     mask = torch.ones_like(scores, dtype=torch.bool)
-    for start in range(0, len(scores) if count else 0, ROWS_AT_ONCE):
-        rows = scores[start : start + ROWS_AT_ONCE]
+    for start in range(0, len(scores) if count else 0, _ROWS_AT_ONCE):
+        rows = scores[start : start + _ROWS_AT_ONCE]
         # Selecting the count-th score is linear in the columns, sorting them is not.
         threshold = rows.kthvalue(count, dim=1, keepdim=True).values
         below, tied = rows < threshold, rows == threshold
         wanted = count - below.sum(dim=1, keepdim=True)
-        mask[start : start + ROWS_AT_ONCE] = ~(below | (tied & (tied.cumsum(dim=1) <= wanted)))
+        mask[start : start + _ROWS_AT_ONCE] = ~(below | (tied & (tied.cumsum(dim=1) <= wanted)))
     return mask
 
 
@@ -49,7 +49,7 @@ def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     return drop_lowest(scores.reshape(-1, m), m - n).reshape(scores.shape)
 
 
-def pack_mask(mask: Tensor) -> Tensor:
+def mask_to_bits(mask: Tensor) -> Tensor:
     """Eight weights a byte, lowest column in the lowest bit: uint8 ``[out, ceil(in / 8)]``."""
     out_features, in_features = mask.shape
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -in_features % 8))
@@ -58,8 +58,8 @@ def pack_mask(mask: Tensor) -> Tensor:
     return bits.sum(dim=2, dtype=torch.uint8)
 
 
-def unpack_mask(packed: Tensor, in_features: int) -> Tensor:
-    """Inverse of :func:`pack_mask`: bool ``[out, in_features]``."""
+def bits_to_mask(packed: Tensor, in_features: int) -> Tensor:
+    """Inverse of :func:`mask_to_bits`: bool ``[out, in_features]``."""
     # Eight bools are one 64-bit word of a table: a training step unpacks every mask twice.
     words = _words(packed.device)[packed.int()]
     return words.view(torch.bool)[:, :in_features]

@@ -1,16 +1,57 @@
 """Quantizers, one file a method; the file name is the word in the recipe.
 
-Each offers
-
-    NEEDS       what it is given of the calibration inputs (``calibration.Inputs``)
-    compress    ``(weight, mask, bits, group_size, symmetric, inputs) -> (weight, Grid)``: a float32
-                weight ``[out, in]`` whose codes on the grid are the result, pruned positions
-                exactly zero
+Most compress a Linear at a time; what looks at a whole block has ``NEEDS = "block"``.
 """
 
 import importlib
-from types import ModuleType
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from torch import Tensor
+
+from sqft_export.model.blocks import Block
+from sqft_export.numerics.affine import Grid
+from sqft_export.recipe.schema import Quantize
 
 
-def quantizer(method: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{method}")
+class Quantizer(Protocol):
+    """NEEDS: what it is given of the calibration inputs; see ``model.blocks.Inputs``."""
+
+    NEEDS: str
+
+    def compress(
+        self,
+        weight: Tensor,
+        mask: Tensor,
+        bits: int,
+        group_size: int,
+        symmetric: bool,
+        inputs: Any,
+        /,
+    ) -> tuple[Tensor, Grid]:
+        """A float32 weight ``[out, in]`` whose codes on the grid are the result, pruned positions
+        exactly zero.
+
+        :param mask: bool ``[out, in]``, True = kept.
+        """
+
+
+class BlockQuantizer(Protocol):
+    NEEDS: str
+
+    def compress_block(
+        self, block: Block, mask_of: Callable[[str], Tensor], config: Quantize, /
+    ) -> Iterator[tuple[str, Tensor, Grid]]:
+        """The same by name for every Linear of a block."""
+
+
+def quantizer(method: str) -> Quantizer | BlockQuantizer:
+    module: Any = importlib.import_module(f"{__name__}.{method}")
+    return cast(BlockQuantizer, module) if module.NEEDS == "block" else cast(Quantizer, module)
+
+
+if TYPE_CHECKING:  # mypy holds every module to its protocol
+    from sqft_export.quantizers import gptq, nncf, rtn
+
+    _QUANTIZERS: tuple[Quantizer, ...] = (gptq, rtn)
+    _BLOCK_QUANTIZERS: tuple[BlockQuantizer, ...] = (nncf,)

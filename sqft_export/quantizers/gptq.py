@@ -18,7 +18,7 @@ from torch import Tensor
 from sqft_export.numerics.affine import Grid, fit_grid
 
 NEEDS = "factor"
-COLUMNS_AT_ONCE = 128  # the update of later columns is one matrix product per so many
+_COLUMNS_AT_ONCE = 128  # the update of later columns is one matrix product per so many
 
 
 def compress(
@@ -42,22 +42,13 @@ def compress(
     _drop(work, kept)
     fitted: list[Grid] = []
     in_features = weight.shape[1]
-    chunk = min(group_size, COLUMNS_AT_ONCE)  # so that a group starts only where a chunk does
+    chunk = min(group_size, _COLUMNS_AT_ONCE)  # so that a group starts only where a chunk does
     for start in range(0, in_features, chunk):
         stop = min(start + chunk, in_features)
         if start % group_size == 0:
             group = slice(start, start + group_size)
             fitted.append(fit_grid((work[group] * kept[group]).T, bits, group_size, symmetric))
-        scale, zero = fitted[-1].scale[:, 0].float(), fitted[-1].zero_point[:, 0].float()
-        errors = torch.empty(stop - start, weight.shape[0])
-        for column in range(start, stop):
-            current = work[column]
-            code = ((current / scale).round_() + zero).clamp_(0, 2**bits - 1)
-            value = scale * (code - zero) * kept[column]
-            error = errors[column - start]
-            torch.div(current - value, factor[column, column], out=error)
-            later = slice(column + 1, stop)
-            work[later].addr_(factor[column, later], error, alpha=-1)
+        errors = _round_columns(work, kept, start, stop, fitted[-1], factor)
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     scales = torch.cat([grid.scale for grid in fitted], dim=1)
     zero_points = torch.cat([grid.zero_point for grid in fitted], dim=1)
@@ -65,9 +56,30 @@ def compress(
     return work.T, Grid(scales, zero_points, bits, group_size)
 
 
+def _round_columns(
+    work: Tensor, kept: Tensor, start: int, stop: int, grid: Grid, factor: Tensor
+) -> Tensor:
+    """Round columns one by one, those up to ``stop`` absorbing; errors ``[stop - start, out]``.
+
+    :param work: float32 ``[in, out]``; :param kept: bool of that shape.
+    :param grid: one group.
+    """
+    scale, zero = grid.scale[:, 0].float(), grid.zero_point[:, 0].float()
+    errors = torch.empty(stop - start, work.shape[1])
+    for column in range(start, stop):
+        current = work[column]
+        code = ((current / scale).round_() + zero).clamp_(0, grid.highest)
+        value = scale * (code - zero) * kept[column]
+        error = errors[column - start]
+        torch.div(current - value, factor[column, column], out=error)
+        later = slice(column + 1, stop)
+        work[later].addr_(factor[column, later], error, alpha=-1)
+    return errors
+
+
 def _drop(work: Tensor, kept: Tensor) -> None:
     """Set what is not kept to zero, a few rows at a time: the inverse of a mask is a copy too."""
     for rows, kept_rows in zip(
-        work.split(COLUMNS_AT_ONCE), kept.split(COLUMNS_AT_ONCE), strict=True
+        work.split(_COLUMNS_AT_ONCE), kept.split(_COLUMNS_AT_ONCE), strict=True
     ):
         rows.masked_fill_(~kept_rows, 0)

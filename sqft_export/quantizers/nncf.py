@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from sqft_export.calibration import Block
 from sqft_export.errors import UserError
+from sqft_export.model.blocks import Block
 from sqft_export.numerics.affine import Grid, dequantize
-from sqft_export.recipe import Quantize
+from sqft_export.recipe.schema import Quantize
 
 NEEDS = "block"
 
@@ -31,8 +31,8 @@ class _Positional(nn.Module):
         self.leaves, self.tree = tree_flatten(block.calls[0])
 
     def forward(self, *tensors: Tensor) -> Tensor:
-        given = iter(tensors)
-        leaves = [next(given) if isinstance(x, Tensor) else x for x in self.leaves]
+        rest = iter(tensors)
+        leaves = [next(rest) if isinstance(x, Tensor) else x for x in self.leaves]
         hidden, kwargs = tree_unflatten(leaves, self.tree)
         output = self.block(hidden, **kwargs)
         return output[0] if isinstance(output, tuple) else output
@@ -59,12 +59,12 @@ def compress_block(
             f"quantize.nncf.awq: block {block.index} needs {len(added)} multiplications beside "
             "its weights, which no codes can carry; set it to false"
         )
-    found = dict(codes_and_grids(graph))
+    found = {name: (quantized, bits) for name, quantized, bits in codes_and_grids(graph)}
     prefix = next(iter(block.linears)).split(f".{block.index}.")[0] + f".{block.index}"
     for name, linear in block.linears.items():
         path = name.removeprefix(f"{prefix}.")
-        *arrays, bits = found[f"self.block.{path}"]
-        codes, scale, zero_point = (torch.from_numpy(array) for array in arrays)
+        quantized, bits = found[f"self.block.{path}"]
+        codes, scale, zero_point = map(torch.from_numpy, quantized)
         grid = Grid(scale.half(), zero_point, bits, linear.in_features // scale.shape[1])
         yield name, dequantize(codes, grid).masked_fill_(~mask_of(name), 0), grid
 

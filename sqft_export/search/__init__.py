@@ -1,14 +1,13 @@
 """Search strategies, one file each; the file name is the word in the recipe.
 
-Each offers ``search(space) -> {group: rank}``. Those that evaluate do so through the space, which
-remembers every result, and return the best configuration ever seen.
+Those that evaluate do so through the space, which remembers every result, and return the best
+configuration ever seen.
 """
 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 Ranks = dict[str, int]
 
@@ -34,7 +33,7 @@ class Space:
     ranks: descending.
     log: the training log, one entry a step with ``loss`` and ``ranks``.
     budget: evaluations allowed.
-    given: the recipe's own configuration, for the strategy of that name.
+    configured: the recipe's own configuration, for the strategy of that name.
     score: evaluates one configuration.
     """
 
@@ -43,7 +42,7 @@ class Space:
     log: list[dict[str, Any]]
     budget: int
     seed: int
-    given: Ranks
+    configured: Ranks
     score: Callable[[Ranks], Score]
     seen: dict[tuple[int, ...], Score] = field(default_factory=dict)
 
@@ -69,5 +68,34 @@ class Space:
         return dict(zip(self.groups, best, strict=True))
 
 
-def strategy(name: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+class Strategy(Protocol):
+    def search(self, space: Space, /) -> Ranks:
+        """The rank of every group."""
+
+
+def strategy(name: str) -> Strategy:
+    return cast(Strategy, importlib.import_module(f"{__name__}.{name.replace('-', '_')}"))
+
+
+if TYPE_CHECKING:  # mypy holds every module to the protocol
+    from sqft_export.search import (
+        evolutionary,
+        frequent,
+        given,
+        hill_climb,
+        lowest_loss,
+        maximal,
+        median,
+        minimal,
+    )
+
+    _STRATEGIES: tuple[Strategy, ...] = (
+        evolutionary,
+        frequent,
+        given,
+        hill_climb,
+        lowest_loss,
+        maximal,
+        median,
+        minimal,
+    )

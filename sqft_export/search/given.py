@@ -4,4 +4,4 @@ from sqft_export.search import Ranks, Space
 
 
 def search(space: Space) -> Ranks:
-    return space.given
+    return space.configured

@@ -1,26 +1,18 @@
-"""Sparsifiers, one file a method; the file name is the word in the recipe.
-
-Each offers
-
-    NEEDS       what it is given of the calibration inputs (``calibration.Inputs``)
-    compress    ``(weight, rule, inputs) -> (weight, mask)``: float32 ``[out, in]`` with exact
-                zeros, and the bool mask they follow
-"""
+"""Sparsifiers, one file a method; the file name is the word in the recipe."""
 
 import importlib
 import math
 from dataclasses import dataclass
-from types import ModuleType
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor
 
 from sqft_export.numerics.masks import drop_lowest, drop_share, keep_n_of_m
-from sqft_export.recipe import Override, Sparsify
-from sqft_export.selection import matches
+from sqft_export.recipe.schema import Override, Sparsify, matches
 
 
 @dataclass(frozen=True)
-class Rule:
+class Pruning:
     """How much of a Linear goes: a share of every row, or all but ``n`` of every ``m`` columns."""
 
     sparsity: float | None
@@ -45,22 +37,37 @@ class Rule:
         return drop_lowest(scores, after - before)
 
 
+EXISTING_ZEROS = Pruning(None, None)  # the zeros that are there
+
+
 def override_for(config: Sparsify, name: str) -> Override | None:
     """The first override that names this Linear."""
     return next((o for o in config.overrides if matches(name, o.modules)), None)
 
 
-def rule_for(config: Sparsify, name: str) -> Rule | None:
-    """The rule of one Linear; None leaves it dense."""
+def pruning_of(config: Sparsify, name: str) -> Pruning | None:
+    """The pruning of one Linear; None leaves it dense."""
     if override := override_for(config, name):
-        return None if override.skip else Rule(override.sparsity, override.n_of_m())
+        return None if override.skip else Pruning(override.sparsity, override.n_of_m())
     if config.method == "given":
-        return GIVEN
-    return Rule(config.sparsity, config.n_of_m())
+        return EXISTING_ZEROS
+    return Pruning(config.sparsity, config.n_of_m())
 
 
-GIVEN = Rule(None, None)  # the zeros that are there
+class Sparsifier(Protocol):
+    """NEEDS: what it is given of the calibration inputs; see ``model.blocks.Inputs``."""
+
+    NEEDS: str
+
+    def compress(self, weight: Tensor, pruning: Pruning, inputs: Any, /) -> tuple[Tensor, Tensor]:
+        """Float32 ``[out, in]`` with exact zeros, and the bool mask they follow, True = kept."""
 
 
-def sparsifier(method: str) -> ModuleType:
-    return importlib.import_module(f"{__name__}.{method}")
+def sparsifier(method: str) -> Sparsifier:
+    return cast(Sparsifier, importlib.import_module(f"{__name__}.{method}"))
+
+
+if TYPE_CHECKING:  # mypy holds every module to the protocol
+    from sqft_export.sparsifiers import given, magnitude, sparsegpt, wanda
+
+    _SPARSIFIERS: tuple[Sparsifier, ...] = (given, magnitude, sparsegpt, wanda)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 REACH = 0.15  # a Linear's sparsity stays this near to the overall one
 STEPS = 30
-ROWS_AT_ONCE = 512
+_ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def error_curve(weight: Tensor, norms: Tensor, sparsity: float) -> Curve:
     counts = (torch.linspace(low, high, STEPS + 1, dtype=torch.float64) * columns).round().long()
     counts = counts.clamp_max(columns - 1).unique()
     energy = torch.zeros(columns + 1, dtype=torch.float64)
-    for part in weight.split(ROWS_AT_ONCE):
+    for part in weight.split(_ROWS_AT_ONCE):
         ascending = (part * norms).square().sort(dim=1).values
         energy[1:] += ascending.sum(dim=0, dtype=torch.float64)
     dropped = energy.cumsum(0)

@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from sqft_export.sparsifiers import Rule
+from sqft_export.sparsifiers import Pruning
 
 NEEDS = "nothing"
 
 
-def compress(weight: Tensor, rule: Rule, inputs: None) -> tuple[Tensor, Tensor]:
+def compress(weight: Tensor, pruning: Pruning, inputs: None) -> tuple[Tensor, Tensor]:
     """The weight as it is, and where it is not zero."""
     return weight, weight != 0

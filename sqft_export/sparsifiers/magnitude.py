@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from sqft_export.sparsifiers import Rule
+from sqft_export.sparsifiers import Pruning
 
 NEEDS = "nothing"
 
 
-def compress(weight: Tensor, rule: Rule, inputs: None) -> tuple[Tensor, Tensor]:
+def compress(weight: Tensor, pruning: Pruning, inputs: None) -> tuple[Tensor, Tensor]:
     """Drop the lowest ``|W_ij|``; kept weights are not changed."""
-    mask = rule.mask(weight.abs())
+    mask = pruning.mask(weight.abs())
     return weight.masked_fill(~mask, 0), mask

@@ -8,13 +8,13 @@ its share within every block, so that rows and column blocks are equally sparse.
 import torch
 from torch import Tensor
 
-from sqft_export.sparsifiers import Rule
+from sqft_export.sparsifiers import Pruning
 
 NEEDS = "factor"
-COLUMNS_AT_ONCE = 128
+_COLUMNS_AT_ONCE = 128
 
 
-def compress(weight: Tensor, rule: Rule, factor: Tensor) -> tuple[Tensor, Tensor]:
+def compress(weight: Tensor, pruning: Pruning, factor: Tensor) -> tuple[Tensor, Tensor]:
     """Compensated weight with exact zeros, and its mask.
 
     :param factor: float32 ``[in, in]``, ``U`` as ``numerics.hessian.inverse_factor`` makes it.
@@ -22,12 +22,12 @@ def compress(weight: Tensor, rule: Rule, factor: Tensor) -> tuple[Tensor, Tensor
     work = weight.T.contiguous()  # one input column of all rows lies in one piece
     masks = []
     in_features = weight.shape[1]
-    m = rule.n_of_m[1] if rule.n_of_m else 1
-    chunk = COLUMNS_AT_ONCE // m * m or m  # a group of M is chosen in one piece
+    m = pruning.n_of_m[1] if pruning.n_of_m else 1
+    chunk = _COLUMNS_AT_ONCE // m * m or m  # a group of M is chosen in one piece
     for start in range(0, in_features, chunk):
         stop = min(start + chunk, in_features)
         scores = (work[start:stop].T / factor.diagonal()[start:stop]).square()
-        mask = rule.mask_of_columns(scores, start)
+        mask = pruning.mask_of_columns(scores, start)
         masks.append(mask)
         dropped = (~mask).T.to(weight.dtype)
         errors = torch.empty(stop - start, weight.shape[0])

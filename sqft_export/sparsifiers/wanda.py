@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from sqft_export.sparsifiers import Rule
+from sqft_export.sparsifiers import Pruning
 
 NEEDS = "norms"
 
 
-def compress(weight: Tensor, rule: Rule, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def compress(weight: Tensor, pruning: Pruning, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Drop the lowest ``|W_ij| * ||X_j||_2``; kept weights are not changed."""
-    mask = rule.mask(weight.abs() * inputs)
+    mask = pruning.mask(weight.abs() * inputs)
     return weight.masked_fill(~mask, 0), mask

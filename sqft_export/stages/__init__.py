@@ -1,21 +1,14 @@
-"""One file per pass.
+"""One file per pass; :class:`Stage` says what each offers.  Stages import no sibling."""
 
-CONSUMES            passes whose artifacts it reads, where the recipe has them
-READS               of "model", "train", "test", "calibration": what else its result depends on
-VERSION             raised when the code changes what comes out
-options(recipe)     the settings its result depends on
-RESUMES             True if it continues from what an interrupted run left (default: starts over)
-DISTRIBUTED         True if all processes of a launcher run it (default: the first alone)
-run(context)        does the work in ``context.folder`` and returns metrics
-"""
-
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from sqft_export.adapters import Base
-from sqft_export.artifact import Artifact
-from sqft_export.recipe import Recipe
+from sqft_export.adapters.files import Base
+from sqft_export.recipe.schema import Recipe
+from sqft_export.run.artifact import Artifact
 
 Advance = Callable[[], None]
 
@@ -48,7 +41,7 @@ class Context:
         if adapt.trainable_scales and "search" in self.inputs:
             grids = self.inputs["search"].path
         masks = self.path("sparsify") if adapt.masked else None
-        return Base(self.latest_model(), masks, grids, adapt.apart)
+        return Base(self.latest_model(), masks, grids, adapt.unmerged)
 
     def latest_model(self) -> Path:
         """The last model folder before adapters: quantized, else sparse, else the base model."""
@@ -56,3 +49,61 @@ class Context:
             if name in self.inputs:
                 return self.inputs[name].path / "model"
         return self.model
+
+
+class Stage(Protocol):
+    """A pass.
+
+    CONSUMES: passes whose artifacts it reads, where the recipe has them.
+    READS: of "model", "train", "test", "calibration": what else its result depends on.
+    VERSION: raised when the code changes what comes out.
+    RESUMES: whether it continues from what an interrupted run left, or starts over.
+    DISTRIBUTED: whether all processes of a launcher run it, or the first alone.
+    """
+
+    CONSUMES: tuple[str, ...]
+    READS: tuple[str, ...]
+    VERSION: int
+    RESUMES: bool
+    DISTRIBUTED: bool
+
+    def options(self, recipe: Recipe, /) -> dict[str, Any]:
+        """The settings its result depends on."""
+
+    def run(self, context: Context, /) -> dict[str, Any]:
+        """Do the work in ``context.folder`` and return metrics."""
+
+
+def stage_of(name: str) -> Stage:
+    """The module of a pass; ``export-openvino`` and ``export-onnx`` share ``export``."""
+    return cast(Stage, importlib.import_module(f"{__name__}.{name.partition('-')[0]}"))
+
+
+if TYPE_CHECKING:  # mypy holds every module to the protocol
+    from sqft_export.stages import (
+        adapt,
+        baselines,
+        benchmark,
+        export,
+        merge,
+        quantize,
+        report,
+        search,
+        sparsify,
+        teacher,
+        verify,
+    )
+
+    _STAGES: tuple[Stage, ...] = (
+        adapt,
+        baselines,
+        benchmark,
+        export,
+        merge,
+        quantize,
+        report,
+        search,
+        sparsify,
+        teacher,
+        verify,
+    )

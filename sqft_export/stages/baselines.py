@@ -1,13 +1,15 @@
 """baselines: the pruned and quantized base before tuning, in the format of the merged model."""
 
-from sqft_export.adapters import Layers
-from sqft_export.recipe import Recipe
+from sqft_export.adapters.loading import Layers
+from sqft_export.adapters.merging import write_merged
+from sqft_export.recipe.schema import Recipe
 from sqft_export.stages import Context
-from sqft_export.stages.merge import write_merged
 
-CONSUMES = ("sparsify", "quantize")
-READS = ("model",)
+CONSUMES: tuple[str, ...] = ("sparsify", "quantize")
+READS: tuple[str, ...] = ("model",)
 VERSION = 3
+RESUMES = False
+DISTRIBUTED = False
 
 
 def options(recipe: Recipe) -> dict:

@@ -2,15 +2,17 @@
 
 from typing import Any
 
-from sqft_export.checkpoint import file_bytes
-from sqft_export.recipe import Recipe
-from sqft_export.sparse.folders import PACKED, pack
+from sqft_export.model.checkpoint import file_bytes
+from sqft_export.packed.folders import PACKED, pack
+from sqft_export.recipe.schema import Recipe
 from sqft_export.stages import Context
 from sqft_export.targets import target
 
-CONSUMES = ("merge",)
-READS = ()
+CONSUMES: tuple[str, ...] = ("merge",)
+READS: tuple[str, ...] = ()
 VERSION = 4
+RESUMES = False
+DISTRIBUTED = False
 
 
 def options(recipe: Recipe) -> dict:
@@ -25,7 +27,7 @@ def run(context: Context) -> dict:
     runtime = context.name.removeprefix("export-")
     merged = context.inputs["merge"].path
     target(runtime).export(merged / "model", folder, context.recipe.export)
-    if context.recipe.adapt.apart:
+    if context.recipe.adapt.unmerged:
         target(runtime).add_adapter(folder, merged / "adapter")
     metrics: dict[str, Any] = {"bytes": file_bytes(folder)}
     if context.recipe.export.sparse_files:

@@ -1,15 +1,15 @@
 """quantize: a grid for every decoder Linear, and weights compensated for it."""
 
-import json
 from collections.abc import Iterator
-from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from sqft_export.calibration import Block, Inputs, walk
-from sqft_export.checkpoint import Checkpoint, copy_companions
-from sqft_export.compressed import (
+from sqft_export.data.calibration import calibration_tensors
+from sqft_export.model.blocks import Block, Inputs, walk
+from sqft_export.model.checkpoint import Checkpoint, copy_companions, float_config, write_config
+from sqft_export.model.storage import (
     HELD_BYTES,
     GridWriter,
     load_mask,
@@ -17,18 +17,19 @@ from sqft_export.compressed import (
     quantized_names,
     read_quantized,
 )
+from sqft_export.model.tensorfiles import TensorWriter
 from sqft_export.numerics.affine import Grid, dequantize, fake_quantize, fit_grid, quantize
 from sqft_export.numerics.groups import fallback_group_size
-from sqft_export.quantizers import quantizer
-from sqft_export.recipe import Recipe
+from sqft_export.quantizers import BlockQuantizer, Quantizer, quantizer
+from sqft_export.recipe.schema import Recipe
 from sqft_export.stages import Context
-from sqft_export.stages.sparsify import calibration
-from sqft_export.tensorfiles import TensorWriter
 
-CONSUMES = ("sparsify",)
-READS = ("model", "calibration")
+CONSUMES: tuple[str, ...] = ("sparsify",)
+READS: tuple[str, ...] = ("model", "calibration")
 VERSION = 2
-ROWS_AT_ONCE = 1024
+RESUMES = False
+DISTRIBUTED = False
+_ROWS_AT_ONCE = 1024
 
 
 def options(recipe: Recipe) -> dict:
@@ -47,8 +48,8 @@ def stored_as(weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
     would be more than the weight.
     """
     stored = torch.empty(weight.shape, dtype=dtype)
-    for start in range(0, len(weight), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    for start in range(0, len(weight), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
         part, part_grid = weight[rows], grid.rows(rows)
         codes, cast = quantize(part, part_grid), part.to(dtype)
         moved = quantize(cast, part_grid) != codes
@@ -58,14 +59,14 @@ def stored_as(weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
 
 def round_onto(linear: nn.Linear, weight: Tensor, grid: Grid) -> None:
     """Give a Linear the grid points of a weight: what the blocks after it shall see."""
-    for start in range(0, len(weight), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
+    for start in range(0, len(weight), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
         linear.weight[rows] = fake_quantize(weight[rows], grid.rows(rows))
 
 
 def run(context: Context) -> dict:
     """Writes ``model/``, whose codes on ``grids.safetensors`` are the quantized model."""
-    make = _given if context.recipe.quantize.method == "given" else _compress
+    make = _existing_codes if context.recipe.quantize.method == "given" else _compress
     weight_writer = TensorWriter(context.folder / "model", shard_bytes=HELD_BYTES)
     with GridWriter(context.folder) as grids, weight_writer as weights:
         make(context, grids, weights)
@@ -75,14 +76,13 @@ def run(context: Context) -> dict:
     }
 
 
-def _given(context: Context, grids: GridWriter, weights: TensorWriter) -> None:
+def _existing_codes(context: Context, grids: GridWriter, weights: TensorWriter) -> None:
     """Codes and grids of a GPTQ checkpoint as they are; each weight is its grid point."""
     base = Checkpoint(context.model)
     names = quantized_names(base)
     advance = context.start(len(names))
     copy_companions(base.folder, weights.folder)
-    config = {k: v for k, v in base.config.items() if k != "quantization_config"}
-    (weights.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_config(weights.folder, float_config(base.config))
     keys = {f"{name}.weight" for name in names}
     for name, tensor in base.tensors(n for n in plain_names(base) if n not in keys):
         weights.add(name, tensor)
@@ -96,7 +96,9 @@ def _given(context: Context, grids: GridWriter, weights: TensorWriter) -> None:
 def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> None:
     config, checkpoint = context.recipe.quantize, Checkpoint(context.latest_model())
     method = quantizer(config.method)
-    samples = None if method.NEEDS == "nothing" else calibration(context)
+    samples = None
+    if method.NEEDS != "nothing":
+        samples = calibration_tensors(context.recipe, context.model)
     advance = context.start(checkpoint.blocks)
     inputs = Inputs(method.NEEDS, config.damping)
 
@@ -125,7 +127,7 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> Non
 
 
 def _quantized(
-    context: Context, method: ModuleType, block: Block, inputs: Inputs
+    context: Context, method: Quantizer | BlockQuantizer, block: Block, inputs: Inputs
 ) -> Iterator[tuple[str, Tensor, Grid]]:
     """Name, compensated weight float32 ``[out, in]`` and grid of every Linear of a block."""
     config, sparsified = context.recipe.quantize, context.path("sparsify")
@@ -134,12 +136,14 @@ def _quantized(
         return load_mask(sparsified, name, block.linears[name].weight.shape)
 
     if method.NEEDS == "block":
-        yield from method.compress_block(block, mask_of, config)
+        yield from cast(BlockQuantizer, method).compress_block(block, mask_of, config)
         return
     for name, linear in block.linears.items():
         group_size = fallback_group_size(linear.in_features, config.group_size)
         grid_options = config.bits, group_size, config.symmetric
         yield (
             name,
-            *method.compress(linear.weight, mask_of(name), *grid_options, inputs.take(name)),
+            *cast(Quantizer, method).compress(
+                linear.weight, mask_of(name), *grid_options, inputs.take(name)
+            ),
         )

@@ -6,29 +6,29 @@ Scored on items set aside from the training data, never on the test split.
 import json
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from safetensors.torch import save_file
 from torch import nn
 
-from sqft_export import tasks
-from sqft_export.adapters import compressed_layers, elastic_layers, load_adapted, set_ranks
-from sqft_export.compressed import GridWriter, load_grids
-from sqft_export.errors import UserError
-from sqft_export.evaluate import score
-from sqft_export.recipe import Recipe
+from sqft_export.adapters.elastic import compressed_layers, elastic_layers, groups_of, set_ranks
+from sqft_export.adapters.files import read_training_log, write_sub_adapter
+from sqft_export.adapters.loading import load_adapted, peft_config
+from sqft_export.data.items import load_data, load_tokenizer
+from sqft_export.data.scoring import accuracy_of, judge, questions
+from sqft_export.measure.likelihood import score
+from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.storage import GridWriter, load_grids
+from sqft_export.recipe.schema import Recipe
 from sqft_export.search import Ranks, Score, Space, strategy
 from sqft_export.stages import Context
-from sqft_export.stages.adapt import groups_of
 from sqft_export.targets.torch import TorchSession
 
-CONSUMES = ("sparsify", "quantize", "adapt")
-READS = ("model", "train")
+CONSUMES: tuple[str, ...] = ("sparsify", "quantize", "adapt")
+READS: tuple[str, ...] = ("model", "train")
 VERSION = 2
 RESUMES = True
+DISTRIBUTED = False
 EVALUATIONS = "evaluations.jsonl"
 
 
@@ -38,26 +38,6 @@ def options(recipe: Recipe) -> dict:
         "adapt": recipe.adapt.model_dump(),
         "seed": recipe.seed,
     }
-
-
-def write_sub_adapter(model: PeftModel, folder: Path) -> None:
-    """The adapter at its active ranks, as stock peft loads it.
-
-    ``rank_pattern`` and ``alpha_pattern`` carry what each layer's rank and scaling are; the
-    scaling stays ``alpha / max_rank``.
-    """
-    tensors, ranks, alphas = {}, {}, {}
-    for name, layer in elastic_layers(model).items():
-        lora_a, lora_b, scaling = layer.update()
-        tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a.detach().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b.detach().contiguous()
-        ranks[name], alphas[name] = layer.active_rank, scaling * layer.active_rank
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = model.peft_config["default"].to_dict()
-    config |= {"rank_pattern": ranks, "alpha_pattern": alphas, "inference_mode": True}
-    config["target_modules"] = sorted(config["target_modules"])
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
 
 
 def _write_trained_grids(context: Context, model: nn.Module) -> None:
@@ -77,9 +57,9 @@ class _Validation:
         self.context, self.groups, self.layers = context, groups, elastic_layers(model)
         self.session = TorchSession(model)
         self.file = context.folder / EVALUATIONS
-        self.tokenizer = tasks.load_tokenizer(context.model)
-        self.items = tasks.load(context.recipe, self.tokenizer).validation
-        self.questions = tasks.questions(context.recipe, self.items, self.tokenizer)
+        self.tokenizer = load_tokenizer(context.model)
+        self.items = load_data(context.recipe, self.tokenizer).validation
+        self.questions = questions(context.recipe, self.items, self.tokenizer)
         self.advance = context.start(context.recipe.search.budget)
 
     def known(self) -> list[dict[str, Any]]:
@@ -96,8 +76,8 @@ class _Validation:
         size = self.parameters(ranks)
         recipe = self.context.recipe
         found = score(self.session, self.questions)
-        judged = tasks.judge(recipe, self.items, found, self.tokenizer)
-        accuracy = tasks.accuracy_of(judged, found)
+        judged = judge(recipe, self.items, found, self.tokenizer)
+        accuracy = accuracy_of(judged, found)
         scored = Score(accuracy, -math.log(found["perplexity"]), -size)
         entry = {"ranks": ranks, "accuracy": accuracy, "likelihood": scored.likelihood}
         with self.file.open("a") as log:
@@ -106,52 +86,52 @@ class _Validation:
         return scored
 
 
-def _given(context: Context, groups: list[str]) -> Ranks:
-    """The configuration file of the recipe, checked against the groups there are."""
+def _known_ranks(context: Context, groups: list[str]) -> Ranks:
+    """The recipe's own configuration, which ``plan`` has checked; empty where it has none."""
+    file = context.recipe.search.configuration
+    return json.loads(context.recipe.resolve(file).read_text()) if file and groups else {}
+
+
+def _choose(
+    context: Context, model: nn.Module, groups: dict[str, list[str]]
+) -> tuple[Ranks, list[dict[str, Any]]]:
+    """Rank of every group, and what was evaluated on the way."""
     recipe = context.recipe
-    if recipe.search.configuration is None:
-        return {}
-    file = recipe.resolve(recipe.search.configuration)
-    ranks = json.loads(file.read_text())
-    strangers = [g for g in groups if ranks.get(g) not in recipe.adapt.ranks]
-    if set(ranks) != set(groups) or strangers:
-        raise UserError(
-            f"{file}: expected a rank of {list(recipe.adapt.ranks)} for each of {', '.join(groups)}"
-        )
-    return ranks
+    space = Space(
+        list(groups),
+        tuple(sorted(recipe.adapt.ranks, reverse=True)),
+        read_training_log(context.inputs["adapt"].path),
+        recipe.search.budget,
+        recipe.seed,
+        _known_ranks(context, list(groups)),
+        lambda ranks: Score(0, 0, 0),
+    )
+    if not groups:
+        return {}, []
+    search = strategy(recipe.search.strategy).search
+    if not recipe.search.evaluates:
+        return search(space), []
+    validation = _Validation(context, model, groups)
+    for entry in validation.known():
+        known = Score(entry["accuracy"], entry["likelihood"], -entry["parameters"])
+        space.seen[space.key(entry["ranks"])] = known
+    space.score = validation.score
+    return search(space), validation.known()
 
 
 def run(context: Context) -> dict:
     """Writes ``configuration.json`` (group -> rank), ``adapter/``, and trained grids if any."""
     started = time.monotonic()
-    recipe, adapted = context.recipe, context.inputs["adapt"].path
-    model = load_adapted(context.base(), adapted / "adapter", torch.float32)
-    groups = groups_of(context, model)
-    log = [json.loads(line) for line in (adapted / "training.jsonl").read_text().splitlines()]
-    space = Space(
-        list(groups),
-        tuple(sorted(recipe.adapt.ranks, reverse=True)),
-        log,
-        recipe.search.budget,
-        recipe.seed,
-        _given(context, list(groups)),
-        lambda ranks: Score(0, 0, 0),
-    )
-    evaluations: list[dict[str, Any]] = []
-    if recipe.search.evaluates and groups:
-        validation = _Validation(context, model, groups)
-        for entry in validation.known():
-            known = Score(entry["accuracy"], entry["likelihood"], -entry["parameters"])
-            space.seen[space.key(entry["ranks"])] = known
-        space.score = validation.score
-        chosen = strategy(recipe.search.strategy).search(space)
-        evaluations = validation.known()
-    else:
-        chosen = strategy(recipe.search.strategy).search(space) if groups else {}
-    set_ranks(elastic_layers(model), groups, chosen)
+    adapted = context.inputs["adapt"].path / "adapter"
+    model = load_adapted(context.base(), adapted, torch.float32)
+    groups = groups_of(model, Checkpoint(context.model).family, context.recipe.adapt)
+    chosen, evaluations = _choose(context, model, groups)
+    layers = elastic_layers(model)
+    set_ranks(layers, groups, chosen)
     (context.folder / "configuration.json").write_text(json.dumps(chosen, indent=2) + "\n")
-    write_sub_adapter(model, context.folder / "adapter")
-    if recipe.adapt.trainable_scales:
+    updates = {name: layer.update() for name, layer in layers.items()}
+    write_sub_adapter(peft_config(model), updates, context.folder / "adapter")
+    if context.recipe.adapt.trainable_scales:
         _write_trained_grids(context, model)
     return {
         "evaluations": len(evaluations),

@@ -1,31 +1,28 @@
 """sparsify: a checkpoint with zeros, and the mask they follow."""
 
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from sqft_export import tasks
-from sqft_export.calibration import Inputs, walk
-from sqft_export.checkpoint import Checkpoint, copy_companions
-from sqft_export.compressed import (
-    HELD_BYTES,
-    mask_writer,
-    read_quantized,
-    write_float_checkpoint,
-)
+from sqft_export.data.calibration import calibration_tensors
+from sqft_export.model.blocks import Inputs, walk
+from sqft_export.model.checkpoint import Checkpoint, copy_companions
+from sqft_export.model.floats import write_float_checkpoint
+from sqft_export.model.storage import HELD_BYTES, mask_writer, read_quantized
+from sqft_export.model.tensorfiles import TensorWriter
 from sqft_export.numerics.affine import dequantize
-from sqft_export.numerics.masks import pack_mask
-from sqft_export.recipe import Recipe
-from sqft_export.sparsifiers import Rule, override_for, rule_for, sparsifier
+from sqft_export.numerics.masks import mask_to_bits
+from sqft_export.recipe.schema import Recipe
+from sqft_export.sparsifiers import Pruning, Sparsifier, override_for, pruning_of, sparsifier
 from sqft_export.sparsifiers.allocation import Curve, allocate, error_curve
 from sqft_export.stages import Context
-from sqft_export.tensorfiles import TensorWriter
 
-CONSUMES = ()
-READS = ("model", "calibration")
+CONSUMES: tuple[str, ...] = ()
+READS: tuple[str, ...] = ("model", "calibration")
 VERSION = 2
+RESUMES = False
+DISTRIBUTED = False
 
 
 def options(recipe: Recipe) -> dict:
@@ -45,7 +42,7 @@ class _Masks:
         self.sizes: dict[str, int] = {}
 
     def add(self, name: str, mask: Tensor) -> None:
-        self._writer.add(name, pack_mask(mask))
+        self._writer.add(name, mask_to_bits(mask))
         self.dropped[name] = int((~mask).sum())
         self.sizes[name] = mask.numel()
 
@@ -64,11 +61,15 @@ class _Masks:
 def run(context: Context) -> dict:
     """Writes ``model/`` and ``masks.safetensors``."""
     config, checkpoint = context.recipe.sparsify, Checkpoint(context.model)
-    if checkpoint.packed:
-        return _given_codes(context, checkpoint)
+    if checkpoint.gptq_linears:
+        return _existing_mask(context, checkpoint)
     method = sparsifier(config.method)
-    samples = calibration(context) if method.NEEDS != "nothing" or config.allocated else None
-    rules = _rules(context, checkpoint, samples)
+    samples = (
+        calibration_tensors(context.recipe, context.model)
+        if method.NEEDS != "nothing" or config.allocated
+        else None
+    )
+    prunings = _prunings(context, checkpoint, samples)
     inputs = Inputs(method.NEEDS)
     advance = context.start(checkpoint.blocks)
     copy_companions(context.model, context.folder / "model")
@@ -77,7 +78,7 @@ def run(context: Context) -> dict:
         for block in walk(checkpoint, samples, inputs.collector):
             rest = set(checkpoint.block_names(block.index))
             for name, linear in block.linears.items():
-                weight, mask = _compress(method, linear.weight, rules[name], inputs.take(name))
+                weight, mask = _compress(method, linear.weight, prunings[name], inputs.take(name))
                 masks.add(name, mask)
                 linear.weight.copy_(weight)
                 key = f"{name}.weight"
@@ -91,16 +92,16 @@ def run(context: Context) -> dict:
     return {"sparsity": masks.sparsity()}
 
 
-def _rules(
+def _prunings(
     context: Context, checkpoint: Checkpoint, samples: list[Tensor] | None
-) -> dict[str, Rule | None]:
-    """The rule of every Linear, from the recipe or by the output error that it costs."""
+) -> dict[str, Pruning | None]:
+    """The pruning of every Linear, from the recipe or by the output error that it costs."""
     config = context.recipe.sparsify
-    rules = {name: rule_for(config, name) for name in checkpoint.linears}
+    prunings = {name: pruning_of(config, name) for name in checkpoint.linears}
     if not config.allocated:
-        return rules
+        return prunings
     assert config.sparsity is not None and samples is not None
-    free = [name for name in rules if override_for(config, name) is None]
+    free = [name for name in prunings if override_for(config, name) is None]
     inputs, curves = Inputs("norms"), dict[str, Curve]()
     advance = context.start(checkpoint.blocks)
     for block in walk(checkpoint, samples, inputs.collector):
@@ -110,30 +111,24 @@ def _rules(
                 curves[name] = error_curve(linear.weight, norms, config.sparsity)
         advance()
     shares = allocate(curves, config.sparsity)
-    return rules | {name: Rule(share, None) for name, share in shares.items()}
+    return prunings | {name: Pruning(share, None) for name, share in shares.items()}
 
 
-def _given_codes(context: Context, checkpoint: Checkpoint) -> dict:
+def _existing_mask(context: Context, checkpoint: Checkpoint) -> dict:
     """The mask of a quantized checkpoint: where its code is not the zero point."""
-    advance = context.start(len(checkpoint.packed))
+    advance = context.start(len(checkpoint.gptq_linears))
     write_float_checkpoint(checkpoint, context.folder / "model", torch.float16)
     with _Masks(context.folder) as masks:
-        for name in checkpoint.packed:
+        for name in checkpoint.gptq_linears:
             masks.add(name, dequantize(*read_quantized(checkpoint, name)) != 0)
             advance()
     return {"sparsity": masks.sparsity()}
 
 
 def _compress(
-    method: ModuleType, weight: Tensor, rule: Rule | None, inputs: Tensor | None
+    method: Sparsifier, weight: Tensor, pruning: Pruning | None, inputs: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Weight and mask of one Linear; no rule leaves it dense."""
-    if rule is None:
+    """Weight and mask of one Linear; no pruning leaves it dense."""
+    if pruning is None:
         return weight, torch.ones_like(weight, dtype=torch.bool)
-    return method.compress(weight, rule, inputs)
-
-
-def calibration(context: Context) -> list[Tensor]:
-    """Token ids of the calibration samples, int64 ``[length]`` each."""
-    tokenizer = tasks.load_tokenizer(context.model)
-    return [torch.tensor(ids) for ids in tasks.calibration_samples(context.recipe, tokenizer)]
+    return method.compress(weight, pruning, inputs)

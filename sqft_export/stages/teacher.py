@@ -3,19 +3,17 @@
 No mask, no grid, no elastic rank; else the recipe's own settings.
 """
 
-import shutil
-
-from sqft_export import tasks
-from sqft_export.adapters import Base, Layers, save_adapter
-from sqft_export.machine import process_rank
-from sqft_export.recipe import Recipe
+from sqft_export.adapters.files import Base
+from sqft_export.adapters.loading import Layers
+from sqft_export.adapters.merging import write_merged
+from sqft_export.adapters.training import train_on_task
+from sqft_export.data.items import load_tokenizer
+from sqft_export.recipe.schema import Recipe
+from sqft_export.run.launcher import process_rank
 from sqft_export.stages import Context
-from sqft_export.stages.adapt import new_adapter
-from sqft_export.stages.merge import write_merged
-from sqft_export.training import total_steps, train
 
-CONSUMES = ()
-READS = ("model", "train")
+CONSUMES: tuple[str, ...] = ()
+READS: tuple[str, ...] = ("model", "train")
 VERSION = 3
 RESUMES = True
 DISTRIBUTED = True
@@ -32,24 +30,9 @@ def options(recipe: Recipe) -> dict:
 
 def run(context: Context) -> dict:
     """Writes ``adapter/`` in peft's format and ``dense-lora/``, merged."""
-    recipe, config = context.recipe, context.recipe.adapt
-    base = Base(context.model)
-    model = new_adapter(recipe, base)
-    tokenizer = tasks.load_tokenizer(context.model)
-    examples = tasks.load(recipe, tokenizer).train
-    train(
-        model,
-        examples,
-        config,
-        recipe.seed,
-        tokenizer.pad_token_id or 0,
-        context.folder / "training",
-        before_step=lambda step: None,
-        advance=context.start(total_steps(config, len(examples))),
-    )
-    adapter = context.folder / "adapter"
-    save_adapter(model, adapter)
+    base, tokenizer = Base(context.model), load_tokenizer(context.model)
+    folder = context.folder
+    train_on_task(context.recipe, base, tokenizer, folder, context.start, elastic=False)
     if process_rank():
         return {}
-    shutil.rmtree(context.folder / "training")
-    return {"sparsity": write_merged(Layers(base, adapter), context.folder / "dense-lora")}
+    return {"sparsity": write_merged(Layers(base, folder / "adapter"), folder / "dense-lora")}

@@ -14,28 +14,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sqft_export import tasks
-from sqft_export.adapters import Layers
-from sqft_export.artifact import sha256_of
-from sqft_export.checkpoint import Checkpoint
-from sqft_export.compressed import MASKS, load_mask, quantized_names, read_quantized
+from sqft_export.adapters.files import read_low_rank
+from sqft_export.adapters.loading import Layers
+from sqft_export.data.items import load_data, load_tokenizer
 from sqft_export.errors import UserError
-from sqft_export.evaluate import equal_lengths, generate
-from sqft_export.numerics.affine import Grid, dequantize
-from sqft_export.recipe import Recipe
-from sqft_export.reference import Reference
-from sqft_export.sparse.container import PackedFile
-from sqft_export.sparse.folders import PACKED, packed_file
+from sqft_export.measure.decode import equal_lengths, generate
+from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.floats import Reference
+from sqft_export.model.storage import (
+    MASKS,
+    grid_arrays,
+    load_mask,
+    quantized_arrays,
+    quantized_names,
+    read_quantized,
+)
+from sqft_export.model.tensorfiles import TensorFiles
+from sqft_export.numerics.affine import dequantize
+from sqft_export.numerics.codes import Quantized
+from sqft_export.packed.container import PackedFile
+from sqft_export.packed.folders import PACKED, packed_file
+from sqft_export.recipe.schema import Recipe
+from sqft_export.run.artifact import sha256_of
 from sqft_export.stages import Context
 from sqft_export.targets import Session, target
-from sqft_export.tensorfiles import TensorFiles
 
-CONSUMES = ("sparsify", "quantize", "search", "merge", "export-openvino", "export-onnx")
-READS = ("test",)
+CONSUMES: tuple[str, ...] = (
+    "sparsify",
+    "quantize",
+    "search",
+    "merge",
+    "export-openvino",
+    "export-onnx",
+)
+READS: tuple[str, ...] = ("test",)
 VERSION = 3
+RESUMES = False
+DISTRIBUTED = False
 BATCH = 16  # prompts that go through the reference at once
-
-Packed = tuple[np.ndarray, np.ndarray, np.ndarray]  # codes, scale, zero point
 
 
 @dataclass
@@ -64,7 +80,7 @@ class Check:
             self.compared += int(np.count_nonzero(dropped.numpy()))
             self.differing += int(np.count_nonzero((dropped & (weight != 0)).numpy()))
 
-    def compare(self, one: Packed, other: Packed) -> None:
+    def compare(self, one: Quantized, other: Quantized) -> None:
         """Add codes, scales and zero points; all of them differ where the shapes do."""
         for ours, theirs in zip(one, other, strict=True):
             if ours.shape == theirs.shape:
@@ -76,17 +92,6 @@ class Check:
 
 def options(recipe: Recipe) -> dict:
     return {"verify": recipe.verify.model_dump()}
-
-
-def _arrays(codes: Tensor, grid: Grid) -> Packed:
-    return codes.numpy(), grid.scale.numpy(), grid.zero_point.numpy()
-
-
-def _steps(codes: np.ndarray, zero_point: np.ndarray) -> Tensor:
-    """``q - z``: zero where the weight is."""
-    repeat = -(-codes.shape[1] // zero_point.shape[1])
-    zeros = np.repeat(zero_point, repeat, axis=1)[:, : codes.shape[1]]
-    return torch.from_numpy(codes.astype(np.int16) - zeros)
 
 
 class _Checks:
@@ -117,7 +122,7 @@ class _Checks:
 
 
 def _prompts(context: Context) -> list[list[int]]:
-    data = tasks.load(context.recipe, tasks.load_tokenizer(context.model))
+    data = load_data(context.recipe, load_tokenizer(context.model))
     items = data.test[: context.recipe.verify.prompts]
     if items[0].text is not None:
         return [item.prompt for item in items]
@@ -149,7 +154,8 @@ def _check_layers(checks: _Checks) -> None:
         if linear in quantized:
             assert layer.grid is not None
             codes, grid = read_quantized(checks.merged, linear)
-            same.compare(_arrays(layer.codes(update), layer.grid), _arrays(codes, grid))
+            trained_codes = grid_arrays(layer.codes(update), layer.grid)
+            same.compare(trained_codes, grid_arrays(codes, grid))
             merged = dequantize(codes, grid)
         else:
             merged = checks.merged.tensor(f"{linear}.weight")
@@ -165,12 +171,12 @@ def _check_written(checks: _Checks, name: str, folder: Path) -> None:
     same = checks.start(f"codes, scales, zero points: merged and {name}", "numbers")
     zeros = checks.zeros(name)
     missing = set(checks.quantized)
-    for layer, (codes, scale, zero) in runtime.read_back(folder):
+    for layer, written in runtime.read_back(folder):
         missing.discard(layer)
         stored = checks.merged.stored_name(layer)
-        ours = _arrays(*read_quantized(checks.merged, stored))
-        same.compare(ours, (codes, scale, zero))
-        steps = _steps(codes, zero)
+        ours = quantized_arrays(checks.merged, stored)
+        same.compare(ours, written)
+        steps = torch.from_numpy(written.steps)
         zeros.count_zeros(checks.dropped(layer, steps.shape), steps)
     for layer in missing:  # counts whole
         same.count(np.ones(read_quantized(checks.merged, layer)[0].shape, bool))
@@ -242,8 +248,8 @@ def run(context: Context) -> dict:
     checks = _Checks(context)
     _check_layers(checks)
     advance()
-    adapter = merge / "adapter" if context.recipe.adapt.apart else None
-    reference = Reference(merge / "model", adapter)
+    unmerged = context.recipe.adapt.unmerged
+    reference = Reference(merge / "model", read_low_rank(merge / "adapter") if unmerged else None)
     for name in targets:
         artifact = context.inputs[f"export-{name}"].path
         if checks.quantized:

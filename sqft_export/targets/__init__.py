@@ -1,47 +1,19 @@
-"""Runtimes a model is exported to and run on: openvino, onnx, torch.
-
-Each offers ``open_session(folder, exact, threads, device) -> Session``; openvino and onnx also
-``export(merged, folder, options)``, ``add_adapter(folder, adapter)`` for one that is not merged,
-and ``read_back(folder)``.
-"""
+"""Runtimes a model is exported to and run on: openvino, onnx, torch."""
 
 import importlib
-import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 
-from sqft_export.errors import UserError
+from sqft_export.numerics.codes import Quantized
+from sqft_export.recipe.schema import Export
 
 # OpenVINO's converter and NNCF report their use over the network unless told not to; where the
 # package that does so is missing, they go without. Nobody asked for network access here.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-
-
-ADAPTER = "adapter"  # folder inside a deployment whose adapter is not merged
-
-
-def read_adapter(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Linear -> ``A`` float32 ``[rank, in]`` and ``B`` ``[out, rank]``, the scaling within ``B``.
-
-    :param folder: an adapter as peft stores it.
-    """
-    from safetensors.numpy import load_file
-
-    config = json.loads((folder / "adapter_config.json").read_text())
-    tensors = load_file(folder / "adapter_model.safetensors")
-    found = {}
-    for key, lora_a in tensors.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        lora_b = tensors[key.replace(".lora_A.", ".lora_B.")]
-        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        alpha = config["alpha_pattern"].get(name, config["lora_alpha"])
-        found[name] = lora_a, (lora_b * (alpha / len(lora_a))).astype(np.float32)
-    return found
 
 
 class Session(Protocol):
@@ -59,30 +31,62 @@ class Session(Protocol):
         """
 
 
+class Runner(Protocol):
+    """What every target offers."""
+
+    def open_session(
+        self, folder: Path, exact: bool, threads: int | None, device: str = "cpu"
+    ) -> Session:
+        """A folder as a session.
+
+        :param exact: float32 throughout, to compare with torch; else the runtime's defaults.
+        :param threads: of the CPU; None: the runtime's choice.
+        :param device: cpu, gpu or npu.
+        :raises UserError: if the device is not here.
+        """
+
+
+class Target(Runner, Protocol):
+    """What a target that models are exported to offers as well."""
+
+    def export(self, merged: Path, folder: Path, options: Export) -> None:
+        """Write the deployment folder of a merged model.
+
+        :param merged: Hugging Face folder, packed in the GPTQ layout or plain.
+        """
+
+    def add_adapter(self, folder: Path, adapter: Path) -> None:
+        """Put an adapter that is not merged into a deployment.
+
+        :param adapter: in peft's format.
+        """
+
+    def read_back(self, folder: Path) -> Iterator[tuple[str, Quantized]]:
+        """Every quantized weight by module, read from the written file, one at a time."""
+
+    def metadata(self, folder: Path) -> dict[str, str]:
+        """What the graph says of the model it was made from."""
+
+    def compressed_kernels(self, folder: Path) -> set[str]:
+        """Modules whose kernel reads 4- or 8-bit weights once the runtime has optimized the
+        graph for the CPU."""
+
+
 def positions_of(mask: np.ndarray, length: int) -> np.ndarray:
     """int64 ``[batch, length]``: positions of the last ``length`` tokens, filling not counted."""
     return np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -length:]
 
 
-GRAPHS = {"openvino": "openvino_model.xml", "onnx": "model.onnx"}
+def runner(name: str) -> Runner:
+    return cast(Runner, importlib.import_module(f"{__name__}.{name}"))
 
 
-def kind_of(folder: Path) -> str:
-    """Which runtime a deployment is for; torch for a Hugging Face folder.
-
-    :raises UserError: if the folder is none.
-    """
-    found = [name for name, graph in GRAPHS.items() if (folder / graph).is_file()]
-    if not found and (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-        return "torch"
-    if len(found) != 1:
-        raise UserError(
-            f"{folder}: not a deployment; found {' and '.join(found) or 'no graph'}, expected "
-            f"one of {', '.join(GRAPHS.values())}"
-        )
-    return found[0]
+def target(name: str) -> Target:
+    return cast(Target, importlib.import_module(f"{__name__}.{name}"))
 
 
-def target(name: str) -> Any:
-    module: ModuleType = importlib.import_module(f"{__name__}.{name}")
-    return module
+if TYPE_CHECKING:  # mypy holds every module to its protocol
+    from sqft_export.targets import onnx, openvino, torch
+
+    _TARGETS: tuple[Target, ...] = (onnx, openvino)
+    _RUNNERS: tuple[Runner, ...] = (torch,)

@@ -12,20 +12,26 @@ is needed (NNCF's INT4_SYM); an asymmetric one is stored as it is, with its zero
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from sqft_export.machine import release_memory
+from sqft_export.adapters.files import read_low_rank
+from sqft_export.model.memory import release_memory
+from sqft_export.numerics.codes import Quantized
 from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
-from sqft_export.recipe import Export
-from sqft_export.sparse.loaders import load_openvino
-from sqft_export.targets import ADAPTER, positions_of, read_adapter
-from sqft_export.targets.devices import present
+from sqft_export.packed.loaders import load_openvino
+from sqft_export.recipe.schema import Export
+from sqft_export.targets import positions_of
+from sqft_export.targets.devices import find_device
+from sqft_export.targets.folder import ADAPTER_FOLDER, GRAPHS
 
-MODEL = "openvino_model.xml"
+if TYPE_CHECKING:
+    from sqft_export.model.checkpoint import Checkpoint
+
+MODEL = GRAPHS["openvino"]
 # What a product is called where it is alone and where its bias is fused into it, and the embedding.
 KERNELS = ("aten::linear/MatMul", "aten::linear/Add", "aten::embedding/Gather")
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -42,30 +48,48 @@ def export(merged: Path, folder: Path, options: Export) -> None:
 
     :param merged: Hugging Face folder, packed in the GPTQ layout or plain.
     """
-    from openvino_tokenizers import convert_tokenizer
-    from optimum.exporters.openvino import export_from_model
-    from optimum.intel import OVConfig
-    from transformers import AutoTokenizer
-
-    from sqft_export.checkpoint import Checkpoint
-    from sqft_export.compressed import describe, quantized_names, read_quantized
-    from sqft_export.skeleton import skeleton
+    from sqft_export.model.checkpoint import Checkpoint
+    from sqft_export.model.storage import model_facts
 
     checkpoint = Checkpoint(merged)
-    described = describe(checkpoint)  # before the graph is in memory
+    facts = model_facts(checkpoint)  # before the graph is in memory
     traced = folder / "traced"
+    _trace(checkpoint, traced)
+    graph = ov.Core().read_model(traced / MODEL)
+    _place_weights(graph, checkpoint)
+    for key, value in facts.items():
+        graph.set_rt_info(value, ["sqft_export", key])
+    ov.save_model(graph, folder / MODEL, compress_to_fp16=False)
+    for file in traced.glob("*.json"):
+        shutil.copyfile(file, folder / file.name)
+    del graph
+    _write_tokenizers(merged, folder)
+    shutil.rmtree(traced)
+
+
+def _trace(checkpoint: "Checkpoint", folder: Path) -> None:
+    """The graph by optimum-intel, its matrices empty."""
+    from optimum.exporters.openvino import export_from_model
+    from optimum.intel import OVConfig
+
+    from sqft_export.model.skeleton import skeleton
+
     _lift_bound(checkpoint.config["model_type"])
     export_from_model(
         skeleton(checkpoint),
-        traced,
+        folder,
         task="text-generation-with-past",
         ov_config=OVConfig(dtype="fp32"),
         stateful=True,
     )
-    graph = ov.Core().read_model(traced / MODEL)
-    constants = _weight_constants(graph)
+
+
+def _place_weights(graph: ov.Model, checkpoint: "Checkpoint") -> None:
+    """The merged model's codes and matrices in place of the traced constants."""
+    from sqft_export.model.storage import quantized_names, read_quantized
+
     quantized = set(quantized_names(checkpoint))
-    for name, constant in constants.items():
+    for name, constant in _weight_constants(graph).items():
         if name in quantized:
             codes, grid = read_quantized(checkpoint, name)
             zero_point = None if grid.symmetric else grid.zero_point.numpy()
@@ -73,18 +97,18 @@ def export(merged: Path, folder: Path, options: Export) -> None:
         elif len(constant.get_output_shape(0)) == 2:
             _place_floats(constant, name, checkpoint.tensor(f"{name}.weight"))
         release_memory()
-    for key, value in described.items():
-        graph.set_rt_info(value, ["sqft_export", key])
-    ov.save_model(graph, folder / MODEL, compress_to_fp16=False)
-    for file in traced.glob("*.json"):
-        shutil.copyfile(file, folder / file.name)
-    del graph, constants
+
+
+def _write_tokenizers(merged: Path, folder: Path) -> None:
+    """The tokenizer as transformers has it, and as two graphs."""
+    from openvino_tokenizers import convert_tokenizer
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(merged)
     tokenizer.save_pretrained(folder)
     encoder, decoder = convert_tokenizer(tokenizer, with_detokenizer=True)
     ov.save_model(encoder, folder / "openvino_tokenizer.xml")
     ov.save_model(decoder, folder / "openvino_detokenizer.xml")
-    shutil.rmtree(traced)
 
 
 def _lift_bound(model_type: str) -> None:
@@ -95,7 +119,7 @@ def _lift_bound(model_type: str) -> None:
     from optimum.exporters.openvino import model_configs
     from optimum.exporters.tasks import TasksManager
 
-    from sqft_export.families import FAMILIES
+    from sqft_export.model.families import FAMILIES
 
     if model_type in FAMILIES:
         assert model_configs  # fills the manager's table
@@ -111,11 +135,11 @@ def add_adapter(folder: Path, adapter: Path) -> None:
     from safetensors.numpy import save_file
 
     tensors = {}
-    for name, (lora_a, lora_b) in read_adapter(adapter).items():
+    for name, (lora_a, lora_b) in read_low_rank(adapter).items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a
         tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b
-    (folder / ADAPTER).mkdir()
-    save_file(tensors, folder / ADAPTER / ADAPTER_FILE)
+    (folder / ADAPTER_FOLDER).mkdir()
+    save_file(tensors, folder / ADAPTER_FOLDER / ADAPTER_FILE)
 
 
 def _with_adapter(graph: ov.Model, file: Path) -> ov.Model:
@@ -224,10 +248,8 @@ def _codes_of(constant: Any) -> np.ndarray:
     return values.reshape(shape)
 
 
-def codes_and_grids(
-    graph: Any,
-) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray, np.ndarray, int]]]:
-    """By weight, one at a time: codes uint8 ``[out, in]``, scale, zero point, bits.
+def codes_and_grids(graph: Any) -> Iterator[tuple[str, Quantized, int]]:
+    """Every quantized weight by name, one at a time, and its bits.
 
     Of a graph written here or by NNCF: both name a constant's scale and zero point after it.
     """
@@ -251,16 +273,16 @@ def codes_and_grids(
         else:
             zero = _codes_of(zero_node).reshape(scale.shape).astype(np.uint8)
         name = key.removesuffix(".weight/scale")
-        yield name, (values.astype(np.uint8), scale.copy(), zero, bits)
+        yield name, Quantized(values.astype(np.uint8), scale.copy(), zero), bits
 
 
-def read_back(folder: Path) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-    """By module: codes uint8 ``[out, in]``, scale float16 and zero point uint8 ``[out, groups]``.
+def read_back(folder: Path) -> Iterator[tuple[str, Quantized]]:
+    """By module, scale in float16.
 
     Read from the written file, one at a time.
     """
-    for name, parts in codes_and_grids(ov.Core().read_model(folder / MODEL)):
-        yield name, parts[:3]
+    for name, quantized, _ in codes_and_grids(ov.Core().read_model(folder / MODEL)):
+        yield name, quantized
 
 
 def metadata(folder: Path) -> dict[str, str]:
@@ -310,10 +332,10 @@ def open_session(
     """
     settings: dict[str, Any] = dict(EXACT) if exact else {}
     if device != "cpu":
-        present("openvino", device)
+        find_device("openvino", device)
     elif threads:
         settings["INFERENCE_NUM_THREADS"] = threads
-    core, adapter = ov.Core(), folder / ADAPTER / ADAPTER_FILE
+    core, adapter = ov.Core(), folder / ADAPTER_FOLDER / ADAPTER_FILE
     graph = load_openvino(folder, core)
     if adapter.is_file():
         graph = _with_adapter(graph, adapter)
@@ -326,12 +348,11 @@ def compressed_kernels(folder: Path) -> set[str]:
     One that is missing was folded to floats by the plugin.
     """
     compiled = ov.Core().compile_model(folder / MODEL, "CPU")
-    found = set()
-    for node in compiled.get_runtime_model().get_ordered_ops():
-        info = node.get_rt_info()
-        if info["runtimePrecision"].astype(str) in ("i4", "u4", "i8", "u8"):
-            for origin in info["originalLayersNames"].astype(str).split(","):
-                module, _, operation = origin.removeprefix("__module.").partition("/")
-                if operation in KERNELS:
-                    found.add(module)
-    return found
+    infos = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
+    origins = [
+        origin.removeprefix("__module.").partition("/")
+        for info in infos
+        if info["runtimePrecision"].astype(str) in ("i4", "u4", "i8", "u8")
+        for origin in info["originalLayersNames"].astype(str).split(",")
+    ]
+    return {module for module, _, operation in origins if operation in KERNELS}

@@ -9,17 +9,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from sqft_export.checkpoint import Checkpoint
-from sqft_export.compressed import load_float_model, read_quantized
+from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.floats import load_float_model
+from sqft_export.model.storage import read_quantized
 from sqft_export.numerics.affine import Grid
 from sqft_export.targets import positions_of
-from sqft_export.targets.devices import present
+from sqft_export.targets.devices import find_device
 
 PACKED_GROUPS = (32, 64, 128, 256)
 TILES = {"cpu": 2, "cuda": 8}  # of 16 inputs each, which a packed block is deep
 
 
-class PackedLinear(nn.Module):
+class Int4Linear(nn.Module):
     """``x @ W.T + bias`` with INT4 codes in torch's layout, dequantized inside the product.
 
     torch has ``W = (code - 8) * scale + shift``, hence ``shift = (8 - zero_point) * scale``.
@@ -49,23 +50,23 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        out = self.product(flat, self.packed, self.group_size, self.table)
+        out = self.product(flat, self.gptq_linears, self.group_size, self.table)
         out = out.reshape(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias
 
 
-def load_packed_model(folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
-    """A merged model whose INT4 Linears are :class:`PackedLinear`; others are floats of ``dtype``.
+def load_int4_model(folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
+    """A merged model whose INT4 Linears are :class:`Int4Linear`; others are floats of ``dtype``.
 
     What torch's layout can't hold (other bits, other group sizes, odd widths) is dequantized.
     """
     model, checkpoint = load_float_model(folder).to(dtype), Checkpoint(folder)
-    for name in checkpoint.packed:
+    for name in checkpoint.gptq_linears:
         codes, grid = read_quantized(checkpoint, name)
         deep = codes.shape[1] % (16 * TILES[device]) == 0 and codes.shape[0] % 16 == 0
         if grid.bits == 4 and grid.group_size in PACKED_GROUPS and deep:
             linear = model.get_submodule(name)
-            model.set_submodule(name, PackedLinear(codes, grid, linear.bias, device, dtype))
+            model.set_submodule(name, Int4Linear(codes, grid, linear.bias, device, dtype))
     return model.to(device)
 
 
@@ -102,5 +103,5 @@ def open_session(
         torch.set_num_threads(threads)
     if device == "cpu":
         return TorchSession(load_float_model(folder))
-    name = present("torch", device).name
-    return TorchSession(load_packed_model(folder, name, torch.bfloat16), name)
+    name = find_device("torch", device).name
+    return TorchSession(load_int4_model(folder, name, torch.bfloat16), name)

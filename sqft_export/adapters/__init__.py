@@ -1,0 +1,1 @@
+"""Elastic sparse LoRA: the layer that replaces Linear, its ranks, its training, its files."""

@@ -1,0 +1,202 @@
+"""The layer that replaces Linear: mask, elastic rank, fake quantization.
+
+    W_eff = FQ( W_base + M * (B[:, :r] A[:r, :]) * alpha / max_rank )
+
+is the only definition of the effective weight. Without a grid FQ is the identity; without
+SparsePEFT M is all True. Forward uses it, merge stores it, in float32 and in one order of
+operations, whatever dtype the base weight is stored in: the codes a model was trained with are
+the codes that are written.
+
+Backward recomputes the effective weight instead of keeping it: what stays alive between forward
+and backward is the input, the base weight in its own dtype and one mask bit per weight. The
+gradient passes FQ straight through, and is zero where the code is clamped or the weight pruned.
+Trainable scales are ``s * exp(d)`` rounded to float16 as they will be stored, with
+``dW_eff / dd = W_eff - W * inside`` (the step size gradient of LSQ, arXiv 1902.08153, per relative
+step).
+
+Two of the four pipelines leave the adapter unmerged: ``y = x FQ(W_base)^T + dropout(x) (B A)^T *
+alpha / max_rank``, plain LoRA beside a sparse or quantized base.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+
+from sqft_export.numerics.affine import Grid, fake_quantize, fake_quantize_inside, grouped, quantize
+from sqft_export.numerics.codes import codes_to_steps
+from sqft_export.numerics.gptq_layout import to_gptq
+from sqft_export.numerics.masks import bits_to_mask
+
+PEFT_NAME = "default"
+Update = tuple[Tensor, Tensor, float]  # A [rank, in], B [out, rank], alpha / max_rank
+
+
+class Merged(NamedTuple):
+    """tensors: by the part of the name that follows the Linear's. zeros: how many weights are."""
+
+    tensors: dict[str, Tensor]
+    zeros: int
+
+
+class CompressedLinear(nn.Linear):
+    """A frozen Linear with its mask bits and grid.
+
+    weight: ``[out, in]`` in the checkpoint's dtype.
+    mask_bits: uint8 ``[out, ceil(in / 8)]``, or None: nothing is pruned or masked.
+    grid: or None: the weight is used as it is.
+    unmerged: an adapter on it works beside it.
+    """
+
+    mask_bits: Tensor | None
+    scale: Tensor | None
+    zero_point: Tensor | None
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        mask_bits: Tensor | None,
+        grid: Grid | None,
+        unmerged: bool = False,
+    ) -> "CompressedLinear":
+        with torch.device("meta"):
+            new = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        new.weight, new.bias = linear.weight, linear.bias
+        new.register_buffer("mask_bits", mask_bits, persistent=False)
+        new.register_buffer("scale", grid.scale if grid else None, persistent=False)
+        new.register_buffer("zero_point", grid.zero_point if grid else None, persistent=False)
+        new.bits, new.unmerged = grid.bits if grid else None, unmerged
+        return new.requires_grad_(False)
+
+    @property
+    def grid(self) -> Grid | None:
+        return self.grid_at(None)
+
+    def grid_at(self, shift: Tensor | None) -> Grid | None:
+        """The grid, its scales moved by ``exp(shift)`` and rounded as they are stored.
+
+        :param shift: float32 ``[out, groups]``, or None.
+        """
+        if self.scale is None:
+            return None
+        scale = self.scale if shift is None else (self.scale.float() * shift.exp()).half()
+        return Grid(scale, self.zero_point, self.bits, self.in_features // scale.shape[1])
+
+    def adapted_weight(self, update: Update | None) -> Tensor:
+        """``W + M * (B A) * scaling`` in float32, before the grid."""
+        weight = self.weight.float()
+        if update is None:
+            return weight
+        lora_a, lora_b, scaling = update
+        # Contiguous, so that a slice of the super-adapter and its extracted copy take the same
+        # path through the matrix product, to the last bit.
+        delta = (lora_b.float().contiguous() @ lora_a.float().contiguous()).mul_(scaling)
+        if self.mask_bits is not None:
+            delta.mul_(bits_to_mask(self.mask_bits, self.in_features))
+        return delta.add_(weight)
+
+    def codes(self, update: Update | None) -> Tensor:
+        """Codes uint8 ``[out, in]`` of the effective weight; only with a grid."""
+        assert self.grid is not None
+        return quantize(self.adapted_weight(update), self.grid)
+
+    def effective_weight(self, update: Update | None, shift: Tensor | None = None) -> Tensor:
+        """float32 ``[out, in]``."""
+        adapted, grid = self.adapted_weight(update), self.grid_at(shift)
+        return fake_quantize(adapted, grid) if grid else adapted
+
+    def merged(self, update: Update | None) -> Merged:
+        """The Linear that forward runs, as a merged model stores it: the weight in the base's
+        dtype, or its codes in the GPTQ layout."""
+        if self.grid is None:
+            weight = self.effective_weight(update).to(self.weight.dtype)
+            return Merged({"weight": weight}, int((weight == 0).sum()))
+        codes = self.codes(update)
+        steps = codes_to_steps(codes.numpy(), self.grid.zero_point.numpy())
+        return Merged(to_gptq(codes, self.grid), int(np.count_nonzero(steps == 0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.with_bias(nn.functional.linear(x, self.effective_weight(None).to(x.dtype)))
+
+    def with_bias(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class _Adapted(torch.autograd.Function):
+    """``x W_eff^T``; W_eff is made in forward and again in backward, never kept."""
+
+    @staticmethod
+    def forward(ctx, x, lora_a, lora_b, shift, layer: CompressedLinear, scaling: float):
+        ctx.save_for_backward(x, lora_a, lora_b, shift)
+        ctx.layer, ctx.scaling = layer, scaling
+        weight = layer.effective_weight((lora_a, lora_b, scaling), shift)
+        return nn.functional.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, lora_a, lora_b, shift = ctx.saved_tensors
+        layer: CompressedLinear = ctx.layer
+        adapted, grid = layer.adapted_weight((lora_a, lora_b, ctx.scaling)), layer.grid_at(shift)
+        effective, unclamped = fake_quantize_inside(adapted, grid) if grid else (adapted, None)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = gradient @ effective.to(gradient.dtype)
+        grad_weight = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).float()
+        grad_shift = None
+        if grid:
+            if shift is not None:
+                moved = grad_weight * (effective - adapted * unclamped)
+                grad_shift = grouped(moved, grid.group_size).sum(dim=2)
+            grad_weight.mul_(unclamped)
+        if layer.mask_bits is not None:
+            grad_weight.mul_(bits_to_mask(layer.mask_bits, layer.in_features))
+        grad_a = ((lora_b.float() * ctx.scaling).T @ grad_weight).to(lora_a.dtype)
+        grad_b = (grad_weight @ (lora_a.float() * ctx.scaling).T).to(lora_b.dtype)
+        return grad_x, grad_a, grad_b, grad_shift, None, None
+
+
+class ElasticLoraLinear(PeftLinear):
+    """peft's LoRA layer over a :class:`CompressedLinear`, at an active rank.
+
+    ``active_rank`` is set from outside (the trainer before a step, search before an evaluation);
+    nothing here changes it. The scaling stays ``alpha / max_rank`` at every rank.
+    """
+
+    def __init__(self, base_layer, adapter_name: str, **kwargs):
+        super().__init__(base_layer, adapter_name, **kwargs)
+        self.active_rank: int = self.r[adapter_name]
+        # peft saves and loads whatever is called lora_ and keyed by the adapter's name.
+        self.lora_shift = nn.ParameterDict()
+
+    def train_scales(self) -> None:
+        """Let the scales of the base's grid move; to be called before training or loading."""
+        scale = self.get_base_layer().scale
+        self.lora_shift[PEFT_NAME] = nn.Parameter(torch.zeros(scale.shape, device=scale.device))
+
+    @torch.no_grad()
+    def settle_scales(self) -> None:
+        """Make the trained scales those of the base."""
+        if PEFT_NAME in self.lora_shift:
+            base = self.get_base_layer()
+            base.scale = base.grid_at(self.lora_shift.pop(PEFT_NAME)).scale
+
+    def update(self) -> Update:
+        """``A [rank, in]``, ``B [out, rank]`` at the active rank, and the scaling."""
+        lora_a = self.lora_A[PEFT_NAME].weight[: self.active_rank]
+        lora_b = self.lora_B[PEFT_NAME].weight[:, : self.active_rank]
+        return lora_a, lora_b, self.scaling[PEFT_NAME]
+
+    def forward(self, x: Tensor) -> Tensor:
+        base, dropout = self.get_base_layer(), self.lora_dropout[PEFT_NAME]
+        lora_a, lora_b, scaling = self.update()
+        if base.unmerged:
+            low = nn.functional.linear(dropout(x), lora_a.to(x.dtype))
+            return base(x) + nn.functional.linear(low, lora_b.to(x.dtype)) * scaling
+        # Dropout acts on the adapter alone: whole input columns of A, the same for all tokens of
+        # a step, since the update is one matrix that goes through the grid.
+        lora_a = lora_a * dropout(lora_a.new_ones(self.in_features))
+        shift = self.lora_shift.get(PEFT_NAME, None)
+        return base.with_bias(_Adapted.apply(x, lora_a, lora_b, shift, base, scaling))

@@ -1,0 +1,262 @@
+"""The training loop: transformers' Trainer, with the rank of every group drawn once a step."""
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from sqft_export.adapters.elastic import (
+    draw_ranks,
+    elastic_layers,
+    groups_of,
+    set_ranks,
+    train_scales,
+)
+from sqft_export.adapters.files import Base, save_adapter
+from sqft_export.adapters.loading import new_adapter
+from sqft_export.data.items import Data, Example, load_data
+from sqft_export.errors import UserError
+from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.recipe.schema import Adapt, Recipe
+from sqft_export.run.launcher import process_count, process_rank
+
+COMPLETE = "complete"  # written after a training checkpoint, so that a torn one is never resumed
+
+
+class _Callback(TrainerCallback):
+    """Sets the ranks before each step, stops on a bad loss, seals checkpoints, moves the bar."""
+
+    def __init__(self, before_step: Callable[[int], None], advance: Callable[[], None]):
+        self.before_step, self.advance = before_step, advance
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.before_step(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.advance()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise UserError(
+                f"adapt: the loss is {loss} at step {state.global_step}; "
+                "lower adapt.learning_rate or use precision float32"
+            )
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            (folder / COMPLETE).touch()
+
+
+def collate(examples: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
+    """Right-padded batch; padding is out of attention and out of the loss."""
+    longest = max(len(e["ids"]) for e in examples)
+    ids = torch.full((len(examples), longest), pad)
+    labels = torch.full((len(examples), longest), -100)
+    mask = torch.zeros(len(examples), longest, dtype=torch.int64)
+    for row, example in enumerate(examples):
+        length = len(example["ids"])
+        ids[row, :length] = torch.tensor(example["ids"])
+        labels[row, example["skip"] : length] = ids[row, example["skip"] : length]
+        mask[row, :length] = 1
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def _last_complete(folder: Path) -> str | None:
+    """The newest whole checkpoint of an interrupted training."""
+    done = [mark.parent for mark in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    newest = max(done, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+    return str(newest) if newest else None
+
+
+def total_steps(config: Adapt, examples: int) -> int:
+    """Optimizer steps of a training; every process takes batches of its own."""
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None
+    batches = math.ceil(examples / (config.batch * process_count()))
+    return math.ceil(batches / config.accumulation * config.epochs)
+
+
+class _Trainer(Trainer):
+    """Scales at their own learning rate, and a teacher in the loss."""
+
+    def __init__(self, config: Adapt, teacher: nn.Module | None, **kwargs):
+        super().__init__(**kwargs)
+        self.config, self.teacher = config, teacher
+
+    optimizer: Any
+
+    def create_optimizer(self, *_):
+        if self.optimizer is None:
+            rate = self.config.learning_rate
+            named = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+            scales = [p for n, p in named if ".lora_shift." in n]
+            adapters = [p for n, p in named if ".lora_shift." not in n]
+            groups = [{"params": adapters, "weight_decay": self.config.weight_decay}]
+            if scales:
+                groups.append({"params": scales, "lr": rate * self.config.scale_learning_rate})
+            self.optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        distill = self.config.distill
+        if self.teacher is not None and distill is not None:
+            with torch.no_grad():
+                without_labels = {k: v for k, v in inputs.items() if k != "labels"}
+                teacher = self.teacher(**without_labels).logits
+            away = divergence(
+                outputs.logits, teacher, inputs["labels"], distill.temperature, num_items_in_batch
+            )
+            loss = (1 - distill.weight) * loss + distill.weight * away
+        return (loss, outputs) if return_outputs else loss
+
+
+def divergence(
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, count: Tensor | None
+) -> Tensor:
+    """``T^2 KL(teacher || student)`` per token of the loss (arXiv 1503.02531).
+
+    :param student, teacher: logits ``[batch, length, vocabulary]``.
+    :param labels: ``[batch, length]``, -100 where a token is not in the loss.
+    :param count: tokens of the whole optimizer step, None for those of this batch.
+    """
+    wanted = labels[:, 1:] != -100
+    ours = (student[:, :-1][wanted].float() / temperature).log_softmax(-1)
+    theirs = (teacher[:, :-1][wanted].float() / temperature).log_softmax(-1)
+    total = nn.functional.kl_div(ours, theirs, reduction="sum", log_target=True)
+    return temperature**2 * total / (wanted.sum() if count is None else count)
+
+
+def without_loss(example: Example, config: Adapt) -> bool:
+    """Whether cutting an example to the limit left nothing of it that the loss is on."""
+    return config.loss_on == "answer" and example.skip >= len(example.ids)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with its trained super-adapter, what it was trained on, and the log: loss, learning
+    rate and ranks of every step."""
+
+    model: nn.Module
+    data: Data
+    log: list[dict[str, Any]]
+
+
+def train_on_task(
+    recipe: Recipe,
+    base: Base,
+    tokenizer: Any,
+    folder: Path,
+    start: Callable[[int], Callable[[], None]],
+    elastic: bool,
+    teacher: nn.Module | None = None,
+) -> Trained:
+    """Train a fresh adapter, seeded, and write it to ``folder / "adapter"``.
+
+    :param start: ``start(steps) -> advance``, called once a step.
+    :param elastic: with the recipe's elastic ranks and trainable scales.
+    """
+    config, data = recipe.adapt, load_data(recipe, tokenizer)
+    model = new_adapter(recipe, base)
+    groups: dict[str, list[str]] = {}
+    if elastic:
+        groups = groups_of(model, Checkpoint(base.folder).family, config)
+        if config.trainable_scales:
+            train_scales(model)
+    layers = elastic_layers(model)
+
+    ranks_at = partial(draw_ranks, list(groups), config.ranks, recipe.seed)
+    log = train_adapter(
+        model,
+        data.train,
+        config,
+        recipe.seed,
+        tokenizer.pad_token_id or 0,
+        folder / "training",
+        before_step=lambda step: set_ranks(layers, groups, ranks_at(step)),
+        advance=start(total_steps(config, len(data.train))),
+        teacher=teacher,
+    )
+    save_adapter(model, folder / "adapter")
+    if process_rank() == 0:  # training checkpoints serve an interrupted run alone
+        shutil.rmtree(folder / "training")
+    # The step logged as n is the one that began at n - 1.
+    return Trained(model, data, [e | {"ranks": ranks_at(int(e["step"]) - 1)} for e in log])
+
+
+def _arguments(config: Adapt, steps: int, seed: int, folder: Path) -> TrainingArguments:
+    schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=config.save_steps,
+        save_total_limit=2,
+        seed=seed,
+        data_seed=seed,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def train_adapter(
+    model: nn.Module,
+    examples: list[Example],
+    config: Adapt,
+    seed: int,
+    pad: int,
+    folder: Path,
+    before_step: Callable[[int], None],
+    advance: Callable[[], None],
+    teacher: nn.Module | None = None,
+) -> list[dict[str, float]]:
+    """Train the adapters of ``model`` in place.
+
+    :param pad: token id that fills a batch on the right.
+    :param folder: holds training checkpoints; a training interrupted there is continued.
+    :param before_step: called with the number of the optimizer step about to run.
+    :param teacher: what ``config.distill`` learns from.
+    :return: loss and learning rate of every step.
+    :raises UserError: if every label is masked, or the loss is not finite.
+    """
+    rows = [
+        {"ids": e.ids, "skip": e.skip if config.loss_on == "answer" else 0}
+        for e in examples
+        if not without_loss(e, config)
+    ]
+    if not rows:
+        raise UserError("adapt: no training example has a token left for the loss")
+    trainer = _Trainer(
+        config,
+        teacher,
+        model=model,
+        args=_arguments(config, total_steps(config, len(rows)), seed, folder),
+        train_dataset=rows,  # type: ignore[arg-type]  # a list serves as a map-style dataset
+        data_collator=lambda batch: collate(batch, pad),
+        callbacks=[_Callback(before_step, advance)],
+    )
+    trainer.train(resume_from_checkpoint=_last_complete(folder))
+    model.eval()
+    keys = ("step", "loss", "learning_rate")
+    return [{k: e[k] for k in keys} for e in trainer.state.log_history if "loss" in e]

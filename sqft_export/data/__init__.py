@@ -1,0 +1,1 @@
+"""Tasks and calibration data as token ids, and how answers are scored."""

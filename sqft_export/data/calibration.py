@@ -1,0 +1,84 @@
+"""The samples that pruning and quantization see."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sqft_export.data.datasets import read_rows
+from sqft_export.data.items import fill_template, first_token, load_data, load_tokenizer, windows_of
+from sqft_export.errors import UserError
+from sqft_export.recipe.schema import HUB, Recipe
+
+SHORTEST = 16  # tokens of a dataset row that is calibrated on
+SHUFFLED_ROWS = 10_000
+
+
+def calibration_samples(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
+    """Seeded choice of samples, each cut to the calibration length; lengths may differ.
+
+    :raises UserError: if the source has fewer samples than asked for.
+    """
+    config = recipe.calibration
+    samples = _calibration_source(recipe, tokenizer)
+    if len(samples) < config.samples:
+        where = "the training split" if config.source == "task" else config.source
+        raise UserError(
+            f"{recipe.file}: calibration.samples: found {config.samples}, but {where} has "
+            f"{len(samples)} of at most {config.sequence_length} tokens"
+        )
+    chosen = random.Random(recipe.seed).sample(samples, config.samples)
+    return [ids[: config.sequence_length] for ids in chosen]
+
+
+def _calibration_source(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
+    config = recipe.calibration
+    if config.source == "task":
+        return [example.ids for example in load_data(recipe, tokenizer).train]
+    file = recipe.resolve(config.source)
+    if config.source.startswith(HUB) or file.is_dir():
+        return _dataset_texts(recipe, tokenizer)
+    if file.suffix == ".jsonl":
+        texts = [fill_template("{" + config.field + "}", item, file, 1) for item in read_rows(file)]
+        return [tokenizer(text)["input_ids"] for text in texts]
+    ids = tokenizer(file.read_text(), add_special_tokens=False)["input_ids"]
+    return windows_of(ids, config.sequence_length, first_token(tokenizer))
+
+
+def _dataset_texts(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
+    """The first rows of a seeded shuffle, streamed, so that a large dataset is not fetched whole.
+
+    Rows of fewer than ``SHORTEST`` tokens (headings, blank lines) are passed over.
+    """
+    import datasets
+
+    config = recipe.calibration
+    name = config.source.removeprefix(HUB)
+    where = name if config.source.startswith(HUB) else str(recipe.resolve(name))
+    try:
+        rows = datasets.load_dataset(where, config.subset, split=config.split, streaming=True)
+        samples: list[list[int]] = []
+        for row in rows.shuffle(seed=recipe.seed, buffer_size=SHUFFLED_ROWS):
+            if config.field not in row:
+                raise UserError(
+                    f"{recipe.file}: calibration.field: found {config.field!r}; rows of {where} "
+                    f"have {', '.join(row)}"
+                )
+            ids = tokenizer(row[config.field])["input_ids"]
+            if len(ids) >= SHORTEST:
+                samples.append(ids)
+            if len(samples) == config.samples:
+                break
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"{recipe.file}: calibration.source: {config.source} can't be read "
+            f"({type(error).__name__}: {error}); a local .txt or .jsonl file needs no hub"
+        ) from error
+    return samples
+
+
+def calibration_tensors(recipe: Recipe, model: Path) -> list[Tensor]:
+    """The same, int64 ``[length]`` each, by the tokenizer in a model folder."""
+    return [torch.tensor(ids) for ids in calibration_samples(recipe, load_tokenizer(model))]

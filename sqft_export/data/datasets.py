@@ -1,0 +1,332 @@
+"""The datasets that a recipe calls by name, as prompts and answers.
+
+A set is read from a local folder or from the Hugging Face hub. Its rows come in the hub's columns
+or in the LLM-Adapters form (``instruction``, ``output``, ``answer``; arXiv 2304.01933); either
+becomes the same :class:`Record`. Prompts are those of lm-evaluation-harness, which the SQFT authors
+trained and scored with; instructions (``math_10k``) take the Alpaca or the Phi-3 template.
+
+How an answer is scored (``scoring``):
+
+    mark     what follows ``####`` is equal, commas and dollar signs aside (lm-eval's gsm8k)
+    number   the last number is equal to within 1e-3 (LLM-Adapters' evaluator)
+    choice   the right choice has the highest likelihood (lm-eval's acc; acc_norm is recorded too)
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sqft_export.errors import UserError
+from sqft_export.recipe.schema import Dataset
+
+Scoring = Literal["exact", "mark", "number", "choice"]
+Fields = dict[str, Any]
+TEMPLATES = {
+    "question": "Question: {question}\nAnswer:",
+    "alpaca": "Below is an instruction that describes a task. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\n{question}\n\n### Response:\n",
+    "phi3": "<|user|>\n{question} <|end|>\n<|assistant|> ",
+}
+SUFFIXES = (".jsonl", ".json")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One item of a set.
+
+    prompt, answer: what is trained on, joined as they stand.
+    choices: (context, continuation) of every choice, where there are any.
+    right: index of the right one.
+    final: the expected answer as it is compared: a number, or what follows the mark.
+    """
+
+    prompt: str
+    answer: str
+    choices: tuple[tuple[str, str], ...] = ()
+    right: int = 0
+    final: str = ""
+
+
+@dataclass(frozen=True)
+class Set:
+    """Where a set is and how its rows are read.
+
+    hub: dataset, configuration, and what its train and test splits are called; None: local alone.
+    read: row and template to record.
+    files: other names that a local file or folder of it goes by.
+    """
+
+    hub: tuple[str, str | None, str, str] | None
+    read: Callable[[Fields, str], Record]
+    scoring: Scoring
+    files: tuple[str, ...] = ()
+
+
+def _choices(context: str, continuations: list[str], right: int) -> Record:
+    """Choices that differ in what follows one context."""
+    pairs = tuple((context, f" {text.strip()}") for text in continuations)
+    return Record(*pairs[right], pairs, right, continuations[right].strip())
+
+
+def _split_instruction(row: Fields) -> tuple[str, list[str], int]:
+    """Question, choices and index of the right one of a row in the LLM-Adapters form."""
+    text, _, _ = row["instruction"].partition("Answer format:")
+    head, *parts = re.split(r"\s*(?:Answer|Solution|Ending|Option)\d+: ?", text)
+    question = re.sub(r"^Please [^:]*: ", "", head)
+    if not parts:  # an instruction and its answer, no choices (the SQFT repository's ARC-Easy)
+        return question.strip(), [row["output"]], 0
+    return question.strip(), parts, int(re.sub(r"\D", "", row["answer"])) - 1
+
+
+def _labelled(row: Fields, question: str) -> tuple[str, list[str], int]:
+    """The same of a row with ``choices`` and an ``answerKey``, as ARC and OpenBookQA have."""
+    choices = row["choices"]
+    return row[question].strip(), choices["text"], choices["label"].index(row["answerKey"])
+
+
+def _arc(row: Fields, template: str) -> Record:
+    question, choices, right = (
+        _split_instruction(row) if "instruction" in row else _labelled(row, "question")
+    )
+    return _choices(TEMPLATES["question"].format(question=question), choices, right)
+
+
+def _openbookqa(row: Fields, template: str) -> Record:
+    return _choices(
+        *(_split_instruction(row) if "instruction" in row else _labelled(row, "question_stem"))
+    )
+
+
+def _piqa(row: Fields, template: str) -> Record:
+    question, choices, right = (
+        _split_instruction(row)
+        if "instruction" in row
+        else (row["goal"].strip(), [row["sol1"], row["sol2"]], int(row["label"]))
+    )
+    return _choices(TEMPLATES["question"].format(question=question), choices, right)
+
+
+def _boolq(row: Fields, template: str) -> Record:
+    """The LLM-Adapters form has no passage; where there is none, the question stands alone."""
+    if "instruction" in row:
+        text, _, _ = row["instruction"].partition("Answer format:")
+        question, right, passage = text.split("question: ", 1)[1], row["answer"] == "true", None
+    else:
+        question, right, passage = row["question"], bool(row["answer"]), row.get("passage")
+    context = f"Question: {question.strip().rstrip('?')}?\nAnswer:"
+    return _choices(f"{passage}\n{context}" if passage else context, ["no", "yes"], int(right))
+
+
+def _winogrande(row: Fields, template: str) -> Record:
+    """The choices differ in the context; the rest of the sentence follows either."""
+    if "instruction" in row:
+        sentence, options, right = _split_instruction(row)
+    else:
+        sentence, options = row["sentence"], [row["option1"], row["option2"]]
+        right = int(row["answer"]) - 1
+    before, after = sentence.split("_", 1)
+    pairs = tuple((before + option.strip(), f" {after.strip()}") for option in options)
+    return Record(*pairs[right], pairs, right, options[right].strip())
+
+
+def _without_brackets(text: str) -> str:
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def _hellaswag(row: Fields, template: str) -> Record:
+    if "instruction" in row:
+        question, endings, right = _split_instruction(row)
+    else:
+        question = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+        endings, right = row["endings"], int(row["label"])
+    return _choices(_without_brackets(question), [_without_brackets(e) for e in endings], right)
+
+
+def _math(row: Fields, template: str) -> Record:
+    """Instruction and worked answer, in any of the forms the math sets come in."""
+    if "Body" in row:
+        body = row["Body"].strip().rstrip(".")
+        question, answer, final = f"{body}. {row['Question']}", "", row["Answer"]
+    elif "instruction" in row:
+        question, answer, final = row["instruction"], row["output"], row.get("answer", "")
+        if row.get("input"):
+            question = f"{question}\n{row['input']}"
+    elif "result" in row:
+        question, answer, final = row["question"], "", row["result"]
+    else:
+        question, answer = row["question"], row["answer"]
+        final = answer.rsplit("####", 1)[-1]
+    final = plain_number(str(final))
+    answer = answer.strip().removeprefix("A:").strip() or final
+    prompt = TEMPLATES[template].format(question=question.strip())
+    joint = "" if prompt[-1].isspace() else " "
+    return Record(prompt, joint + answer, final=final)
+
+
+def plain_number(text: str) -> str:
+    """A final answer without commas, dollar signs and the full stop or ``.0`` at its end."""
+    text = text.strip().replace(",", "").replace("$", "").removesuffix(".")
+    return re.sub(r"\.0$", "", text)
+
+
+SETS = {
+    "gsm8k": Set(("openai/gsm8k", "main", "train", "test"), _math, "number"),
+    "svamp": Set(("ChilleD/SVAMP", None, "train", "test"), _math, "number"),
+    "mawps": Set(("MU-NLPC/Calc-mawps", None, "train", "test"), _math, "number"),
+    "math_10k": Set(None, _math, "number", ("math_data",)),
+    "arc_easy": Set(
+        ("allenai/ai2_arc", "ARC-Easy", "train", "test"), _arc, "choice", ("arce_instruct",)
+    ),
+    "arc_challenge": Set(("allenai/ai2_arc", "ARC-Challenge", "train", "test"), _arc, "choice"),
+    "openbookqa": Set(("allenai/openbookqa", "main", "train", "test"), _openbookqa, "choice"),
+    "piqa": Set(("baber/piqa", None, "train", "validation"), _piqa, "choice"),
+    "boolq": Set(("google/boolq", None, "train", "validation"), _boolq, "choice"),
+    "winogrande": Set(
+        ("allenai/winogrande", "winogrande_debiased", "train", "validation"), _winogrande, "choice"
+    ),
+    "hellaswag": Set(("Rowan/hellaswag", None, "train", "validation"), _hellaswag, "choice"),
+}
+COMMONSENSE = (
+    "arc_challenge",
+    "arc_easy",
+    "boolq",
+    "hellaswag",
+    "openbookqa",
+    "piqa",
+    "winogrande",
+)
+# Task -> the sets it trains on and those it is tested on, as the SQFT authors did.
+MIXES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "math_10k": (("math_10k",), ("gsm8k", "svamp", "mawps")),
+    "commonsense": (COMMONSENSE, COMMONSENSE),
+}
+
+
+def set_names(task: Dataset, split: str) -> tuple[str, ...]:
+    """Names of the sets of a split, ``train`` or ``test``."""
+    asked = task.train_sets if split == "train" else task.test_sets
+    train, test = MIXES.get(task.name, ((task.name,), (task.name,)))
+    return asked or (train if split == "train" else test)
+
+
+def scoring_of(task: Dataset, name: str) -> Scoring:
+    """How answers to a set are scored: GSM8K by its mark where that is what was trained on."""
+    return "mark" if name == task.name == "gsm8k" else SETS[name].scoring
+
+
+def _same_name(path: Path, name: str) -> bool:
+    return path.stem.lower().replace("-", "_") in (name, *SETS[name].files)
+
+
+def local_file(folder: Path, name: str, split: str) -> Path | None:
+    """The file of a set's split: ``<set>/<split>.json`` or ``.jsonl``, or ``<set>.json``."""
+    for path in sorted(folder.iterdir()):
+        if not _same_name(path, name):
+            continue
+        if path.is_file() and path.suffix in SUFFIXES:
+            return path
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
+            of_split = [p for p in inside if p.stem == split]
+            only = [p for p in inside if _same_name(p, name) or p.stem.startswith("arce_train")]
+            if of_split or only:
+                return (of_split or only)[0]
+    return None
+
+
+def missing_sets(
+    task: Dataset, folder: Path | None, splits: tuple[str, ...] = ("train", "test")
+) -> Iterator[str]:
+    """What is wrong with a task's sets: names there are not, files that are not there."""
+    if folder is not None and not folder.is_dir():
+        yield f"task.folder: no such folder: {folder}"
+        return
+    for split in splits:
+        names = set_names(task, split)
+        if strangers := [name for name in names if name not in SETS]:
+            yield (
+                f"task.{split}_sets: found {', '.join(strangers)}; allowed are {', '.join(SETS)}"
+            )
+        elif folder is None:
+            yield from (
+                f"task.folder: is missing; {name} is not on the hub and is read from a local folder"
+                for name in names
+                if SETS[name].hub is None
+            )
+        elif lacking := [name for name in names if local_file(folder, name, split) is None]:
+            yield (
+                f"task.folder: {folder} has no {split} file of {', '.join(lacking)} "
+                f"(<set>/{split}.json or .jsonl); name those there are in task.{split}_sets"
+            )
+
+
+def read_rows(file: Path) -> list[Fields]:
+    """Objects of a json list or of jsonl.
+
+    :raises UserError: naming the file, and the line, that is not JSON or has no objects.
+    """
+    text = file.read_text()
+    # One document, or one a line.
+    documents = [text] if file.suffix == ".json" else text.splitlines()
+    rows: list[Any] = []
+    for number, document in enumerate(documents, start=1):
+        try:
+            rows.append(json.loads(document))
+        except ValueError as error:
+            raise UserError(f"{file}:{number}: not JSON: {error}") from error
+    if file.suffix == ".json":
+        rows = rows[0] if isinstance(rows[0], list) else rows
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{file}:{number}: expected an object, found {type(row).__name__}")
+    if not rows:
+        raise UserError(f"{file}: has no items")
+    return rows
+
+
+def hub_rows(name: str, split: str, where: str) -> list[Fields]:
+    """Rows of a set on the hub.
+
+    :raises UserError: if it can't be reached.
+    """
+    import datasets
+
+    source = SETS[name].hub
+    assert source is not None
+    dataset, subset, train, test = source
+    try:
+        found = datasets.load_dataset(dataset, subset, split=train if split == "train" else test)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(
+            f"{where}: task: {dataset} can't be read from the hub ({type(error).__name__}); "
+            "task.folder names a local copy"
+        ) from error
+    return list(found)
+
+
+def records(
+    task: Dataset, split: str, folder: Path | None, where: str
+) -> Iterator[tuple[str, Scoring, Record]]:
+    """Set, scoring and record of every item of a split, in the order of the sets.
+
+    :raises UserError: naming the file and the field that a row lacks.
+    """
+    for name in set_names(task, split):
+        file = local_file(folder, name, split) if folder else None
+        rows = read_rows(file) if file else hub_rows(name, split, where)
+        for number, row in enumerate(rows, start=1):
+            try:
+                record = SETS[name].read(row, task.template)
+            except (KeyError, ValueError, IndexError) as error:
+                place = f"{file or name}: item {number}"
+                raise UserError(f"{place}: not a row of {name}: {error!r}") from error
+            if split == "test" and SETS[name].scoring == "choice" and len(record.choices) < 2:
+                raise UserError(
+                    f"{file or name}: item {number}: has its answer alone, and no choices to tell "
+                    "it from; such a file can be trained on, not tested on"
+                )
+            yield name, scoring_of(task, name), record

@@ -1,0 +1,114 @@
+"""What models are asked about items, and whether what they say is right."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from sqft_export.data.datasets import plain_number
+from sqft_export.data.items import Item
+from sqft_export.recipe.schema import Dataset, Problems, Recipe, Text
+
+STOP_TEXT = "Question:"  # an answer ends where a model begins another question, as in lm-eval
+NUMBER = re.compile(r"-?\d+\.?\d*")
+NUMBER_TOLERANCE = 1e-3
+
+
+def questions(recipe: Recipe, items: list[Item], tokenizer: Any) -> dict[str, Any]:
+    """What ``evaluate.score`` is asked about items, as plain JSON: nothing there needs a tokenizer.
+
+    Items with choices are asked for the likelihood of each, others for a generated answer, plain
+    text for neither.
+    """
+    task = recipe.task
+    generated = [i for i in items if i.text is not None and i.scoring != "choice"]
+    return {
+        "prompts": [item.prompt for item in items],
+        "targets": [item.target for item in items],
+        "asked": [item.prompt for item in generated],
+        "contexts": [context for item in items for context, _ in item.choices],
+        "continuations": [continuation for item in items for _, continuation in item.choices],
+        "max_new_tokens": 0 if isinstance(task, Text) else task.max_new_tokens,
+        "stop": [tokenizer.eos_token_id],
+    }
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What became of one item.
+
+    said: the generated answer, or the choice taken.
+    right_normalized: with likelihoods divided by the length of the choices; else the same.
+    """
+
+    item: Item
+    said: str
+    right: bool
+    right_normalized: bool
+
+
+def judge(
+    recipe: Recipe, items: list[Item], result: dict[str, Any], tokenizer: Any
+) -> list[Judged]:
+    """Score the answers to :func:`questions`; nothing for plain text, which has none."""
+    answers = iter(result["answers"])
+    likelihoods = iter(result["likelihoods"])
+    judged = []
+    for item in items:
+        if item.text is None:
+            continue
+        if item.scoring == "choice":
+            sums = [next(likelihoods) for _ in item.choices]
+            best = max(range(len(sums)), key=sums.__getitem__)
+            means = [s / n for s, n in zip(sums, item.lengths, strict=True)]
+            best_mean = max(range(len(means)), key=means.__getitem__)
+            right = best == item.right, best_mean == item.right
+            said = tokenizer.decode(item.choices[best][1], skip_special_tokens=True)
+            judged.append(Judged(item, said, *right))
+            continue
+        said = tokenizer.decode(next(answers), skip_special_tokens=True)
+        same = is_right(recipe.task, said, item)
+        judged.append(Judged(item, said, same, same))
+    return judged
+
+
+def accuracy_of(judged: list[Judged], result: dict[str, Any]) -> float:
+    """Mean over the sets of the share answered right; for plain text of tokens predicted right."""
+    if not judged:
+        return result["token_accuracy"]
+    by_set = accuracy_by_set(judged)
+    return sum(entry["accuracy"] for entry in by_set.values()) / len(by_set)
+
+
+def accuracy_by_set(judged: list[Judged]) -> dict[str, dict[str, float]]:
+    """Set -> share answered right, plain and length-normalized, and number of items."""
+    found: dict[str, list[Judged]] = {}
+    for entry in judged:
+        found.setdefault(entry.item.source, []).append(entry)
+    return {
+        name: {
+            "accuracy": sum(e.right for e in entries) / len(entries),
+            "accuracy_normalized": sum(e.right_normalized for e in entries) / len(entries),
+            "items": len(entries),
+        }
+        for name, entries in found.items()
+    }
+
+
+def is_right(task: Problems | Dataset | Text, said: str, item: Item) -> bool:
+    """Whether a generated answer is the expected one, by the item's scoring."""
+    assert item.text is not None
+    if item.scoring == "exact":
+        final = task.final if isinstance(task, Problems) else None
+        return final_answer(said, final) == final_answer(item.text, final)
+    said = said.split(STOP_TEXT)[0]
+    if item.scoring == "mark":
+        marked = re.search(r"#### (-?[0-9.,]+)", said)
+        return marked is not None and plain_number(marked[1]) == item.text
+    numbers = NUMBER.findall(said.replace(",", ""))
+    return bool(numbers) and abs(float(numbers[-1]) - float(item.text)) <= NUMBER_TOLERANCE
+
+
+def final_answer(text: str, final: str | None) -> str:
+    """What is compared: all that follows the last ``final`` mark, blanks and commas aside."""
+    answer = text.rsplit(final, 1)[-1] if final else text
+    return answer.strip().replace(",", "")

@@ -1,0 +1,1 @@
+"""Every latency, accuracy, memory and energy figure."""

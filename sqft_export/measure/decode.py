@@ -1,0 +1,122 @@
+"""Score and time a model through the one interface of ``targets.Session``; needs no torch.
+
+Batches are formed of items of equal length, so that nothing is padded and every runtime computes
+on the very same inputs.
+"""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from sqft_export.measure.statistics import percentiles
+from sqft_export.targets import Session
+
+
+def equal_lengths(sequences: list[list[int]], batch: int) -> Iterator[list[int]]:
+    """Indices of up to ``batch`` sequences of the same length, all of them once."""
+    by_length: dict[int, list[int]] = {}
+    for index, sequence in enumerate(sequences):
+        by_length.setdefault(len(sequence), []).append(index)
+    for length in sorted(by_length):
+        indices = by_length[length]
+        for start in range(0, len(indices), batch):
+            yield indices[start : start + batch]
+
+
+def greedy(
+    session: Session, ids: np.ndarray, new_tokens: int
+) -> Iterator[tuple[np.ndarray, float]]:
+    """Int64 ``[batch]``, the likeliest next token of every row, and the seconds of its pass.
+
+    :param ids: int64 ``[batch, length]``, the prompts; the first pass is over them.
+    """
+    session.reset()
+    for _ in range(new_tokens):
+        started = time.perf_counter()
+        chosen = session.forward(ids)[:, -1].argmax(axis=-1).astype(np.int64)
+        ids = chosen.reshape(-1, 1)
+        yield chosen, time.perf_counter() - started
+
+
+def generate(
+    session: Session, prompts: list[list[int]], new_tokens: int, stop: list[int], batch: int = 64
+) -> list[list[int]]:
+    """Greedy continuation of every prompt, up to ``new_tokens`` or before a ``stop`` id."""
+    results: list[list[int]] = [[] for _ in prompts]
+    for indices in equal_lengths(prompts, batch):
+        ids = np.array([prompts[i] for i in indices], np.int64)
+        tokens = []
+        ended = np.zeros(len(indices), bool)
+        for chosen, _ in greedy(session, ids, new_tokens):
+            tokens.append(chosen)
+            ended |= np.isin(chosen, stop)
+            if ended.all():
+                break
+        for row, index in enumerate(indices):
+            said = [int(step[row]) for step in tokens]
+            end = next((at for at, token in enumerate(said) if token in stop), len(said))
+            results[index] = said[:end]
+    return results
+
+
+def _seconds(session: Session, ids: np.ndarray, new_tokens: int) -> list[float]:
+    """Of the pass over the prompts and of each later one, greedy."""
+    return [seconds for _, seconds in greedy(session, ids, new_tokens)]
+
+
+def _milliseconds(seconds: list[float]) -> dict[str, float]:
+    low, middle, high = percentiles([1e3 * s for s in seconds], 10, 50, 90)
+    return {"median_ms": middle, "p10_ms": low, "p90_ms": high}
+
+
+def measure_latency(
+    session: Session, prompt: list[int], new_tokens: int, repeats: int
+) -> dict[str, Any]:
+    """Batch-1 latency after one warm-up round: medians, 10th and 90th percentiles.
+
+    TTFT: the forward pass over the prompt and the choice of the first token. TPOT: one forward
+    pass over one token and the choice of the next, over all ``repeats * (new_tokens - 1)``.
+    """
+    ids = np.array([prompt], np.int64)
+    _, *rounds = [_seconds(session, ids, new_tokens) for _ in range(repeats + 1)]
+    first = [seconds[0] for seconds in rounds]
+    later = [s for seconds in rounds for s in seconds[1:]]
+    return {"ttft": _milliseconds(first), "tpot": _milliseconds(later)}
+
+
+def profile(
+    session: Session,
+    prompt_tokens: list[int],
+    new_tokens: int,
+    batches: list[int],
+    vocabulary: int,
+) -> dict[str, Any]:
+    """TTFT at every prompt length, TPOT, tokens per second at every batch size.
+
+    The prompts are made of all tokens in turn: what they say has no part in how long it takes.
+
+    :return: ``ttft_ms`` and ``tokens_per_second`` by length and batch (as strings), ``tpot_ms`` of
+        every pass, ``passes`` measured in all, times their batch.
+    """
+
+    def prompt(length: int, batch: int = 1) -> np.ndarray:
+        return np.tile(np.arange(length, dtype=np.int64) * 7 % vocabulary, (batch, 1))
+
+    _seconds(session, prompt(prompt_tokens[0]), 4)
+    first = _seconds(session, prompt(prompt_tokens[0]), new_tokens)
+    ttft = {str(prompt_tokens[0]): [1e3 * first[0]]}
+    for length in prompt_tokens[1:]:
+        ttft[str(length)] = [1e3 * _seconds(session, prompt(length), 1)[0]]
+    rates = {}
+    for batch in batches:
+        later = _seconds(session, prompt(prompt_tokens[0], batch), new_tokens)[1:]
+        rates[str(batch)] = batch * len(later) / sum(later)
+    passes = new_tokens + len(prompt_tokens) - 1 + new_tokens * sum(batches)
+    return {
+        "ttft_ms": ttft,
+        "tpot_ms": [1e3 * s for s in first[1:]],
+        "tokens_per_second": rates,
+        "passes": passes,
+    }

@@ -1,0 +1,393 @@
+"""`sqft-export benchmark`: what deployments are worth on the device they were copied to.
+
+Needs the runtime alone, no torch, no recipe, no network. Every folder is measured in a process of
+its own; folders take turns, and each round turns the order round, so that a slow moment of the
+machine hits all of them. Definitions:
+
+    load     from the folder to a session that can answer
+    TTFT     the forward pass over the prompt and the choice of the first token, batch 1
+    TPOT     one forward pass over one token and the choice of the next, batch 1
+    tokens/s new tokens of all rows of a batch over the time of their passes, prompt not counted
+    agreement  on the tokens of a task or text: how often the first folder's most likely next token
+             is this folder's too, and the KL divergence from its distribution, in nats a token
+    memory   peak: the process's, runtime included; steady: resident after the last answer
+    energy   of the processor package over the measured passes, where the kernel tells it
+
+One unmeasured round of passes warms up every process.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqft_export.data.datasets import missing_sets
+from sqft_export.data.items import held_out
+from sqft_export.data.scoring import judge, questions
+from sqft_export.errors import UserError
+from sqft_export.measure.machine import machine_facts
+from sqft_export.measure.rows import accuracy_row, answer_entry
+from sqft_export.measure.statistics import bootstrap_ratio, percentiles, wilson
+from sqft_export.measure.worker import in_a_process
+from sqft_export.model.checkpoint import file_bytes
+from sqft_export.targets.devices import find_device
+from sqft_export.targets.folder import GENAI_CONFIG, kind_of
+
+UNCERTAIN = "its interval holds 1: not told apart"
+
+
+@dataclass(frozen=True)
+class DeviceSettings:
+    """What is measured.
+
+    prompt_tokens: lengths of prompts, for TTFT; TPOT is after the first of them. Those that do not
+    fit into a model with what it generates are left out.
+    batches: sizes for tokens/s.
+    rounds: processes per folder.
+    threads: None: the runtime's choice; cpus: processors to stay on, None: any.
+    """
+
+    prompt_tokens: tuple[int, ...] = (32, 128, 512, 2048)
+    new_tokens: int = 32
+    batches: tuple[int, ...] = (1, 4, 16)
+    rounds: int = 5
+    threads: int | None = None
+    cpus: tuple[int, ...] | None = None
+    device: str = "cpu"
+
+
+def names_of(folders: list[Path]) -> list[str]:
+    """Short names that tell the folders apart: the parts of their paths that differ."""
+    parts = [list(folder.resolve().parts) for folder in folders]
+    if len(folders) == 1:
+        return [folders[0].name]
+    while len({p[0] for p in parts}) == 1:
+        parts = [p[1:] for p in parts]
+    while len({p[-1] for p in parts}) == 1:
+        parts = [p[:-1] for p in parts]
+    return ["/".join(p) for p in parts]
+
+
+def _job(folder: Path, settings: DeviceSettings) -> dict[str, Any]:
+    """What every worker is told of a folder."""
+    return {
+        "kind": kind_of(folder),
+        "folder": str(folder),
+        "threads": settings.threads,
+        "device": settings.device,
+    }
+
+
+def latencies(
+    folders: dict[str, Path], settings: DeviceSettings, vocabulary: dict[str, int]
+) -> dict[str, list[dict[str, Any]]]:
+    """One entry a round for every folder."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in folders}
+    for number in range(settings.rounds):
+        order = list(folders.items())
+        for name, folder in order if number % 2 == 0 else order[::-1]:
+            asked = {"vocabulary": vocabulary[name], "profile": asdict(settings)}
+            found[name].append(in_a_process(_job(folder, settings) | asked))
+    return found
+
+
+def _spread(samples: list[float]) -> dict[str, float]:
+    median, p90, p99 = percentiles(samples, 50, 90, 99)
+    return {"median": median, "p90": p90, "p99": p99}
+
+
+def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """All rounds of one folder as medians and percentiles."""
+    ttft = {
+        length: _spread([s for run in runs for s in run["ttft_ms"][length]])
+        for length in runs[0]["ttft_ms"]
+    }
+    energies = [run["energy_joules"] for run in runs]
+    tokens = sum(run["passes"] for run in runs)
+    known = [energy for energy in energies if energy is not None]
+    return {
+        "load_seconds": _spread([run["load_seconds"] for run in runs]),
+        "ttft_ms": ttft,
+        "tpot_ms": _spread([s for run in runs for s in run["tpot_ms"]]),
+        "tokens_per_second": {
+            batch: _spread([run["tokens_per_second"][batch] for run in runs])["median"]
+            for batch in runs[0]["tokens_per_second"]
+        },
+        "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
+        "steady_memory_bytes": int(np.median([run["steady_memory_bytes"] for run in runs])),
+        "joules_per_token": sum(known) / tokens if len(known) == len(runs) else None,
+    }
+
+
+def _medians(runs: list[dict[str, Any]], figure: str) -> list[float]:
+    """One number a round."""
+    if figure == "load":
+        return [run["load_seconds"] for run in runs]
+    if figure == "tpot":
+        return [float(np.median(run["tpot_ms"])) for run in runs]
+    first = next(iter(runs[0]["ttft_ms"]))
+    return [float(np.median(run["ttft_ms"][first])) for run in runs]
+
+
+def ratios(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Every folder over the first: ratio of medians with its interval, and whether that tells."""
+    first, *others = found
+    found_ratios = []
+    for name in others:
+        for figure in ("load", "ttft", "tpot"):
+            one, other = _medians(found[name], figure), _medians(found[first], figure)
+            low, high = bootstrap_ratio(one, other)
+            ratio = float(np.median(one) / np.median(other))
+            found_ratios.append(
+                {
+                    "folder": name,
+                    "over": first,
+                    "figure": figure,
+                    "ratio": ratio,
+                    "low": low,
+                    "high": high,
+                    "warning": UNCERTAIN if low <= 1 <= high else None,
+                }
+            )
+    return found_ratios
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What deployments are asked for their accuracy; see ``tasks.questions``.
+
+    recipe, items, tokenizer: what the answers are judged with.
+    """
+
+    recipe: Any
+    items: list[Any]
+    tokenizer: Any
+    asked: dict[str, Any]
+
+
+class _Tokenizer:
+    """``tokenizer.json`` alone, by the tokenizers library: no transformers."""
+
+    def __init__(self, folder: Path):
+        from tokenizers import Tokenizer
+
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise UserError(f"{folder}: no tokenizer.json, which a task or a text needs")
+        self.tokenizer = Tokenizer.from_file(str(file))
+        self.eos_token_id = _config_of(folder, "eos_token_id")
+        self.bos_token_id = _config_of(folder, "bos_token_id")
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return {"input_ids": ids}
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+def questions_of(
+    folder: Path, task: str | None, data: Path | None, text: Path | None, items: int
+) -> Questions | None:
+    """What a task or a text file asks, tokenized as the first folder's model reads.
+
+    :raises UserError: if it can't be read.
+    """
+    if task is None and text is None:
+        return None
+    pass
+    from sqft_export.recipe.schema import Dataset, Recipe, Text
+
+    section: Any
+    if text is not None:
+        section = Text(kind="text", text=str(text.resolve()), test_share=0.5)
+    else:
+        place = str(data.resolve()) if data else None
+        try:
+            # Only its test sets are read.
+            section = Dataset(kind="dataset", name=task, folder=place)  # type: ignore[arg-type]
+        except ValueError as error:
+            names = ", ".join(Dataset.model_fields["name"].annotation.__args__)  # type: ignore[union-attr]
+            raise UserError(f"--task: found {task!r}; allowed are {names}") from error
+    recipe = Recipe.model_construct(**{"task": section})
+    tokenizer = _Tokenizer(folder)
+    context = _config_of(folder, "max_position_embeddings", "context_length") or sys.maxsize
+    if task is not None:
+        _check_data(section)
+    found = held_out(recipe, tokenizer)
+    chosen = [item for item in found if len(item.prompt + item.target) <= context][:items]
+    if not chosen:
+        raise UserError(f"{folder}: no item fits into the model's {context} tokens")
+    asked = questions(recipe, chosen, tokenizer)
+    room = context - max(len(item.prompt) for item in chosen)
+    asked["max_new_tokens"] = min(asked["max_new_tokens"], room)
+    return Questions(recipe, chosen, tokenizer, asked)
+
+
+def _check_data(section: Any) -> None:
+    """That the test sets are there; the training sets need not be."""
+    folder = Path(section.folder) if section.folder else None
+    if faults := list(missing_sets(section, folder, splits=("test",))):
+        raise UserError("\n".join(f"benchmark: {fault}" for fault in faults))
+
+
+def write_results(document: dict[str, Any], out: Path) -> None:
+    """``results.json``, and ``items.jsonl`` with every answer of every folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "items.jsonl").open("w") as log:
+        for row in document.get("accuracy", []):
+            for number, item in enumerate(row["items"]):
+                log.write(json.dumps({"folder": row["folder"], "item": number} | item) + "\n")
+    (out / "results.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+AGREEMENT_TOKENS = 512  # a distribution over 128k tokens is half a megabyte
+
+
+def _agreement_tokens(items: list[Any]) -> list[list[int]]:
+    """The items as sequences of tokens, cut where there are enough."""
+    sequences, left = [], AGREEMENT_TOKENS
+    for item in items:
+        sequence = (item.prompt + item.target)[:left]
+        left -= len(sequence)
+        if sequence:
+            sequences.append(sequence)
+    return sequences
+
+
+def agreement(first: np.ndarray, found: np.ndarray) -> dict[str, Any]:
+    """Next-token distributions (logarithms, ``[tokens, vocab]``) beside those of the first folder.
+
+    Two vocabularies may differ in what fills them up; the tokens of both are compared.
+    """
+    common = min(first.shape[1], found.shape[1])
+    one, other = first[:, :common].astype(np.float64), found[:, :common]
+    same = int((one.argmax(axis=1) == other.argmax(axis=1)).sum())
+    low, high = wilson(same, len(one))
+    return {
+        "tokens": len(one),
+        "agreement": same / len(one),
+        "low": low,
+        "high": high,
+        "kl_nats": float((np.exp(one) * (one - other)).sum(axis=1).mean()),
+    }
+
+
+def answers(
+    folders: dict[str, Path], questions: Questions, settings: DeviceSettings
+) -> dict[str, list[dict[str, Any]]]:
+    """``accuracy`` of every folder with its interval, and ``agreement`` with the first one.
+
+    A folder is loaded once for both.
+    """
+    pass
+
+    rows: list[dict[str, Any]] = []
+    agreements: list[dict[str, Any]] = []
+    first_right: list[bool] = []
+    first_distributions: np.ndarray | None = None
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "distributions.npy"
+        tokens = {"file": str(file), "ids": _agreement_tokens(questions.items)}
+        for name, folder in folders.items():
+            asked = {"questions": questions.asked, "distributions": tokens}
+            result = in_a_process(_job(folder, settings) | asked)
+            judged = judge(questions.recipe, questions.items, result, questions.tokenizer)
+            first_right = first_right or [answer.right for answer in judged]
+            rows.append(
+                {"folder": name, "perplexity": result["perplexity"]}
+                | accuracy_row(judged, result, first_right)
+                | {"items": [answer_entry(answer) for answer in judged]}
+            )
+            distributions = np.load(file)
+            if first_distributions is None:
+                first_distributions = distributions
+            else:
+                found = agreement(first_distributions, distributions)
+                agreements.append({"folder": name} | found)
+    return {"accuracy": rows, "agreement": agreements}
+
+
+def benchmark_folders(
+    folders: list[Path], settings: DeviceSettings, questions: Questions | None = None
+) -> dict[str, Any]:
+    """Measure deployments.
+
+    :raises UserError: if a folder is no deployment, one fails, or its runtime does not reach the
+        device.
+    """
+    named = dict(zip(names_of(folders), folders, strict=True))
+    kinds = {name: kind_of(folder) for name, folder in named.items()}
+    sizes = {name: vocabulary_of(folder) for name, folder in named.items()}
+    cpus = settings.cpus
+    if cpus and not set(cpus) <= set(range(os.cpu_count() or 1)):
+        last = (os.cpu_count() or 1) - 1
+        raise UserError(f"cpus: found {list(cpus)}; this machine has 0 to {last}")
+    for kind in sorted(set(kinds.values())):
+        find_device(kind, settings.device)
+    settings = _that_fit(settings, folders)
+    found = latencies(named, settings, sizes)
+    document = {
+        "machine": machine_facts(),
+        "versions": runtime_versions(set(kinds.values())),
+        "settings": asdict(settings),
+        "folders": {
+            name: {"runtime": kinds[name], "file_bytes": file_bytes(named[name])} | summarize(runs)
+            for name, runs in found.items()
+        },
+        "ratios": ratios(found),
+    }
+    if questions is not None:
+        document |= answers(named, questions, settings)
+    return document
+
+
+def _that_fit(settings: DeviceSettings, folders: list[Path]) -> DeviceSettings:
+    """The settings without prompts that are too long for one of the models.
+
+    :raises UserError: if none is left.
+    """
+    contexts = [_config_of(f, "max_position_embeddings", "context_length") for f in folders]
+    shortest = min((c for c in contexts if c is not None), default=sys.maxsize)
+    fitting = tuple(n for n in settings.prompt_tokens if n + settings.new_tokens <= shortest)
+    if not fitting:
+        raise UserError(
+            f"prompt_tokens: found {list(settings.prompt_tokens)} and {settings.new_tokens} new "
+            f"tokens; a model takes {shortest} in all"
+        )
+    return replace(settings, prompt_tokens=fitting)
+
+
+def runtime_versions(kinds: set[str]) -> dict[str, str]:
+    import importlib.metadata
+
+    wanted = {"openvino": ("openvino",), "onnx": ("onnxruntime",), "torch": ("torch",)}
+    names = ["sqft-export", *(name for kind in sorted(kinds) for name in wanted[kind])]
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def _config_of(folder: Path, *names: str) -> int | None:
+    """A number from the configs of a deployment: the first of ``names`` that one of them has."""
+    files = [folder / f for f in ("generation_config.json", "config.json", GENAI_CONFIG)]
+    for document in (json.loads(file.read_text()) for file in files if file.is_file()):
+        for name in names:
+            found = document.get(name, document.get("model", {}).get(name))
+            if found is not None:
+                return found[0] if isinstance(found, list) else found
+    return None
+
+
+def vocabulary_of(folder: Path) -> int:
+    """Number of tokens.
+
+    :raises UserError: if no config says it.
+    """
+    found = _config_of(folder, "vocab_size")
+    if found is None:
+        raise UserError(f"{folder}: neither config.json nor {GENAI_CONFIG} says vocab_size")
+    return found

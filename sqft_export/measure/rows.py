@@ -1,0 +1,69 @@
+"""One row of a table: what stands in it, and how right its answers are."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqft_export.data.scoring import Judged, accuracy_by_set, accuracy_of
+from sqft_export.measure.statistics import mcnemar, wilson
+
+MADE = ("merged", "OpenVINO", "ONNX Runtime")  # rows of a model that is to live on the target
+MODEL_FILES = ("*.safetensors", "*.bin", "*.xml", "*.onnx", "*.data", "*.onnx_adapter", "*.sqft")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    kind: torch, adapted, openvino or onnx: how the worker opens it.
+    stored: files and folders whose model files count as its size.
+    sparsity: share of zero weights in the decoder Linears.
+    device: cpu, gpu or npu.
+    """
+
+    name: str
+    kind: str
+    folder: Path
+    stored: tuple[Path, ...]
+    sparsity: float
+    device: str = "cpu"
+
+
+def stored_bytes(paths: tuple[Path, ...]) -> int:
+    """Bytes of the model files: weights and graphs, without tokenizers and configs."""
+    files = {
+        file
+        for path in paths
+        for file in ([path] if path.is_file() else [f for p in MODEL_FILES for f in path.glob(p)])
+        if "tokenizer" not in file.name
+    }
+    return sum(file.stat().st_size for file in files)
+
+
+def accuracy_row(
+    judged: list[Judged], result: dict[str, Any], first_right: list[bool]
+) -> dict[str, Any]:
+    """Accuracy with its 95 % interval, by set, and the chance that it is the first row's.
+
+    :param judged: nothing for plain text, whose accuracy is of tokens and has no interval.
+    :param result: of ``likelihood.score``.
+    :param first_right: what the first row answered right.
+    """
+    right = [answer.right for answer in judged]
+    return {
+        "accuracy": accuracy_of(judged, result),
+        "interval": wilson(sum(right), len(right)) if right else None,
+        "p_same_as_first": mcnemar(right, first_right or right) if right else None,
+        "accuracy_by_set": accuracy_by_set(judged),
+    }
+
+
+def answer_entry(judged: Judged) -> dict[str, Any]:
+    """One answered item, as ``items.jsonl`` has it."""
+    item = judged.item
+    return {
+        "set": item.source,
+        "answer": judged.said,
+        "expected": item.text,
+        "right": judged.right,
+    }

@@ -1,0 +1,90 @@
+"""Score and time one model in a process of its own, so that peak memory is that model's.
+
+    python -m sqft_export.measure.worker <job.json> <result.json>
+
+The job holds token ids, so that a runtime's worker needs neither tokenizer nor torch.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqft_export.errors import UserError
+from sqft_export.measure.decode import measure_latency, profile
+from sqft_export.measure.likelihood import distributions, score
+from sqft_export.measure.machine import energy_joules, memory_now, peak_memory
+from sqft_export.targets import Session, runner
+
+
+def open_job(job: dict[str, Any]) -> Session:
+    if job["kind"] != "adapted":
+        folder, threads = Path(job["folder"]), job["threads"]
+        return runner(job["kind"]).open_session(folder, False, threads, job["device"])
+    import torch
+
+    from sqft_export.adapters.files import Base
+    from sqft_export.adapters.loading import load_adapted
+    from sqft_export.targets.torch import TorchSession
+
+    masks, grids = (Path(job[k]) if job[k] else None for k in ("masks", "grids"))
+    base = Base(Path(job["folder"]), masks, grids, job["unmerged"])
+    torch.set_num_threads(job["threads"])
+    return TorchSession(load_adapted(base, Path(job["adapter"]), torch.float32))
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """What the job asks for: ``profile``, ``latency_prompt``, ``questions``, ``distributions``."""
+    asked = job.get("profile") or {}
+    if asked.get("cpus"):
+        os.sched_setaffinity(0, asked["cpus"])
+    started = time.perf_counter()
+    session = open_job(job)
+    result: dict[str, Any] = {"load_seconds": time.perf_counter() - started}
+    if asked:
+        before = energy_joules(asked["device"])
+        sizes = asked["prompt_tokens"], asked["new_tokens"], asked["batches"]
+        result |= profile(session, *sizes, job["vocabulary"])
+        after = energy_joules(asked["device"])
+        result["energy_joules"] = None if before is None or after is None else after - before
+    if "latency_prompt" in job:
+        result |= measure_latency(session, job["latency_prompt"], job["new_tokens"], job["repeats"])
+    if "questions" in job:
+        result |= score(session, job["questions"])
+    if "distributions" in job:
+        np.save(job["distributions"]["file"], distributions(session, job["distributions"]["ids"]))
+    result["steady_memory_bytes"] = memory_now()
+    result["peak_memory_bytes"] = peak_memory()
+    return result
+
+
+def in_a_process(job: dict[str, Any]) -> dict[str, Any]:
+    """:func:`measure` in a process of its own.
+
+    :raises UserError: with the last that it said, if it failed.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        job_file, result_file = Path(scratch) / "job.json", Path(scratch) / "result.json"
+        job_file.write_text(json.dumps(job))
+        command = [
+            sys.executable,
+            "-m",
+            "sqft_export.measure.worker",
+            str(job_file),
+            str(result_file),
+        ]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"{job['folder']}: could not be measured:\n{done.stderr[-2000:]}")
+        return json.loads(result_file.read_text())
+
+
+if __name__ == "__main__":
+    job_file, result_file = map(Path, sys.argv[1:])
+    result_file.write_text(json.dumps(measure(json.loads(job_file.read_text()))))

@@ -1,0 +1,71 @@
+"""Model families as data: where the decoder blocks and the head are, and what adapters go on."""
+
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Family:
+    """One or more Hugging Face ``model_type`` that share their layout.
+
+    blocks: path of the list of decoder blocks.
+    embedding, head: of tokens.
+    targets: Linears of a block that get an adapter where the recipe names none.
+    groups: those of them that share a rank; they are handed the same input.
+    attention: the implementation in transformers to take, None for its own choice; others may leave
+        out what a model has, as the capped scores of Gemma 2.
+    tied: whether embedding and head are one where ``config.json`` does not say.
+    builder: what ONNX Runtime GenAI's model builder calls its class, None where it has none.
+    joined: Linear of a block that holds several -> what the builder calls its equal parts.
+    """
+
+    model_types: tuple[str, ...]
+    blocks: str
+    embedding: str
+    head: str
+    targets: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
+    attention: str | None = None
+    tied: bool = False
+    builder: str | None = None
+    joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def _load() -> dict[str, Family]:
+    families = {}
+    for module in pkgutil.iter_modules(__path__):
+        for family in importlib.import_module(f"{__name__}.{module.name}").FAMILIES:
+            families.update(dict.fromkeys(family.model_types, family))
+    return families
+
+
+FAMILIES = _load()
+
+
+def adapted(
+    family: Family, targets: tuple[str, ...] | None, groups: tuple[tuple[str, ...], ...] | None
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Last names of the Linears that get an adapter, and which share a rank.
+
+    :param targets, groups: the recipe's; what it leaves out is the family's.
+    """
+    targets = family.targets if targets is None else targets
+    if groups is None:
+        within = (tuple(name for name in group if name in targets) for group in family.groups)
+        groups = tuple(group for group in within if group)
+    return targets, groups
+
+
+def rank_groups(
+    names: Iterable[str], blocks: str, groups: tuple[tuple[str, ...], ...]
+) -> dict[str, list[str]]:
+    """Group, such as ``3.q_proj,k_proj`` -> Linears that share one rank, in block order."""
+    grouped: dict[str, list[str]] = {}
+    for name in names:
+        block, _, path = name.removeprefix(f"{blocks}.").partition(".")
+        for group in groups:
+            if path.rsplit(".", 1)[-1] in group:
+                grouped.setdefault(f"{block}.{','.join(group)}", []).append(name)
+    return grouped

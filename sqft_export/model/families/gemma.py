@@ -1,0 +1,10 @@
+"""Gemma 2 and the text models of Gemma 3: Llama's names, norms after attention and MLP too."""
+
+from dataclasses import replace
+
+from sqft_export.model.families.llama import LLAMA
+
+FAMILIES = (
+    replace(LLAMA, model_types=("gemma2",), attention="eager", tied=True, builder=None),
+    replace(LLAMA, model_types=("gemma3_text",), tied=True, builder=None),
+)

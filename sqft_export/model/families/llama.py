@@ -1,0 +1,30 @@
+"""Llama, Mistral, Phi-3, Qwen2.5, Qwen3: one block with small differences."""
+
+from dataclasses import replace
+
+from sqft_export.model.families import Family
+
+LLAMA = Family(
+    model_types=("llama",),
+    blocks="model.layers",
+    embedding="model.embed_tokens",
+    head="lm_head",
+    targets=("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
+    groups=(("q_proj", "k_proj", "v_proj"),),
+    builder="LlamaModel",
+)
+FAMILIES = (
+    LLAMA,
+    replace(LLAMA, model_types=("mistral",), builder="MistralModel"),
+    replace(LLAMA, model_types=("qwen2",), builder="QwenModel"),
+    replace(LLAMA, model_types=("qwen3",), builder="Qwen3Model"),
+    # q, k, v in one Linear; gate, up in another.
+    replace(
+        LLAMA,
+        model_types=("phi3",),
+        targets=("qkv_proj",),
+        groups=(("qkv_proj",),),
+        builder="Phi3MiniModel",
+        joined={"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")},
+    ),
+)

@@ -1,0 +1,25 @@
+"""GPT-NeoX (Pythia) and Bloom: q, k, v in one Linear; rotary positions or ALiBi."""
+
+from dataclasses import replace
+
+from sqft_export.model.families import Family
+
+NEOX = Family(
+    model_types=("gpt_neox",),
+    blocks="gpt_neox.layers",
+    embedding="gpt_neox.embed_in",
+    head="embed_out",
+    targets=("query_key_value", "dense_h_to_4h", "dense_4h_to_h"),
+    groups=(("query_key_value",),),
+)
+FAMILIES = (
+    NEOX,
+    replace(
+        NEOX,
+        model_types=("bloom",),
+        blocks="transformer.h",
+        embedding="transformer.word_embeddings",
+        head="lm_head",
+        tied=True,
+    ),
+)

@@ -1,0 +1,112 @@
+"""Float models of quantized checkpoints: whole, on disk, or the weights of one module at a time."""
+
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.hooks import attach_align_device_hook
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from sqft_export.model.architecture import empty_model, read_config
+from sqft_export.model.checkpoint import Checkpoint, copy_companions, float_config, write_config
+from sqft_export.model.storage import plain_names, quantized_names, read_quantized
+from sqft_export.numerics.affine import dequantize
+
+LowRank = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+class _Weights(Mapping[str, Tensor]):
+    """Every weight of a merged model in float32, read when it is asked for."""
+
+    def __init__(self, folder: Path, updates: LowRank):
+        self.checkpoint = Checkpoint(folder)
+        self.quantized = set(quantized_names(self.checkpoint))
+        self.updates = updates
+
+    def __getitem__(self, name: str) -> Tensor:
+        module, _, parameter = name.rpartition(".")
+        module = self.checkpoint.stored_name(module)
+        if parameter == "weight" and module in self.quantized:
+            weight = dequantize(*read_quantized(self.checkpoint, module))
+        else:
+            weight = self.checkpoint.tensor(f"{module}.{parameter}").float()
+        if parameter == "weight" and module in self.updates:
+            lora_a, lora_b = map(torch.from_numpy, self.updates[module])
+            weight = weight + lora_b @ lora_a
+        return weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checkpoint.shapes)
+
+    def __len__(self) -> int:
+        return len(self.checkpoint.shapes)
+
+
+class Reference:
+    """What a merged model computes in torch, in float32, one module's weights in memory.
+
+    :param updates: Linear -> ``A`` float32 ``[rank, in]`` and ``B`` ``[out, rank]`` of an adapter
+        that was not merged, its scaling within ``B``.
+    """
+
+    def __init__(self, folder: Path, updates: LowRank | None = None):
+        weights = _Weights(folder, updates or {})
+        attention = weights.checkpoint.family.attention
+        self.model = empty_model(read_config(folder), attention)
+        attach_align_device_hook(self.model, torch.device("cpu"), offload=True, weights_map=weights)
+
+    @torch.no_grad()
+    def logits(self, sequences: list[list[int]]) -> list[np.ndarray]:
+        """float32 ``[length, vocabulary]`` of every sequence; all go through the model at once.
+
+        Shorter ones are filled up on the right, where causal attention does not look.
+        """
+        ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.int64)
+        for row, sequence in zip(ids, sequences, strict=True):
+            row[: len(sequence)] = torch.tensor(sequence)
+        found = self.model(input_ids=ids, use_cache=False).logits
+        return [one[: len(s)].numpy() for one, s in zip(found, sequences, strict=True)]
+
+
+def float_tensors(
+    checkpoint: Checkpoint, without: Container[str] = ()
+) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of a model as floats: stored ones as they are, quantized ones dequantized."""
+    quantized = quantized_names(checkpoint)
+    leave = {f"{name}.weight" for name in quantized}
+    plain = (n for n in plain_names(checkpoint) if n not in leave and n not in without)
+    yield from checkpoint.tensors(plain)
+    for name in quantized:
+        if f"{name}.weight" not in without:
+            yield f"{name}.weight", dequantize(*read_quantized(checkpoint, name))
+
+
+def load_float_model(folder: Path) -> nn.Module:
+    """A merged or plain model in float32, in evaluation mode."""
+    checkpoint = Checkpoint(folder)
+    model = AutoModelForCausalLM.from_config(
+        read_config(folder),
+        dtype=torch.float32,
+        attn_implementation=checkpoint.family.attention,
+    )
+    state = {name: tensor.float() for name, tensor in float_tensors(checkpoint)}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    allowed = {f"{checkpoint.family.head}.weight"} if checkpoint.tied else set()
+    assert set(missing) <= allowed and not unexpected, (missing, unexpected)
+    model.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = model.generation_config.from_pretrained(folder)
+    return model.eval()
+
+
+def write_float_checkpoint(
+    source: Checkpoint, folder: Path, dtype: torch.dtype = torch.float32
+) -> None:
+    """A plain Hugging Face folder of a packed model, such as exporters trace."""
+    copy_companions(source.folder, folder)
+    write_config(folder, float_config(source.config, str(dtype).removeprefix("torch.")))
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in float_tensors(source)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,38 @@
+"""Codes as steps of their scale; numpy alone, for devices without torch."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Quantized(NamedTuple):
+    """A quantized weight as a file holds it.
+
+    codes: uint8 ``[out, in]``.
+    scale: float16, or float32 of the same value, ``[out, groups]``.
+    zero_point: uint8 ``[out, groups]``.
+    """
+
+    codes: np.ndarray
+    scale: np.ndarray
+    zero_point: np.ndarray
+
+    @property
+    def steps(self) -> np.ndarray:
+        return codes_to_steps(self.codes, self.zero_point)
+
+
+def codes_to_steps(codes: np.ndarray, zero_point: np.ndarray) -> np.ndarray:
+    """``q - z``, int16 ``[out, in]``: 0 where the weight is zero.
+
+    :param codes: uint8 ``[out, in]``.
+    :param zero_point: uint8 ``[out, groups]``; the last group of a row may be short.
+    """
+    inputs, groups = codes.shape[1], zero_point.shape[1]
+    zeros = np.repeat(zero_point, -(-inputs // groups), axis=1)[:, :inputs]
+    return codes.astype(np.int16) - zeros
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not below ``value``."""
+    return -(-value // multiple) * multiple

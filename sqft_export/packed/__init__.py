@@ -1,0 +1,1 @@
+"""Weight files that zeros make smaller, and their loaders; imports no torch."""

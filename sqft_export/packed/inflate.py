@@ -1,0 +1,228 @@
+"""Mask bits and kept codes to dense codes, at memory speed; numpy where there is no compiler.
+
+``unpack.c`` is compiled when the package is installed and is called without Python's lock, so that
+threads work on different chunks. Where no compiler was there, numpy does the same, slower.
+"""
+
+import ctypes
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from io import RawIOBase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CHUNK = 2**20  # elements inflated by one call; kept codes of a chunk start on a byte
+Bytes = np.ndarray  # uint8 [n]
+
+
+class Memory:
+    """Dense bytes in an array of uint8."""
+
+    def __init__(self, array: Bytes):
+        self.array = array
+
+    @contextmanager
+    def part(self, at: int, size: int) -> Iterator[Bytes]:
+        """Where to write ``size`` bytes that belong at ``at``."""
+        yield self.read(at, size)
+
+    def write(self, at: int, data: Bytes) -> None:
+        self.array[at : at + len(data)] = data
+
+    def read(self, at: int, size: int) -> Bytes:
+        return self.array[at : at + size]
+
+
+class DenseFile:
+    """Dense bytes in an unbuffered file, written from one buffer a thread.
+
+    A map of the file would cost a page fault every 4 KiB, more than all the decoding does. The
+    system writes to a file one call at a time, so that the lock costs nothing.
+    """
+
+    def __init__(self, stream: RawIOBase):
+        self.stream = stream
+        self.lock = threading.Lock()
+        self.buffers = threading.local()
+
+    @contextmanager
+    def part(self, at: int, size: int) -> Iterator[Bytes]:
+        buffer = getattr(self.buffers, "buffer", np.empty(0, np.uint8))
+        if len(buffer) < size:
+            buffer = self.buffers.buffer = np.empty(size, np.uint8)
+        yield buffer[:size]
+        self.write(at, buffer[:size])
+
+    def write(self, at: int, data: Bytes) -> None:
+        with self.lock:
+            self.stream.seek(at)
+            while len(data):
+                data = data[self.stream.write(data.data) :]
+
+    def read(self, at: int, size: int) -> Bytes:
+        with self.lock:
+            self.stream.seek(at)
+            return np.frombuffer(self.stream.read(size), np.uint8)
+
+
+@functools.cache
+def native() -> Any:
+    """The compiled library, or None."""
+    for file in sorted(Path(__file__).parent.glob("_unpack*")):
+        if file.suffix in (".so", ".pyd", ".dylib"):
+            library = ctypes.CDLL(str(file))
+            library.sqft_inflate.restype = ctypes.c_int64
+            return library
+    return None
+
+
+def kept_bytes(mask: Bytes, elements: int, bits: int) -> list[int]:
+    """Bytes of the kept codes of every chunk, from the mask alone."""
+    counts = []
+    for start in range(0, len(mask), CHUNK // 8):
+        part = mask[start : start + CHUNK // 8]
+        words = part[: len(part) // 8 * 8].view(np.uint64)  # an eighth of the work
+        rest = part[len(words) * 8 :]
+        counts.append(int(np.bitwise_count(words).sum(dtype=np.int64)))
+        counts[-1] += int(np.bitwise_count(rest).sum(dtype=np.int64))
+    return [-(-count * bits // 8) for count in counts]
+
+
+def _inflate_numpy(
+    bits: int, mask: Bytes, first: int, count: int, kept: Bytes, fill: np.ndarray, group: int
+) -> np.ndarray:
+    """uint8 bytes of elements ``first`` to ``first + count``."""
+    chosen = np.unpackbits(mask[first // 8 : -(-(first + count) // 8)], bitorder="little")
+    chosen = chosen[:count].astype(bool)
+    kind = {4: np.uint8, 8: np.uint8, 16: np.uint16, 32: np.uint32}[bits]
+    if group:
+        dense = fill[np.arange(first, first + count) // group].astype(kind)
+    else:
+        dense = np.full(count, fill[0], kind)
+    if bits == 4:
+        codes = np.stack([kept & 15, kept >> 4], axis=1).reshape(-1)[: chosen.sum()]
+    else:
+        codes = kept.view(kind)
+    dense[chosen] = codes
+    if bits == 4:
+        dense = np.concatenate([dense, np.zeros(count % 2, np.uint8)])
+        return dense[0::2] | (dense[1::2] << 4)
+    return dense.view(np.uint8)
+
+
+def _pointer(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def _chunk(
+    bits: int,
+    mask: Bytes,
+    first: int,
+    count: int,
+    kept: Bytes,
+    fill: np.ndarray,
+    group: int,
+    out: Memory | DenseFile,
+    at: int,
+    library: Any,
+) -> None:
+    with out.part(at + first * bits // 8, -(-count * bits // 8)) as place:
+        if library is None:
+            place[:] = _inflate_numpy(bits, mask, first, count, kept, fill, group)
+            return
+        taken = library.sqft_inflate(
+            ctypes.c_int(bits),
+            _pointer(mask),
+            ctypes.c_int64(first),
+            ctypes.c_int64(count),
+            _pointer(kept),
+            ctypes.c_int64(len(kept)),
+            _pointer(fill),
+            ctypes.c_int64(group),
+            _pointer(place),
+            ctypes.c_int(library.sqft_level()),
+        )
+        assert taken >= 0  # sizes were checked against the mask
+
+
+def inflate(
+    bits: int,
+    elements: int,
+    mask: Bytes,
+    kept: Bytes,
+    fill: np.ndarray,
+    group: int,
+    out: Memory | DenseFile,
+    at: int,
+    pool: Executor,
+    library: Any | Callable[[], Any] = native,
+) -> list[Future[None]]:
+    """Write a tensor's dense bytes to ``out``, from byte ``at`` on; they are there when all of the
+    tasks that are returned are done.
+
+    :param bits: of an element: 4, 8, 16 or 32.
+    :param mask: ``ceil(elements / 8)`` bytes, lowest bit first; bits past the end are zero.
+    :param kept: kept codes, those of each chunk from a byte on.
+    :param fill: uint32, what an element that is not kept is: one number, or one a group.
+    :param group: elements that share a fill; 0 for one fill of all.
+    :raises ValueError: if the sizes do not fit each other.
+    """
+    sizes = _checked_sizes(bits, elements, mask, kept, fill, group)
+    library = library() if callable(library) else library
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
+    tasks: list[Future[None]] = []
+    for index, first in enumerate(range(0, elements, CHUNK)):
+        count = min(CHUNK, elements - first)
+        codes = kept[starts[index] : starts[index + 1]]
+        tasks.append(
+            pool.submit(_chunk, bits, mask, first, count, codes, fill, group, out, at, library)
+        )
+    return tasks
+
+
+def _checked_sizes(
+    bits: int, elements: int, mask: Bytes, kept: Bytes, fill: np.ndarray, group: int
+) -> list[int]:
+    """Bytes of the kept codes of every chunk.
+
+    :raises ValueError: if the sizes do not fit each other.
+    """
+    sizes = kept_bytes(mask, elements, bits)
+    if len(mask) != -(-elements // 8):
+        raise ValueError("mask does not fit the number of elements")
+    if elements % 8 and mask[-1] >> (elements % 8):
+        raise ValueError("mask has bits past its end")
+    if sum(sizes) != len(kept):
+        raise ValueError(f"mask announces {sum(sizes)} bytes of kept codes, {len(kept)} are there")
+    if group and -(-elements // group) > len(fill):
+        raise ValueError("fewer fills than groups")
+    return sizes
+
+
+def deflate(
+    bits: int, elements: int, dense: Bytes, fill: np.ndarray, group: int
+) -> tuple[Bytes, Bytes]:
+    """Mask and kept codes of a tensor's dense bytes: the inverse of :func:`inflate`."""
+    kind = {4: np.uint8, 8: np.uint8, 16: np.uint16, 32: np.uint32}[bits]
+    masks, kept = [], []
+    for first in range(0, elements, CHUNK):
+        count = min(CHUNK, elements - first)
+        part = dense[first * bits // 8 : -(-(first + count) * bits // 8)]
+        if bits == 4:
+            codes = np.stack([part & 15, part >> 4], axis=1).reshape(-1)[:count]
+        else:
+            codes = part.view(kind)
+        fills = fill[np.arange(first, first + count) // group] if group else fill[0]
+        chosen = codes != fills
+        masks.append(np.packbits(chosen, bitorder="little"))
+        codes = codes[chosen]
+        if bits == 4:
+            codes = np.concatenate([codes, np.zeros(len(codes) % 2, np.uint8)])
+            codes = codes[0::2] | (codes[1::2] << 4)
+        kept.append(codes.view(np.uint8))
+    return np.concatenate(masks), np.concatenate(kept)

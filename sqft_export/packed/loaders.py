@@ -1,0 +1,125 @@
+"""Load a deployment whose weights are packed: inflated first, then handed to the runtime.
+
+The runtime sees the graph of the dense folder and the bytes of its weights: the same kernels, the
+same results. A dense folder loads too.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sqft_export.errors import UserError
+from sqft_export.packed.container import PackedFile
+from sqft_export.packed.folders import packed_file
+from sqft_export.targets.folder import graph_and_weights
+
+
+def _openvino_weights(file: Path) -> Any:
+    """Dense weights in an ``openvino.Tensor`` of its own memory, which a model then shares."""
+    import openvino as ov
+
+    with PackedFile(file) as packed:
+        tensor = ov.Tensor(ov.Type.u8, ov.Shape([packed.header.size]))
+        packed.inflate(tensor.data)
+    return tensor
+
+
+def load_openvino(folder: str | Path, core: Any = None) -> Any:
+    """An ``openvino.Model``, ready to be compiled.
+
+    :param core: an ``openvino.Core``; None for a new one.
+    :raises UserError: if the weights are damaged.
+    """
+    import openvino as ov
+
+    folder = Path(folder)
+    graph, _ = graph_and_weights(folder)
+    core = core or ov.Core()
+    packed = packed_file(folder)
+    if packed is None:
+        return core.read_model(graph)
+    return core.read_model(graph.read_bytes(), _openvino_weights(packed))
+
+
+def load_openvino_genai(folder: str | Path, device: str = "CPU", **properties: Any) -> Any:
+    """An ``openvino_genai.LLMPipeline``.
+
+    :param properties: of the device, as ``LLMPipeline`` takes them.
+    :raises UserError: if the weights are damaged.
+    """
+    import openvino_genai
+
+    folder = Path(folder)
+    graph, _ = graph_and_weights(folder)
+    packed = packed_file(folder)
+    if packed is None:
+        return openvino_genai.LLMPipeline(str(folder), device, **properties)
+    generation = folder / "generation_config.json"
+    config = openvino_genai.GenerationConfig()
+    if generation.is_file():
+        config = openvino_genai.GenerationConfig(str(generation))
+    weights = _openvino_weights(packed)
+    tokenizer = openvino_genai.Tokenizer(str(folder))
+    return openvino_genai.LLMPipeline(
+        graph.read_text(), weights, tokenizer, device, config, **properties
+    )
+
+
+@contextmanager
+def _dense(folder: Path) -> Iterator[Path]:
+    """A folder with plain weights: the one given, or a copy for the time it takes to load it.
+
+    ONNX Runtime maps a weight file and lets go of each tensor as it repacks it for its kernels;
+    what it is handed in memory it keeps beside the repacked copy. So weights are inflated into a
+    file in the directory for temporary files, which is unlinked before most of it is ever written.
+    """
+    packed = packed_file(folder)
+    if packed is None:
+        yield folder
+        return
+    with TemporaryDirectory(prefix="sqft-") as scratch:
+        _inflate_copy(folder, packed, Path(scratch))
+        yield Path(scratch)
+
+
+def _inflate_copy(folder: Path, packed: Path, copy: Path) -> None:
+    with PackedFile(packed) as opened:
+        free = shutil.disk_usage(copy).free
+        if free < opened.header.size:
+            raise UserError(
+                f"{copy.parent}: {free} bytes are free, {opened.header.size} are needed to "
+                "inflate the weights; TMPDIR names another directory"
+            )
+        for file in folder.iterdir():
+            if file.is_file() and file != packed:
+                shutil.copy(file, copy)
+        opened.inflate_file(copy / graph_and_weights(folder)[1].name)
+
+
+def load_onnx(folder: str | Path, options: Any = None, providers: Any = None) -> Any:
+    """An ``onnxruntime.InferenceSession``.
+
+    :param options: ``SessionOptions``; None for the defaults.
+    :raises UserError: if the weights are damaged, or there is no room to inflate them.
+    """
+    import onnxruntime as ort
+
+    graph, _ = graph_and_weights(Path(folder))
+    with _dense(Path(folder)) as dense:
+        return ort.InferenceSession(
+            str(dense / graph.name), options, providers=providers or ["CPUExecutionProvider"]
+        )
+
+
+def load_onnx_genai(folder: str | Path) -> Any:
+    """An ``onnxruntime_genai.Model``.
+
+    :raises UserError: if the weights are damaged, or there is no room to inflate them.
+    """
+    import onnxruntime_genai
+
+    with _dense(Path(folder)) as dense:
+        return onnxruntime_genai.Model(str(dense))

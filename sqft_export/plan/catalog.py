@@ -1,0 +1,59 @@
+"""What `list` shows: the words that a recipe's author chooses from."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+Entries = list[dict[str, Any]]
+
+
+def _targets() -> Entries:
+    """Runtimes and devices of this machine, and why it lacks the others."""
+    from sqft_export.targets.devices import devices
+
+    found = [asdict(device) for device in devices()]
+    return [d | {"missing": d["missing"] or "here"} for d in found]
+
+
+def _recipes() -> Entries:
+    """The recipes in the folder ``recipes``, by the comment that each begins with."""
+    files = sorted(Path("recipes").glob("*.yaml"))
+    first = [file.read_text().partition("\n")[0] for file in files]
+    return [
+        {"recipe": file.stem, "about": line.removeprefix("#").strip()}
+        for file, line in zip(files, first, strict=True)
+    ]
+
+
+def _families() -> Entries:
+    """Model types that are tested, and the Linears that get an adapter."""
+    from sqft_export.model.families import FAMILIES
+
+    return [
+        {"model_type": name, "adapters": ", ".join(family.targets)}
+        for name, family in sorted(FAMILIES.items())
+    ]
+
+
+def _methods() -> Entries:
+    """Words of the fields that choose a method."""
+    from sqft_export.recipe.schema import Adapt, Quantize, Search, Sparsify
+
+    fields = [
+        ("sparsify.method", Sparsify.model_fields["method"]),
+        ("quantize.method", Quantize.model_fields["method"]),
+        ("adapt.pipeline", Adapt.model_fields["pipeline"]),
+        ("search.strategy", Search.model_fields["strategy"]),
+    ]
+    return [
+        {"field": name, "methods": ", ".join(get_args(field.annotation))} for name, field in fields
+    ]
+
+
+CATALOG: dict[str, Callable[[], Entries]] = {
+    "targets": _targets,
+    "recipes": _recipes,
+    "families": _families,
+    "methods": _methods,
+}

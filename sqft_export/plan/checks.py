@@ -1,0 +1,239 @@
+"""Every fault of a recipe, found from headers and data files alone; nothing is loaded.
+
+A check takes recipe and layout and yields what is wrong: field, what was found, what is allowed.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sqft_export.data.datasets import missing_sets
+from sqft_export.data.items import count_examples, data_files, problem_records
+from sqft_export.errors import UserError
+from sqft_export.model.families import adapted, rank_groups
+from sqft_export.plan.layout import Layout, fallbacks, layout_of
+from sqft_export.recipe.schema import HUB, Amount, Dataset, Problems, Recipe, Text, matches
+from sqft_export.targets.devices import devices, installed
+
+FaultFinder = Callable[[Recipe, Layout], Iterator[str]]
+PACKAGES = {
+    "openvino": ("openvino", "openvino_tokenizers", "optimum.intel"),
+    "onnx": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir"),
+    "nncf": ("nncf", "openvino"),
+}
+NEEDS_DATASETS = "needs the datasets library: pip install 'sqft-export[datasets]'"
+
+
+def check_recipe(recipe: Recipe, folder: Path | None) -> Layout:
+    """Refuse what can't be run here, before anything is run.
+
+    :raises UserError: listing every fault, each with its field, what was found and what is
+        allowed.
+    """
+    layout = layout_of(recipe, folder)
+    faults = [fault for check in CHECKS for fault in check(recipe, layout)]
+    if faults:
+        raise UserError("\n".join(f"{recipe.file}: {fault}" for fault in faults))
+    return layout
+
+
+def _task_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    """Missing files and templates that do not fit their items; no tokenizer is needed."""
+    task = recipe.task
+    if isinstance(task, Dataset):
+        folder = recipe.resolve(task.folder) if task.folder else None
+        missing = list(missing_sets(task, folder))
+        yield from missing
+        if folder is None and not installed("datasets"):
+            yield f"task: the hub {NEEDS_DATASETS}"
+        if missing:
+            return
+    files = [(split, f) for split in ("train", "test") for f in data_files(recipe, split)]
+    for split, file in files:
+        if not file.is_file():
+            yield f"task.{'text' if isinstance(task, Text) else split}: no such file: {file}"
+        elif isinstance(task, Problems):
+            for _ in problem_records(task, file):
+                pass
+
+
+def _calibration_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    source = recipe.calibration.source
+    path = recipe.resolve(source)
+    if source == "task" or (path.is_file() and path.suffix in (".txt", ".jsonl")):
+        return
+    if not source.startswith(HUB) and not path.is_dir():
+        yield (
+            f"calibration.source: found {source!r}; allowed are task, an existing .txt or .jsonl "
+            "file, an existing dataset folder, and hub:<dataset>"
+        )
+    elif not installed("datasets"):
+        yield f"calibration.source: {source} {NEEDS_DATASETS}"
+
+
+def _target_module_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    adapt = recipe.adapt
+    targets, _ = adapted(layout.family, adapt.target_modules, None)
+    ends = layout.last_names
+    if strangers := sorted(set(targets) - set(ends)):
+        yield (
+            f"adapt.target_modules: found {', '.join(strangers)}, which no decoder Linear is "
+            f"called; allowed are {', '.join(ends)}"
+        )
+        return
+    for end in targets:
+        sizes = [s for name, s in layout.linears.items() if name.endswith("." + end)]
+        if (size := min(map(min, sizes))) < adapt.max_rank:
+            yield f"adapt.ranks: found {adapt.max_rank}, but {end} has only {size} rows or columns"
+
+
+def _override_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    for number, override in enumerate(recipe.sparsify.overrides):
+        if strangers := [
+            m for m in override.modules if not any(matches(n, (m,)) for n in layout.linears)
+        ]:
+            yield (
+                f"sparsify.overrides.{number}.modules: found {', '.join(strangers)}, which matches "
+                f"no decoder Linear; last names are {', '.join(layout.last_names)}"
+            )
+
+
+def _pattern_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    amounts: list[tuple[str, Amount, tuple[str, ...]]]
+    amounts = [("sparsify", recipe.sparsify, ("*",))]
+    for number, override in enumerate(recipe.sparsify.overrides):
+        amounts.append((f"sparsify.overrides.{number}", override, override.modules))
+    for where, amount, modules in amounts:
+        found = amount.n_of_m()
+        for name, (_, inputs) in layout.linears.items():
+            if found and inputs % found[1] and matches(name, modules):
+                yield (
+                    f"{where}.pattern: found {amount.pattern}, but {name} has {inputs} inputs, "
+                    f"which {found[1]} does not divide"
+                )
+
+
+def _group_size_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    quantize = recipe.quantize
+    if quantize.group_size_fallback == "allow":
+        return
+    for name, size in fallbacks(recipe, layout).items():
+        yield (
+            f"quantize.group_size: found {quantize.group_size}, which does not divide the "
+            f"{layout.linears[name][1]} inputs of {name}; group_size_fallback: allow would use "
+            f"{size}"
+        )
+
+
+def _existing_grid_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    """What does not go with a base model that is quantized already, or is not."""
+    stored, quantize = layout.config.get("quantization_config"), recipe.quantize
+    if stored is None:
+        if quantize.method == "given":
+            yield "quantize.method: found given, but the model is not quantized"
+        return
+    if stored.get("quant_method") != "gptq":
+        yield f"model: quantized by {stored.get('quant_method')!r}; only the gptq layout is taken"
+    if stored.get("desc_act"):
+        yield "model: desc_act is true: its columns are out of order and are not taken"
+    if quantize.method != "given":
+        yield f"quantize.method: found {quantize.method}, but the model is quantized; use given"
+    if recipe.sparsify.method not in ("given", "none"):
+        yield (
+            f"sparsify.method: found {recipe.sparsify.method}, but the model is quantized; "
+            "allowed are given and none"
+        )
+    group_size = quantize.group_size or -1
+    for field, found, there in (
+        ("bits", quantize.bits, stored.get("bits")),
+        ("group_size", group_size, stored.get("group_size")),
+        ("symmetric", quantize.symmetric, stored.get("sym", True)),
+    ):
+        if found != there:
+            yield f"quantize.{field}: found {found}, but the model has {there}"
+
+
+def _search_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    search = recipe.search
+    if search.evaluates and not isinstance(recipe.task, Text):
+        count = _readable_examples(recipe)
+        if count is not None and search.items >= count:
+            yield (
+                f"search.items: found {search.items}, but the training data has {count} items in "
+                "all"
+            )
+    if search.configuration is None:
+        return
+    file = recipe.resolve(search.configuration)
+    adapt = recipe.adapt
+    _, groups = adapted(layout.family, adapt.target_modules, adapt.elastic_groups)
+    names = rank_groups(layout.linears, layout.family.blocks, groups if adapt.elastic else ())
+    try:
+        ranks = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        yield f"search.configuration: {file} can't be read: {error}"
+        return
+    wrong = not isinstance(ranks, dict) or set(ranks) != set(names)
+    if wrong or any(rank not in adapt.ranks for rank in ranks.values()):
+        yield (
+            f"search.configuration: {file}: expected a rank of {list(adapt.ranks)} for each of "
+            f"{', '.join(names)}"
+        )
+
+
+def _readable_examples(recipe: Recipe) -> int | None:
+    """Training items; None where they are on the hub, or their files are faults of their own."""
+    files = data_files(recipe, "train")
+    return count_examples(recipe) if all(file.is_file() for file in files) else None
+
+
+def _package_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    wanted = [("export.targets", name, name) for name in map(str, recipe.export.targets)]
+    if recipe.quantize.method == "nncf":
+        wanted.append(("quantize.method", "nncf", "openvino"))
+    for field, name, extra in wanted:
+        missing = [module for module in PACKAGES[name] if not installed(module)]
+        if missing:
+            yield (
+                f"{field}: {name} needs {', '.join(missing)}, not installed here; "
+                f"pip install 'sqft-export[{extra}]', or leave {name} out"
+            )
+
+
+def _graph_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    fused = "onnx" in recipe.export.targets and recipe.export.onnx_graph == "fused"
+    if fused and layout.family.builder is None:
+        yield (
+            "export.onnx_graph: found fused, but ONNX Runtime GenAI's builder is not used for "
+            f"{', '.join(layout.family.model_types)}; use standard, or auto"
+        )
+
+
+def _device_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    """Devices to measure on that no runtime of the recipe reaches here."""
+    wanted = [d for d in recipe.benchmark.targets if d not in ("auto", "cpu")]
+    found = devices() if wanted else []
+    runtimes = {*recipe.export.targets, "torch"}
+    for kind in wanted:
+        candidates = [d for d in found if d.kind == kind and d.runtime in runtimes]
+        if all(device.missing for device in candidates):
+            reasons = "; ".join(f"{d.runtime} ({d.name}): {d.missing}" for d in candidates)
+            yield (
+                f"benchmark.targets: found {kind}, which nothing reaches here "
+                f"({reasons or 'no runtime of export.targets knows it'}); auto takes what is here"
+            )
+
+
+CHECKS: tuple[FaultFinder, ...] = (
+    _task_faults,
+    _calibration_faults,
+    _target_module_faults,
+    _override_faults,
+    _pattern_faults,
+    _group_size_faults,
+    _existing_grid_faults,
+    _search_faults,
+    _package_faults,
+    _graph_faults,
+    _device_faults,
+)

@@ -1,0 +1,1 @@
+"""The recipe: sections and fields, read from YAML."""

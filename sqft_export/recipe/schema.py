@@ -1,0 +1,434 @@
+"""The recipe: YAML 1.2 to typed, frozen sections, checked as a whole before anything runs.
+
+Every field is described here once; a wrong one is reported with the file, the YAML path, the
+value found and what is allowed. Paths are relative to the recipe file; ``builtin:tiny`` is the
+folder of the embedded model.
+"""
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+BUILTIN = "builtin:"
+HUB = "hub:"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    """The base model: a local Hugging Face folder, or a model on the hub."""
+
+    path: str | None = Field(None, description="local folder, or builtin:tiny")
+    hub: str | None = Field(None, description="hub name, downloaded when the recipe runs")
+    revision: str | None = Field(None, description="commit or tag on the hub")
+    config: dict[str, Any] | None = Field(
+        None, description="expected config.json fields; lets plan work where the model is not"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give either path or hub")
+        return self
+
+
+class Problems(Section):
+    """Prompt and answer pairs in jsonl, scored by exact match of the generated answer."""
+
+    kind: Literal["problems"]
+    train: str = Field(description="jsonl of training items")
+    test: str = Field(description="jsonl of held-out items, read by benchmark and verify alone")
+    prompt: str = Field("{prompt}", description="template over the fields of an item")
+    answer: str = Field("{answer}", description="template over the fields of an item")
+    final: str | None = Field(
+        None, description="mark before the final answer, as #### in GSM8K; None compares it all"
+    )
+    max_new_tokens: int = Field(32, ge=1)
+    sequence_length: int = Field(256, ge=8, description="longest training example in tokens")
+
+
+class Dataset(Section):
+    """A dataset by name: its prompts, and its scoring as the SQFT authors and lm-eval have them."""
+
+    kind: Literal["dataset"]
+    name: Literal[
+        "gsm8k",
+        "math_10k",
+        "commonsense",
+        "arc_easy",
+        "arc_challenge",
+        "openbookqa",
+        "piqa",
+        "boolq",
+        "winogrande",
+        "hellaswag",
+    ]
+    folder: str | None = Field(
+        None, description="local folder with <set>/train.json and test.json; null: from the hub"
+    )
+    train_sets: tuple[str, ...] | None = Field(None, description="null: those of the name")
+    test_sets: tuple[str, ...] | None = Field(None, description="null: those of the name")
+    template: Literal["question", "alpaca", "phi3"] = Field(
+        "question", description="prompt of word problems and instructions"
+    )
+    max_new_tokens: int = Field(256, ge=1, description="of answers that are generated")
+    sequence_length: int = Field(512, ge=8, description="longest training example in tokens")
+
+
+class Text(Section):
+    """A plain text file; scored by perplexity and the share of tokens predicted right."""
+
+    kind: Literal["text"]
+    text: str = Field(description="text file; its last part is held out")
+    test_share: float = Field(0.1, gt=0, lt=1, description="share of the text that is held out")
+    sequence_length: int = Field(256, ge=8, description="tokens per training and test window")
+
+
+Task = Annotated[Problems | Dataset | Text, Field(discriminator="kind")]
+TASK_KINDS: dict[str, type[Section]] = {"problems": Problems, "dataset": Dataset, "text": Text}
+
+
+class Calibration(Section):
+    """The samples that sparsify and quantize see. Lengths may differ; nothing is padded."""
+
+    source: str = Field(
+        "task",
+        description="task: the training split; a .txt or .jsonl file; a local folder that the "
+        "datasets library reads; or hub:<dataset> on the Hugging Face hub",
+    )
+    subset: str | None = Field(None, description="configuration of a dataset, such as wikitext's")
+    split: str = Field("train", description="split of a dataset")
+    field: str = Field("text", description="field of a jsonl object or dataset row that is read")
+    samples: int = Field(128, ge=1)
+    sequence_length: int = Field(512, ge=8, description="tokens kept of each sample")
+
+
+class Amount(Section):
+    """How much is pruned."""
+
+    sparsity: float | None = Field(None, ge=0, lt=1, description="share dropped of each row")
+    pattern: str | None = Field(
+        None, pattern=r"^\d+:\d+$", description='N:M, N of every M columns kept, such as "2:4"'
+    )
+
+    def n_of_m(self) -> tuple[int, int] | None:
+        if self.pattern is None:
+            return None
+        n, m = self.pattern.split(":")
+        return int(n), int(m)
+
+    def check_pattern(self) -> None:
+        found = self.n_of_m()
+        if found and not 0 < found[0] < found[1]:
+            raise ValueError(f"pattern {self.pattern} must keep at least 1 of M and drop 1")
+
+
+class Override(Amount):
+    """Another amount for some Linears."""
+
+    modules: tuple[str, ...] = Field(
+        min_length=1,
+        description="last names (down_proj) or whole ones with wildcards (model.layers.0.*)",
+    )
+    skip: bool = Field(False, description="leave these Linears dense")
+
+    @model_validator(mode="after")
+    def _one_amount(self):
+        if sum([self.skip, self.sparsity is not None, self.pattern is not None]) != 1:
+            raise ValueError("give one of skip, sparsity and pattern")
+        self.check_pattern()
+        return self
+
+
+class Sparsify(Amount):
+    method: Literal["wanda", "sparsegpt", "magnitude", "given", "none"] = Field(
+        "wanda", description="given: the model is sparse already, its zeros are the mask"
+    )
+    overrides: tuple[Override, ...] = Field((), description="the first that matches counts")
+    allocation: Literal["uniform", "output-error"] = Field(
+        "uniform",
+        description="output-error: Linears without an override differ, up to 0.15 from sparsity, "
+        "so that their summed relative output error is least at the same sparsity over all",
+    )
+
+    @model_validator(mode="after")
+    def _one_measure(self):
+        if self.method in ("none", "given"):
+            if self.sparsity is not None or self.pattern or self.overrides or self.allocated:
+                raise ValueError(f"method {self.method} takes no amounts")
+        elif (self.sparsity is None) == (self.pattern is None):
+            raise ValueError("give either sparsity or pattern")
+        elif self.allocated and self.pattern:
+            raise ValueError("allocation output-error goes with sparsity, not with pattern")
+        self.check_pattern()
+        return self
+
+    @property
+    def allocated(self) -> bool:
+        return self.allocation == "output-error"
+
+
+class Nncf(Section):
+    """What NNCF does to find codes and grid (its weight compression, a block at a time)."""
+
+    awq: bool = True
+    scale_estimation: bool = True
+    gptq: bool = False
+    int4_ratio: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of each block's weights in INT4; the most sensitive rest is INT8 per "
+        "channel",
+    )
+    sensitivity: Literal[
+        "weight_quantization_error",
+        "hessian_input_activation",
+        "mean_activation_variance",
+        "max_activation_variance",
+        "mean_activation_magnitude",
+    ] = Field("hessian_input_activation", description="what ranks the layers")
+
+
+class Quantize(Section):
+    method: Literal["gptq", "rtn", "nncf", "given", "none"] = Field(
+        "gptq", description="given: the model is a GPTQ checkpoint, its codes and grid are taken"
+    )
+    bits: Literal[4, 8] = 4
+    group_size: Literal[16, 32, 64, 128] | None = Field(
+        64, description="inputs that share a scale; null is per channel"
+    )
+    symmetric: bool = True
+    group_size_fallback: Literal["allow", "error"] = Field(
+        "allow",
+        description="where group_size does not divide a layer's inputs: the largest smaller power "
+        "of two from 16 up that does, else per channel; or refuse",
+    )
+    damping: float = Field(0.01, gt=0, lt=1, description="share of the mean diagonal added by GPTQ")
+    embedding_bits: Literal[8] | None = Field(
+        None, description="8: embedding and head in INT8, one scale a row; null: as stored"
+    )
+    nncf: Nncf = Nncf()
+
+    @model_validator(mode="after")
+    def _nncf_fits(self):
+        if self.method != "nncf" and self.nncf != Nncf():
+            raise ValueError(f"nncf: settings for method nncf, but method is {self.method}")
+        if self.method == "nncf" and self.bits == 8 and self.group_size is not None:
+            raise ValueError("NNCF's INT8 is per channel: set group_size: null")
+        if self.method in ("none", "given") and self.embedding_bits:
+            raise ValueError(f"embedding_bits: method {self.method} quantizes nothing")
+        return self
+
+
+class Distill(Section):
+    """Part of the loss: the divergence from a teacher's next-token distribution."""
+
+    teacher: Literal["dense", "dense-lora"] = Field(
+        "dense", description="the base model, or the base model with LoRA trained on the task"
+    )
+    weight: float = Field(0.5, gt=0, le=1, description="of the divergence; the rest is the loss")
+    temperature: float = Field(1.0, gt=0)
+
+
+class Adapt(Section):
+    """Elastic sparse LoRA. Defaults are the paper's (arXiv 2410.03750)."""
+
+    pipeline: Literal["shears", "sparsepeft", "sqft", "qa-sparsepeft"] = Field(
+        "qa-sparsepeft",
+        description="sparsepeft: masked adapter, merges into sparse floats; qa-sparsepeft: trained "
+        "through the grid too, merges into sparse codes; shears, sqft: plain adapter, unmerged, "
+        "from a sparse float or quantized base",
+    )
+    merge_dense: bool = Field(
+        False, description="shears: merge all the same; the result is no longer sparse"
+    )
+    elastic: bool = Field(True, description="false: every adapter has the highest rank throughout")
+    trainable_scales: bool = Field(False, description="qa-sparsepeft: the grid's scales move too")
+    scale_learning_rate: float = Field(
+        0.1, gt=0, description="of trainable scales, as a share of learning_rate, per relative step"
+    )
+    distill: Distill | None = Field(None, description="learn from a teacher as well")
+    target_modules: tuple[str, ...] | None = Field(
+        None, description="Linears with an adapter, by their last name; null: the family's"
+    )
+    ranks: tuple[int, ...] = Field(
+        (32, 28, 24, 20, 16), min_length=1, description="ranks of the elastic groups"
+    )
+    elastic_groups: tuple[tuple[str, ...], ...] | None = Field(
+        None,
+        description="modules that share one drawn rank in a block; other targets keep the highest; "
+        "null: the family's",
+    )
+    alpha: float = Field(64, gt=0, description="the update is scaled by alpha / highest rank")
+    dropout: float = Field(0.1, ge=0, lt=1, description="on the adapter alone")
+    learning_rate: float = Field(3e-4, gt=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = Field(100, ge=0)
+    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, ge=1)
+    batch: int = Field(16, ge=1)
+    accumulation: int = Field(1, ge=1)
+    weight_decay: float = Field(0.0, ge=0)
+    loss_on: Literal["answer", "all"] = Field("all", description="tokens that enter the loss")
+    precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    save_steps: int = Field(100, ge=1, description="an interrupted training continues from here")
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give either epochs or steps")
+        if min(self.ranks) < 1 or len(set(self.ranks)) < len(self.ranks):
+            raise ValueError(f"ranks must be positive and different, found {list(self.ranks)}")
+        elastic = [name for group in self.elastic_groups or () for name in group]
+        if strangers := sorted(set(elastic) - set(self.target_modules or elastic)):
+            raise ValueError(f"elastic_groups name {strangers}, which are not in target_modules")
+        if len(set(elastic)) < len(elastic):
+            raise ValueError("a module stands in two elastic_groups")
+        if self.merge_dense and self.pipeline != "shears":
+            raise ValueError(f"merge_dense is for shears, found {self.pipeline}")
+        if self.trainable_scales and self.pipeline != "qa-sparsepeft":
+            raise ValueError(f"trainable_scales is for qa-sparsepeft, found {self.pipeline}")
+        return self
+
+    @property
+    def on_grid(self) -> bool:
+        """The base is quantized."""
+        return self.pipeline in ("sqft", "qa-sparsepeft")
+
+    @property
+    def masked(self) -> bool:
+        """The update is kept inside the pruning mask."""
+        return self.pipeline in ("sparsepeft", "qa-sparsepeft")
+
+    @property
+    def unmerged(self) -> bool:
+        """The adapter is not merged."""
+        return self.pipeline == "sqft" or (self.pipeline == "shears" and not self.merge_dense)
+
+    @property
+    def max_rank(self) -> int:
+        return max(self.ranks)
+
+
+class Search(Section):
+    """The rank of every elastic group, chosen on items set aside from the training data."""
+
+    strategy: Literal[
+        "median",
+        "maximal",
+        "minimal",
+        "given",
+        "frequent",
+        "lowest-loss",
+        "hill-climb",
+        "evolutionary",
+    ] = "median"
+    budget: int = Field(20, ge=1, description="evaluations at most, of strategies that evaluate")
+    items: int = Field(64, ge=1, description="training items set aside for them to be scored on")
+    configuration: str | None = Field(None, description="given: a search's configuration.json")
+
+    @model_validator(mode="after")
+    def _given_fits(self):
+        if (self.configuration is not None) != (self.strategy == "given"):
+            raise ValueError("configuration and strategy given go together")
+        return self
+
+    @property
+    def evaluates(self) -> bool:
+        return self.strategy in ("lowest-loss", "hill-climb", "evolutionary")
+
+
+class Export(Section):
+    targets: tuple[Literal["openvino", "onnx"], ...] = ("openvino", "onnx")
+    onnx_graph: Literal["auto", "fused", "standard"] = Field(
+        "auto",
+        description="fused: the operators of ONNX Runtime GenAI; standard: ONNX's own and "
+        "MatMulNBits, which onnx.checker and OpenVINO read too; auto: fused where GenAI's builder "
+        "knows the model",
+    )
+    sparse_files: bool = Field(
+        False, description="a packed copy of every deployment too, which zeros make smaller"
+    )
+    entropy: bool = Field(
+        False, description="packed copies compressed as well: smaller, and slower to load"
+    )
+
+    @model_validator(mode="after")
+    def _entropy_fits(self):
+        if self.entropy and not self.sparse_files:
+            raise ValueError("entropy is for packed copies; set sparse_files: true")
+        return self
+
+
+class Verify(Section):
+    prompts: int = Field(32, ge=1, description="test prompts whose greedy tokens must be equal")
+    new_tokens: int = Field(16, ge=1)
+    tolerance: float = Field(
+        1e-4, gt=0, description="largest logit difference, in standard deviations of the logits"
+    )
+
+
+class Benchmark(Section):
+    items: int = Field(400, ge=1, description="test items scored, the same for every row")
+    baselines: tuple[
+        Literal["dense", "dense-lora", "sparse", "sparse-quantized", "adapted", "merged"], ...
+    ] = ("dense", "dense-lora", "sparse", "sparse-quantized", "adapted", "merged")
+    targets: tuple[Literal["auto", "cpu", "gpu", "npu"], ...] = Field(
+        ("cpu",),
+        min_length=1,
+        description="devices that deployments are measured on; auto: all that are here",
+    )
+    prompt_tokens: int = Field(32, ge=1, description="prompt length of the latency measurement")
+    new_tokens: int = Field(32, ge=2)
+    repeats: int = Field(5, ge=2)
+    threads: int | None = Field(None, ge=1, description="null: one per processor")
+
+
+class Recipe(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = 42
+    model: Model
+    task: Task
+    calibration: Calibration = Calibration()
+    sparsify: Sparsify
+    quantize: Quantize
+    adapt: Adapt
+    search: Search = Search()
+    export: Export = Export()
+    verify: Verify = Verify()
+    benchmark: Benchmark = Benchmark()
+    _file: Path = pydantic.PrivateAttr(default=Path())
+
+    @model_validator(mode="after")
+    def _pipeline_fits(self):
+        quantized = self.quantize.method != "none"
+        if quantized != self.adapt.on_grid:
+            raise ValueError(
+                f"adapt.pipeline {self.adapt.pipeline} does not go with quantize.method "
+                f"{self.quantize.method}: qa-sparsepeft and sqft train on a grid, sparsepeft and "
+                "shears on floats"
+            )
+        return self
+
+    def resolve(self, path: str) -> Path:
+        """A path of the recipe as one of this machine."""
+        if path.startswith(BUILTIN):
+            return Path(__file__).parent.parent / "builtin" / path.removeprefix(BUILTIN)
+        return (self._file.parent / path).resolve()
+
+    @property
+    def file(self) -> Path:
+        return self._file
+
+
+def matches(name: str, modules: tuple[str, ...]) -> bool:
+    """Whether a Linear is meant: by its last name, or by its whole one with wildcards."""
+    last = name.rsplit(".", 1)[1]
+    return any(fnmatchcase(name, module) or last == module for module in modules)

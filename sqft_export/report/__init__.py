@@ -1,0 +1,1 @@
+"""Reports: what measured numbers become for a reader."""

@@ -1,0 +1,85 @@
+"""What a report says: ``report.json``, and the cells of its table."""
+
+import json
+from typing import Any
+
+from sqft_export.measure.machine import machine_facts
+from sqft_export.recipe.schema import Recipe
+from sqft_export.run.artifact import Artifact
+
+SCHEMA = 2
+MEASURES = {
+    "problems": "exact match",
+    "dataset": "answered right",
+    "text": "tokens predicted right",
+}
+COLUMNS = (
+    ("model", lambda r: r["name"]),
+    ("accuracy", lambda r: _accuracy(r)),
+    ("perplexity", lambda r: f"{r['perplexity']:.3f}"),
+    ("sparsity", lambda r: f"{100 * r['sparsity']:.1f} %"),
+    ("files", lambda r: f"{r['file_bytes'] / 1e6:.2f} MB"),
+    ("TTFT ms", lambda r: _latency(r["ttft"])),
+    ("TPOT ms", lambda r: _latency(r["tpot"])),
+    ("peak memory", lambda r: f"{r['peak_memory_bytes'] / 2**20:.0f} MiB"),
+)
+
+
+def _accuracy(row: dict[str, Any]) -> str:
+    share = f"{100 * row['accuracy']:.1f} %"
+    if row["interval"] is None:
+        return share
+    low, high = row["interval"]
+    return f"{share} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _latency(spread: dict[str, float]) -> str:
+    return f"{spread['median_ms']:.2f} ({spread['p10_ms']:.2f} to {spread['p90_ms']:.2f})"
+
+
+def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The table of numbers, a header row first."""
+    return [[name for name, _ in COLUMNS], *([cell(row) for _, cell in COLUMNS] for row in rows)]
+
+
+def _passes(inputs: dict[str, Artifact]) -> list[dict[str, Any]]:
+    return [
+        {"pass": name, "key": artifact.key[:16], "seconds": artifact.manifest["seconds"]}
+        for name, artifact in inputs.items()
+    ]
+
+
+def _layers(inputs: dict[str, Artifact]) -> list[dict[str, Any]]:
+    """Sparsity, bits and group size of every decoder Linear of the merged model."""
+    sparsity = inputs["merge"].metrics["sparsity"]
+    grids = inputs["quantize"].metrics if "quantize" in inputs else {"group_size": {}, "bits": {}}
+    return [
+        {
+            "layer": name,
+            "sparsity": share,
+            "bits": grids["bits"].get(name),
+            "group_size": grids["group_size"].get(name),
+        }
+        for name, share in sparsity.items()
+        if name != "all"
+    ]
+
+
+def report_of_run(recipe: Recipe, inputs: dict[str, Artifact]) -> dict[str, Any]:
+    """``report.json``: every number of the page, each from a sealed artifact."""
+    benchmark = json.loads((inputs["benchmark"].path / "results.json").read_text())
+    return {
+        "schema": SCHEMA,
+        "recipe": recipe.model_dump(mode="json"),
+        "measure": MEASURES[recipe.task.kind],
+        "rows": benchmark["rows"],
+        "settings": benchmark["settings"],
+        "verify": inputs["verify"].metrics["checks"],
+        "passes": _passes(inputs),
+        "layers": _layers(inputs),
+        "search": inputs["search"].metrics,
+        "adapt": inputs["adapt"].metrics,
+        "warnings": [w for a in inputs.values() for w in a.metrics.get("warnings", [])],
+        "machine": machine_facts(),
+        "versions": inputs["benchmark"].manifest["environment"]["versions"],
+    }

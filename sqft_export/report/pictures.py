@@ -1,0 +1,232 @@
+"""The report's pictures, as inline SVG through matplotlib."""
+
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+
+matplotlib.use("svg")
+
+
+COLOURS = {"torch": "#4c72b0", "openvino": "#dd8452", "onnx": "#55a868"}
+
+
+# A fixed salt and no date: the same numbers give the same bytes.
+matplotlib.rcParams.update(
+    {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "sqft-export",
+        "font.family": "sans-serif",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+    }
+)
+
+
+def _svg(draw: Callable[[Any], None], width: float = 7.5, height: float = 3.4) -> str:
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    draw(axes)
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # Black becomes the page's own text colour, so that dark mode is readable.
+    return re.sub(r"#000000|(?<=: )black", "currentColor", svg)
+
+
+def _colours(rows: list[dict]) -> list[str]:
+    return [COLOURS[row["runtime"]] for row in rows]
+
+
+def _slant(axes: Any) -> None:
+    for label in axes.get_xticklabels():
+        label.set(rotation=25, ha="right", rotation_mode="anchor")
+
+
+def search_front(front: list[dict], measure: str) -> str:
+    """Accuracy against adapter parameters of all that search evaluated."""
+
+    def draw(axes: Any) -> None:
+        axes.scatter(
+            [entry["parameters"] / 1e3 for entry in front],
+            [100 * entry["accuracy"] for entry in front],
+            color=COLOURS["torch"],
+        )
+        axes.set_xlabel("adapter parameters, thousands")
+        axes.set_ylabel(f"{measure}, % of validation items")
+
+    return _svg(draw)
+
+
+def accuracy_along_passes(rows: list[dict], measure: str) -> str:
+    def draw(axes: Any) -> None:
+        names = [row["name"] for row in rows]
+        bars = axes.bar(names, [100 * row["accuracy"] for row in rows], color=_colours(rows))
+        axes.bar_label(bars, fmt="%.1f", padding=2)
+        axes.set_ylabel(f"{measure}, %")
+        axes.set_ylim(0, 112)
+        axes.set_yticks(range(0, 101, 20))
+        axes.grid(axis="x", visible=False)
+        _slant(axes)
+
+    return _svg(draw, height=3.8)
+
+
+COSTS: dict[str, tuple[str, Callable[[dict], float]]] = {
+    "file_bytes": ("model files, MB", lambda row: row["file_bytes"] / 1e6),
+    "tpot": ("time per output token, ms (median)", lambda row: row["tpot"]["median_ms"]),
+}
+
+
+def pareto(points: list["Point"]) -> list["Point"]:
+    """Points that no other one beats in both cost (first) and accuracy (second), by cost."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not front or point[1] > front[-1][1]:
+            front.append(point)
+    return front
+
+
+def _plane(axes: Any, rows: list[dict], measure: str, cost: str, room: float) -> list["Point"]:
+    """Axes of cost and accuracy with the line of what nothing beats; the rows as points."""
+    label, cost_of = COSTS[cost]
+    points = [(cost_of(row), 100 * row["accuracy"]) for row in rows]
+    front = zip(*pareto(points), strict=True)
+    axes.step(*front, where="post", color="#888888", lw=1, zorder=2)
+    axes.set_xlabel(label)
+    axes.set_ylabel(f"{measure}, %")
+    axes.margins(y=0.2)
+    axes.set_xlim(0, room * max(x for x, _ in points))
+    return points
+
+
+def accuracy_against(rows: list[dict], measure: str, cost: str) -> str:
+    """Accuracy against ``file_bytes`` or ``tpot``; the line joins what nothing else beats."""
+
+    def draw(axes: Any) -> None:
+        points = _plane(axes, rows, measure, cost, 1.3)
+        for (x, y), row in zip(points, rows, strict=True):
+            axes.scatter(x, y, color=COLOURS[row["runtime"]], s=45, zorder=3)
+        for (x, y), names in _clusters(axes, points, [row["name"] for row in rows]):
+            # Below, where neither the line nor what costs more is.
+            axes.annotate(
+                "\n".join(names),
+                (x, y),
+                xytext=(-4, -7),
+                textcoords="offset points",
+                va="top",
+                size=9,
+            )
+
+    return _svg(draw, height=4.2)
+
+
+MARKERS = {"torch": "o", "openvino": "s", "onnx": "^"}
+
+
+def runs_against(rows: list[dict], measure: str, cost: str) -> str:
+    """As :func:`accuracy_against` for rows with a ``run``: a colour a run, a shape a runtime."""
+
+    def draw(axes: Any) -> None:
+        points = _plane(axes, rows, measure, cost, 1.1)
+        colours = {run: f"C{i}" for i, run in enumerate(dict.fromkeys(r["run"] for r in rows))}
+        for (x, y), row in zip(points, rows, strict=True):
+            axes.scatter(x, y, color=colours[row["run"]], marker=MARKERS[row["runtime"]], s=45)
+        for run, colour in colours.items():
+            axes.scatter([], [], color=colour, marker="D", label=run)
+        for runtime, marker in MARKERS.items():
+            axes.scatter([], [], color="#888888", marker=marker, label=runtime)
+        axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+
+    return _svg(draw, height=4.2)
+
+
+Point = tuple[float, float]
+
+
+def _clusters(axes: Any, points: list[Point], names: list[str]) -> list[tuple[Point, list[str]]]:
+    """Points too close for a label each, with one list of names at the rightmost of them."""
+    clusters: list[tuple[Point, list[str]]] = []
+    for point, name in sorted(zip(points, names, strict=True), reverse=True):
+        x, y = axes.transLimits.transform(point)
+        for other, others in clusters:
+            there = axes.transLimits.transform(other)
+            if abs(there[0] - x) < 0.16 and abs(there[1] - y) < 0.06:
+                others.append(name)
+                break
+        else:
+            clusters.append((point, [name]))
+    return clusters
+
+
+def latency_bars(rows: list[dict]) -> str:
+    def draw(axes: Any) -> None:
+        positions = range(len(rows))
+        for offset, key, label, alpha in (
+            (-0.2, "ttft", "time to first token", 0.55),
+            (0.2, "tpot", "time per output token", 1.0),
+        ):
+            middle = [row[key]["median_ms"] for row in rows]
+            low = [row[key]["median_ms"] - row[key]["p10_ms"] for row in rows]
+            high = [row[key]["p90_ms"] - row[key]["median_ms"] for row in rows]
+            axes.bar(
+                [p + offset for p in positions],
+                middle,
+                0.38,
+                yerr=[low, high],
+                color=_colours(rows),
+                alpha=alpha,
+                ecolor="#888888",
+                capsize=3,
+                label=label,
+            )
+        axes.set_xticks(list(positions), [row["name"] for row in rows])
+        _slant(axes)
+        axes.set_ylabel("ms (median, p10 to p90)")
+        axes.grid(axis="x", visible=False)
+        axes.legend(["time to first token (light)", "time per output token (full)"], frameon=False)
+
+    return _svg(draw, height=3.8)
+
+
+def sparsity_by_layer(layers: list[dict]) -> str:
+    """Share of zero weights of every Linear, by block: one line for all of a name."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for layer in layers:
+        block = next(int(part) for part in layer["layer"].split(".") if part.isdigit())
+        name = layer["layer"].rsplit(".", 1)[1]
+        lines.setdefault(name, []).append((block, 100 * layer["sparsity"]))
+
+    def draw(axes: Any) -> None:
+        for name, points in lines.items():
+            axes.plot(*zip(*points, strict=True), "o-", ms=4, lw=1, alpha=0.8, label=name)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("decoder block")
+        axes.set_ylabel("zero weights, %")
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(0, low - 2), min(100, high + 2))
+        axes.legend(frameon=False, ncols=2, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+    return _svg(draw)
+
+
+def training_curve(log: list[dict]) -> str:
+    def draw(axes: Any) -> None:
+        axes.plot([e["step"] for e in log], [e["loss"] for e in log], color="#4c72b0", lw=1)
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("loss")
+        if log and log[0]["ranks"]:
+            right = axes.twinx()
+            means = [sum(e["ranks"].values()) / len(e["ranks"]) for e in log]
+            right.plot([e["step"] for e in log], means, ".", color="#dd8452", ms=3, alpha=0.6)
+            right.set_ylabel("mean rank drawn", color="#dd8452")
+            right.spines["right"].set_visible(True)
+            right.grid(visible=False)
+
+    return _svg(draw)

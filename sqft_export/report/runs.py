@@ -1,0 +1,153 @@
+"""`sqft-export compare`: what several runs made, on one page.
+
+Reads ``report.json`` alone, so runs can come from other machines. A run is named after the settings
+in which it differs from the others.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqft_export.errors import UserError
+from sqft_export.measure.rows import MADE
+from sqft_export.report import pictures
+from sqft_export.report.document import SCHEMA, cells
+from sqft_export.report.html import render
+from sqft_export.report.text import markdown
+from sqft_export.run.artifact import MANIFEST
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A report and the settings of its recipe, as ``path -> value``."""
+
+    key: str
+    document: dict[str, Any]
+    settings: dict[str, Any]
+
+
+def report_of(folder: Path) -> Path:
+    """The report in a folder: its own, or the latest of a run.
+
+    :raises UserError: if there is none.
+    """
+    if (folder / REPORT).is_file():
+        return folder / REPORT
+    found = [f for f in folder.glob(f"report-*/{REPORT}") if (f.parent / MANIFEST).is_file()]
+    if not found:
+        raise UserError(f"{folder}: neither a report nor a run with one; expected {REPORT} in it")
+    return max(found, key=lambda file: file.stat().st_mtime)
+
+
+def read_run(folder: Path) -> Run:
+    """:raises UserError: if there is no report, or it is of another version."""
+    file = report_of(folder)
+    document = json.loads(file.read_text())
+    if document.get("schema") != SCHEMA:
+        raise UserError(
+            f"{file}: schema {document.get('schema')!r}, this program reads {SCHEMA}; run the "
+            "recipe again"
+        )
+    return Run(file.parent.name, document, dict(_flat(document["recipe"])))
+
+
+def _flat(node: Any, path: str = "") -> list[tuple[str, Any]]:
+    if isinstance(node, dict):
+        return [pair for key, value in node.items() for pair in _flat(value, f"{path}.{key}")]
+    return [(path.removeprefix("."), node)]
+
+
+def differing(runs: list[Run]) -> list[str]:
+    """Settings that are not the same in all runs."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    return [name for name in names if len({json.dumps(run.settings.get(name)) for run in runs}) > 1]
+
+
+def _named(runs: list[Run], fields: list[str]) -> list[str]:
+    """A short name of every run: its differing settings, or its place in the list."""
+    told = [f for f in fields if not f.startswith(("name", "model", "task.", "benchmark."))] or [
+        f for f in fields if f == "name"
+    ]
+    names = [
+        ", ".join(f"{f.rsplit('.', 1)[1] if '.' in f else f} {run.settings.get(f)}" for f in told)
+        for run in runs
+    ]
+    return [
+        name if name and names.count(name) == 1 else f"{name or 'run'} ({number})"
+        for number, name in enumerate(names, 1)
+    ]
+
+
+def comparison_of(runs: list[Run]) -> dict[str, Any]:
+    """What the page says, as one document.
+
+    :raises UserError: if the runs were scored by different measures.
+    """
+    measures = {run.document["measure"] for run in runs}
+    if len(measures) > 1:
+        raise UserError(f"compare: runs measure {' and '.join(sorted(measures))}; expected one")
+    fields = differing(runs)
+    names = _named(runs, fields)
+    rows = [
+        row | {"name": f"{name}: {row['name']}", "run": name}
+        for name, run in zip(names, runs, strict=True)
+        for row in run.document["rows"]
+        if row["name"].startswith(MADE)  # how they were made is in each run's own report
+    ]
+    machines: list[dict[str, Any]] = []
+    for run in runs:
+        if run.document["machine"] not in machines:
+            machines.append(run.document["machine"])
+    warnings = []
+    if len(machines) > 1:
+        warnings.append("The runs are of different machines; their latencies can't be compared")
+    if len({json.dumps(run.settings.get("task.test")) for run in runs}) > 1:
+        warnings.append("The runs were not scored on the same items")
+    return {
+        "measure": measures.pop(),
+        "runs": [
+            {"name": name, "key": run.key, "settings": {f: run.settings.get(f) for f in fields}}
+            for name, run in zip(names, runs, strict=True)
+        ],
+        "fields": fields,
+        "rows": rows,
+        "warnings": warnings,
+        "machines": machines,
+    }
+
+
+def _marked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, those on the front of accuracy and bytes with a mark."""
+    points = [(float(row["file_bytes"]), 100 * row["accuracy"]) for row in rows]
+    front = pictures.pareto(points)
+    return [
+        row | {"name": f"{row['name']} *" if point in front else row["name"]}
+        for row, point in zip(rows, points, strict=True)
+    ]
+
+
+def compare_runs(folders: list[Path], out: Path) -> dict[str, Any]:
+    """Write ``index.html``, ``comparison.json`` and ``comparison.md`` of several runs.
+
+    :param folders: runs or reports, two at least.
+    :raises UserError: if one has no report, or they can't be compared.
+    """
+    if len(folders) < 2:
+        raise UserError(f"compare: found {len(folders)} run; two or more are expected")
+    document = comparison_of([read_run(folder) for folder in folders])
+    rows, measure = document["rows"], document["measure"]
+    drawn = [
+        ("Accuracy against file size", pictures.runs_against(rows, measure, "file_bytes")),
+        ("Accuracy against latency", pictures.runs_against(rows, measure, "tpot")),
+        ("Latency", pictures.latency_bars(rows)),
+    ]
+    table = cells(_marked(rows))
+    out.mkdir(parents=True, exist_ok=True)
+    page = render("comparison.html", document=document, table=table, pictures=drawn)
+    (out / "comparison.json").write_text(json.dumps(document, indent=2) + "\n")
+    (out / "comparison.md").write_text(markdown(table))
+    (out / "index.html").write_text(page)
+    return document

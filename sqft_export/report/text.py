@@ -1,0 +1,95 @@
+"""Tables as plain text and as Markdown; needs no library."""
+
+from typing import Any
+
+
+def plan_text(document: dict[str, Any]) -> str:
+    """What ``run.preview`` foretold."""
+    lines = [f"{document['recipe']}: {document['model']}, {document['weights']:,} weights"]
+    for step in document["passes"]:
+        lines.append(
+            f"  {step['pass']:16} {'cached' if step['cached'] else 'to run'} "
+            f"{step['predicted_bytes'] / 2**20:10.1f} MiB on disk"
+            f"{step['predicted_memory_bytes'] / 2**30:8.1f} GiB of memory"
+            f"  {_duration(step['predicted_seconds'])}"
+        )
+    for name in ("disk", "memory"):
+        needed, free = document[name].values()
+        short = "" if free >= needed else ": too little, a run will be refused here"
+        lines.append(
+            f"  {name} {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free{short}"
+        )
+    machine, asked = document["machine"], document["group_size"]
+    flops, disk = machine["flops"] / 1e9, machine["disk"] / 1e6
+    lines.append(f"  times for {flops:.0f} GFLOP/s, {disk:.0f} MB/s of disk")
+    for name, size in document["group_size_fallback"].items():
+        lines.append(f"  {name}: group_size {asked} does not divide its inputs; {size} is used")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "time depends on data that is not here"
+    if seconds < 90:
+        return f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+
+
+def deployments_text(document: dict[str, Any]) -> str:
+    """What ``measure.deployments`` found, for a terminal."""
+    lines = _latency_table(document)
+    for ratio in document["ratios"]:
+        note = f"  ({ratio['warning']})" if ratio["warning"] else ""
+        lines.append(
+            f"{ratio['figure']}: {ratio['folder']} / {ratio['over']} = {ratio['ratio']:.2f} "
+            f"({ratio['low']:.2f} to {ratio['high']:.2f}){note}"
+        )
+    for row in document.get("accuracy", []):
+        low_high = row["interval"]
+        interval = f" ({low_high[0]:.1%} to {low_high[1]:.1%})" if low_high else ""
+        lines.append(
+            f"accuracy: {row['folder']} {row['accuracy']:.1%}{interval}, perplexity "
+            f"{row['perplexity']:.3f}"
+            + (f", p {row['p_same_as_first']:.2g} to be the first's" if low_high else "")
+        )
+    for row in document.get("agreement", []):
+        lines.append(
+            f"agreement: {row['folder']} {row['agreement']:.1%} ({row['low']:.1%} to "
+            f"{row['high']:.1%}) of {row['tokens']} tokens, KL {row['kl_nats']:.2g} nats"
+        )
+    machine = document["machine"]
+    versions = ", ".join(f"{k} {v}" for k, v in document["versions"].items())
+    lines.append(f"{machine['processor']}, {machine['cores']} cores, {versions}")
+    return "\n".join(lines)
+
+
+def _latency_table(document: dict[str, Any]) -> list[str]:
+    lengths = list(next(iter(document["folders"].values()))["ttft_ms"])
+    batches = list(next(iter(document["folders"].values()))["tokens_per_second"])
+    header = ["deployment", "files MB", "load s", *(f"TTFT {n}" for n in lengths)]
+    header += ["TPOT ms", "p90", "p99", *(f"tok/s x{b}" for b in batches), "peak MiB", "J/token"]
+    rows = [header]
+    for name, row in document["folders"].items():
+        tpot, joules = row["tpot_ms"], row["joules_per_token"]
+        cells = [name, f"{row['file_bytes'] / 1e6:.2f}", f"{row['load_seconds']['median']:.2f}"]
+        cells += [f"{row['ttft_ms'][n]['median']:.2f}" for n in lengths]
+        cells += [f"{tpot[key]:.2f}" for key in ("median", "p90", "p99")]
+        cells += [f"{row['tokens_per_second'][b]:.0f}" for b in batches]
+        cells += [f"{row['peak_memory_bytes'] / 2**20:.0f}"]
+        cells += [f"{joules:.2f}" if joules is not None else "not measurable here"]
+        rows.append(cells)
+    return _aligned(rows)
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+
+
+def markdown(table: list[list[str]]) -> str:
+    """A table for pasting, its first row the header."""
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]]) + "\n"

@@ -1,0 +1,1 @@
+"""Running a recipe: keys, skipping, sealing, several processes."""

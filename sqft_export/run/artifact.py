@@ -1,0 +1,167 @@
+"""Artifacts: a directory sealed by ``manifest.json``, found again by the hash of its facts.
+
+A stage writes into ``<stage>-<key>.partial``. Sealing lists every file with its SHA-256, writes
+the manifest last and renames the directory: an artifact that exists is whole. An interrupted
+stage leaves only its ``.partial``, which the next run continues from or starts over.
+"""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqft_export.errors import UserError
+
+MANIFEST = "manifest.json"
+RECORDED = ("torch", "transformers", "peft", "openvino", "onnxruntime", "onnxruntime-genai")
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A sealed directory and what its manifest says."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        return self.manifest["key"]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return self.manifest["metrics"]
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def key_of(facts: dict[str, Any]) -> str:
+    """SHA-256 of the facts as canonical JSON, 64 hex digits."""
+    canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def files_of(directory: Path) -> list[Path]:
+    return sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of a directory's files."""
+    if path.is_file():
+        return sha256_of(path)
+    names = {str(file.relative_to(path)): sha256_of(file) for file in files_of(path)}
+    return key_of(names)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, host and time: recorded in the manifest, no part of the key."""
+    versions: dict[str, str | None] = {}
+    for name in ("sqft-export", *RECORDED):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "versions": versions,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+class Store:
+    """The artifacts of one recipe: ``<root>/<stage>-<first 16 digits of key>/``."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def path_of(self, stage: str, key: str) -> Path:
+        return self.root / f"{stage}-{key[:16]}"
+
+    def partial_of(self, stage: str, key: str) -> Path:
+        return self.path_of(stage, key).with_suffix(".partial")
+
+    def find(self, stage: str, key: str) -> Artifact | None:
+        """The sealed artifact of this key, every file checked; None if there is none.
+
+        :raises UserError: naming the file that is missing, added or changed since it was sealed.
+        """
+        path = self.path_of(stage, key)
+        if not (path / MANIFEST).exists():
+            return None
+        return check_artifact(path, key)
+
+    def open_partial(self, stage: str, key: str, resumes: bool) -> Path:
+        """The directory a stage works in; kept from an interrupted run if the stage resumes."""
+        partial = self.partial_of(stage, key)
+        if partial.exists() and not resumes:
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        for unsealed in (MANIFEST, MANIFEST + ".new"):
+            (partial / unsealed).unlink(missing_ok=True)
+        return partial
+
+    def seal(
+        self,
+        partial: Path,
+        stage: str,
+        facts: dict[str, Any],
+        metrics: dict[str, Any],
+        seconds: float,
+    ) -> Artifact:
+        """Write the manifest and rename the directory; from then on the artifact exists."""
+        key = key_of(facts)
+        manifest = {
+            "stage": stage,
+            "key": key,
+            "facts": facts,
+            "metrics": metrics,
+            "seconds": round(seconds, 3),
+            "environment": environment(),
+            "files": {str(f.relative_to(partial)): sha256_of(f) for f in files_of(partial)},
+        }
+        temporary = partial / (MANIFEST + ".new")
+        with temporary.open("w") as stream:
+            json.dump(manifest, stream, indent=2)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.rename(partial / MANIFEST)
+        path = self.path_of(stage, key)
+        if path.exists():  # a directory without a manifest: not an artifact
+            shutil.rmtree(path)
+        partial.rename(path)
+        return Artifact(path, manifest)
+
+
+def read_artifact(path: Path) -> Artifact:
+    """The manifest alone, its files not checked."""
+    return Artifact(path, json.loads((path / MANIFEST).read_text()))
+
+
+def check_artifact(path: Path, key: str) -> Artifact:
+    """Read a sealed artifact and compare every file with its digest."""
+    way_out = f"delete {path} and run again"
+    try:
+        artifact = read_artifact(path)
+        listed = artifact.manifest["files"]
+        same_key = artifact.key == key
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path / MANIFEST} is damaged: {error}; {way_out}") from error
+    if not same_key:
+        raise UserError(f"{path / MANIFEST} belongs to another key; {way_out}")
+    found = {str(f.relative_to(path)) for f in files_of(path)}
+    if odd := sorted(found ^ set(listed)):
+        raise UserError(f"{path} has missing or added files: {', '.join(odd)}; {way_out}")
+    for name, digest in listed.items():
+        if sha256_of(path / name) != digest:
+            raise UserError(f"{path / name} is damaged: its SHA-256 is not {digest}; {way_out}")
+    return artifact

@@ -1,0 +1,206 @@
+"""Check everything, key each pass, skip or run it, seal what it made."""
+
+import contextlib
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sqft_export.errors import UserError
+from sqft_export.model.hub import model_folder
+from sqft_export.plan.checks import check_recipe
+from sqft_export.plan.costs import check_disk, check_memory
+from sqft_export.plan.layout import Layout
+from sqft_export.recipe.passes import pass_names
+from sqft_export.recipe.schema import Recipe
+from sqft_export.run.artifact import Artifact, Store, key_of, read_artifact
+from sqft_export.run.digests import digests
+from sqft_export.run.launcher import process_rank
+from sqft_export.stages import Advance, Context, stage_of
+
+WAIT_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A pass of this recipe with its key, and its artifact if there is one already."""
+
+    name: str
+    facts: dict[str, Any]
+    artifact: Artifact | None
+
+    @property
+    def key(self) -> str:
+        return key_of(self.facts)
+
+
+def needed_passes(recipe: Recipe, last: tuple[str, ...]) -> list[str]:
+    """The passes of the recipe in order: all, or those that ``last`` are made from."""
+    names = pass_names(recipe)
+    if not last:
+        return names
+    needed = set(last)
+    for name in reversed(names):
+        if name in needed:
+            needed |= set(stage_of(name).CONSUMES)
+    return [name for name in names if name in needed]
+
+
+def plan_passes(
+    recipe: Recipe, folder: Path | None, store: Store, last: tuple[str, ...] = ()
+) -> list[Planned]:
+    """Every pass of the recipe in order, keyed by its facts; up to ``last`` if given."""
+    found = digests(recipe, folder)
+    planned: dict[str, Planned] = {}
+    for name in needed_passes(recipe, last):
+        stage = stage_of(name)
+        facts = {
+            "stage": name,
+            "version": stage.VERSION,
+            "options": stage.options(recipe),
+            "reads": {source: found[source] for source in stage.READS},
+            "parents": {p: planned[p].key for p in stage.CONSUMES if p in planned},
+        }
+        planned[name] = Planned(name, facts, store.find(name, key_of(facts)))
+    return list(planned.values())
+
+
+@contextlib.contextmanager
+def _quiet(log: Path) -> Iterator[IO[str]]:
+    """Send what libraries print, from Python or native code, to ``log``; yield the real stderr."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with log.open("a") as file, os.fdopen(os.dup(2), "w") as terminal:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield terminal
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for target, original in zip((1, 2), saved, strict=True):
+                os.dup2(original, target)
+                os.close(original)
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Refuse a second run in the same folder; the lock goes with the process."""
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{root}: another run is working here") from error
+        yield
+
+
+def _bars(terminal: IO[str]) -> Progress:
+    console = Console(file=terminal)
+    columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)
+
+
+def _start_bar(progress: Progress, name: str):
+    """``start(total) -> advance`` for the bar of one pass."""
+
+    def start(total: int) -> Advance:
+        task = progress.add_task(name, total=total)
+        return lambda: progress.advance(task)
+
+    return start
+
+
+def _affordable(
+    recipe: Recipe, folder: Path, layout: Layout, store: Store, last: tuple[str, ...]
+) -> list[Planned]:
+    """Every pass, once memory is known to hold those that are to run."""
+    steps = plan_passes(recipe, folder, store, last)
+    check_memory(recipe, layout, [step.name for step in steps if step.artifact is None])
+    return steps
+
+
+def _follow(
+    recipe: Recipe, folder: Path, layout: Layout, store: Store, last: tuple[str, ...]
+) -> dict[str, Artifact]:
+    """What every process of a launcher but the first does: train along, else wait for the first.
+
+    Should the first one fail, the launcher ends the others.
+    """
+    artifacts: dict[str, Artifact] = {}
+    store.root.mkdir(parents=True, exist_ok=True)
+    with _quiet(store.root / f"log-{process_rank()}.txt"):
+        for step in _affordable(recipe, folder, layout, store, last):
+            stage = stage_of(step.name)
+            sealed = store.path_of(step.name, step.key)
+            if stage.DISTRIBUTED and not sealed.exists():
+                inputs = {n: artifacts[n] for n in stage.CONSUMES if n in artifacts}
+                partial = store.partial_of(step.name, step.key)
+                bar = lambda total: lambda: None  # noqa: E731
+                stage.run(Context(step.name, recipe, folder, inputs, partial, bar))
+            while not sealed.exists():
+                time.sleep(WAIT_SECONDS)
+            artifacts[step.name] = read_artifact(sealed)
+    return artifacts
+
+
+def _checked(recipe: Recipe, root: Path) -> tuple[Path, Layout]:
+    """The base model's folder, fetched if need be, and its layout.
+
+    :raises UserError: if the recipe can't be run here.
+    """
+    folder = model_folder(recipe, download=False)
+    if folder is None:
+        if recipe.model.config:  # what it says is checked before gigabytes are fetched
+            check_disk(recipe, check_recipe(recipe, None), root)
+        folder = model_folder(recipe, download=True)
+    assert folder is not None
+    layout = check_recipe(recipe, folder)
+    check_disk(recipe, layout, root)
+    return folder, layout
+
+
+def _run_pass(
+    step: Planned, recipe: Recipe, folder: Path, artifacts: dict[str, Artifact], store: Store, bar
+) -> Artifact:
+    stage = stage_of(step.name)
+    inputs = {n: artifacts[n] for n in stage.CONSUMES if n in artifacts}
+    partial = store.open_partial(step.name, step.key, stage.RESUMES)
+    started = time.monotonic()
+    metrics = stage.run(Context(step.name, recipe, folder, inputs, partial, bar))
+    return store.seal(partial, step.name, step.facts, metrics, time.monotonic() - started)
+
+
+def run_recipe(recipe: Recipe, root: Path, last: tuple[str, ...] = ()) -> dict[str, Artifact]:
+    """Run or skip every pass; returns the artifacts by pass name.
+
+    :param root: folder of this recipe's artifacts.
+    :param last: passes to stop at; only these and what they are made from is run.
+    :raises UserError: before any work if the recipe can't be run here.
+    """
+    folder, layout = _checked(recipe, root)
+    store = Store(root)
+    if process_rank():
+        return _follow(recipe, folder, layout, store, last)
+    artifacts: dict[str, Artifact] = {}
+    with _alone(root), _quiet(root / "log.txt") as terminal, _bars(terminal) as bars:
+        for step in _affordable(recipe, folder, layout, store, last):
+            if step.artifact is not None:
+                artifacts[step.name] = step.artifact
+                bars.console.print(f"{step.name:16} cached")
+                continue
+            bar = _start_bar(bars, step.name)
+            made = _run_pass(step, recipe, folder, artifacts, store, bar)
+            artifacts[step.name] = made
+            bars.console.print(f"{step.name:16} {made.manifest['seconds']:.1f} s")
+            for warning in made.metrics.get("warnings", []):
+                bars.console.print(f"warning: {warning}")
+    return artifacts

@@ -1,0 +1,56 @@
+"""What a run would do: its passes, cached or not, and what each will cost here."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sqft_export.data.items import count_examples
+from sqft_export.model.hub import model_folder
+from sqft_export.plan.checks import check_recipe
+from sqft_export.plan.costs import (
+    disk_bytes,
+    free_memory,
+    predict_bytes,
+    predict_memory,
+    predict_seconds,
+)
+from sqft_export.plan.layout import fallbacks
+from sqft_export.plan.speeds import measure_speeds
+from sqft_export.recipe.schema import Recipe
+from sqft_export.run.artifact import Store
+from sqft_export.run.pipeline import plan_passes
+
+
+def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
+    """What `plan` prints.
+
+    :param runs: where artifacts are kept.
+    :raises UserError: if the recipe can't be run here.
+    """
+    folder = model_folder(recipe, download=False)
+    layout = check_recipe(recipe, folder)
+    machine = measure_speeds(runs)
+    written, memory = predict_bytes(recipe, layout), predict_memory(recipe, layout)
+    seconds = predict_seconds(recipe, layout, machine, count_examples(recipe))
+    needed, free = disk_bytes(recipe, layout, runs)
+    return {
+        "recipe": recipe.name,
+        "model": str(folder or f"{recipe.model.hub} (not on this machine)"),
+        "weights": layout.weights + layout.others,
+        "passes": [
+            {
+                "pass": step.name,
+                "key": step.key[:16],
+                "cached": step.artifact is not None,
+                "predicted_bytes": written[step.name],
+                "predicted_seconds": seconds[step.name],
+                "predicted_memory_bytes": int(memory[step.name]),
+            }
+            for step in plan_passes(recipe, folder, Store(runs / recipe.name))
+        ],
+        "group_size": recipe.quantize.group_size,
+        "group_size_fallback": fallbacks(recipe, layout),
+        "disk": {"needed_bytes": needed, "free_bytes": free},
+        "memory": {"needed_bytes": int(max(memory.values())), "free_bytes": free_memory()},
+        "machine": asdict(machine),
+    }

@@ -1,0 +1,101 @@
+"""What a deployment folder holds, read from its files; no torch."""
+
+import importlib.util
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from sqft_export.numerics.codes import Quantized
+from sqft_export.run.artifact import files_of, sha256_of
+from sqft_export.targets import target
+from sqft_export.targets.folder import runtime_of
+
+LOADERS = {
+    "openvino": ("openvino", "openvino_genai", "optimum.intel"),
+    "onnx": ("onnxruntime", "onnxruntime_genai"),
+}
+_WEIGHTS, _GRAPH, _TOKENIZER = "weights", "graph", "tokenizer and configs"
+
+
+def inspect_folder(folder: Path) -> dict[str, Any]:
+    """Layers, bytes by kind of file, digests, what the graph says of itself, who can load it.
+
+    :raises UserError: if the folder is no deployment, or its runtime is not installed.
+    """
+    runtime = runtime_of(folder)
+    module = target(runtime)
+    layers = [_layer(name, quantized) for name, quantized in module.read_back(folder)]
+    layers.sort(key=lambda layer: _in_order(layer["layer"]))
+    sizes: Counter[str] = Counter()
+    for file in files_of(folder):
+        sizes[_kind(file)] += file.stat().st_size
+    return {
+        "folder": str(folder),
+        "runtime": runtime,
+        "layers": layers,
+        "bytes": dict(sizes),
+        "files": {str(f.relative_to(folder)): sha256_of(f) for f in files_of(folder)},
+        "says": module.metadata(folder),
+        "loads_in": _runtimes(runtime),
+    }
+
+
+def _in_order(name: str) -> list[Any]:
+    """Sorts block 10 after block 9."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+
+
+def _layer(name: str, quantized: Quantized) -> dict[str, Any]:
+    codes, scale, zero = quantized
+    groups = scale.shape[1]
+    inputs = codes.shape[1]
+    size = -(-inputs // groups)
+    middle = int(zero.max(initial=0))
+    bits = 4 if max(int(codes.max(initial=0)), middle) < 16 else 8
+    return {
+        "layer": name,
+        "shape": list(codes.shape),
+        "bits": bits,
+        "group_size": size,
+        "symmetric": bool((zero == 2 ** (bits - 1)).all()),
+        "sparsity": float((quantized.steps == 0).mean()),
+    }
+
+
+def _kind(file: Path) -> str:
+    if "tokenizer" in file.name:
+        return _TOKENIZER
+    if file.suffix in (".bin", ".data", ".safetensors", ".onnx_adapter"):
+        return _WEIGHTS
+    return _GRAPH if file.suffix in (".xml", ".onnx") else _TOKENIZER
+
+
+def _runtimes(name: str) -> list[dict[str, Any]]:
+    """Who loads such a folder, and whether it is installed here."""
+    return [
+        {
+            "runtime": module,
+            "installed": importlib.util.find_spec(module.partition(".")[0]) is not None,
+        }
+        for module in LOADERS[name]
+    ]
+
+
+def inspection_text(found: dict[str, Any]) -> str:
+    """The same as text."""
+    lines = [f"{found['folder']}: {found['runtime']}"]
+    lines += [f"  {key}: {value}" for key, value in sorted(found["says"].items())]
+    lines += [f"  {size:>14,} bytes {kind}" for kind, size in found["bytes"].items()]
+    loads = [r["runtime"] + ("" if r["installed"] else " (not here)") for r in found["loads_in"]]
+    lines.append(f"  loads in {', '.join(loads)}")
+    if found["layers"]:
+        lines.append(f"  {'layer':44} {'shape':>14} bits group  zeros")
+    for layer in found["layers"]:
+        shape = "x".join(map(str, layer["shape"]))
+        kind = f"{layer['bits']}{'' if layer['symmetric'] else 'a'}"
+        lines.append(
+            f"  {layer['layer']:44} {shape:>14} {kind:>4} {layer['group_size']:>5} "
+            f"{100 * layer['sparsity']:6.2f} %"
+        )
+    lines += [f"  {digest}  {name}" for name, digest in found["files"].items()]
+    return "\n".join(lines)

@@ -1,0 +1,106 @@
+"""ONNX: a graph of standard or fused operators with our codes as its MatMulNBits.
+
+``fused`` is the ONNX Runtime GenAI builder's graph (``fused.py``), ``standard`` torch's
+(``standard.py``); either stores its weights as ``weights.py`` says.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from sqft_export.numerics.codes import Quantized
+from sqft_export.recipe.schema import Export
+from sqft_export.targets.folder import GRAPHS, WEIGHT_FILES
+from sqft_export.targets.onnx.session import CPU_PROVIDER, open_session
+
+__all__ = ["add_adapter", "compressed_kernels", "export", "metadata", "open_session", "read_back"]
+
+MODEL, DATA = GRAPHS["onnx"], WEIGHT_FILES["onnx"]
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
+
+
+def export(merged: Path, folder: Path, options: Export) -> None:
+    """Write the deployment folder of a merged model: graph, external data, GenAI config."""
+    import onnx
+
+    from sqft_export.model.storage import model_facts
+    from sqft_export.targets.onnx import fused, standard
+    from sqft_export.targets.onnx.weights import ExternalData, Weights
+
+    weights = Weights(merged)
+    built = weights.checkpoint.family.builder is not None
+    is_fused = built if options.onnx_graph == "auto" else options.onnx_graph == "fused"
+    graph: Any = fused if is_fused else standard
+    with ExternalData(folder / DATA) as data:
+        model = graph.build(weights, folder, data)
+    for key, value in model_facts(weights.checkpoint).items():
+        model.metadata_props.add(key=f"sqft_export.{key}", value=value)
+    onnx.save(model, folder / MODEL)
+    for pattern in TOKENIZER_FILES:
+        for file in merged.glob(pattern):
+            if not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
+
+
+def add_adapter(folder: Path, adapter: Path) -> None:
+    """Put an adapter beside the graph; see ``adapter.py``."""
+    from sqft_export.targets.onnx import adapter as files
+
+    files.add_adapter(folder, adapter)
+
+
+def read_back(folder: Path) -> Iterator[tuple[str, Quantized]]:
+    """By module: codes uint8 ``[out, in]``, scale float32 and zero point uint8 ``[out, groups]``.
+
+    Read from the written file, one at a time.
+    """
+    import onnx
+
+    from sqft_export.targets.onnx.weights import read_quantized_weights
+
+    return read_quantized_weights(onnx.load(folder / MODEL, load_external_data=False), folder)
+
+
+def metadata(folder: Path) -> dict[str, str]:
+    """What the graph says of the model it was made from."""
+    import onnx
+
+    model = onnx.load(folder / MODEL, load_external_data=False)
+    prefix = "sqft_export."
+    found = {p.key: p.value for p in model.metadata_props if p.key.startswith(prefix)}
+    return {key.removeprefix(prefix): value for key, value in found.items()}
+
+
+def compressed_kernels(folder: Path) -> set[str]:
+    """The Linears that are MatMulNBits in the graph as ONNX Runtime optimizes it for the CPU."""
+    import onnx
+
+    from sqft_export.targets.onnx.weights import product_parts
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as scratch:
+        optimized = Path(scratch) / MODEL
+        options.optimized_model_filepath = str(optimized)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", DATA
+        )
+        ort.InferenceSession(str(folder / MODEL), options, providers=[CPU_PROVIDER])
+        graph = onnx.load(optimized, load_external_data=False).graph
+    found = set()
+    for node in graph.node:
+        if node.op_type == "MatMulNBits":
+            found |= {part.linear for part in product_parts(node)}
+        elif node.op_type == "GatherBlockQuantized":
+            found.add(node.input[0].removesuffix(".B"))
+    return found

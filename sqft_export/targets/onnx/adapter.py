@@ -1,0 +1,93 @@
+"""An adapter that is not merged, as optional inputs of the graph."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import helper, numpy_helper
+
+from sqft_export.adapters.files import read_low_rank
+from sqft_export.targets.folder import ADAPTER_FOLDER, GRAPHS
+from sqft_export.targets.onnx.session import ADAPTER_FILE, decoder_of
+from sqft_export.targets.onnx.weights import Rows, head_rows, product_parts, set_nodes
+
+
+def add_adapter(folder: Path, adapter: Path) -> None:
+    """Give the graph inputs for low-rank updates, and write the adapter that fills them.
+
+    ``<linear>.lora_A`` float32 ``[in, rank]`` and ``.lora_B`` ``[rank, out]`` are inputs with an
+    empty default, so that the graph runs without an adapter too; ``adapter.onnx_adapter`` is what
+    ONNX Runtime's ``LoraAdapter`` and GenAI's ``Adapters`` load.
+    """
+    model = onnx.load(folder / GRAPHS["onnx"], load_external_data=False)
+    updates = _Updates(model.graph, read_low_rank(adapter), head_rows(decoder_of(folder)))
+    set_nodes(model.graph, [new for node in model.graph.node for new in updates.beside(node)])
+    onnx.save(model, folder / GRAPHS["onnx"])
+    (folder / ADAPTER_FOLDER).mkdir()
+    stored = ort.AdapterFormat()
+    stored.set_adapter_version(1)
+    stored.set_model_version(1)
+    arrays = updates.parameters.items()
+    stored.set_parameters({k: ort.OrtValue.ortvalue_from_numpy(array) for k, array in arrays})
+    stored.export_adapter(str(folder / ADAPTER_FOLDER / ADAPTER_FILE))
+
+
+class _Updates:
+    """Products of a low-rank update beside those of the graph.
+
+    low_rank: Linear -> ``A [rank, in]`` and ``B [out, rank]``.
+    parameters: input of the graph -> what the adapter fills it with.
+    """
+
+    def __init__(self, graph: Any, low_rank: dict[str, Any], qkv_rows: list[int]):
+        self.graph, self.low_rank = graph, low_rank
+        self.qkv_rows = dict(zip("qkv", qkv_rows, strict=True))
+        self.parameters: dict[str, np.ndarray] = {}
+
+    def beside(self, node: Any) -> Iterator[Any]:
+        """The node, and what adds the updates of its Linears to its output."""
+        yield node
+        parts = product_parts(node)
+        adapted = [part for part in parts if part.linear in self.low_rank]
+        if not adapted:
+            return
+        output = node.output[0]
+        node.output[0] = f"{output}/base"
+        inputs = self.low_rank[adapted[0].linear][0].shape[1]
+        added = []
+        for part in parts:
+            keys = self._add_inputs(part, inputs)
+            low, update = f"{output}/{part}/low", f"{output}/{part}/update"
+            yield helper.make_node("MatMul", [node.input[0], keys[0]], [low])
+            yield helper.make_node("MatMul", [low, keys[1]], [update])
+            added.append(update)
+        if len(added) > 1:
+            yield helper.make_node("Concat", added, [f"{output}/update"], axis=-1)
+            added = [f"{output}/update"]
+        yield helper.make_node("Add", [f"{output}/base", *added], [output])
+
+    def _add_inputs(self, part: Rows, inputs: int) -> tuple[str, str]:
+        """Names of the inputs for ``A`` and ``B``, turned round as products take them."""
+        keys = f"{part}.lora_A", f"{part}.lora_B"
+        for key, array in zip(keys, self._pair(part, inputs), strict=True):
+            self.parameters[key] = np.ascontiguousarray(array)
+        outputs = self.parameters[keys[1]].shape[1]
+        self._add_optional_input(keys[0], [inputs, "rank"], [inputs, 0])
+        self._add_optional_input(keys[1], ["rank", outputs], [0, outputs])
+        return keys
+
+    def _pair(self, part: Rows, inputs: int) -> tuple[np.ndarray, np.ndarray]:
+        if part.linear in self.low_rank:
+            lora_a, lora_b = self.low_rank[part.linear]
+            return lora_a.T, lora_b[part.rows].T
+        # One that has no adapter but is joined with some that have gets one of rank 0.
+        rows = self.qkv_rows[part.linear.rsplit(".", 1)[1][0]]
+        return np.zeros((inputs, 0), np.float32), np.zeros((0, rows), np.float32)
+
+    def _add_optional_input(self, name: str, shape: list[int | str], default: list[int]) -> None:
+        value = helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        self.graph.input.append(value)
+        self.graph.initializer.append(numpy_helper.from_array(np.zeros(default, np.float32), name))

@@ -1,0 +1,235 @@
+"""A graph of standard operators, traced by torch from the Hugging Face model.
+
+It passes ``onnx.checker`` in full and OpenVINO reads it. Every Linear is one node from the start,
+``MatMulNBits`` where it has codes and ``MatMul`` where not, and its weights are written to the
+data file; torch never sees them.
+"""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from sqft_export.model.skeleton import PLAIN_ATTENTION, empty_matrix, skeleton
+from sqft_export.targets.folder import GENAI_CONFIG
+from sqft_export.targets.onnx.weights import (
+    DEPLOYED_ACCURACY,
+    ExternalData,
+    Rows,
+    Weights,
+    block_arrays,
+    block_size,
+    quantize_gather,
+)
+
+OPSET = 21
+GENAI_TYPE = "decoder"  # any decoder, told by its inputs and outputs alone
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+
+
+class _Product(nn.Module):
+    """Stands for a Linear; its weights are named after it and empty.
+
+    :param number: of this product; the exporter stores equal constants once.
+    """
+
+    def __init__(self, name: str, linear: nn.Linear, weights: Weights, number: int):
+        super().__init__()
+        self.outputs = linear.out_features
+        self.bias = linear.bias
+        if name not in weights.quantized:
+            self.operator, self.attributes = "MatMul", None
+            self.register_buffer("weight", empty_matrix(linear.in_features, self.outputs, number))
+            return
+        bits, group_size, symmetric = weights.kind(Rows(name))
+        size = block_size(linear.in_features, group_size)
+        blocks = -(-linear.in_features // size)
+        self.operator = "com.microsoft::MatMulNBits"
+        self.attributes = {"K": linear.in_features, "N": self.outputs, "bits": bits}
+        self.attributes |= {"block_size": size, "accuracy_level": DEPLOYED_ACCURACY}
+        codes = empty_matrix(self.outputs, blocks * size * bits // 8, number, np.uint8)
+        self.register_buffer("B", codes.reshape(self.outputs, blocks, -1))
+        self.register_buffer("scales", empty_matrix(self.outputs, blocks, number))
+        if not symmetric:
+            width = -(-blocks * bits // 8)
+            self.register_buffer("zero_points", empty_matrix(self.outputs, width, number, np.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.onnx.ops.symbolic(
+            self.operator,
+            (x, *self.buffers()),
+            self.attributes,
+            dtype=x.dtype,
+            shape=(*x.shape[:-1], self.outputs),
+            version=None if self.attributes is None else 1,
+        )
+        return y if self.bias is None else y + self.bias
+
+
+class _Decoder(nn.Module):
+    """The model with its cache as plain tensors in and out."""
+
+    def __init__(self, model: nn.Module, positions: bool):
+        super().__init__()
+        self.model, self.positions = model, positions
+
+    def forward(self, input_ids, attention_mask, position_ids, past):
+        found = {"position_ids": position_ids} if self.positions else {}
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=DynamicCache(past),
+            use_cache=True,
+            **found,
+        )
+        return out.logits, [(layer.keys, layer.values) for layer in out.past_key_values.layers]
+
+
+def build(weights: Weights, folder: Path, data: ExternalData) -> onnx.ModelProto:
+    """The graph, its weights written to ``data``; ``genai_config.json`` and tokenizer too."""
+    model = skeleton(weights.checkpoint, attention=PLAIN_ATTENTION)
+    for number, (name, module) in enumerate(list(model.named_modules()), start=1):
+        if isinstance(module, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, _Product(name, module, weights, number))
+    decoder = _decoder_config(model.config)
+    proto = _trace(model, decoder)
+    _place(proto.graph, weights, data)
+    _write_config(weights.checkpoint.config, model, decoder, proto, folder)
+    return proto
+
+
+def _decoder_config(config: Any) -> dict[str, int]:
+    heads = config.num_attention_heads
+    return {
+        "head_size": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+    }
+
+
+def _names(layers: int, kind: str) -> list[str]:
+    return [f"{kind}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+
+
+def _trace(model: nn.Module, decoder: dict[str, int]) -> onnx.ModelProto:
+    """The graph by torch's exporter; initializers of matrices are left out of it."""
+    layers, batch, length, cached = decoder["num_hidden_layers"], 2, 3, 4
+    shape = (batch, decoder["num_key_value_heads"], cached, decoder["head_size"])
+    past = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(layers)]
+    arguments = (
+        torch.ones(batch, length, dtype=torch.int64),
+        torch.ones(batch, cached + length, dtype=torch.int64),
+        torch.arange(cached, cached + length).repeat(batch, 1),
+        past,
+    )
+    free = torch.export.Dim.DYNAMIC
+    both, cache = {0: free, 1: free}, {0: free, 2: free}
+    positions = "position_ids" in inspect.signature(model.forward).parameters
+    program = torch.onnx.export(
+        _Decoder(model, positions).eval(),
+        arguments,
+        dynamo=True,
+        verbose=False,
+        opset_version=OPSET,
+        dynamic_shapes=(both, both, both, [(cache, cache) for _ in past]),
+        input_names=[*INPUTS, *_names(layers, "past_key_values")],
+        output_names=["logits", *_names(layers, "present")],
+    )
+    assert program is not None
+    initializers = program.model.graph.initializers
+    for name, value in list(initializers.items()):
+        if name.startswith("model.") and value.shape is not None and len(value.shape) >= 2:
+            initializers.pop(name)
+    return ir.to_proto(program.model)
+
+
+def _place(graph: Any, weights: Weights, data: ExternalData) -> None:
+    """Weights of every product, and the embeddings, under the names that the trace gave them."""
+    wanted = {name for node in graph.node for name in node.input}
+    gathers = {node.input[0]: node for node in graph.node if node.op_type == "Gather"}
+    for name in sorted(weights.linears):
+        traced = f"model.{name}"
+        if f"{traced}.B" in wanted:
+            arrays, _ = block_arrays([weights.codes(Rows(name))])
+            for key, array in arrays.items():
+                _rename(graph, f"{traced}.{key}", data.add(graph, f"{name}.{key}", array))
+        elif f"{traced}.weight" in gathers and name in weights.quantized:
+            quantize_gather(data, graph, weights, gathers[f"{traced}.weight"], name, None)
+        elif f"{traced}.weight" in wanted:
+            floats = weights.floats([Rows(name)])
+            array = floats if f"{traced}.weight" in gathers else floats.T
+            _rename(graph, f"{traced}.weight", data.add(graph, f"{name}.weight", array))
+
+
+def _rename(graph: Any, old: str, new: str) -> None:
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name == old:
+                node.input[index] = new
+
+
+def _write_config(
+    config: dict[str, Any], model: nn.Module, decoder: dict[str, int], proto: Any, folder: Path
+) -> None:
+    """``genai_config.json``, by the names that the graph has."""
+    generation = model.generation_config
+
+    def token(name: str) -> Any:
+        found = getattr(generation, name, None)
+        return config.get(name) if found is None else found
+
+    context = config.get("max_position_embeddings") or config.get("seq_length") or 2048
+    model_section = {
+        "bos_token_id": token("bos_token_id"),
+        "context_length": context,
+        "decoder": _decoder_section(decoder, [i.name for i in proto.graph.input]),
+        "eos_token_id": token("eos_token_id"),
+        "pad_token_id": _one(token("pad_token_id"), token("eos_token_id")),
+        "type": GENAI_TYPE,
+        "vocab_size": config["vocab_size"],
+    }
+    search = {
+        "do_sample": False,
+        "max_length": context,
+        "min_length": 0,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "past_present_share_buffer": False,
+    }
+    document = {"model": model_section, "search": search}
+    (folder / GENAI_CONFIG).write_text(json.dumps(document, indent=4) + "\n")
+
+
+def _decoder_section(decoder: dict[str, int], inputs: list[str]) -> dict[str, Any]:
+    """What GenAI is told of the graph: its sizes, and the names of inputs and outputs."""
+    return {
+        "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+        "filename": "model.onnx",
+        **decoder,
+        "inputs": {
+            **{name: name for name in INPUTS if name in inputs},
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+
+
+def _one(pad: Any, end: Any) -> Any:
+    if pad is not None:
+        return pad
+    return end[0] if isinstance(end, list) else end

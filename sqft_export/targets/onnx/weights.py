@@ -1,0 +1,311 @@
+"""The weights of an ONNX deployment: names, MatMulNBits' layout, and the file they are in.
+
+Weights go to ``model.onnx.data`` as they come, so that one layer at a time is in memory:
+
+    <parts>.B            uint8 [out, blocks, block_size * bits / 8]   low nibble first
+    <parts>.scales       float32 [out, blocks]                        the float16 scales, widened
+    <parts>.zero_points  uint8 [out, ceil(blocks * bits / 8)]         left out where symmetric
+
+``parts`` are the Linears whose rows follow each other, as ``q_proj,k_proj,v_proj`` of a joined
+product; ``gate_up_proj[0:160]`` is a range of rows where one Linear feeds several products.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.memory import release_memory
+from sqft_export.numerics.affine import Grid
+from sqft_export.numerics.codes import Quantized, round_up
+from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
+
+# Activations in int8, as the builder's own default on CPU.
+DEPLOYED_ACCURACY = 4
+INLINE_BYTES = 1024  # smaller tensors stay in the graph's own file
+DATA_ALIGNMENT = 4096  # of a tensor in the data file, so that it can be mapped
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows ``start`` to ``stop`` of a Linear; all of them if ``stop`` is None."""
+
+    linear: str
+    start: int = 0
+    stop: int | None = None
+
+    def __str__(self) -> str:
+        return self.linear if self.stop is None else f"{self.linear}[{self.start}:{self.stop}]"
+
+    @classmethod
+    def parse(cls, text: str) -> "Rows":
+        found = re.fullmatch(r"(.+)\[(\d+):(\d+)\]", text)
+        return cls(found[1], int(found[2]), int(found[3])) if found else cls(text)
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+def parts_name(parts: list[Rows]) -> str:
+    return ",".join(map(str, parts))
+
+
+class ExternalData:
+    """Initializers appended to ``model.onnx.data``; small ones stay in the graph."""
+
+    def __init__(self, file: Path):
+        self.file, self.stream = file, file.open("wb")
+
+    def __enter__(self) -> "ExternalData":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.stream.close()
+
+    def add(self, graph: Any, name: str, array: np.ndarray) -> str:
+        """Store an array as an initializer of ``graph``; returns its name."""
+        array = np.ascontiguousarray(array)
+        if array.nbytes < INLINE_BYTES:
+            graph.initializer.append(numpy_helper.from_array(array, name))
+            return name
+        offset = round_up(self.stream.tell(), DATA_ALIGNMENT)
+        self.stream.seek(offset)
+        array.tofile(self.stream)
+        self.stream.flush()
+        release_memory()
+        tensor = onnx.TensorProto(
+            name=name,
+            dims=array.shape,
+            data_type=helper.np_dtype_to_tensor_dtype(array.dtype),
+            data_location=onnx.TensorProto.EXTERNAL,
+        )
+        where = {"location": self.file.name, "offset": offset, "length": array.nbytes}
+        for key, value in where.items():
+            tensor.external_data.add(key=key, value=str(value))
+        graph.initializer.append(tensor)
+        return name
+
+
+class Weights:
+    """The matrices of a merged model, read one at a time."""
+
+    def __init__(self, merged: Path):
+        from sqft_export.model.storage import quantized_names, read_quantized
+
+        self.checkpoint = Checkpoint(merged)
+        self.quantized = set(quantized_names(self.checkpoint))
+        self.head = self.checkpoint.family.head
+        if self.checkpoint.stored_name(self.head) in self.quantized:
+            self.quantized.add(self.head)
+        self._read = read_quantized
+
+    @cached_property
+    def linears(self) -> set[str]:
+        """Modules with a matrix: decoder Linears, embeddings, head."""
+        shapes = self.checkpoint.shapes.items()
+        found = {n.removesuffix(".weight") for n, shape in shapes if len(shape) == 2}
+        return found | {self.head}
+
+    def codes(self, part: Rows) -> tuple[np.ndarray, Grid]:
+        """Codes uint8 ``[out, in]`` and grid of some rows."""
+        codes, grid = self._read(self.checkpoint, self.checkpoint.stored_name(part.linear))
+        return codes[part.rows].numpy(), grid.rows(part.rows)
+
+    def floats(self, parts: list[Rows]) -> np.ndarray:
+        """float32 ``[out, in]``, the rows of the parts joined."""
+        found = []
+        for part in parts:
+            name = self.checkpoint.stored_name(part.linear)
+            found.append(self.checkpoint.tensor(f"{name}.weight").float().numpy()[part.rows])
+        return np.concatenate(found) if len(found) > 1 else found[0]
+
+    def kind(self, part: Rows) -> tuple[int, int, bool]:
+        """Bits, group size and symmetry; what one MatMulNBits has one of."""
+        grid = self.codes(part)[1]
+        return grid.bits, grid.group_size, grid.symmetric
+
+
+def block_size(inputs: int, group_size: int) -> int:
+    """MatMulNBits' block: the group, or for one group a row the next power of two from 16 up."""
+    if group_size < inputs or (group_size >= 16 and group_size & (group_size - 1) == 0):
+        return group_size
+    return max(16, 1 << (inputs - 1).bit_length())
+
+
+def _packed_rows(values: np.ndarray, bits: int) -> np.ndarray:
+    return values if bits == 8 else pack_nibbles(values)
+
+
+def block_arrays(layers: list[tuple[np.ndarray, Grid]]) -> tuple[dict[str, np.ndarray], dict]:
+    """Codes, scales and zero points as blocks, and the sizes, of Linears that share their input."""
+    bits, inputs = layers[0][1].bits, layers[0][0].shape[1]
+    size = block_size(inputs, layers[0][1].group_size)
+    codes = np.concatenate([codes for codes, _ in layers])
+    scales = np.concatenate([grid.scale.numpy() for _, grid in layers]).astype(np.float32)
+    zeros = np.concatenate([grid.zero_point.numpy() for _, grid in layers])
+    outputs, blocks = scales.shape
+    if blocks * size != inputs:  # a short last block is filled with zeros
+        padded = np.repeat(zeros, size, axis=1)
+        padded[:, :inputs] = codes
+        codes = padded
+    arrays = {"B": _packed_rows(codes.reshape(outputs, blocks, size), bits), "scales": scales}
+    if not all(grid.symmetric for _, grid in layers):
+        arrays["zero_points"] = _packed_rows(zeros, bits)
+    return arrays, {"K": inputs, "N": outputs, "bits": bits, "block_size": size}
+
+
+def matmul_nbits(
+    data: ExternalData,
+    graph: Any,
+    weights: Weights,
+    parts: list[Rows],
+    x: str,
+    output: str,
+    name: str,
+) -> Any:
+    """The product of ``x`` with the codes of some parts, their rows joined."""
+    arrays, sizes = block_arrays([weights.codes(part) for part in parts])
+    prefix = parts_name(parts)
+    names = [data.add(graph, f"{prefix}.{key}", array) for key, array in arrays.items()]
+    return helper.make_node(
+        "MatMulNBits",
+        [x, *names],
+        [output],
+        name=name,
+        domain="com.microsoft",
+        accuracy_level=DEPLOYED_ACCURACY,
+        **sizes,
+    )
+
+
+def quantize_gather(
+    data: ExternalData, graph: Any, weights: Weights, node: Any, embedding: str, head: str | None
+) -> None:
+    """The embedding's Gather reads codes: GatherBlockQuantized, one block a row.
+
+    :param head: module whose MatMulNBits already holds the same codes, None where it is apart.
+    """
+    codes, grid = weights.codes(Rows(embedding))
+    rows, columns = codes.shape
+    size = block_size(columns, grid.group_size)
+    scale, zero = grid.scale.numpy().astype(np.float32), grid.zero_point.numpy()
+    if head and size == columns:
+        shape = data.add(graph, f"{embedding}.shape", np.array([rows, columns], np.int64))
+        reshape = helper.make_node("Reshape", [f"{head}.B", shape], [f"{embedding}.B"])
+        graph.node.insert(0, reshape)
+    else:
+        data.add(graph, f"{embedding}.B", codes)
+    data.add(graph, f"{embedding}.scales", scale)
+    data.add(graph, f"{embedding}.zero_points", zero)
+    new = helper.make_node(
+        "GatherBlockQuantized",
+        [f"{embedding}.B", node.input[1], f"{embedding}.scales", f"{embedding}.zero_points"],
+        list(node.output),
+        name=node.name,
+        domain="com.microsoft",
+        bits=grid.bits,
+        gather_axis=0,
+        quantize_axis=1,
+        block_size=size,
+    )
+    node.CopyFrom(new)
+
+
+def product_parts(node: Any) -> list[Rows]:
+    """The rows that a node of a deployment multiplies with; none if it is no product of weights."""
+    if node.op_type not in ("MatMulNBits", "MatMul"):
+        return []
+    stem, _, key = node.input[1].rpartition(".")
+    return list(map(Rows.parse, stem.split(","))) if key in ("B", "weight") else []
+
+
+def set_nodes(graph: Any, nodes: list[Any]) -> None:
+    fresh = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(fresh)
+
+
+def read_quantized_weights(model: Any, folder: Path) -> Iterator[tuple[str, Quantized]]:
+    """By Linear: codes uint8 ``[out, in]``, scale float32 and zero point uint8 ``[out, groups]``.
+
+    :param folder: where its external data is, of which what is asked for is read.
+    """
+    tensors = {t.name: t for t in model.graph.initializer}
+
+    def array(name: str) -> np.ndarray:
+        copy = onnx.TensorProto()  # reading external data fills the proto, which then stays
+        copy.CopyFrom(tensors[name])
+        return numpy_helper.to_array(copy, str(folder))
+
+    for node in model.graph.node:
+        if node.op_type == "GatherBlockQuantized":
+            yield node.input[0].removesuffix(".B"), _read_gather(model, node, array)
+    products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    wanted = Counter(part.linear for node in products for part in product_parts(node))
+    pieces: dict[str, dict[int, Quantized]] = {}
+    for node in products:
+        for part, rows in _split_rows(node, _read_product(node, array), model):
+            pieces.setdefault(part.linear, {})[part.start] = rows
+            if len(pieces[part.linear]) == wanted[part.linear]:
+                found = pieces.pop(part.linear)
+                whole = zip(*(found[start] for start in sorted(found)), strict=True)
+                yield part.linear, Quantized(*map(np.concatenate, whole))
+
+
+def _split_rows(node: Any, joined: Quantized, model: Any) -> Iterator[tuple[Rows, Quantized]]:
+    """What a joined product holds of each Linear."""
+    row, parts = 0, product_parts(node)
+    for part in parts:
+        count = _rows_of(part, parts, joined, model)
+        yield part, Quantized(*(values[row : row + count] for values in joined))
+        row += count
+
+
+def _rows_of(part: Rows, parts: list[Rows], joined: Quantized, model: Any) -> int:
+    """Rows of one part of a joined product; what the graph says of its heads tells q from k, v."""
+    if len(parts) == 1:
+        return len(joined.codes)
+    heads = next(
+        {a.name: a.i for a in n.attribute}
+        for n in model.graph.node
+        if n.op_type == "GroupQueryAttention"
+    )
+    share = len(joined.codes) // (heads["num_heads"] + 2 * heads["kv_num_heads"])
+    return share * heads["num_heads" if part == parts[0] else "kv_num_heads"]
+
+
+def _read_gather(model: Any, node: Any, array: Callable[[str], np.ndarray]) -> Quantized:
+    scale, zero = (array(node.input[i]) for i in (2, 3))
+    shared = [n.input[0] for n in model.graph.node if list(n.output) == [node.input[0]]]
+    codes = array((shared or node.input)[0])
+    return Quantized(codes.reshape(len(scale), -1), scale, zero)
+
+
+def _read_product(node: Any, array: Callable[[str], np.ndarray]) -> Quantized:
+    size = {a.name: a.i for a in node.attribute}
+    scales = array(node.input[2]).reshape(size["N"], -1)
+    stored = array(node.input[1])
+    four = size["bits"] == 4
+    codes = unpack_nibbles(stored, size["block_size"]) if four else stored
+    codes = codes.reshape(size["N"], -1)[:, : size["K"]]
+    if len(node.input) > 3 and node.input[3]:
+        stored = array(node.input[3]).reshape(size["N"], -1)
+        zeros = unpack_nibbles(stored, scales.shape[1]) if four else stored
+    else:
+        zeros = np.full(scales.shape, 2 ** (size["bits"] - 1), np.uint8)
+    return Quantized(codes, scales, zeros)
+
+
+def head_rows(decoder: dict[str, Any]) -> list[int]:
+    """Rows of q, k and v."""
+    keys = decoder["num_key_value_heads"] * decoder["head_size"]
+    return [decoder["num_attention_heads"] * decoder["head_size"], keys, keys]

@@ -1,0 +1,109 @@
+import pytest
+import torch
+from torch import nn
+
+from sqft_export.adapters.elastic import draw_ranks, elastic_layers, set_ranks
+from sqft_export.adapters.files import Base
+from sqft_export.adapters.loading import add_adapters, load_compressed
+from sqft_export.adapters.training import collate, total_steps, train_adapter
+from sqft_export.data.items import Example
+from sqft_export.errors import UserError
+from sqft_export.recipe.schema import Adapt
+
+EXAMPLES = [Example([0, *range(i + 3, i + 9 + i % 4)], 3) for i in range(40)]
+
+
+def config(**changes) -> Adapt:
+    settings = {"steps": 8, "batch": 4, "save_steps": 2, "warmup_steps": 2, "learning_rate": 1e-2}
+    return Adapt(**(settings | changes))
+
+
+def start(folder) -> nn.Module:
+    model = load_compressed(Base(folder), torch.float32)
+    torch.manual_seed(1)
+    return add_adapters(model, ("q_proj", "v_proj"), 8, 16, 0.1)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def run(model: nn.Module, settings: Adapt, folder, stop_at: int | None = None, examples=EXAMPLES):
+    layers = elastic_layers(model)
+    groups = {name: [name] for name in layers}
+
+    def before_step(step: int) -> None:
+        if step == stop_at:
+            raise Interrupted
+        set_ranks(layers, groups, draw_ranks(list(groups), (8, 4, 2), 7, step))
+
+    return train_adapter(model, examples, settings, 7, 1, folder, before_step, lambda: None)
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("stop_at", [3, 6])
+def test_an_interrupted_training_ends_as_an_undisturbed_one(random_llama, tmp_path, stop_at):
+    undisturbed = start(random_llama)
+    log = run(undisturbed, config(), tmp_path / "a")
+    with pytest.raises(Interrupted):
+        run(start(random_llama), config(), tmp_path / "b", stop_at=stop_at)
+    resumed = start(random_llama)
+    resumed_log = run(resumed, config(), tmp_path / "b")
+    assert [e["loss"] for e in log] == [e["loss"] for e in resumed_log]
+    ours, theirs = state(undisturbed), state(resumed)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_torn_training_checkpoint_is_not_resumed(random_llama, tmp_path):
+    with pytest.raises(Interrupted):
+        run(start(random_llama), config(), tmp_path, stop_at=5)
+    newest = tmp_path / "checkpoint-4"
+    (newest / "complete").unlink()
+    (newest / "adapter_model.safetensors").write_bytes(b"torn")
+    resumed = start(random_llama)
+    log = run(resumed, config(), tmp_path)
+    assert len(log) == 8
+
+
+def test_warmup_and_schedule_are_obeyed(random_llama, tmp_path):
+    log = run(start(random_llama), config(), tmp_path)
+    rates = [entry["learning_rate"] for entry in log]
+    assert rates[0] < rates[1] < rates[2] == pytest.approx(1e-2)
+    assert rates[2:] == sorted(set(rates[2:]), reverse=True)
+
+
+def test_ranks_are_drawn_from_the_list_and_depend_on_the_step_alone():
+    groups = [f"{block}.q_proj" for block in range(50)]
+    drawn = draw_ranks(groups, (32, 24, 16), 42, 3)
+    assert set(drawn.values()) == {32, 24, 16}
+    assert drawn == draw_ranks(groups, (32, 24, 16), 42, 3)
+    assert drawn != draw_ranks(groups, (32, 24, 16), 42, 4)
+    assert drawn != draw_ranks(groups, (32, 24, 16), 43, 3)
+
+
+def test_padding_is_out_of_attention_and_loss():
+    batch = collate([{"ids": [5, 6, 7], "skip": 1}, {"ids": [8], "skip": 0}], pad=1)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 1, 1]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_no_label_left_is_an_error(random_llama, tmp_path):
+    examples = [Example([1, 2, 3], 3)]
+    with pytest.raises(UserError, match="no training example has a token left"):
+        run(start(random_llama), config(loss_on="answer"), tmp_path, examples=examples)
+
+
+def test_a_loss_that_is_not_finite_stops(random_llama, tmp_path):
+    model = start(random_llama)
+    next(iter(elastic_layers(model).values())).lora_A["default"].weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"the loss is nan at step 1"):
+        run(model, config(), tmp_path)
+
+
+def test_steps_follow_from_epochs():
+    settings = Adapt(epochs=3, batch=16, accumulation=1)
+    assert total_steps(settings, 7473) == 1404

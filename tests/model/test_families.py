@@ -1,0 +1,172 @@
+"""Every family, with its peculiarities: all passes, both runtimes, both ONNX graphs."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from transformers import AutoTokenizer
+
+from conftest import exact_onnx, exact_pipeline, random_model, said_by_onnx_genai, small_recipe
+from sqft_export.measure.decode import generate
+from sqft_export.model.families import FAMILIES
+from sqft_export.recipe.schema import Export
+from sqft_export.run.pipeline import run_recipe
+from sqft_export.targets import openvino as openvino_target
+from sqft_export.targets import target
+
+NEW_TOKENS = 12
+README = Path(__file__).parents[2] / "README.md"
+# model_type, settings that bring out what is peculiar, what that is
+MODELS = [
+    (
+        "llama",
+        {"tie_word_embeddings": True, "mlp_bias": True, "attention_bias": True},
+        "tied embeddings, biases",
+    ),
+    ("llama", {"num_key_value_heads": 4, "dtype": "bfloat16"}, "bfloat16"),
+    ("mistral", {"sliding_window": 16, "head_dim": 16}, "grouped queries, sliding window"),
+    ("phi3", {"original_max_position_embeddings": 256}, "joined qkv and gate_up"),
+    ("qwen2", {"tie_word_embeddings": True}, "biases on q, k, v"),
+    ("qwen3", {"head_dim": 32}, "norms of queries and keys"),
+    (
+        "gemma2",
+        {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 16},
+        "windows in turns, capped logits, four norms",
+    ),
+    (
+        "gemma3_text",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "windows in turns with two rotary bases, norms of queries and keys",
+    ),
+    ("opt", {"ffn_dim": 172, "init_std": 0.2}, "learned positions, biases, ReLU"),
+    ("bloom", {}, "ALiBi, norm after the embedding, joined qkv"),
+    ("gpt_neox", {"rotary_pct": 0.25}, "attention beside MLP, partly rotary, joined qkv"),
+]
+# Not listed as a family, taken by its structure.
+UNLISTED = ("stablelm", {"partial_rotary_factor": 0.25}, "")
+
+
+def ids_of(case) -> str:
+    return f"{case[0]}-{'-'.join(case[1])}"
+
+
+@pytest.fixture(scope="module", params=[*MODELS, UNLISTED], ids=ids_of)
+def family_run(request, tmp_path_factory):
+    model_type, config, _ = request.param
+    root = tmp_path_factory.mktemp(model_type)
+    recipe = small_recipe(
+        "adapt.steps=2",
+        "adapt.ranks=[8, 4]",
+        "adapt.target_modules=null",
+        "benchmark.baselines=[]",
+        "export.sparse_files=false",
+        "verify.prompts=8",
+        "adapt.elastic_groups=null",
+        model_path=random_model(root / "model", model_type=model_type, **config),
+    )
+    return run_recipe(recipe, root / "runs", ("verify",))
+
+
+def test_every_model_type_has_its_case():
+    assert {case[0] for case in MODELS} == set(FAMILIES)
+    assert UNLISTED[0] not in FAMILIES
+
+
+def test_the_readme_says_which_family_runs_where():
+    """The table, as what is tested here makes it; a new family is pasted from this failure."""
+    tested: dict[str, list[str]] = {}
+    for model_type, _, peculiar in MODELS:
+        tested.setdefault(model_type, []).append(peculiar)
+    lines = [
+        "| `model_type` | tested with | OpenVINO, its GenAI | ONNX Runtime, its GenAI |",
+        "| --- | --- | --- | --- |",
+    ]
+    for model_type, peculiar in tested.items():
+        graphs = "`fused`, `standard`" if FAMILIES[model_type].builder else "`standard`"
+        lines.append(f"| `{model_type}` | {'; '.join(peculiar)} | yes | {graphs} |")
+    assert "\n".join(lines) in README.read_text(), "\n".join(["README.md needs", *lines])
+
+
+def test_every_check_passes_in_both_runtimes(family_run):
+    checks = family_run["verify"].metrics["checks"]
+    assert all(check["passed"] for check in checks)
+    names = {check["name"] for check in checks}
+    for runtime in ("openvino", "onnx"):
+        assert f"greedy tokens: merged in torch and {runtime}" in names
+        assert f"codes, scales, zero points: merged and {runtime}" in names
+
+
+def test_the_standard_graph_is_standard_and_agrees(family_run, tmp_path):
+    """onnx.checker in full, the same codes and logits, also when OpenVINO reads it."""
+    merged = family_run["merge"].path / "model"
+    deployed = family_run["export-onnx"].path / "model"
+    folder = deployed
+    if _is_fused(deployed):
+        folder = tmp_path
+        target("onnx").export(merged, folder, Export(onnx_graph="standard"))
+        fused, standard = (dict(target("onnx").read_back(f)) for f in (deployed, folder))
+        assert standard.keys() == fused.keys()
+        for name, arrays in fused.items():
+            for ours, theirs in zip(arrays, standard[name], strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
+    domains = {n.domain for n in onnx.load(folder / "model.onnx").graph.node}
+    assert domains == {"", "com.microsoft"}
+    reference = target("torch").open_session(merged, True, None)
+    session = target("onnx").open_session(folder, True, None)
+    ids = np.random.RandomState(0).randint(5, 400, (4, 40))
+    for part in (ids[:, :38], ids[:, 38:39], ids[:, 39:]):
+        ours, theirs = reference.forward(part), session.forward(part)
+        assert np.abs(ours - theirs).max() / ours.std() < 1e-4
+    _openvino_reads(folder, ids, reference)
+
+
+def test_both_genai_runtimes_say_what_torch_says(family_run, tmp_path):
+    import onnxruntime_genai as og
+
+    merged = family_run["merge"].path / "model"
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    prompt = tokenizer.encode("Question: 3 + 4\nAnswer:")
+    reference, stop = target("torch").open_session(merged, True, None), [tokenizer.eos_token_id]
+    [expected] = generate(reference, [prompt], NEW_TOKENS, stop)
+    pipe = exact_pipeline(family_run["export-openvino"].path / "model")
+    ids = openvino_target.ov.Tensor(np.array([prompt]))
+    said = pipe.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False).tokens[0]
+    assert [token for token in said if token not in stop] == expected
+    folder = exact_onnx(family_run["export-onnx"].path / "model", tmp_path / "exact")
+    said = said_by_onnx_genai(og.Model(str(folder)), prompt, NEW_TOKENS)
+    assert [token for token in said if token not in stop] == expected
+
+
+def _is_fused(folder: Path) -> bool:
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    return any(node.op_type == "GroupQueryAttention" for node in graph.node)
+
+
+def _openvino_reads(folder, ids, reference):
+    compiled = openvino_target.ov.Core().compile_model(
+        str(folder / "model.onnx"), "CPU", openvino_target.EXACT
+    )
+    batch, length = ids.shape
+    feeds = {
+        "input_ids": ids,
+        "attention_mask": np.ones((batch, length), np.int64),
+        "position_ids": np.tile(np.arange(length), (batch, 1)),
+    }
+    decoder = target("onnx")._decoder_of(folder)
+    empty = np.zeros((batch, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
+    for port in compiled.inputs:
+        name = port.get_any_name()
+        if name.startswith("past_"):
+            feeds[name] = empty
+    names = {port.get_any_name() for port in compiled.inputs}
+    found = compiled({k: v for k, v in feeds.items() if k in names})["logits"]
+    reference.reset()
+    ours = reference.forward(ids)
+    assert np.abs(ours - found).max() / ours.std() < 1e-4

@@ -1,0 +1,115 @@
+import importlib.util
+
+import pytest
+
+from conftest import random_model, small_recipe
+from sqft_export.data.items import count_examples
+from sqft_export.errors import UserError
+from sqft_export.model.hub import model_folder
+from sqft_export.plan import costs
+from sqft_export.plan.checks import check_recipe
+from sqft_export.plan.costs import check_disk, predict_bytes, predict_memory, predict_seconds
+from sqft_export.plan.layout import fallbacks, layout_of
+from sqft_export.plan.speeds import Speeds
+from sqft_export.recipe.passes import pass_names
+from sqft_export.run.pipeline import run_recipe
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """A model whose down projections have 172 inputs."""
+    return random_model(tmp_path_factory.mktemp("odd"))
+
+
+def test_a_group_size_that_does_not_divide_is_shown_or_refused(odd):
+    allowed = small_recipe("quantize.group_size=64", model_path=odd)
+    layout = check_recipe(allowed, odd)
+    assert fallbacks(allowed, layout) == {
+        f"model.layers.{block}.mlp.down_proj": 172 for block in range(2)
+    }
+    refused = small_recipe(
+        "quantize.group_size=64", "quantize.group_size_fallback=error", model_path=odd
+    )
+    with pytest.raises(UserError, match=r"64, which does not divide the 172 inputs of model.lay"):
+        check_recipe(refused, odd)
+
+
+def test_a_pattern_that_does_not_divide_is_refused(odd):
+    recipe = small_recipe("sparsify={method: wanda, pattern: '4:8'}", model_path=odd)
+    with pytest.raises(UserError, match=r"down_proj has 172 inputs, which 8 does not divide"):
+        check_recipe(recipe, odd)
+
+
+def test_a_target_that_is_not_installed_is_refused_with_what_to_install(odd, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n: None if n == "onnxruntime_genai" else find(n)
+    )
+    with pytest.raises(UserError, match=r"onnx needs onnxruntime_genai.*sqft-export\[onnx\]"):
+        check_recipe(small_recipe(model_path=odd), odd)
+
+
+def test_too_little_disk_is_refused_with_bytes(odd, monkeypatch, tmp_path):
+    recipe = small_recipe(model_path=odd)
+    layout = check_recipe(recipe, odd)
+    monkeypatch.setattr(costs, "disk_bytes", lambda *_: (5 * 2**30, 2**30))
+    with pytest.raises(UserError, match=r"5.0 GiB needed in .*, 1.0 GiB free"):
+        check_disk(recipe, layout, tmp_path)
+
+
+def test_too_little_memory_is_refused_with_the_pass_and_bytes(odd, monkeypatch, tmp_path):
+    monkeypatch.setattr(costs, "free_memory", lambda: 2**29)
+    with pytest.raises(UserError, match=r"memory: \w+ needs \d+\.\d GiB, 0.5 GiB are free"):
+        run_recipe(small_recipe(model_path=odd), tmp_path)
+    assert not list(tmp_path.glob("sparsify*"))
+
+
+def test_costs_grow_with_the_work(odd):
+    """Twice the samples, steps and answers take longer; a wider group of them needs memory."""
+    machine = Speeds(flops=1e11, elements=1e9, disk=1e9)
+    more = ("calibration.samples=64", "adapt.steps=48", "benchmark.items=64", "verify.prompts=64")
+    costs = []
+    for settings in ((), more):
+        recipe = small_recipe(*settings, model_path=odd)
+        layout = layout_of(recipe, odd)
+        costs.append(predict_seconds(recipe, layout, machine, examples=None))
+        memory = predict_memory(recipe, layout)
+        assert memory.keys() == costs[-1].keys() == set(pass_names(recipe))
+    for name in ("sparsify", "quantize", "adapt", "benchmark", "verify"):
+        assert costs[0][name] < costs[1][name], name
+
+
+def test_steps_of_epochs_are_counted_from_the_data(odd):
+    machine = Speeds(1e11, 1e9, 1e9)
+    recipe = small_recipe("adapt.steps=null", "adapt.epochs=2", model_path=odd)
+    layout = layout_of(recipe, odd)
+    assert count_examples(recipe) == 6000
+    few, many = (predict_seconds(recipe, layout, machine, n)["adapt"] for n in (100, 6000))
+    assert few < many
+    assert predict_seconds(recipe, layout, machine, None)["adapt"] is None
+
+
+def test_a_config_that_is_not_the_expected_one_is_refused(odd):
+    recipe = small_recipe(f"model={{path: {odd}, config: {{hidden_size: 4096}}}}")
+    with pytest.raises(UserError, match=r"hidden_size: the recipe expects 4096, .* has 64"):
+        check_recipe(recipe, odd)
+
+
+def test_predicted_bytes_are_those_written(tiny_run):
+    recipe = small_recipe()
+    folder = model_folder(recipe, download=False)
+    predicted = predict_bytes(recipe, layout_of(recipe, folder))
+    for name in ("sparsify", "quantize", "merge", "adapt"):
+        path = tiny_run[name].path
+        written = sum(f.stat().st_size for f in path.rglob("*.safetensors"))
+        assert written == pytest.approx(predicted[name], rel=0.05), name
+
+
+def test_a_truncated_checkpoint_is_named(odd, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(odd, tmp_path / "copy")
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"model.safetensors: \d+ bytes announced, \d+ there"):
+        check_recipe(small_recipe(model_path=copy), copy)

@@ -1,0 +1,103 @@
+"""`sqft-export compare` and `sweep`: several runs on one page."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, SMALL, SQFT
+from sqft_export.errors import UserError
+from sqft_export.report import pictures
+from sqft_export.report.runs import compare_runs
+
+
+@pytest.fixture(scope="module")
+def swept(tiny_cli, tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    """Two sparsities; the first is the run of the fixture, whose passes are cached."""
+    runs = tmp_path_factory.mktemp("sweep") / "runs"
+    shutil.copytree(tiny_cli.args[-1], runs)  # other tests count what is in theirs
+    done = subprocess.run(
+        [
+            *(SQFT, "sweep", "recipes/tiny.yaml", *SMALL, "benchmark.baselines=[merged]"),
+            *("--over", "sparsify.sparsity=0.5,0.7", "--runs", str(runs)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done, runs / "tiny" / "sweep"
+
+
+def test_a_sweep_compares_every_value(swept):
+    done, folder = swept
+    document = json.loads((folder / "comparison.json").read_text())
+    assert [run["settings"] for run in document["runs"]] == [
+        {"sparsify.sparsity": 0.5},
+        {"sparsify.sparsity": 0.7},
+    ]
+    by_name = {row["name"]: row for row in document["rows"]}
+    low, high = (by_name[f"sparsity {s}: OpenVINO, packed"] for s in (0.5, 0.7))
+    assert high["sparsity"] > 0.69 and high["file_bytes"] < low["file_bytes"]
+    assert "| sparsity 0.7: ONNX Runtime, packed" in done.stdout
+    assert not document["warnings"]
+
+
+def test_the_page_needs_nothing_but_itself(swept):
+    page = (swept[1] / "index.html").read_text()
+    assert page.count("<svg") == 3 and "What differs" in page
+    assert "<script" not in page and "<link" not in page and "src=" not in page
+
+
+def test_the_front_is_what_nothing_beats():
+    points = [(2.0, 80.0), (1.0, 70.0), (3.0, 75.0), (1.0, 60.0), (4.0, 90.0)]
+    assert pictures.pareto(points) == [(1.0, 70.0), (2.0, 80.0), (4.0, 90.0)]
+
+
+def test_runs_that_do_not_compare_are_told(tiny_run, tmp_path):
+    report = tiny_run["report"].path
+    with pytest.raises(UserError, match="found 1 run"):
+        compare_runs([report], tmp_path / "out")
+    with pytest.raises(UserError, match=r"neither a report nor a run"):
+        compare_runs([report, tmp_path], tmp_path / "out")
+    other = tmp_path / "other"
+    shutil.copytree(report, other)
+    document = json.loads((other / "report.json").read_text())
+    (other / "report.json").write_text(json.dumps(document | {"measure": "tokens"}))
+    with pytest.raises(UserError, match="runs measure exact match and tokens"):
+        compare_runs([report, other], tmp_path / "out")
+    (other / "report.json").write_text(json.dumps(document | {"schema": 1}))
+    with pytest.raises(UserError, match=r"schema 1, this program reads \d"):
+        compare_runs([report, other], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_machine_is_told(tiny_run, tmp_path):
+    report = tiny_run["report"].path
+    other = tmp_path / "other"
+    shutil.copytree(report, other)
+    document = json.loads((other / "report.json").read_text())
+    document["machine"]["processor"] = "another"
+    (other / "report.json").write_text(json.dumps(document))
+    told = compare_runs([report, other], tmp_path / "out")
+    assert "different machines" in told["warnings"][0]
+    assert [run["name"] for run in told["runs"]] == ["run (1)", "run (2)"]
+
+
+def test_a_bad_value_is_refused_before_the_first_run(tmp_path):
+    for over, message in (
+        ("sparsify.sparsity=0.5,7", "sparsify.sparsity: found 7"),
+        ("sparsify.sparsity", "expected path=value,value"),
+    ):
+        done = subprocess.run(
+            [SQFT, "sweep", "recipes/tiny.yaml", "--over", over, "--runs", str(tmp_path / "runs")],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert not (tmp_path / "runs").exists()

@@ -1,0 +1,158 @@
+"""The whole pipeline on the embedded model: skip, resume, damage, and the same bytes twice."""
+
+import json
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import copy_run, small_recipe, start_run
+from sqft_export.errors import UserError
+from sqft_export.run.artifact import Store
+from sqft_export.run.pipeline import _alone, plan_passes, run_recipe
+
+
+def merged_digests(artifacts: dict) -> dict[str, str]:
+    return artifacts["merge"].manifest["files"]
+
+
+def test_every_check_of_verify_passed(tiny_run):
+    checks = {c["name"]: c for c in tiny_run["verify"].metrics["checks"]}
+    assert all(c["passed"] for c in checks.values())
+    for needed in (
+        "pruned positions zero in sparsify",
+        "pruned positions zero in quantize",
+        "pruned positions zero in the trained forward",
+        "pruned positions zero in the merged model",
+        "pruned positions zero in openvino",
+        "pruned positions zero in onnx",
+        "codes, scales, zero points: trained forward and merged",
+        "codes, scales, zero points: merged and openvino",
+        "codes, scales, zero points: merged and onnx",
+        "layers on compressed kernels in openvino",
+        "greedy tokens: merged in torch and openvino",
+        "greedy tokens: merged in torch and onnx",
+    ):
+        assert checks[needed]["compared"] > 0, needed
+    assert checks["logits: merged in torch and openvino"]["allowed"] == 1e-4
+
+
+def test_the_report_shows_every_row_with_every_number(tiny_run):
+    folder = tiny_run["report"].path
+    document = json.loads((folder / "report.json").read_text())
+    assert [row["name"] for row in document["rows"]] == [
+        "dense base",
+        "dense + LoRA",
+        "sparse",
+        "sparse + INT4",
+        "tuned, unmerged",
+        "merged",
+        "OpenVINO",
+        "OpenVINO, packed",
+        "ONNX Runtime",
+        "ONNX Runtime, packed",
+    ]
+    for row in document["rows"]:
+        assert 0 <= row["accuracy"] <= 1
+        assert row["perplexity"] > 1
+        assert row["file_bytes"] > 1e5
+        assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
+        assert row["peak_memory_bytes"] > 1e7
+        assert row["ttft"]["median_ms"] > 0
+        assert row["tpot"]["p10_ms"] <= row["tpot"]["median_ms"] <= row["tpot"]["p90_ms"]
+    tuned, merged, _, _, onnx, packed = document["rows"][4:]
+    assert packed["file_bytes"] < onnx["file_bytes"] and packed["accuracy"] == onnx["accuracy"]
+    assert tuned["perplexity"] == merged["perplexity"]
+    page = (folder / "index.html").read_text()
+    assert page.count("<svg") == 6
+    assert not re.findall(r'(?:src|href)="https?:', page)
+    assert (folder / "report.md").read_text().count("\n") == 12
+
+
+def test_training_log_has_the_rank_of_every_group_at_every_step(tiny_run):
+    lines = (tiny_run["adapt"].path / "training.jsonl").read_text().splitlines()
+    log = [json.loads(line) for line in lines]
+    assert [entry["step"] for entry in log] == list(range(1, 13))
+    assert {rank for entry in log for rank in entry["ranks"].values()} == {32, 24, 16}
+    assert len(log[0]["ranks"]) == 4
+
+
+def test_nothing_changed_is_all_cached(tiny_run):
+    root = tiny_run["merge"].path.parent
+    again = run_recipe(small_recipe(), root)
+    for name, artifact in tiny_run.items():
+        assert again[name].manifest == artifact.manifest
+    assert {p.name for p in root.iterdir() if p.is_dir()} == {
+        artifact.path.name for artifact in tiny_run.values()
+    }
+
+
+def test_a_changed_option_reruns_only_what_follows(tiny_run):
+    root = tiny_run["merge"].path.parent
+    steps = plan_passes(
+        small_recipe("verify.prompts=4"),
+        small_recipe().resolve("builtin:tiny"),
+        Store(root),
+    )
+    to_run = [step.name for step in steps if step.artifact is None]
+    assert to_run == ["verify", "report"]
+
+
+def test_damage_stops_the_run_and_names_the_file(tiny_run, tmp_path):
+    root = copy_run(tiny_run, tmp_path)
+    weights = root / tiny_run["quantize"].path.name / "model" / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"quantize-.*model.safetensors is damaged"):
+        run_recipe(small_recipe(), root)
+
+
+def kill_when(process: subprocess.Popen, root: Path, pattern: str) -> None:
+    """SIGKILL as soon as a path appears."""
+    deadline = time.monotonic() + 120
+    while not list(root.glob(pattern)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{pattern} did not appear"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bytes(tiny_run, tmp_path):
+    """Killed while it sparsifies, quantizes, trains (past a checkpoint) and exports; and so this
+    is also the second run of the same recipe whose merged model is byte-identical."""
+    for pattern in (
+        "tiny/sparsify-*.partial/model/*",
+        "tiny/quantize-*.partial/model/*",
+        "tiny/adapt-*.partial/training/checkpoint-4/complete",
+        "tiny/export-openvino-*.partial/model/traced/*",
+    ):
+        kill_when(start_run(tmp_path), tmp_path, pattern)
+    resumed = run_recipe(small_recipe(), tmp_path / "tiny")
+    assert merged_digests(resumed) == merged_digests(tiny_run)
+    exported = ("openvino_model.bin", "model.onnx.data")
+    for name, file in zip(("export-openvino", "export-onnx"), exported, strict=True):
+        key = f"model/{file}"
+        assert resumed[name].manifest["files"][key] == tiny_run[name].manifest["files"][key]
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    with (
+        _alone(tmp_path),
+        pytest.raises(UserError, match="another run is working here"),
+        _alone(tmp_path),
+    ):
+        pass
+
+
+def test_the_last_line_on_stdout_is_the_report(tiny_cli, tiny_run):
+    lines = tiny_cli.stdout.splitlines()
+    report = json.loads((tiny_run["report"].path / "report.json").read_text())
+    assert json.loads(lines[-1]) == report
+    assert lines[0].startswith("| model | accuracy |")
+    # A bar for every pass is for terminals; elsewhere one line a pass, and nothing of libraries.
+    assert [line.split()[0] for line in tiny_cli.stderr.splitlines()] == list(tiny_run)

@@ -1,0 +1,84 @@
+"""Runtimes and devices: what is here is listed, what is not is refused with the reason."""
+
+import json
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import SQFT, small_recipe
+from sqft_export.errors import UserError
+from sqft_export.measure.rows import Row
+from sqft_export.numerics.affine import Grid, dequantize
+from sqft_export.plan.checks import check_recipe
+from sqft_export.stages.benchmark import on_devices
+from sqft_export.targets import devices, target
+from sqft_export.targets.torch import Int4Linear, TorchSession, load_int4_model
+
+NO_GPU = [p for p in devices.devices() if p.kind == "gpu" and p.missing is None] == []
+
+
+def test_every_runtime_tells_of_its_devices():
+    done = subprocess.run([SQFT, "list", "targets", "--json"], capture_output=True, check=True)
+    found = {(p["runtime"], p["kind"]): p["missing"] for p in json.loads(done.stdout)}
+    assert set(found) == {
+        *[("openvino", device) for device in devices.DEVICE_KINDS],
+        *[(runtime, device) for runtime in ("onnx", "torch") for device in ("cpu", "gpu")],
+    }
+    assert all(found[runtime, "cpu"] == "here" for runtime in ("openvino", "onnx", "torch"))
+
+
+@pytest.mark.skipif(not NO_GPU, reason="there is a GPU here")
+def test_a_target_that_is_not_here_is_refused_by_plan():
+    recipe = small_recipe("benchmark.targets=[cpu, gpu]")
+    with pytest.raises(UserError, match=r"benchmark.targets: found gpu, .*onnxruntime-gpu.*auto"):
+        check_recipe(recipe, recipe.resolve("builtin:tiny"))
+    check_recipe(small_recipe("benchmark.targets=[auto]"), recipe.resolve("builtin:tiny"))
+
+
+def test_made_models_are_measured_on_what_is_here(tmp_path, monkeypatch):
+    def rows_on(*targets):
+        names = ("dense base", "merged", "OpenVINO", "ONNX Runtime")
+        kinds = ("torch", "torch", "openvino", "onnx")
+        table = [Row(n, k, tmp_path, (), 0.0) for n, k in zip(names, kinds, strict=True)]
+        return [(row.name, row.device) for row in on_devices(table, targets)]
+
+    here = [devices.Device("openvino", d, d.upper(), None) for d in ("gpu", "npu")]
+    away = [devices.Device("onnx", "gpu", "CUDAExecutionProvider", "no")]
+    monkeypatch.setattr("sqft_export.stages.benchmark.devices", lambda: here + away)
+    assert len(rows_on("cpu")) == 4
+    assert rows_on("auto")[4:] == [("OpenVINO, GPU", "gpu"), ("OpenVINO, NPU", "npu")]
+    assert rows_on("gpu") == [("dense base", "cpu"), ("OpenVINO, GPU", "gpu")]
+
+
+def test_packed_products_are_the_dequantized_ones(tiny_run):
+    """torch's INT4 layout on the CPU: the codes that were trained, nothing else."""
+    folder = tiny_run["merge"].path / "model"
+    packed = load_int4_model(folder, "cpu", torch.float32)
+    assert sum(isinstance(m, Int4Linear) for m in packed.modules()) >= 20
+    ids = np.random.RandomState(0).randint(5, 400, (2, 12))
+    expected = target("torch").open_session(folder, True, 2).forward(ids)
+    found = TorchSession(packed).forward(ids)
+    assert np.abs(found - expected).max() < 1e-3 * expected.std()
+
+
+def test_packed_products_know_zero_points():
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (32, 64), generator=generator, dtype=torch.uint8)
+    scale = torch.rand(32, 2, generator=generator).to(torch.float16)
+    zero = torch.randint(0, 16, (32, 2), generator=generator, dtype=torch.uint8)
+    grid = Grid(scale=scale, zero_point=zero, bits=4, group_size=32)
+    x, bias = torch.randn(3, 64, generator=generator), torch.randn(32, generator=generator)
+    found = Int4Linear(codes, grid, bias, "cpu", torch.float32)(x)
+    torch.testing.assert_close(found, x @ dequantize(codes, grid).T + bias, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_gpu_says_what_the_cpu_says(tiny_run):
+    folder = tiny_run["merge"].path / "model"
+    ids = np.random.RandomState(0).randint(5, 400, (2, 12))
+    cpu = target("torch").open_session(folder, True, None).forward(ids)
+    gpu = target("torch").open_session(folder, False, None, "gpu").forward(ids)
+    assert np.abs(cpu - gpu).mean() < 0.05 * cpu.std()  # bfloat16
