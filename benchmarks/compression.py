@@ -27,7 +27,7 @@ from sqft_export.data.items import load_tokenizer
 from sqft_export.measure.likelihood import likelihood
 from sqft_export.model.blocks import Block, Inputs, walk
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.model.floats import load_float_model
+from sqft_export.model.floats import load_model
 from sqft_export.numerics.affine import fake_quantize
 from sqft_export.numerics.groups import fallback_group_size
 from sqft_export.numerics.hessian import inverse_factor
@@ -86,7 +86,7 @@ def quantized(
 def run(folder: Path, samples: list[Tensor], test, dense: dict, choice) -> dict[str, float]:
     """One row: compress block by block, then score the whole model."""
     sparsifier, quantizer, bits = choice
-    model, inputs = load_float_model(folder), Inputs("hessian")
+    model, inputs = load_model(Checkpoint(folder)), Inputs("hessian")
     errors, kept, dropped = [], 0, 0
     for block in walk(Checkpoint(folder), samples, inputs.collector):
         weights = {name: linear.weight.clone() for name, linear in block.linears.items()}

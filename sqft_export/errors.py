@@ -1,8 +1,28 @@
-"""The one exception a user is meant to read."""
+"""The exceptions a user is meant to read."""
 
 
 class UserError(Exception):
     """Something the user can put right: says where, what was found, and the way out.
 
-    The command line prints its text without a traceback and exits with 2.
+    The command line prints its text without a traceback and exits with ``code``.
     """
+
+    code = 2
+
+
+class HostError(UserError):
+    """The machine lacks something: disk, memory, permission."""
+
+    code = 3
+
+
+class DamagedError(UserError):
+    """A file is not what was written: cut, flipped, exchanged."""
+
+    code = 4
+
+
+class CertificateError(UserError):
+    """What runs is not what was trained."""
+
+    code = 5

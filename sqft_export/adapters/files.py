@@ -20,6 +20,7 @@ from sqft_export.run.launcher import process_rank
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
 
     from sqft_export.adapters.linear import Update
 
@@ -90,7 +91,11 @@ def save_adapter(model: "PeftModel", folder: Path) -> None:
         if parameter.requires_grad
     }
     if process_rank() == 0:
-        model.save_pretrained(folder, state_dict=whole)
+        from peft import get_peft_model_state_dict
+
+        state = get_peft_model_state_dict(model, state_dict=whole)
+        config = model.peft_config[model.active_adapter]  # type: ignore[index]
+        _write(folder, state, config.to_dict() | {"inference_mode": True})
 
 
 def write_sub_adapter(config: dict[str, Any], updates: dict[str, "Update"], folder: Path) -> None:
@@ -99,16 +104,23 @@ def write_sub_adapter(config: dict[str, Any], updates: dict[str, "Update"], fold
     :param config: peft's, of the super-adapter.
     :param updates: by Linear, at the rank it is to have.
     """
-    from safetensors.torch import save_file
-
     tensors, ranks, alphas = {}, {}, {}
     for name, (lora_a, lora_b, scaling) in updates.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = lora_a.detach().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = lora_b.detach().contiguous()
         ranks[name], alphas[name] = len(lora_a), scaling * len(lora_a)
+    patterns = {"rank_pattern": ranks, "alpha_pattern": alphas, "inference_mode": True}
+    _write(folder, tensors, config | patterns)
+
+
+def _write(folder: Path, tensors: dict[str, "Tensor"], config: dict[str, Any]) -> None:
+    """The two files; the same adapter gives the same bytes, and no path of this machine."""
+    from safetensors.torch import save_file
+
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f"{TENSORS}.safetensors", metadata={"format": "pt"})
-    config = config | {"rank_pattern": ranks, "alpha_pattern": alphas, "inference_mode": True}
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, folder / f"{TENSORS}.safetensors", metadata={"format": "pt"})
+    config = config | {"base_model_name_or_path": None}
     config["target_modules"] = sorted(config["target_modules"])
     (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n")
 

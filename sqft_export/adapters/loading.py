@@ -7,7 +7,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from sqft_export.adapters.elastic import train_scales
 from sqft_export.adapters.files import AdapterFiles, Base
@@ -15,7 +14,7 @@ from sqft_export.adapters.linear import PEFT_NAME, CompressedLinear, ElasticLora
 from sqft_export.errors import UserError
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.families import adapted
-from sqft_export.model.floats import load_float_model
+from sqft_export.model.floats import load_model
 from sqft_export.model.storage import MASKS, load_grids, load_mask_bits, read_quantized
 from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.numerics.affine import (
@@ -33,9 +32,9 @@ class Layers:
 
     def __init__(self, base: Base, adapter: Path | None = None):
         self.checkpoint, self.unmerged = Checkpoint(base.folder), base.unmerged
-        self.names, self.gptq_linears = (
+        self.names, self.quantized_linears = (
             list(self.checkpoint.linears),
-            set(self.checkpoint.gptq_linears),
+            set(self.checkpoint.quantized_linears),
         )
         self.grids = load_grids(base.grids)
         self.masks = TensorFiles(base.masks, MASKS) if base.masks else None
@@ -44,7 +43,7 @@ class Layers:
 
     def layer(self, name: str) -> tuple[CompressedLinear, Update | None]:
         """The Linear without its bias, and the update that enters its weight, if any."""
-        if name in self.gptq_linears:
+        if name in self.quantized_linears:
             weight = dequantize(*read_quantized(self.checkpoint, name))
         else:
             weight = self.checkpoint.tensor(f"{name}.weight")
@@ -64,12 +63,8 @@ def load_compressed(base: Base, dtype: torch.dtype) -> nn.Module:
     """
     checkpoint = Checkpoint(base.folder)
     linears = checkpoint.linears
-    if checkpoint.gptq_linears:
-        model = load_float_model(base.folder)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
-            base.folder, dtype="auto", attn_implementation=checkpoint.family.attention
-        ).eval()
+    # Weights stay mapped from their files, in their own dtype, until they are looked at.
+    model = load_model(checkpoint, None)
     mask_bits = load_mask_bits(base.masks)
     grid_of = load_grids(base.grids)
     for name in linears:

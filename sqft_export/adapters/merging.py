@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from sqft_export.adapters.loading import Layers
-from sqft_export.model.checkpoint import copy_companions, float_config, write_config
+from sqft_export.model.companions import copy_companions, float_config, write_config
 from sqft_export.model.floats import float_tensors
 from sqft_export.model.storage import GridWriter, quantization_config
 from sqft_export.model.tensorfiles import TensorWriter

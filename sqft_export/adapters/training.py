@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
+from sqft_export.adapters.checkpoints import PlainCheckpointTrainer
 from sqft_export.adapters.elastic import (
     draw_ranks,
     elastic_layers,
@@ -77,16 +78,7 @@ def _last_complete(folder: Path) -> str | None:
     return str(newest) if newest else None
 
 
-def total_steps(config: Adapt, examples: int) -> int:
-    """Optimizer steps of a training; every process takes batches of its own."""
-    if config.steps is not None:
-        return config.steps
-    assert config.epochs is not None
-    batches = math.ceil(examples / (config.batch * process_count()))
-    return math.ceil(batches / config.accumulation * config.epochs)
-
-
-class _Trainer(Trainer):
+class _Trainer(PlainCheckpointTrainer):
     """Scales at their own learning rate, and a teacher in the loss."""
 
     def __init__(self, config: Adapt, teacher: nn.Module | None, **kwargs):
@@ -117,6 +109,9 @@ class _Trainer(Trainer):
             away = divergence(
                 outputs.logits, teacher, inputs["labels"], distill.temperature, num_items_in_batch
             )
+            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+                # As the Trainer does with the loss: its mean over processes is taken later.
+                away = away * self.accelerator.num_processes
             loss = (1 - distill.weight) * loss + distill.weight * away
         return (loss, outputs) if return_outputs else loss
 
@@ -135,6 +130,13 @@ def divergence(
     theirs = (teacher[:, :-1][wanted].float() / temperature).log_softmax(-1)
     total = nn.functional.kl_div(ours, theirs, reduction="sum", log_target=True)
     return temperature**2 * total / (wanted.sum() if count is None else count)
+
+
+def padding_id(model: nn.Module, tokenizer: Any) -> int:
+    """What fills a batch, out of attention and loss: any id that the embedding has."""
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+    pad = tokenizer.pad_token_id
+    return pad if pad is not None and 0 <= pad < rows else 0
 
 
 def without_loss(example: Example, config: Adapt) -> bool:
@@ -181,10 +183,10 @@ def train_on_task(
         data.train,
         config,
         recipe.seed,
-        tokenizer.pad_token_id or 0,
+        padding_id(model, tokenizer),
         folder / "training",
         before_step=lambda step: set_ranks(layers, groups, ranks_at(step)),
-        advance=start(total_steps(config, len(data.train))),
+        advance=start(config.total_steps(len(data.train), process_count())),
         teacher=teacher,
     )
     save_adapter(model, folder / "adapter")
@@ -251,7 +253,7 @@ def train_adapter(
         config,
         teacher,
         model=model,
-        args=_arguments(config, total_steps(config, len(rows)), seed, folder),
+        args=_arguments(config, config.total_steps(len(rows), process_count()), seed, folder),
         train_dataset=rows,  # type: ignore[arg-type]  # a list serves as a map-style dataset
         data_collator=lambda batch: collate(batch, pad),
         callbacks=[_Callback(before_step, advance)],

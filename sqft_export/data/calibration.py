@@ -7,13 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqft_export.data.datasets import read_rows
-from sqft_export.data.items import fill_template, first_token, load_data, load_tokenizer, windows_of
+from sqft_export.data.files import numbered_rows, read_text
+from sqft_export.data.items import first_token, load_data, load_tokenizer, windows_of
 from sqft_export.errors import UserError
 from sqft_export.recipe.schema import HUB, Recipe
+from sqft_export.recipe.templates import text_field
 
 SHORTEST = 16  # tokens of a dataset row that is calibrated on
 SHUFFLED_ROWS = 10_000
+
+
+def calibration_options(recipe: Recipe) -> dict[str, Any]:
+    """The settings that the samples depend on: what is set aside from the training data too."""
+    set_aside = recipe.search.items if recipe.search.evaluates else 0
+    return recipe.calibration.model_dump() | {"set_aside": set_aside}
 
 
 def calibration_samples(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
@@ -41,9 +48,10 @@ def _calibration_source(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
     if config.source.startswith(HUB) or file.is_dir():
         return _dataset_texts(recipe, tokenizer)
     if file.suffix == ".jsonl":
-        texts = [fill_template("{" + config.field + "}", item, file, 1) for item in read_rows(file)]
-        return [tokenizer(text)["input_ids"] for text in texts]
-    ids = tokenizer(file.read_text(), add_special_tokens=False)["input_ids"]
+        rows = numbered_rows(file)
+        texts = [str(text_field(config.field, item, file, number)) for number, item in rows]
+        return [ids for ids in (tokenizer(text)["input_ids"] for text in texts) if ids]
+    ids = tokenizer(read_text(file), add_special_tokens=False)["input_ids"]
     return windows_of(ids, config.sequence_length, first_token(tokenizer))
 
 

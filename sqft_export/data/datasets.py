@@ -12,18 +12,17 @@ How an answer is scored (``scoring``):
     choice   the right choice has the highest likelihood (lm-eval's acc; acc_norm is recorded too)
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from sqft_export.data.files import Fields, read_rows
 from sqft_export.errors import UserError
 from sqft_export.recipe.schema import Dataset
 
 Scoring = Literal["exact", "mark", "number", "choice"]
-Fields = dict[str, Any]
 TEMPLATES = {
     "question": "Question: {question}\nAnswer:",
     "alpaca": "Below is an instruction that describes a task. Write a response that appropriately "
@@ -41,6 +40,7 @@ class Record:
     choices: (context, continuation) of every choice, where there are any.
     right: index of the right one.
     final: the expected answer as it is compared: a number, or what follows the mark.
+    labels: what every choice is called in a log of answers.
     """
 
     prompt: str
@@ -48,6 +48,7 @@ class Record:
     choices: tuple[tuple[str, str], ...] = ()
     right: int = 0
     final: str = ""
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Set:
 def _choices(context: str, continuations: list[str], right: int) -> Record:
     """Choices that differ in what follows one context."""
     pairs = tuple((context, f" {text.strip()}") for text in continuations)
-    return Record(*pairs[right], pairs, right, continuations[right].strip())
+    labels = tuple(text.strip() for text in continuations)
+    return Record(*pairs[right], pairs, right, labels[right], labels)
 
 
 def _split_instruction(row: Fields) -> tuple[str, list[str], int]:
@@ -129,7 +131,8 @@ def _winogrande(row: Fields, template: str) -> Record:
         right = int(row["answer"]) - 1
     before, after = sentence.split("_", 1)
     pairs = tuple((before + option.strip(), f" {after.strip()}") for option in options)
-    return Record(*pairs[right], pairs, right, options[right].strip())
+    labels = tuple(option.strip() for option in options)
+    return Record(*pairs[right], pairs, right, labels[right], labels)
 
 
 def _without_brackets(text: str) -> str:
@@ -167,10 +170,26 @@ def _math(row: Fields, template: str) -> Record:
     return Record(prompt, joint + answer, final=final)
 
 
+def number_of(text: str) -> float | None:
+    """A decimal number or a fraction such as ``1/2``; None for what is neither."""
+    found = re.fullmatch(r"(-?\d*\.?\d+)(?:/(\d*\.?\d+))?", text.strip())
+    if not found or float(found[2] or 1) == 0:
+        return None
+    return float(found[1]) / float(found[2] or 1)
+
+
+# A sign, a dollar, digits with commas between groups of three, a fraction, a full stop.
+WRITTEN_NUMBER = re.compile(r"(-?)\$?(-?)(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?\.?")
+
+
 def plain_number(text: str) -> str:
-    """A final answer without commas, dollar signs and the full stop or ``.0`` at its end."""
-    text = text.strip().replace(",", "").replace("$", "").removesuffix(".")
-    return re.sub(r"\.0$", "", text)
+    """A number without dollar sign, commas, ``.0`` and full stop; other text as it is."""
+    text = text.strip()
+    found = WRITTEN_NUMBER.fullmatch(text)
+    if found is None:
+        return text
+    fraction = (found[4] or "").rstrip("0").removesuffix(".")
+    return (found[1] or found[2]) + found[3].replace(",", "") + fraction
 
 
 SETS = {
@@ -264,30 +283,6 @@ def missing_sets(
             )
 
 
-def read_rows(file: Path) -> list[Fields]:
-    """Objects of a json list or of jsonl.
-
-    :raises UserError: naming the file, and the line, that is not JSON or has no objects.
-    """
-    text = file.read_text()
-    # One document, or one a line.
-    documents = [text] if file.suffix == ".json" else text.splitlines()
-    rows: list[Any] = []
-    for number, document in enumerate(documents, start=1):
-        try:
-            rows.append(json.loads(document))
-        except ValueError as error:
-            raise UserError(f"{file}:{number}: not JSON: {error}") from error
-    if file.suffix == ".json":
-        rows = rows[0] if isinstance(rows[0], list) else rows
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise UserError(f"{file}:{number}: expected an object, found {type(row).__name__}")
-    if not rows:
-        raise UserError(f"{file}: has no items")
-    return rows
-
-
 def hub_rows(name: str, split: str, where: str) -> list[Fields]:
     """Rows of a set on the hub.
 
@@ -321,9 +316,15 @@ def records(
         for number, row in enumerate(rows, start=1):
             try:
                 record = SETS[name].read(row, task.template)
-            except (KeyError, ValueError, IndexError) as error:
+            except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
                 place = f"{file or name}: item {number}"
                 raise UserError(f"{place}: not a row of {name}: {error!r}") from error
+            number_wanted = split == "test" and scoring_of(task, name) == "number"
+            if number_wanted and number_of(record.final) is None:
+                raise UserError(
+                    f"{file or name}: item {number}: not a row of {name}: its answer "
+                    f"{record.final!r} is no number"
+                )
             if split == "test" and SETS[name].scoring == "choice" and len(record.choices) < 2:
                 raise UserError(
                     f"{file or name}: item {number}: has its answer alone, and no choices to tell "

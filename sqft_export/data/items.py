@@ -6,15 +6,18 @@ with the padding masked out (training).
 """
 
 import itertools
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqft_export.data.datasets import Record, Scoring, local_file, read_rows, records, set_names
+from sqft_export.data.datasets import Record, Scoring, local_file, records, set_names
+from sqft_export.data.files import numbered_rows, read_text
 from sqft_export.errors import UserError
 from sqft_export.recipe.schema import Dataset, Problems, Recipe, Text
+from sqft_export.recipe.templates import fill_template
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Item:
     source: the set it is from, where a task has several.
     scoring: how an answer is scored; see ``datasets``. exact: equal after the recipe's mark.
     choices: (context, continuation) ids of every choice, and ``right`` the index of the right one.
-    lengths: bytes of every continuation.
+    lengths: characters of every continuation.
+    labels: what every choice is called.
     """
 
     prompt: list[int]
@@ -38,6 +42,7 @@ class Item:
     choices: tuple[tuple[list[int], list[int]], ...] = ()
     right: int = 0
     lengths: tuple[int, ...] = ()
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,23 +70,35 @@ class Data:
 
 
 def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder; where it names no end token, the model's is its own."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if tokenizer.eos_token_id is None and (ends := end_tokens(folder)):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+    return tokenizer
 
 
-def fill_template(template: str, item: dict[str, Any], file: Path, number: int) -> str:
-    try:
-        return template.format(**item)
-    except KeyError as error:
-        raise UserError(
-            f"{file}:{number}: the template asks for {error}; the item has {', '.join(item)}"
-        ) from error
+def stop_ids(folder: Path, tokenizer: Any) -> list[int]:
+    """Ids that end an answer: the tokenizer's, and those that the configs beside it name."""
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*own, *end_tokens(folder)]))
+
+
+def end_tokens(folder: Path) -> list[int]:
+    """Ids that end an answer, as the configs of a model or a deployment name them."""
+    found: list[int] = []
+    for name in ("generation_config.json", "config.json", "genai_config.json"):
+        if (folder / name).is_file():
+            document = json.loads((folder / name).read_text())
+            ends = document.get("eos_token_id", document.get("model", {}).get("eos_token_id"))
+            found += ends if isinstance(ends, list) else [ends]
+    return [i for i in dict.fromkeys(found) if isinstance(i, int)]
 
 
 def problem_records(task: Problems, file: Path) -> Iterator[Record]:
     """Every item of a jsonl file as a record."""
-    for number, item in enumerate(read_rows(file), start=1):
+    for number, item in numbered_rows(file):
         answer = fill_template(task.answer, item, file, number)
         yield Record(fill_template(task.prompt, item, file, number), answer, final=answer)
 
@@ -127,7 +144,8 @@ def _item(tokenizer: Any, source: str, scoring: Scoring, record: Record) -> Item
         scoring,
         tuple(pair(*choice) for choice in record.choices),
         record.right,
-        tuple(len(continuation.strip().encode()) for _, continuation in record.choices),
+        tuple(len(continuation.strip()) for _, continuation in record.choices),
+        record.labels,
     )
 
 
@@ -175,10 +193,18 @@ def windows_of(ids: list[int], length: int, first: list[int]) -> list[list[int]]
     return [first + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
 
 
+def _boundary(text: str, wanted: int) -> int:
+    """Where a text is cut: after the last line that ends before, else the last word, else there."""
+    for end in ("\n", " "):
+        if (found := text.rfind(end, 0, wanted)) > 0:
+            return found + 1
+    return wanted
+
+
 def _text_data(task: Text, recipe: Recipe, tokenizer: Any) -> Data:
     file = recipe.resolve(task.text)
-    text = file.read_text()
-    boundary = text.rfind("\n", 0, int(len(text) * (1 - task.test_share))) + 1
+    text = read_text(file)
+    boundary = _boundary(text, int(len(text) * (1 - task.test_share)))
 
     def windows(part: str) -> list[list[int]]:
         ids = tokenizer(part, add_special_tokens=False)["input_ids"]
@@ -227,6 +253,26 @@ def held_out(recipe: Recipe, tokenizer: Any) -> list[Item]:
         by_set.setdefault(found[0], []).append(_item(tokenizer, *found))
     turns = itertools.zip_longest(*by_set.values())
     return [item for turn in turns for item in turn if item is not None]
+
+
+# Texts that tokenizers have been known to take apart differently.
+HARD_TEXTS = (
+    "two  spaces, a\ttab and\nanother line",
+    " a blank before, and one after ",
+    "1,234.50 + 7 = 1241.5 (about 3 %)",
+    "caf\u00e9 na\u00efve \u4f60\u597d \U0001f600 \u0394x \u2248 \u00bd",
+    'He said: "It isn\'t [so]; {x} <y> #### 5!" \\boxed{5}',
+)
+
+
+def sample_texts(recipe: Recipe, count: int) -> list[str]:
+    """Texts that tokenizers are tried with: some of the test split, and hard ones."""
+    task = recipe.task
+    if isinstance(task, Text):
+        lines = [line for line in read_text(recipe.resolve(task.text)).split("\n") if line.strip()]
+        return [*lines[-count:], *HARD_TEXTS]
+    prompts = (record.prompt for _, _, record in _records(recipe, "test"))
+    return [*itertools.islice(prompts, count), *HARD_TEXTS]
 
 
 def first_token(tokenizer: Any) -> list[int]:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from sqft_export.data.datasets import plain_number
+from sqft_export.data.datasets import number_of, plain_number
 from sqft_export.data.items import Item
 from sqft_export.recipe.schema import Dataset, Problems, Recipe, Text
 
@@ -13,11 +13,13 @@ NUMBER = re.compile(r"-?\d+\.?\d*")
 NUMBER_TOLERANCE = 1e-3
 
 
-def questions(recipe: Recipe, items: list[Item], tokenizer: Any) -> dict[str, Any]:
-    """What ``evaluate.score`` is asked about items, as plain JSON: nothing there needs a tokenizer.
+def questions(recipe: Recipe, items: list[Item], stop: list[int]) -> dict[str, Any]:
+    """What ``likelihood.score`` is asked about items, as plain JSON; no tokenizer is needed there.
 
     Items with choices are asked for the likelihood of each, others for a generated answer, plain
     text for neither.
+
+    :param stop: ids that end an answer.
     """
     task = recipe.task
     generated = [i for i in items if i.text is not None and i.scoring != "choice"]
@@ -28,7 +30,7 @@ def questions(recipe: Recipe, items: list[Item], tokenizer: Any) -> dict[str, An
         "contexts": [context for item in items for context, _ in item.choices],
         "continuations": [continuation for item in items for _, continuation in item.choices],
         "max_new_tokens": 0 if isinstance(task, Text) else task.max_new_tokens,
-        "stop": [tokenizer.eos_token_id],
+        "stop": stop,
     }
 
 
@@ -62,7 +64,7 @@ def judge(
             means = [s / n for s, n in zip(sums, item.lengths, strict=True)]
             best_mean = max(range(len(means)), key=means.__getitem__)
             right = best == item.right, best_mean == item.right
-            said = tokenizer.decode(item.choices[best][1], skip_special_tokens=True)
+            said = item.labels[best]
             judged.append(Judged(item, said, *right))
             continue
         said = tokenizer.decode(next(answers), skip_special_tokens=True)
@@ -95,20 +97,21 @@ def accuracy_by_set(judged: list[Judged]) -> dict[str, dict[str, float]]:
 
 
 def is_right(task: Problems | Dataset | Text, said: str, item: Item) -> bool:
-    """Whether a generated answer is the expected one, by the item's scoring."""
+    """Whether a generated answer is the expected one, by the item's way of scoring."""
     assert item.text is not None
     if item.scoring == "exact":
         final = task.final if isinstance(task, Problems) else None
         return final_answer(said, final) == final_answer(item.text, final)
     said = said.split(STOP_TEXT)[0]
     if item.scoring == "mark":
+        # lm-eval's strict match leaves commas, dollar signs and a full stop out, and no more.
         marked = re.search(r"#### (-?[0-9.,]+)", said)
-        return marked is not None and plain_number(marked[1]) == item.text
-    numbers = NUMBER.findall(said.replace(",", ""))
-    return bool(numbers) and abs(float(numbers[-1]) - float(item.text)) <= NUMBER_TOLERANCE
+        return marked is not None and marked[1].replace(",", "").removesuffix(".") == item.text
+    numbers, expected = NUMBER.findall(said.replace(",", "")), number_of(item.text)
+    assert expected is not None  # a row without a number was refused when it was read
+    return bool(numbers) and abs(float(numbers[-1]) - expected) <= NUMBER_TOLERANCE
 
 
 def final_answer(text: str, final: str | None) -> str:
-    """What is compared: all that follows the last ``final`` mark, blanks and commas aside."""
-    answer = text.rsplit(final, 1)[-1] if final else text
-    return answer.strip().replace(",", "")
+    """What is compared: all that follows the last ``final`` mark, a number in its plain form."""
+    return plain_number(text.rsplit(final, 1)[-1] if final else text)

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from sqft_export.data.datasets import missing_sets
-from sqft_export.data.items import held_out
+from sqft_export.data.items import held_out, stop_ids
 from sqft_export.data.scoring import judge, questions
 from sqft_export.errors import UserError
 from sqft_export.measure.machine import machine_facts
@@ -223,7 +223,7 @@ def questions_of(
     chosen = [item for item in found if len(item.prompt + item.target) <= context][:items]
     if not chosen:
         raise UserError(f"{folder}: no item fits into the model's {context} tokens")
-    asked = questions(recipe, chosen, tokenizer)
+    asked = questions(recipe, chosen, stop_ids(folder, tokenizer))
     room = context - max(len(item.prompt) for item in chosen)
     asked["max_new_tokens"] = min(asked["max_new_tokens"], room)
     return Questions(recipe, chosen, tokenizer, asked)

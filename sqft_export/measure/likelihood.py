@@ -9,7 +9,7 @@ from sqft_export.measure.decode import equal_lengths, generate
 from sqft_export.targets import Session
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
+def log_softmax(logits: np.ndarray) -> np.ndarray:
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
@@ -28,7 +28,7 @@ def log_likelihoods(
         for row, index in enumerate(indices):
             start = len(prompts[index])
             expected = ids[row, start:]
-            scores = _log_softmax(logits[row, start - 1 : -1])
+            scores = log_softmax(logits[row, start - 1 : -1])
             total = float(scores[np.arange(len(expected)), expected].sum())
             found[index] = total, int((scores.argmax(axis=-1) == expected).sum())
     return found
@@ -62,5 +62,5 @@ def distributions(session: Session, sequences: list[list[int]]) -> np.ndarray:
     rows = []
     for ids in sequences:
         session.reset()
-        rows.append(_log_softmax(session.forward(np.array([ids], np.int64))[0]))
+        rows.append(log_softmax(session.forward(np.array([ids], np.int64))[0]))
     return np.concatenate(rows).astype(np.float32)

@@ -6,7 +6,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
-from sqft_export.targets.devices import installed
+from sqft_export.run.host import installed
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft_export.data.scoring import Judged, accuracy_by_set, accuracy_of
-from sqft_export.measure.statistics import mcnemar, wilson
+from sqft_export.measure.statistics import mcnemar, mean_interval
 
 MADE = ("merged", "OpenVINO", "ONNX Runtime")  # rows of a model that is to live on the target
 MODEL_FILES = ("*.safetensors", "*.bin", "*.xml", "*.onnx", "*.data", "*.onnx_adapter", "*.sqft")
@@ -50,9 +50,13 @@ def accuracy_row(
     :param first_right: what the first row answered right.
     """
     right = [answer.right for answer in judged]
+    by_set: dict[str, list[bool]] = {}
+    for answer in judged:
+        by_set.setdefault(answer.item.source, []).append(answer.right)
+    sets = [sum(s) for s in by_set.values()], [len(s) for s in by_set.values()]
     return {
         "accuracy": accuracy_of(judged, result),
-        "interval": wilson(sum(right), len(right)) if right else None,
+        "interval": mean_interval(*sets) if right else None,
         "p_same_as_first": mcnemar(right, first_right or right) if right else None,
         "accuracy_by_set": accuracy_by_set(judged),
     }

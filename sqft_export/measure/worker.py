@@ -20,6 +20,7 @@ from sqft_export.errors import UserError
 from sqft_export.measure.decode import measure_latency, profile
 from sqft_export.measure.likelihood import distributions, score
 from sqft_export.measure.machine import energy_joules, memory_now, peak_memory
+from sqft_export.run.host import die_with_parent
 from sqft_export.targets import Session, runner
 
 
@@ -64,27 +65,41 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def in_a_process(job: dict[str, Any]) -> dict[str, Any]:
-    """:func:`measure` in a process of its own.
+def in_a_process(job: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:
+    """:func:`measure` in a process of its own, which ends with this one.
 
+    :param scratch: folder for its temporary files; None: the system's.
     :raises UserError: with the last that it said, if it failed.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        job_file, result_file = Path(scratch) / "job.json", Path(scratch) / "result.json"
-        job_file.write_text(json.dumps(job))
-        command = [
-            sys.executable,
-            "-m",
-            "sqft_export.measure.worker",
-            str(job_file),
-            str(result_file),
-        ]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        job_file, result_file = Path(folder) / "job.json", Path(folder) / "result.json"
+        job_file.write_text(json.dumps(job | {"parent": os.getpid()}))
+        # -P: modules are not looked for in the current folder, which may be a stranger's.
+        command = [sys.executable, "-P", "-m", "sqft_export.measure.worker"]
+        done = subprocess.run(
+            [*command, str(job_file), str(result_file)],
+            env=os.environ | {"TMPDIR": folder},
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            check=False,
+        )
         if done.returncode:
-            raise UserError(f"{job['folder']}: could not be measured:\n{done.stderr[-2000:]}")
+            raise UserError(f"{job['folder']}: could not be measured:\n{_last_words(done)}")
         return json.loads(result_file.read_text())
+
+
+def _last_words(done: subprocess.CompletedProcess) -> str:
+    """What a worker said before it failed: its message, without the traceback around it."""
+    if done.returncode < 0:
+        return f"ended by signal {-done.returncode}; out of memory?"
+    said = done.stderr[-2000:].strip().splitlines()
+    messages = [line for line in said if "UserError: " in line or "Error: " in line]
+    return messages[-1].partition("Error: ")[2] if messages else "\n".join(said[-5:])
 
 
 if __name__ == "__main__":
     job_file, result_file = map(Path, sys.argv[1:])
-    result_file.write_text(json.dumps(measure(json.loads(job_file.read_text()))))
+    job = json.loads(job_file.read_text())
+    die_with_parent(job["parent"])
+    result_file.write_text(json.dumps(measure(job)))

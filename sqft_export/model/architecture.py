@@ -6,7 +6,6 @@ Imports neither torch nor transformers until a model is asked for: configs are r
 import functools
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 from sqft_export.errors import UserError
@@ -15,6 +14,15 @@ from sqft_export.model.families import FAMILIES, Family
 logger = logging.getLogger(__name__)
 # Fields of config.json that say how many experts a token may be sent to.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# Sizes of a model, and what none goes beyond.
+_LARGEST = {
+    **dict.fromkeys(("hidden_size", "n_embd", "head_dim", "word_embed_proj_dim"), 2**17),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner"), 2**19),
+    **dict.fromkeys(("num_hidden_layers", "n_layer"), 2**10),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head"), 2**12),
+    "vocab_size": 2**22,
+    "max_position_embeddings": 2**24,
+}
 OTHER_SENSES = ("vision_config", "audio_config", "vision_tower")
 
 
@@ -45,22 +53,37 @@ def _unlisted(config: str, where: str) -> Family:
 
 
 def shapes_of(config: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:
-    """Every weight of the model and its shape, from ``config.json`` alone.
+    """Every weight of the model and its shape, from ``config.json`` alone; of two that are tied the
+    embedding.
 
     :raises UserError: naming ``where`` and what transformers can't make a model of.
     """
-    model = _empty_of(config, where)
-    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    return dict(_shapes(json.dumps(config, sort_keys=True, default=str), where))
 
 
-def read_config(folder: Path) -> Any:
-    """transformers' config of a model folder, as if its weights were not quantized."""
+@functools.cache
+def _shapes(config: str, where: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    model = _empty_of(json.loads(config), where)
+    return tuple((name, tuple(weight.shape)) for name, weight in model.named_parameters())
+
+
+def transformers_config(config: dict[str, Any], where: str) -> Any:
+    """transformers' config of a ``config.json``, as if its weights were not quantized.
+
+    :raises UserError: naming ``where`` and the field, if it can't be one.
+    """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return config
+    settings = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config")}
+    try:
+        return AutoConfig.for_model(config["model_type"], **settings)
+    except Exception as error:  # whatever transformers and its validation raise
+        raise UserError(f"{where}: transformers does not take it: {_short(error)}") from error
+
+
+def _short(error: Exception) -> str:
+    """What an error says, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def empty_model(config: Any, attention: str | None = None) -> Any:
@@ -83,21 +106,31 @@ def empty_model(config: Any, attention: str | None = None) -> Any:
 def _empty_of(config: dict[str, Any], where: str) -> Any:
     """:raises UserError: if transformers has no causal language model for ``model_type``, or none
     that can be compressed."""
-    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type = config.get("model_type")
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not isinstance(model_type, str) or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(
             f"{where}: model_type: found {model_type!r}, which is no causal language model of this "
             f"transformers; tested are {', '.join(sorted(FAMILIES))}"
         )
-    settings = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config")}
-    made = AutoConfig.for_model(model_type, **settings)
+    _check_sizes(config, where)
+    made = transformers_config(config, where)
     _refuse_others(made, where)
-    model = empty_model(made)
+    try:
+        model = empty_model(made)
+    except Exception as error:  # whatever a model class raises at sizes that don't fit each other
+        raise UserError(f"{where}: no model can be made of it: {_short(error)}") from error
     model.tie_weights()
     return model
+
+
+def _check_sizes(config: dict[str, Any], where: str) -> None:
+    """Sizes that no model has would take hours and all memory before they fail."""
+    for field, most in _LARGEST.items():
+        found = config.get(field)
+        if found is not None and (type(found) is not int or not 0 < found <= most):
+            raise UserError(f"{where}: {field}: found {found!r}; allowed are 1 to {most}")
 
 
 def _refuse_others(config: Any, where: str) -> None:

@@ -15,7 +15,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
 from sqft_export.errors import UserError
-from sqft_export.model.architecture import empty_model, read_config
+from sqft_export.model.architecture import empty_model, transformers_config
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.numerics.hessian import inverse_factor
 
@@ -220,7 +220,8 @@ def walk(
     :raises UserError: naming the file and the tensor that is missing or has NaN or infinite
         weights.
     """
-    model = empty_model(read_config(checkpoint.folder), checkpoint.family.attention)
+    config = transformers_config(checkpoint.config, checkpoint.where)
+    model = empty_model(config, checkpoint.family.attention)
     _check_complete(model, checkpoint)
     hidden, keywords = _first_inputs(model, checkpoint, samples or [])
     layers = model.get_submodule(checkpoint.family.blocks)

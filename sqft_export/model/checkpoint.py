@@ -1,20 +1,29 @@
-"""Hugging Face checkpoints on disk. Headers alone are all that ``plan`` needs; no torch."""
+"""Hugging Face checkpoints on disk, as transformers would load them; headers alone are read.
 
-import json
+What is stored and no weight of the model is left out: buffers that its class computes (rotary
+frequencies, causal masks) and tensors of other parts.
+"""
+
+import logging
 import re
-import shutil
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sqft_export.errors import UserError
-from sqft_export.model.architecture import family_of
+from sqft_export.model.architecture import family_of, shapes_of
+from sqft_export.model.companions import own_file, read_json
 from sqft_export.model.families import Family
-from sqft_export.model.tensorfiles import TensorFiles, TensorInfo, index_name
+from sqft_export.model.tensorfiles import TORCH_NAMES, TensorFiles, TensorInfo
 
-# Everything that makes a folder loadable beside its weights: configs, tokenizer, chat template.
-COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
+logger = logging.getLogger(__name__)
+
+# Layouts of quantized Linears: the tensor that holds the codes, and all parts.
+GPTQ = ("qweight", "qzeros", "scales", "g_idx")
+PACK_QUANTIZED = ("weight_packed", "weight_scale", "weight_shape")
+# What classes compute when they are made, and released checkpoints store all the same.
+BUFFERS = re.compile(r"(inv_freq|masked_bias|attention\.bias|attn\.bias|rotary_emb\.\w+)$")
 
 
 class Checkpoint(TensorFiles):
@@ -24,41 +33,137 @@ class Checkpoint(TensorFiles):
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no config.json; a Hugging Face model folder is expected")
         super().__init__(folder)
-        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        self.where = str(folder / "config.json")
+        self.stored_config = read_json(own_file(folder, "config.json"))
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """``config.json``, embedding and head tied only if they are one."""
+        says = self.stored_config.get("tie_word_embeddings", self.family.tied)
+        if says and self._stored_head_differs:
+            return self.stored_config | {"tie_word_embeddings": False}
+        return self.stored_config
 
     @cached_property
     def family(self) -> Family:
-        return family_of(self.config, str(self.folder / "config.json"))
+        return family_of(self.stored_config, self.where)
 
     @cached_property
-    def headers(self) -> dict[str, TensorInfo]:
-        headers = dict(super().headers)
+    def _named(self) -> dict[str, TensorInfo]:
+        """All that is stored, by the names the model class has."""
+        headers = self.stored
         outer, _, _ = self.family.blocks.partition(".")
         if not any(name.startswith(f"{self.family.blocks}.") for name in headers):
             # Stored as the model without its head, as Bloom is.
-            headers = {
-                name if name.startswith(self.family.head) else f"{outer}.{name}": header
-                for name, header in headers.items()
-            }
+            prefix = self.family.blocks.removeprefix(f"{outer}.")
+            if any(name.startswith(f"{prefix}.") for name in headers):
+                return {
+                    name if name.startswith(self.family.head) else f"{outer}.{name}": header
+                    for name, header in headers.items()
+                }
+        return dict(headers)
+
+    @cached_property
+    def headers(self) -> dict[str, TensorInfo]:
+        headers = {n: h for n, h in self._named.items() if self._module_tensor(n) in self.expected}
         embedding, head = f"{self.family.embedding}.weight", f"{self.family.head}.weight"
-        if self.tied and embedding not in headers and head in headers:
-            headers[embedding] = headers.pop(head)  # one tensor, stored under either name
+        if self.tied and head in self._named:
+            # One tensor, stored under either name or both.
+            headers.pop(head, None)
+            headers.setdefault(embedding, self._named[head])
         return headers
 
+    @cached_property
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        """Every weight of the model and its shape."""
+        return shapes_of(self.config, self.where)
+
+    @cached_property
+    def _stored_head_differs(self) -> bool:
+        """Whether the head is stored beside the embedding and is another matrix."""
+        keys = [f"{self.family.embedding}.weight", f"{self.family.head}.weight"]
+        if not all(key in self._named for key in keys):
+            return False
+        one, other = (TensorFiles(self.folder, self.stem).tensor(self._named[k].key) for k in keys)
+        return one.shape != other.shape or not bool((one == other).all())
+
+    @staticmethod
+    def _module_tensor(name: str) -> str:
+        """A part of a quantized Linear counts as its weight."""
+        module, _, part = name.rpartition(".")
+        return f"{module}.weight" if part in (*GPTQ, *PACK_QUANTIZED) else name
+
+    def check(self) -> None:
+        """Hold what is stored against what the config says.
+
+        :raises UserError: listing tensors that are missing, of another shape, or of a dtype that
+            is not read.
+        """
+        if not any(name.startswith(f"{self.family.blocks}.") for name in self._named):
+            first = sorted(self._named)[0]
+            raise UserError(
+                f"{self.folder}: no tensor under {self.family.blocks}, where {self.where} puts "
+                f"the decoder; names there are such as {first}"
+            )
+        faults = [*self._shape_faults(), *self._dtype_faults()]
+        if faults:
+            more = f"\n... and {len(faults) - 8} more" if len(faults) > 8 else ""
+            raise UserError("\n".join(f"{self.folder}: {f}" for f in faults[:8]) + more)
+        known = {self._module_tensor(name) for name in self.headers} | {self.family.head}
+        left_out = [n for n in self._named if self._module_tensor(n) not in known]
+        strange = [n for n in left_out if not BUFFERS.search(n) and self.family.head not in n]
+        if strange:
+            logger.warning(
+                "%s: left out, no weight of a %s: %s",
+                self.folder,
+                self.stored_config["model_type"],
+                ", ".join(sorted(strange)[:8]),
+            )
+
+    def _shape_faults(self) -> Iterable[str]:
+        shapes = self.shapes
+        vocabulary = self.stored_config.get("vocab_size")
+        for name, shape in self.expected.items():
+            found = shapes.get(name)
+            if found is None:
+                yield f"{name}: is not stored"
+            elif found != shape and len(shape) == 2 and shape[0] == vocabulary:
+                yield f"{name}: has {found[0]} rows of {found[1]}, vocab_size is {vocabulary}"
+            elif found != shape:
+                yield f"{name}: found shape {list(found)}, config.json says {list(shape)}"
+
+    def _dtype_faults(self) -> Iterable[str]:
+        parts = (*GPTQ, *PACK_QUANTIZED)
+        for name, header in self.headers.items():
+            if name.rpartition(".")[2] not in parts and header.dtype not in TORCH_NAMES:
+                yield (
+                    f"{header.file}: {name}: dtype {header.dtype} is not read; read are "
+                    f"{', '.join(TORCH_NAMES)}"
+                )
+
     @property
-    def gptq_linears(self) -> list[str]:
-        """The Linears stored in the GPTQ layout."""
-        suffix = ".qweight"
-        return [name.removesuffix(suffix) for name in self.headers if name.endswith(suffix)]
+    def quantized_linears(self) -> list[str]:
+        """The Linears stored as codes."""
+        ends = (f".{GPTQ[0]}", f".{PACK_QUANTIZED[0]}")
+        return [name.rpartition(".")[0] for name in self.headers if name.endswith(ends)]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every weight and its shape; a packed Linear counts as its ``[out, in]`` weight."""
-        inside = tuple(f"{name}." for name in self.gptq_linears)
-        shapes = {n: h.shape for n, h in self.headers.items() if not n.startswith(inside)}
-        for name in self.gptq_linears:
-            outputs = self.headers[f"{name}.scales"].shape[1]
-            shapes[f"{name}.weight"] = (outputs, self.headers[f"{name}.g_idx"].shape[0])
+        """Every weight and its shape; of a Linear stored as codes that of ``[out, in]``."""
+        parts = (*GPTQ, *PACK_QUANTIZED)
+        shapes = {
+            name: header.shape
+            for name, header in self.headers.items()
+            if name.rpartition(".")[2] not in parts
+        }
+        for name in self.quantized_linears:
+            if f"{name}.scales" in self.headers:
+                outputs = self.headers[f"{name}.scales"].shape[1]
+                shapes[f"{name}.weight"] = (outputs, self.headers[f"{name}.g_idx"].shape[0])
+            else:  # weight_shape is data; eight codes lie in a word, or four
+                outputs, words = self.headers[f"{name}.weight_packed"].shape
+                inputs = self.expected.get(f"{name}.weight", (outputs, 8 * words))[1]
+                shapes[f"{name}.weight"] = (outputs, inputs)
         return shapes
 
     @property
@@ -73,6 +178,7 @@ class Checkpoint(TensorFiles):
 
     @property
     def tied(self) -> bool:
+        """Whether embedding and head are one matrix."""
         return bool(self.config.get("tie_word_embeddings", self.family.tied))
 
     def stored_name(self, module: str) -> str:
@@ -105,31 +211,6 @@ def decoder_linears(shapes: dict[str, tuple[int, ...]], blocks: str) -> dict[str
         for name, shape in shapes.items()
         if inside.match(name) and len(shape) == 2
     }
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy configs and tokenizer of a model folder, without its weights' index."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for pattern in COMPANIONS:
-        for file in source.glob(pattern):
-            if file.name not in (index_name("model"), "manifest.json"):
-                shutil.copyfile(file, folder / file.name)
-
-
-def float_config(config: dict[str, Any], dtype: str | None = None) -> dict[str, Any]:
-    """A ``config.json`` without its quantization.
-
-    :param dtype: of the weights it is written beside; None: as it was.
-    """
-    plain = {k: v for k, v in config.items() if k != "quantization_config"}
-    if dtype is not None:
-        plain.pop("torch_dtype", None)
-        plain["dtype"] = dtype
-    return plain
-
-
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def file_bytes(folder: Path) -> int:

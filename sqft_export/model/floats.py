@@ -8,10 +8,11 @@ import torch
 from accelerate.hooks import attach_align_device_hook
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from sqft_export.model.architecture import empty_model, read_config
-from sqft_export.model.checkpoint import Checkpoint, copy_companions, float_config, write_config
+from sqft_export.errors import UserError
+from sqft_export.model.architecture import empty_model, transformers_config
+from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.companions import copy_companions, float_config, write_config
 from sqft_export.model.storage import plain_names, quantized_names, read_quantized
 from sqft_export.numerics.affine import dequantize
 
@@ -54,8 +55,9 @@ class Reference:
 
     def __init__(self, folder: Path, updates: LowRank | None = None):
         weights = _Weights(folder, updates or {})
-        attention = weights.checkpoint.family.attention
-        self.model = empty_model(read_config(folder), attention)
+        checkpoint = weights.checkpoint
+        config = transformers_config(checkpoint.config, checkpoint.where)
+        self.model = empty_model(config, checkpoint.family.attention)
         attach_align_device_hook(self.model, torch.device("cpu"), offload=True, weights_map=weights)
 
     @torch.no_grad()
@@ -84,21 +86,24 @@ def float_tensors(
             yield f"{name}.weight", dequantize(*read_quantized(checkpoint, name))
 
 
-def load_float_model(folder: Path) -> nn.Module:
-    """A merged or plain model in float32, in evaluation mode."""
-    checkpoint = Checkpoint(folder)
-    model = AutoModelForCausalLM.from_config(
-        read_config(folder),
-        dtype=torch.float32,
-        attn_implementation=checkpoint.family.attention,
-    )
-    state = {name: tensor.float() for name, tensor in float_tensors(checkpoint)}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    allowed = {f"{checkpoint.family.head}.weight"} if checkpoint.tied else set()
-    assert set(missing) <= allowed and not unexpected, (missing, unexpected)
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32) -> nn.Module:
+    """A merged or plain model, in evaluation mode.
+
+    :param dtype: of its weights; None: as they are stored, mapped from the files until they are
+        looked at.
+    """
+    config = transformers_config(checkpoint.config, checkpoint.where)
+    model = empty_model(config, checkpoint.family.attention)
+    for name, tensor in float_tensors(checkpoint):
+        parent, _, child = name.rpartition(".")
+        value = nn.Parameter(tensor if dtype is None else tensor.to(dtype), requires_grad=False)
+        model.get_submodule(parent)._parameters[child] = value
     model.tie_weights()
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = model.generation_config.from_pretrained(folder)
+    if missing := [name for name, weight in model.named_parameters() if weight.is_meta]:
+        raise UserError(f"{checkpoint.folder}: {missing[0]} is not stored")
+    if (checkpoint.folder / "generation_config.json").is_file():
+        generation = model.generation_config.from_pretrained(checkpoint.folder)
+        model.generation_config = generation
     return model.eval()
 
 

@@ -3,9 +3,20 @@
 from pathlib import Path
 
 from sqft_export.errors import UserError
+from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.recipe.schema import Recipe
 
 WAYS_OUT = "use a local folder with MODEL_PATH=<folder>, or run the embedded model: make recipe"
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a download was finished: every file of weights that there is to be is there."""
+    if not (folder / "config.json").is_file():
+        return False
+    try:
+        return all((folder / name).is_file() for name in TensorFiles(folder).shards)
+    except UserError:  # an index cut short
+        return False
 
 
 def model_folder(recipe: Recipe, download: bool) -> Path | None:
@@ -24,7 +35,7 @@ def model_folder(recipe: Recipe, download: bool) -> Path | None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(
+        folder = Path(
             snapshot_download(
                 model.hub,
                 revision=model.revision,
@@ -32,6 +43,7 @@ def model_folder(recipe: Recipe, download: bool) -> Path | None:
                 allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
             )
         )
+        return folder if download or _is_whole(folder) else None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         if not download:
             return None

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sqft_export.model.architecture import empty_model, read_config
+from sqft_export.model.architecture import empty_model, transformers_config
 from sqft_export.model.checkpoint import Checkpoint
 
 PLAIN_ATTENTION = "eager"
@@ -35,7 +35,8 @@ def skeleton(checkpoint: Checkpoint, attention: str | None = None) -> nn.Module:
     :param attention: its implementation; None for the family's.
     """
     folder = checkpoint.folder
-    model = empty_model(read_config(folder), attention or checkpoint.family.attention)
+    config = transformers_config(checkpoint.config, checkpoint.where)
+    model = empty_model(config, attention or checkpoint.family.attention)
     blocks = f"{checkpoint.family.blocks}."
     places: dict[str, int] = {}
     for name, parameter in list(model.named_parameters()):

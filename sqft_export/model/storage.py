@@ -118,7 +118,7 @@ def _kind(grid: Grid) -> tuple[tuple[str, int | bool], ...]:
 
 def quantized_names(checkpoint: Checkpoint) -> list[str]:
     """Modules with codes: packed Linears, then embedding and head where these have a grid."""
-    return [*checkpoint.gptq_linears, *load_grids(checkpoint.folder)]
+    return [*checkpoint.quantized_linears, *load_grids(checkpoint.folder)]
 
 
 def read_quantized(checkpoint: Checkpoint, name: str) -> tuple[Tensor, Grid]:
@@ -172,7 +172,7 @@ def model_facts(checkpoint: Checkpoint) -> dict[str, str]:
 
 def plain_names(checkpoint: Checkpoint) -> list[str]:
     """Tensors stored as they are: all but the codes and grids of packed Linears."""
-    inside = tuple(f"{name}." for name in checkpoint.gptq_linears)
+    inside = tuple(f"{name}." for name in checkpoint.quantized_linears)
     return [
         name for name in checkpoint.headers if not name.startswith(inside) or name.endswith(".bias")
     ]

@@ -7,17 +7,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqft_export.errors import UserError
+from sqft_export.model.companions import own_file, read_json
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 
-DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "I8": 1}
+DTYPE_BYTES = {
+    **{"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4},
+    **{"F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1},
+    **{"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
+}
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
+LARGEST_AXIS = 2**40
 _SHARD_BYTES = 2 * 2**30
 
 
@@ -42,23 +49,60 @@ class TensorInfo:
 def read_headers(file: Path) -> dict[str, TensorInfo]:
     """Names, shapes and dtypes of one safetensors file, from its first bytes.
 
-    :raises UserError: if the file is cut short or its header is not one.
+    :raises UserError: naming the file, and the tensor, if it is cut short or its header is not one.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > size - 8:
+        if length > min(size - 8, LARGEST_HEADER):
             raise UserError(f"{file}: not a whole safetensors file")
-        entries = json.loads(stream.read(length))
+        header = stream.read(length)
+    try:
+        entries = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: its header is not JSON") from error
+    if not isinstance(entries, dict):
+        raise UserError(f"{file}: its header is a {type(entries).__name__}, not an object")
     entries.pop("__metadata__", None)
-    end = max((e["data_offsets"][1] for e in entries.values()), default=0)
-    if size < 8 + length + end:
-        raise UserError(f"{file}: {8 + length + end} bytes announced, {size} there")
-    return {
-        name: TensorInfo(file.name, name, entry["dtype"], tuple(entry["shape"]))
-        for name, entry in entries.items()
-    }
+    infos, pieces = {}, []
+    for name, entry in entries.items():
+        infos[name], (start, stop) = _info(file, name, entry)
+        pieces.append((start, stop, name))
+    _check_pieces(file, sorted(pieces), size - 8 - length)
+    return infos
+
+
+def _info(file: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
+    """One tensor and the bytes it says it has."""
+
+    def numbers(key: str) -> list[int]:
+        found = entry.get(key) if isinstance(entry, dict) else None
+        whole = isinstance(found, list) and all(type(n) is int and n >= 0 for n in found)
+        if found is None or not whole or max(found, default=0) > LARGEST_AXIS:
+            raise UserError(f"{file}: {name}: {key}: found {found!r}, expected a list of sizes")
+        return found
+
+    shape, offsets = numbers("shape"), numbers("data_offsets")
+    if (dtype := entry.get("dtype")) not in DTYPE_BYTES:
+        raise UserError(
+            f"{file}: {name}: dtype {dtype!r} is not known; read are {', '.join(TORCH_NAMES)}"
+        )
+    info = TensorInfo(file.name, name, dtype, tuple(shape))
+    if len(offsets) != 2 or offsets[1] - offsets[0] != info.bytes:
+        raise UserError(f"{file}: {name}: {offsets} are not the {info.bytes} bytes of its shape")
+    return info, (offsets[0], offsets[1])
+
+
+def _check_pieces(file: Path, pieces: list[tuple[int, int, str]], size: int) -> None:
+    """Tensors lie one after the other, within the file."""
+    end = 0
+    for start, stop, name in pieces:
+        if start < end:
+            raise UserError(f"{file}: {name}: overlaps the tensor before it")
+        end = stop
+    if end > size:
+        raise UserError(f"{file}: {end} bytes announced, {size} there")
 
 
 class TensorFiles:
@@ -74,17 +118,30 @@ class TensorFiles:
 
     @cached_property
     def headers(self) -> dict[str, TensorInfo]:
-        index = self.folder / index_name(self.stem)
-        if index.is_file():
-            files = set(json.loads(index.read_text())["weight_map"].values())
-        else:
-            files = {f"{self.stem}.safetensors"}
+        return self.stored
+
+    @cached_property
+    def stored(self) -> dict[str, TensorInfo]:
+        """Every tensor in the files, by the name it has there."""
         headers: dict[str, TensorInfo] = {}
-        for file in sorted(files):
-            if not (self.folder / file).is_file():
-                raise UserError(f"{self.folder / file}: is missing (only safetensors are read)")
-            headers.update(read_headers(self.folder / file))
+        for name in self.shards:
+            if not (self.folder / name).exists():
+                raise UserError(f"{self.folder / name}: is missing (only safetensors are read)")
+            headers.update(read_headers(own_file(self.folder, name)))
+        if not headers:
+            raise UserError(f"{self.folder}: its safetensors hold no tensor")
         return headers
+
+    @cached_property
+    def shards(self) -> list[str]:
+        """Names of the files: one, or those of the index."""
+        if not (self.folder / index_name(self.stem)).is_file():
+            return [f"{self.stem}.safetensors"]
+        index = own_file(self.folder, index_name(self.stem))
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+            raise UserError(f"{index}: weight_map: expected names of tensors and of their files")
+        return sorted(set(files.values()))
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, "Tensor"]]:
         """The named tensors, each shard opened once; memory is that of one tensor at a time."""

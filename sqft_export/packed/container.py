@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqft_export.errors import UserError
 from sqft_export.numerics.codes import round_up
 from sqft_export.packed.inflate import Bytes, DenseFile, Memory, deflate, inflate
+from sqft_export.run.host import allowed_processors
 
 MAGIC = b"SQFTPACK"
 FORMAT = 1
@@ -325,7 +326,7 @@ class PackedFile:
 
     def _write(self, out: Memory | DenseFile, threads: int | None) -> None:
         # One more than processors: one waits for its turn to write.
-        with ThreadPoolExecutor(threads or 1 + (os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(threads or 1 + allowed_processors()) as pool:
             raw = [r for r in self.header.regions if isinstance(r, Raw)]
             # Zero points are in raw regions, which therefore come first.
             for _ in pool.map(lambda region: self._copy(region, out), raw):

@@ -10,10 +10,11 @@ from pathlib import Path
 from sqft_export.data.datasets import missing_sets
 from sqft_export.data.items import count_examples, data_files, problem_records
 from sqft_export.errors import UserError
-from sqft_export.model.families import adapted, rank_groups
+from sqft_export.model.families import adapted, builder_lacks, rank_groups
 from sqft_export.plan.layout import Layout, fallbacks, layout_of
 from sqft_export.recipe.schema import HUB, Amount, Dataset, Problems, Recipe, Text, matches
-from sqft_export.targets.devices import devices, installed
+from sqft_export.run.host import installed
+from sqft_export.targets.devices import devices
 
 FaultFinder = Callable[[Recipe, Layout], Iterator[str]]
 PACKAGES = {
@@ -202,10 +203,10 @@ def _package_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 def _graph_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     fused = "onnx" in recipe.export.targets and recipe.export.onnx_graph == "fused"
-    if fused and layout.family.builder is None:
+    if fused and (lacks := builder_lacks(layout.family, layout.config)):
         yield (
-            "export.onnx_graph: found fused, but ONNX Runtime GenAI's builder is not used for "
-            f"{', '.join(layout.family.model_types)}; use standard, or auto"
+            f"export.onnx_graph: found fused, but ONNX Runtime GenAI's builder {lacks}; use "
+            "standard, or auto"
         )
 
 

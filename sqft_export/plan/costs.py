@@ -13,13 +13,14 @@ from pathlib import Path
 
 import psutil
 
-from sqft_export.errors import UserError
+from sqft_export.errors import HostError
 from sqft_export.model.checkpoint import count_blocks
 from sqft_export.model.families import adapted
 from sqft_export.plan.layout import Layout, group_sizes
 from sqft_export.plan.speeds import Speeds, nearest_existing
 from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import Recipe
+from sqft_export.run.host import size_text
 
 
 def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
@@ -55,24 +56,32 @@ def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
     return {name: predicted.get(name, 2**20) for name in pass_names(recipe)}
 
 
-def check_disk(recipe: Recipe, layout: Layout, root: Path) -> None:
-    """Refuse a run that the disk can't hold.
+def check_disk(recipe: Recipe, layout: Layout, root: Path, passes: list[str]) -> None:
+    """Refuse passes that the disk can't hold.
 
-    :raises UserError: with bytes needed and free.
+    :raises HostError: with bytes needed and free.
     """
-    needed, free = disk_bytes(recipe, layout, root)
+    needed, free = disk_bytes(recipe, layout, root, passes)
     if free < needed:
-        raise UserError(
-            f"{recipe.file}: disk: {needed / 2**30:.1f} GiB needed in {root}, "
-            f"{free / 2**30:.1f} GiB free"
+        raise HostError(
+            f"{recipe.file}: disk: {size_text(needed)} needed in {root}, {size_text(free)} free"
         )
 
 
-def disk_bytes(recipe: Recipe, layout: Layout, root: Path) -> tuple[int, int]:
-    """Bytes that a whole run needs at most, and bytes free."""
-    # The exporters trace a float32 copy of the merged model, which is deleted afterwards.
-    transient = 4 * (layout.weights + layout.others)
-    needed = sum(predict_bytes(recipe, layout).values()) + transient
+def disk_bytes(recipe: Recipe, layout: Layout, root: Path, passes: list[str]) -> tuple[int, int]:
+    """Bytes that passes need at most, scratch included, and bytes free."""
+    written = predict_bytes(recipe, layout)
+    # An exporter's traced copy in float32, and what verify and benchmark inflate, come and go.
+    scratch = {
+        **{
+            f"export-{name}": 4 * (layout.weights + layout.others) for name in recipe.export.targets
+        },
+        "verify": 2
+        * max((written.get(f"export-{n}", 0) for n in recipe.export.targets), default=0),
+    }
+    scratch["benchmark"] = scratch["verify"]
+    transient = max((scratch.get(name, 0) for name in passes), default=0)
+    needed = sum(written.get(name, 0) for name in passes) + transient
     return needed, shutil.disk_usage(nearest_existing(root)).free
 
 
@@ -152,9 +161,8 @@ def _work(name: str, recipe: Recipe, layout: Layout, examples: int | None) -> _W
         config = recipe.adapt
         if config.steps is None and examples is None:
             return None
-        batch = config.batch * config.accumulation
-        steps = config.steps or (config.epochs or 0) * (examples or 0) / batch
-        tokens = batch * recipe.task.sequence_length
+        steps = config.total_steps(examples or 0)
+        tokens = config.batch * config.accumulation * recipe.task.sequence_length
         # Forward, backward to the inputs and to the weights; the update is made twice.
         flops = 3 * forward * tokens + 4 * config.max_rank * layout.weights
         return _Work(steps * flops, steps * elements)
@@ -233,13 +241,13 @@ def free_memory() -> int:
 def check_memory(recipe: Recipe, layout: Layout, passes: list[str]) -> None:
     """Refuse passes that this machine's free memory can't hold.
 
-    :raises UserError: with the pass, bytes needed and free.
+    :raises HostError: with the pass, bytes needed and free.
     """
     free = free_memory()
     needed = {name: size for name, size in predict_memory(recipe, layout).items() if name in passes}
     worst = max(needed, key=needed.__getitem__, default=None)
     if worst is not None and needed[worst] > free:
-        raise UserError(
-            f"{recipe.file}: memory: {worst} needs {needed[worst] / GIB:.1f} GiB, "
-            f"{free / GIB:.1f} GiB are free"
+        raise HostError(
+            f"{recipe.file}: memory: {worst} needs {size_text(needed[worst])}, "
+            f"{size_text(free)} are free"
         )

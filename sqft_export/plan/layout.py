@@ -29,7 +29,7 @@ def weight_shapes(recipe: Recipe, folder: Path | None) -> dict[str, tuple[int, .
             )
         return shapes_of(expected, f"{recipe.file}: model.config")
     checkpoint = Checkpoint(folder)
-    _ = checkpoint.family  # refuses an unknown model type
+    checkpoint.check()
     for field, value in (expected or {}).items():
         if checkpoint.config.get(field) != value:
             raise UserError(

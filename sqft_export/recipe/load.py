@@ -1,6 +1,8 @@
 """YAML 1.2 and overrides to a recipe; what is wrong, as a user reads it."""
 
 import difflib
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +14,81 @@ from ruamel.yaml.error import MarkedYAMLError
 from sqft_export.errors import UserError
 from sqft_export.recipe.schema import TASK_KINDS, Recipe
 
+# A recipe has a page. What is larger is something else, or made to keep a reader busy.
+LARGEST_BYTES = 2**16
+MOST_VALUES = 10_000  # aliases counted as often as they stand for something
+DEEPEST = 16
+LONGEST_TEXT = 4096
+LARGEST_NUMBER = 2**53
+MOST_LINES = 20  # of a message
+SHOWN = 120  # characters of what was found
+
 
 def _read_yaml(text: str, where: str) -> Any:
     yaml = YAML(typ="safe", pure=True)  # YAML 1.2: 1e-4 is a number, 2:4 is not
     try:
         return yaml.load(text)
     except MarkedYAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {error.problem} {error.problem_mark}") from error
+        problem = f"{error.problem or error.context or 'damaged'} {error.problem_mark or ''}"
+        raise UserError(f"{where}: not valid YAML: {problem}") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: not valid YAML: nested too deeply") from error
+    except Exception as error:  # a parser of many kinds: bad dates, tags, escapes, characters
+        shown = " ".join(str(error).split())[:SHOWN]
+        raise UserError(f"{where}: not valid YAML: {type(error).__name__}: {shown}") from error
+
+
+def _values(node: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Path and value of every key, scalar and section; what an alias stands for, once each time."""
+    yield path, node
+    if depth > DEEPEST:
+        return
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield f"{path}.{key}" if path else str(key), key
+            yield from _values(value, f"{path}.{key}" if path else str(key), depth + 1)
+    elif isinstance(node, list | tuple | set):
+        for number, value in enumerate(node):
+            yield from _values(value, f"{path}.{number}", depth + 1)
+
+
+def _fault_of(path: str, value: Any) -> str | None:
+    """What no field of any recipe may hold."""
+    if path.count(".") > DEEPEST:
+        return "is nested too deeply"
+    if isinstance(value, str):
+        if len(value) > LONGEST_TEXT:
+            return f"has {len(value)} characters; at most {LONGEST_TEXT} are read"
+        if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+            return "holds a character that no text or file name has"
+    beyond = f"found a number beyond {LARGEST_NUMBER}"
+    if isinstance(value, float):
+        return None if math.isfinite(value) else beyond
+    return beyond if isinstance(value, int) and abs(value) > LARGEST_NUMBER else None
+
+
+def _check_values(data: Any, where: str) -> None:
+    """:raises UserError: at the first value that is none of a recipe."""
+    for count, (path, value) in enumerate(_values(data)):
+        if count > MOST_VALUES:
+            raise UserError(f"{where}: holds more than {MOST_VALUES} values, aliases counted")
+        if fault := _fault_of(path, value):
+            raise UserError(f"{where}: {path[:SHOWN]}: {fault}")
 
 
 def _override(data: dict[str, Any], setting: str) -> None:
     """Apply ``a.b.c=value``, the value read as YAML."""
     path, equals, text = setting.partition("=")
+    shown = repr(setting[:SHOWN])
     if not equals:
-        raise UserError(f"override {setting!r}: expected path=value, as sparsify.sparsity=0.6")
+        raise UserError(f"override {shown}: expected path=value, as sparsify.sparsity=0.6")
     *parents, last = path.split(".")
     section = data
     for name in parents:
         section = section.setdefault(name, {})
         if not isinstance(section, dict):
-            raise UserError(f"override {setting!r}: {name} is a value, not a section")
-    section[last] = _read_yaml(text, f"override {setting!r}")
+            raise UserError(f"override {shown}: {name} is a value, not a section")
+    section[last] = _read_yaml(text, f"override {shown}")
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
@@ -52,23 +108,44 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
 def _explain(error: Any, where: str) -> str:
     """One validation error as: file, YAML path, what was found, what is allowed, a suggestion."""
     location = error["loc"]
-    path = ".".join(str(p) for p in location if p not in TASK_KINDS) or "recipe"
+    path = ".".join(str(p)[:SHOWN] for p in location if p not in TASK_KINDS) or "recipe"
     if error["type"] == "extra_forbidden":
         allowed = _fields_at(location)
-        close = difflib.get_close_matches(str(location[-1]), allowed, n=1)
+        close = difflib.get_close_matches(str(location[-1])[:SHOWN], allowed, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         return f"{where}: {path}: unknown key; allowed are {', '.join(allowed)}{hint}"
     if error["type"] == "missing":
         return f"{where}: {path}: is missing"
     message = error["msg"].removeprefix("Value error, ")
     found = error["input"]
-    shown = "" if isinstance(found, dict | BaseModel) else f"found {found!r}; "
+    shown = "" if isinstance(found, dict | BaseModel) else f"found {repr(found)[:SHOWN]}; "
     hint = ""
     if error["type"] == "literal_error" and isinstance(found, str):
         choices = error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        if close := difflib.get_close_matches(found, choices, n=1):
+        if close := difflib.get_close_matches(found[:SHOWN], choices, n=1):
             hint = f"; did you mean {close[0]}?"
     return f"{where}: {path}: {shown}{message[0].lower()}{message[1:]}{hint}"
+
+
+def _read(file: Path) -> str:
+    """The text of a recipe file.
+
+    :raises UserError: if it is none, or can't be read.
+    """
+    try:
+        if not file.is_file():
+            known = ", ".join(sorted(p.stem for p in file.parent.glob("*.yaml"))) or "none"
+            raise UserError(f"{file}: no such recipe; recipes there: {known[:LONGEST_TEXT]}")
+        content = file.read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(file)[:SHOWN]!r}: can't be read: {error}") from error
+    if len(content) > LARGEST_BYTES:
+        raise UserError(f"{file}: has {len(content)} bytes; a recipe has at most {LARGEST_BYTES}")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = f"{content[error.start]:#04x}"
+        raise UserError(f"{file}: not UTF-8 at byte {error.start} ({found})") from error
 
 
 def load_recipe(
@@ -80,20 +157,21 @@ def load_recipe(
     :param model_path: a local model folder that takes the place of the recipe's model.
     :raises UserError: listing every fault found.
     """
-    if not file.is_file():
-        known = ", ".join(sorted(p.stem for p in file.parent.glob("*.yaml"))) or "none"
-        raise UserError(f"{file}: no such recipe; recipes there: {known}")
-    data = _read_yaml(file.read_text(), str(file))
+    data = _read_yaml(_read(file), str(file))
     if not isinstance(data, dict):
         raise UserError(f"{file}: a recipe is a mapping, found {type(data).__name__}")
+    _check_values(data, str(file))  # before an override is set in what an alias stands for
     for setting in overrides:
         _override(data, setting)
     if model_path is not None:
         data["model"] = {"path": str(model_path.resolve())}
+    _check_values(data, str(file))
     try:
         recipe = Recipe.model_validate(data)
     except pydantic.ValidationError as error:
-        lines = [_explain(e, str(file)) for e in error.errors()]
-        raise UserError("\n".join(lines)) from None
+        faults = list(dict.fromkeys(_explain(e, str(file)) for e in error.errors()))
+        more = [f"... and {len(faults) - MOST_LINES} more"] if len(faults) > MOST_LINES else []
+        raise UserError("\n".join([*faults[:MOST_LINES], *more])) from None
     recipe._file = file.resolve()
+    recipe._overrides = overrides
     return recipe

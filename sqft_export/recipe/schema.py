@@ -5,19 +5,22 @@ value found and what is allowed. Paths are relative to the recipe file; ``builti
 folder of the embedded model.
 """
 
+import math
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from sqft_export.recipe.templates import template_fault
 
 BUILTIN = "builtin:"
 HUB = "hub:"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -50,6 +53,13 @@ class Problems(Section):
     )
     max_new_tokens: int = Field(32, ge=1)
     sequence_length: int = Field(256, ge=8, description="longest training example in tokens")
+
+    @field_validator("prompt", "answer")
+    @classmethod
+    def _is_template(cls, template: str) -> str:
+        if fault := template_fault(template):
+            raise ValueError(fault)
+        return template
 
 
 class Dataset(Section):
@@ -286,6 +296,8 @@ class Adapt(Section):
             raise ValueError("give either epochs or steps")
         if min(self.ranks) < 1 or len(set(self.ranks)) < len(self.ranks):
             raise ValueError(f"ranks must be positive and different, found {list(self.ranks)}")
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError("target_modules is empty; leave it out for those of the family")
         elastic = [name for group in self.elastic_groups or () for name in group]
         if strangers := sorted(set(elastic) - set(self.target_modules or elastic)):
             raise ValueError(f"elastic_groups name {strangers}, which are not in target_modules")
@@ -315,6 +327,14 @@ class Adapt(Section):
     @property
     def max_rank(self) -> int:
         return max(self.ranks)
+
+    def total_steps(self, examples: int, processes: int = 1) -> int:
+        """Optimizer steps, as the Trainer counts them; every process takes batches of its own."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        batches = math.ceil(examples / (self.batch * processes))
+        return math.ceil(math.ceil(batches / self.accumulation) * self.epochs)
 
 
 class Search(Section):
@@ -373,6 +393,11 @@ class Verify(Section):
     tolerance: float = Field(
         1e-4, gt=0, description="largest logit difference, in standard deviations of the logits"
     )
+    divergence: float = Field(
+        0.1,
+        gt=0,
+        description="largest mean KL divergence of a runtime's default mode, in nats a token",
+    )
 
 
 class Benchmark(Section):
@@ -392,8 +417,8 @@ class Benchmark(Section):
 
 
 class Recipe(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = 42
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    seed: int = Field(42, ge=0, lt=2**32)
     model: Model
     task: Task
     calibration: Calibration = Calibration()
@@ -405,6 +430,7 @@ class Recipe(Section):
     verify: Verify = Verify()
     benchmark: Benchmark = Benchmark()
     _file: Path = pydantic.PrivateAttr(default=Path())
+    _overrides: tuple[str, ...] = pydantic.PrivateAttr(default=())
 
     @model_validator(mode="after")
     def _pipeline_fits(self):
@@ -426,6 +452,11 @@ class Recipe(Section):
     @property
     def file(self) -> Path:
         return self._file
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Settings that were applied on top of the file."""
+        return self._overrides
 
 
 def matches(name: str, modules: tuple[str, ...]) -> bool:

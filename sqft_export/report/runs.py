@@ -68,11 +68,11 @@ def differing(runs: list[Run]) -> list[str]:
 
 def _named(runs: list[Run], fields: list[str]) -> list[str]:
     """A short name of every run: its differing settings, or its place in the list."""
-    told = [f for f in fields if not f.startswith(("name", "model", "task.", "benchmark."))] or [
+    chosen = [f for f in fields if not f.startswith(("name", "model", "task.", "benchmark."))] or [
         f for f in fields if f == "name"
     ]
     names = [
-        ", ".join(f"{f.rsplit('.', 1)[1] if '.' in f else f} {run.settings.get(f)}" for f in told)
+        ", ".join(f"{f.rsplit('.', 1)[1] if '.' in f else f} {run.settings.get(f)}" for f in chosen)
         for run in runs
     ]
     return [

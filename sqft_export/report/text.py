@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from sqft_export.run.host import size_text
+
 
 def plan_text(document: dict[str, Any]) -> str:
     """What ``run.preview`` foretold."""
@@ -9,16 +11,14 @@ def plan_text(document: dict[str, Any]) -> str:
     for step in document["passes"]:
         lines.append(
             f"  {step['pass']:16} {'cached' if step['cached'] else 'to run'} "
-            f"{step['predicted_bytes'] / 2**20:10.1f} MiB on disk"
-            f"{step['predicted_memory_bytes'] / 2**30:8.1f} GiB of memory"
+            f"{size_text(step['predicted_bytes']):>12} on disk"
+            f"{size_text(step['predicted_memory_bytes']):>12} of memory"
             f"  {_duration(step['predicted_seconds'])}"
         )
     for name in ("disk", "memory"):
         needed, free = document[name].values()
         short = "" if free >= needed else ": too little, a run will be refused here"
-        lines.append(
-            f"  {name} {needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} GiB free{short}"
-        )
+        lines.append(f"  {name} {size_text(needed)} needed, {size_text(free)} free{short}")
     machine, asked = document["machine"], document["group_size"]
     flops, disk = machine["flops"] / 1e9, machine["disk"] / 1e6
     lines.append(f"  times for {flops:.0f} GFLOP/s, {disk:.0f} MB/s of disk")

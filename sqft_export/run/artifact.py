@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqft_export.errors import UserError
+from sqft_export.errors import DamagedError
+from sqft_export.run.host import allowed_processors, processor_name
 
 MANIFEST = "manifest.json"
+SEAL = "seal"  # SHA-256 of all else in it
 RECORDED = ("torch", "transformers", "peft", "openvino", "onnxruntime", "onnxruntime-genai")
 
 
@@ -62,7 +64,10 @@ def digest_of(path: Path) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, host and time: recorded in the manifest, no part of the key."""
+    """Versions, host and time: recorded in the manifest, no part of the key.
+
+    Processor and threads can change how a product is rounded, and so what is trained.
+    """
     versions: dict[str, str | None] = {}
     for name in ("sqft-export", *RECORDED):
         try:
@@ -72,7 +77,8 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processors": os.cpu_count(),
+        "processor": processor_name(),
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or allowed_processors()),
         "versions": versions,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -93,7 +99,7 @@ class Store:
     def find(self, stage: str, key: str) -> Artifact | None:
         """The sealed artifact of this key, every file checked; None if there is none.
 
-        :raises UserError: naming the file that is missing, added or changed since it was sealed.
+        :raises DamagedError: naming the file that is missing, added or changed since it was sealed.
         """
         path = self.path_of(stage, key)
         if not (path / MANIFEST).exists():
@@ -129,6 +135,7 @@ class Store:
             "environment": environment(),
             "files": {str(f.relative_to(partial)): sha256_of(f) for f in files_of(partial)},
         }
+        manifest[SEAL] = key_of(manifest)
         temporary = partial / (MANIFEST + ".new")
         with temporary.open("w") as stream:
             json.dump(manifest, stream, indent=2)
@@ -142,26 +149,56 @@ class Store:
         return Artifact(path, manifest)
 
 
+# What a manifest holds, and of which type.
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "stage": str,
+    "key": str,
+    "facts": dict,
+    "metrics": dict,
+    "seconds": (int, float),
+    "environment": dict,
+    "files": dict,
+}
+
+
 def read_artifact(path: Path) -> Artifact:
-    """The manifest alone, its files not checked."""
-    return Artifact(path, json.loads((path / MANIFEST).read_text()))
+    """The manifest alone, its files not checked.
 
-
-def check_artifact(path: Path, key: str) -> Artifact:
-    """Read a sealed artifact and compare every file with its digest."""
-    way_out = f"delete {path} and run again"
+    :raises DamagedError: if it is not as it was sealed.
+    """
+    file = path / MANIFEST
     try:
-        artifact = read_artifact(path)
-        listed = artifact.manifest["files"]
-        same_key = artifact.key == key
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path / MANIFEST} is damaged: {error}; {way_out}") from error
-    if not same_key:
-        raise UserError(f"{path / MANIFEST} belongs to another key; {way_out}")
+        manifest = json.loads(file.read_text())
+        wrong = [k for k, kind in FIELDS.items() if not isinstance(manifest[k], kind)]
+        sealed = {k: v for k, v in manifest.items() if k != SEAL}
+        if wrong or key_of(sealed) != manifest[SEAL]:
+            raise ValueError(f"its seal is broken{': ' + ', '.join(wrong) if wrong else ''}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedError(f"{file} is damaged: {error}; {_way_out(path)}") from error
+    return Artifact(path, manifest)
+
+
+def _way_out(path: Path) -> str:
+    return f"delete {path} and run again"
+
+
+def check_artifact(path: Path, key: str | None = None) -> Artifact:
+    """Read a sealed artifact and compare every file with its digest.
+
+    :param key: it must have; None: that of its own facts.
+    :raises DamagedError: naming the file that is missing, added or changed since it was sealed.
+    """
+    artifact = read_artifact(path)
+    listed = artifact.manifest["files"]
+    if artifact.key != (key or key_of(artifact.manifest["facts"])):
+        raise DamagedError(f"{path / MANIFEST} belongs to another key; {_way_out(path)}")
     found = {str(f.relative_to(path)) for f in files_of(path)}
     if odd := sorted(found ^ set(listed)):
-        raise UserError(f"{path} has missing or added files: {', '.join(odd)}; {way_out}")
+        names = ", ".join(odd)
+        raise DamagedError(f"{path} has missing or added files: {names}; {_way_out(path)}")
     for name, digest in listed.items():
         if sha256_of(path / name) != digest:
-            raise UserError(f"{path / name} is damaged: its SHA-256 is not {digest}; {way_out}")
+            raise DamagedError(
+                f"{path / name} is damaged: its SHA-256 is not {digest}; {_way_out(path)}"
+            )
     return artifact

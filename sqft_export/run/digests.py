@@ -4,8 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from sqft_export.data.items import data_files
+from sqft_export.model.companions import companions, own_file
+from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.recipe.schema import HUB, Recipe
-from sqft_export.run.artifact import digest_of, key_of
+from sqft_export.run.artifact import digest_of, key_of, sha256_of
+
+
+def model_digest(folder: Path) -> str:
+    """SHA-256 over the files of a model that passes read: weights, configs, tokenizer."""
+    weights = TensorFiles(folder).shards
+    names = [*(file.name for file in companions(folder)), *weights]
+    return key_of({name: sha256_of(own_file(folder, name)) for name in names})
 
 
 def digests(recipe: Recipe, folder: Path | None) -> dict[str, Any]:
@@ -22,7 +31,7 @@ def digests(recipe: Recipe, folder: Path | None) -> dict[str, Any]:
     else:
         calibration = split("train") if source == "task" else digest_of(recipe.resolve(source))
     return {
-        "model": digest_of(folder) if folder else key_of({"hub": recipe.model.model_dump()}),
+        "model": model_digest(folder) if folder else key_of({"hub": recipe.model.model_dump()}),
         "train": split("train"),
         "calibration": [settings, calibration],
         "test": split("test"),

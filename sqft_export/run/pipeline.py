@@ -13,15 +13,16 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sqft_export.errors import UserError
+from sqft_export.errors import HostError, UserError
 from sqft_export.model.hub import model_folder
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.costs import check_disk, check_memory
 from sqft_export.plan.layout import Layout
 from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import Recipe
-from sqft_export.run.artifact import Artifact, Store, key_of, read_artifact
+from sqft_export.run.artifact import Artifact, Store, environment, key_of, read_artifact
 from sqft_export.run.digests import digests
+from sqft_export.run.host import lacking
 from sqft_export.run.launcher import process_rank
 from sqft_export.stages import Advance, Context, stage_of
 
@@ -122,9 +123,11 @@ def _start_bar(progress: Progress, name: str):
 def _affordable(
     recipe: Recipe, folder: Path, layout: Layout, store: Store, last: tuple[str, ...]
 ) -> list[Planned]:
-    """Every pass, once memory is known to hold those that are to run."""
+    """Every pass, once disk and memory are known to hold those that are to run."""
     steps = plan_passes(recipe, folder, store, last)
-    check_memory(recipe, layout, [step.name for step in steps if step.artifact is None])
+    wanted = [step.name for step in steps if step.artifact is None]
+    check_disk(recipe, layout, store.root, wanted)
+    check_memory(recipe, layout, wanted)
     return steps
 
 
@@ -160,12 +163,20 @@ def _checked(recipe: Recipe, root: Path) -> tuple[Path, Layout]:
     folder = model_folder(recipe, download=False)
     if folder is None:
         if recipe.model.config:  # what it says is checked before gigabytes are fetched
-            check_disk(recipe, check_recipe(recipe, None), root)
+            check_disk(recipe, check_recipe(recipe, None), root, pass_names(recipe))
         folder = model_folder(recipe, download=True)
     assert folder is not None
-    layout = check_recipe(recipe, folder)
-    check_disk(recipe, layout, root)
-    return folder, layout
+    return folder, check_recipe(recipe, folder)
+
+
+def _elsewhere(artifact: Artifact) -> str:
+    """Says so where an artifact was made on another machine, whose rounding may differ."""
+    made = artifact.manifest["environment"]
+    name, threads = made.get("processor"), made.get("threads")
+    here = environment()
+    if (name, threads) == (here["processor"], here["threads"]):
+        return ""
+    return f" (made with {threads} threads on {name}; here bytes may come out otherwise)"
 
 
 def _run_pass(
@@ -175,8 +186,15 @@ def _run_pass(
     inputs = {n: artifacts[n] for n in stage.CONSUMES if n in artifacts}
     partial = store.open_partial(step.name, step.key, stage.RESUMES)
     started = time.monotonic()
-    metrics = stage.run(Context(step.name, recipe, folder, inputs, partial, bar))
-    return store.seal(partial, step.name, step.facts, metrics, time.monotonic() - started)
+    try:
+        metrics = stage.run(Context(step.name, recipe, folder, inputs, partial, bar))
+        return store.seal(partial, step.name, step.facts, metrics, time.monotonic() - started)
+    except Exception as error:
+        if reason := lacking(error, partial):
+            raise HostError(
+                f"{step.name}: {reason}. The passes before it are kept; run again to go on"
+            ) from error
+        raise
 
 
 def run_recipe(recipe: Recipe, root: Path, last: tuple[str, ...] = ()) -> dict[str, Artifact]:
@@ -195,7 +213,7 @@ def run_recipe(recipe: Recipe, root: Path, last: tuple[str, ...] = ()) -> dict[s
         for step in _affordable(recipe, folder, layout, store, last):
             if step.artifact is not None:
                 artifacts[step.name] = step.artifact
-                bars.console.print(f"{step.name:16} cached")
+                bars.console.print(f"{step.name:16} cached{_elsewhere(step.artifact)}")
                 continue
             bar = _start_bar(bars, step.name)
             made = _run_pass(step, recipe, folder, artifacts, store, bar)

@@ -32,7 +32,10 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
     machine = measure_speeds(runs)
     written, memory = predict_bytes(recipe, layout), predict_memory(recipe, layout)
     seconds = predict_seconds(recipe, layout, machine, count_examples(recipe))
-    needed, free = disk_bytes(recipe, layout, runs)
+    steps = plan_passes(recipe, folder, Store(runs / recipe.name))
+    wanted = [step.name for step in steps if step.artifact is None]
+    needed, free = disk_bytes(recipe, layout, runs, wanted)
+    most = max((memory[name] for name in wanted), default=0)
     return {
         "recipe": recipe.name,
         "model": str(folder or f"{recipe.model.hub} (not on this machine)"),
@@ -46,11 +49,14 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
                 "predicted_seconds": seconds[step.name],
                 "predicted_memory_bytes": int(memory[step.name]),
             }
-            for step in plan_passes(recipe, folder, Store(runs / recipe.name))
+            for step in steps
         ],
         "group_size": recipe.quantize.group_size,
         "group_size_fallback": fallbacks(recipe, layout),
         "disk": {"needed_bytes": needed, "free_bytes": free},
-        "memory": {"needed_bytes": int(max(memory.values())), "free_bytes": free_memory()},
+        "memory": {
+            "needed_bytes": int(most),
+            "free_bytes": free_memory(),
+        },
         "machine": asdict(machine),
     }

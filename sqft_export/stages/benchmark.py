@@ -6,17 +6,17 @@ mode.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from sqft_export.data.items import Item, load_data, load_tokenizer, test_items
+from sqft_export.data.items import Item, load_data, load_tokenizer, stop_ids, test_items
 from sqft_export.data.scoring import judge, questions
 from sqft_export.measure.rows import MADE, Row, accuracy_row, answer_entry, stored_bytes
 from sqft_export.measure.worker import in_a_process
 from sqft_export.packed.folders import PACKED
 from sqft_export.recipe.schema import Recipe
+from sqft_export.run.host import allowed_processors
 from sqft_export.stages import Context
 from sqft_export.targets.devices import DEVICE_KINDS, devices
 from sqft_export.targets.folder import ADAPTER_FOLDER
@@ -120,7 +120,7 @@ def _job(context: Context, row: Row, items: list[Item], tokenizer: Any) -> dict[
         "unmerged": base.unmerged,
         "adapter": str(context.inputs["search"].path / "adapter"),
         "threads": threads(context.recipe),
-        "questions": questions(context.recipe, items, tokenizer),
+        "questions": questions(context.recipe, items, stop_ids(context.model, tokenizer)),
         "latency_prompt": ids[: benchmark.prompt_tokens],
         "new_tokens": benchmark.new_tokens,
         "repeats": benchmark.repeats,
@@ -128,7 +128,7 @@ def _job(context: Context, row: Row, items: list[Item], tokenizer: Any) -> dict[
 
 
 def threads(recipe: Recipe) -> int:
-    return recipe.benchmark.threads or os.cpu_count() or 1
+    return recipe.benchmark.threads or allowed_processors()
 
 
 def run(context: Context) -> dict:

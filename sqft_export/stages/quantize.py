@@ -6,9 +6,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sqft_export.data.calibration import calibration_tensors
+from sqft_export.data.calibration import calibration_options, calibration_tensors
 from sqft_export.model.blocks import Block, Inputs, walk
-from sqft_export.model.checkpoint import Checkpoint, copy_companions, float_config, write_config
+from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.companions import copy_companions, float_config, write_config
 from sqft_export.model.storage import (
     HELD_BYTES,
     GridWriter,
@@ -35,7 +36,7 @@ _ROWS_AT_ONCE = 1024
 def options(recipe: Recipe) -> dict:
     return {
         "quantize": recipe.quantize.model_dump(),
-        "calibration": recipe.calibration.model_dump(),
+        "calibration": calibration_options(recipe),
         "seed": recipe.seed,
     }
 
@@ -108,6 +109,7 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> Non
         weights.add(key, stored_as(weight, grid, checkpoint.dtype(key)))
 
     copy_companions(checkpoint.folder, weights.folder)
+    write_config(weights.folder, checkpoint.config)
     for block in walk(checkpoint, samples, inputs.collector):
         rest = set(checkpoint.block_names(block.index))
         for name, weight, grid in _quantized(context, method, block, inputs):

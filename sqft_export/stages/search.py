@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 from sqft_export.adapters.elastic import compressed_layers, elastic_layers, groups_of, set_ranks
+from sqft_export.adapters.evidence import Evidence, capture
 from sqft_export.adapters.files import read_training_log, write_sub_adapter
 from sqft_export.adapters.loading import load_adapted, peft_config
-from sqft_export.data.items import load_data, load_tokenizer
+from sqft_export.data.items import load_data, load_tokenizer, stop_ids
 from sqft_export.data.scoring import accuracy_of, judge, questions
 from sqft_export.measure.likelihood import score
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.model.storage import GridWriter, load_grids
+from sqft_export.model.storage import MASKS, GridWriter, load_grids, load_mask
+from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.recipe.schema import Recipe
 from sqft_export.search import Ranks, Score, Space, strategy
 from sqft_export.stages import Context
@@ -26,15 +28,17 @@ from sqft_export.targets.torch import TorchSession
 
 CONSUMES: tuple[str, ...] = ("sparsify", "quantize", "adapt")
 READS: tuple[str, ...] = ("model", "train")
-VERSION = 2
+VERSION = 3
 RESUMES = True
 DISTRIBUTED = False
 EVALUATIONS = "evaluations.jsonl"
+CAPTURED = 8  # training examples that the trained model is run on for verify
 
 
 def options(recipe: Recipe) -> dict:
     return {
-        "search": recipe.search.model_dump(),
+        "search": recipe.search.model_dump(exclude={"configuration"}),
+        "configuration": _configuration(recipe),
         "adapt": recipe.adapt.model_dump(),
         "seed": recipe.seed,
     }
@@ -59,13 +63,14 @@ class _Validation:
         self.file = context.folder / EVALUATIONS
         self.tokenizer = load_tokenizer(context.model)
         self.items = load_data(context.recipe, self.tokenizer).validation
-        self.questions = questions(context.recipe, self.items, self.tokenizer)
+        stop = stop_ids(context.model, self.tokenizer)
+        self.questions = questions(context.recipe, self.items, stop)
         self.advance = context.start(context.recipe.search.budget)
 
     def known(self) -> list[dict[str, Any]]:
-        """What was evaluated before, by an interrupted run too; a torn last line is not."""
-        lines = self.file.read_text().split("\n")[:-1] if self.file.is_file() else []
-        return [json.loads(line) for line in lines]
+        """What was evaluated before, by an interrupted run too; a torn line counts for nothing."""
+        lines = self.file.read_text().split("\n") if self.file.is_file() else []
+        return [entry for line in lines if (entry := _evaluation(line))]
 
     def parameters(self, ranks: Ranks) -> int:
         set_ranks(self.layers, self.groups, ranks)
@@ -80,16 +85,25 @@ class _Validation:
         accuracy = accuracy_of(judged, found)
         scored = Score(accuracy, -math.log(found["perplexity"]), -size)
         entry = {"ranks": ranks, "accuracy": accuracy, "likelihood": scored.likelihood}
-        with self.file.open("a") as log:
-            log.write(json.dumps(entry | {"parameters": size}) + "\n")
+        with self.file.open("a") as log:  # on a line of its own, whatever stands before it
+            log.write("\n" + json.dumps(entry | {"parameters": size}) + "\n")
         self.advance()
         return scored
 
 
-def _known_ranks(context: Context, groups: list[str]) -> Ranks:
-    """The recipe's own configuration, which ``plan`` has checked; empty where it has none."""
-    file = context.recipe.search.configuration
-    return json.loads(context.recipe.resolve(file).read_text()) if file and groups else {}
+def _evaluation(line: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    wanted = {"ranks", "accuracy", "likelihood", "parameters"}
+    return entry if isinstance(entry, dict) and wanted <= entry.keys() else None
+
+
+def _configuration(recipe: Recipe) -> Ranks:
+    """The recipe's own ranks, which ``plan`` has checked; empty where it has none."""
+    file = recipe.search.configuration
+    return json.loads(recipe.resolve(file).read_text()) if file else {}
 
 
 def _choose(
@@ -103,7 +117,7 @@ def _choose(
         read_training_log(context.inputs["adapt"].path),
         recipe.search.budget,
         recipe.seed,
-        _known_ranks(context, list(groups)),
+        _configuration(recipe),
         lambda ranks: Score(0, 0, 0),
     )
     if not groups:
@@ -119,8 +133,21 @@ def _choose(
     return search(space), validation.known()
 
 
+def _capture(context: Context, model: nn.Module) -> Evidence:
+    """What the chosen sub-adapter's own forward computes with, for ``verify``."""
+    examples = load_data(context.recipe, load_tokenizer(context.model)).train[:CAPTURED]
+    masks = context.path("sparsify")
+    pruned = set(TensorFiles(masks, MASKS).headers) if masks else set()
+
+    def mask_of(name: str, shape: torch.Size) -> torch.Tensor | None:
+        return load_mask(masks, name, shape) if name in pruned else None
+
+    return capture(model, [example.ids for example in examples], mask_of)
+
+
 def run(context: Context) -> dict:
-    """Writes ``configuration.json`` (group -> rank), ``adapter/``, and trained grids if any."""
+    """Writes ``configuration.json`` (group -> rank), ``adapter/``, what trained (``trained.*``) and
+    trained grids if any."""
     started = time.monotonic()
     adapted = context.inputs["adapt"].path / "adapter"
     model = load_adapted(context.base(), adapted, torch.float32)
@@ -131,6 +158,7 @@ def run(context: Context) -> dict:
     (context.folder / "configuration.json").write_text(json.dumps(chosen, indent=2) + "\n")
     updates = {name: layer.update() for name, layer in layers.items()}
     write_sub_adapter(peft_config(model), updates, context.folder / "adapter")
+    _capture(context, model).write(context.folder)
     if context.recipe.adapt.trainable_scales:
         _write_trained_grids(context, model)
     return {

@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sqft_export.data.calibration import calibration_tensors
+from sqft_export.data.calibration import calibration_options, calibration_tensors
 from sqft_export.model.blocks import Inputs, walk
-from sqft_export.model.checkpoint import Checkpoint, copy_companions
+from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.companions import copy_companions, write_config
 from sqft_export.model.floats import write_float_checkpoint
 from sqft_export.model.storage import HELD_BYTES, mask_writer, read_quantized
 from sqft_export.model.tensorfiles import TensorWriter
@@ -28,7 +29,7 @@ DISTRIBUTED = False
 def options(recipe: Recipe) -> dict:
     return {
         "sparsify": recipe.sparsify.model_dump(),
-        "calibration": recipe.calibration.model_dump(),
+        "calibration": calibration_options(recipe),
         "seed": recipe.seed,
     }
 
@@ -61,7 +62,7 @@ class _Masks:
 def run(context: Context) -> dict:
     """Writes ``model/`` and ``masks.safetensors``."""
     config, checkpoint = context.recipe.sparsify, Checkpoint(context.model)
-    if checkpoint.gptq_linears:
+    if checkpoint.quantized_linears:
         return _existing_mask(context, checkpoint)
     method = sparsifier(config.method)
     samples = (
@@ -73,6 +74,7 @@ def run(context: Context) -> dict:
     inputs = Inputs(method.NEEDS)
     advance = context.start(checkpoint.blocks)
     copy_companions(context.model, context.folder / "model")
+    write_config(context.folder / "model", checkpoint.config)
     model_writer = TensorWriter(context.folder / "model", shard_bytes=HELD_BYTES)
     with model_writer as writer, _Masks(context.folder) as masks:
         for block in walk(checkpoint, samples, inputs.collector):
@@ -116,10 +118,10 @@ def _prunings(
 
 def _existing_mask(context: Context, checkpoint: Checkpoint) -> dict:
     """The mask of a quantized checkpoint: where its code is not the zero point."""
-    advance = context.start(len(checkpoint.gptq_linears))
+    advance = context.start(len(checkpoint.quantized_linears))
     write_float_checkpoint(checkpoint, context.folder / "model", torch.float16)
     with _Masks(context.folder) as masks:
-        for name in checkpoint.gptq_linears:
+        for name in checkpoint.quantized_linears:
             masks.add(name, dequantize(*read_quantized(checkpoint, name)) != 0)
             advance()
     return {"sparsity": masks.sparsity()}

@@ -64,12 +64,19 @@ class Target(Runner, Protocol):
     def read_back(self, folder: Path) -> Iterator[tuple[str, Quantized]]:
         """Every quantized weight by module, read from the written file, one at a time."""
 
+    def read_floats(self, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+        """Every float constant of the written file, one at a time, float32: a matrix by its module
+        ``[out, in]``, others, which graphs call otherwise, by an empty name."""
+
     def metadata(self, folder: Path) -> dict[str, str]:
         """What the graph says of the model it was made from."""
 
-    def compressed_kernels(self, folder: Path) -> set[str]:
+    def compressed_kernels(self, folder: Path, scratch: Path) -> set[str]:
         """Modules whose kernel reads 4- or 8-bit weights once the runtime has optimized the
-        graph for the CPU."""
+        graph for the CPU.
+
+        :param scratch: folder for an optimized copy.
+        """
 
 
 def positions_of(mask: np.ndarray, length: int) -> np.ndarray:

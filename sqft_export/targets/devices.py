@@ -1,21 +1,12 @@
 """Which runtimes reach which devices of this machine, and why the others do not."""
 
 import importlib.metadata
-import importlib.util
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sqft_export.errors import UserError
-
-
-def installed(module: str) -> bool:
-    """Whether a module can be imported; only its parents are."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
-
+from sqft_export.run.host import installed
 
 DEVICE_KINDS = ("cpu", "gpu", "npu")
 OPENVINO_NEEDS = {

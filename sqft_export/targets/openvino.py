@@ -285,6 +285,28 @@ def read_back(folder: Path) -> Iterator[tuple[str, Quantized]]:
         yield name, quantized
 
 
+def _floats_of(constant: Any) -> np.ndarray:
+    """float32 of a float Constant, in its shape."""
+    if constant.get_element_type() != ov.Type.bf16:
+        return constant.data.astype(np.float32)
+    halves = np.frombuffer(constant.get_tensor_view().data, np.uint16).astype(np.uint32)
+    return (halves << 16).view(np.float32).reshape(list(constant.get_output_shape(0)))
+
+
+def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """A matrix ``[out, in]`` by its module; vectors and scalars by an empty name."""
+    end = ".weight"
+    for node in ov.Core().read_model(folder / MODEL).get_ops():
+        floats = (ov.Type.f32, ov.Type.f16, ov.Type.bf16)
+        if node.get_type_name() != "Constant" or node.get_element_type() not in floats:
+            continue
+        name, values = node.get_friendly_name(), _floats_of(node)
+        if name.endswith(end) and values.ndim == 2:
+            yield name.removeprefix("self.").removesuffix(end), values
+        elif not name.endswith(".weight/scale"):
+            yield "", values
+
+
 def metadata(folder: Path) -> dict[str, str]:
     """What the graph says of the model it was made from."""
     graph = ov.Core().read_model(folder / MODEL)
@@ -342,7 +364,7 @@ def open_session(
     return OpenVinoSession(core.compile_model(graph, device.upper(), settings))
 
 
-def compressed_kernels(folder: Path) -> set[str]:
+def compressed_kernels(folder: Path, scratch: Path) -> set[str]:
     """Linears and embeddings whose kernel reads 4- or 8-bit weights, from the compiled graph.
 
     One that is missing was folded to floats by the plugin.

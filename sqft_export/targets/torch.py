@@ -1,6 +1,6 @@
 """torch: the reference that the runtimes are compared with, in float32; on a GPU in bfloat16.
 
-On a GPU the INT4 Linears of a merged model stay INT4, in torch's own packed layout and matmul.
+On a GPU the INT4 Linears of a merged model stay INT4, in torch's own layout and matmul.
 """
 
 from pathlib import Path
@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.model.floats import load_float_model
+from sqft_export.model.floats import load_model
 from sqft_export.model.storage import read_quantized
 from sqft_export.numerics.affine import Grid
 from sqft_export.targets import positions_of
 from sqft_export.targets.devices import find_device
 
 PACKED_GROUPS = (32, 64, 128, 256)
-TILES = {"cpu": 2, "cuda": 8}  # of 16 inputs each, which a packed block is deep
+TILES = {"cpu": 2, "cuda": 8}  # of 16 inputs each, which a block of it is deep
 
 
 class Int4Linear(nn.Module):
@@ -40,17 +40,17 @@ class Int4Linear(nn.Module):
         table = torch.stack([scale, (8 - zero) * scale], dim=-1).transpose(0, 1).contiguous()
         self.register_buffer("table", table.to(device, dtype))
         if device == "cpu":
-            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), TILES[device])
+            stored = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), TILES[device])
             self.product = torch.ops.aten._weight_int4pack_mm_for_cpu
         else:
             pairs = (codes[:, 0::2] << 4 | codes[:, 1::2]).to(torch.uint8).to(device)
-            packed = torch.ops.aten._convert_weight_to_int4pack(pairs, TILES[device])
+            stored = torch.ops.aten._convert_weight_to_int4pack(pairs, TILES[device])
             self.product = torch.ops.aten._weight_int4pack_mm
-        self.register_buffer("packed", packed)
+        self.register_buffer("stored", stored)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        out = self.product(flat, self.gptq_linears, self.group_size, self.table)
+        out = self.product(flat, self.stored, self.group_size, self.table)
         out = out.reshape(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias
 
@@ -60,8 +60,8 @@ def load_int4_model(folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
 
     What torch's layout can't hold (other bits, other group sizes, odd widths) is dequantized.
     """
-    model, checkpoint = load_float_model(folder).to(dtype), Checkpoint(folder)
-    for name in checkpoint.gptq_linears:
+    model, checkpoint = load_model(Checkpoint(folder), dtype), Checkpoint(folder)
+    for name in checkpoint.quantized_linears:
         codes, grid = read_quantized(checkpoint, name)
         deep = codes.shape[1] % (16 * TILES[device]) == 0 and codes.shape[0] % 16 == 0
         if grid.bits == 4 and grid.group_size in PACKED_GROUPS and deep:
@@ -96,12 +96,12 @@ def open_session(
 ) -> TorchSession:
     """A merged or plain Hugging Face folder.
 
-    :param device: cpu: float32, always exact; gpu: bfloat16, INT4 weights packed.
+    :param device: cpu: float32, always exact; gpu: bfloat16, INT4 weights stay INT4.
     :raises UserError: if the device is not here.
     """
     if threads:
         torch.set_num_threads(threads)
     if device == "cpu":
-        return TorchSession(load_float_model(folder))
+        return TorchSession(load_model(Checkpoint(folder)))
     name = find_device("torch", device).name
     return TorchSession(load_int4_model(folder, name, torch.bfloat16), name)

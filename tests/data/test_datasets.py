@@ -151,7 +151,7 @@ def test_instructions_take_their_template(template, start, end):
     ],
 )
 def test_answers_are_scored_by_their_rule(rule, said, expected, right):
-    item = Item([0], [1], expected, rule=rule)
+    item = Item([0], [1], expected, scoring=rule)
     assert is_right(small_recipe().task, said, item) is right
 
 

@@ -80,11 +80,12 @@ def test_accuracy_has_an_interval_and_every_answer_is_kept(measured):
     document, items = measured
     rows = document["accuracy"]
     for row in rows:
-        assert row["low"] <= row["accuracy"] <= row["high"] and row["perplexity"] > 1
+        low, high = row["interval"]
+        assert low <= row["accuracy"] <= high and row["perplexity"] > 1
     assert rows[0]["p_same_as_first"] == 1.0
     dense, packed = rows[1:]
     assert dense["items"] == packed["items"]  # the same bytes, the same answers
-    assert len(items) == 18 and {"folder", "item", "said", "expected", "right"} <= set(items[0])
+    assert len(items) == 18 and {"folder", "item", "answer", "expected", "right"} <= set(items[0])
 
 
 def test_agreement_is_with_the_first_on_the_same_tokens(measured):

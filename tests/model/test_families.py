@@ -14,6 +14,7 @@ from sqft_export.recipe.schema import Export
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets import openvino as openvino_target
 from sqft_export.targets import target
+from sqft_export.targets.onnx.session import decoder_of
 
 NEW_TOKENS = 12
 README = Path(__file__).parents[2] / "README.md"
@@ -159,7 +160,7 @@ def _openvino_reads(folder, ids, reference):
         "attention_mask": np.ones((batch, length), np.int64),
         "position_ids": np.tile(np.arange(length), (batch, 1)),
     }
-    decoder = target("onnx")._decoder_of(folder)
+    decoder = decoder_of(folder)
     empty = np.zeros((batch, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
     for port in compiled.inputs:
         name = port.get_any_name()

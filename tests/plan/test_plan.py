@@ -54,12 +54,12 @@ def test_too_little_disk_is_refused_with_bytes(odd, monkeypatch, tmp_path):
     layout = check_recipe(recipe, odd)
     monkeypatch.setattr(costs, "disk_bytes", lambda *_: (5 * 2**30, 2**30))
     with pytest.raises(UserError, match=r"5.0 GiB needed in .*, 1.0 GiB free"):
-        check_disk(recipe, layout, tmp_path)
+        check_disk(recipe, layout, tmp_path, pass_names(recipe))
 
 
 def test_too_little_memory_is_refused_with_the_pass_and_bytes(odd, monkeypatch, tmp_path):
     monkeypatch.setattr(costs, "free_memory", lambda: 2**29)
-    with pytest.raises(UserError, match=r"memory: \w+ needs \d+\.\d GiB, 0.5 GiB are free"):
+    with pytest.raises(UserError, match=r"memory: \w+ needs \d+\.\d GiB, 512.0 MiB are free"):
         run_recipe(small_recipe(model_path=odd), tmp_path)
     assert not list(tmp_path.glob("sparsify*"))
 

@@ -67,6 +67,11 @@ def test_a_broken_or_foreign_manifest_is_named(tmp_path):
     manifest = sealed(store).path / MANIFEST
     document = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(document | {"key": "0" * 64}))
+    with pytest.raises(UserError, match="its seal is broken"):
+        store.find("prune", key_of(FACTS))
+    del document["seal"]
+    document["key"] = "0" * 64
+    manifest.write_text(json.dumps(document | {"seal": key_of(document)}))
     with pytest.raises(UserError, match="belongs to another key"):
         store.find("prune", key_of(FACTS))
     manifest.write_text("{")

@@ -29,7 +29,7 @@ def space(budget: int = 30, **changes) -> Space:
         {"loss": 1.0, "ranks": PEAK},
         {"loss": 2.0, "ranks": {"0.q": 16, "1.q": 24, "2.q": 16}},
     ]
-    settings = {"given": PEAK, "score": landscape} | changes
+    settings = {"configured": PEAK, "score": landscape} | changes
     return Space(GROUPS, RANKS, log, budget, 0, **settings)
 
 

@@ -32,7 +32,7 @@ def second_round(tiny_run, tmp_path_factory) -> dict[str, Artifact]:
 
 def layers(model: Path) -> dict[str, tuple[torch.Tensor, Grid]]:
     checkpoint = Checkpoint(model)
-    return {name: read_quantized(checkpoint, name) for name in checkpoint.gptq_linears}
+    return {name: read_quantized(checkpoint, name) for name in checkpoint.quantized_linears}
 
 
 def test_a_merged_model_is_the_base_of_the_next_recipe(tiny_run, second_round):

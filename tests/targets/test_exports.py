@@ -20,7 +20,7 @@ from conftest import (
     test_prompts,
 )
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.model.floats import load_float_model
+from sqft_export.model.floats import load_model
 from sqft_export.model.storage import read_quantized
 from sqft_export.numerics.affine import dequantize
 from sqft_export.recipe.schema import Export
@@ -35,7 +35,7 @@ NEW_TOKENS = 12
 def expected(tiny_run) -> list[list[int]]:
     """Greedy ids of the merged model in torch."""
     folder = tiny_run["merge"].path / "model"
-    model, tokenizer = load_float_model(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load_model(Checkpoint(folder)), AutoTokenizer.from_pretrained(folder)
     return [
         _generate(model, tokenizer(prompt, return_tensors="pt", return_token_type_ids=False))
         for prompt in PROMPTS
@@ -235,7 +235,7 @@ def test_the_merged_folder_says_what_it_is(tiny_run):
     assert quantization["quant_method"] == "gptq"
     assert (quantization["bits"], quantization["group_size"]) == (4, 64)
     assert quantization["sym"] is True and quantization["desc_act"] is False
-    assert len(checkpoint.gptq_linears) == 28
+    assert len(checkpoint.quantized_linears) == 28
     codes, grid = read_quantized(checkpoint, "model.layers.0.mlp.down_proj")
     assert codes.shape == (256, 640) and grid.scale.dtype == torch.float16
 
@@ -274,7 +274,7 @@ def test_gptqmodel_reads_the_weights_we_mean(tiny_run):
     folder = tiny_run["merge"].path / "model"
     checkpoint = Checkpoint(folder)
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
-    for name in checkpoint.gptq_linears:
+    for name in checkpoint.quantized_linears:
         theirs = loaded.get_submodule(name).dequantize_weight().T
         ours = dequantize(*read_quantized(checkpoint, name))
         assert torch.equal(theirs, ours.to(theirs.dtype)), name  # GPTQModel computes in float16

@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Family:
         out what a model has, as the capped scores of Gemma 2.
     tied: whether embedding and head are one where ``config.json`` does not say.
     builder: what ONNX Runtime GenAI's model builder calls its class, None where it has none.
+    builder_ropes: scalings of rotary positions that the class computes as the model does.
     joined: Linear of a block that holds several -> what the builder calls its equal parts.
     """
 
@@ -30,6 +32,7 @@ class Family:
     attention: str | None = None
     tied: bool = False
     builder: str | None = None
+    builder_ropes: tuple[str, ...] = ("default",)
     joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -42,6 +45,17 @@ def _load() -> dict[str, Family]:
 
 
 FAMILIES = _load()
+
+
+def builder_lacks(family: Family, config: dict[str, Any]) -> str | None:
+    """Why ONNX Runtime GenAI's builder is not used for a model; None where it is."""
+    if family.builder is None:
+        return f"is not used for {', '.join(family.model_types)}"
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rope = scaling.get("rope_type") or scaling.get("type") or "default"
+    if rope not in family.builder_ropes:
+        return f"does not compute rope_scaling {rope} as the model does"
+    return None
 
 
 def adapted(

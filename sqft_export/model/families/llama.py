@@ -12,12 +12,13 @@ LLAMA = Family(
     targets=("q_proj", "k_proj", "v_proj", "up_proj", "down_proj"),
     groups=(("q_proj", "k_proj", "v_proj"),),
     builder="LlamaModel",
+    builder_ropes=("default", "llama3"),
 )
 FAMILIES = (
     LLAMA,
-    replace(LLAMA, model_types=("mistral",), builder="MistralModel"),
-    replace(LLAMA, model_types=("qwen2",), builder="QwenModel"),
-    replace(LLAMA, model_types=("qwen3",), builder="Qwen3Model"),
+    replace(LLAMA, model_types=("mistral",), builder="MistralModel", builder_ropes=("default",)),
+    replace(LLAMA, model_types=("qwen2",), builder="QwenModel", builder_ropes=("default",)),
+    replace(LLAMA, model_types=("qwen3",), builder="Qwen3Model", builder_ropes=("default",)),
     # q, k, v in one Linear; gate, up in another.
     replace(
         LLAMA,
@@ -25,6 +26,7 @@ FAMILIES = (
         targets=("qkv_proj",),
         groups=(("qkv_proj",),),
         builder="Phi3MiniModel",
+        builder_ropes=("default", "longrope"),
         joined={"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")},
     ),
 )

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 
 from sqft_export.numerics.codes import Quantized
@@ -17,7 +18,15 @@ from sqft_export.recipe.schema import Export
 from sqft_export.targets.folder import GRAPHS, WEIGHT_FILES
 from sqft_export.targets.onnx.session import CPU_PROVIDER, open_session
 
-__all__ = ["add_adapter", "compressed_kernels", "export", "metadata", "open_session", "read_back"]
+__all__ = [
+    "add_adapter",
+    "compressed_kernels",
+    "export",
+    "metadata",
+    "open_session",
+    "read_back",
+    "read_floats",
+]
 
 MODEL, DATA = GRAPHS["onnx"], WEIGHT_FILES["onnx"]
 TOKENIZER_FILES = (
@@ -33,12 +42,13 @@ def export(merged: Path, folder: Path, options: Export) -> None:
     """Write the deployment folder of a merged model: graph, external data, GenAI config."""
     import onnx
 
+    from sqft_export.model.families import builder_lacks
     from sqft_export.model.storage import model_facts
     from sqft_export.targets.onnx import fused, standard
     from sqft_export.targets.onnx.weights import ExternalData, Weights
 
     weights = Weights(merged)
-    built = weights.checkpoint.family.builder is not None
+    built = builder_lacks(weights.checkpoint.family, weights.checkpoint.config) is None
     is_fused = built if options.onnx_graph == "auto" else options.onnx_graph == "fused"
     graph: Any = fused if is_fused else standard
     with ExternalData(folder / DATA) as data:
@@ -71,6 +81,15 @@ def read_back(folder: Path) -> Iterator[tuple[str, Quantized]]:
     return read_quantized_weights(onnx.load(folder / MODEL, load_external_data=False), folder)
 
 
+def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """A matrix ``[out, in]`` by its module; vectors and scalars by an empty name."""
+    import onnx
+
+    from sqft_export.targets.onnx.weights import read_float_weights
+
+    return read_float_weights(onnx.load(folder / MODEL, load_external_data=False), folder)
+
+
 def metadata(folder: Path) -> dict[str, str]:
     """What the graph says of the model it was made from."""
     import onnx
@@ -81,7 +100,7 @@ def metadata(folder: Path) -> dict[str, str]:
     return {key.removeprefix(prefix): value for key, value in found.items()}
 
 
-def compressed_kernels(folder: Path) -> set[str]:
+def compressed_kernels(folder: Path, scratch: Path) -> set[str]:
     """The Linears that are MatMulNBits in the graph as ONNX Runtime optimizes it for the CPU."""
     import onnx
 
@@ -89,8 +108,8 @@ def compressed_kernels(folder: Path) -> set[str]:
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    with tempfile.TemporaryDirectory() as scratch:
-        optimized = Path(scratch) / MODEL
+    with tempfile.TemporaryDirectory(dir=scratch) as copy:
+        optimized = Path(copy) / MODEL
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", DATA

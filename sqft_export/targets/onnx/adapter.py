@@ -75,8 +75,10 @@ class _Updates:
         for key, array in zip(keys, self._pair(part, inputs), strict=True):
             self.parameters[key] = np.ascontiguousarray(array)
         outputs = self.parameters[keys[1]].shape[1]
-        self._add_optional_input(keys[0], [inputs, "rank"], [inputs, 0])
-        self._add_optional_input(keys[1], ["rank", outputs], [0, outputs])
+        # A dimension of one name has one size: the runtime reuses memory by it.
+        rank = f"{part}.rank"
+        self._add_optional_input(keys[0], [inputs, rank], [inputs, 0])
+        self._add_optional_input(keys[1], [rank, outputs], [0, outputs])
         return keys
 
     def _pair(self, part: Rows, inputs: int) -> tuple[np.ndarray, np.ndarray]:

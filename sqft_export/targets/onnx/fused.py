@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 from onnx import helper, numpy_helper
 
-from sqft_export.model.checkpoint import copy_companions, float_config, write_config
+from sqft_export.model.companions import copy_companions, float_config, write_config
 from sqft_export.model.families import Family
 from sqft_export.model.skeleton import skeleton
 from sqft_export.targets.folder import GENAI_CONFIG

@@ -239,13 +239,7 @@ def read_quantized_weights(model: Any, folder: Path) -> Iterator[tuple[str, Quan
 
     :param folder: where its external data is, of which what is asked for is read.
     """
-    tensors = {t.name: t for t in model.graph.initializer}
-
-    def array(name: str) -> np.ndarray:
-        copy = onnx.TensorProto()  # reading external data fills the proto, which then stays
-        copy.CopyFrom(tensors[name])
-        return numpy_helper.to_array(copy, str(folder))
-
+    array = _reader(model, folder)
     for node in model.graph.node:
         if node.op_type == "GatherBlockQuantized":
             yield node.input[0].removesuffix(".B"), _read_gather(model, node, array)
@@ -259,6 +253,41 @@ def read_quantized_weights(model: Any, folder: Path) -> Iterator[tuple[str, Quan
                 found = pieces.pop(part.linear)
                 whole = zip(*(found[start] for start in sorted(found)), strict=True)
                 yield part.linear, Quantized(*map(np.concatenate, whole))
+
+
+def _reader(model: Any, folder: Path) -> Callable[[str], np.ndarray]:
+    """Reads an initializer by its name, from the data file too."""
+    tensors = {t.name: t for t in model.graph.initializer}
+
+    def array(name: str) -> np.ndarray:
+        copy = onnx.TensorProto()  # reading external data fills the proto, which then stays
+        copy.CopyFrom(tensors[name])
+        return numpy_helper.to_array(copy, str(folder))
+
+    return array
+
+
+def read_float_weights(model: Any, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """By module, a matrix ``[out, in]``; other float initializers by an empty name."""
+    array = _reader(model, folder)
+    matrices = set()
+    for node in model.graph.node:
+        parts = product_parts(node) if node.op_type == "MatMul" else []
+        if parts:
+            matrices.add(node.input[1])
+            whole, row = array(node.input[1]).T, 0
+            for part in parts:
+                joined = Quantized(whole, whole, whole)
+                count = _rows_of(part, parts, joined, model)
+                yield part.linear, whole[row : row + count]
+                row += count
+    for tensor in model.graph.initializer:
+        name, end = tensor.name, ".weight"
+        scale = name.endswith((".scales", ".B", ".zero_points"))
+        if tensor.data_type != onnx.TensorProto.FLOAT or name in matrices or scale:
+            continue
+        matrix = name.endswith(end) and len(tensor.dims) == 2
+        yield name.removesuffix(end) if matrix else "", array(name)
 
 
 def _split_rows(node: Any, joined: Quantized, model: Any) -> Iterator[tuple[Rows, Quantized]]:

@@ -1,0 +1,98 @@
+"""What lies beside a model's weights: configs, tokenizer, chat template; files of the folder alone.
+
+A folder may come from anywhere, so nothing is followed out of it: no link, device or pipe. The
+hub's own cache keeps its files in a folder beside its snapshots and links to them; that is let.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sqft_export.errors import UserError
+
+# Everything that makes a folder loadable beside its weights.
+COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
+# What other programs leave there, which would be followed or is not about this model.
+STRANGERS = ("adapter_config.json", "manifest.json", "provenance.json")
+LARGEST_COMPANION = 2**28  # bytes; vocabularies of a million words have a tenth
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """A file of a folder.
+
+    :raises UserError: if it is no regular file, can't be read, or is a link that leads out.
+    """
+    file = folder / name
+    if Path(name).name != name:
+        raise UserError(f"{folder}: names {name!r}; a file of the folder itself is expected")
+    home = folder.resolve()
+    if home.parent.name == "snapshots":  # of the hub's cache
+        home = home.parent.parent
+    real = file.resolve()
+    if not real.is_relative_to(home):
+        raise UserError(
+            f"{file}: is a link to {real}, outside the folder; put the file there itself"
+        )
+    if not real.is_file():
+        kind = "a folder" if real.is_dir() else "no regular file" if real.exists() else "missing"
+        raise UserError(f"{file}: is {kind}; a file is expected")
+    return file
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a json file.
+
+    :raises UserError: naming the file, if it holds none.
+    """
+    try:
+        found = json.loads(file.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{file}: can't be read: {error.strerror}") from error
+    except RecursionError as error:
+        raise UserError(f"{file}: is nested too deeply") from error
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: expected an object, found {type(found).__name__}")
+    return found
+
+
+def companions(folder: Path) -> list[Path]:
+    """Configs and tokenizer of a model folder, by name.
+
+    :raises UserError: naming one that is not a file of the folder, or is too large to be one.
+    """
+    names = {file.name for pattern in COMPANIONS for file in folder.glob(pattern)}
+    found = []
+    for name in sorted(names):
+        if name in STRANGERS or name.endswith(".safetensors.index.json"):
+            continue
+        file = own_file(folder, name)
+        if (size := file.stat().st_size) > LARGEST_COMPANION:
+            raise UserError(f"{file}: has {size:,} bytes, at most {LARGEST_COMPANION:,} are taken")
+        found.append(file)
+    return found
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy configs and tokenizer of a model folder, without its weights' index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in companions(source):
+        shutil.copyfile(file, folder / file.name)
+
+
+def float_config(config: dict[str, Any], dtype: str | None = None) -> dict[str, Any]:
+    """A ``config.json`` without its quantization.
+
+    :param dtype: of the weights it is written beside; None: as it was.
+    """
+    plain = {k: v for k, v in config.items() if k != "quantization_config"}
+    if dtype is not None:
+        plain.pop("torch_dtype", None)
+        plain["dtype"] = dtype
+    return plain
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

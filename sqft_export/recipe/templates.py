@@ -1,0 +1,83 @@
+"""Prompts and answers from templates over the fields of an item.
+
+{name}   {name[index]}   {name[0][key]}   {name:format}   {{ and }} for braces
+"""
+
+import re
+import string
+from pathlib import Path
+from typing import Any
+
+from sqft_export.errors import UserError
+
+_FIELD = re.compile(r"([^.\[\]{}!:]+)((?:\[[^\[\]]+\])*)")
+_FORMAT = re.compile(
+    r"[^{}\d]{0,3}\d{0,3}(\.\d{1,2})?[a-zA-Z%]?"
+)  # a width is no way to fill memory
+_PLAIN = (str, int, float)
+
+
+def template_fault(template: str) -> str | None:
+    """What is wrong with a template, whatever the items; None if nothing is."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        return f"not a template: {error}; write {{{{ and }}}} for braces"
+    for _, name, form, conversion in parts:
+        if name is None:
+            continue
+        if name == "":
+            return "the template has an empty {}; write {{}} for braces"
+        if not _FIELD.fullmatch(name) or conversion:
+            shown = f"{{{name}{'!' + conversion if conversion else ''}}}"
+            return f"found {shown}; allowed are {{name}}, {{name[index]}} and {{{{ }}}} for braces"
+        if not _FORMAT.fullmatch(form or ""):
+            return f"found {{{name}:{form}}}; a format has at most three digits of width"
+    return None
+
+
+def fill_template(template: str, item: dict[str, Any], file: Path, number: int) -> str:
+    """
+    :raises UserError: naming file, line and field if the item lacks it or it is no text.
+    """
+    filled = []
+    for literal, name, form, _ in string.Formatter().parse(template):
+        filled.append(literal)
+        if name is None:
+            continue
+        value = text_field(name, item, file, number)
+        try:
+            filled.append(format(value, form or ""))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{file}:{number}: {{{name}:{form}}}: {error}") from error
+    return "".join(filled)
+
+
+def text_field(name: str, item: dict[str, Any], file: Path, number: int) -> str | int | float:
+    """A field of an item, such as ``text`` or ``messages[0][content]``.
+
+    :raises UserError: if there is none, or it is a list, an object or null.
+    """
+    found = _FIELD.fullmatch(name)
+    path = [found[1], *re.findall(r"\[([^\[\]]+)\]", found[2])] if found else [name]
+    value: Any = item
+    for depth, key in enumerate(path):
+        try:
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{file}:{number}: the template asks for {name}; {_has(value, path[:depth])}"
+            ) from error
+    if not isinstance(value, _PLAIN):
+        kind = "null" if value is None else f"a {type(value).__name__}"
+        raise UserError(f"{file}:{number}: {name} is {kind}, not text")
+    return value
+
+
+def _has(value: Any, path: list[str]) -> str:
+    owner = path[-1] if path else "the item"
+    if isinstance(value, dict):
+        return f"{owner} has {', '.join(value) or 'no fields'}"
+    if isinstance(value, list):
+        return f"the item has {owner} with {len(value)} entr{'y' if len(value) == 1 else 'ies'}"
+    return f"{owner} is a {type(value).__name__}"

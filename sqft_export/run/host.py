@@ -1,0 +1,79 @@
+"""What this process may use of its machine, and sizes as people read them."""
+
+import ctypes
+import errno
+import importlib.util
+import os
+import platform
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be imported; only its parents are."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def allowed_processors() -> int:
+    """Processors this process may run on: fewer than there are under taskset or in a container."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def size_text(size: float) -> str:
+    """Bytes in the largest unit that leaves a number above 1: 812.0 KiB, 3.4 GiB."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
+# What native libraries say when the system refuses them something.
+NO_SPACE = ("No space left", "os error 28", "Disk quota exceeded")
+NO_MEMORY = ("not enough memory", "bad_alloc", "can't allocate memory", "Cannot allocate memory")
+
+
+def lacking(error: BaseException, folder: Path) -> str | None:
+    """What of the machine an error is for want of, with what there is; None if of nothing.
+
+    :param folder: what was being written to.
+    """
+    text = str(error)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or any(words in text for words in NO_SPACE):
+        free = size_text(shutil.disk_usage(folder).free)
+        return f"no space to write {getattr(error, 'filename', None) or folder}; {free} are free"
+    if isinstance(error, MemoryError) or any(words in text for words in NO_MEMORY):
+        return f"out of memory: {text or 'refused by the system'}"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{error.filename or folder} can't be written: {error.strerror}"
+    return None
+
+
+def die_with_parent(parent: int) -> None:
+    """Have this process end when the one that started it does, however that ends.
+
+    :param parent: its process id.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before this was asked for
+            os._exit(1)

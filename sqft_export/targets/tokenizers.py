@@ -1,0 +1,23 @@
+"""Token ids as deployed tokenizers make them."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sqft_export.run.host import installed
+
+IdsOf = Callable[[str], list[int]]
+
+
+def read_ids(runtime: str, folder: Path) -> Iterator[tuple[str, IdsOf]]:
+    """Every tokenizer that users of a deployment have, and what makes ids of a text with it."""
+    if runtime == "openvino" and installed("openvino_genai"):
+        import openvino_genai
+
+        tokenizer = openvino_genai.Tokenizer(str(folder))
+        yield "OpenVINO GenAI", lambda text: tokenizer.encode(text).input_ids.data[0].tolist()
+    if runtime == "onnx" and installed("onnxruntime_genai"):
+        import onnxruntime_genai
+
+        made = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(folder)))
+        made.update_options(add_special_tokens="true")  # this runtime leaves them out by itself
+        yield "ONNX Runtime GenAI", lambda text: [int(i) for i in made.encode(text)]

@@ -1,0 +1,64 @@
+"""The whole certificate of a run, and of a run that is there again."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from sqft_export.errors import UserError
+from sqft_export.run.artifact import MANIFEST, Artifact, Store, check_artifact, read_artifact
+from sqft_export.verify.certificate import Certificate
+from sqft_export.verify.compute import check_compute
+from sqft_export.verify.fidelity import check_fidelity, reference_of
+from sqft_export.verify.storage import check_storage
+from sqft_export.verify.subject import Asked, Subject
+
+
+def certify(subject: Subject, advance: Callable[[], None]) -> Certificate:
+    """:param advance: called after fidelity, and after every deployment."""
+    certificate = Certificate()
+    reference = reference_of(subject)
+    check_fidelity(certificate, subject, reference)
+    advance()
+    for name in subject.exports:
+        check_storage(certificate, subject, name)
+        check_compute(certificate, subject, name, reference)
+        advance()
+    return certificate
+
+
+def certified_artifacts(root: Path) -> list[Path]:
+    """Artifacts of ``verify`` in a run's folder, the newest first.
+
+    :raises UserError: if there is none.
+    """
+    found = [file.parent for file in root.glob(f"verify-*/{MANIFEST}")]
+    if not found:
+        raise UserError(f"{root}: neither a deployment nor a run with a certificate in it")
+    return sorted(found, key=lambda path: (path / MANIFEST).stat().st_mtime, reverse=True)
+
+
+def certify_again(root: Path, scratch: Path) -> tuple[list[Artifact], Certificate]:
+    """Every digest and line of a finished run, derived from its files alone.
+
+    :param root: folder of a run, such as ``runs/tiny``.
+    :param scratch: for what is inflated on the way.
+    :return: the artifacts that the certificate is about, and the certificate.
+    :raises DamagedError: naming the file that is not as it was sealed.
+    """
+    verified = check_artifact(certified_artifacts(root)[0])
+    store = Store(root)
+    chain = {
+        name: check_artifact(store.path_of(name, key), key)
+        for name, key in verified.manifest["facts"]["parents"].items()
+    }
+    exports = {n.removeprefix("export-"): a.path for n, a in chain.items() if n[:7] == "export-"}
+    subject = Subject(
+        Asked.read(verified.path),
+        {n: chain[n].path / "model" for n in ("sparsify", "quantize") if n in chain},
+        chain["sparsify"].path if "sparsify" in chain else None,
+        chain["search"].path,
+        chain["merge"].path,
+        exports,
+        read_artifact(verified.path).manifest["facts"]["options"]["dense_update"],
+        scratch,
+    )
+    return [*chain.values(), verified], certify(subject, lambda: None)

@@ -1,0 +1,96 @@
+"""What a runtime makes of its file: exact mode, default mode, kernels."""
+
+import numpy as np
+
+from sqft_export.measure.decode import equal_lengths, generate
+from sqft_export.measure.likelihood import log_softmax
+from sqft_export.model.floats import Reference
+from sqft_export.packed.folders import PACKED
+from sqft_export.targets import Session, target
+from sqft_export.verify.certificate import Certificate
+from sqft_export.verify.subject import Subject
+
+BATCH = 16  # prompts that go through the reference at once
+
+
+def check_compute(
+    certificate: Certificate, subject: Subject, name: str, reference: Reference
+) -> None:
+    folder = subject.exports[name] / "model"
+    if subject.quantized:
+        title = f"layers on compressed kernels in {name}"
+        kernels = certificate.start("compute", title, "layers")
+        compressed = target(name).compressed_kernels(folder, subject.scratch)
+        for layer in subject.quantized:
+            kernels.count(np.array([layer not in compressed]), layer)
+    _check_exact(certificate, subject, name, reference)
+    default = _prompt_logits(target(name).open_session(folder, False, None), subject.asked.prompts)
+    _check_default(certificate, subject, name, reference, default)
+    packed = subject.exports[name] / PACKED
+    if packed.is_dir():
+        title = f"logits: {name} dense and packed, as deployed"
+        same = certificate.start("compute", title, "standard deviations")
+        session = target(name).open_session(packed, False, None)
+        others = _prompt_logits(session, subject.asked.prompts)
+        for number, (ours, theirs) in enumerate(zip(default, others, strict=True)):
+            worst = np.abs(ours - theirs).max() / ours.std()
+            same.worst(float(worst), ours.size, f"prompt {number}")
+
+
+def _prompt_logits(session: Session, prompts: list[list[int]]) -> list[np.ndarray]:
+    """``[length, vocabulary]`` of every prompt, its last token by a step from the cache."""
+    found: list[np.ndarray] = [np.empty(0)] * len(prompts)
+    for indices in equal_lengths(prompts, BATCH):
+        ids = np.array([prompts[i] for i in indices], np.int64)
+        session.reset()
+        parts = (ids[:, :-1], ids[:, -1:]) if ids.shape[1] > 1 else (ids,)
+        logits = np.concatenate([session.forward(part) for part in parts], 1)
+        for index, one in zip(indices, logits, strict=True):
+            found[index] = one
+    return found
+
+
+def _check_exact(
+    certificate: Certificate, subject: Subject, name: str, reference: Reference
+) -> None:
+    """Logits over every prompt, and the tokens that follow: each the likeliest in torch."""
+    asked, both = subject.asked, f"merged in torch and {name}"
+    title = f"logits: {both}"
+    logits = certificate.start("compute", title, "standard deviations", asked.tolerance)
+    tokens = certificate.start("compute", f"greedy tokens: {both}", "tokens")
+    session = target(name).open_session(subject.exports[name] / "model", True, None)
+    for start in range(0, len(asked.prompts), BATCH):
+        prompts = asked.prompts[start : start + BATCH]
+        said = generate(session, prompts, asked.new_tokens, stop=[])
+        ours = reference.logits([p + s for p, s in zip(prompts, said, strict=True)])
+        theirs = _prompt_logits(session, prompts)
+        for number, (prompt, answer, one, other) in enumerate(
+            zip(prompts, said, ours, theirs, strict=True), start
+        ):
+            of_prompt = one[: len(prompt)]
+            worst = np.abs(of_prompt - other).max() / of_prompt.std()
+            logits.worst(float(worst), of_prompt.size, f"prompt {number}")
+            likeliest = one[len(prompt) - 1 : -1].argmax(axis=-1)
+            tokens.count(likeliest != np.array(answer), f"prompt {number}")
+
+
+def _check_default(
+    certificate: Certificate,
+    subject: Subject,
+    name: str,
+    reference: Reference,
+    default: list[np.ndarray],
+) -> None:
+    """Mean KL divergence of the runtime's default mode from torch, in nats a token."""
+    prompts, total, tokens = subject.asked.prompts, 0.0, 0
+    title = f"divergence of {name} in its default mode"
+    check = certificate.start("compute", title, "nats a token", subject.asked.divergence)
+    for start in range(0, len(prompts), BATCH):
+        chosen = prompts[start : start + BATCH]
+        for ours, theirs in zip(
+            reference.logits(chosen), default[start : start + BATCH], strict=True
+        ):
+            one, other = log_softmax(ours), log_softmax(theirs)
+            total += float((np.exp(one) * (one - other)).sum())
+            tokens += len(ours)
+    check.worst(total / tokens, tokens, name)

@@ -1,0 +1,125 @@
+"""adapted model -> merged model, by what search kept of the trained forward."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sqft_export.adapters.evidence import Evidence, row_digests
+from sqft_export.adapters.files import AdapterFiles, read_low_rank
+from sqft_export.data.items import load_tokenizer
+from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.floats import Reference
+from sqft_export.model.storage import read_quantized
+from sqft_export.numerics.affine import dequantize
+from sqft_export.verify.certificate import Certificate, Check
+from sqft_export.verify.subject import Subject
+
+# Weights that are merged into 16-bit floats are rounded once; what that does to logits, in their
+# standard deviations. Codes are not rounded again.
+ROUNDING = {"float16": 1e-2, "bfloat16": 1e-1}
+
+
+@torch.no_grad()
+def check_fidelity(certificate: Certificate, subject: Subject, reference: Reference) -> None:
+    evidence = Evidence.read(subject.trained)
+    _check_zeros(certificate, subject, evidence)
+    weights = certificate.start("fidelity", "weights of the trained forward, merged", "rows")
+    others = certificate.start("fidelity", "embeddings, norms, biases, merged", "rows")
+    for name, rows in evidence.rows.items():
+        found = _merged_rows(subject, name, evidence.dtypes[name])
+        check = weights if name in subject.merged.linears or ".lora_" in name else others
+        differs = np.ones(rows.shape, bool)
+        if found is not None and found.shape == rows.shape:
+            differs = found != rows
+        check.count(differs, name)
+    for name in subject.merged.linears.keys() - evidence.rows.keys():
+        weights.count(np.ones(1, bool), f"{name} was not seen in the trained forward")
+    _check_logits(certificate, subject, evidence, reference)
+    _check_tokens(certificate, subject)
+
+
+def _merged_rows(subject: Subject, name: str, dtype: str) -> np.ndarray | None:
+    """Digests of a merged weight or parameter in the dtype that trained; None if there is none."""
+    merged = subject.merged
+    module, _, part = name.rpartition(".")
+    if part in ("lora_A", "lora_B"):
+        assert subject.adapter is not None
+        lora_a, lora_b, _ = AdapterFiles(subject.adapter).update(module)
+        return row_digests((lora_a if part == "lora_A" else lora_b).to(getattr(torch, dtype)))
+    weight = _weight(merged, name, set(subject.quantized))
+    return None if weight is None else row_digests(weight.to(getattr(torch, dtype)))
+
+
+def _weight(merged: Checkpoint, name: str, quantized: set[str]) -> Tensor | None:
+    module = name if name in merged.linears else name.rpartition(".")[0]
+    stored = merged.stored_name(module)
+    if stored in quantized and (name == module or name.endswith(".weight")):
+        return dequantize(*read_quantized(merged, stored))
+    key = f"{name}.weight" if name in merged.linears else f"{stored}.{name.rpartition('.')[2]}"
+    return merged.tensor(key) if key in merged.headers else None
+
+
+def _zeros(certificate: Certificate, name: str) -> Check:
+    return certificate.start("fidelity", f"pruned positions zero in {name}", "positions")
+
+
+def _check_zeros(certificate: Certificate, subject: Subject, evidence: Evidence) -> None:
+    """Every pruned position, pass by pass; one layer is in memory."""
+    if not subject.pruned:
+        return
+    stages = {
+        name: (Checkpoint(folder), _zeros(certificate, name))
+        for name, folder in subject.passes.items()
+    }
+    for linear in sorted(subject.pruned):
+        dropped = subject.dropped(linear, subject.merged.linears[linear])
+        for checkpoint, check in stages.values():
+            weight = checkpoint.tensor(f"{linear}.weight")
+            check.count_zeros(dropped, (weight != 0).numpy(), linear)
+    if subject.dense_update:
+        return
+    in_forward = _zeros(certificate, "the trained forward")
+    in_merged = _zeros(certificate, "the merged model")
+    quantized = set(subject.quantized)
+    for linear in sorted(subject.pruned):
+        positions, kept = evidence.pruned.get(linear, (0, 0))
+        in_forward.compared += positions
+        in_forward.blame(linear, kept)
+        dropped = subject.dropped(linear, subject.merged.linears[linear])
+        found = _weight(subject.merged, linear, quantized)
+        assert found is not None
+        in_merged.count_zeros(dropped, (found != 0).numpy(), linear)
+
+
+def _check_logits(
+    certificate: Certificate, subject: Subject, evidence: Evidence, reference: Reference
+) -> None:
+    widest = max(ROUNDING.get(dtype, 0) for dtype in evidence.dtypes.values())
+    check = certificate.start(
+        "fidelity",
+        "logits of the trained model and merged",
+        "standard deviations",
+        max(subject.asked.tolerance, widest),
+    )
+    row = 0
+    for sequence, found in zip(
+        evidence.sequences, reference.logits(evidence.sequences), strict=True
+    ):
+        trained = evidence.logits[row : row + len(sequence)]
+        row += len(sequence)
+        worst = np.abs(trained - found).max() / trained.std()
+        check.worst(float(worst), found.size, "a training example")
+
+
+def _check_tokens(certificate: Certificate, subject: Subject) -> None:
+    check = certificate.start("fidelity", "token ids: base and merged", "texts")
+    tokenizer = load_tokenizer(subject.merged.folder)
+    for text, ids in subject.asked.texts:
+        found = tokenizer(text)["input_ids"]
+        check.count(np.array([found != ids]), repr(text[:40]))
+
+
+def reference_of(subject: Subject) -> Reference:
+    """The merged model in torch, with the adapter beside it where one was not merged."""
+    updates = read_low_rank(subject.adapter) if subject.adapter else None
+    return Reference(subject.merge / "model", updates)

@@ -1,0 +1,97 @@
+"""merged model -> every file of a deployment, read back from what was written."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from sqft_export.model.storage import quantized_arrays
+from sqft_export.packed.container import PackedFile
+from sqft_export.packed.folders import PACKED, packed_file
+from sqft_export.run.artifact import sha256_of
+from sqft_export.targets import target
+from sqft_export.targets.tokenizers import read_ids
+from sqft_export.verify.certificate import Certificate
+from sqft_export.verify.subject import Subject
+
+
+def check_storage(certificate: Certificate, subject: Subject, name: str) -> None:
+    folder = subject.exports[name] / "model"
+    _check_codes(certificate, subject, name, folder)
+    _check_floats(certificate, subject, name, folder)
+    _check_tokenizers(certificate, subject, name, folder)
+    if (subject.exports[name] / PACKED).is_dir():
+        _check_packed(certificate, subject, name)
+
+
+def _check_codes(certificate: Certificate, subject: Subject, name: str, folder: Path) -> None:
+    """Codes, scales and zero points, and the zeros that the mask asks for."""
+    if not subject.quantized:
+        return
+    title = f"codes, scales, zero points: merged and {name}"
+    same = certificate.start("storage", title, "numbers")
+    zeros = None
+    if subject.pruned:
+        zeros = certificate.start("storage", f"pruned positions zero in {name}", "positions")
+    missing = set(subject.quantized)
+    for layer, written in target(name).read_back(folder):
+        missing.discard(layer)
+        stored = subject.merged.stored_name(layer)
+        same.compare(quantized_arrays(subject.merged, stored), written, layer)
+        if zeros is not None:
+            dropped = subject.dropped(layer, written.codes.shape)
+            zeros.count_zeros(dropped, written.steps != 0, layer)
+    for layer in missing:  # counts whole
+        shape = quantized_arrays(subject.merged, layer).codes.shape
+        same.count(np.ones(shape, bool), f"{layer} is not there")
+
+
+def _check_floats(certificate: Certificate, subject: Subject, name: str, folder: Path) -> None:
+    """Matrices by name, vectors (norms, biases) by what they hold: graphs call those otherwise."""
+    merged, quantized = subject.merged, set(subject.quantized)
+    check = certificate.start("storage", f"float weights: merged and {name}", "numbers")
+    zeros = None
+    if subject.pruned - quantized and not subject.dense_update:
+        zeros = certificate.start("storage", f"pruned floats zero in {name}", "positions")
+    shapes = {key: shape for key, shape in merged.shapes.items()}
+    missing = {key for key in shapes if key.removesuffix(".weight") not in quantized}
+    vectors: list[bytes] = []
+    for module, array in target(name).read_floats(folder):
+        key = f"{merged.stored_name(module)}.weight"
+        if not module or key not in missing | set(shapes) or len(shapes[key]) != 2:
+            vectors.append(np.ascontiguousarray(array, np.float32).tobytes())
+            continue
+        expected = merged.tensor(key).float().numpy()
+        same = expected.shape == array.shape
+        check.count(expected != array if same else np.ones(expected.shape, bool), key)
+        missing.discard(key)
+        if zeros is not None:
+            zeros.count_zeros(subject.dropped(module, array.shape), array != 0, module)
+    everything = b"".join(vectors)
+    for key in sorted(missing):
+        expected = merged.tensor(key).float().numpy()
+        there = expected.ndim == 1 and expected.tobytes() in everything
+        check.count(np.full(expected.shape, not there), key)
+
+
+def _check_tokenizers(certificate: Certificate, subject: Subject, name: str, folder: Path) -> None:
+    """Ids of the deployed tokenizers and those the model was trained with."""
+    for reader, ids_of in read_ids(name, folder):
+        check = certificate.start("storage", f"token ids: base and {reader}", "texts")
+        for text, ids in subject.asked.texts:
+            check.count(np.array([ids_of(text) != ids]), repr(text[:40]))
+
+
+def _check_packed(certificate: Certificate, subject: Subject, name: str) -> None:
+    """The packed copy inflates to the same bytes."""
+    artifact = subject.exports[name]
+    file = packed_file(artifact / PACKED)
+    assert file is not None
+    title = f"bytes inflated from the packed {name}"
+    check = certificate.start("storage", title, "bytes")
+    with tempfile.TemporaryDirectory(dir=subject.scratch) as scratch, PackedFile(file) as opened:
+        stored, inflated = artifact / "model" / opened.header.file, Path(scratch) / "inflated"
+        opened.inflate_file(inflated)
+        check.compared = stored.stat().st_size
+        if sha256_of(inflated) != sha256_of(stored):
+            check.blame(file.name, check.compared)

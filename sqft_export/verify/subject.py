@@ -1,0 +1,89 @@
+"""What a certificate is about: folders, and the prompts and texts they are tried with.
+
+Written beside the certificate, so that it can be derived again from the files alone.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.storage import MASKS, load_mask, quantized_names
+from sqft_export.model.tensorfiles import TensorFiles
+
+SUBJECT = "subject.json"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of the models.
+
+    prompts: token ids. texts: text and the ids that the base's tokenizer makes of it.
+    new_tokens: greedy ones after each prompt.
+    tolerance: of logits, in standard deviations; divergence: of default modes, in nats a token.
+    """
+
+    prompts: list[list[int]]
+    texts: list[tuple[str, list[int]]]
+    new_tokens: int
+    tolerance: float
+    divergence: float
+
+    def write(self, folder: Path) -> None:
+        (folder / SUBJECT).write_text(json.dumps(asdict(self)) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Asked":
+        document = json.loads((folder / SUBJECT).read_text())
+        document["texts"] = [(text, ids) for text, ids in document["texts"]]
+        return cls(**document)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Artifacts of one run.
+
+    passes: model folders of sparsify and quantize, where the recipe has them.
+    masks: artifact of sparsify, None without.
+    trained: artifact of search, which holds what trained. merge: artifact of merge.
+    exports: target -> artifact.
+    dense_update: pruned positions were given up by an update merged densely.
+    """
+
+    asked: Asked
+    passes: dict[str, Path]
+    masks: Path | None
+    trained: Path
+    merge: Path
+    exports: dict[str, Path]
+    dense_update: bool = False
+    scratch: Path = field(default_factory=Path)
+
+    @cached_property
+    def merged(self) -> Checkpoint:
+        return Checkpoint(self.merge / "model")
+
+    @cached_property
+    def quantized(self) -> list[str]:
+        return quantized_names(self.merged)
+
+    @cached_property
+    def adapter(self) -> Path | None:
+        """The adapter that was not merged, if there is one."""
+        folder = self.merge / "adapter"
+        return folder if folder.is_dir() else None
+
+    @cached_property
+    def pruned(self) -> set[str]:
+        return set(TensorFiles(self.masks, MASKS).headers) if self.masks else set()
+
+    def dropped(self, linear: str, shape: Any) -> np.ndarray | None:
+        """bool ``[out, in]``, True where the Linear was pruned; None where it was not."""
+        if linear not in self.pruned:
+            return None
+        return ~load_mask(self.masks, linear, torch.Size(shape)).numpy()
