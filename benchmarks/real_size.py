@@ -102,7 +102,7 @@ def report(root: Path, shape: dict[str, int], blocks: int) -> None:
     model = model_at(root, shape, blocks)
     recipe = recipe_of(model)
     layout = layout_of(recipe, model)
-    machine = measure_speeds(root)
+    machine = measure_speeds()
     seconds = predict_seconds(recipe, layout, machine, examples=None)
     memory = predict_memory(recipe, layout)
     measured[blocks] = measure(root, shape, blocks)

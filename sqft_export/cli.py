@@ -1,11 +1,15 @@
 """The command line.  ``--help`` imports neither torch nor a runtime."""
 
+import io
 import itertools
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import click
 import typer
 
 from sqft_export.errors import UserError
@@ -28,6 +32,13 @@ Runs = Annotated[Path, typer.Option(help="where artifacts are kept")]
 Json = Annotated[bool, typer.Option("--json", help="nothing on stdout but one JSON document")]
 
 Deployment = Annotated[Path, typer.Argument(help="a deployment: OpenVINO or ONNX folder")]
+LARGEST_OPTION = 2**20
+Items = Annotated[
+    int, typer.Option(min=1, max=LARGEST_OPTION, help="of the task or windows of the text")
+]
+Device = Annotated[
+    str, typer.Option("--device", help="cpu, gpu or npu; `list targets` says which are here")
+]
 Out = Annotated[Path, typer.Argument(help="folder to write; must not exist")]
 
 
@@ -119,20 +130,20 @@ def list_command(
 def benchmark_command(
     folders: Annotated[list[Path], typer.Argument(help="deployments, compared with the first")],
     prompt_tokens: Annotated[str, typer.Option(help="lengths of prompts")] = "32,128,512,2048",
-    new_tokens: Annotated[int, typer.Option(min=2)] = 32,
+    new_tokens: Annotated[int, typer.Option(min=2, max=LARGEST_OPTION)] = 32,
     batch: Annotated[str, typer.Option(help="batch sizes for tokens per second")] = "1,4,16",
-    rounds: Annotated[int, typer.Option(min=1, help="processes per folder")] = 5,
-    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="processes per folder")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, max=4096)] = None,
     cpus: Annotated[str | None, typer.Option(help="stay on these processors, as 0,1")] = None,
-    device: Annotated[
-        str, typer.Option("--device", help="cpu, gpu or npu; `list targets` says which are here")
-    ] = "cpu",
+    device: Device = "cpu",
     task: Annotated[
         str | None, typer.Option(help="answer a dataset too: gsm8k, arc_easy, boolq, ...")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="local folder of the task's dataset")] = None,
     text: Annotated[Path | None, typer.Option(help="a text file, for perplexity")] = None,
-    items: Annotated[int, typer.Option(min=1, help="of the task or windows of the text")] = 100,
+    items: Annotated[
+        int, typer.Option(min=1, max=LARGEST_OPTION, help="of the task or windows of the text")
+    ] = 100,
     out: Annotated[Path | None, typer.Option(help="folder for results.json, items.jsonl")] = None,
     json_only: Json = False,
 ) -> None:
@@ -146,7 +157,9 @@ def benchmark_command(
     from sqft_export.report.text import deployments_text
 
     lengths, batches = _numbers(prompt_tokens, "--prompt-tokens"), _numbers(batch, "--batch")
-    stay = _numbers(cpus, "--cpus") if cpus else None
+    stay = _numbers(cpus, "--cpus", least=0) if cpus else None
+    for folder in folders:
+        _require_folder(folder)
     settings = DeviceSettings(lengths, new_tokens, batches, rounds, threads, stay, device)
     questions = questions_of(folders[0], task, data, text, items)
     document = benchmark_folders(folders, settings, questions)
@@ -155,11 +168,14 @@ def benchmark_command(
     print(json.dumps(document) if json_only else deployments_text(document))
 
 
-def _numbers(text: str, option: str) -> tuple[int, ...]:
+def _numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
+        numbers = tuple(int(part) for part in text[:1000].split(","))
     except ValueError as error:
         raise UserError(f"{option}: found {text!r}; numbers with commas are expected") from error
+    if min(numbers) < least or max(numbers) > LARGEST_OPTION:
+        raise UserError(f"{option}: found {text!r}; allowed are {least} to {LARGEST_OPTION}")
+    return tuple(dict.fromkeys(numbers))
 
 
 @app.command()
@@ -170,6 +186,7 @@ def inspect(
     """Show what a deployment holds: layers, bits, sparsity, bytes, digests, runtimes."""
     from sqft_export.targets.inspect import inspect_folder, inspection_text
 
+    _require_folder(folder)
     found = inspect_folder(folder)
     print(json.dumps(found) if json_only else inspection_text(found))
 
@@ -218,7 +235,10 @@ def sweep(
     for one, settings in zip(recipes, chosen, strict=True):
         print(" ".join(settings), file=sys.stderr)
         reports.append(run_recipe(one, runs / one.name)["report"].path)
-    compare(reports, runs / recipes[0].name / "sweep")
+    if len(reports) > 1:
+        compare(reports, runs / recipes[0].name / "sweep")
+    else:
+        print(f"one combination, nothing to compare; report: {reports[0] / 'index.html'}")
 
 
 @app.command("pack")
@@ -248,22 +268,97 @@ def _say_packed(out: Path, sizes: dict[str, Any]) -> None:
     print(f"{out}: weights {dense:,} bytes dense, {packed:,} packed ({packed / dense:.1%})")
 
 
-def main() -> None:
-    """Entry point: a UserError is one message and exit code 2, never a traceback."""
+@app.command("verify")
+def verify_command(
+    folder: Annotated[Path, typer.Argument(help="a run, such as runs/tiny, or a deployment")],
+    json_only: Json = False,
+) -> None:
+    """Derive every digest and line of a certificate again, from the files alone."""
+    import tempfile
+
+    from sqft_export.packed.seal import sealed_or_refused
+    from sqft_export.targets.folder import GRAPHS
+    from sqft_export.verify.certify import certify_again
+
+    _require_folder(folder)
+    if any((folder / graph).is_file() for graph in GRAPHS.values()):
+        files = sealed_or_refused(folder)["files"]
+        done: dict[str, Any] = {"folder": str(folder), "files": len(files)}
+        print(json.dumps(done) if json_only else f"{folder}: {len(files)} files as sealed")
+        return
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        artifacts, certificate = certify_again(folder, Path(scratch))
+    if json_only:
+        print(json.dumps(certificate.document()))
+    else:
+        print(f"{len(artifacts)} artifacts as sealed")
+        for check in certificate.checks:
+            state = "passed" if check.passed else "FAILED"
+            found = f"{check.differing:.3g} of {check.compared:,} {check.unit}"
+            print(f"  {state}  {check.part:8}  {check.name}: {found}")
+    certificate.require()
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+
+
+class _Terminated(BaseException):
+    """SIGTERM, so that what is half-written is cleaned up like at Ctrl-C."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
+INTERRUPTED = "passes that were done are kept; the same command goes on from there"
+
+
+def _run() -> int:
+    """The exit code: 2 for what the user can put right, 3 for what the machine lacks, 4 for damaged
+    files, 5 for a certificate that failed, 130 and 143 when interrupted."""
+    from sqft_export.run.host import lacking
+
     try:
-        app()
+        code = app(standalone_mode=False) or 0
+        return _say(f"interrupted; {INTERRUPTED}", code) if code == 130 else code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return _say(str(error), error.code)
+    except click.exceptions.Abort:
+        return _say(f"interrupted; {INTERRUPTED}", 130)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except KeyboardInterrupt:
+        return _say(f"interrupted; {INTERRUPTED}", 130)
+    except _Terminated:
+        return _say(f"terminated; {INTERRUPTED}", 143)
+    except BrokenPipeError:  # what reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("sqft_export"):
             raise
-        print(
-            f"error: {error.name} is not installed, which this command needs; "
-            "pip install 'sqft-export[all]'",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        needs = f"{error.name} is not installed, which this command needs"
+        return _say(f"{needs}; pip install 'sqft-export[all]'", 2)
+    except (OSError, MemoryError) as error:
+        found = lacking(error, Path.cwd())
+        return _say(found or f"{getattr(error, 'filename', None) or ''}: {error}", 3)
+
+
+def _say(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def main() -> None:
+    """Entry point: what a user can put right is one message and an exit code, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may be no text
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(_run())
 
 
 if __name__ == "__main__":

@@ -87,6 +87,8 @@ def random_model(folder: Path, seed: int = 0, model_type: str = "llama", **confi
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):  # else zeros, which would hide a lost one
             torch.nn.init.normal_(parameter, std=0.2)
+        elif parameter.dim() == 1:  # norms: else ones
+            torch.nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -100,7 +100,7 @@ def test_what_does_not_fit_the_model_is_refused_before_any_work(tmp_path):
         "adapt.target_modules=[q_proj,k_proj,v_proj,out]", *runs
     )
     assert "task.train: no such file" in faults("task.train=nope.jsonl", *runs)
-    assert "the template asks for 'query'; the item has question, answer" in faults(
+    assert "the template asks for query; the item has question, answer" in faults(
         "task.prompt='{query}'", *runs
     )
     assert "no Hugging Face model in /nowhere" in faults("model.path=/nowhere", *runs)

@@ -10,7 +10,7 @@ from sqft_export.model.companions import copy_companions, float_config, write_co
 from sqft_export.model.floats import float_tensors
 from sqft_export.model.storage import GridWriter, quantization_config
 from sqft_export.model.tensorfiles import TensorWriter
-from sqft_export.numerics.affine import Grid
+from sqft_export.numerics.affine import Grid, fake_quantize
 
 _SHARD_BYTES = 2**28  # what is held in memory before it is written
 
@@ -29,7 +29,9 @@ def write_merged(layers: Layers, folder: Path) -> dict[str, float]:
     copy_companions(base.folder, folder)
     with TensorWriter(folder, shard_bytes=_SHARD_BYTES) as writer:
         for name, tensor in float_tensors(base, without=weights):
-            writer.add(name, tensor)
+            grid = layers.grids.get(name.removesuffix(".weight"))
+            # What a stock reader takes is what runs: points of the grid, exact in float32.
+            writer.add(name, tensor if grid is None else fake_quantize(tensor.float(), grid))
         for name in layers.names:
             layer, update = layers.layer(name)
             if layer.grid:

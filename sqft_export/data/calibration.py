@@ -66,7 +66,9 @@ def _dataset_texts(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
     name = config.source.removeprefix(HUB)
     where = name if config.source.startswith(HUB) else str(recipe.resolve(name))
     try:
-        rows = datasets.load_dataset(where, config.subset, split=config.split, streaming=True)
+        rows = datasets.load_dataset(
+            where, config.subset, split=config.split, revision=config.revision, streaming=True
+        )
         samples: list[list[int]] = []
         for row in rows.shuffle(seed=recipe.seed, buffer_size=SHUFFLED_ROWS):
             if config.field not in row:

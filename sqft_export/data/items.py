@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqft_export.data.datasets import Record, Scoring, local_file, records, set_names
+from sqft_export.data.datasets import SETS, Record, Scoring, local_file, records, set_names
 from sqft_export.data.files import numbered_rows, read_text
 from sqft_export.errors import UserError
 from sqft_export.recipe.schema import Dataset, Problems, Recipe, Text
@@ -113,7 +113,7 @@ def data_files(recipe: Recipe, split: str) -> list[Path]:
     if task.folder is None:
         return []
     folder = recipe.resolve(task.folder)
-    names = set_names(task, split)
+    names = set_names(task, split) if folder.is_dir() else ()
     found = [local_file(folder, name, split) for name in names]
     return [file for file in found if file is not None]
 
@@ -263,6 +263,22 @@ HARD_TEXTS = (
     "caf\u00e9 na\u00efve \u4f60\u597d \U0001f600 \u0394x \u2248 \u00bd",
     'He said: "It isn\'t [so]; {x} <y> #### 5!" \\boxed{5}',
 )
+
+
+def train_texts(recipe: Recipe) -> Iterator[str]:
+    """What is trained on, as text, one example or line after the other; nothing where it is on the
+    hub or missing."""
+    task = recipe.task
+    if isinstance(task, Dataset) and not set(set_names(task, "train")) <= SETS.keys():
+        return
+    files = data_files(recipe, "train")
+    if not files or not all(file.is_file() for file in files):
+        return
+    if isinstance(task, Text):
+        yield from (line for line in read_text(files[0]).split("\n") if line.strip())
+        return
+    for _, _, record in _records(recipe, "train"):
+        yield record.prompt + record.answer
 
 
 def sample_texts(recipe: Recipe, count: int) -> list[str]:

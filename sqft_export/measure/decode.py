@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from sqft_export.measure.statistics import percentiles
 from sqft_export.targets import Session
 
 
@@ -66,24 +65,20 @@ def _seconds(session: Session, ids: np.ndarray, new_tokens: int) -> list[float]:
     return [seconds for _, seconds in greedy(session, ids, new_tokens)]
 
 
-def _milliseconds(seconds: list[float]) -> dict[str, float]:
-    low, middle, high = percentiles([1e3 * s for s in seconds], 10, 50, 90)
-    return {"median_ms": middle, "p10_ms": low, "p90_ms": high}
-
-
 def measure_latency(
     session: Session, prompt: list[int], new_tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """Batch-1 latency after one warm-up round: medians, 10th and 90th percentiles.
+    """Batch-1 latency after one warm-up round, every sample in milliseconds.
 
     TTFT: the forward pass over the prompt and the choice of the first token. TPOT: one forward
     pass over one token and the choice of the next, over all ``repeats * (new_tokens - 1)``.
     """
     ids = np.array([prompt], np.int64)
     _, *rounds = [_seconds(session, ids, new_tokens) for _ in range(repeats + 1)]
-    first = [seconds[0] for seconds in rounds]
-    later = [s for seconds in rounds for s in seconds[1:]]
-    return {"ttft": _milliseconds(first), "tpot": _milliseconds(later)}
+    return {
+        "ttft_samples": [1e3 * seconds[0] for seconds in rounds],
+        "tpot_samples": [1e3 * s for seconds in rounds for s in seconds[1:]],
+    }
 
 
 def profile(
@@ -108,12 +103,13 @@ def profile(
     first = _seconds(session, prompt(prompt_tokens[0]), new_tokens)
     ttft = {str(prompt_tokens[0]): [1e3 * first[0]]}
     for length in prompt_tokens[1:]:
+        _seconds(session, prompt(length), 1)  # what is new for this length is made now
         ttft[str(length)] = [1e3 * _seconds(session, prompt(length), 1)[0]]
     rates = {}
     for batch in batches:
         later = _seconds(session, prompt(prompt_tokens[0], batch), new_tokens)[1:]
         rates[str(batch)] = batch * len(later) / sum(later)
-    passes = new_tokens + len(prompt_tokens) - 1 + new_tokens * sum(batches)
+    passes = new_tokens + 2 * (len(prompt_tokens) - 1) + new_tokens * sum(batches)
     return {
         "ttft_ms": ttft,
         "tpot_ms": [1e3 * s for s in first[1:]],

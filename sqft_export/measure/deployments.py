@@ -39,6 +39,8 @@ from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import GENAI_CONFIG, kind_of
 
 UNCERTAIN = "its interval holds 1: not told apart"
+FEWEST = 5  # rounds that an interval of ratios says something after
+TOO_FEW = f"fewer than {FEWEST} rounds: no verdict"
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,18 @@ class DeviceSettings:
 
 
 def names_of(folders: list[Path]) -> list[str]:
-    """Short names that tell the folders apart: the parts of their paths that differ."""
+    """Short names that tell the folders apart: the parts of their paths that differ.
+
+    :raises UserError: if one is given twice.
+    """
     parts = [list(folder.resolve().parts) for folder in folders]
+    if len({tuple(p) for p in parts}) < len(parts):
+        raise UserError(f"{folders[0]}: every folder is compared once; found one twice")
     if len(folders) == 1:
         return [folders[0].name]
     while len({p[0] for p in parts}) == 1:
         parts = [p[1:] for p in parts]
-    while len({p[-1] for p in parts}) == 1:
+    while len({p[-1] for p in parts}) == 1 and min(map(len, parts)) > 1:
         parts = [p[:-1] for p in parts]
     return ["/".join(p) for p in parts]
 
@@ -134,6 +141,12 @@ def _medians(runs: list[dict[str, Any]], figure: str) -> list[float]:
     return [float(np.median(run["ttft_ms"][first])) for run in runs]
 
 
+def _warning(low: float, high: float, rounds: int) -> str | None:
+    if rounds < FEWEST:
+        return TOO_FEW
+    return UNCERTAIN if low <= 1 <= high else None
+
+
 def ratios(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Every folder over the first: ratio of medians with its interval, and whether that tells."""
     first, *others = found
@@ -151,7 +164,7 @@ def ratios(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
                     "ratio": ratio,
                     "low": low,
                     "high": high,
-                    "warning": UNCERTAIN if low <= 1 <= high else None,
+                    "warning": _warning(low, high, len(one)),
                 }
             )
     return found_ratios
@@ -200,6 +213,8 @@ def questions_of(
     """
     if task is None and text is None:
         return None
+    if task is not None and text is not None:
+        raise UserError("--task and --text: one of them is asked, found both")
     pass
     from sqft_export.recipe.schema import Dataset, Recipe, Text
 

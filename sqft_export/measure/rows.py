@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from sqft_export.data.scoring import Judged, accuracy_by_set, accuracy_of
-from sqft_export.measure.statistics import mcnemar, mean_interval
+from sqft_export.measure.statistics import mcnemar, mean_interval, percentiles
+from sqft_export.model.tensorfiles import TensorFiles
+from sqft_export.targets.folder import kind_of
 
 MADE = ("merged", "OpenVINO", "ONNX Runtime")  # rows of a model that is to live on the target
 MODEL_FILES = ("*.safetensors", "*.bin", "*.xml", "*.onnx", "*.data", "*.onnx_adapter", "*.sqft")
@@ -31,13 +33,30 @@ class Row:
 
 def stored_bytes(paths: tuple[Path, ...]) -> int:
     """Bytes of the model files: weights and graphs, without tokenizers and configs."""
-    files = {
-        file
-        for path in paths
-        for file in ([path] if path.is_file() else [f for p in MODEL_FILES for f in path.glob(p)])
-        if "tokenizer" not in file.name
-    }
+    files = {file for path in paths for file in _model_files(path)}
     return sum(file.stat().st_size for file in files)
+
+
+def _model_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    checkpoint = TensorFiles(path)
+    if (path / "config.json").is_file() and checkpoint.exists and kind_of(path) == "torch":
+        # What is loaded: a folder may hold the same weights in another form too.
+        grids = path.glob("grids*.safetensors")
+        return [*(path / name for name in checkpoint.shards), *grids]
+    found = [file for pattern in MODEL_FILES for file in path.glob(pattern)]
+    return [file for file in found if "tokenizer" not in file.name]
+
+
+def latency_row(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """TTFT and TPOT over all processes of a row: medians, 10th and 90th percentiles."""
+    row = {}
+    for figure in ("ttft", "tpot"):
+        samples = [sample for run in runs for sample in run[f"{figure}_samples"]]
+        low, middle, high = percentiles(samples, 10, 50, 90)
+        row[figure] = {"median_ms": middle, "p10_ms": low, "p90_ms": high}
+    return row
 
 
 def accuracy_row(

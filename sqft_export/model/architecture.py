@@ -32,7 +32,7 @@ def family_of(config: dict[str, Any], where: str) -> Family:
     :raises UserError: naming ``where``, if it has no blocks of Linears that could be compressed.
     """
     model_type = config.get("model_type")
-    if model_type in FAMILIES:
+    if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     return _unlisted(json.dumps(config, sort_keys=True, default=str), where)
 

@@ -99,7 +99,8 @@ class Checkpoint(TensorFiles):
         :raises UserError: listing tensors that are missing, of another shape, or of a dtype that
             is not read.
         """
-        if not any(name.startswith(f"{self.family.blocks}.") for name in self._named):
+        blocks = f"{self.family.blocks}."  # refuses an unknown model type before weights are read
+        if not any(name.startswith(blocks) for name in self._named):
             first = sorted(self._named)[0]
             raise UserError(
                 f"{self.folder}: no tensor under {self.family.blocks}, where {self.where} puts "
@@ -126,7 +127,7 @@ class Checkpoint(TensorFiles):
         for name, shape in self.expected.items():
             found = shapes.get(name)
             if found is None:
-                yield f"{name}: is not stored"
+                yield f"{name} is not stored"
             elif found != shape and len(shape) == 2 and shape[0] == vocabulary:
                 yield f"{name}: has {found[0]} rows of {found[1]}, vocab_size is {vocabulary}"
             elif found != shape:

@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.errors import UserError
+from sqft_export.model.checkpoint import GPTQ, PACK_QUANTIZED, Checkpoint
+from sqft_export.model.existing import stored_grid
 from sqft_export.model.tensorfiles import TensorFiles, TensorWriter
 from sqft_export.numerics.affine import Grid, quantize
 from sqft_export.numerics.codes import Quantized
-from sqft_export.numerics.gptq_layout import from_gptq
+from sqft_export.numerics.gptq_layout import from_gptq, from_pack_quantized
 from sqft_export.numerics.masks import bits_to_mask
 
 MASKS, GRIDS = "masks", "grids"  # stems of their files
@@ -122,15 +124,33 @@ def quantized_names(checkpoint: Checkpoint) -> list[str]:
 
 
 def read_quantized(checkpoint: Checkpoint, name: str) -> tuple[Tensor, Grid]:
-    """Codes uint8 ``[out, in]`` and grid of one module of a merged model."""
-    if f"{name}.qweight" not in checkpoint.headers:
+    """Codes uint8 ``[out, in]`` and grid of one module of a quantized model.
+
+    :raises UserError: naming the module, if its layout is none that is taken.
+    """
+    parts = next(
+        (
+            layout
+            for layout in (GPTQ, PACK_QUANTIZED)
+            if f"{name}.{layout[0]}" in checkpoint.headers
+        ),
+        None,
+    )
+    if parts is None:
         grid = load_grids(checkpoint.folder)[name]
         return quantize(checkpoint.tensor(f"{name}.weight"), grid), grid
-    keys = [f"{name}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")]
+    keys = [f"{name}.{part}" for part in parts]
     tensors = {key.rsplit(".", 1)[1]: tensor for key, tensor in checkpoint.tensors(keys)}
-    groups, inputs = tensors["scales"].shape[0], tensors["g_idx"].shape[0]
-    bits = 32 * tensors["qweight"].shape[0] // inputs
-    return from_gptq(tensors, bits, inputs // groups)
+    stored = checkpoint.config.get("quantization_config", {})
+    try:
+        if parts == PACK_QUANTIZED:
+            return from_pack_quantized(tensors, stored_grid(stored).bits)
+        groups, inputs = tensors["scales"].shape[0], tensors["g_idx"].shape[0]
+        bits = 32 * tensors["qweight"].shape[0] // inputs
+        second = stored.get("checkpoint_format") == "gptq_v2"
+        return from_gptq(tensors, bits, inputs // groups, 0 if second else 1)
+    except ValueError as error:
+        raise UserError(f"{checkpoint.folder}: {name}: {error}") from error
 
 
 def quantized_arrays(checkpoint: Checkpoint, name: str) -> Quantized:

@@ -24,7 +24,8 @@ SHRINK = tuple(1 - 0.04 * step for step in range(9))
 class Grid:
     """Scales and zero points of one weight ``[out, in]``.
 
-    scale: float16 ``[out, groups]``, positive.
+    scale: float16 ``[out, groups]``, not zero; negative where NNCF gives the largest weight of a
+        symmetric group the longer side of the range.
     zero_point: uint8 ``[out, groups]``, in [0, 2^bits - 1].
     bits: 4 or 8.
     group_size: consecutive input columns that share a scale; ``in`` for one group per row.

@@ -43,9 +43,13 @@ def to_gptq(codes: Tensor, grid: Grid) -> dict[str, Tensor]:
     }
 
 
-def from_gptq(tensors: dict[str, Tensor], bits: int, group_size: int) -> tuple[Tensor, Grid]:
+def from_gptq(
+    tensors: dict[str, Tensor], bits: int, group_size: int, stored_minus: int = 1
+) -> tuple[Tensor, Grid]:
     """Codes uint8 ``[out, in]`` and grid of a layer in the GPTQ layout.
 
+    :param stored_minus: what was taken from zero points before they were stored: 1, in version 2 of
+        the layout (``checkpoint_format: gptq_v2``) 0.
     :raises ValueError: if ``g_idx`` is not ``column // group_size`` (``desc_act`` checkpoints).
     """
     g_idx, scales = tensors["g_idx"], tensors["scales"]
@@ -55,5 +59,23 @@ def from_gptq(tensors: dict[str, Tensor], bits: int, group_size: int) -> tuple[T
     # Words are transposed, not codes: an eighth as many.
     codes = _unpack_int32(tensors["qweight"].T, bits)[:, :in_features].contiguous()
     zeros = _unpack_int32(tensors["qzeros"], bits)[:, :out_features].T.contiguous()
-    zero_point = (zeros + 1) & (2**bits - 1)
+    zero_point = (zeros + stored_minus) & (2**bits - 1)
     return codes, Grid(scales.T.contiguous(), zero_point, bits, group_size)
+
+
+def from_pack_quantized(tensors: dict[str, Tensor], bits: int) -> tuple[Tensor, Grid]:
+    """Codes uint8 ``[out, in]`` and grid of a layer in compressed-tensors' ``pack-quantized``.
+
+    weight_packed  int32 [out, ceil(in / f)]   f consecutive inputs, lowest first, plus 2^(bits-1)
+    weight_scale   [out, groups]               any float; exact in float16, or it is refused
+    weight_shape   int64 [2]
+
+    :raises ValueError: if a scale is none of float16.
+    """
+    in_features = int(tensors["weight_shape"][1])
+    codes = _unpack_int32(tensors["weight_packed"], bits)[:, :in_features].contiguous()
+    scale = tensors["weight_scale"].to(torch.float16)
+    if not torch.equal(scale.float(), tensors["weight_scale"].float()):
+        raise ValueError("its scales are not exact in float16, in which runtimes store them")
+    zero_point = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
+    return codes, Grid(scale.contiguous(), zero_point, bits, in_features // scale.shape[1])

@@ -11,6 +11,8 @@ that file: ``raw`` bytes, and ``sparse`` tensors as mask and kept codes. Every p
 a file that is cut, flipped or inconsistent is refused before a byte of it is used.
 """
 
+import bisect
+import hashlib
 import json
 import mmap
 import os
@@ -24,7 +26,7 @@ import pydantic
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field
 
-from sqft_export.errors import UserError
+from sqft_export.errors import DamagedError, UserError
 from sqft_export.numerics.codes import round_up
 from sqft_export.packed.inflate import Bytes, DenseFile, Memory, deflate, inflate
 from sqft_export.run.host import allowed_processors
@@ -35,6 +37,8 @@ ALIGNMENT = 64
 FRAME = 2**20  # bytes of a piece that are compressed together
 RAW_BYTES = 2**26  # of one raw region, so that threads share a long one
 LARGEST = 2**48
+MOST_REGIONS = 50_000
+INFLATION = 256  # times its own size that a file may stand for; sparse INT4 stands for four
 ZSTD_LEVEL = 6
 Count = Annotated[int, Field(ge=0, lt=LARGEST)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
@@ -231,8 +235,8 @@ class PackedFile:
         del self.content, self.payload, self._map
         self._stream.close()
 
-    def _damaged(self, what: str) -> UserError:
-        return UserError(f"{self.file}: {what}; copy or pack it again")
+    def _damaged(self, what: str) -> DamagedError:
+        return DamagedError(f"{self.file}: {what}; copy or pack it again")
 
     def _read_header(self) -> tuple[Header, Bytes]:
         content = self.content
@@ -258,8 +262,16 @@ class PackedFile:
 
     def _check_layout(self) -> None:
         """Every size and offset against those it must fit, before anything is allocated."""
+        if len(self.header.regions) > MOST_REGIONS:
+            raise self._damaged(f"{len(self.header.regions)} regions, at most {MOST_REGIONS}")
+        if self.header.size > INFLATION * len(self.content):
+            raise self._damaged(f"claims to stand for {self.header.size} bytes")
+        raw = [r for r in self.header.regions if isinstance(r, Raw)]
+        self._raw_starts, self._raw = [r.at for r in raw], raw
         end = 0
         for region in self.header.regions:
+            if region.size == 0 and len(self.header.regions) > 1:
+                raise self._damaged(f"an empty region at byte {end}")
             if region.at != end:
                 raise self._damaged(f"regions do not follow each other at byte {end}")
             end += region.size
@@ -288,10 +300,8 @@ class PackedFile:
         if zeros.row_bytes < -(-zeros.per_row * zeros.bits // 8) or zeros.bits > region.bits:
             raise self._damaged(f"{region.name}: its zero points do not fit")
         end = zeros.at + zeros.rows * zeros.row_bytes
-        if not any(
-            isinstance(r, Raw) and r.at <= zeros.at and end <= r.at + r.size
-            for r in self.header.regions
-        ):
+        before = bisect.bisect_right(self._raw_starts, zeros.at) - 1
+        if before < 0 or end > self._raw[before].at + self._raw[before].size:
             raise self._damaged(f"{region.name}: its zero points are not in one raw region")
 
     def _check_piece(self, piece: Piece, expected: int) -> None:
@@ -311,6 +321,16 @@ class PackedFile:
         """
         out = np.empty(self.header.size, np.uint8) if out is None else out
         self._write(Memory(out), threads)
+        return out
+
+    def inflate_checked(self, out: Bytes | None = None) -> Bytes:
+        """The same, and the whole against the digest of the file that was packed.
+
+        :raises DamagedError: if it is another file.
+        """
+        out = self.inflate(out)
+        if hashlib.sha256(out.data).hexdigest() != self.header.sha256:
+            raise self._damaged("what it holds is not the file that was packed")
         return out
 
     def inflate_file(self, file: Path, threads: int | None = None) -> None:

@@ -4,19 +4,22 @@ A packed folder has ``<weights>.sqft`` in place of ``<weights>``, everything els
 """
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sqft_export.errors import UserError
+from sqft_export.errors import DamagedError, UserError
 from sqft_export.packed.container import PackedFile, Writer, fills_of
 from sqft_export.packed.inflate import Memory
 from sqft_export.packed.regions import regions_of
+from sqft_export.packed.seal import SUFFIX
 from sqft_export.run.artifact import sha256_of
+from sqft_export.run.host import require_space
 from sqft_export.targets.folder import graph_and_weights
 
-SUFFIX = ".sqft"
 PACKED = "packed"  # folder beside a deployment's own, in the artifact of an export
 
 
@@ -32,25 +35,34 @@ def pack(folder: Path, out: Path, entropy: bool = False) -> dict[str, Any]:
 
     :param entropy: compress with zstd too; smaller, and slower to load.
     :return: bytes before and after, tensors stored sparse.
-    :raises UserError: if the folder is no deployment, is packed already, or ``out`` exists.
+    :raises UserError: if the folder is no deployment, is packed already or holds what is no file of
+        it, if ``out`` exists or lies within, or if nothing would be saved.
     """
     graph, weights = graph_and_weights(folder)
     if not weights.is_file():
         raise UserError(f"{weights}: is missing; a dense deployment is expected")
-    partial = _fresh(out)
-    for file in folder.rglob("*"):
-        if file.is_file() and file != weights:
-            place = partial / file.relative_to(folder)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)
+    files = _own_files(folder)
+    with _fresh(out, folder) as partial:
+        _copy(files, weights, folder, partial)
+        sizes = _pack_weights(graph, weights, partial / (weights.name + SUFFIX), entropy)
+        if sizes["packed_bytes"] >= sizes["dense_bytes"]:
+            raise NothingSaved(
+                f"{weights}: has {sizes['dense_bytes']:,} bytes, packed it would have "
+                f"{sizes['packed_bytes']:,}; it stays as it is"
+            )
+    return sizes
+
+
+class NothingSaved(UserError):
+    """A packed copy would not be smaller."""
+
+
+def _pack_weights(graph: Path, weights: Path, packed: Path, entropy: bool) -> dict[str, Any]:
     dense = np.memmap(weights, np.uint8, mode="r")
-    packed = partial / (weights.name + SUFFIX)
     writer, end = Writer(packed, entropy), 0
-    sparse = 0
     for region in regions_of(graph, weights):
         writer.raw(end, dense[end : region.at])
         end = region.at + region.size
-        before = len(writer.regions)
         writer.sparse(
             region.name,
             region.at,
@@ -61,45 +73,78 @@ def pack(folder: Path, out: Path, entropy: bool = False) -> dict[str, Any]:
             fills_of(region.fill, Memory(dense).read),
             region.group,
         )
-        sparse += sum(r.kind == "sparse" for r in writer.regions[before:])
     writer.raw(end, dense[end:])
-    writer.finish(weights.name, len(dense), sha256_of(weights))
-    partial.rename(out)
-    size = (out / packed.name).stat().st_size
-    return {"dense_bytes": len(dense), "packed_bytes": size, "sparse_tensors": sparse}
+    header = writer.finish(weights.name, len(dense), sha256_of(weights))
+    return {
+        "dense_bytes": len(dense),
+        "packed_bytes": packed.stat().st_size,
+        "sparse_tensors": sum(region.kind == "sparse" for region in header.regions),
+    }
 
 
 def unpack(folder: Path, out: Path) -> dict[str, Any]:
     """Write ``out``, the plain folder that every stock tool loads, byte for byte as it was.
 
     :raises UserError: if the folder is not packed or is damaged, or ``out`` exists.
+    :raises HostError: if the disk can't hold it; nothing is written then.
     """
     packed = packed_file(folder)
     if packed is None:
         raise UserError(f"{folder}: has no packed weights (*{SUFFIX})")
+    files = _own_files(folder)
     with PackedFile(packed) as opened:
         header = opened.header
         if header.file != packed.name.removesuffix(SUFFIX):
             raise UserError(f"{packed}: holds {header.file}; it was renamed or belongs elsewhere")
-        partial = _fresh(out)
-        shutil.copytree(folder, partial, dirs_exist_ok=True, ignore=lambda *_: {packed.name})
-        try:
+        require_space(out, header.size)
+        with _fresh(out, folder) as partial:
+            _copy(files, packed, folder, partial)
             opened.inflate_file(partial / header.file)
             if sha256_of(partial / header.file) != header.sha256:
-                raise UserError(f"{packed}: what it holds is not the file that was packed")
-        except UserError:
-            shutil.rmtree(partial)
-            raise
-    partial.rename(out)
+                raise DamagedError(f"{packed}: what it holds is not the file that was packed")
     return {"dense_bytes": header.size, "packed_bytes": packed.stat().st_size}
 
 
-def _fresh(out: Path) -> Path:
-    """An empty folder that becomes ``out`` once it is whole."""
-    if out.exists():
+def _own_files(folder: Path) -> list[Path]:
+    """Files of a deployment.
+
+    :raises UserError: naming one that is a link out of it, or no regular file.
+    """
+    home, found = folder.resolve(), []
+    for path in sorted(folder.rglob("*")):
+        real = path.resolve()
+        if not real.is_relative_to(home):
+            raise UserError(f"{path}: is a link to {real}, outside the folder")
+        if real.is_dir():
+            continue
+        if not real.is_file():
+            raise UserError(f"{path}: is no regular file")
+        found.append(path)
+    return found
+
+
+def _copy(files: list[Path], without: Path, folder: Path, out: Path) -> None:
+    for file in files:
+        if file != without:
+            place = out / file.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
+
+
+@contextmanager
+def _fresh(out: Path, source: Path) -> Iterator[Path]:
+    """An empty folder that becomes ``out`` once it is whole, and is gone if it never is."""
+    if out.exists() or out.is_symlink():
         raise UserError(f"{out}: exists already")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{out}: lies within {source}, which is to be copied")
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    return partial
+    try:
+        yield partial
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

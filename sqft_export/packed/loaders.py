@@ -11,10 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sqft_export.errors import UserError
+from sqft_export.errors import DamagedError
 from sqft_export.packed.container import PackedFile
 from sqft_export.packed.folders import packed_file
-from sqft_export.targets.folder import graph_and_weights
+from sqft_export.packed.seal import check_seal
+from sqft_export.run.artifact import sha256_of
+from sqft_export.run.host import require_space
+from sqft_export.targets.folder import check_genai_config, graph_and_weights
 
 
 def _openvino_weights(file: Path) -> Any:
@@ -23,7 +26,7 @@ def _openvino_weights(file: Path) -> Any:
 
     with PackedFile(file) as packed:
         tensor = ov.Tensor(ov.Type.u8, ov.Shape([packed.header.size]))
-        packed.inflate(tensor.data)
+        packed.inflate_checked(tensor.data)
     return tensor
 
 
@@ -37,6 +40,7 @@ def load_openvino(folder: str | Path, core: Any = None) -> Any:
 
     folder = Path(folder)
     graph, _ = graph_and_weights(folder)
+    check_seal(folder, whole=False)
     core = core or ov.Core()
     packed = packed_file(folder)
     if packed is None:
@@ -54,6 +58,7 @@ def load_openvino_genai(folder: str | Path, device: str = "CPU", **properties: A
 
     folder = Path(folder)
     graph, _ = graph_and_weights(folder)
+    check_seal(folder, whole=False)
     packed = packed_file(folder)
     if packed is None:
         return openvino_genai.LLMPipeline(str(folder), device, **properties)
@@ -87,16 +92,14 @@ def _dense(folder: Path) -> Iterator[Path]:
 
 def _inflate_copy(folder: Path, packed: Path, copy: Path) -> None:
     with PackedFile(packed) as opened:
-        free = shutil.disk_usage(copy).free
-        if free < opened.header.size:
-            raise UserError(
-                f"{copy.parent}: {free} bytes are free, {opened.header.size} are needed to "
-                "inflate the weights; TMPDIR names another directory"
-            )
+        require_space(copy, opened.header.size, "; TMPDIR names another directory")
         for file in folder.iterdir():
             if file.is_file() and file != packed:
                 shutil.copy(file, copy)
-        opened.inflate_file(copy / graph_and_weights(folder)[1].name)
+        dense = copy / graph_and_weights(folder)[1].name
+        opened.inflate_file(dense)
+        if sha256_of(dense) != opened.header.sha256:
+            raise DamagedError(f"{packed}: what it holds is not the file that was packed")
 
 
 def load_onnx(folder: str | Path, options: Any = None, providers: Any = None) -> Any:
@@ -108,18 +111,24 @@ def load_onnx(folder: str | Path, options: Any = None, providers: Any = None) ->
     import onnxruntime as ort
 
     graph, _ = graph_and_weights(Path(folder))
+    check_seal(Path(folder), whole=False)
     with _dense(Path(folder)) as dense:
         return ort.InferenceSession(
             str(dense / graph.name), options, providers=providers or ["CPUExecutionProvider"]
         )
 
 
-def load_onnx_genai(folder: str | Path) -> Any:
+def load_onnx_genai(folder: str | Path, trust_custom_ops: bool = False) -> Any:
     """An ``onnxruntime_genai.Model``.
 
-    :raises UserError: if the weights are damaged, or there is no room to inflate them.
+    :param trust_custom_ops: let the folder's config name a library of operators, which is then run.
+    :raises UserError: if the config names one all the same, the weights are damaged, or there is no
+        room to inflate them.
     """
     import onnxruntime_genai
 
+    check_seal(Path(folder), whole=False)
+    if not trust_custom_ops:
+        check_genai_config(Path(folder))
     with _dense(Path(folder)) as dense:
         return onnxruntime_genai.Model(str(dense))

@@ -6,11 +6,11 @@ Read from the graph alone, whoever wrote it: an OpenVINO IR or an ONNX model wit
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from sqft_export.errors import UserError
 from sqft_export.packed.container import ZeroPoints
 
 SMALLEST = 1024  # bytes of a tensor worth a look
@@ -35,8 +35,12 @@ class StoredTensor:
 
 
 def regions_of(graph: Path, weights: Path) -> list[StoredTensor]:
-    """Tensors in ``weights`` by offset, none over another; the first that claims a place counts."""
-    found = _of_ir(graph) if graph.suffix == ".xml" else _of_onnx(graph, weights.name)
+    """Tensors in ``weights`` by offset, none over another; the first that claims a place counts.
+
+    :raises UserError: if the graph is none, or speaks of bytes that the file has not.
+    """
+    found = list(_of_ir(graph) if graph.suffix == ".xml" else _of_onnx(graph, weights.name))
+    _check_bounds(graph, found, weights.stat().st_size)
     kept: list[StoredTensor] = []
     for region in sorted(found, key=lambda r: (r.at, -r.size)):
         if region.size >= SMALLEST and (not kept or region.at >= kept[-1].at + kept[-1].size):
@@ -46,8 +50,31 @@ def regions_of(graph: Path, weights: Path) -> list[StoredTensor]:
     return [r for r in kept if not any(a < r.at + r.size and r.at < b for a, b in places)]
 
 
+def _check_bounds(graph: Path, found: list[StoredTensor], size: int) -> None:
+    """:raises UserError: naming a tensor that the graph puts outside the file, or whose size is not
+    that of its elements."""
+    for tensor in found:
+        if tensor.at < 0 or tensor.size < 0 or tensor.at + tensor.size > size:
+            end = tensor.at + tensor.size
+            raise UserError(
+                f"{graph}: {tensor.name}: bytes {tensor.at} to {end} are not in a weight file of "
+                f"{size}"
+            )
+        if tensor.size != -(-tensor.elements * tensor.bits // 8):
+            raise UserError(
+                f"{graph}: {tensor.name}: {tensor.elements} elements of {tensor.bits} bits are not "
+                f"{tensor.size} bytes"
+            )
+        zeros = tensor.fill
+        if isinstance(zeros, ZeroPoints) and zeros.at + zeros.rows * zeros.row_bytes > size:
+            raise UserError(f"{graph}: {tensor.name}: its zero points are not in the weight file")
+
+
 def _of_ir(graph: Path) -> Iterator[StoredTensor]:
-    root = ElementTree.parse(graph).getroot()
+    try:
+        root = ElementTree.parse(graph).getroot()
+    except ElementTree.ParseError as error:
+        raise UserError(f"{graph}: not an IR: {error}") from error
     layers = {layer.get("id"): layer for layer in root.iter("layer")}
     sources: dict[tuple[str | None, str | None], Any] = {}
     targets: dict[str | None, list[tuple[Any, str | None]]] = {}
@@ -74,7 +101,7 @@ def _constant(layer: Any) -> dict[str, Any] | None:
         "at": int(data.get("offset")),
         "size": int(data.get("size")),
         "bits": IR_BITS.get(data.get("element_type")),
-        "elements": int(np.prod(shape, dtype=np.int64)),
+        "elements": prod(shape),
     }
 
 
@@ -107,7 +134,10 @@ def _region(name: str, data: dict[str, Any], zeros: dict[str, Any] | None) -> St
 def _of_onnx(graph: Path, file: str) -> Iterator[StoredTensor]:
     import onnx
 
-    model = onnx.load(graph, load_external_data=False)
+    try:
+        model = onnx.load(graph, load_external_data=False)
+    except Exception as error:  # protobuf's own
+        raise UserError(f"{graph}: not an ONNX model: {error}") from error
     stored = {}
     for tensor in model.graph.initializer:
         where = {entry.key: entry.value for entry in tensor.external_data}

@@ -7,11 +7,15 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sqft_export.data.datasets import missing_sets
+from sqft_export.data.datasets import missing_sets, records
+from sqft_export.data.files import read_text
 from sqft_export.data.items import count_examples, data_files, problem_records
 from sqft_export.errors import UserError
+from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.existing import stored_grid
 from sqft_export.model.families import adapted, builder_lacks, rank_groups
 from sqft_export.plan.layout import Layout, fallbacks, layout_of
+from sqft_export.plan.tokenizer import tokenizer_faults
 from sqft_export.recipe.schema import HUB, Amount, Dataset, Problems, Recipe, Text, matches
 from sqft_export.run.host import installed
 from sqft_export.targets.devices import devices
@@ -39,7 +43,7 @@ def check_recipe(recipe: Recipe, folder: Path | None) -> Layout:
 
 
 def _task_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    """Missing files and templates that do not fit their items; no tokenizer is needed."""
+    """Missing files, and rows or templates that do not fit; no tokenizer is needed."""
     task = recipe.task
     if isinstance(task, Dataset):
         folder = recipe.resolve(task.folder) if task.folder else None
@@ -47,8 +51,9 @@ def _task_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
         yield from missing
         if folder is None and not installed("datasets"):
             yield f"task: the hub {NEEDS_DATASETS}"
-        if missing:
-            return
+        if folder is not None and not missing:
+            _read_all(task, folder, recipe)
+        return
     files = [(split, f) for split in ("train", "test") for f in data_files(recipe, split)]
     for split, file in files:
         if not file.is_file():
@@ -56,6 +61,15 @@ def _task_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
         elif isinstance(task, Problems):
             for _ in problem_records(task, file):
                 pass
+        else:
+            read_text(file)
+
+
+def _read_all(task: Dataset, folder: Path, recipe: Recipe) -> None:
+    """:raises UserError: at the first row that is none of its set."""
+    for split in ("train", "test"):
+        for _ in records(task, split, folder, str(recipe.file)):
+            pass
 
 
 def _calibration_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
@@ -82,6 +96,12 @@ def _target_module_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
             f"called; allowed are {', '.join(ends)}"
         )
         return
+    elastic = {name for group in adapt.elastic_groups or () for name in group}
+    if beyond := sorted(elastic - set(targets)):
+        yield (
+            f"adapt.elastic_groups: found {', '.join(beyond)}, which get no adapter; those with "
+            f"one are {', '.join(targets)}"
+        )
     for end in targets:
         sizes = [s for name, s in layout.linears.items() if name.endswith("." + end)]
         if (size := min(map(min, sizes))) < adapt.max_rank:
@@ -133,10 +153,10 @@ def _existing_grid_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
         if quantize.method == "given":
             yield "quantize.method: found given, but the model is not quantized"
         return
-    if stored.get("quant_method") != "gptq":
-        yield f"model: quantized by {stored.get('quant_method')!r}; only the gptq layout is taken"
-    if stored.get("desc_act"):
-        yield "model: desc_act is true: its columns are out of order and are not taken"
+    grid = stored_grid(stored)
+    if grid.refused:
+        yield f"model: {grid.refused}"
+        return
     if quantize.method != "given":
         yield f"quantize.method: found {quantize.method}, but the model is quantized; use given"
     if recipe.sparsify.method not in ("given", "none"):
@@ -144,14 +164,31 @@ def _existing_grid_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
             f"sparsify.method: found {recipe.sparsify.method}, but the model is quantized; "
             "allowed are given and none"
         )
-    group_size = quantize.group_size or -1
     for field, found, there in (
-        ("bits", quantize.bits, stored.get("bits")),
-        ("group_size", group_size, stored.get("group_size")),
-        ("symmetric", quantize.symmetric, stored.get("sym", True)),
+        ("bits", quantize.bits, grid.bits),
+        ("group_size", quantize.group_size or -1, grid.group_size),
+        ("symmetric", quantize.symmetric, grid.symmetric),
     ):
         if found != there:
             yield f"quantize.{field}: found {found}, but the model has {there}"
+            return
+    if quantize.symmetric and layout.folder is not None:
+        yield from _middle_faults(layout.folder, quantize.bits)
+
+
+def _middle_faults(folder: Path, bits: int) -> Iterator[str]:
+    """A symmetric grid has its zero in the middle; a layout read wrongly has not."""
+    from sqft_export.model.storage import read_quantized
+
+    checkpoint = Checkpoint(folder)
+    for name in checkpoint.quantized_linears[:1]:
+        zeros = read_quantized(checkpoint, name)[1].zero_point
+        if not bool((zeros == 2 ** (bits - 1)).all()):
+            yield (
+                f"quantize.symmetric: found true, but {name} has a zero point of "
+                f"{int(zeros[0, 0])} where {2 ** (bits - 1)} is the middle; another "
+                "checkpoint_format than its config says, or an asymmetric grid"
+            )
 
 
 def _search_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
@@ -227,6 +264,7 @@ def _device_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 CHECKS: tuple[FaultFinder, ...] = (
     _task_faults,
+    tokenizer_faults,
     _calibration_faults,
     _target_module_faults,
     _override_faults,

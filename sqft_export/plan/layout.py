@@ -57,6 +57,7 @@ class Layout:
     others: count of all weights outside them.
     width: bytes of one stored weight.
     config: of the model, as ``config.json`` has it.
+    folder: of the model; None where it is on the hub alone.
     """
 
     family: Family
@@ -64,6 +65,7 @@ class Layout:
     others: int
     width: int
     config: dict[str, Any]
+    folder: Path | None
 
     @property
     def weights(self) -> int:
@@ -82,7 +84,7 @@ def layout_of(recipe: Recipe, folder: Path | None) -> Layout:
     linears = decoder_linears(shapes, family.blocks)
     total = sum(prod(shape) for shape in shapes.values())
     weights = sum(prod(shape) for shape in linears.values())
-    return Layout(family, linears, total - weights, weight_bytes(recipe, folder), config)
+    return Layout(family, linears, total - weights, weight_bytes(recipe, folder), config, folder)
 
 
 def group_sizes(recipe: Recipe, layout: Layout) -> dict[str, int]:

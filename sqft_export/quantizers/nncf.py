@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sqft_export.errors import UserError
 from sqft_export.model.blocks import Block
-from sqft_export.numerics.affine import Grid, dequantize
+from sqft_export.numerics.affine import Grid, dequantize, quantize
 from sqft_export.recipe.schema import Quantize
 
 NEEDS = "block"
@@ -66,7 +66,15 @@ def compress_block(
         quantized, bits = found[f"self.block.{path}"]
         codes, scale, zero_point = map(torch.from_numpy, quantized)
         grid = Grid(scale.half(), zero_point, bits, linear.in_features // scale.shape[1])
-        yield name, dequantize(codes, grid).masked_fill_(~mask_of(name), 0), grid
+        weight = _with_fractions(linear.weight, codes, grid)
+        yield name, weight.masked_fill_(~mask_of(name), 0), grid
+
+
+def _with_fractions(weight: Tensor, codes: Tensor, grid: Grid) -> Tensor:
+    """The weight itself where its code is NNCF's, so that tuning starts where the weight is and not
+    in the middle of a step; the grid point where NNCF moved it (GPTQ, AWQ)."""
+    same = quantize(weight, grid) == codes
+    return torch.where(same, weight, dequantize(codes, grid))
 
 
 def _compress(graph: Any, feeds: list[Any], config: Quantize) -> Any:

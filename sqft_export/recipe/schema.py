@@ -113,6 +113,7 @@ class Calibration(Section):
     )
     subset: str | None = Field(None, description="configuration of a dataset, such as wikitext's")
     split: str = Field("train", description="split of a dataset")
+    revision: str | None = Field(None, description="commit or tag of a dataset on the hub")
     field: str = Field("text", description="field of a jsonl object or dataset row that is read")
     samples: int = Field(128, ge=1)
     sequence_length: int = Field(512, ge=8, description="tokens kept of each sample")
@@ -398,6 +399,11 @@ class Verify(Section):
         gt=0,
         description="largest mean KL divergence of a runtime's default mode, in nats a token",
     )
+    tokenizers: Literal["required", "reported"] = Field(
+        "required",
+        description="a runtime's own tokenizer must give the ids that were trained with; reported: "
+        "it is compared, and may differ, where texts are tokenized by transformers",
+    )
 
 
 class Benchmark(Section):
@@ -412,7 +418,8 @@ class Benchmark(Section):
     )
     prompt_tokens: int = Field(32, ge=1, description="prompt length of the latency measurement")
     new_tokens: int = Field(32, ge=2)
-    repeats: int = Field(5, ge=2)
+    repeats: int = Field(5, ge=2, description="of the latency measurement, in every process")
+    rounds: int = Field(3, ge=1, description="processes a row, in turns with the other rows")
     threads: int | None = Field(None, ge=1, description="null: one per processor")
 
 

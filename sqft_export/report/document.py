@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-from sqft_export.measure.machine import machine_facts
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.artifact import Artifact
 
@@ -80,6 +79,7 @@ def report_of_run(recipe: Recipe, inputs: dict[str, Artifact]) -> dict[str, Any]
         "search": inputs["search"].metrics,
         "adapt": inputs["adapt"].metrics,
         "warnings": [w for a in inputs.values() for w in a.metrics.get("warnings", [])],
-        "machine": machine_facts(),
+        "machine": benchmark["machine"],
+        "overrides": list(recipe.overrides),
         "versions": inputs["benchmark"].manifest["environment"]["versions"],
     }

@@ -18,6 +18,7 @@ COLOURS = {"torch": "#4c72b0", "openvino": "#dd8452", "onnx": "#55a868"}
 matplotlib.rcParams.update(
     {
         "svg.fonttype": "none",
+        "text.parse_math": False,
         "svg.hashsalt": "sqft-export",
         "font.family": "sans-serif",
         "axes.spines.top": False,

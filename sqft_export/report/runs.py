@@ -104,7 +104,7 @@ def comparison_of(runs: list[Run]) -> dict[str, Any]:
     warnings = []
     if len(machines) > 1:
         warnings.append("The runs are of different machines; their latencies can't be compared")
-    if len({json.dumps(run.settings.get("task.test")) for run in runs}) > 1:
+    if len({run.document["settings"].get("items_sha256") for run in runs}) > 1:
         warnings.append("The runs were not scored on the same items")
     return {
         "measure": measures.pop(),

@@ -10,6 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
+from sqft_export.errors import HostError
+
 PR_SET_PDEATHSIG = 1
 
 
@@ -47,7 +49,7 @@ def size_text(size: float) -> str:
 
 
 # What native libraries say when the system refuses them something.
-NO_SPACE = ("No space left", "os error 28", "Disk quota exceeded")
+NO_SPACE = ("No space left", "os error 28", "Disk quota exceeded", "File too large")
 NO_MEMORY = ("not enough memory", "bad_alloc", "can't allocate memory", "Cannot allocate memory")
 
 
@@ -57,7 +59,7 @@ def lacking(error: BaseException, folder: Path) -> str | None:
     :param folder: what was being written to.
     """
     text = str(error)
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or any(words in text for words in NO_SPACE):
         free = size_text(shutil.disk_usage(folder).free)
         return f"no space to write {getattr(error, 'filename', None) or folder}; {free} are free"
@@ -66,6 +68,16 @@ def lacking(error: BaseException, folder: Path) -> str | None:
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{error.filename or folder} can't be written: {error.strerror}"
     return None
+
+
+def require_space(place: Path, size: int, way_out: str = "") -> None:
+    """:raises HostError: if the disk that a file is to be written to has less than its size."""
+    there = place.resolve()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if free < size:
+        raise HostError(f"{place}: {size_text(size)} needed, {size_text(free)} free{way_out}")
 
 
 def die_with_parent(parent: int) -> None:

@@ -55,10 +55,17 @@ def needed_passes(recipe: Recipe, last: tuple[str, ...]) -> list[str]:
 
 
 def plan_passes(
-    recipe: Recipe, folder: Path | None, store: Store, last: tuple[str, ...] = ()
+    recipe: Recipe,
+    folder: Path | None,
+    store: Store,
+    last: tuple[str, ...] = (),
+    online: bool = False,
 ) -> list[Planned]:
-    """Every pass of the recipe in order, keyed by its facts; up to ``last`` if given."""
-    found = digests(recipe, folder)
+    """Every pass of the recipe in order, keyed by its facts; up to ``last`` if given.
+
+    :param online: the hub may be asked for commits of datasets.
+    """
+    found = digests(recipe, folder, online)
     planned: dict[str, Planned] = {}
     for name in needed_passes(recipe, last):
         stage = stage_of(name)
@@ -73,13 +80,23 @@ def plan_passes(
     return list(planned.values())
 
 
+def _own(file: Path) -> IO[str]:
+    """A file of ours, opened for appending; never what a link of its name leads to.
+
+    :raises UserError: if it is one.
+    """
+    if file.is_symlink():
+        raise UserError(f"{file}: is a link; a file of ours is written there")
+    return file.open("a")
+
+
 @contextlib.contextmanager
 def _quiet(log: Path) -> Iterator[IO[str]]:
     """Send what libraries print, from Python or native code, to ``log``; yield the real stderr."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    with log.open("a") as file, os.fdopen(os.dup(2), "w") as terminal:
+    with _own(log) as file, os.fdopen(os.dup(2), "w") as terminal:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
@@ -96,7 +113,7 @@ def _quiet(log: Path) -> Iterator[IO[str]]:
 def _alone(root: Path) -> Iterator[None]:
     """Refuse a second run in the same folder; the lock goes with the process."""
     root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as lock:
+    with _own(root / ".lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -124,7 +141,7 @@ def _affordable(
     recipe: Recipe, folder: Path, layout: Layout, store: Store, last: tuple[str, ...]
 ) -> list[Planned]:
     """Every pass, once disk and memory are known to hold those that are to run."""
-    steps = plan_passes(recipe, folder, store, last)
+    steps = plan_passes(recipe, folder, store, last, online=True)
     wanted = [step.name for step in steps if step.artifact is None]
     check_disk(recipe, layout, store.root, wanted)
     check_memory(recipe, layout, wanted)
@@ -169,6 +186,15 @@ def _checked(recipe: Recipe, root: Path) -> tuple[Path, Layout]:
     return folder, check_recipe(recipe, folder)
 
 
+def _lineage(name: str, artifacts: dict[str, Artifact]) -> dict[str, dict[str, Any]]:
+    """Facts of the passes that one is made from, in the order they ran."""
+    wanted = set(stage_of(name).CONSUMES)
+    for other in reversed(artifacts):
+        if other in wanted:
+            wanted |= set(stage_of(other).CONSUMES)
+    return {other: a.manifest["facts"] for other, a in artifacts.items() if other in wanted}
+
+
 def _elsewhere(artifact: Artifact) -> str:
     """Says so where an artifact was made on another machine, whose rounding may differ."""
     made = artifact.manifest["environment"]
@@ -187,7 +213,8 @@ def _run_pass(
     partial = store.open_partial(step.name, step.key, stage.RESUMES)
     started = time.monotonic()
     try:
-        metrics = stage.run(Context(step.name, recipe, folder, inputs, partial, bar))
+        lineage = _lineage(step.name, artifacts)
+        metrics = stage.run(Context(step.name, recipe, folder, inputs, partial, bar, lineage))
         return store.seal(partial, step.name, step.facts, metrics, time.monotonic() - started)
     except Exception as error:
         if reason := lacking(error, partial):

@@ -29,7 +29,7 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
     """
     folder = model_folder(recipe, download=False)
     layout = check_recipe(recipe, folder)
-    machine = measure_speeds(runs)
+    machine = measure_speeds()
     written, memory = predict_bytes(recipe, layout), predict_memory(recipe, layout)
     seconds = predict_seconds(recipe, layout, machine, count_examples(recipe))
     steps = plan_passes(recipe, folder, Store(runs / recipe.name))

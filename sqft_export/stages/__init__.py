@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -22,6 +22,7 @@ class Context:
     inputs: sealed artifacts of the passes it consumes, by name.
     folder: where it writes.
     start: ``start(total) -> advance`` begins its progress bar.
+    lineage: the facts of every pass that its inputs are made from, and theirs, by name.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Context:
     inputs: dict[str, Artifact]
     folder: Path
     start: Callable[[int], Advance]
+    lineage: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def path(self, name: str) -> Path | None:
         """Folder of an input, None where the recipe does without that pass."""

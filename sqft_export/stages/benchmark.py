@@ -5,6 +5,7 @@ number of threads. Deployments run as deployed: the runtimes' default precisions
 mode.
 """
 
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,10 +13,19 @@ from typing import Any
 
 from sqft_export.data.items import Item, load_data, load_tokenizer, stop_ids, test_items
 from sqft_export.data.scoring import judge, questions
-from sqft_export.measure.rows import MADE, Row, accuracy_row, answer_entry, stored_bytes
+from sqft_export.measure.machine import machine_facts
+from sqft_export.measure.rows import (
+    MADE,
+    Row,
+    accuracy_row,
+    answer_entry,
+    latency_row,
+    stored_bytes,
+)
 from sqft_export.measure.worker import in_a_process
 from sqft_export.packed.folders import PACKED
 from sqft_export.recipe.schema import Recipe
+from sqft_export.run.artifact import key_of
 from sqft_export.run.host import allowed_processors
 from sqft_export.stages import Context
 from sqft_export.targets.devices import DEVICE_KINDS, devices
@@ -32,9 +42,13 @@ CONSUMES: tuple[str, ...] = (
     "baselines",
 )
 READS: tuple[str, ...] = ("model", "test")
-VERSION = 3
+VERSION = 4
 RESUMES = False
 DISTRIBUTED = False
+
+
+ANSWERS = ("answers", "likelihoods", "ttft_samples", "tpot_samples")
+LOST = 1000  # a perplexity at which a model guesses
 
 
 def options(recipe: Recipe) -> dict:
@@ -137,23 +151,78 @@ def run(context: Context) -> dict:
     tokenizer = load_tokenizer(context.model)
     items = test_items(recipe, load_data(recipe, tokenizer))
     table = rows(context)
-    advance = context.start(len(table))
+    runs = _measured(context, table, items, tokenizer)
     results: list[dict[str, Any]] = []
     first: list[bool] = []
     with (context.folder / "items.jsonl").open("w") as log:
         for row in table:
-            result = in_a_process(_job(context, row, items, tokenizer))
+            result = runs[row.name][0]
             judged = judge(recipe, items, result, tokenizer)
             for number, answer in enumerate(judged):
                 entry = {"row": row.name, "item": number} | answer_entry(answer)
                 log.write(json.dumps(entry) + "\n")
             first = first or [answer.right for answer in judged]
-            kept = {k: v for k, v in result.items() if k not in ("answers", "likelihoods")}
-            results.append(_described(row) | accuracy_row(judged, result, first) | kept)
-            advance()
-    document = {"settings": _settings(recipe, len(items)), "rows": results}
+            kept = {k: v for k, v in result.items() if k not in ANSWERS}
+            found = accuracy_row(judged, result, first) | latency_row(runs[row.name])
+            results.append(_described(row) | found | kept)
+    document = {
+        "settings": _settings(recipe, items),
+        "machine": machine_facts(),
+        "rows": results,
+    }
     (context.folder / "results.json").write_text(json.dumps(document, indent=2) + "\n")
-    return {"rows": len(results)}
+    return {"rows": len(results), "warnings": _warnings(results)}
+
+
+def _measured(
+    context: Context, table: list[Row], items: list[Item], tokenizer: Any
+) -> dict[str, list[dict[str, Any]]]:
+    """What every process of every row measured; the first answers the items too.
+
+    Rows take turns, and each round turns the order round, so that a slow moment of the machine
+    hits all of them.
+    """
+    rounds = context.recipe.benchmark.rounds
+    advance = context.start(rounds * len(table))
+    found: dict[str, list[dict[str, Any]]] = {row.name: [] for row in table}
+    for number in range(rounds):
+        for row in table if number % 2 == 0 else table[::-1]:
+            job = _job(context, row, items, tokenizer)
+            if number:
+                del job["questions"]
+            found[row.name].append(in_a_process(job, context.folder))
+            advance()
+    return found
+
+
+def _warnings(results: list[dict[str, Any]]) -> list[str]:
+    """Where tuning left the model worse than it found it, or the base itself is at a loss."""
+    found = []
+    before = [row for row in results if row["name"].startswith("sparse")][-1:]
+    tuned = [row for row in results if row["name"] in ("tuned, unmerged", "merged")]
+    for start, row in itertools.product(before, tuned):
+        for figure in ("perplexity", "accuracy"):
+            if _is_worse(row, start, figure):
+                found.append(
+                    f"tuning made it worse: {figure} of {row['name']!r} is {row[figure]:.4g}, of "
+                    f"{start['name']!r} before tuning {start[figure]:.4g}; look at "
+                    "adapt.learning_rate"
+                )
+    for row in results:
+        if row["name"] == "dense base" and row["perplexity"] > LOST:
+            found.append(
+                f"the dense base has a perplexity of {row['perplexity']:.0f} on the answers: it "
+                "does not know this task or this text; look at the tokenizer and the prompts"
+            )
+    return found
+
+
+def _is_worse(row: dict[str, Any], start: dict[str, Any], figure: str) -> bool:
+    """Beyond chance, for an accuracy: below the interval of the one before."""
+    if figure == "perplexity":
+        return not row[figure] <= 1.02 * start[figure]  # none at all is worse too
+    interval = start["interval"]
+    return row[figure] < (interval[0] if interval else start[figure])
 
 
 def _described(row: Row) -> dict[str, Any]:
@@ -166,10 +235,13 @@ def _described(row: Row) -> dict[str, Any]:
     }
 
 
-def _settings(recipe: Recipe, items: int) -> dict[str, int]:
+def _settings(recipe: Recipe, items: list[Item]) -> dict[str, Any]:
+    scored = [[item.prompt, item.target, item.text] for item in items]
     return {
-        "items": items,
+        "items": len(items),
+        "items_sha256": key_of({"items": scored}),
         "threads": threads(recipe),
+        "rounds": recipe.benchmark.rounds,
         "latency_prompt_tokens": recipe.benchmark.prompt_tokens,
         "latency_new_tokens": recipe.benchmark.new_tokens,
         "latency_repeats": recipe.benchmark.repeats,

@@ -3,16 +3,22 @@
 from typing import Any
 
 from sqft_export.model.checkpoint import file_bytes
-from sqft_export.packed.folders import PACKED, pack
+from sqft_export.packed.folders import PACKED, NothingSaved, pack
+from sqft_export.packed.seal import write_seal
 from sqft_export.recipe.schema import Recipe
+from sqft_export.report.provenance import model_card, origin_of
 from sqft_export.stages import Context
 from sqft_export.targets import target
 
 CONSUMES: tuple[str, ...] = ("merge",)
 READS: tuple[str, ...] = ()
-VERSION = 4
+VERSION = 5
 RESUMES = False
 DISTRIBUTED = False
+HOW_TO_LOAD = {
+    "openvino": 'import openvino_genai\npipe = openvino_genai.LLMPipeline(folder, "CPU")',
+    "onnx": "import onnxruntime_genai\nmodel = onnxruntime_genai.Model(folder)",
+}
 
 
 def options(recipe: Recipe) -> dict:
@@ -20,18 +26,26 @@ def options(recipe: Recipe) -> dict:
 
 
 def run(context: Context) -> dict:
-    """Writes ``model/``, and ``packed/`` where the recipe asks for it."""
+    """Writes ``model/``, and ``packed/`` where the recipe asks for it and it is smaller."""
     advance = context.start(1)
     folder = context.folder / "model"
     folder.mkdir()
     runtime = context.name.removeprefix("export-")
-    merged = context.inputs["merge"].path
-    target(runtime).export(merged / "model", folder, context.recipe.export)
+    merge = context.inputs["merge"]
+    target(runtime).export(merge.path / "model", folder, context.recipe.export)
     if context.recipe.adapt.unmerged:
-        target(runtime).add_adapter(folder, merged / "adapter")
+        target(runtime).add_adapter(folder, merge.path / "adapter")
+    origin = origin_of(context.recipe, context.model, context.lineage)
+    sparsity = merge.metrics["sparsity"]["all"]
+    card = model_card(context.recipe, origin, sparsity, HOW_TO_LOAD[runtime])
+    (folder / "README.md").write_text(card)
+    write_seal(folder, origin)
     metrics: dict[str, Any] = {"bytes": file_bytes(folder)}
     if context.recipe.export.sparse_files:
-        packed = context.folder / PACKED
-        metrics["packed"] = pack(folder, packed, context.recipe.export.entropy)
+        try:
+            packed = pack(folder, context.folder / PACKED, context.recipe.export.entropy)
+            metrics["packed"] = packed
+        except NothingSaved as error:
+            metrics["warnings"] = [f"{context.name}: {error}"]
     advance()
     return metrics

@@ -6,13 +6,18 @@ from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
 from sqft_export.model.storage import MASKS
 from sqft_export.recipe.schema import Recipe
+from sqft_export.report.provenance import model_card, origin_of
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "quantize", "search")
 READS: tuple[str, ...] = ()
-VERSION = 3
+VERSION = 4
 RESUMES = False
 DISTRIBUTED = False
+HOW_TO_LOAD = (
+    "from transformers import AutoModelForCausalLM\n"
+    "model = AutoModelForCausalLM.from_pretrained(folder)"
+)
 
 
 def options(recipe: Recipe) -> dict:
@@ -28,6 +33,9 @@ def run(context: Context) -> dict:
         for file in sparsified.glob(f"{MASKS}*"):
             shutil.copyfile(file, context.folder / file.name)
     sparsity = write_merged(Layers(context.base(), adapter), context.folder / "model")
+    origin = origin_of(context.recipe, context.model, context.lineage)
+    card = model_card(context.recipe, origin, sparsity["all"], HOW_TO_LOAD)
+    (context.folder / "model" / "README.md").write_text(card)
     warnings = []
     if config.merge_dense and sparsified:
         before = context.inputs["sparsify"].metrics["sparsity"]["all"]

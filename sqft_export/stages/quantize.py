@@ -19,7 +19,15 @@ from sqft_export.model.storage import (
     read_quantized,
 )
 from sqft_export.model.tensorfiles import TensorWriter
-from sqft_export.numerics.affine import Grid, dequantize, fake_quantize, fit_grid, quantize
+from sqft_export.numerics.affine import (
+    SMALLEST_SCALE,
+    Grid,
+    dequantize,
+    fake_quantize,
+    fit_grid,
+    grouped,
+    quantize,
+)
 from sqft_export.numerics.groups import fallback_group_size
 from sqft_export.quantizers import BlockQuantizer, Quantizer, quantizer
 from sqft_export.recipe.schema import Recipe
@@ -27,10 +35,11 @@ from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify",)
 READS: tuple[str, ...] = ("model", "calibration")
-VERSION = 2
+VERSION = 3
 RESUMES = False
 DISTRIBUTED = False
 _ROWS_AT_ONCE = 1024
+NOTABLE = 0.01  # of the groups of a Linear
 
 
 def options(recipe: Recipe) -> dict:
@@ -70,14 +79,15 @@ def run(context: Context) -> dict:
     make = _existing_codes if context.recipe.quantize.method == "given" else _compress
     weight_writer = TensorWriter(context.folder / "model", shard_bytes=HELD_BYTES)
     with GridWriter(context.folder) as grids, weight_writer as weights:
-        make(context, grids, weights)
+        held = make(context, grids, weights)
     return {
+        "warnings": held,
         "group_size": {name: group_size for name, (_, group_size) in grids.sizes.items()},
         "bits": {name: bits for name, (bits, _) in grids.sizes.items()},
     }
 
 
-def _existing_codes(context: Context, grids: GridWriter, weights: TensorWriter) -> None:
+def _existing_codes(context: Context, grids: GridWriter, weights: TensorWriter) -> list[str]:
     """Codes and grids of a GPTQ checkpoint as they are; each weight is its grid point."""
     base = Checkpoint(context.model)
     names = quantized_names(base)
@@ -92,9 +102,17 @@ def _existing_codes(context: Context, grids: GridWriter, weights: TensorWriter) 
         grids.add(name, grid)
         weights.add(f"{name}.weight", stored_as(dequantize(codes, grid), grid, torch.float16))
         advance()
+    return []
 
 
-def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> None:
+def _held_at_smallest(weight: Tensor, grid: Grid) -> float:
+    """Share of the groups whose scale can't be as small as their weights want it."""
+    largest = grouped(weight.abs(), grid.group_size).amax(dim=2)
+    held = (grid.scale.abs().float() <= SMALLEST_SCALE) & (largest > 0)
+    return float(held.float().mean())
+
+
+def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> list[str]:
     config, checkpoint = context.recipe.quantize, Checkpoint(context.latest_model())
     method = quantizer(config.method)
     samples = None
@@ -103,7 +121,14 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> Non
     advance = context.start(checkpoint.blocks)
     inputs = Inputs(method.NEEDS, config.damping)
 
+    held: list[str] = []
+
     def add(name: str, weight: Tensor, grid: Grid) -> None:
+        if (share := _held_at_smallest(weight, grid)) > NOTABLE:
+            held.append(
+                f"{name}: {share:.0%} of its groups are held at the smallest scale of float16; its "
+                "weights are smaller, and lose what the codes can't tell"
+            )
         grids.add(name, grid)
         key = f"{name}.weight"
         weights.add(key, stored_as(weight, grid, checkpoint.dtype(key)))
@@ -126,6 +151,7 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> Non
             add(name.removesuffix(".weight"), tensor, grid)
         else:
             weights.add(name, tensor)
+    return held
 
 
 def _quantized(

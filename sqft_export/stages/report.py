@@ -24,13 +24,13 @@ CONSUMES: tuple[str, ...] = (
     "benchmark",
 )
 READS: tuple[str, ...] = ()
-VERSION = 7
+VERSION = 8
 RESUMES = False
 DISTRIBUTED = False
 
 
 def options(recipe: Recipe) -> dict:
-    return {"recipe": recipe.model_dump(mode="json")}
+    return {"recipe": recipe.model_dump(mode="json"), "overrides": list(recipe.overrides)}
 
 
 def run(context: Context) -> dict:
@@ -58,7 +58,7 @@ def run(context: Context) -> dict:
         document=document,
         table=table,
         sets=[name for name in rows[0]["accuracy_by_set"] if name],
-        recipe=context.recipe.file.read_text(),
+        recipe=json.dumps(document["recipe"], indent=2),
         pictures=drawn,
     )
     (context.folder / "index.html").write_text(page)

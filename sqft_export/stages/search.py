@@ -66,6 +66,8 @@ class _Validation:
         stop = stop_ids(context.model, self.tokenizer)
         self.questions = questions(context.recipe, self.items, stop)
         self.advance = context.start(context.recipe.search.budget)
+        # A line that an interrupted run left half-written goes.
+        self.file.write_text("".join(json.dumps(entry) + "\n" for entry in self.known()))
 
     def known(self) -> list[dict[str, Any]]:
         """What was evaluated before, by an interrupted run too; a torn line counts for nothing."""
@@ -85,8 +87,8 @@ class _Validation:
         accuracy = accuracy_of(judged, found)
         scored = Score(accuracy, -math.log(found["perplexity"]), -size)
         entry = {"ranks": ranks, "accuracy": accuracy, "likelihood": scored.likelihood}
-        with self.file.open("a") as log:  # on a line of its own, whatever stands before it
-            log.write("\n" + json.dumps(entry | {"parameters": size}) + "\n")
+        with self.file.open("a") as log:
+            log.write(json.dumps(entry | {"parameters": size}) + "\n")
         self.advance()
         return scored
 

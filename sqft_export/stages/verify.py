@@ -44,6 +44,7 @@ def _asked(context: Context) -> Asked:
         recipe.verify.new_tokens,
         recipe.verify.tolerance,
         recipe.verify.divergence,
+        recipe.verify.tokenizers == "required",
     )
 
 

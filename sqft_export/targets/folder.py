@@ -1,6 +1,8 @@
 """Names of the files in a deployment folder, whoever writes or reads it; needs no runtime."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from sqft_export.errors import UserError
 
@@ -8,6 +10,39 @@ GRAPHS = {"openvino": "openvino_model.xml", "onnx": "model.onnx"}
 WEIGHT_FILES = {"openvino": "openvino_model.bin", "onnx": "model.onnx.data"}
 GENAI_CONFIG = "genai_config.json"  # of ONNX Runtime GenAI
 ADAPTER_FOLDER = "adapter"  # folder inside a deployment whose adapter is not merged
+
+
+CUSTOM_LIBRARY = "custom_ops_library"
+
+
+def check_genai_config(folder: Path) -> None:
+    """Refuse a ``genai_config.json`` that has code of its folder run, or reads outside it.
+
+    :raises UserError: naming the entry.
+    """
+    file = folder / GENAI_CONFIG
+    if not file.is_file():
+        raise UserError(f"{file}: is missing")
+    try:
+        document = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not JSON: {error}") from error
+    for path, value in _entries(document):
+        if path.endswith(f".{CUSTOM_LIBRARY}") and value:
+            raise UserError(
+                f"{file}: {path}: {value!r} is a library that would be run; where you trust it, "
+                "pass trust_custom_ops=True"
+            )
+        if path.endswith(".filename") and Path(str(value)).name != value:
+            raise UserError(f"{file}: {path}: found {value!r}; a file of the folder is expected")
+
+
+def _entries(node: Any, path: str = "") -> list[tuple[str, Any]]:
+    if isinstance(node, dict):
+        return [e for key, value in node.items() for e in _entries(value, f"{path}.{key}")]
+    if isinstance(node, list):
+        return [e for value in node for e in _entries(value, path)]
+    return [(path, node)]
 
 
 def runtime_of(folder: Path) -> str:

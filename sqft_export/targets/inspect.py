@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft_export.numerics.codes import Quantized
+from sqft_export.packed.seal import check_seal
 from sqft_export.run.artifact import files_of, sha256_of
 from sqft_export.targets import target
 from sqft_export.targets.folder import runtime_of
@@ -35,6 +36,7 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
         "layers": layers,
         "bytes": dict(sizes),
         "files": {str(f.relative_to(folder)): sha256_of(f) for f in files_of(folder)},
+        "sealed": check_seal(folder, whole=True),
         "says": module.metadata(folder),
         "loads_in": _runtimes(runtime),
     }
@@ -86,6 +88,7 @@ def inspection_text(found: dict[str, Any]) -> str:
     lines = [f"{found['folder']}: {found['runtime']}"]
     lines += [f"  {key}: {value}" for key, value in sorted(found["says"].items())]
     lines += [f"  {size:>14,} bytes {kind}" for kind, size in found["bytes"].items()]
+    lines.append("  as sealed" if found["sealed"] else "  not sealed: no provenance.json")
     loads = [r["runtime"] + ("" if r["installed"] else " (not here)") for r in found["loads_in"]]
     lines.append(f"  loads in {', '.join(loads)}")
     if found["layers"]:

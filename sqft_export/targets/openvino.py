@@ -281,7 +281,7 @@ def read_back(folder: Path) -> Iterator[tuple[str, Quantized]]:
 
     Read from the written file, one at a time.
     """
-    for name, quantized, _ in codes_and_grids(ov.Core().read_model(folder / MODEL)):
+    for name, quantized, _ in codes_and_grids(load_openvino(folder)):
         yield name, quantized
 
 
@@ -296,7 +296,7 @@ def _floats_of(constant: Any) -> np.ndarray:
 def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     """A matrix ``[out, in]`` by its module; vectors and scalars by an empty name."""
     end = ".weight"
-    for node in ov.Core().read_model(folder / MODEL).get_ops():
+    for node in load_openvino(folder).get_ops():
         floats = (ov.Type.f32, ov.Type.f16, ov.Type.bf16)
         if node.get_type_name() != "Constant" or node.get_element_type() not in floats:
             continue
@@ -309,7 +309,7 @@ def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 def metadata(folder: Path) -> dict[str, str]:
     """What the graph says of the model it was made from."""
-    graph = ov.Core().read_model(folder / MODEL)
+    graph = load_openvino(folder)
     if not graph.has_rt_info(["sqft_export"]):
         return {}
     return {key: str(value) for key, value in graph.get_rt_info("sqft_export").value.items()}

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sqft_export.run.host import installed
+from sqft_export.targets.folder import check_genai_config
 
 IdsOf = Callable[[str], list[int]]
 
@@ -18,6 +19,7 @@ def read_ids(runtime: str, folder: Path) -> Iterator[tuple[str, IdsOf]]:
     if runtime == "onnx" and installed("onnxruntime_genai"):
         import onnxruntime_genai
 
+        check_genai_config(folder)
         made = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(folder)))
         made.update_options(add_special_tokens="true")  # this runtime leaves them out by itself
         yield "ONNX Runtime GenAI", lambda text: [int(i) for i in made.encode(text)]

@@ -26,6 +26,7 @@ class Asked:
     prompts: token ids. texts: text and the ids that the base's tokenizer makes of it.
     new_tokens: greedy ones after each prompt.
     tolerance: of logits, in standard deviations; divergence: of default modes, in nats a token.
+    tokenizers_required: those of the runtimes must give the same ids.
     """
 
     prompts: list[list[int]]
@@ -33,6 +34,7 @@ class Asked:
     new_tokens: int
     tolerance: float
     divergence: float
+    tokenizers_required: bool
 
     def write(self, folder: Path) -> None:
         (folder / SUBJECT).write_text(json.dumps(asdict(self)) + "\n")

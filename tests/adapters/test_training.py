@@ -5,7 +5,7 @@ from torch import nn
 from sqft_export.adapters.elastic import draw_ranks, elastic_layers, set_ranks
 from sqft_export.adapters.files import Base
 from sqft_export.adapters.loading import add_adapters, load_compressed
-from sqft_export.adapters.training import collate, total_steps, train_adapter
+from sqft_export.adapters.training import collate, train_adapter
 from sqft_export.data.items import Example
 from sqft_export.errors import UserError
 from sqft_export.recipe.schema import Adapt
@@ -106,4 +106,8 @@ def test_a_loss_that_is_not_finite_stops(random_llama, tmp_path):
 
 def test_steps_follow_from_epochs():
     settings = Adapt(epochs=3, batch=16, accumulation=1)
-    assert total_steps(settings, 7473) == 1404
+    assert settings.total_steps(7473) == 1404
+    # As the Trainer counts: a rest of batches is a step of its own in every epoch.
+    few = Adapt(epochs=4, batch=2, accumulation=2)
+    assert few.total_steps(10) == 12
+    assert few.total_steps(10, processes=5) == 4

@@ -158,11 +158,11 @@ def test_answers_are_scored_by_their_rule(rule, said, expected, right):
 def test_a_choice_is_right_by_likelihood_and_by_likelihood_a_byte():
     tokenizer = load_tokenizer(TINY)
     item = Item(
-        [0], [5], "", "arc_easy", "choice", (([0], [5]), ([0], [6])), right=1, lengths=(2, 20)
+        [0], [5], "", "arc_easy", "choice", (([0], [5]), ([0], [6])), 1, (2, 20), ("so", "not so")
     )
     result = {"answers": [], "likelihoods": [-3.0, -4.0], "token_accuracy": 0.0}
     (judged,) = judge(small_recipe(), [item], result, tokenizer)
-    assert (judged.right, judged.right_normalized) == (False, True)
+    assert (judged.right, judged.right_normalized, judged.said) == (False, True, "so")
     assert accuracy_by_set([judged])["arc_easy"]["accuracy_normalized"] == 1
 
 

@@ -73,7 +73,7 @@ def test_folders_are_compared_with_the_first_by_intervals(measured):
     assert len(document["ratios"]) == 6  # two folders, three figures
     for ratio in document["ratios"]:
         assert ratio["low"] <= ratio["ratio"] <= ratio["high"]
-        assert (ratio["warning"] is None) == (not ratio["low"] <= 1 <= ratio["high"])
+        assert ratio["warning"] == "fewer than 5 rounds: no verdict"
 
 
 def test_accuracy_has_an_interval_and_every_answer_is_kept(measured):

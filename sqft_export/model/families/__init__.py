@@ -20,6 +20,8 @@ class Family:
     tied: whether embedding and head are one where ``config.json`` does not say.
     builder: what ONNX Runtime GenAI's model builder calls its class, None where it has none.
     builder_ropes: scalings of rotary positions that the class computes as the model does.
+    norm_offset: what the class adds to a norm's weight; graphs hold the sum.
+    query_scaled: whether the class scales queries by head_size ** -0.5; graphs hold scaled biases.
     joined: Linear of a block that holds several -> what the builder calls its equal parts.
     """
 
@@ -33,6 +35,8 @@ class Family:
     tied: bool = False
     builder: str | None = None
     builder_ropes: tuple[str, ...] = ("default",)
+    norm_offset: float = 0.0
+    query_scaled: bool = False
     joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 

@@ -5,6 +5,8 @@ from dataclasses import replace
 from sqft_export.model.families.llama import LLAMA
 
 FAMILIES = (
-    replace(LLAMA, model_types=("gemma2",), attention="eager", tied=True, builder=None),
-    replace(LLAMA, model_types=("gemma3_text",), tied=True, builder=None),
+    replace(
+        LLAMA, model_types=("gemma2",), attention="eager", tied=True, builder=None, norm_offset=1.0
+    ),
+    replace(LLAMA, model_types=("gemma3_text",), tied=True, builder=None, norm_offset=1.0),
 )

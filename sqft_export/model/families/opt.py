@@ -11,5 +11,6 @@ FAMILIES = (
         targets=("q_proj", "k_proj", "v_proj", "fc1", "fc2"),
         groups=(("q_proj", "k_proj", "v_proj"),),
         tied=True,
+        query_scaled=True,
     ),
 )

@@ -16,7 +16,7 @@ import onnxruntime as ort
 from sqft_export.numerics.codes import Quantized
 from sqft_export.recipe.schema import Export
 from sqft_export.targets.folder import GRAPHS, WEIGHT_FILES
-from sqft_export.targets.onnx.session import CPU_PROVIDER, open_session
+from sqft_export.targets.onnx.session import CPU_PROVIDER, decoder_of, open_session
 
 __all__ = [
     "add_adapter",
@@ -53,6 +53,7 @@ def export(merged: Path, folder: Path, options: Export) -> None:
     graph: Any = fused if is_fused else standard
     with ExternalData(folder / DATA) as data:
         model = graph.build(weights, folder, data)
+    _fix_cache_sizes(model.graph, decoder_of(folder))
     for key, value in model_facts(weights.checkpoint).items():
         model.metadata_props.add(key=f"sqft_export.{key}", value=value)
     onnx.save(model, folder / MODEL)
@@ -60,6 +61,17 @@ def export(merged: Path, folder: Path, options: Export) -> None:
         for file in merged.glob(pattern):
             if not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
+
+
+def _fix_cache_sizes(graph: Any, decoder: dict[str, Any]) -> None:
+    """Heads and their size as numbers: whoever makes an empty cache need look nowhere else."""
+    for value in (*graph.input, *graph.output):
+        if value.name.startswith(("past_key_values.", "present.")):
+            dims = value.type.tensor_type.shape.dim
+            dims[1].dim_value, dims[3].dim_value = (
+                decoder["num_key_value_heads"],
+                decoder["head_size"],
+            )
 
 
 def add_adapter(folder: Path, adapter: Path) -> None:

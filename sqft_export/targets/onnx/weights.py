@@ -27,6 +27,8 @@ from sqft_export.model.memory import release_memory
 from sqft_export.numerics.affine import Grid
 from sqft_export.numerics.codes import Quantized, round_up
 from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
+from sqft_export.packed.container import PackedFile
+from sqft_export.packed.folders import packed_file
 
 # Activations in int8, as the builder's own default on CPU.
 DEPLOYED_ACCURACY = 4
@@ -256,13 +258,23 @@ def read_quantized_weights(model: Any, folder: Path) -> Iterator[tuple[str, Quan
 
 
 def _reader(model: Any, folder: Path) -> Callable[[str], np.ndarray]:
-    """Reads an initializer by its name, from the data file too."""
+    """Reads an initializer by its name, from the data file too, dense or packed."""
     tensors = {t.name: t for t in model.graph.initializer}
+    packed, content = packed_file(folder), np.empty(0, np.uint8)
+    if packed is not None:
+        with PackedFile(packed) as opened:
+            content = opened.inflate_checked()
 
     def array(name: str) -> np.ndarray:
         copy = onnx.TensorProto()  # reading external data fills the proto, which then stays
         copy.CopyFrom(tensors[name])
-        return numpy_helper.to_array(copy, str(folder))
+        where = {entry.key: entry.value for entry in copy.external_data}
+        if not len(content) or "offset" not in where:
+            return numpy_helper.to_array(copy, str(folder))
+        start = int(where["offset"])
+        stored = content[start : start + int(where["length"])]
+        kind = helper.tensor_dtype_to_np_dtype(copy.data_type)
+        return stored.view(kind).reshape(tuple(copy.dims))
 
     return array
 

@@ -1,0 +1,93 @@
+"""Where a model is from, for its folder: facts, and a card in the Hugging Face form."""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+from sqft_export.data.datasets import set_names
+from sqft_export.recipe.schema import Dataset, Recipe
+
+# Licences of named sets, as their publishers state them; others are to be looked up.
+LICENCES = {
+    "gsm8k": "MIT",
+    "svamp": "MIT",
+    "arc_easy": "CC BY-SA 4.0",
+    "arc_challenge": "CC BY-SA 4.0",
+    "boolq": "CC BY-SA 3.0",
+    "hellaswag": "MIT",
+}
+UNKNOWN = "unknown"
+
+
+def base_licence(folder: Path) -> str:
+    """What the base's own card says; unknown without one."""
+    card = folder / "README.md"
+    if card.is_file():
+        for line in card.read_text(errors="replace").split("\n")[:60]:
+            if line.startswith("license:"):
+                return line.partition(":")[2].strip() or UNKNOWN
+    return UNKNOWN
+
+
+def origin_of(recipe: Recipe, base: Path, lineage: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Base, data, passes with their settings and versions, licences.
+
+    :param lineage: facts of every pass that the model is made from.
+    """
+    reads = {source: d for facts in lineage.values() for source, d in facts["reads"].items()}
+    return {
+        "made_by": {"sqft-export": importlib.metadata.version("sqft-export")},
+        "recipe": recipe.name,
+        "base": {
+            "model": recipe.model.hub or Path(str(recipe.model.path)).name,
+            "revision": recipe.model.revision,
+            "sha256": reads.get("model"),
+            "license": base_licence(base),
+        },
+        "data": {
+            "train": reads.get("train"),
+            "calibration": reads.get("calibration"),
+            "licenses": _data_licences(recipe),
+        },
+        "passes": {
+            name: {"version": facts["version"], "options": facts["options"]}
+            for name, facts in lineage.items()
+        },
+    }
+
+
+def _data_licences(recipe: Recipe) -> dict[str, str]:
+    if not isinstance(recipe.task, Dataset):
+        return {"task": UNKNOWN}
+    return {name: LICENCES.get(name, UNKNOWN) for name in set_names(recipe.task, "train")}
+
+
+def model_card(recipe: Recipe, origin: dict[str, Any], sparsity: float, how_to_load: str) -> str:
+    """README.md of a model folder."""
+    base, quantize = origin["base"], recipe.quantize
+    codes = "floats as stored"
+    if quantize.method != "none":
+        group = quantize.group_size or "a whole row"
+        kind = "symmetric" if quantize.symmetric else "asymmetric"
+        codes = f"INT{quantize.bits}, {kind}, groups of {group}, by {quantize.method}"
+    revision = f" at {base['revision']}" if base["revision"] else ""
+    merged = "unmerged" if recipe.adapt.unmerged else "merged"
+    facts = {
+        "zero weights in the decoder's Linears": f"{100 * sparsity:.1f} %",
+        "pruned by": recipe.sparsify.method,
+        "weights": codes,
+        "adapter": f"{recipe.adapt.pipeline}, {merged}",
+        "task": recipe.task.kind,
+        "base, SHA-256": base["sha256"],
+        "licence of the base": base["license"],
+        **{f"licence of {name}": found for name, found in origin["data"]["licenses"].items()},
+    }
+    lines = [
+        *("---", f"base_model: {base['model']}", f"license: {base['license']}"),
+        *("pipeline_tag: text-generation", "tags: [sqft, sparse, quantized]", "---", ""),
+        *(f"# {recipe.name}", "", f"Made from {base['model']}{revision}.", ""),
+        *("| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items())),
+        *("", "How to load it:", "", *(f"    {line}" for line in how_to_load.splitlines()), ""),
+        "`provenance.json`, where there is one, lists passes, settings and every file's digest.",
+    ]
+    return "\n".join(lines) + "\n"
