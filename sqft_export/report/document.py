@@ -6,7 +6,7 @@ from typing import Any
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.artifact import Artifact
 
-SCHEMA = 2
+SCHEMA = 3
 MEASURES = {
     "problems": "exact match",
     "dataset": "answered right",

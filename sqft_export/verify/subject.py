@@ -82,7 +82,13 @@ class Subject:
 
     @cached_property
     def pruned(self) -> set[str]:
-        return set(TensorFiles(self.masks, MASKS).headers) if self.masks else set()
+        """Linears of which something was pruned."""
+        if self.masks is None:
+            return set()
+        masks = TensorFiles(self.masks, MASKS)
+        kept = {n: int(np.bitwise_count(b.numpy()).sum()) for n, b in masks.tensors(masks.headers)}
+        sizes = {name: rows * columns for name, (rows, columns) in self.merged.linears.items()}
+        return {name for name, count in kept.items() if count < sizes[name]}
 
     def dropped(self, linear: str, shape: Any) -> np.ndarray | None:
         """bool ``[out, in]``, True where the Linear was pruned; None where it was not."""

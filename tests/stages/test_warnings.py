@@ -1,0 +1,67 @@
+"""What a reader of the report must not overlook."""
+
+import json
+from pathlib import Path
+
+from conftest import random_model, small_recipe
+from sqft_export.run.pipeline import run_recipe
+from sqft_export.stages.benchmark import _warnings
+
+
+def row(name: str, accuracy: float, perplexity: float, interval=None) -> dict:
+    return {
+        "name": name,
+        "accuracy": accuracy,
+        "perplexity": perplexity,
+        "interval": interval or (accuracy - 0.05, accuracy + 0.05),
+    }
+
+
+def test_a_tuning_that_makes_it_worse_is_told():
+    start, good = row("sparse + INT4", 0.5, 4.0), row("merged", 0.6, 3.0)
+    assert _warnings([start, good]) == []
+    (told,) = _warnings([start, row("merged", 0.6, 592_892.0)])
+    assert "tuning made it worse: perplexity of 'merged' is 5.929e+05" in told
+    (told,) = _warnings([start, row("merged", 0.3, 3.0)])
+    assert "accuracy of 'merged' is 0.3, of 'sparse + INT4' before tuning 0.5" in told
+    (told,) = _warnings([start, row("merged", 0.6, float("nan"))])
+    assert "perplexity" in told
+    assert _warnings([start, row("merged", 0.47, 4.01)]) == []  # chance
+
+
+def test_a_base_that_guesses_is_told():
+    (told,) = _warnings([row("dense base", 0.0, 77_508.0)])
+    assert "dense base has a perplexity of 77508" in told
+
+
+def test_warnings_reach_report_and_console(tmp_path):
+    recipe = small_recipe(
+        "adapt.learning_rate=10",
+        "adapt.warmup_steps=0",
+        "adapt.steps=4",
+        "benchmark.baselines=[sparse-quantized, merged]",
+        "benchmark.rounds=1",
+        "export.targets=[]",
+    )
+    artifacts = run_recipe(recipe, tmp_path / "runs")
+    report = artifacts["report"].path
+    warnings = json.loads((report / "report.json").read_text())["warnings"]
+    assert any("tuning made it worse" in warning for warning in warnings)
+    assert "tuning made it worse" in (report / "index.html").read_text()
+
+
+def test_weights_under_the_smallest_scale_are_told(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = random_model(tmp_path / "model")
+    file = Path(model) / "model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
+        if name.endswith("v_proj.weight"):
+            tensors[name] *= 2.0**-14
+        elif name.endswith("o_proj.weight"):
+            tensors[name] *= 2.0**14
+    save_file(tensors, file, metadata={"format": "pt"})
+    recipe = small_recipe("adapt.ranks=[8, 4]", "adapt.steps=2", model_path=model)
+    warnings = run_recipe(recipe, tmp_path / "runs", ("quantize",))["quantize"].metrics["warnings"]
+    assert len(warnings) == 2 and all("held at the smallest scale" in w for w in warnings)
