@@ -112,7 +112,8 @@ def run(folder: Path, samples: list[Tensor], test, dense: dict, choice) -> dict[
 
 
 def dense_hessians(folder: Path, samples: list[Tensor]) -> dict[str, Tensor]:
-    inputs, found = Inputs("hessian"), {}
+    inputs = Inputs("hessian")
+    found: dict[str, Tensor] = {}
     for block in walk(Checkpoint(folder), samples, inputs.collector):
         found |= {name: inputs.take(name) for name in block.linears}
     return found

@@ -80,7 +80,7 @@ def builder_folder(base: Path, folder: Path, bits: int) -> None:
 
 def build(root: Path, base: Path, bits: int) -> dict[str, Path]:
     """Candidate -> folder."""
-    folders = {}
+    folders: dict[str, Path] = {}
     for runtime, peer in PEERS.items():
         merged = root / f"merged-{runtime}-{bits}"
         our_merged(base, merged, bits, words_too=runtime == "openvino")

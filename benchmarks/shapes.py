@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sqft_export.model.checkpoint import Checkpoint, copy_companions
+from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.companions import copy_companions
 from sqft_export.model.storage import quantization_config
 from sqft_export.model.tensorfiles import TensorWriter
 from sqft_export.numerics.affine import Grid, fit_grid, quantize

@@ -152,7 +152,8 @@ def main() -> None:
         child(arguments.child[0], Path(arguments.child[1]), arguments.threads)
         return
     shape = SMALL if arguments.small else WIDE
-    rows, values, ratios = [], {}, {}
+    rows, values = [], {}
+    ratios: dict[str, dict[str, float]] = {}
     for bits in (4, 8):
         for sparsity in SPARSITIES:
             found = sizes(bits, sparsity, shape["hidden_size"])

@@ -80,7 +80,8 @@ def main() -> None:
     parser.add_argument("--child", type=Path, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(compress(*arguments.child, arguments.samples, arguments.length)))
+        model, out = arguments.child
+        print(json.dumps(compress(model, out, arguments.samples, arguments.length)))
         return
     shape = SMALL if arguments.small else WIDE
     rows = [measure(shape, n, arguments.samples, arguments.length) for n in arguments.blocks]

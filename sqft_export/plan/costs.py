@@ -125,7 +125,7 @@ ELEMENTWISE = {
     "quantize": 37,
     "adapt": 16,
     "teacher": 16,
-    "search": 0.5,
+    "search": 40,
     "merge": 7,
     "baselines": 7,
     "export-openvino": 8.5,
@@ -136,15 +136,16 @@ ELEMENTWISE = {
 ELEMENTWISE_OUTER = {"export-openvino": 18, "export-onnx": 4, "verify": 44}
 # Whatever the model: imports, tracing, a runtime's start.
 FIXED_SECONDS = {
-    "search": 0.5,
+    "search": 1.0,
     "export-openvino": 2.0,
     "export-onnx": 0.5,
     "verify": 4.0,
-    "benchmark": 2.0,
+    "benchmark": 3.0,
     "report": 0.5,
 }
 MAPPED = 2**28  # bytes of files that a pass has mapped and the system has not taken back
 FIXED_MEMORY = 0.65 * GIB
+LOGITS = 2**27  # bytes of what search keeps and verify compares
 
 
 def _work(name: str, recipe: Recipe, layout: Layout, examples: int | None) -> _Work | None:
@@ -186,7 +187,8 @@ def _answers(name: str, recipe: Recipe) -> float:
         return 3 * runtimes * checked.prompts * (length + checked.new_tokens)
     asked = recipe.benchmark
     rows = runtimes + len(asked.baselines)
-    timed = (asked.repeats + 1) * (asked.prompt_tokens + asked.new_tokens)
+    # Timed as many times in every process, and warmed up once with either prompt.
+    timed = asked.rounds * (asked.repeats + 2) * (asked.prompt_tokens + asked.new_tokens)
     generated = getattr(recipe.task, "max_new_tokens", 0)
     return rows * (asked.items * (2 * length + generated) + timed)
 
@@ -221,12 +223,12 @@ def predict_memory(recipe: Recipe, layout: Layout) -> dict[str, float]:
         "sparsify": MAPPED + block + 3 * largest + activations,
         "quantize": MAPPED + block + 2 * largest + 4 * widest**2 * gptq + activations,
         "adapt": loaded + in_training + 5 * written["adapt"] + 4 * largest,
-        # Weights are mapped; those that are not looked at take no memory.
-        "search": (loaded if recipe.search.evaluates else 0) + outer + 2 * written["adapt"],
+        # The tuned model runs once, for what it computed with: a weight at a time is digested.
+        "search": LOGITS + loaded + in_training + 3 * largest + 2 * written["adapt"],
         "merge": 4 * largest + 2**29,
         "export-openvino": deployed,
         "export-onnx": MAPPED + 2 * largest + outer,
-        "verify": 2 * deployed,
+        "verify": LOGITS + 2 * deployed,
         "benchmark": max(deployed, in_float),
     }
     of_pass |= {"teacher": of_pass["adapt"], "baselines": of_pass["merge"]}

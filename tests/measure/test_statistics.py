@@ -4,13 +4,29 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sqft_export.measure.statistics import bootstrap_ratio, mcnemar, wilson
+from sqft_export.measure.statistics import bootstrap_ratio, mcnemar, mean_interval, wilson
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 10), (7, 10), (240, 300), (300, 300)])
 def test_wilson_is_scipys(right, count):
     theirs = stats.binomtest(right, count).proportion_ci(method="wilson")
     assert wilson(right, count) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
+def test_the_interval_of_one_set_is_wilsons():
+    assert mean_interval([7], [10]) == pytest.approx(wilson(7, 10))
+
+
+def test_the_interval_of_a_mean_over_sets_covers_it():
+    """Sets of unlike size and difficulty: the mean of shares is no share of all items."""
+    random = np.random.default_rng(3)
+    counts, shares = np.array([20, 100, 1000]), np.array([0.9, 0.5, 0.2])
+    drawn = random.binomial(counts, shares, (2000, 3))
+    intervals = [mean_interval(right.tolist(), counts.tolist()) for right in drawn]
+    covered = np.mean([low <= shares.mean() <= high for low, high in intervals])
+    assert 0.93 < covered < 0.98
+    pooled = [wilson(int(right.sum()), int(counts.sum())) for right in drawn]
+    assert not any(low <= shares.mean() <= high for low, high in pooled)  # what it is not
 
 
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (5, 5), (9, 1), (40, 20)])
