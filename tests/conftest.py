@@ -28,6 +28,7 @@ SMALL = (
     "calibration.samples=16",
     "benchmark.items=8",
     "benchmark.repeats=2",
+    "benchmark.rounds=1",
     "benchmark.new_tokens=4",
     "verify.prompts=8",
 )

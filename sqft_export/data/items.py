@@ -6,7 +6,6 @@ with the padding masked out (training).
 """
 
 import itertools
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from sqft_export.data.datasets import SETS, Record, Scoring, local_file, records, set_names
 from sqft_export.data.files import numbered_rows, read_text
 from sqft_export.errors import UserError
+from sqft_export.model.companions import read_json
 from sqft_export.recipe.schema import Dataset, Problems, Recipe, Text
 from sqft_export.recipe.templates import fill_template
 
@@ -86,14 +86,24 @@ def stop_ids(folder: Path, tokenizer: Any) -> list[int]:
 
 
 def end_tokens(folder: Path) -> list[int]:
-    """Ids that end an answer, as the configs of a model or a deployment name them."""
-    found: list[int] = []
-    for name in ("generation_config.json", "config.json", "genai_config.json"):
-        if (folder / name).is_file():
-            document = json.loads((folder / name).read_text())
-            ends = document.get("eos_token_id", document.get("model", {}).get("eos_token_id"))
-            found += ends if isinstance(ends, list) else [ends]
-    return [i for i in dict.fromkeys(found) if isinstance(i, int)]
+    """Ids that end an answer, as the configs of a model or a deployment name them.
+
+    :raises UserError: naming the config, if it is none or they are no ids.
+    """
+    names = ("generation_config.json", "config.json", "genai_config.json")
+    found = [_ends_in(folder / name) for name in names if (folder / name).is_file()]
+    return list(dict.fromkeys(itertools.chain.from_iterable(found)))
+
+
+def _ends_in(file: Path) -> list[int]:
+    document = read_json(file)
+    if "eos_token_id" not in document and isinstance(document.get("model"), dict):
+        document = document["model"]
+    ends = document.get("eos_token_id")
+    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(token) is int and 0 <= token < 2**31 for token in listed):
+        raise UserError(f"{file}: eos_token_id: found {ends!r}; an id or a list of ids is expected")
+    return listed
 
 
 def problem_records(task: Problems, file: Path) -> Iterator[Record]:

@@ -35,6 +35,7 @@ from sqft_export.measure.rows import accuracy_row, answer_entry
 from sqft_export.measure.statistics import bootstrap_ratio, percentiles, wilson
 from sqft_export.measure.worker import in_a_process
 from sqft_export.model.checkpoint import file_bytes
+from sqft_export.model.companions import read_json
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import GENAI_CONFIG, kind_of
 
@@ -389,11 +390,16 @@ def runtime_versions(kinds: set[str]) -> dict[str, str]:
 def _config_of(folder: Path, *names: str) -> int | None:
     """A number from the configs of a deployment: the first of ``names`` that one of them has."""
     files = [folder / f for f in ("generation_config.json", "config.json", GENAI_CONFIG)]
-    for document in (json.loads(file.read_text()) for file in files if file.is_file()):
+    for file in files:
+        document = read_json(file) if file.is_file() else {}
+        inner = document.get("model")
         for name in names:
-            found = document.get(name, document.get("model", {}).get(name))
+            found = document.get(name, inner.get(name) if isinstance(inner, dict) else None)
+            found = found[0] if isinstance(found, list) and found else found
+            if found is not None and (type(found) is not int or found < 0):
+                raise UserError(f"{file}: {name}: found {found!r}; a number is expected")
             if found is not None:
-                return found[0] if isinstance(found, list) else found
+                return found
     return None
 
 

@@ -11,13 +11,25 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sqft_export.errors import DamagedError
+from sqft_export.errors import DamagedError, UserError
 from sqft_export.packed.container import PackedFile
 from sqft_export.packed.folders import packed_file
 from sqft_export.packed.seal import check_seal
 from sqft_export.run.artifact import sha256_of
 from sqft_export.run.host import require_space
 from sqft_export.targets.folder import check_genai_config, graph_and_weights
+
+
+@contextmanager
+def _read_by(runtime: str, folder: Path) -> Iterator[None]:
+    """Names the folder where a runtime refuses it; its own message may name an inflated copy."""
+    try:
+        yield
+    except (UserError, ImportError, MemoryError, OSError):
+        raise
+    except Exception as error:  # runtimes raise classes of their own
+        shown = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: {runtime} can't load it: {shown}") from error
 
 
 def _openvino_weights(file: Path) -> Any:
@@ -34,7 +46,7 @@ def load_openvino(folder: str | Path, core: Any = None) -> Any:
     """An ``openvino.Model``, ready to be compiled.
 
     :param core: an ``openvino.Core``; None for a new one.
-    :raises UserError: if the weights are damaged.
+    :raises UserError: if the weights are damaged, or the runtime can't load the graph.
     """
     import openvino as ov
 
@@ -43,16 +55,17 @@ def load_openvino(folder: str | Path, core: Any = None) -> Any:
     check_seal(folder, whole=False)
     core = core or ov.Core()
     packed = packed_file(folder)
-    if packed is None:
-        return core.read_model(graph)
-    return core.read_model(graph.read_bytes(), _openvino_weights(packed))
+    with _read_by("OpenVINO", folder):
+        if packed is None:
+            return core.read_model(graph)
+        return core.read_model(graph.read_bytes(), _openvino_weights(packed))
 
 
 def load_openvino_genai(folder: str | Path, device: str = "CPU", **properties: Any) -> Any:
     """An ``openvino_genai.LLMPipeline``.
 
     :param properties: of the device, as ``LLMPipeline`` takes them.
-    :raises UserError: if the weights are damaged.
+    :raises UserError: if the weights are damaged, or the runtime can't load the graph.
     """
     import openvino_genai
 
@@ -60,17 +73,18 @@ def load_openvino_genai(folder: str | Path, device: str = "CPU", **properties: A
     graph, _ = graph_and_weights(folder)
     check_seal(folder, whole=False)
     packed = packed_file(folder)
-    if packed is None:
-        return openvino_genai.LLMPipeline(str(folder), device, **properties)
-    generation = folder / "generation_config.json"
-    config = openvino_genai.GenerationConfig()
-    if generation.is_file():
-        config = openvino_genai.GenerationConfig(str(generation))
-    weights = _openvino_weights(packed)
-    tokenizer = openvino_genai.Tokenizer(str(folder))
-    return openvino_genai.LLMPipeline(
-        graph.read_text(), weights, tokenizer, device, config, **properties
-    )
+    with _read_by("OpenVINO GenAI", folder):
+        if packed is None:
+            return openvino_genai.LLMPipeline(str(folder), device, **properties)
+        generation = folder / "generation_config.json"
+        config = openvino_genai.GenerationConfig()
+        if generation.is_file():
+            config = openvino_genai.GenerationConfig(str(generation))
+        weights = _openvino_weights(packed)
+        tokenizer = openvino_genai.Tokenizer(str(folder))
+        return openvino_genai.LLMPipeline(
+            graph.read_text(), weights, tokenizer, device, config, **properties
+        )
 
 
 @contextmanager
@@ -106,13 +120,14 @@ def load_onnx(folder: str | Path, options: Any = None, providers: Any = None) ->
     """An ``onnxruntime.InferenceSession``.
 
     :param options: ``SessionOptions``; None for the defaults.
-    :raises UserError: if the weights are damaged, or there is no room to inflate them.
+    :raises UserError: if the weights are damaged, the runtime can't load the graph, or there is no
+        room to inflate them.
     """
     import onnxruntime as ort
 
     graph, _ = graph_and_weights(Path(folder))
     check_seal(Path(folder), whole=False)
-    with _dense(Path(folder)) as dense:
+    with _read_by("ONNX Runtime", Path(folder)), _dense(Path(folder)) as dense:
         return ort.InferenceSession(
             str(dense / graph.name), options, providers=providers or ["CPUExecutionProvider"]
         )
@@ -130,5 +145,5 @@ def load_onnx_genai(folder: str | Path, trust_custom_ops: bool = False) -> Any:
     check_seal(Path(folder), whole=False)
     if not trust_custom_ops:
         check_genai_config(Path(folder))
-    with _dense(Path(folder)) as dense:
+    with _read_by("ONNX Runtime GenAI", Path(folder)), _dense(Path(folder)) as dense:
         return onnxruntime_genai.Model(str(dense))

@@ -30,6 +30,8 @@ def tokenizer_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
         return
     if "tokenizer.json" in names:
         read_json(layout.folder / "tokenizer.json")
+    if "generation_config.json" in names:
+        yield from _generation_faults(layout.folder)
     try:
         tokenizer = load_tokenizer(layout.folder)
     except Exception as error:  # whatever transformers and its converters raise
@@ -41,6 +43,17 @@ def tokenizer_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
         if fault := _round_trip_fault(tokenizer, layout.folder, text):
             yield fault
             return
+
+
+def _generation_faults(folder: Path) -> Iterator[str]:
+    from transformers import GenerationConfig
+
+    read_json(folder / "generation_config.json")
+    try:
+        GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # its values are checked by whatever first uses them
+        shown = " ".join(str(error).split())[:300]
+        yield f"model: {folder / 'generation_config.json'}: {shown}"
 
 
 def _row_faults(recipe: Recipe, layout: Layout, tokenizer: Any) -> Iterator[str]:
@@ -68,8 +81,11 @@ def _row_faults(recipe: Recipe, layout: Layout, tokenizer: Any) -> Iterator[str]
 def _round_trip_fault(tokenizer: Any, folder: Path, text: str) -> str | None:
     """Text that does not survive is not what the model was trained on. Blanks in a row may become
     one, and some characters may be unknown."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    try:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        return f"model: the tokenizer of {folder} can't encode {text[:60]!r}: {error}"
     ours, theirs = text.split()[:WORDS], back.split()[:WORDS]
     alike = difflib.SequenceMatcher(None, " ".join(ours), " ".join(theirs), autojunk=False)
     if alike.ratio() >= SURVIVES and len(theirs) >= SURVIVES * len(ours):

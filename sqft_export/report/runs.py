@@ -11,6 +11,7 @@ from typing import Any
 
 from sqft_export.errors import UserError
 from sqft_export.measure.rows import MADE
+from sqft_export.model.companions import read_json
 from sqft_export.report import pictures
 from sqft_export.report.document import SCHEMA, cells
 from sqft_export.report.html import render
@@ -45,7 +46,7 @@ def report_of(folder: Path) -> Path:
 def read_run(folder: Path) -> Run:
     """:raises UserError: if there is no report, or it is of another version."""
     file = report_of(folder)
-    document = json.loads(file.read_text())
+    document = read_json(file)
     if document.get("schema") != SCHEMA:
         raise UserError(
             f"{file}: schema {document.get('schema')!r}, this program reads {SCHEMA}; run the "

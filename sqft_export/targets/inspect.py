@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from sqft_export.errors import UserError
 from sqft_export.numerics.codes import Quantized
 from sqft_export.packed.seal import check_seal
 from sqft_export.run.artifact import files_of, sha256_of
@@ -24,8 +25,16 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     :raises UserError: if the folder is no deployment, or its runtime is not installed.
     """
     runtime = runtime_of(folder)
+    sealed = check_seal(folder, whole=True)
     module = target(runtime)
-    layers = [_layer(name, quantized) for name, quantized in module.read_back(folder)]
+    try:
+        layers = [_layer(name, quantized) for name, quantized in module.read_back(folder)]
+        says = module.metadata(folder)
+    except (UserError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # whatever a stranger's graph makes a runtime's reader raise
+        shown = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: can't be read as {runtime}: {shown}") from error
     layers.sort(key=lambda layer: _in_order(layer["layer"]))
     sizes: Counter[str] = Counter()
     for file in files_of(folder):
@@ -36,8 +45,8 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
         "layers": layers,
         "bytes": dict(sizes),
         "files": {str(f.relative_to(folder)): sha256_of(f) for f in files_of(folder)},
-        "sealed": check_seal(folder, whole=True),
-        "says": module.metadata(folder),
+        "sealed": sealed,
+        "says": says,
         "loads_in": _runtimes(runtime),
     }
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from transformers import AutoTokenizer
 from conftest import TINY, small_recipe
 from sqft_export.data.calibration import calibration_samples
 from sqft_export.data.datasets import read_rows
-from sqft_export.data.items import load_data, load_tokenizer
+from sqft_export.data.items import load_data, load_tokenizer, stop_ids
 from sqft_export.data.scoring import final_answer
 from sqft_export.errors import UserError
 from sqft_export.measure.decode import equal_lengths, generate
@@ -162,6 +163,18 @@ def test_generation_ends_before_a_stop_token(random_llama):
     stopped = generate(session, [[0, 5, 6, 7]], 8, stop=[free[3]])[0]
     assert stopped == free[: free.index(free[3])]
     assert np.array(stopped).ndim == 1
+
+
+def test_every_end_token_ends_an_answer(random_llama, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(random_llama, model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    (model / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    assert stop_ids(model, tokenizer) == [1, 7]
+    for wrong in ("[1, null]", "true", "-1", '"1"', "1e3", "[[1]]"):
+        (model / "generation_config.json").write_text(f'{{"eos_token_id": {wrong}}}')
+        with pytest.raises(UserError, match=r"generation_config.json: eos_token_id: found"):
+            stop_ids(model, tokenizer)
 
 
 def test_calibration_from_a_dataset_folder(tmp_path):

@@ -64,7 +64,7 @@ def test_a_cached_run_needs_no_disk(tiny_run, monkeypatch):
     root = tiny_run["merge"].path.parent
     monkeypatch.setattr(costs.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
     assert run_recipe(small_recipe(), root)["report"].key == tiny_run["report"].key
-    with pytest.raises(HostError, match="disk: .* needed in .*, 0 .*free"):
+    with pytest.raises(HostError, match=r"disk: .* needed in .*, 0 .*free"):
         run_recipe(small_recipe("quantize.bits=8"), root)
 
 

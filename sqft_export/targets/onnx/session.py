@@ -1,6 +1,5 @@
 """A decoder graph in ONNX Runtime, as deployed or in float32 throughout."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 import onnxruntime as ort
 
 from sqft_export.errors import UserError
+from sqft_export.model.companions import read_json
 from sqft_export.packed.loaders import load_onnx
 from sqft_export.targets import positions_of
 from sqft_export.targets.devices import find_device
@@ -20,7 +20,17 @@ EXACT_ACCURACY = 1  # float32 activations; as deployed they are int8
 
 
 def decoder_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / GENAI_CONFIG).read_text())["model"]["decoder"]
+    """What ``genai_config.json`` says of the decoder.
+
+    :raises UserError: if it says nothing.
+    """
+    model = read_json(folder / GENAI_CONFIG).get("model")
+    decoder = model.get("decoder") if isinstance(model, dict) else None
+    for name in ("num_key_value_heads", "head_size"):
+        if not isinstance(decoder, dict) or not isinstance(decoder.get(name), int):
+            raise UserError(f"{folder / GENAI_CONFIG}: model.decoder.{name}: a number is expected")
+    assert isinstance(decoder, dict)
+    return decoder
 
 
 def with_accuracy(folder: Path, level: int) -> bytes:
