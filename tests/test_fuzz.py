@@ -16,6 +16,7 @@ from sqft_export.errors import UserError
 from sqft_export.packed.folders import unpack
 from sqft_export.packed.loaders import load_onnx, load_openvino
 from sqft_export.plan.checks import check_recipe
+from sqft_export.report.runs import compare_runs
 from sqft_export.targets.inspect import inspect_folder
 
 SCREEN = 6000  # characters
@@ -146,6 +147,28 @@ def test_mutated_deployments_are_read_or_refused(tiny_run, tmp_path, how, runtim
 @pytest.mark.parametrize("runtime", ["openvino", "onnx"])
 def test_many_mutated_deployments_are_read_or_refused(tiny_run, tmp_path, how, runtime):
     deployments(tiny_run, tmp_path, how, runtime, range(1000, 1300))
+
+
+def reports(tiny_run, tmp_path, seeds: range) -> None:
+    text = (tiny_run["report"].path / "report.json").read_bytes()
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    other.mkdir()
+    (one / "report.json").write_bytes(text)
+    for seed in seeds:
+        rng = random.Random(seed)
+        change = mutate_json if rng.random() < 0.8 else mutate_bytes
+        (other / "report.json").write_bytes(change(rng, text))
+        check(lambda: compare_runs([one, other], tmp_path / "page"), f"seed {seed}")
+
+
+def test_mutated_reports_are_compared_or_refused(tiny_run, tmp_path):
+    reports(tiny_run, tmp_path, range(20))
+
+
+@pytest.mark.slow
+def test_many_mutated_reports_are_compared_or_refused(tiny_run, tmp_path):
+    reports(tiny_run, tmp_path, range(1000, 1400))
 
 
 COMMANDS = ["plan", "inspect", "pack", "unpack", "compare", "verify", "export", "list", "sweep"]

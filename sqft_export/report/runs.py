@@ -7,7 +7,9 @@ in which it differs from the others.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sqft_export.errors import UserError
 from sqft_export.measure.rows import MADE
@@ -16,9 +18,77 @@ from sqft_export.report import pictures
 from sqft_export.report.document import SCHEMA, cells
 from sqft_export.report.html import render
 from sqft_export.report.text import markdown
-from sqft_export.run.artifact import MANIFEST
+from sqft_export.run.artifact import MANIFEST, check_artifact
 
 REPORT = "report.json"
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Spread(BaseModel):
+    p10_ms: Amount
+    median_ms: Amount
+    p90_ms: Amount
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not self.p10_ms <= self.median_ms <= self.p90_ms:
+            raise ValueError("10th percentile, median and 90th percentile are not in order")
+        return self
+
+
+class _Row(BaseModel):
+    name: str
+    runtime: Literal["torch", "openvino", "onnx"]
+    accuracy: Share
+    interval: Annotated[list[Share], Field(min_length=2, max_length=2)] | None
+    perplexity: float
+    sparsity: Share
+    file_bytes: Amount
+    ttft: _Spread
+    tpot: _Spread
+    peak_memory_bytes: Amount
+
+
+class _Machine(BaseModel):
+    processor: str
+    features: list[str]
+    cores: int
+    memory_bytes: int
+    system: str
+    python: str
+
+
+class _Report(BaseModel):
+    """What a comparison reads of a ``report.json``, which may come from anywhere."""
+
+    model_config = ConfigDict(strict=True)
+
+    recipe: dict[str, Any]
+    measure: str
+    rows: list[_Row]
+    settings: dict[str, Any]
+    machine: _Machine
+
+
+def _check_report(file: Path, document: dict[str, Any]) -> None:
+    if document.get("schema") != SCHEMA:
+        raise UserError(
+            f"{file}: schema {document.get('schema')!r}, this program reads {SCHEMA}; run the "
+            "recipe again"
+        )
+    try:
+        _Report.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{file}: {where}: {first['msg']}, found {str(first['input'])[:60]}"
+        ) from error
+    if not any(row["name"].startswith(MADE) for row in document["rows"]):
+        raise UserError(f"{file}: has no row of a deployment ({', '.join(MADE)}) to compare")
 
 
 @dataclass(frozen=True)
@@ -44,14 +114,12 @@ def report_of(folder: Path) -> Path:
 
 
 def read_run(folder: Path) -> Run:
-    """:raises UserError: if there is no report, or it is of another version."""
+    """:raises UserError: if there is no report, or it is damaged or of another version."""
     file = report_of(folder)
+    if (file.parent / MANIFEST).is_file():
+        check_artifact(file.parent)
     document = read_json(file)
-    if document.get("schema") != SCHEMA:
-        raise UserError(
-            f"{file}: schema {document.get('schema')!r}, this program reads {SCHEMA}; run the "
-            "recipe again"
-        )
+    _check_report(file, document)
     return Run(file.parent.name, document, dict(_flat(document["recipe"])))
 
 
@@ -105,7 +173,7 @@ def comparison_of(runs: list[Run]) -> dict[str, Any]:
     warnings = []
     if len(machines) > 1:
         warnings.append("The runs are of different machines; their latencies can't be compared")
-    if len({run.document["settings"].get("items_sha256") for run in runs}) > 1:
+    if len({str(run.document["settings"].get("items_sha256")) for run in runs}) > 1:
         warnings.append("The runs were not scored on the same items")
     return {
         "measure": measures.pop(),
