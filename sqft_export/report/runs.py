@@ -23,14 +23,14 @@ from sqft_export.run.artifact import MANIFEST, check_artifact
 REPORT = "report.json"
 
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Spread(BaseModel):
-    p10_ms: Amount
-    median_ms: Amount
-    p90_ms: Amount
+    p10_ms: _Amount
+    median_ms: _Amount
+    p90_ms: _Amount
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -42,14 +42,14 @@ class _Spread(BaseModel):
 class _Row(BaseModel):
     name: str
     runtime: Literal["torch", "openvino", "onnx"]
-    accuracy: Share
-    interval: Annotated[list[Share], Field(min_length=2, max_length=2)] | None
+    accuracy: _Share
+    interval: Annotated[list[_Share], Field(min_length=2, max_length=2)] | None
     perplexity: float
-    sparsity: Share
-    file_bytes: Amount
+    sparsity: _Share
+    file_bytes: _Amount
     ttft: _Spread
     tpot: _Spread
-    peak_memory_bytes: Amount
+    peak_memory_bytes: _Amount
 
 
 class _Machine(BaseModel):

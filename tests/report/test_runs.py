@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, SMALL, SQFT
-from sqft_export.errors import UserError
+from sqft_export.errors import DamagedError, UserError
 from sqft_export.report import pictures
 from sqft_export.report.runs import compare_runs
 
@@ -67,6 +67,9 @@ def test_runs_that_do_not_compare_are_told(tiny_run, tmp_path):
     shutil.copytree(report, other)
     document = json.loads((other / "report.json").read_text())
     (other / "report.json").write_text(json.dumps(document | {"measure": "tokens"}))
+    with pytest.raises(DamagedError, match=r"report.json is damaged"):
+        compare_runs([report, other], tmp_path / "out")
+    (other / "manifest.json").unlink()  # a report alone, from wherever
     with pytest.raises(UserError, match="runs measure exact match and tokens"):
         compare_runs([report, other], tmp_path / "out")
     (other / "report.json").write_text(json.dumps(document | {"schema": 1}))
@@ -81,6 +84,7 @@ def test_another_machine_is_told(tiny_run, tmp_path):
     shutil.copytree(report, other)
     document = json.loads((other / "report.json").read_text())
     document["machine"]["processor"] = "another"
+    (other / "manifest.json").unlink()
     (other / "report.json").write_text(json.dumps(document))
     told = compare_runs([report, other], tmp_path / "out")
     assert "different machines" in told["warnings"][0]
