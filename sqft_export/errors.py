@@ -26,3 +26,8 @@ class CertificateError(UserError):
     """What runs is not what was trained."""
 
     code = 5
+
+
+def one_line(error: Exception, longest: int = 300) -> str:
+    """What a library says, on one line and cut."""
+    return " ".join(str(error).split())[:longest]

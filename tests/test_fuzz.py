@@ -105,7 +105,7 @@ def plan(folder: Path) -> None:
     check_recipe(small_recipe("quantize.group_size=32", model_path=folder), folder)
 
 
-def read_packed_onnx(folder: Path) -> None:
+def unpack_beside(folder: Path) -> None:
     unpack(folder, folder.parent / "plain")
 
 
@@ -113,7 +113,7 @@ DEPLOYMENTS = {
     "inspect": ("model", inspect_folder),
     "inspect packed": ("packed", inspect_folder),
     "load": ("packed", lambda folder: (load_openvino if _is_ir(folder) else load_onnx)(folder)),
-    "unpack": ("packed", read_packed_onnx),
+    "unpack": ("packed", unpack_beside),
 }
 
 
@@ -177,7 +177,7 @@ WORDS += ["nope", ".", "/", "recipes/tiny.yaml", "--runs", "--over", "--model-pa
 WORDS += ["\udcff", "x" * 5000, "--help", "sparsify.sparsity=2", "--only", "onnx", "0", "[", "{}"]
 
 
-def command_lines(seeds: range, folder: Path) -> None:
+def command_lines(seeds: range) -> None:
     for seed in seeds:
         rng = random.Random(seed)
         words = [rng.choice(COMMANDS), *rng.choices(WORDS, k=rng.randrange(4))]
@@ -192,10 +192,10 @@ def command_lines(seeds: range, folder: Path) -> None:
 
 def test_command_lines_end_in_a_result_or_a_message(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command_lines(range(100), tmp_path)
+    command_lines(range(100))
 
 
 @pytest.mark.slow
 def test_two_thousand_command_lines_end_in_a_result_or_a_message(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command_lines(range(1000, 3000), tmp_path)
+    command_lines(range(1000, 3000))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft_export.errors import UserError
+from sqft_export.textfiles import decoded
 
 Fields = dict[str, Any]
 # First bytes of what is no text, and what it is called.
@@ -23,11 +24,7 @@ def read_text(file: Path) -> str:
     for magic, name in BINARY.items():
         if content.startswith(magic):
             raise UserError(f"{file}: is {name}; text in UTF-8, .json or .jsonl is read")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        found = f"{content[error.start]:#04x}"
-        raise UserError(f"{file}: not UTF-8 at byte {error.start} ({found})") from error
+    return decoded(content, file)
 
 
 def read_rows(file: Path) -> list[Fields]:

@@ -15,9 +15,9 @@ from typing import Any
 from sqft_export.data.datasets import SETS, Record, Scoring, local_file, records, set_names
 from sqft_export.data.files import numbered_rows, read_text
 from sqft_export.errors import UserError
-from sqft_export.model.companions import read_json
 from sqft_export.recipe.schema import Dataset, Problems, Recipe, Text
 from sqft_export.recipe.templates import fill_template
+from sqft_export.textfiles import read_json
 
 
 @dataclass(frozen=True)

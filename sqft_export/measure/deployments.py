@@ -35,9 +35,9 @@ from sqft_export.measure.rows import accuracy_row, answer_entry
 from sqft_export.measure.statistics import bootstrap_ratio, percentiles, wilson
 from sqft_export.measure.worker import in_a_process
 from sqft_export.model.checkpoint import file_bytes
-from sqft_export.model.companions import read_json
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import GENAI_CONFIG, kind_of
+from sqft_export.textfiles import read_json
 
 UNCERTAIN = "its interval holds 1: not told apart"
 FEWEST = 5  # rounds that an interval of ratios says something after

@@ -8,7 +8,7 @@ import json
 import logging
 from typing import Any
 
-from sqft_export.errors import UserError
+from sqft_export.errors import UserError, one_line
 from sqft_export.model.families import FAMILIES, Family
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def transformers_config(config: dict[str, Any], where: str) -> Any:
 
 def _short(error: Exception) -> str:
     """What an error says, on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def empty_model(config: Any, attention: str | None = None) -> Any:

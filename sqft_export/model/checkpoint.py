@@ -13,9 +13,10 @@ from typing import Any
 
 from sqft_export.errors import UserError
 from sqft_export.model.architecture import family_of, shapes_of
-from sqft_export.model.companions import own_file, read_json
+from sqft_export.model.companions import own_file
 from sqft_export.model.families import Family
 from sqft_export.model.tensorfiles import TORCH_NAMES, TensorFiles, TensorInfo
+from sqft_export.textfiles import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -40,24 +40,6 @@ def own_file(folder: Path, name: str) -> Path:
     return file
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a json file.
-
-    :raises UserError: naming the file, if it holds none.
-    """
-    try:
-        found = json.loads(file.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{file}: can't be read: {error.strerror}") from error
-    except RecursionError as error:
-        raise UserError(f"{file}: is nested too deeply") from error
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: expected an object, found {type(found).__name__}")
-    return found
-
-
 def companions(folder: Path) -> list[Path]:
     """Configs and tokenizer of a model folder, by name.
 

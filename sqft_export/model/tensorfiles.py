@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqft_export.errors import UserError
-from sqft_export.model.companions import own_file, read_json
+from sqft_export.model.companions import own_file
+from sqft_export.textfiles import read_json
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sqft_export.errors import DamagedError, UserError
+from sqft_export.errors import DamagedError, UserError, one_line
 from sqft_export.packed.container import PackedFile
 from sqft_export.packed.folders import packed_file
 from sqft_export.packed.seal import check_seal
@@ -28,8 +28,7 @@ def _read_by(runtime: str, folder: Path) -> Iterator[None]:
     except (UserError, ImportError, MemoryError, OSError):
         raise
     except Exception as error:  # runtimes raise classes of their own
-        shown = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder}: {runtime} can't load it: {shown}") from error
+        raise UserError(f"{folder}: {runtime} can't load it: {one_line(error)}") from error
 
 
 def _openvino_weights(file: Path) -> Any:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from sqft_export.data.items import load_tokenizer, stop_ids, train_texts
-from sqft_export.model.companions import companions, read_json
+from sqft_export.errors import one_line
+from sqft_export.model.companions import companions
 from sqft_export.plan.layout import Layout
 from sqft_export.recipe.schema import Recipe, Text
+from sqft_export.textfiles import read_json
 
 TEXT = "Once upon a time there was a little girl who liked to play in the park"
 SURVIVES = 0.9  # of a text: a few characters that a vocabulary lacks are let
@@ -35,8 +37,7 @@ def tokenizer_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     try:
         tokenizer = load_tokenizer(layout.folder)
     except Exception as error:  # whatever transformers and its converters raise
-        shown = " ".join(str(error).split())[:300]
-        yield f"model: the tokenizer of {layout.folder} can't be loaded: {shown}"
+        yield f"model: the tokenizer of {layout.folder} can't be loaded: {one_line(error)}"
         return
     yield from _row_faults(recipe, layout, tokenizer)
     for text in (TEXT, *itertools.islice(train_texts(recipe), TRIED)):
@@ -52,8 +53,7 @@ def _generation_faults(folder: Path) -> Iterator[str]:
     try:
         GenerationConfig.from_pretrained(folder)
     except Exception as error:  # its values are checked by whatever first uses them
-        shown = " ".join(str(error).split())[:300]
-        yield f"model: {folder / 'generation_config.json'}: {shown}"
+        yield f"model: {folder / 'generation_config.json'}: {one_line(error)}"
 
 
 def _row_faults(recipe: Recipe, layout: Layout, tokenizer: Any) -> Iterator[str]:

@@ -11,8 +11,9 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
-from sqft_export.errors import UserError
+from sqft_export.errors import UserError, one_line
 from sqft_export.recipe.schema import TASK_KINDS, Recipe
+from sqft_export.textfiles import decoded
 
 # A recipe has a page. What is larger is something else, or made to keep a reader busy.
 LARGEST_BYTES = 2**16
@@ -34,7 +35,7 @@ def _read_yaml(text: str, where: str) -> Any:
     except RecursionError as error:
         raise UserError(f"{where}: not valid YAML: nested too deeply") from error
     except Exception as error:  # a parser of many kinds: bad dates, tags, escapes, characters
-        shown = " ".join(str(error).split())[:SHOWN]
+        shown = one_line(error, SHOWN)
         raise UserError(f"{where}: not valid YAML: {type(error).__name__}: {shown}") from error
 
 
@@ -141,11 +142,7 @@ def _read(file: Path) -> str:
         raise UserError(f"{str(file)[:SHOWN]!r}: can't be read: {error}") from error
     if len(content) > LARGEST_BYTES:
         raise UserError(f"{file}: has {len(content)} bytes; a recipe has at most {LARGEST_BYTES}")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        found = f"{content[error.start]:#04x}"
-        raise UserError(f"{file}: not UTF-8 at byte {error.start} ({found})") from error
+    return decoded(content, file)
 
 
 def load_recipe(

@@ -13,12 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from sqft_export.errors import UserError
 from sqft_export.measure.rows import MADE
-from sqft_export.model.companions import read_json
 from sqft_export.report import pictures
 from sqft_export.report.document import SCHEMA, cells
 from sqft_export.report.html import render
 from sqft_export.report.text import markdown
 from sqft_export.run.artifact import MANIFEST, check_artifact
+from sqft_export.textfiles import read_json
 
 REPORT = "report.json"
 

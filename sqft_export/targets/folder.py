@@ -1,10 +1,10 @@
 """Names of the files in a deployment folder, whoever writes or reads it; needs no runtime."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from sqft_export.errors import UserError
+from sqft_export.textfiles import read_json
 
 GRAPHS = {"openvino": "openvino_model.xml", "onnx": "model.onnx"}
 WEIGHT_FILES = {"openvino": "openvino_model.bin", "onnx": "model.onnx.data"}
@@ -23,11 +23,7 @@ def check_genai_config(folder: Path) -> None:
     file = folder / GENAI_CONFIG
     if not file.is_file():
         raise UserError(f"{file}: is missing")
-    try:
-        document = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not JSON: {error}") from error
-    for path, value in _entries(document):
+    for path, value in _entries(read_json(file)):
         if path.endswith(f".{CUSTOM_LIBRARY}") and value:
             raise UserError(
                 f"{file}: {path}: {value!r} is a library that would be run; where you trust it, "

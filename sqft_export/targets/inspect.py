@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from sqft_export.errors import UserError
+from sqft_export.errors import UserError, one_line
 from sqft_export.numerics.codes import Quantized
 from sqft_export.packed.seal import check_seal
 from sqft_export.run.artifact import files_of, sha256_of
@@ -33,8 +33,7 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     except (UserError, ImportError, MemoryError):
         raise
     except Exception as error:  # whatever a stranger's graph makes a runtime's reader raise
-        shown = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder}: can't be read as {runtime}: {shown}") from error
+        raise UserError(f"{folder}: can't be read as {runtime}: {one_line(error)}") from error
     layers.sort(key=lambda layer: _in_order(layer["layer"]))
     sizes: Counter[str] = Counter()
     for file in files_of(folder):

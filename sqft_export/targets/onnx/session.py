@@ -8,11 +8,11 @@ import numpy as np
 import onnxruntime as ort
 
 from sqft_export.errors import UserError
-from sqft_export.model.companions import read_json
 from sqft_export.packed.loaders import load_onnx
 from sqft_export.targets import positions_of
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER, GENAI_CONFIG, GRAPHS
+from sqft_export.textfiles import read_json
 
 ADAPTER_FILE = "adapter.onnx_adapter"
 CPU_PROVIDER = "CPUExecutionProvider"
