@@ -121,9 +121,8 @@ def on_devices(table: list[Row], targets: tuple[str, ...]) -> list[Row]:
     return [row for row in table if row not in made] + moved
 
 
-def _job(context: Context, row: Row, items: list[Item], tokenizer: Any) -> dict[str, Any]:
+def _job(context: Context, row: Row, prompt: list[int]) -> dict[str, Any]:
     benchmark = context.recipe.benchmark
-    ids = [token for item in items for token in item.prompt + item.target]
     base = context.base()
     return {
         "kind": row.kind,
@@ -134,8 +133,7 @@ def _job(context: Context, row: Row, items: list[Item], tokenizer: Any) -> dict[
         "unmerged": base.unmerged,
         "adapter": str(context.inputs["search"].path / "adapter"),
         "threads": threads(context.recipe),
-        "questions": questions(context.recipe, items, stop_ids(context.model, tokenizer)),
-        "latency_prompt": ids[: benchmark.prompt_tokens],
+        "latency_prompt": prompt,
         "new_tokens": benchmark.new_tokens,
         "repeats": benchmark.repeats,
     }
@@ -182,14 +180,17 @@ def _measured(
     Rows take turns, and each round turns the order round, so that a slow moment of the machine
     hits all of them.
     """
-    rounds = context.recipe.benchmark.rounds
+    recipe, rounds = context.recipe, context.recipe.benchmark.rounds
+    asked = questions(recipe, items, stop_ids(context.model, tokenizer))
+    ids = [token for item in items for token in item.prompt + item.target]
+    prompt = ids[: recipe.benchmark.prompt_tokens]
     advance = context.start(rounds * len(table))
     found: dict[str, list[dict[str, Any]]] = {row.name: [] for row in table}
     for number in range(rounds):
         for row in table if number % 2 == 0 else table[::-1]:
-            job = _job(context, row, items, tokenizer)
-            if number:
-                del job["questions"]
+            job = _job(context, row, prompt)
+            if number == 0:
+                job["questions"] = asked
             found[row.name].append(in_a_process(job, context.folder))
             advance()
     return found

@@ -67,28 +67,27 @@ def _check_zeros(certificate: Certificate, subject: Subject, evidence: Evidence)
     """Every pruned position, pass by pass; one layer is in memory."""
     if not subject.pruned:
         return
-    stages = {
-        name: (Checkpoint(folder), _zeros(certificate, name))
-        for name, folder in subject.passes.items()
-    }
-    for linear in sorted(subject.pruned):
-        dropped = subject.dropped(linear, subject.merged.linears[linear])
-        for checkpoint, check in stages.values():
-            weight = checkpoint.tensor(f"{linear}.weight")
-            check.count_zeros(dropped, (weight != 0).numpy(), linear)
-    if subject.dense_update:
-        return
-    in_forward = _zeros(certificate, "the trained forward")
-    in_merged = _zeros(certificate, "the merged model")
+    passes = [
+        (Checkpoint(folder), _zeros(certificate, name)) for name, folder in subject.passes.items()
+    ]
+    merged = None
+    if not subject.dense_update:  # which gives pruned positions up
+        in_forward = _zeros(certificate, "the trained forward")
+        merged = _zeros(certificate, "the merged model")
     quantized = set(subject.quantized)
     for linear in sorted(subject.pruned):
+        dropped = subject.dropped(linear, subject.merged.linears[linear])
+        for checkpoint, check in passes:
+            weight = checkpoint.tensor(f"{linear}.weight")
+            check.count_zeros(dropped, (weight != 0).numpy(), linear)
+        if merged is None:
+            continue
         positions, kept = evidence.pruned.get(linear, (0, 0))
         in_forward.compared += positions
         in_forward.blame(linear, kept)
-        dropped = subject.dropped(linear, subject.merged.linears[linear])
         found = _weight(subject.merged, linear, quantized)
         assert found is not None
-        in_merged.count_zeros(dropped, (found != 0).numpy(), linear)
+        merged.count_zeros(dropped, (found != 0).numpy(), linear)
 
 
 def _check_logits(

@@ -53,12 +53,12 @@ def _check_floats(certificate: Certificate, subject: Subject, name: str, folder:
     zeros = None
     if subject.pruned - quantized and not subject.dense_update:
         zeros = certificate.start("storage", f"pruned floats zero in {name}", "positions")
-    shapes = {key: shape for key, shape in merged.shapes.items()}
+    shapes = merged.shapes
     missing = {key for key in shapes if key.removesuffix(".weight") not in quantized}
     vectors: list[bytes] = []
     for module, array in target(name).read_floats(folder):
         key = f"{merged.stored_name(module)}.weight"
-        if not module or key not in missing | set(shapes) or len(shapes[key]) != 2:
+        if not module or key not in shapes or len(shapes[key]) != 2:
             vectors.append(np.ascontiguousarray(array, np.float32).tobytes())
             continue
         expected = merged.tensor(key).float().numpy()
