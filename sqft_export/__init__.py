@@ -6,10 +6,12 @@
     pipe = sqft_export.load_openvino_genai("folder")     # openvino_genai.LLMPipeline
     session = sqft_export.load_onnx("folder")            # onnxruntime.InferenceSession
     model = sqft_export.load_onnx_genai("folder")        # onnxruntime_genai.Model
+    library = sqft_export.openvino_extension()           # what runs a specialized folder
 
 Importing this imports no runtime and no torch.
 """
 
+from sqft_export.kernels.extension import openvino_extension
 from sqft_export.packed.loaders import (
     load_onnx,
     load_onnx_genai,
@@ -17,4 +19,10 @@ from sqft_export.packed.loaders import (
     load_openvino_genai,
 )
 
-__all__ = ["load_onnx", "load_onnx_genai", "load_openvino", "load_openvino_genai"]
+__all__ = [
+    "load_onnx",
+    "load_onnx_genai",
+    "load_openvino",
+    "load_openvino_genai",
+    "openvino_extension",
+]

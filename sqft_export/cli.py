@@ -39,6 +39,9 @@ Items = Annotated[
 Device = Annotated[
     str, typer.Option("--device", help="cpu, gpu or npu; `list targets` says which are here")
 ]
+Kernels = Annotated[
+    str, typer.Option(help="kernels that OpenVINO folders run on: stock,dense,sparse,auto")
+]
 Out = Annotated[Path, typer.Argument(help="folder to write; must not exist")]
 
 
@@ -136,14 +139,13 @@ def benchmark_command(
     threads: Annotated[int | None, typer.Option(min=1, max=4096)] = None,
     cpus: Annotated[str | None, typer.Option(help="stay on these processors, as 0,1")] = None,
     device: Device = "cpu",
+    execution: Kernels = "stock",
     task: Annotated[
         str | None, typer.Option(help="answer a dataset too: gsm8k, arc_easy, boolq, ...")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="local folder of the task's dataset")] = None,
     text: Annotated[Path | None, typer.Option(help="a text file, for perplexity")] = None,
-    items: Annotated[
-        int, typer.Option(min=1, max=LARGEST_OPTION, help="of the task or windows of the text")
-    ] = 100,
+    items: Items = 100,
     out: Annotated[Path | None, typer.Option(help="folder for results.json, items.jsonl")] = None,
     json_only: Json = False,
 ) -> None:
@@ -160,7 +162,8 @@ def benchmark_command(
     stay = _numbers(cpus, "--cpus", least=0) if cpus else None
     for folder in folders:
         _require_folder(folder)
-    settings = DeviceSettings(lengths, new_tokens, batches, rounds, threads, stay, device)
+    ways = tuple(dict.fromkeys(execution.split(",")))
+    settings = DeviceSettings(lengths, new_tokens, batches, rounds, threads, stay, device, ways)
     questions = questions_of(folders[0], task, data, text, items)
     document = benchmark_folders(folders, settings, questions)
     if out:
@@ -266,6 +269,24 @@ def unpack_command(folder: Deployment, out: Out) -> None:
 def _say_packed(out: Path, sizes: dict[str, Any]) -> None:
     dense, packed = sizes["dense_bytes"], sizes["packed_bytes"]
     print(f"{out}: weights {dense:,} bytes dense, {packed:,} packed ({packed / dense:.1%})")
+
+
+@app.command("specialize")
+def specialize_command(
+    folder: Deployment,
+    out: Out,
+    execution: Annotated[
+        Literal["auto", "sparse", "dense"],
+        typer.Option(help="sparse: from mask and kept codes; dense; auto: the fastest here"),
+    ] = "sparse",
+) -> None:
+    """Write a copy of an OpenVINO deployment that runs on this package's kernels."""
+    from sqft_export.packed.execution import specialize
+
+    _require_folder(folder)
+    made = specialize(folder, out, execution)
+    products = ", ".join(f"{count} {form}" for form, count in made["products"].items())
+    print(f"{out}: weights {made['bytes']:,} bytes; products: {products}")
 
 
 @app.command("verify")

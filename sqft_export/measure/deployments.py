@@ -30,13 +30,17 @@ from sqft_export.data.datasets import missing_sets
 from sqft_export.data.items import held_out, stop_ids
 from sqft_export.data.scoring import judge, questions
 from sqft_export.errors import UserError
+from sqft_export.kernels.choice import STOCK
+from sqft_export.kernels.extension import kernels_used
+from sqft_export.kernels.ir import is_specialized
 from sqft_export.measure.machine import machine_facts
 from sqft_export.measure.rows import accuracy_row, answer_entry
 from sqft_export.measure.statistics import bootstrap_ratio, percentiles, wilson
 from sqft_export.measure.worker import in_a_process
 from sqft_export.model.checkpoint import file_bytes
+from sqft_export.packed.execution import checked_execution
 from sqft_export.targets.devices import find_device
-from sqft_export.targets.folder import GENAI_CONFIG, kind_of
+from sqft_export.targets.folder import GENAI_CONFIG, GRAPHS, kind_of
 from sqft_export.textfiles import read_json
 
 UNCERTAIN = "its interval holds 1: not told apart"
@@ -53,6 +57,7 @@ class DeviceSettings:
     batches: sizes for tokens/s.
     rounds: processes per folder.
     threads: None: the runtime's choice; cpus: processors to stay on, None: any.
+    execution: whose kernels OpenVINO folders run on, see ``packed/execution.py``; each is measured.
     """
 
     prompt_tokens: tuple[int, ...] = (32, 128, 512, 2048)
@@ -62,6 +67,7 @@ class DeviceSettings:
     threads: int | None = None
     cpus: tuple[int, ...] | None = None
     device: str = "cpu"
+    execution: tuple[str, ...] = ("stock",)
 
 
 def names_of(folders: list[Path]) -> list[str]:
@@ -81,18 +87,48 @@ def names_of(folders: list[Path]) -> list[str]:
     return ["/".join(p) for p in parts]
 
 
-def _job(folder: Path, settings: DeviceSettings) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Measured:
+    """A folder on some kernels."""
+
+    folder: Path
+    execution: str = "stock"
+
+
+def _job(measured: Measured, settings: DeviceSettings) -> dict[str, Any]:
     """What every worker is told of a folder."""
     return {
-        "kind": kind_of(folder),
-        "folder": str(folder),
+        "kind": kind_of(measured.folder),
+        "folder": str(measured.folder),
+        "execution": measured.execution,
         "threads": settings.threads,
         "device": settings.device,
     }
 
 
+def _each_way(folders: list[Path], settings: DeviceSettings) -> dict[str, Measured]:
+    """Every folder by its name, and an OpenVINO folder on all the kernels that are asked for.
+
+    :raises UserError: if there are no such kernels, or the device has its own.
+    """
+    ways = [checked_execution(way) for way in settings.execution]
+    if set(ways) != {STOCK}:
+        if settings.device != "cpu":
+            raise UserError(f"--execution: found {ways}; {settings.device} has its own kernels")
+        kernels_used()
+    found = {}
+    for name, folder in zip(names_of(folders), folders, strict=True):
+        own = kind_of(folder) != "openvino" or is_specialized(
+            (folder / GRAPHS["openvino"]).read_bytes()
+        )
+        for way in [STOCK] if own else ways:
+            label = name if own or ways == [STOCK] else f"{name}, {way}"
+            found[label] = Measured(folder, way)
+    return found
+
+
 def latencies(
-    folders: dict[str, Path], settings: DeviceSettings, vocabulary: dict[str, int]
+    folders: dict[str, Measured], settings: DeviceSettings, vocabulary: dict[str, int]
 ) -> dict[str, list[dict[str, Any]]]:
     """One entry a round for every folder."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in folders}
@@ -216,7 +252,6 @@ def questions_of(
         return None
     if task is not None and text is not None:
         raise UserError("--task and --text: one of them is asked, found both")
-    pass
     from sqft_export.recipe.schema import Dataset, Recipe, Text
 
     section: Any
@@ -295,14 +330,12 @@ def agreement(first: np.ndarray, found: np.ndarray) -> dict[str, Any]:
 
 
 def answers(
-    folders: dict[str, Path], questions: Questions, settings: DeviceSettings
+    folders: dict[str, Measured], questions: Questions, settings: DeviceSettings
 ) -> dict[str, list[dict[str, Any]]]:
     """``accuracy`` of every folder with its interval, and ``agreement`` with the first one.
 
     A folder is loaded once for both.
     """
-    pass
-
     rows: list[dict[str, Any]] = []
     agreements: list[dict[str, Any]] = []
     first_right: list[bool] = []
@@ -337,9 +370,9 @@ def benchmark_folders(
     :raises UserError: if a folder is no deployment, one fails, or its runtime does not reach the
         device.
     """
-    named = dict(zip(names_of(folders), folders, strict=True))
-    kinds = {name: kind_of(folder) for name, folder in named.items()}
-    sizes = {name: vocabulary_of(folder) for name, folder in named.items()}
+    named = _each_way(folders, settings)
+    kinds = {name: kind_of(measured.folder) for name, measured in named.items()}
+    sizes = {name: vocabulary_of(measured.folder) for name, measured in named.items()}
     cpus = settings.cpus
     if cpus and not set(cpus) <= set(range(os.cpu_count() or 1)):
         last = (os.cpu_count() or 1) - 1
@@ -353,7 +386,8 @@ def benchmark_folders(
         "versions": runtime_versions(set(kinds.values())),
         "settings": asdict(settings),
         "folders": {
-            name: {"runtime": kinds[name], "file_bytes": file_bytes(named[name])} | summarize(runs)
+            name: {"runtime": kinds[name], "file_bytes": file_bytes(named[name].folder)}
+            | summarize(runs)
             for name, runs in found.items()
         },
         "ratios": ratios(found),

@@ -26,8 +26,13 @@ from sqft_export.targets import Session, runner
 
 def open_job(job: dict[str, Any]) -> Session:
     if job["kind"] != "adapted":
-        folder, threads = Path(job["folder"]), job["threads"]
-        return runner(job["kind"]).open_session(folder, False, threads, job["device"])
+        folder, threads, device = Path(job["folder"]), job["threads"], job["device"]
+        if job["kind"] == "openvino":
+            from sqft_export.targets import openvino
+
+            execution = job.get("execution", "stock")
+            return openvino.open_session(folder, False, threads, device, execution)
+        return runner(job["kind"]).open_session(folder, False, threads, device)
     import torch
 
     from sqft_export.adapters.files import Base

@@ -45,8 +45,18 @@ def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     :raises ValueError: if ``m`` does not divide the number of columns.
     """
     if scores.shape[1] % m:
-        raise ValueError(f"{n}:{m} needs inputs divisible by {m}, found {scores.shape[1]}")
+        raise ValueError(f"{n} of {m} needs inputs divisible by {m}, found {scores.shape[1]}")
     return drop_lowest(scores.reshape(-1, m), m - n).reshape(scores.shape)
+
+
+def keep_at_most(scores: Tensor, n: int, m: int) -> Tensor:
+    """Scores with all but the ``n`` highest of every ``m`` consecutive columns lowered to -inf.
+
+    What is dropped next is dropped of those first, so that no block keeps more.
+
+    :raises ValueError: if ``m`` does not divide the number of columns.
+    """
+    return scores.masked_fill(~keep_n_of_m(scores, n, m), -math.inf)
 
 
 def mask_to_bits(mask: Tensor) -> Tensor:

@@ -224,6 +224,7 @@ class PackedFile:
             self._stream.close()
             raise self._damaged("is empty") from error
         self.content = np.frombuffer(self._map, np.uint8)
+        self._checked: dict[int, Bytes] = {}  # raw regions that were read
         self.header, self.payload = self._read_header()
         self._check_layout()
 
@@ -232,7 +233,7 @@ class PackedFile:
 
     def __exit__(self, *failure: object) -> None:
         # The map goes with the last array on it, which a traceback may still hold.
-        del self.content, self.payload, self._map
+        del self.content, self.payload, self._map, self._checked
         self._stream.close()
 
     def _damaged(self, what: str) -> DamagedError:
@@ -333,6 +334,17 @@ class PackedFile:
             raise self._damaged("what it holds is not the file that was packed")
         return out
 
+    def check_whole(self) -> None:
+        """The dense file's digest, a region at a time in memory.
+
+        :raises DamagedError: if what is held is not the file that was packed.
+        """
+        digest = hashlib.sha256()
+        for region in self.header.regions:
+            digest.update(np.ascontiguousarray(self.read(region.at, region.size)).data)
+        if digest.hexdigest() != self.header.sha256:
+            raise self._damaged("what it holds is not the file that was packed")
+
     def inflate_file(self, file: Path, threads: int | None = None) -> None:
         """The dense file itself; a chunk a thread is in memory.
 
@@ -343,6 +355,40 @@ class PackedFile:
                 # Full disks show now, and what is claimed at once is written a third faster.
                 os.posix_fallocate(stream.fileno(), 0, self.header.size)
             self._write(DenseFile(stream), threads)
+
+    def read(self, at: int, size: int) -> Bytes:
+        """Bytes ``at`` to ``at + size`` of the dense file, which lie in one region.
+
+        :raises UserError: naming the tensor that is damaged, or if the file has no such bytes.
+        """
+        region = next((r for r in self.header.regions if r.at <= at < r.at + r.size), None)
+        if not size:
+            return np.empty(0, np.uint8)
+        if region is None or at + size > region.at + region.size:
+            return self._read_over(at, size)
+        if isinstance(region, Raw):
+            return self._raw_bytes(region)[at - region.at : at - region.at + size]
+        out = Memory(np.empty(region.size, np.uint8))
+        with ThreadPoolExecutor(allowed_processors()) as pool:
+            self._finish((region, self._inflate(region, out, 0, self.read, pool)))
+        return out.read(at - region.at, size)
+
+    def _read_over(self, at: int, size: int) -> Bytes:
+        """The same over several regions."""
+        if at < 0 or at + size > self.header.size:
+            raise self._damaged(f"has no bytes {at} to {at + size}")
+        parts, end = [], at + size
+        for region in self.header.regions:
+            first, last = max(at, region.at), min(end, region.at + region.size)
+            if first < last:
+                parts.append(self.read(first, last - first))
+        return np.concatenate(parts)
+
+    def _raw_bytes(self, region: Raw) -> Bytes:
+        """Checked once, however many tensors lie in it."""
+        if region.at not in self._checked:
+            self._checked[region.at] = self._bytes(region.data, f"byte {region.at}")
+        return self._checked[region.at]
 
     def _write(self, out: Memory | DenseFile, threads: int | None) -> None:
         # One more than processors: one waits for its turn to write.
@@ -355,7 +401,7 @@ class PackedFile:
             for region in self.header.regions:
                 if isinstance(region, Sparse):
                     # One is checked while the one before it is written.
-                    started = region, self._inflate(region, out, pool)
+                    started = region, self._inflate(region, out, region.at, out.read, pool)
                     self._finish(before)
                     before = started
             self._finish(before)
@@ -373,14 +419,19 @@ class PackedFile:
         self._forget(region.data)
 
     def _inflate(
-        self, region: Sparse, out: Memory | DenseFile, pool: Executor
+        self,
+        region: Sparse,
+        out: Memory | DenseFile,
+        at: int,
+        dense: Callable[[int, int], Bytes],
+        pool: Executor,
     ) -> list[Future[None]]:
         mask = self._bytes(region.mask, region.name, pool)
         kept = self._bytes(region.kept, region.name, pool)
-        fill = fills_of(region.fill, out.read)
+        fill = fills_of(region.fill, dense)
         try:
             return inflate(
-                region.bits, region.elements, mask, kept, fill, region.group, out, region.at, pool
+                region.bits, region.elements, mask, kept, fill, region.group, out, at, pool
             )
         except ValueError as error:
             raise self._damaged(f"{region.name}: {error}") from error

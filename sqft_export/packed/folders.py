@@ -20,7 +20,9 @@ from sqft_export.run.artifact import sha256_of
 from sqft_export.run.host import require_space
 from sqft_export.targets.folder import graph_and_weights
 
-PACKED = "packed"  # folder beside a deployment's own, in the artifact of an export
+# Folders beside a deployment's own, in the artifact of an export.
+PACKED = "packed"
+SPARSE = "sparse"
 
 
 def packed_file(folder: Path) -> Path | None:
@@ -41,9 +43,7 @@ def pack(folder: Path, out: Path, entropy: bool = False) -> dict[str, Any]:
     graph, weights = graph_and_weights(folder)
     if not weights.is_file():
         raise UserError(f"{weights}: is missing; a dense deployment is expected")
-    files = _own_files(folder)
-    with _fresh(out, folder) as partial:
-        _copy(files, weights, folder, partial)
+    with copy_of(folder, out, [weights]) as partial:
         sizes = _pack_weights(graph, weights, partial / (weights.name + SUFFIX), entropy)
         if sizes["packed_bytes"] >= sizes["dense_bytes"]:
             raise NothingSaved(
@@ -91,14 +91,12 @@ def unpack(folder: Path, out: Path) -> dict[str, Any]:
     packed = packed_file(folder)
     if packed is None:
         raise UserError(f"{folder}: has no packed weights (*{SUFFIX})")
-    files = _own_files(folder)
     with PackedFile(packed) as opened:
         header = opened.header
         if header.file != packed.name.removesuffix(SUFFIX):
             raise UserError(f"{packed}: holds {header.file}; it was renamed or belongs elsewhere")
         require_space(out, header.size)
-        with _fresh(out, folder) as partial:
-            _copy(files, packed, folder, partial)
+        with copy_of(folder, out, [packed]) as partial:
             opened.inflate_file(partial / header.file)
             if sha256_of(partial / header.file) != header.sha256:
                 raise DamagedError(f"{packed}: what it holds is not the file that was packed")
@@ -123,12 +121,23 @@ def _own_files(folder: Path) -> list[Path]:
     return found
 
 
-def _copy(files: list[Path], without: Path, folder: Path, out: Path) -> None:
+def _copy(files: list[Path], folder: Path, out: Path) -> None:
     for file in files:
-        if file != without:
-            place = out / file.relative_to(folder)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)
+        place = out / file.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
+
+
+@contextmanager
+def copy_of(folder: Path, out: Path, without: list[Path]) -> Iterator[Path]:
+    """A copy of a deployment but for some files, that becomes ``out`` once it is whole.
+
+    :raises UserError: if ``out`` exists or lies within, or the folder holds what is no file of it.
+    """
+    files = [file for file in _own_files(folder) if file not in without]
+    with _fresh(out, folder) as partial:
+        _copy(files, folder, partial)
+        yield partial
 
 
 @contextmanager

@@ -1,7 +1,9 @@
-"""Load a deployment whose weights are packed: inflated first, then handed to the runtime.
+"""Load a deployment, packed or not.
 
-The runtime sees the graph of the dense folder and the bytes of its weights: the same kernels, the
-same results. A dense folder loads too.
+In OpenVINO its products run on the kernels of this package where they are faster
+(packed/execution.py). With ``execution="stock"``, and in ONNX Runtime, weights are inflated and
+handed to the runtime, which sees the graph of the dense folder and the bytes of its weights: the
+same kernels, the same results.
 """
 
 import shutil
@@ -11,13 +13,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from sqft_export.errors import DamagedError, UserError, one_line
+from sqft_export.kernels.choice import STOCK
+from sqft_export.kernels.extension import openvino_extension
+from sqft_export.kernels.ir import is_specialized
+from sqft_export.kernels.library import HUGE_PAGE, in_huge_pages
 from sqft_export.packed.container import PackedFile
+from sqft_export.packed.execution import checked_execution, execution_here, rewritten
 from sqft_export.packed.folders import packed_file
 from sqft_export.packed.seal import check_seal
 from sqft_export.run.artifact import sha256_of
 from sqft_export.run.host import require_space
-from sqft_export.targets.folder import check_genai_config, graph_and_weights
+from sqft_export.targets.folder import GRAPHS, check_genai_config, graph_and_weights
 
 
 @contextmanager
@@ -41,48 +50,91 @@ def _openvino_weights(file: Path) -> Any:
     return tensor
 
 
-def load_openvino(folder: str | Path, core: Any = None) -> Any:
-    """An ``openvino.Model``, ready to be compiled.
+class _RuntimeMemory:
+    """Memory that an ``openvino.Tensor`` owns, so that it lives as long as a model on it."""
+
+    def allocate(self, size: int) -> np.ndarray:
+        import openvino as ov
+
+        self.tensor = ov.Tensor(ov.Type.u8, ov.Shape([size + HUGE_PAGE]))
+        self.start = -self.tensor.data.ctypes.data % HUGE_PAGE
+        array = self.tensor.data[self.start : self.start + size]
+        in_huge_pages(array)
+        return array
+
+    def first(self, size: int) -> Any:
+        """A tensor of the first bytes."""
+        import openvino as ov
+
+        return ov.Tensor(self.tensor, [self.start], [self.start + size])
+
+
+def _openvino_parts(folder: Path, execution: str) -> tuple[bytes, Any, list[str]]:
+    """Graph, weights (None: the file beside it) and extensions that it needs.
+
+    :raises UserError: if the weights are damaged, or the folder is specialized and the kernels are
+        missing.
+    """
+    graph, _ = graph_and_weights(folder)
+    check_seal(folder, whole=False)
+    text = graph.read_bytes()
+    if is_specialized(text):
+        checked_execution(execution)
+        return text, None, [openvino_extension()]
+    execution = execution_here(execution)
+    if execution != STOCK:
+        memory = _RuntimeMemory()
+        if made := rewritten(folder, execution, memory.allocate):
+            return made.text, memory.first(len(made.weights)), [openvino_extension()]
+    packed = packed_file(folder)
+    return text, _openvino_weights(packed) if packed else None, []
+
+
+def load_openvino(folder: str | Path, core: Any = None, execution: str = "auto") -> Any:
+    """An ``openvino.Model``, ready to be compiled for the CPU; for other devices ``stock``.
 
     :param core: an ``openvino.Core``; None for a new one.
+    :param execution: auto, sparse, dense or stock, see ``packed/execution.py``.
     :raises UserError: if the weights are damaged, or the runtime can't load the graph.
     """
     import openvino as ov
 
-    folder = Path(folder)
-    graph, _ = graph_and_weights(folder)
-    check_seal(folder, whole=False)
-    core = core or ov.Core()
-    packed = packed_file(folder)
+    folder, core = Path(folder), core or ov.Core()
     with _read_by("OpenVINO", folder):
-        if packed is None:
-            return core.read_model(graph)
-        return core.read_model(graph.read_bytes(), _openvino_weights(packed))
+        text, weights, extensions = _openvino_parts(folder, execution)
+        for extension in extensions:
+            core.add_extension(extension)
+        if weights is None:
+            return core.read_model(folder / GRAPHS["openvino"])
+        return core.read_model(text, weights)
 
 
-def load_openvino_genai(folder: str | Path, device: str = "CPU", **properties: Any) -> Any:
+def load_openvino_genai(
+    folder: str | Path, device: str = "CPU", execution: str = "auto", **properties: Any
+) -> Any:
     """An ``openvino_genai.LLMPipeline``.
 
+    :param execution: auto, sparse, dense or stock, see ``packed/execution.py``; other devices than
+        the CPU have their own kernels.
     :param properties: of the device, as ``LLMPipeline`` takes them.
     :raises UserError: if the weights are damaged, or the runtime can't load the graph.
     """
     import openvino_genai
 
     folder = Path(folder)
-    graph, _ = graph_and_weights(folder)
-    check_seal(folder, whole=False)
-    packed = packed_file(folder)
     with _read_by("OpenVINO GenAI", folder):
-        if packed is None:
+        text, weights, extensions = _openvino_parts(folder, execution if device == "CPU" else STOCK)
+        if extensions:
+            properties["extensions"] = [*properties.get("extensions", []), *extensions]
+        if weights is None:
             return openvino_genai.LLMPipeline(str(folder), device, **properties)
         generation = folder / "generation_config.json"
         config = openvino_genai.GenerationConfig()
         if generation.is_file():
             config = openvino_genai.GenerationConfig(str(generation))
-        weights = _openvino_weights(packed)
         tokenizer = openvino_genai.Tokenizer(str(folder))
         return openvino_genai.LLMPipeline(
-            graph.read_text(), weights, tokenizer, device, config, **properties
+            text.decode(), weights, tokenizer, device, config, **properties
         )
 
 

@@ -10,9 +10,14 @@ Entries = list[dict[str, Any]]
 
 def _targets() -> Entries:
     """Runtimes and devices of this machine, and why it lacks the others."""
+    from sqft_export.kernels.extension import why_not
+    from sqft_export.kernels.library import kernels_here
     from sqft_export.targets.devices import devices
 
     found = [asdict(device) for device in devices()]
+    kernels, missing = kernels_here(), why_not()
+    name = kernels.name if kernels else "none"
+    found.append({"runtime": "openvino", "kind": "kernels", "name": name, "missing": missing})
     return [d | {"missing": d["missing"] or "here"} for d in found]
 
 

@@ -125,11 +125,13 @@ def _pattern_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     for number, override in enumerate(recipe.sparsify.overrides):
         amounts.append((f"sparsify.overrides.{number}", override, override.modules))
     for where, amount, modules in amounts:
-        found = amount.n_of_m()
+        found = amount.n_of_m() or amount.at_most
+        field = "pattern" if amount.pattern else "at_most"
         for name, (_, inputs) in layout.linears.items():
             if found and inputs % found[1] and matches(name, modules):
+                said = amount.pattern or list(found)
                 yield (
-                    f"{where}.pattern: found {amount.pattern}, but {name} has {inputs} inputs, "
+                    f"{where}.{field}: found {said}, but {name} has {inputs} inputs, "
                     f"which {found[1]} does not divide"
                 )
 

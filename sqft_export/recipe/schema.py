@@ -127,6 +127,12 @@ class Amount(Section):
         None, pattern=r"^\d+:\d+$", description='N:M, N of every M columns kept, such as "2:4"'
     )
 
+    at_most: tuple[int, int] | None = Field(
+        None,
+        description="with sparsity: no more than the first of every so many columns are kept, such "
+        "as [32, 64]; nearly free, and a kernel then knows how much it has to read",
+    )
+
     def n_of_m(self) -> tuple[int, int] | None:
         if self.pattern is None:
             return None
@@ -137,6 +143,19 @@ class Amount(Section):
         found = self.n_of_m()
         if found and not 0 < found[0] < found[1]:
             raise ValueError(f"pattern {self.pattern} must keep at least 1 of M and drop 1")
+        if self.at_most is None:
+            return
+        if self.sparsity is None:
+            raise ValueError("at_most goes with sparsity; pattern is an amount of its own")
+        most, of = self.at_most
+        if not 0 < most < of:
+            raise ValueError(f"at_most: found {[most, of]}; at least 1 is kept and 1 dropped")
+        if most < (1 - self.sparsity) * of - 1e-6:
+            kept = 1 - self.sparsity
+            raise ValueError(
+                f"at_most: found {[most, of]}, which keeps {most / of:.0%} at most; sparsity "
+                f"{self.sparsity} keeps {kept:.0%}"
+            )
 
 
 class Override(Amount):
@@ -170,7 +189,8 @@ class Sparsify(Amount):
     @model_validator(mode="after")
     def _one_measure(self):
         if self.method in ("none", "given"):
-            if self.sparsity is not None or self.pattern or self.overrides or self.allocated:
+            amounts = self.sparsity is not None or self.pattern or self.at_most
+            if amounts or self.overrides or self.allocated:
                 raise ValueError(f"method {self.method} takes no amounts")
         elif (self.sparsity is None) == (self.pattern is None):
             raise ValueError("give either sparsity or pattern")
@@ -379,6 +399,12 @@ class Export(Section):
     )
     entropy: bool = Field(
         False, description="packed copies compressed as well: smaller, and slower to load"
+    )
+
+    sparse_execution: bool = Field(
+        False,
+        description="an OpenVINO folder too whose products run on our kernels, straight from mask "
+        "and kept codes; it loads with sqft_export.openvino_extension()",
     )
 
     @model_validator(mode="after")

@@ -64,6 +64,24 @@ def _layers(inputs: dict[str, Artifact]) -> list[dict[str, Any]]:
     ]
 
 
+def _sparse_execution(
+    inputs: dict[str, Artifact], rows: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """What products of the folder of sparse execution run on, and what that brought in this run."""
+    export = inputs.get("export-openvino")
+    made = export.metrics.get("sparse") if export else None
+    by_name = {row["name"]: row for row in rows}
+    ours, theirs = (by_name.get(f"OpenVINO{end}") for end in (", sparse execution", ""))
+    if not made or not ours or not theirs:
+        return made
+    gains = {
+        "tpot_times_as_fast": theirs["tpot"]["median_ms"] / ours["tpot"]["median_ms"],
+        "bytes_ratio": ours["file_bytes"] / theirs["file_bytes"],
+        "memory_ratio": ours["steady_memory_bytes"] / theirs["steady_memory_bytes"],
+    }
+    return made | gains
+
+
 def report_of_run(recipe: Recipe, inputs: dict[str, Artifact]) -> dict[str, Any]:
     """``report.json``: every number of the page, each from a sealed artifact."""
     benchmark = json.loads((inputs["benchmark"].path / "results.json").read_text())
@@ -76,6 +94,7 @@ def report_of_run(recipe: Recipe, inputs: dict[str, Artifact]) -> dict[str, Any]
         "verify": inputs["verify"].metrics["checks"],
         "passes": _passes(inputs),
         "layers": _layers(inputs),
+        "sparse_execution": _sparse_execution(inputs, benchmark["rows"]),
         "search": inputs["search"].metrics,
         "adapt": inputs["adapt"].metrics,
         "warnings": [w for a in inputs.values() for w in a.metrics.get("warnings", [])],

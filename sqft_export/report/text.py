@@ -22,6 +22,8 @@ def plan_text(document: dict[str, Any]) -> str:
     machine, asked = document["machine"], document["group_size"]
     flops, disk = machine["flops"] / 1e9, machine["disk"] / 1e6
     lines.append(f"  times for {flops:.0f} GFLOP/s, {disk:.0f} MB/s of disk")
+    if document["sparse_execution"]:
+        lines.append(f"  sparse execution {document['sparse_execution']}")
     for name, size in document["group_size_fallback"].items():
         lines.append(f"  {name}: group_size {asked} does not divide its inputs; {size} is used")
     return "\n".join(lines)

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from sqft_export.data.items import count_examples
+from sqft_export.kernels.extension import why_not
+from sqft_export.kernels.library import kernels_here
 from sqft_export.model.hub import model_folder
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.costs import (
@@ -59,4 +61,12 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
             "free_bytes": free_memory(),
         },
         "machine": asdict(machine),
+        "sparse_execution": _kernels_text() if recipe.export.sparse_execution else None,
     }
+
+
+def _kernels_text() -> str:
+    """Which kernels the folder of sparse execution will run on here, or why there will be none."""
+    found = kernels_here()
+    missing = why_not()
+    return f"not here: {missing}" if missing or not found else f"on {found.name} kernels"

@@ -7,23 +7,36 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor
 
-from sqft_export.numerics.masks import drop_lowest, drop_share, keep_n_of_m
+from sqft_export.numerics.masks import drop_lowest, drop_share, keep_at_most, keep_n_of_m
 from sqft_export.recipe.schema import Override, Sparsify, matches
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """How much of a Linear goes: a share of every row, or all but ``n`` of every ``m`` columns."""
+    """How much of a Linear goes: a share of every row, or all but ``n`` of every ``m`` columns.
+
+    at_most: of a share: no more than the first of every so many columns are kept.
+    """
 
     sparsity: float | None
     n_of_m: tuple[int, int] | None
+    at_most: tuple[int, int] | None = None
+
+    @property
+    def block(self) -> int:
+        """Columns that are chosen in one piece."""
+        together = self.n_of_m or self.at_most
+        return together[1] if together else 1
 
     def mask(self, scores: Tensor) -> Tensor:
         """Mask that drops the lowest scores; bool ``[out, in]``, True = kept."""
         if self.n_of_m:
             return keep_n_of_m(scores, *self.n_of_m)
         assert self.sparsity is not None
-        return drop_share(scores, self.sparsity)
+        return drop_share(self._bounded(scores), self.sparsity)
+
+    def _bounded(self, scores: Tensor) -> Tensor:
+        return keep_at_most(scores, *self.at_most) if self.at_most else scores
 
     def mask_of_columns(self, scores: Tensor, start: int) -> Tensor:
         """The same for columns from ``start`` on alone, so that parts add up to the whole."""
@@ -34,7 +47,7 @@ class Pruning:
             math.floor(columns * self.sparsity + 1e-6)
             for columns in (start, start + scores.shape[1])
         )
-        return drop_lowest(scores, after - before)
+        return drop_lowest(self._bounded(scores), after - before)
 
 
 EXISTING_ZEROS = Pruning(None, None)  # the zeros that are there
@@ -48,10 +61,12 @@ def override_for(config: Sparsify, name: str) -> Override | None:
 def pruning_of(config: Sparsify, name: str) -> Pruning | None:
     """The pruning of one Linear; None leaves it dense."""
     if override := override_for(config, name):
-        return None if override.skip else Pruning(override.sparsity, override.n_of_m())
+        if override.skip:
+            return None
+        return Pruning(override.sparsity, override.n_of_m(), override.at_most)
     if config.method == "given":
         return EXISTING_ZEROS
-    return Pruning(config.sparsity, config.n_of_m())
+    return Pruning(config.sparsity, config.n_of_m(), config.at_most)
 
 
 class Sparsifier(Protocol):

@@ -22,8 +22,8 @@ def compress(weight: Tensor, pruning: Pruning, factor: Tensor) -> tuple[Tensor, 
     work = weight.T.contiguous()  # one input column of all rows lies in one piece
     masks = []
     in_features = weight.shape[1]
-    m = pruning.n_of_m[1] if pruning.n_of_m else 1
-    chunk = _COLUMNS_AT_ONCE // m * m or m  # a group of M is chosen in one piece
+    block = pruning.block
+    chunk = _COLUMNS_AT_ONCE // block * block or block
     for start in range(0, in_features, chunk):
         stop = min(start + chunk, in_features)
         scores = (work[start:stop].T / factor.diagonal()[start:stop]).square()

@@ -23,7 +23,7 @@ from sqft_export.measure.rows import (
     stored_bytes,
 )
 from sqft_export.measure.worker import in_a_process
-from sqft_export.packed.folders import PACKED
+from sqft_export.packed.folders import PACKED, SPARSE
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.artifact import key_of
 from sqft_export.run.host import allowed_processors
@@ -42,7 +42,7 @@ CONSUMES: tuple[str, ...] = (
     "baselines",
 )
 READS: tuple[str, ...] = ("model", "test")
-VERSION = 4
+VERSION = 5
 RESUMES = False
 DISTRIBUTED = False
 
@@ -103,6 +103,10 @@ def _deployments(context: Context) -> Iterator[Row]:
         if packed.is_dir():
             stored = (packed, packed / ADAPTER_FOLDER)
             yield Row(f"{title}, packed", target, packed, stored, sparsity)
+        sparse = folder.with_name(SPARSE)
+        if sparse.is_dir():
+            stored = (sparse, sparse / ADAPTER_FOLDER)
+            yield Row(f"{title}, sparse execution", target, sparse, stored, sparsity)
 
 
 def on_devices(table: list[Row], targets: tuple[str, ...]) -> list[Row]:

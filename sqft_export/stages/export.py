@@ -1,9 +1,12 @@
 """export-<target>: a deployment folder for one runtime, made from the merged model."""
 
+from pathlib import Path
 from typing import Any
 
+from sqft_export.kernels.extension import why_not
 from sqft_export.model.checkpoint import file_bytes
-from sqft_export.packed.folders import PACKED, NothingSaved, pack
+from sqft_export.packed.execution import NothingSpecialized, specialize
+from sqft_export.packed.folders import PACKED, SPARSE, NothingSaved, pack
 from sqft_export.packed.seal import write_seal
 from sqft_export.recipe.schema import Recipe
 from sqft_export.report.provenance import model_card, origin_of
@@ -12,7 +15,7 @@ from sqft_export.targets import target
 
 CONSUMES: tuple[str, ...] = ("merge",)
 READS: tuple[str, ...] = ()
-VERSION = 5
+VERSION = 6
 RESUMES = False
 DISTRIBUTED = False
 HOW_TO_LOAD = {
@@ -26,7 +29,7 @@ def options(recipe: Recipe) -> dict:
 
 
 def run(context: Context) -> dict:
-    """Writes ``model/``, and ``packed/`` where the recipe asks for it and it is smaller."""
+    """Writes ``model/``; ``packed/`` and ``sparse/`` where the recipe asks for them."""
     advance = context.start(1)
     folder = context.folder / "model"
     folder.mkdir()
@@ -47,5 +50,18 @@ def run(context: Context) -> dict:
             metrics["packed"] = packed
         except NothingSaved as error:
             metrics["warnings"] = [f"{context.name}: {error}"]
+    if context.recipe.export.sparse_execution and runtime == "openvino":
+        metrics["sparse"] = _specialized(context, folder)
     advance()
     return metrics
+
+
+def _specialized(context: Context, folder: Path) -> dict[str, Any]:
+    """The copy that runs on our kernels, or why there is none."""
+    packed = context.folder / PACKED
+    if missing := why_not():
+        return {"missing": missing}
+    try:
+        return specialize(packed if packed.is_dir() else folder, context.folder / SPARSE)
+    except NothingSpecialized as error:
+        return {"missing": str(error)}

@@ -24,7 +24,7 @@ CONSUMES: tuple[str, ...] = (
     "benchmark",
 )
 READS: tuple[str, ...] = ()
-VERSION = 8
+VERSION = 9
 RESUMES = False
 DISTRIBUTED = False
 

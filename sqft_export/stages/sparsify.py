@@ -21,7 +21,7 @@ from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ()
 READS: tuple[str, ...] = ("model", "calibration")
-VERSION = 2
+VERSION = 3
 RESUMES = False
 DISTRIBUTED = False
 
@@ -113,7 +113,7 @@ def _prunings(
                 curves[name] = error_curve(linear.weight, norms, config.sparsity)
         advance()
     shares = allocate(curves, config.sparsity)
-    return prunings | {name: Pruning(share, None) for name, share in shares.items()}
+    return prunings | {name: Pruning(share, None, config.at_most) for name, share in shares.items()}
 
 
 def _existing_mask(context: Context, checkpoint: Checkpoint) -> dict:

@@ -29,6 +29,8 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     module = target(runtime)
     try:
         layers = [_layer(name, quantized) for name, quantized in module.read_back(folder)]
+        if runtime == "openvino":
+            _say_kernels(folder, layers)
         says = module.metadata(folder)
     except (UserError, ImportError, MemoryError):
         raise
@@ -48,6 +50,16 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
         "says": says,
         "loads_in": _runtimes(runtime),
     }
+
+
+def _say_kernels(folder: Path, layers: list[dict[str, Any]]) -> None:
+    """Which kernel every layer runs on, and what that brought when it was chosen here."""
+    from sqft_export.packed.execution import kernels_of
+
+    chosen = kernels_of(folder)
+    for layer in layers:
+        if layer["layer"] in chosen:
+            layer["runs_on"], layer["times_as_fast"] = chosen[layer["layer"]]
 
 
 def _in_order(name: str) -> list[Any]:
@@ -91,6 +103,13 @@ def _runtimes(name: str) -> list[dict[str, Any]]:
     ]
 
 
+def _kernel_text(layer: dict[str, Any]) -> str:
+    if "runs_on" not in layer:
+        return ""
+    gain = layer["times_as_fast"]
+    return f"  {layer['runs_on']}" + (f", {gain:.2f} times stock" if gain else "")
+
+
 def inspection_text(found: dict[str, Any]) -> str:
     """The same as text."""
     lines = [f"{found['folder']}: {found['runtime']}"]
@@ -106,7 +125,7 @@ def inspection_text(found: dict[str, Any]) -> str:
         kind = f"{layer['bits']}{'' if layer['symmetric'] else 'a'}"
         lines.append(
             f"  {layer['layer']:44} {shape:>14} {kind:>4} {layer['group_size']:>5} "
-            f"{100 * layer['sparsity']:6.2f} %"
+            f"{100 * layer['sparsity']:6.2f} %{_kernel_text(layer)}"
         )
     lines += [f"  {digest}  {name}" for name, digest in found["files"].items()]
     return "\n".join(lines)

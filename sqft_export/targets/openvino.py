@@ -19,6 +19,9 @@ import openvino as ov
 from openvino import opset13 as ops
 
 from sqft_export.adapters.files import read_low_rank
+from sqft_export.kernels.choice import STOCK
+from sqft_export.kernels.ir import OPERATOR
+from sqft_export.kernels.library import read_out
 from sqft_export.model.memory import release_memory
 from sqft_export.numerics.codes import Quantized
 from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
@@ -274,6 +277,18 @@ def codes_and_grids(graph: Any) -> Iterator[tuple[str, Quantized, int]]:
             zero = _codes_of(zero_node).reshape(scale.shape).astype(np.uint8)
         name = key.removesuffix(".weight/scale")
         yield name, Quantized(values.astype(np.uint8), scale.copy(), zero), bits
+    yield from _laid_out(graph)
+
+
+def _laid_out(graph: Any) -> Iterator[tuple[str, Quantized, int]]:
+    """The same of weights that our kernels read."""
+    for node in graph.get_ops():
+        if node.get_type_name() == OPERATOR:
+            constant = node.input_value(1).get_node()
+            name = constant.get_friendly_name().removesuffix(".weight")
+            found = read_out(constant.data, name)
+            assert found.zero is not None
+            yield name, Quantized(found.codes, found.scale, found.zero), found.bits
 
 
 def read_back(folder: Path) -> Iterator[tuple[str, Quantized]]:
@@ -281,7 +296,7 @@ def read_back(folder: Path) -> Iterator[tuple[str, Quantized]]:
 
     Read from the written file, one at a time.
     """
-    for name, quantized, _ in codes_and_grids(load_openvino(folder)):
+    for name, quantized, _ in codes_and_grids(load_openvino(folder, execution=STOCK)):
         yield name, quantized
 
 
@@ -296,7 +311,7 @@ def _floats_of(constant: Any) -> np.ndarray:
 def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     """A matrix ``[out, in]`` by its module; vectors and scalars by an empty name."""
     end = ".weight"
-    for node in load_openvino(folder).get_ops():
+    for node in load_openvino(folder, execution=STOCK).get_ops():
         floats = (ov.Type.f32, ov.Type.f16, ov.Type.bf16)
         if node.get_type_name() != "Constant" or node.get_element_type() not in floats:
             continue
@@ -309,7 +324,7 @@ def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 def metadata(folder: Path) -> dict[str, str]:
     """What the graph says of the model it was made from."""
-    graph = load_openvino(folder)
+    graph = load_openvino(folder, execution=STOCK)
     if not graph.has_rt_info(["sqft_export"]):
         return {}
     return {key: str(value) for key, value in graph.get_rt_info("sqft_export").value.items()}
@@ -344,12 +359,17 @@ class OpenVinoSession:
 
 
 def open_session(
-    folder: Path, exact: bool, threads: int | None, device: str = "cpu"
+    folder: Path,
+    exact: bool,
+    threads: int | None,
+    device: str = "cpu",
+    execution: str = STOCK,
 ) -> OpenVinoSession:
     """An OpenVINO folder on a device.
 
     :param exact: float32 throughout, to compare with torch; else the runtime's defaults.
     :param threads: of the CPU.
+    :param execution: whose kernels multiply, see ``packed/execution.py``.
     :raises UserError: if the device is not here.
     """
     settings: dict[str, Any] = dict(EXACT) if exact else {}
@@ -358,7 +378,10 @@ def open_session(
     elif threads:
         settings["INFERENCE_NUM_THREADS"] = threads
     core, adapter = ov.Core(), folder / ADAPTER_FOLDER / ADAPTER_FILE
-    graph = load_openvino(folder, core)
+    graph = load_openvino(folder, core, execution)
+    for node in graph.get_ops() if exact else ():
+        if node.get_type_name() == OPERATOR:
+            node.set_attribute("activations", "f32")
     if adapter.is_file():
         graph = _with_adapter(graph, adapter)
     return OpenVinoSession(core.compile_model(graph, device.upper(), settings))
@@ -369,7 +392,10 @@ def compressed_kernels(folder: Path, scratch: Path) -> set[str]:
 
     One that is missing was folded to floats by the plugin.
     """
-    compiled = ov.Core().compile_model(folder / MODEL, "CPU")
+    core = ov.Core()
+    graph = load_openvino(folder, core, STOCK)
+    ours = [n.get_friendly_name() for n in graph.get_ops() if n.get_type_name() == OPERATOR]
+    compiled = core.compile_model(graph, "CPU")
     infos = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
     origins = [
         origin.removeprefix("__module.").partition("/")
@@ -377,4 +403,5 @@ def compressed_kernels(folder: Path, scratch: Path) -> set[str]:
         if info["runtimePrecision"].astype(str) in ("i4", "u4", "i8", "u8")
         for origin in info["originalLayersNames"].astype(str).split(",")
     ]
+    origins += [name.removeprefix("__module.").partition("/") for name in ours]
     return {module for module, _, operation in origins if operation in KERNELS}

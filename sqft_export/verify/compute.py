@@ -1,5 +1,7 @@
 """What a runtime makes of its file: exact mode, default mode, kernels."""
 
+from pathlib import Path
+
 import numpy as np
 
 from sqft_export.measure.decode import equal_lengths, generate
@@ -16,18 +18,20 @@ BATCH = 16  # prompts that go through the reference at once
 def check_compute(
     certificate: Certificate, subject: Subject, name: str, reference: Reference
 ) -> None:
-    folder = subject.exports[name] / "model"
-    if subject.quantized:
-        title = f"layers on compressed kernels in {name}"
-        kernels = certificate.start("compute", title, "layers")
-        compressed = target(name).compressed_kernels(folder, subject.scratch)
-        for layer in subject.quantized:
-            kernels.count(np.array([layer not in compressed]), layer)
-    _check_exact(certificate, subject, name, reference)
-    default = _prompt_logits(target(name).open_session(folder, False, None), subject.asked.prompts)
-    _check_default(certificate, subject, name, reference, default)
-    packed = subject.exports[name] / PACKED
+    for label, folder in subject.deployments(name):
+        if subject.quantized:
+            title = f"layers on compressed kernels in {label}"
+            kernels = certificate.start("compute", title, "layers")
+            compressed = target(name).compressed_kernels(folder, subject.scratch)
+            for layer in subject.quantized:
+                kernels.count(np.array([layer not in compressed]), layer)
+        _check_exact(certificate, subject, name, label, folder, reference)
+        _check_default(certificate, subject, name, label, folder, reference)
+    packed, folder = subject.exports[name] / PACKED, subject.exports[name] / "model"
     if packed.is_dir():
+        default = _prompt_logits(
+            target(name).open_session(folder, False, None), subject.asked.prompts
+        )
         title = f"logits: {name} dense and packed, as deployed"
         same = certificate.start("compute", title, "standard deviations")
         session = target(name).open_session(packed, False, None)
@@ -51,14 +55,19 @@ def _prompt_logits(session: Session, prompts: list[list[int]]) -> list[np.ndarra
 
 
 def _check_exact(
-    certificate: Certificate, subject: Subject, name: str, reference: Reference
+    certificate: Certificate,
+    subject: Subject,
+    name: str,
+    label: str,
+    folder: Path,
+    reference: Reference,
 ) -> None:
     """Logits over every prompt, and the tokens that follow: each the likeliest in torch."""
-    asked, both = subject.asked, f"merged in torch and {name}"
+    asked, both = subject.asked, f"merged in torch and {label}"
     title = f"logits: {both}"
     logits = certificate.start("compute", title, "standard deviations", asked.tolerance)
     tokens = certificate.start("compute", f"greedy tokens: {both}", "tokens")
-    session = target(name).open_session(subject.exports[name] / "model", True, None)
+    session = target(name).open_session(folder, True, None)
     for start in range(0, len(asked.prompts), BATCH):
         prompts = asked.prompts[start : start + BATCH]
         said = generate(session, prompts, asked.new_tokens, stop=[])
@@ -78,12 +87,14 @@ def _check_default(
     certificate: Certificate,
     subject: Subject,
     name: str,
+    label: str,
+    folder: Path,
     reference: Reference,
-    default: list[np.ndarray],
 ) -> None:
     """Mean KL divergence of the runtime's default mode from torch, in nats a token."""
     prompts, total, tokens = subject.asked.prompts, 0.0, 0
-    title = f"divergence of {name} in its default mode"
+    default = _prompt_logits(target(name).open_session(folder, False, None), prompts)
+    title = f"divergence of {label} in its default mode"
     check = certificate.start("compute", title, "nats a token", subject.asked.divergence)
     for start in range(0, len(prompts), BATCH):
         chosen = prompts[start : start + BATCH]
@@ -93,4 +104,4 @@ def _check_default(
             one, other = log_softmax(ours), log_softmax(theirs)
             total += float((np.exp(one) * (one - other)).sum())
             tokens += len(ours)
-    check.worst(total / tokens, tokens, name)
+    check.worst(total / tokens, tokens, label)

@@ -16,23 +16,25 @@ from sqft_export.verify.subject import Subject
 
 
 def check_storage(certificate: Certificate, subject: Subject, name: str) -> None:
-    folder = subject.exports[name] / "model"
-    _check_codes(certificate, subject, name, folder)
-    _check_floats(certificate, subject, name, folder)
-    _check_tokenizers(certificate, subject, name, folder)
+    for label, folder in subject.deployments(name):
+        _check_codes(certificate, subject, name, label, folder)
+        _check_floats(certificate, subject, name, label, folder)
+    _check_tokenizers(certificate, subject, name, subject.exports[name] / "model")
     if (subject.exports[name] / PACKED).is_dir():
         _check_packed(certificate, subject, name)
 
 
-def _check_codes(certificate: Certificate, subject: Subject, name: str, folder: Path) -> None:
+def _check_codes(
+    certificate: Certificate, subject: Subject, name: str, label: str, folder: Path
+) -> None:
     """Codes, scales and zero points, and the zeros that the mask asks for."""
     if not subject.quantized:
         return
-    title = f"codes, scales, zero points: merged and {name}"
+    title = f"codes, scales, zero points: merged and {label}"
     same = certificate.start("storage", title, "numbers")
     zeros = None
     if subject.pruned:
-        zeros = certificate.start("storage", f"pruned positions zero in {name}", "positions")
+        zeros = certificate.start("storage", f"pruned positions zero in {label}", "positions")
     missing = set(subject.quantized)
     for layer, written in target(name).read_back(folder):
         missing.discard(layer)
@@ -46,13 +48,15 @@ def _check_codes(certificate: Certificate, subject: Subject, name: str, folder: 
         same.count(np.ones(shape, bool), f"{layer} is not there")
 
 
-def _check_floats(certificate: Certificate, subject: Subject, name: str, folder: Path) -> None:
+def _check_floats(
+    certificate: Certificate, subject: Subject, name: str, label: str, folder: Path
+) -> None:
     """Matrices by name, vectors (norms, biases) by what they hold: graphs call those otherwise."""
     merged, quantized = subject.merged, set(subject.quantized)
-    check = certificate.start("storage", f"float weights: merged and {name}", "numbers")
+    check = certificate.start("storage", f"float weights: merged and {label}", "numbers")
     zeros = None
     if subject.pruned - quantized and not subject.dense_update:
-        zeros = certificate.start("storage", f"pruned floats zero in {name}", "positions")
+        zeros = certificate.start("storage", f"pruned floats zero in {label}", "positions")
     shapes = merged.shapes
     missing = {key for key in shapes if key.removesuffix(".weight") not in quantized}
     vectors: list[bytes] = []

@@ -15,6 +15,7 @@ import torch
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.storage import MASKS, load_mask, quantized_names
 from sqft_export.model.tensorfiles import TensorFiles
+from sqft_export.packed.folders import SPARSE
 
 SUBJECT = "subject.json"
 
@@ -73,6 +74,12 @@ class Subject:
     @cached_property
     def quantized(self) -> list[str]:
         return quantized_names(self.merged)
+
+    def deployments(self, name: str) -> list[tuple[str, Path]]:
+        """Folders of a target whose files differ, by what a certificate calls them."""
+        folder, sparse = self.exports[name] / "model", self.exports[name] / SPARSE
+        found = [(name, folder)]
+        return [*found, (f"{name}, sparse execution", sparse)] if sparse.is_dir() else found
 
     @cached_property
     def adapter(self) -> Path | None:

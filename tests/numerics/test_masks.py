@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from sqft_export.numerics.masks import bits_to_mask, drop_share, keep_n_of_m, mask_to_bits
+from sqft_export.numerics.masks import (
+    bits_to_mask,
+    drop_share,
+    keep_at_most,
+    keep_n_of_m,
+    mask_to_bits,
+)
 
 
 def literal_drop(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
@@ -38,6 +44,19 @@ def test_n_of_m_keeps_the_highest_of_every_m(n, m):
 def test_n_of_m_refuses_columns_it_does_not_divide():
     with pytest.raises(ValueError, match=r"divisible by 4, found 6"):
         keep_n_of_m(torch.rand(2, 6), 2, 4)
+    with pytest.raises(ValueError, match=r"divisible by 4, found 6"):
+        keep_at_most(torch.rand(2, 6), 2, 4)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.6, 0.75])
+def test_no_block_keeps_more_than_at_most_and_the_share_is_met(sparsity):
+    scores = torch.rand(16, 256, generator=torch.Generator().manual_seed(4))
+    scores[:, :32] += 1  # a block that any mask would keep whole
+    mask = drop_share(keep_at_most(scores, 32, 64), sparsity)
+    assert ((~mask).sum(dim=1) == int(256 * sparsity)).all()
+    assert mask.reshape(16, 4, 64).sum(dim=2).max() <= 32
+    if sparsity == 0.5:
+        assert torch.equal(mask, keep_n_of_m(scores, 32, 64))
 
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 9, 172])

@@ -420,6 +420,7 @@ def test_a_recipe_that_asks_for_packed_files_has_them_checked_and_measured(tmp_p
     assert [row["name"] for row in rows] == [
         "OpenVINO",
         "OpenVINO, packed",
+        "OpenVINO, sparse execution",
         "ONNX Runtime",
         "ONNX Runtime, packed",
     ]

@@ -58,9 +58,12 @@ def test_the_report_shows_every_row_with_every_number(tiny_run):
         "merged",
         "OpenVINO",
         "OpenVINO, packed",
+        "OpenVINO, sparse execution",
         "ONNX Runtime",
         "ONNX Runtime, packed",
     ]
+    assert document["sparse_execution"]["products"] == {"mask": 28}
+    assert document["sparse_execution"]["bytes_ratio"] < 1
     for row in document["rows"]:
         assert 0 <= row["accuracy"] <= 1
         assert row["perplexity"] > 1

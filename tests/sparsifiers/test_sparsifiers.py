@@ -67,7 +67,11 @@ def test_output_error_falls_from_magnitude_to_wanda_to_sparsegpt():
 
 
 @pytest.mark.parametrize(
-    "rule", [Pruning(0.5, None), Pruning(0.3, None), Pruning(None, (2, 4)), Pruning(None, (4, 8))]
+    "rule",
+    [
+        *(Pruning(0.5, None), Pruning(0.3, None), Pruning(None, (2, 4)), Pruning(None, (4, 8))),
+        *(Pruning(0.5, None, (32, 64)), Pruning(0.6, None, (32, 64))),
+    ],
 )
 @pytest.mark.parametrize("method", [magnitude, wanda, sparsegpt])
 def test_zeros_are_where_the_mask_says_and_as_many_as_asked(method, rule):
@@ -81,6 +85,9 @@ def test_zeros_are_where_the_mask_says_and_as_many_as_asked(method, rule):
         assert (mask.reshape(-1, m).sum(dim=1) == n).all()
     else:
         assert ((~mask).sum(dim=1) == int(320 * rule.sparsity)).all()
+    if rule.at_most:
+        most, of = rule.at_most
+        assert mask.reshape(-1, of).sum(dim=1).max() <= most
 
 
 def run_sparsify(tmp_path, *overrides, model=None):

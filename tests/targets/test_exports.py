@@ -131,7 +131,8 @@ def test_every_grid_reaches_both_runtimes_bit_for_bit(tmp_path, kind, tied):
     assert all(check["passed"] for check in checks)
     kernels = [c for c in checks if c["name"].startswith("layers on compressed kernels")]
     outer = 0 if recipe.quantize.embedding_bits is None else 1 if tied else 2
-    assert [c["compared"] for c in kernels] == [14 + outer, 14 + outer]
+    # OpenVINO, the same on our kernels, ONNX Runtime
+    assert [c["compared"] for c in kernels] == [14 + outer] * 3
     bits = set(artifacts["quantize"].metrics["bits"].values())
     mixed = "int4_ratio" in GRIDS[kind] or kind == "nncf-int4"  # NNCF: 172 inputs get INT8
     assert bits == ({4, 8} if mixed else {recipe.quantize.bits})

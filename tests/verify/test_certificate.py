@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from torch import nn
 from conftest import random_model, small_recipe
 from sqft_export.adapters.linear import _Adapted
 from sqft_export.errors import CertificateError
+from sqft_export.kernels.library import header_of
 from sqft_export.run.pipeline import run_recipe
+from sqft_export.targets import openvino as targets_openvino
 from sqft_export.targets import target
 from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.certify import certify
@@ -200,6 +203,77 @@ def test_a_bit_of_the_ir_is_named(subject, ending, line):
     assert line in found and not any("onnx" in name for name in found)
 
 
+def change_sparse(subject: Subject, change) -> None:
+    """Write the folder of sparse execution again, with something else in one matrix."""
+    folder = subject.exports["openvino"] / "sparse"
+    (folder / "provenance.json").unlink()
+    text = (folder / "openvino_model.xml").read_bytes()
+    file = folder / "openvino_model.bin"
+    weights = np.fromfile(file, np.uint8)
+    (place,) = (
+        layer
+        for layer in ElementTree.fromstring(text).iter("layer")
+        if layer.get("name", "").removeprefix("self.") == f"{LAYER}.weight"
+    )
+    data = place.find("data")
+    start, size = int(data.get("offset")), int(data.get("size"))
+    blob = weights[start : start + size].copy()
+    header = header_of(blob, LAYER)
+    change(blob, header)
+    weights[start : start + size] = blob
+    weights.tofile(file)
+
+
+def other_code(blob, header):
+    blob[header.kept] ^= 1
+
+
+def other_scale(blob, header):
+    blob[header.fixed] ^= 1
+
+
+def other_position(blob, header):
+    """One code moved to where a zero was: as many are kept."""
+    mask = blob[header.fixed + 4 * header.lanes :]
+    byte = next(i for i, bits in enumerate(mask) if 0 < bits < 255)
+    bits = int(mask[byte])
+    mask[byte] = bits ^ (bits & -bits) | (~bits & -~bits & 255)
+
+
+@pytest.mark.parametrize(
+    ("change", "lines"),
+    [
+        (other_code, ("codes, scales, zero points: merged and",)),
+        (other_scale, ("codes, scales, zero points: merged and",)),
+        (
+            other_position,
+            ("codes, scales, zero points: merged and", "pruned positions zero in"),
+        ),
+    ],
+)
+def test_a_bit_of_sparse_execution_is_named(subject, change, lines):
+    change_sparse(subject, change)
+    found = failed(subject)
+    for line in (*lines, "logits: merged in torch and"):
+        assert f"{line} openvino, sparse execution" in found
+    assert not {name for name in found if "sparse execution" not in name}
+
+
+def test_a_kernel_that_computes_something_else_is_named(subject, monkeypatch):
+    """The weights as they were, and products that are a little off."""
+    opened = targets_openvino.open_session
+
+    def a_little_off(folder, *rest):
+        session = opened(folder, *rest)
+        if folder.name == "sparse":
+            forward = session.forward
+            session.forward = lambda ids, mask=None: forward(ids, mask) * 1.01
+        return session
+
+    monkeypatch.setattr(targets_openvino, "open_session", a_little_off)
+    assert failed(subject) == {"logits: merged in torch and openvino, sparse execution"}
+
+
 def test_a_norm_in_the_ir_is_named(subject):
     norm = load_file(merged_file(subject))["model.layers.0.input_layernorm.weight"].float()
     same = lambda node: np.array_equal(node.data.reshape(-1), norm.numpy())  # noqa: E731
@@ -286,6 +360,7 @@ def test_a_default_mode_that_is_too_far_away_is_named(subject):
     strict = replace(subject, asked=replace(subject.asked, divergence=1e-12))
     assert {name for name in failed(strict)} == {
         "divergence of openvino in its default mode",
+        "divergence of openvino, sparse execution in its default mode",
         "divergence of onnx in its default mode",
     }
 

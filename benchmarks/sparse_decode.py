@@ -1,0 +1,384 @@
+"""What zeros are worth in time: matrix products, and tokens per second in ``LLMPipeline``.
+
+    python benchmarks/sparse_decode.py [--rounds 9] [--processes 3] [--blocks 8]
+                                       [--model <SmolLM2>] [--small]
+
+Products: INT4 and INT8 in groups of 128, one token, 268 million weights of a 7B model's matrices
+(4096 x 4096, 14336 x 4096, 4096 x 14336), far beyond any cache, all in one process, interleaved,
+every way in turn, each pass after one of its own to put caches in the same state:
+
+    ours       dense; any mask at 50, 60 and 75 %; 2:4
+    OpenVINO   its own kernel in its default mode, and with float32 and dynamic quantization by 128
+    ONNX Runtime  MatMulNBits with accuracy level 4
+
+Ours run in OpenVINO as its operator, on the threads of its arena. Medians of the rounds, their
+quartiles, CPU time; the clock, the read bandwidth of one thread and the load are measured beside
+them. Pipelines: a 7B-shaped model of so many random blocks with the embedded model's vocabulary,
+and SmolLM2-135M where a folder of it is given (``shared/smollm2.py`` makes one), pruned to 50 % and
+rounded, on the runtime's kernels, on our dense one and from mask and kept codes: tokens per second,
+time to first token of 128 and 512, tokens per second of a batch, resident memory. Every
+pipeline is in a process of its own, in turns.
+"""
+
+import argparse
+import gc
+import json
+import os
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from document import finish, in_a_process, table
+from shapes import SMALL, WIDE, matrices, write_checkpoint, write_merged
+
+from sqft_export.kernels.choice import kernel_model, stock_model
+from sqft_export.kernels.extension import kernels_used
+from sqft_export.kernels.library import Matrix, count_kept
+from sqft_export.kernels.rewrite import form_for
+from sqft_export.measure.machine import memory_now
+from sqft_export.packed.folders import pack
+from sqft_export.recipe.schema import Export
+from sqft_export.targets import target
+
+GROUP = 128
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
+SETS = 2  # of the three shapes
+OURS: dict[str, float | str] = {
+    "dense": 0.0,
+    "mask 50 %": 0.5,
+    "mask 60 %": 0.6,
+    "mask 75 %": 0.75,
+    "2:4": "2:4",
+}
+PEERS = ("OpenVINO", "OpenVINO f32, dynamic 128", "ONNX Runtime")
+WAYS = ("stock", "dense", "sparse")
+
+
+def random_matrix(bits: int, rows: int, inputs: int, sparsity: float | str) -> Matrix:
+    """Symmetric codes in groups of 128, as stored signed; the share that is zero, or 2:4."""
+    random = np.random.default_rng(0)
+    codes = random.integers(1 - 2 ** (bits - 1), 2 ** (bits - 1), (rows, inputs)).astype(np.int8)
+    codes[codes == 0] = 1
+    if isinstance(sparsity, str):
+        dropped = random.random((rows, inputs // 4, 4), np.float32).argsort(2).reshape(rows, -1) < 2
+    else:
+        dropped = random.random((rows, inputs), np.float32) < sparsity
+    flat = np.where(dropped, 0, codes).astype(np.uint8).reshape(-1)
+    stored = (flat[0::2] & 15) | (flat[1::2] << 4) if bits == 4 else flat
+    scale = np.full((rows, inputs // GROUP), 0.01, np.float16)
+    return Matrix(bits, rows, inputs, stored, 2 ** (bits - 1), None, scale)
+
+
+class Way:
+    """Products one after the other: one pass is one token through all matrices."""
+
+    def __init__(self, requests: list[Any], stored: int):
+        self.requests, self.stored = requests, stored
+
+    def run(self) -> tuple[float, float]:
+        """Wall and CPU seconds."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        for request in self.requests:
+            request()
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def openvino_way(models: list[Any], threads: int, stored: int, **properties: str) -> Way:
+    import openvino as ov
+
+    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"} | properties
+    calls = []
+    for model in models:
+        request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
+        inputs = model.inputs[0].get_partial_shape()[1].get_length()
+        request.set_input_tensor(ov.Tensor(np.ones((1, inputs), np.float32)))
+        calls.append(request.infer)
+    return Way(calls, stored)
+
+
+def onnx_way(found: list[Matrix], threads: int) -> Way:
+    import onnx
+    import onnxruntime as ort
+    from onnx import TensorProto, helper
+
+    calls = []
+    for matrix in found:
+        rows, inputs, bits = matrix.rows, matrix.inputs, matrix.bits
+        flip = matrix.flip * (17 if bits == 4 else 1)
+        codes = (matrix.codes ^ np.uint8(flip)).reshape(rows, inputs // GROUP, GROUP * bits // 8)
+        parts, nodes, outputs = [], [], []
+        for copy in range(SETS):
+            names = f"codes{copy}", f"scale{copy}"
+            scale = np.ascontiguousarray(matrix.scale.astype(np.float32).reshape(-1))
+            parts.append(onnx.numpy_helper.from_array(codes, names[0]))
+            parts.append(onnx.numpy_helper.from_array(scale, names[1]))
+            options = {"K": inputs, "N": rows, "bits": bits, "block_size": GROUP}
+            nodes.append(
+                helper.make_node(
+                    *("MatMulNBits", ["x", *names], [f"y{copy}"]),
+                    **(options | {"domain": "com.microsoft", "accuracy_level": 4}),
+                )
+            )
+            shape = [1, rows]
+            outputs.append(helper.make_tensor_value_info(f"y{copy}", TensorProto.FLOAT, shape))
+        x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, inputs])
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+        graph = helper.make_graph(nodes, "products", [x], outputs, parts)
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        options_of = ort.SessionOptions()
+        options_of.intra_op_num_threads = threads
+        # Threads that wait for work by spinning would take the other ways' processor.
+        options_of.add_session_config_entry("session.force_spinning_stop", "1")
+        session = ort.InferenceSession(
+            model.SerializeToString(), options_of, providers=["CPUExecutionProvider"]
+        )
+        feeds = {"x": np.ones((1, inputs), np.float32)}
+        calls.append(lambda session=session, feeds=feeds: session.run(None, feeds))
+    return Way(calls, sum(SETS * (m.codes.nbytes + 2 * m.scale.nbytes) for m in found))
+
+
+def ways_of(bits: int, threads: int, shapes: tuple) -> tuple[dict[str, Way], list[Any]]:
+    """Every way with the same threads, and what must stay alive."""
+    kernels, made, held = kernels_used(), {}, []
+    for name, sparsity in OURS.items():
+        models, stored = [], 0
+        for rows, inputs in shapes:
+            matrix = random_matrix(bits, rows, inputs, sparsity)
+            kept = count_kept(matrix)
+            form = form_for("sparse" if sparsity else "dense", kept, matrix, kernels)
+            if name.startswith("mask"):
+                form = "mask"
+            built = kernel_model(matrix, kept, form, SETS, kernels)
+            assert built is not None
+            models.append(built[0])
+            held.append(built[1])
+            stored += built[1].nbytes
+        made[name] = openvino_way(models, threads, stored)
+    dense = [random_matrix(bits, rows, inputs, 0.0) for rows, inputs in shapes]
+    stored = sum(SETS * (m.codes.nbytes + m.scale.nbytes) for m in dense)
+    models = [stock_model(matrix, SETS) for matrix in dense]
+    made[PEERS[0]] = openvino_way(models, threads, stored)
+    f32 = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "128"}
+    made[PEERS[1]] = openvino_way(models, threads, stored, **f32)
+    made[PEERS[2]] = onnx_way(dense, threads)
+    return made, held
+
+
+def read_bandwidth(buffer: np.ndarray) -> float:
+    """GB/s that one thread reads: ours, by the kernel that does least with what it reads."""
+    started = time.perf_counter()
+    np.bitwise_xor.reduce(buffer)
+    return buffer.nbytes / (time.perf_counter() - started) / 1e9
+
+
+def products(bits: int, threads: int, rounds: int, shapes: tuple) -> dict[str, Any]:
+    """Medians of every way, in turns, in this process."""
+    made, held = ways_of(bits, threads, shapes)
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
+    buffer = np.ones(2**25, np.uint64)
+    bandwidths, random = [], np.random.default_rng(0)
+    order = list(made)
+    for number in range(rounds + 1):
+        random.shuffle(order)
+        bandwidths.append(read_bandwidth(buffer))
+        for name in order:
+            made[name].run()
+            sample = made[name].run()
+            if number:
+                samples[name].append(sample)
+    del held
+    found = {}
+    for name, taken in samples.items():
+        wall, cpu = (np.array([t[i] for t in taken]) for i in (0, 1))
+        low, middle, high = np.percentile(wall, [25, 50, 75])
+        found[name] = {
+            "ms": middle * 1e3,
+            "low": low * 1e3,
+            "high": high * 1e3,
+            "cpu_ms": float(np.median(cpu)) * 1e3,
+            "gb_per_s": made[name].stored / middle / 1e9,
+            "mb": made[name].stored / 1e6,
+        }
+    return {"ways": found, "bandwidth": median(bandwidths), "load": os.getloadavg()[0]}
+
+
+def ratios_of(found: dict[str, Any]) -> dict[str, float]:
+    """Times as fast, of one table."""
+    ways = {name: way["ms"] for name, way in found["ways"].items()}
+    fastest = min(ways[name] for name in PEERS)
+    return {
+        "50_over_fastest_peer": fastest / ways["mask 50 %"],
+        "2:4_over_fastest_peer": fastest / ways["2:4"],
+        "dense_over_fastest_peer": fastest / ways["dense"],
+        "dense_over_openvino": ways[PEERS[0]] / ways["dense"],
+        **{f"{p}_over_own_dense": ways["dense"] / ways[f"mask {p} %"] for p in (50, 60, 75)},
+        "2:4_over_own_dense": ways["dense"] / ways["2:4"],
+    }
+
+
+def run_products(rounds: int, shapes: tuple) -> tuple[dict[str, Any], dict[str, float]]:
+    values: dict[str, Any] = {}
+    ratios: dict[str, float] = {}
+    for bits in (4, 8):
+        for threads in (1, 2):
+            arguments = ("--products", str(bits), str(threads), "--rounds", str(rounds))
+            small = ("--small",) if shapes[0][0] < 1024 else ()
+            found = in_a_process(__file__, *arguments, *small)
+            name = f"INT{bits}, {threads} thread{'s' if threads > 1 else ''}"
+            values[name] = found
+            speed, load = found["bandwidth"], found["load"]
+            print(f"\n{name}: one thread reads {speed:.1f} GB/s, load {load:.2f}")
+            header = ["way", "MB", "ms", "25 %", "75 %", "CPU ms", "GB/s"]
+            rows = [
+                [way, f["mb"], f["ms"], f["low"], f["high"], f["cpu_ms"], f["gb_per_s"]]
+                for way, f in found["ways"].items()
+            ]
+            table(header, rows)
+            end = "" if threads == 1 else "_2_threads"
+            ratios |= {f"int{bits}_{k}{end}": v for k, v in ratios_of(found).items()}
+    return values, ratios
+
+
+def deployment(source: Path, root: Path, bits: int, sparsity: float, blocks: int | None) -> Path:
+    """A packed OpenVINO folder of a float checkpoint, pruned by magnitude and rounded."""
+    merged, folder, packed = root / "merged", root / "dense", root / "packed"
+    width = json.loads((source / "config.json").read_text())["hidden_size"]
+    write_merged(source, merged, sparsity, bits, GROUP if width % GROUP == 0 else 64, blocks)
+    folder.mkdir()
+    target("openvino").export(merged, folder, Export())
+    pack(folder, packed)
+    return packed
+
+
+def pipeline(folder: Path, way: str, threads: int, long: bool) -> dict[str, Any]:
+    """Tokens per second, TTFT and memory of ``LLMPipeline``, in this process."""
+    import openvino as ov
+    import openvino_genai
+
+    from sqft_export.packed.loaders import load_openvino_genai
+
+    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    pipe = load_openvino_genai(folder, execution=way, **settings)
+    gc.collect()
+    random, found = np.random.default_rng(0), {}
+    config = openvino_genai.GenerationConfig(
+        do_sample=False, ignore_eos=True, apply_chat_template=False, max_new_tokens=2
+    )
+
+    def measured(prompt: int, new: int, batch: int = 1) -> Any:
+        ids = random.integers(5, 100, (batch, prompt)).astype(np.int64)
+        config.max_new_tokens = new
+        inputs = openvino_genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
+        return pipe.generate(inputs, config).perf_metrics
+
+    measured(16, 4)
+    tokens = [measured(16, 24).get_tpot().mean for _ in range(3)]
+    found["tokens_per_second"] = 1e3 / min(tokens)
+    for prompt in (128, 512) if long else (128,):
+        measured(prompt, 1)
+        found[f"ttft_{prompt}_ms"] = min(measured(prompt, 1).get_ttft().mean for _ in range(2))
+    for batch in (4, 16):
+        found[f"tokens_per_second_{batch}"] = 1e3 * batch / measured(16, 12, batch).get_tpot().mean
+    found["memory_bytes"] = memory_now()
+    return found
+
+
+def run_pipelines(
+    name: str, folders: dict[int, Path], rounds: int, long: bool
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """:param folders: packed deployment by bits."""
+    values: dict[str, Any] = {}
+    ratios: dict[str, float] = {}
+    for bits, folder in folders.items():
+        for threads in (1, 2):
+            runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+            for number in range(rounds):
+                for way in WAYS if number % 2 == 0 else WAYS[::-1]:
+                    arguments = ("--pipeline", str(folder), way, str(threads))
+                    runs[way].append(
+                        in_a_process(__file__, *arguments, *(["--long"] if long else []))
+                    )
+            middle = {
+                way: {key: median(run[key] for run in taken) for key in taken[0]}
+                for way, taken in runs.items()
+            }
+            print(f"\n{name}, INT{bits}, {threads} threads, {rounds} processes a way")
+            keys = list(middle["stock"])
+            table(["way", *keys], [[way, *found.values()] for way, found in middle.items()])
+            values[f"{name} INT{bits}, {threads} threads"] = runs
+            end = "" if threads == 1 else "_2_threads"
+            for way in WAYS[1:]:
+                for key in keys:
+                    ratio = middle[way][key] / middle["stock"][key]
+                    ratios[f"genai_{name}_int{bits}_{way}_{key}_over_openvino{end}"] = ratio
+    return values, ratios
+
+
+def model_folders(
+    source: Path, root: Path, blocks: int | None, bits: tuple[int, ...]
+) -> dict[int, Path]:
+    found = {}
+    with redirect_stdout(sys.stderr):  # exporters talk
+        for one in bits:
+            place = root / f"int{one}"
+            place.mkdir(parents=True)
+            found[one] = deployment(source, place, one, 0.5, blocks)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--blocks", type=int, default=8, help="of the 7B-shaped model")
+    parser.add_argument("--processes", type=int, default=3, help="of every pipeline")
+    parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M")
+    parser.add_argument("--small", action="store_true", help="256 wide, to see that it runs")
+    parser.add_argument("--products", nargs=2, type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--pipeline", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--long", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    small = tuple(sorted(set(matrices(SMALL).values())))
+    shapes = small if arguments.small else SHAPES
+    if arguments.products:
+        bits, threads = arguments.products
+        print(json.dumps(products(bits, threads, arguments.rounds, shapes)))
+        return
+    if arguments.pipeline:
+        folder, way, threads = arguments.pipeline
+        print(json.dumps(pipeline(Path(folder), way, int(threads), arguments.long)))
+        return
+    print(f"kernels: {kernels_used().name}")
+    values, ratios = run_products(arguments.rounds, shapes)
+    rounds = arguments.processes
+    with tempfile.TemporaryDirectory() as scratch:
+        base, shape = Path(scratch) / "base", SMALL if arguments.small else WIDE
+        write_checkpoint(base, shape, 1)
+        folders = model_folders(base, Path(scratch) / "7b", arguments.blocks, (4, 8))
+        found = run_pipelines("7b", folders, rounds, not arguments.small)
+        values, ratios = values | found[0], ratios | found[1]
+        if arguments.model:
+            folders = model_folders(arguments.model, Path(scratch) / "smollm2", None, (4, 8))
+            found = run_pipelines("smollm2", folders, rounds, True)
+            values, ratios = values | found[0], ratios | found[1]
+    finish("sparse_decode", {k: {"median": v} for k, v in ratios.items()} | _named(ratios), values)
+
+
+def _named(ratios: dict[str, float]) -> dict[str, Any]:
+    """The ratios by the names that the project's goals have."""
+    names = {
+        "genai_7b_int4_50_over_openvino": "genai_7b_int4_sparse_tokens_per_second_over_openvino",
+        "genai_smollm2_int4_50_over_openvino": (
+            "genai_smollm2_int4_sparse_tokens_per_second_over_openvino"
+        ),
+        "resident_memory_int4_50_over_openvino": "genai_7b_int4_sparse_memory_bytes_over_openvino",
+    }
+    return {new: {"median": ratios[old]} for new, old in names.items() if old in ratios}
+
+
+if __name__ == "__main__":
+    main()

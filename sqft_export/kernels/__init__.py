@@ -1,0 +1,1 @@
+"""Native kernels that multiply straight from mask and packed codes. No torch."""

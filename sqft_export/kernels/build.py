@@ -1,0 +1,67 @@
+"""Compile the OpenVINO extension against the OpenVINO that is installed.
+
+    python -m sqft_export.kernels.build
+
+``make recipe`` and ``make test`` do it once. An extension runs with the version of OpenVINO that it
+was built against, which its file name says.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from sqft_export.kernels.extension import HERE, extension_file
+
+SOURCES = ("matrix.c", "plain.c", "avx2.c", "avx2_vnni.c", "avx512.c", "neon.c", "dispatch.c")
+EXTENSION = "openvino_op.cpp"
+FLAGS = ("-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed:\n{done.stderr[-2000:]}")
+
+
+def build_extension(compiler: str = "g++") -> Path:
+    """The extension, compiled; one rename makes it appear.
+
+    :raises RuntimeError: saying what is missing or what the compiler said.
+    """
+    out, openvino = extension_file(), find_spec("openvino")
+    if out is None or openvino is None or openvino.origin is None:
+        raise RuntimeError("OpenVINO is not installed")
+    if shutil.which(compiler) is None:
+        raise RuntimeError(f"there is no compiler ({compiler})")
+    home = Path(openvino.origin).parent
+    libraries = sorted((home / "libs").glob("libopenvino.so.*"))
+    threads = sorted((home / "libs").glob("libtbb.so.*"))
+    if not libraries or not threads or not (home / "include/openvino/openvino.hpp").is_file():
+        raise RuntimeError(f"{home}: has neither headers nor libraries to build against")
+    with tempfile.TemporaryDirectory(dir=HERE) as scratch:
+        objects = []
+        for source in SOURCES:
+            objects.append(str(Path(scratch) / f"{source}.o"))
+            _run(["gcc", *FLAGS, "-c", str(HERE / source), "-o", objects[-1]])
+        built = Path(scratch) / "built.so"
+        _run(
+            [
+                *(compiler, "-std=c++17", *FLAGS, "-shared", str(HERE / EXTENSION), *objects),
+                *("-I", str(home / "include"), str(libraries[0]), str(threads[0])),
+                # Nodes may outlive the core that loaded the library.
+                *("-Wl,-z,nodelete", "-Wl,-rpath,$ORIGIN/../../openvino/libs", "-o", str(built)),
+            ]
+        )
+        built.replace(out)
+    return out
+
+
+if __name__ == "__main__":
+    try:
+        print(build_extension())
+    except RuntimeError as error:
+        # Everything works without it, on the runtime's own kernels.
+        print(f"no sparse execution: {error}", file=sys.stderr)

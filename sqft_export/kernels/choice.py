@@ -1,0 +1,243 @@
+"""Which kernel is the fastest for a matrix on this machine: measured once, and remembered.
+
+A product is measured in OpenVINO itself, as the runtime's own and as ours, over copies of the
+weights that are as cold as they will be: as many bytes as the model has, or as twice the last
+cache. What was found is kept for this user and machine, not beside the deployment: it is a fact of
+shapes and processor, holds for every model of such shapes, and a deployment stays as it was sealed.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqft_export.errors import UserError
+from sqft_export.kernels.extension import kernels_used, openvino_extension
+from sqft_export.kernels.ir import Product
+from sqft_export.kernels.library import (
+    Kept,
+    Kernels,
+    Matrix,
+    aligned,
+    count_kept,
+    lay_out,
+    planned,
+)
+from sqft_export.kernels.rewrite import STOCK, form_for
+from sqft_export.numerics.codes import round_up
+from sqft_export.run.host import allowed_processors
+from sqft_export.textfiles import read_json
+
+FORMS = (STOCK, "dense", "sparse")
+ONE, SEVERAL = 1, 32  # tokens: decoding, and a prompt
+SLOWER = 1.1  # times the runtime's own prompt that is not worth a faster token
+ROUNDS = 5
+COLD_BYTES = 2**26
+MEASURED_AS = 1
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the speed of a product depends on; density in twentieths."""
+
+    rows: int
+    inputs: int
+    bits: int
+    group: int
+    asymmetric: bool
+    pairs: bool
+    density: float
+
+    @classmethod
+    def of(cls, matrix: Matrix, kept: Kept) -> "Shape":
+        share = int(kept.counts.sum(dtype=np.int64)) / (matrix.rows * matrix.inputs)
+        density = round(share * 20) / 20
+        asymmetric = matrix.zero is not None
+        return cls(
+            *(matrix.rows, matrix.inputs, matrix.bits, matrix.group, asymmetric, kept.pairs),
+            density,
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """seconds: of a product, by form and number of tokens."""
+
+    form: str
+    seconds: dict[str, dict[str, float]]
+
+    def gain(self) -> float:
+        """Times as fast as the runtime's own kernel, one token."""
+        return self.seconds[STOCK][str(ONE)] / self.seconds[self.form][str(ONE)]
+
+
+def fastest(seconds: dict[str, dict[str, float]]) -> str:
+    """Of the forms whose prompts are about as fast as the runtime's, that of the fastest token."""
+    limit = SLOWER * seconds[STOCK][str(SEVERAL)]
+    fair = [form for form in seconds if seconds[form][str(SEVERAL)] <= limit or form == STOCK]
+    return min(fair, key=lambda form: seconds[form][str(ONE)])
+
+
+class Chooser:
+    """Chooses forms for one model, measuring shapes that were not met before.
+
+    :param model_bytes: of its compressed weights.
+    """
+
+    def __init__(self, model_bytes: int):
+        self.kernels, self.model_bytes = kernels_used(), model_bytes
+        self.memory = Remembered()
+
+    def __call__(self, product: Product, matrix: Matrix, kept: Kept) -> str:
+        shape = Shape.of(matrix, kept)
+        known = self.memory.get(shape)
+        if known is None:
+            known = self._measured(matrix, kept)
+            self.memory.put(shape, known)
+        return known.form
+
+    def _measured(self, matrix: Matrix, kept: Kept) -> Choice:
+        size = max(1, len(matrix.codes))
+        copies = max(1, min(self.model_bytes, COLD_BYTES) // size)
+        models = {STOCK: stock_model(matrix, copies)}
+        holders = []
+        for form in FORMS[1:]:
+            chosen = form_for(form, kept, matrix, self.kernels)
+            made = kernel_model(matrix, kept, chosen, copies, self.kernels)
+            if made is not None and (form == "dense" or chosen != "dense"):
+                models[form], held = made
+                holders.append(held)
+        seconds = {form: _timed(model, matrix.inputs, copies) for form, model in models.items()}
+        return Choice(fastest(seconds), seconds)
+
+
+def choice_of(matrix: Matrix) -> Choice | None:
+    """What was chosen for such a matrix before; None if it was not met."""
+    return Remembered().get(Shape.of(matrix, count_kept(matrix)))
+
+
+def stock_model(matrix: Matrix, copies: int) -> Any:
+    """An ``openvino.Model`` of so many products of one input, on the runtime's own kernels."""
+    import openvino as ov
+    from openvino import opset13 as ops
+
+    x = ops.parameter([-1, matrix.inputs], ov.Type.f32)
+    groups, products = matrix.scale.shape[1], []
+    signed, bits = matrix.zero is None, matrix.bits
+    kind = {(4, True): "i4", (4, False): "u4", (8, True): "i8", (8, False): "u8"}[bits, signed]
+    shape = [matrix.rows, groups, matrix.group]
+    flip = matrix.flip ^ (2 ** (bits - 1) if signed else 0)
+    stored = matrix.codes ^ np.uint8(flip * (17 if bits == 4 else 1))
+    for _ in range(copies):
+        tensor = ov.Tensor(stored, ov.Shape(shape), getattr(ov.Type, kind))
+        weight = ops.convert(ops.constant(tensor, shared_memory=False), "f16")
+        if matrix.zero is not None:
+            zero = ops.constant(matrix.zero.reshape(*shape[:2], 1).astype(np.float16))
+            weight = ops.subtract(weight, zero)
+        weight = ops.multiply(weight, ops.constant(matrix.scale.reshape(*shape[:2], 1)))
+        both = np.array([matrix.rows, matrix.inputs], np.int64)
+        weight = ops.convert(ops.reshape(weight, both, special_zero=False), "f32")
+        products.append(ops.result(ops.matmul(x, weight, False, True)))
+    return ov.Model(products, [x], "stock")
+
+
+def kernel_model(
+    matrix: Matrix, kept: Kept, form: str, copies: int, kernels: Kernels
+) -> tuple[Any, np.ndarray] | None:
+    """The same on our kernels, and the memory it reads; None if the shape can't be laid out."""
+    import openvino as ov
+    from openvino import opset13 as ops
+    from openvino.utils.node_factory import NodeFactory
+
+    header = planned(matrix, form, kernels.lanes, kept.counts)
+    if header is None:
+        return None
+    header.resident = 1
+    size = round_up(header.bytes, 64)
+    memory = aligned(size * copies)
+    lay_out(header, matrix, kept.counts, memory[: header.bytes])
+    factory = NodeFactory()
+    factory.add_extension(openvino_extension())
+    x, products = ops.parameter([-1, matrix.inputs], ov.Type.f32), []
+    for index in range(copies):
+        blob = memory[index * size : index * size + header.bytes]
+        blob[:] = memory[: header.bytes]
+        weight = ov.op.Constant(ov.Tensor(blob, shared_memory=True), shared_memory=True)
+        attributes = {"rows": matrix.rows, "activations": "int8"}
+        inputs = [x.output(0), weight.output(0)]
+        products.append(ops.result(factory.create("SqftMatMul", inputs, attributes)))
+    return ov.Model(products, [x], "kernel"), memory
+
+
+def _timed(model: Any, inputs: int, copies: int) -> dict[str, float]:
+    """Seconds of one product, by number of tokens: medians."""
+    import openvino as ov
+
+    properties = {"PERFORMANCE_HINT": "LATENCY"}
+    request = ov.Core().compile_model(model, "CPU", properties).create_infer_request()
+    found, random = {}, np.random.default_rng(0)
+    for tokens in (ONE, SEVERAL):
+        request.set_input_tensor(ov.Tensor(random.standard_normal((tokens, inputs), np.float32)))
+        request.infer()
+        times = []
+        for _ in range(ROUNDS if tokens == ONE else 2):
+            started = time.perf_counter()
+            request.infer()
+            times.append(time.perf_counter() - started)
+        found[str(tokens)] = float(np.median(times)) / copies
+    return found
+
+
+@functools.cache
+def machine_key() -> str:
+    """What else the speed depends on: processor, its allowed number, kernels, runtime."""
+    import openvino as ov
+
+    from sqft_export.measure.machine import machine_facts
+
+    facts = [machine_facts()["processor"], allowed_processors(), kernels_used().name]
+    return json.dumps([MEASURED_AS, ov.__version__, *facts])
+
+
+def cache_file() -> Path:
+    """``execution.json`` in the user's folder for caches (``XDG_CACHE_HOME``)."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "sqft_export" / "execution.json"
+
+
+class Remembered:
+    """What was measured before, on this machine with these versions."""
+
+    def __init__(self) -> None:
+        self.file = cache_file()
+        try:
+            document = read_json(self.file) if self.file.is_file() else {}
+            mine = document.get(self._key(), {})
+            self.known = {name: Choice(**entry) for name, entry in mine.items()}
+        except (UserError, TypeError, AttributeError):  # damaged: measured again
+            document, self.known = {}, {}
+        self.document = document
+
+    def _key(self) -> str:
+        return hashlib.sha256(machine_key().encode()).hexdigest()[:16]
+
+    def get(self, shape: Shape) -> Choice | None:
+        return self.known.get(json.dumps(asdict(shape)))
+
+    def put(self, shape: Shape, choice: Choice) -> None:
+        """Kept where that is possible; a read-only home means measuring again."""
+        self.known[json.dumps(asdict(shape))] = choice
+        mine = {name: asdict(known) for name, known in self.known.items()}
+        partial = self.file.with_name(f"{self.file.name}.{os.getpid()}")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(self.document | {self._key(): mine}, indent=1))
+            partial.replace(self.file)
+        except OSError:
+            return

@@ -1,0 +1,275 @@
+"""Compressed products in an OpenVINO IR, and the graph with ``SqftMatMul`` in their place.
+
+Read and written as XML, so that no weight is needed in memory. A product is what every tool writes
+for compressed weights (NNCF, optimum-intel, this package):
+
+    Const(i4|u4|i8|u8) -> Convert -> [Subtract] -> Multiply(float16) -> [Reshape] -> [Convert]
+        -> MatMul(transpose_b)
+"""
+
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from sqft_export.errors import UserError
+from sqft_export.kernels.library import FORMATS, Matrix, header_of
+
+OPERATOR = "SqftMatMul"
+OPERATOR_SET = "sqft_export"
+CODE_BITS = {"i4": 4, "u4": 4, "i8": 8, "u8": 8}
+Read = Callable[[int, int], np.ndarray]  # offset and size -> uint8 of the weight file
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A Const: its layer and where its bytes are."""
+
+    layer: str
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    at: int
+    size: int
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A MatMul with compressed weights.
+
+    between: layers from the constants to the MatMul, which it makes unnecessary.
+    shared: something else reads them too, as an embedding does that is the head as well; they stay.
+    """
+
+    matmul: str
+    name: str
+    codes: Stored
+    scale: Stored
+    zero: Stored | None
+    rows: int
+    inputs: int
+    between: tuple[str, ...]
+    shared: bool
+
+    @property
+    def bits(self) -> int:
+        return CODE_BITS[self.codes.kind]
+
+    @property
+    def module(self) -> str:
+        return self.name.removesuffix(".weight")
+
+
+class Graph:
+    """An IR.
+
+    :raises UserError: if it is none.
+    """
+
+    def __init__(self, text: bytes, name: str):
+        try:
+            self.root = ElementTree.fromstring(text)
+            self.layers = {layer.attrib["id"]: layer for layer in self.root.iter("layer")}
+            self.sources: dict[tuple[str, str], str] = {}
+            self.readers: dict[str, list[str]] = {}
+            for edge in self.root.iter("edge"):
+                source, target = edge.attrib["from-layer"], edge.attrib["to-layer"]
+                self.sources[target, edge.attrib["to-port"]] = source
+                self.readers.setdefault(source, []).append(target)
+        except (ElementTree.ParseError, KeyError, UnicodeDecodeError) as error:
+            raise UserError(f"{name}: not an IR: {error}") from error
+
+    def constants(self) -> Iterator[Stored]:
+        for layer in self.layers.values():
+            if found := self._constant(layer.attrib["id"]):
+                yield found
+
+    def _type(self, layer: str | None) -> str:
+        return self.layers[layer].get("type", "") if layer in self.layers else ""
+
+    def _constant(self, layer: str | None) -> Stored | None:
+        if layer is None or self._type(layer) != "Const":
+            return None
+        data = self.layers[layer].find("data")
+        if data is None or data.get("offset") is None:
+            return None
+        shape = tuple(int(n) for n in (data.get("shape") or "").split(",") if n.strip())
+        at, size = int(data.get("offset", 0)), int(data.get("size", 0))
+        name = self.layers[layer].get("name", "").removeprefix("self.")
+        return Stored(layer, name, data.get("element_type", ""), shape, at, size)
+
+    def products(self) -> list[Product]:
+        """In the order of the graph; what is not of the form above is left out."""
+        found = (self._product(layer) for layer in self.layers if self._type(layer) == "MatMul")
+        return [product for product in found if product is not None]
+
+    def specialized(self, read: Read) -> Iterator[tuple[str, str]]:
+        """Module and format of every product of ours."""
+        for layer in self.layers:
+            if self._type(layer) == OPERATOR:
+                stored = self._constant(self.sources.get((layer, "1")))
+                if stored is not None:
+                    blob = read(stored.at, stored.size)
+                    header = header_of(np.array(blob), stored.name)
+                    yield stored.name.removesuffix(".weight"), FORMATS[header.format]
+
+    def _past(self, layer: str | None, kinds: tuple[str, ...], passed: list[str]) -> str | None:
+        """The first layer above that is none of these kinds."""
+        while layer is not None and self._type(layer) in kinds:
+            passed.append(layer)
+            layer = self.sources.get((layer, "0"))
+        return layer
+
+    def _product(self, matmul: str) -> Product | None:
+        data = self.layers[matmul].find("data")
+        if data is None or data.get("transpose_b") != "true" or data.get("transpose_a") == "true":
+            return None
+        passed: list[str] = []
+        multiply = self._past(self.sources.get((matmul, "1")), ("Convert", "Reshape"), passed)
+        if self._type(multiply) != "Multiply" or multiply is None:
+            return None
+        passed.append(multiply)
+        below: list[str] = []
+        scale = self._constant(self._past(self.sources.get((multiply, "1")), ("Convert",), below))
+        top, zero = self._past(self.sources.get((multiply, "0")), ("Convert",), passed), None
+        if top is not None and self._type(top) == "Subtract":
+            passed.append(top)
+            zero = self._constant(self._past(self.sources.get((top, "1")), ("Convert",), below))
+            if zero is None:
+                return None
+            top = self._past(self.sources.get((top, "0")), ("Convert",), passed)
+        codes = self._constant(top)
+        if codes is None or scale is None:
+            return None
+        return self._checked(matmul, codes, scale, zero, (*passed, *below))
+
+    def _checked(
+        self, matmul: str, codes: Stored, scale: Stored, zero: Stored | None, between: tuple
+    ) -> Product | None:
+        """None where the shapes are none that the kernels read."""
+        if codes.kind not in CODE_BITS or scale.kind not in ("f16", "f32"):
+            return None
+        if len(codes.shape) not in (2, 3) or not codes.elements:
+            return None
+        rows, inputs = codes.shape[0], prod(codes.shape[1:])
+        groups = codes.shape[1] if len(codes.shape) == 3 else 1
+        if scale.elements != rows * groups or scale.shape[0] != rows:
+            return None
+        if zero and (zero.kind != codes.kind or zero.elements not in (1, rows * groups)):
+            return None
+        sizes = [(codes, CODE_BITS[codes.kind]), (scale, 16 if scale.kind == "f16" else 32)]
+        sizes += [(zero, CODE_BITS[zero.kind])] if zero else []
+        if any(c.size != -(-c.elements * bits // 8) or c.at < 0 for c, bits in sizes):
+            return None
+        port = self.layers[matmul].find("input/port")
+        if port is None or port.get("precision") != "FP32" or inputs % groups:
+            return None
+        inner = [*between, codes.layer, scale.layer, *([zero.layer] if zero else [])]
+        shared = any(len(self.readers.get(layer, [])) > 1 for layer in inner)
+        name = self._name_of(matmul) if shared else codes.name
+        return Product(matmul, name, codes, scale, zero, rows, inputs, between, shared)
+
+    def _name_of(self, matmul: str) -> str:
+        """Of the weights of a product that has none of its own."""
+        origin = self.layers[matmul].get("name", "").partition("/")[0]
+        return f"{origin.removeprefix('__module.')}.weight"
+
+    def replace(self, product: Product, size: int) -> str:
+        """Put the operator in place of a product.
+
+        :return: the Const of its weights; :meth:`move` says where they are.
+        """
+        layers, edges = self.root.find("layers"), self.root.find("edges")
+        matmul = self.layers[product.matmul]
+        attributes, inputs = matmul.find("data"), matmul.find("input")
+        assert layers is not None and edges is not None
+        assert attributes is not None and inputs is not None
+        parts = [product.codes, product.scale, *([product.zero] if product.zero else [])]
+        gone = set() if product.shared else {*product.between, *(part.layer for part in parts)}
+        port = inputs[1].attrib["id"]
+        for edge in list(edges):
+            to = edge.attrib["to-layer"], edge.attrib["to-port"]
+            if to == (product.matmul, port) or gone & {edge.attrib["from-layer"], to[0]}:
+                edges.remove(edge)
+        for layer in gone:
+            layers.remove(self.layers.pop(layer))
+        weights = self._new_constant(product.name, size)
+        layers.insert(0, self.layers[weights])
+        matmul.attrib |= {"type": OPERATOR, "version": OPERATOR_SET}
+        attributes.attrib.clear()
+        attributes.attrib |= {"rows": str(product.rows), "activations": "int8"}
+        inputs[1:] = [_port(port, size)]
+        ends = {"from-layer": weights, "from-port": "0", "to-layer": product.matmul}
+        ElementTree.SubElement(edges, "edge", ends | {"to-port": port})
+        return weights
+
+    def _new_constant(self, name: str, size: int) -> str:
+        number = str(1 + max(int(layer) for layer in self.layers))
+        what = {"id": number, "name": name, "type": "Const", "version": "opset1"}
+        layer = self.layers[number] = ElementTree.Element("layer", what)
+        shape = {"element_type": "u8", "shape": str(size), "offset": "0", "size": str(size)}
+        ElementTree.SubElement(layer, "data", shape)
+        ElementTree.SubElement(layer, "output").append(_port("0", size))
+        return number
+
+    def move(self, layer: str, at: int) -> None:
+        """Say where the bytes of a Const are."""
+        data = self.layers[layer].find("data")
+        assert data is not None
+        data.set("offset", str(at))
+
+    def text(self) -> bytes:
+        return ElementTree.tostring(self.root, encoding="utf-8", xml_declaration=True)
+
+
+def _port(number: str, size: int) -> Any:
+    port = ElementTree.Element("port", {"id": number, "precision": "U8"})
+    ElementTree.SubElement(port, "dim").text = str(size)
+    return port
+
+
+def is_specialized(graph: bytes) -> bool:
+    """Whether an IR has products of ours in it."""
+    return f'type="{OPERATOR}"'.encode() in graph
+
+
+def matrix_of(product: Product, read: Read) -> Matrix | None:
+    """The weights of a product.
+
+    :param read: offset and size -> bytes of the weight file.
+    :return: None if a scale is no float16.
+    """
+    bits, rows = product.bits, product.rows
+    flip = 2 ** (bits - 1) if product.codes.kind[0] == "i" else 0
+    kind = np.float16 if product.scale.kind == "f16" else np.float32
+    stored = read(product.scale.at, product.scale.size).view(kind).reshape(rows, -1)
+    with np.errstate(over="ignore"):
+        scale = stored.astype(np.float16)
+    if not np.array_equal(scale.astype(stored.dtype), stored):
+        return None
+    codes = read(product.codes.at, product.codes.size)
+    return Matrix(
+        bits, rows, product.inputs, codes, flip, _zeros(product, scale.shape, read), scale
+    )
+
+
+def _zeros(product: Product, shape: tuple[int, ...], read: Read) -> np.ndarray | None:
+    """uint8 zero points, of the codes as unsigned; None: in the middle, as signed ones have it."""
+    signed = product.codes.kind[0] == "i"
+    if product.zero is None:
+        return None if signed else np.zeros(shape, np.uint8)
+    zero = read(product.zero.at, product.zero.size)
+    if product.bits == 4:
+        zero = np.stack([zero & 15, zero >> 4], axis=1).reshape(-1)[: product.zero.elements]
+    if signed:
+        zero = zero ^ 2 ** (product.bits - 1)
+    if len(zero) == 1:
+        return np.full(shape, zero[0], np.uint8)
+    return np.ascontiguousarray(np.broadcast_to(zero.reshape(-1, *shape[1:]), shape))

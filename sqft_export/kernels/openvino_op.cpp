@@ -1,0 +1,234 @@
+// The OpenVINO operator SqftMatMul: x [.., inputs] float32 times a matrix of matrix.h, which is a
+// Constant of bytes -> [.., rows] float32. Threads are those of the runtime's own arena.
+#include <tbb/parallel_for.h>
+#include <tbb/task_arena.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <openvino/core/extension.hpp>
+#include <openvino/core/op_extension.hpp>
+#include <openvino/op/op.hpp>
+#include <openvino/openvino.hpp>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+extern "C" {
+#include "matrix.h"
+}
+
+namespace {
+
+constexpr size_t kHugePage = size_t(2) << 20;
+constexpr size_t kDirect = 1;  // tokens that go one by one; more share an expanded tile
+
+// Memory in huge pages where there are such.
+std::shared_ptr<uint8_t> allocate(size_t size) {
+  size = (size + kHugePage - 1) / kHugePage * kHugePage;
+  void *memory = nullptr;
+  if (posix_memalign(&memory, kHugePage, size)) throw std::bad_alloc();
+#if defined(__linux__)
+  madvise(memory, size, MADV_HUGEPAGE);
+#endif
+  return {static_cast<uint8_t *>(memory), [](uint8_t *p) { free(p); }};
+}
+
+// Takes pages of a mapped file out of this process: they were copied. Memory of any other kind is
+// left alone, since it would be lost.
+void forget_mapped(const uint8_t *data, size_t size) {
+#if defined(__linux__)
+  const auto begin = reinterpret_cast<uintptr_t>(data), end = begin + size;
+  FILE *maps = fopen("/proc/self/maps", "r");
+  if (!maps) return;
+  char line[4352];
+  while (fgets(line, sizeof line, maps)) {
+    unsigned long from, to, inode;
+    char rights[5];
+    if (sscanf(line, "%lx-%lx %4s %*s %*s %lu", &from, &to, rights, &inode) != 4) continue;
+    if (from <= begin && end <= to && inode && rights[1] != 'w') {
+      const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+      const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
+      if (last > first) madvise(reinterpret_cast<void *>(first), last - first, MADV_DONTNEED);
+    }
+  }
+  fclose(maps);
+#endif
+}
+
+SqftMatrix *matrix_of(uint8_t *bytes) { return reinterpret_cast<SqftMatrix *>(bytes); }
+const SqftMatrix *matrix_of(const uint8_t *bytes) {
+  return reinterpret_cast<const SqftMatrix *>(bytes);
+}
+
+// The same matrix for vectors of another length.
+std::shared_ptr<uint8_t> with_lanes(const SqftMatrix *m, uint32_t lanes) {
+  const size_t groups = m->inputs / m->stored_group;
+  std::vector<uint8_t> codes(size_t(m->rows) * m->inputs), zero(m->rows * groups);
+  std::vector<uint16_t> scale(m->rows * groups);
+  sqft_unpack(m, codes.data(), zero.data(), scale.data());
+  std::vector<uint8_t> stored = codes;
+  if (m->bits == 4) {
+    stored.assign((codes.size() + 1) / 2, 0);
+    for (size_t i = 0; i < codes.size(); i++) stored[i / 2] |= codes[i] << (i % 2 * 4);
+  }
+  const uint8_t *zeros = m->asymmetric ? zero.data() : nullptr;
+  std::vector<uint32_t> kept(m->rows);
+  sqft_count(stored.data(), m->bits, 0, zeros, m->rows, m->inputs, m->stored_group, kept.data());
+  SqftMatrix plan = *m;
+  plan.lanes = lanes;
+  OPENVINO_ASSERT(!sqft_plan(&plan, kept.data()), "SqftMatMul: the matrix can't be laid out");
+  auto out = allocate(plan.bytes);
+  memcpy(out.get(), &plan, sizeof plan);
+  auto *made = matrix_of(out.get());
+  sqft_place(made, kept.data());
+  sqft_pack(made, stored.data(), 0, zeros, scale.data(), 0, made->tiles);
+  sqft_seal(made);
+  return out;
+}
+
+// A Constant's bytes as the kernels here read them fastest: where they lie, if a loader put them
+// in huge pages in the right order; else a copy, which takes their place in memory.
+std::shared_ptr<const uint8_t> prepared(const uint8_t *data, size_t size, uint32_t lanes) {
+  const auto *m = matrix_of(data);
+  OPENVINO_ASSERT(!sqft_check(m, size), "SqftMatMul: its weights are damaged");
+  if (m->resident && m->lanes == lanes) return {data, [](const uint8_t *) {}};
+  std::shared_ptr<uint8_t> copy;
+  if (m->lanes == lanes) {
+    copy = allocate(m->bytes);
+    memcpy(copy.get(), data, m->bytes);
+  } else {
+    copy = with_lanes(m, lanes);
+  }
+  forget_mapped(data, size);
+  return copy;
+}
+
+// Scratch that a thread keeps.
+template <typename T>
+T *scratch(std::vector<T> &of, size_t size) {
+  if (of.size() < size) of.resize(size);
+  return of.data();
+}
+
+class SqftMatMul : public ov::op::Op {
+ public:
+  OPENVINO_OP("SqftMatMul", "sqft_export");
+  SqftMatMul() = default;
+  SqftMatMul(const ov::OutputVector &inputs, int64_t rows, const std::string &activations)
+      : Op(inputs), rows_(rows), activations_(activations) {
+    constructor_validate_and_infer_types();
+  }
+
+  void validate_and_infer_types() override {
+    OPENVINO_ASSERT(get_input_size() == 2, "SqftMatMul takes two inputs");
+    OPENVINO_ASSERT(activations_ == "int8" || activations_ == "f32",
+                    "SqftMatMul: activations: found ", activations_, "; int8 or f32 is expected");
+    auto shape = get_input_partial_shape(0);
+    if (shape.rank().is_static()) {
+      OPENVINO_ASSERT(shape.size() >= 1, "SqftMatMul: a scalar can't be multiplied");
+      shape[shape.size() - 1] = rows_;
+    }
+    set_output_type(0, ov::element::f32, shape);
+  }
+
+  std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
+    return std::make_shared<SqftMatMul>(inputs, rows_, activations_);
+  }
+
+  bool visit_attributes(ov::AttributeVisitor &visitor) override {
+    visitor.on_attribute("rows", rows_);
+    visitor.on_attribute("activations", activations_);
+    return true;
+  }
+
+  bool has_evaluate() const override { return true; }
+
+  bool evaluate(ov::TensorVector &out, const ov::TensorVector &in) const override {
+    static const SqftKernels *const kernels = sqft_kernels(nullptr);
+    const auto *stored = static_cast<const uint8_t *>(in[1].data());
+    std::call_once(ready_->once, [&] {
+      ready_->bytes = prepared(stored, in[1].get_byte_size(), kernels->lanes);
+    });
+    const auto *m = matrix_of(ready_->bytes.get());
+    auto shape = in[0].get_shape();
+    OPENVINO_ASSERT(shape.back() == m->inputs && rows_ == m->rows,
+                    "SqftMatMul: the weights are of another shape");
+    shape.back() = m->rows;
+    out[0].set_shape(shape);
+    const auto *x = static_cast<const float *>(in[0].data());
+    auto *y = static_cast<float *>(out[0].data());
+    const size_t tokens = in[0].get_size() / m->inputs;
+    if (activations_ == "f32")
+      over_tiles(m, [&](size_t first, size_t last) { sqft_exact(m, x, tokens, y, first, last); });
+    else if (tokens)
+      rounded(kernels, m, x, tokens, y);
+    return true;
+  }
+
+ private:
+  struct Ready {
+    std::once_flag once;
+    std::shared_ptr<const uint8_t> bytes;
+  };
+
+  template <typename Part>
+  static void over_tiles(const SqftMatrix *m, const Part &part) {
+    const size_t tiles = m->tiles;
+    const auto threads = std::max(1, tbb::this_task_arena::max_concurrency());
+    const size_t parts = std::min<size_t>(tiles, static_cast<size_t>(threads));
+    if (parts <= 1) return part(0, tiles);
+    tbb::parallel_for(
+        size_t(0), parts,
+        [&](size_t i) { part(tiles * i / parts, tiles * (i + 1) / parts); },
+        tbb::static_partitioner());
+  }
+
+  static void rounded(const SqftKernels *kernels, const SqftMatrix *m, const float *x,
+                      size_t tokens, float *y) {
+    static thread_local std::vector<int8_t> codes;
+    static thread_local std::vector<float> scale;
+    static thread_local std::vector<int32_t> sum;
+    const size_t span = size_t(m->groups) * m->span;
+    const SqftInputs all{scratch(codes, tokens * span + 64), scratch(scale, tokens * m->groups),
+                         scratch(sum, tokens * m->groups)};
+    const auto of = [&](size_t t) {
+      return SqftInputs{all.codes + t * span, all.scale + t * m->groups, all.sum + t * m->groups};
+    };
+    const auto round = [&](size_t t) {
+      auto one = of(t);
+      sqft_round(m, x + t * m->inputs, &one);
+    };
+    if (tokens < 8)
+      for (size_t t = 0; t < tokens; t++) round(t);
+    else
+      tbb::parallel_for(size_t(0), tokens, round);
+    over_tiles(m, [&](size_t first, size_t last) {
+      if (tokens <= kDirect) {
+        for (size_t t = 0; t < tokens; t++) {
+          const auto one = of(t);
+          kernels->one(m, &one, y + t * m->rows, first, last);
+        }
+        return;
+      }
+      static thread_local std::vector<uint8_t> wide;
+      kernels->many(m, &all, tokens, y, first, last, scratch(wide, sqft_wide_bytes(m)));
+    });
+  }
+
+  int64_t rows_ = 0;
+  std::string activations_ = "int8";
+  std::shared_ptr<Ready> ready_ = std::make_shared<Ready>();
+};
+
+}  // namespace
+
+OPENVINO_CREATE_EXTENSIONS(
+    std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<SqftMatMul>>()}));

@@ -1,0 +1,394 @@
+/* The products, once for all instruction sets. A file that includes this one has defined
+
+     LANES                    rows a vector holds
+     HIGH                     what v_high leaves its nibbles multiplied with: 1 or 16
+     SIGNED8                  1 if i_dot8 takes a code c as c - 128
+     FLUSH                    products that a sum of nibbles A bears before a_total
+     TOKENS                   tokens at once
+     V, I, F, A               vectors of bytes, int32, float32, of sums of nibbles
+     v_load v_store v_low v_high v_four v_sixteen v_index v_pick v_zero v_one v_equal v_and v_or
+     v_not_and, i_*, f_*, a_*, expand4, expand8: see plain.c for what each does. */
+#include "matrix.h"
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define BYTES (4 * LANES)
+#define AHEAD 6144 /* bytes: at 2 KiB memory is not yet at its full speed */
+#define PREFETCH(p) __builtin_prefetch((const char *)(p) + AHEAD)
+
+/* Groups: products of `steps` times 4 inputs, out[0] of vector 0, out[1] of vector 1 (HIGH times
+   that if the codes are nibbles). */
+
+INLINE void dense4(const uint8_t *p, const int8_t *q, int steps, I out[2]) {
+  out[0] = out[1] = i_set(0);
+  for (int i = 0; i < steps; i += 2 * FLUSH) {
+    A a0 = a_zero(), a1 = a_zero(), b0 = a_zero(), b1 = a_zero();
+    int stop = i + 2 * FLUSH < steps ? i + 2 * FLUSH : steps;
+    for (int s = i; s < stop; s += 2, p += 2 * BYTES) {
+      V v = v_load(p), u = v_load(p + BYTES), x = v_four(q + 4 * s), z = v_four(q + 4 * s + 4);
+      PREFETCH(p);
+      if (BYTES > 32) PREFETCH(p + BYTES);
+      a0 = a_dot(a0, v_low(v), x);
+      a1 = a_dot(a1, v_high(v), x);
+      b0 = a_dot(b0, v_low(u), z);
+      b1 = a_dot(b1, v_high(u), z);
+    }
+    out[0] = a_total(a_total(out[0], a0), b0);
+    out[1] = a_total(a_total(out[1], a1), b1);
+  }
+}
+
+INLINE void dense8(const uint8_t *p, const int8_t *q, int steps, I out[2]) {
+  I c0 = i_set(0), c1 = c0, d0 = c0, d1 = c0;
+  for (int s = 0; s < steps; s += 2, p += 4 * BYTES) {
+    V x = v_four(q + 4 * s), z = v_four(q + 4 * s + 4);
+    PREFETCH(p);
+    PREFETCH(p + 2 * BYTES);
+    if (BYTES > 32) {
+      PREFETCH(p + BYTES);
+      PREFETCH(p + 3 * BYTES);
+    }
+    c0 = i_dot8(c0, v_load(p), x);
+    c1 = i_dot8(c1, v_load(p + BYTES), x);
+    d0 = i_dot8(d0, v_load(p + 2 * BYTES), z);
+    d1 = i_dot8(d1, v_load(p + 3 * BYTES), z);
+  }
+  out[0] = i_add(c0, d0);
+  out[1] = i_add(c1, d1);
+}
+
+/* Where the kept codes of a tile go on: of vector 0 and, for nibbles, of vector 1. */
+typedef struct {
+  const uint8_t *at[2];
+} Stream;
+
+INLINE void mask4(const uint8_t *p, Stream *kept, const int8_t *q, int steps, int narrow, V z0,
+                  V z1, I out[2]) {
+  out[0] = out[1] = i_set(0);
+  for (int i = 0; i < steps; i += FLUSH) {
+    A a0 = a_zero(), a1 = a_zero(), b0 = a_zero(), b1 = a_zero();
+    int stop = i + FLUSH < steps ? i + FLUSH : steps;
+    PREFETCH(kept->at[0]);
+    for (int s = i; s < stop; s += 2, p += 2 * LANES) {
+      V v0, v1, x = v_four(q + 4 * s), z = v_four(q + 4 * s + 4);
+      if (BYTES > 32 || s % 4 == 0) PREFETCH(p);
+      if (BYTES > 32) PREFETCH(kept->at[0]);
+      expand4(p, kept->at, narrow, z0, z1, &v0, &v1);
+      a0 = a_dot(a0, v0, x);
+      a1 = a_dot(a1, v1, x);
+      expand4(p + LANES, kept->at, narrow, z0, z1, &v0, &v1);
+      b0 = a_dot(b0, v0, z);
+      b1 = a_dot(b1, v1, z);
+    }
+    out[0] = a_total(a_total(out[0], a0), b0);
+    out[1] = a_total(a_total(out[1], a1), b1);
+  }
+}
+
+INLINE void mask8(const uint8_t *p, Stream *kept, const int8_t *q, int steps, V z0, V z1,
+                  I out[2]) {
+  I c0 = i_set(0), c1 = c0, d0 = c0, d1 = c0;
+  for (int s = 0; s < steps; s += 2, p += 2 * LANES) {
+    V v0, v1, x = v_four(q + 4 * s), z = v_four(q + 4 * s + 4);
+    if (BYTES > 32 || s % 4 == 0) PREFETCH(p);
+    PREFETCH(kept->at[0]);
+    if (BYTES > 32) PREFETCH(kept->at[0] + 64);
+    expand8(p, kept->at, z0, z1, &v0, &v1);
+    c0 = i_dot8(c0, v0, x);
+    c1 = i_dot8(c1, v1, x);
+    expand8(p + LANES, kept->at, z0, z1, &v0, &v1);
+    d0 = i_dot8(d0, v0, z);
+    d1 = i_dot8(d1, v1, z);
+  }
+  out[0] = i_add(c0, d0);
+  out[1] = i_add(c1, d1);
+}
+
+/* Of one vector of rows. The zero is taken off what was picked, so that out needs no correction. */
+INLINE I pairs4(const uint8_t *p, size_t stride, const int8_t *q, int span, I zero) {
+  I out = i_set(0), low = out, picked = out;
+  const V one = v_one();
+  for (int i = 0; i < span; i += 32, p += stride) {
+    V index = v_load(p), v = v_load(p + BYTES), u = v_load(p + 2 * BYTES);
+    V x = v_sixteen(q + i), z = v_sixteen(q + i + 16);
+    V x0 = v_pick(x, v_index(index, 0)), x1 = v_pick(x, v_index(index, 1));
+    V z0 = v_pick(z, v_index(index, 2)), z1 = v_pick(z, v_index(index, 3));
+    PREFETCH(p);
+    PREFETCH(p + 64);
+    A a = a_dot(a_dot(a_zero(), v_low(v), x0), v_low(u), z0);
+    A b = a_dot(a_dot(a_zero(), v_high(v), x1), v_high(u), z1);
+    A d = a_dot(a_dot(a_dot(a_dot(a_zero(), one, x0), one, x1), one, z0), one, z1);
+    low = a_total(low, a);
+    out = a_total(out, b);
+    picked = a_total(picked, d);
+  }
+  return i_sub(i_add(i_high(low), out), i_high(i_mul(zero, picked)));
+}
+
+INLINE I pairs8(const uint8_t *p, size_t stride, const int8_t *q, int span, I zero) {
+  I out = i_set(0), other = out, picked = out;
+  const V one = v_one();
+  for (int i = 0; i < span; i += 32, p += stride) {
+    V index = v_load(p), x = v_sixteen(q + i), z = v_sixteen(q + i + 16);
+    V x0 = v_pick(x, v_index(index, 0)), x1 = v_pick(x, v_index(index, 1));
+    V z0 = v_pick(z, v_index(index, 2)), z1 = v_pick(z, v_index(index, 3));
+    PREFETCH(p);
+    PREFETCH(p + 64);
+    PREFETCH(p + 128);
+    out = i_dot8(out, v_load(p + BYTES), x0);
+    other = i_dot8(other, v_load(p + 2 * BYTES), x1);
+    out = i_dot8(out, v_load(p + 3 * BYTES), z0);
+    other = i_dot8(other, v_load(p + 4 * BYTES), z1);
+    A d = a_dot(a_dot(a_dot(a_dot(a_zero(), one, x0), one, x1), one, z0), one, z1);
+    picked = a_total(picked, d);
+  }
+  return i_sub(i_add(out, other), i_mul(i_sub(zero, i_set(128 * SIGNED8)), picked));
+}
+
+/* Scale and zero of one group of a tile. */
+typedef struct {
+  F scale[2];
+  I zero[2];
+  V bytes[2]; /* the zero beside each code */
+} Group;
+
+INLINE Group head_of(const uint8_t *p, int asymmetric, int bits) {
+  const int middle = 1 << (bits - 1);
+  Group g = {{f_half(p), f_half(p + 2 * LANES)},
+             {i_set(middle), i_set(middle)},
+             {v_set(middle), v_set(middle)}};
+  if (asymmetric) {
+    p += 4 * LANES;
+    g.zero[0] = i_bytes(p), g.zero[1] = i_bytes(p + LANES);
+    g.bytes[0] = v_zero(p), g.bytes[1] = v_zero(p + LANES);
+  }
+  return g;
+}
+
+INLINE void store_rows(const SqftMatrix *m, size_t tile, float *y, F f0, F f1) {
+  size_t row = tile * 2 * LANES;
+  if (row + 2 * LANES <= m->rows) {
+    f_store(y + row, f0);
+    f_store(y + row + LANES, f1);
+    return;
+  }
+  float rest[2 * LANES];
+  f_store(rest, f0);
+  f_store(rest + LANES, f1);
+  memcpy(y + row, rest, (m->rows - row) * sizeof(float));
+}
+
+INLINE void one_of(const SqftMatrix *m, const SqftInputs *x, float *y, size_t first, size_t last,
+                   const int format, const int bits) {
+  const int steps = (int)m->span / 4;
+  const size_t head = sqft_head_bytes(m);
+  const size_t stride = (size_t)(bits == 4 ? 3 : 5) * 2 * BYTES;
+  for (size_t tile = first; tile < last; tile++) {
+    const uint8_t *p = sqft_fixed(m, tile);
+    const uint8_t *narrow = (const uint8_t *)m + m->narrow + tile * m->groups;
+    Stream kept = {{0, 0}};
+    if (format == SQFT_MASK) kept.at[0] = kept.at[1] = sqft_kept(m, tile);
+    F f0 = f_zero(), f1 = f_zero();
+    for (uint32_t g = 0; g < m->groups; g++, p += m->group_bytes) {
+      const int8_t *q = x->codes + (size_t)g * m->span;
+      Group group = head_of(p, (int)m->asymmetric, bits);
+      I out[2];
+      PREFETCH(p);
+      if (format == SQFT_PAIRS) {
+        for (int v = 0; v < 2; v++)
+          out[v] = bits == 4 ? pairs4(p + head + (size_t)v * stride / 2, stride, q, (int)m->span,
+                                      group.zero[v])
+                             : pairs8(p + head + (size_t)v * stride / 2, stride, q, (int)m->span,
+                                      group.zero[v]);
+      } else {
+        if (format == SQFT_DENSE && bits == 4) dense4(p + head, q, steps, out);
+        if (format == SQFT_DENSE && bits == 8) dense8(p + head, q, steps, out);
+        if (format == SQFT_MASK && bits == 4) {
+          if (NARROW_READS && narrow[g])
+            mask4(p + head, &kept, q, steps, 1, group.bytes[0], group.bytes[1], out);
+          else
+            mask4(p + head, &kept, q, steps, 0, group.bytes[0], group.bytes[1], out);
+        }
+        if (format == SQFT_MASK && bits == 8)
+          mask8(p + head, &kept, q, steps, group.bytes[0], group.bytes[1], out);
+        I sum = i_set(x->sum[g]), offset = i_set(bits == 8 ? 128 * SIGNED8 : 0);
+        out[0] = i_sub(out[0], i_mul(i_sub(group.zero[0], offset), sum));
+        I other = i_mul(i_sub(group.zero[1], offset), sum);
+        out[1] = i_sub(out[1], bits == 4 ? i_high(other) : other);
+      }
+      F a = f_set(x->scale[g]);
+      f0 = f_fma(f_of(out[0]), f_mul(group.scale[0], a), f0);
+      f1 = f_fma(f_of(out[1]), f_mul(group.scale[1], a), f1);
+    }
+    /* v_high of vector 1; pairs have high nibbles in both */
+    if (bits == 4 && HIGH != 1) f1 = f_mul(f1, f_set(1.f / HIGH));
+    if (bits == 4 && HIGH != 1 && format == SQFT_PAIRS) f0 = f_mul(f0, f_set(1.f / HIGH));
+    store_rows(m, tile, y, f0, f1);
+  }
+}
+
+static void one(const SqftMatrix *m, const SqftInputs *x, float *y, size_t first, size_t last) {
+  switch (m->format * 16 + m->bits) {
+  case SQFT_DENSE * 16 + 4: one_of(m, x, y, first, last, SQFT_DENSE, 4); break;
+  case SQFT_DENSE * 16 + 8: one_of(m, x, y, first, last, SQFT_DENSE, 8); break;
+  case SQFT_MASK * 16 + 4: one_of(m, x, y, first, last, SQFT_MASK, 4); break;
+  case SQFT_MASK * 16 + 8: one_of(m, x, y, first, last, SQFT_MASK, 8); break;
+  case SQFT_PAIRS * 16 + 4: one_of(m, x, y, first, last, SQFT_PAIRS, 4); break;
+  case SQFT_PAIRS * 16 + 8: one_of(m, x, y, first, last, SQFT_PAIRS, 8); break;
+  }
+}
+
+/* Prompts and batches: a tile is expanded once, a byte a code, for every 4 inputs vector 0 and
+   then 1, and multiplied with all tokens from the caches. */
+
+INLINE void spread_pair(V code, V index, int field, V zero, uint8_t *out, size_t stride) {
+  /* inputs 8 * field ..: two quads of this vector, each its 2 kept codes and their places */
+  for (int quad = 0; quad < 2; quad++) {
+    V c0 = v_pick(code, v_spread(2 * quad)), c1 = v_pick(code, v_spread(2 * quad + 1));
+    V at = v_place(index, field);
+    V e0 = v_equal(v_pick(at, v_spread(2 * quad)), v_count());
+    V e1 = v_equal(v_pick(at, v_spread(2 * quad + 1)), v_count());
+    V some = v_or(v_and(c0, e0), v_and(c1, e1));
+    v_store(out + (size_t)(2 * field + quad) * stride, v_or(some, v_not_and(v_or(e0, e1), zero)));
+  }
+}
+
+INLINE void widen_pairs(const uint8_t *p, int span, const Group *group, uint8_t *out, int bits) {
+  for (int i = 0; i < span; i += 32, out += 16 * BYTES)
+    for (int v = 0; v < 2; v++) {
+      V index = v_load(p);
+      for (int field = 0; field < 4; field++) {
+        V code = v_load(p + (1 + (bits == 4 ? field / 2 : field)) * BYTES);
+        if (bits == 4) code = field % 2 ? v_plain(v_high(code)) : v_low(code);
+        spread_pair(code, index, field, group->bytes[v], out + v * BYTES, 2 * BYTES);
+      }
+      p += (bits == 4 ? 3 : 5) * BYTES;
+    }
+}
+
+INLINE void widen(const SqftMatrix *m, size_t tile, uint8_t *out, const int format,
+                  const int bits) {
+  const uint8_t *p = sqft_fixed(m, tile);
+  const size_t head = sqft_head_bytes(m);
+  const int steps = (int)m->span / 4;
+  Stream kept = {{0, 0}};
+  if (format == SQFT_MASK) kept.at[0] = kept.at[1] = sqft_kept(m, tile);
+  for (uint32_t g = 0; g < m->groups; g++, p += m->group_bytes, out += (size_t)steps * 2 * BYTES) {
+    Group group = head_of(p, (int)m->asymmetric, bits);
+    const uint8_t *in = p + head;
+    if (format == SQFT_PAIRS) widen_pairs(in, (int)m->span, &group, out, bits);
+    for (int s = 0; format != SQFT_PAIRS && s < steps; s++) {
+      V v0, v1;
+      if (format == SQFT_DENSE) {
+        V v = v_load(in + s * BYTES);
+        v0 = v_low(v), v1 = v_plain(v_high(v));
+        PREFETCH(in + s * BYTES);
+      } else if (bits == 4) {
+        expand4(in + s * LANES, kept.at, 0, group.bytes[0], group.bytes[1], &v0, &v1);
+        v1 = v_plain(v1);
+      } else {
+        expand8(in + s * LANES, kept.at, group.bytes[0], group.bytes[1], &v0, &v1);
+      }
+      v_store(out + s * 2 * BYTES, v0);
+      v_store(out + s * 2 * BYTES + BYTES, v1);
+    }
+  }
+}
+
+/* One group of a wide tile with `count` tokens, whose codes are `stride` apart. */
+INLINE void wide_group(const uint8_t *p, const int8_t *q, size_t stride, int steps, const int bits,
+                       const int count, I out[TOKENS][2]) {
+  for (int t = 0; t < count; t++) out[t][0] = out[t][1] = i_set(0);
+  if (bits == 8) {
+    for (int s = 0; s < steps; s++, p += 2 * BYTES) {
+      V v = v_load(p), u = v_load(p + BYTES);
+      for (int t = 0; t < count; t++) {
+        V x = v_four(q + (size_t)t * stride + 4 * s);
+        out[t][0] = i_dot8(out[t][0], v, x);
+        out[t][1] = i_dot8(out[t][1], u, x);
+      }
+    }
+    return;
+  }
+  for (int i = 0; i < steps; i += FLUSH) {
+    A a[TOKENS][2];
+    for (int t = 0; t < count; t++) a[t][0] = a[t][1] = a_zero();
+    int stop = i + FLUSH < steps ? i + FLUSH : steps;
+    for (int s = i; s < stop; s++, p += 2 * BYTES) {
+      V v = v_load(p), u = v_load(p + BYTES);
+      for (int t = 0; t < count; t++) {
+        V x = v_four(q + (size_t)t * stride + 4 * s);
+        a[t][0] = a_dot(a[t][0], v, x);
+        a[t][1] = a_dot(a[t][1], u, x);
+      }
+    }
+    for (int t = 0; t < count; t++) {
+      out[t][0] = a_total(out[t][0], a[t][0]);
+      out[t][1] = a_total(out[t][1], a[t][1]);
+    }
+  }
+}
+
+INLINE void wide_tokens(const SqftMatrix *m, const SqftInputs *x, float *y, size_t tile,
+                        const uint8_t *wide, size_t wide_stride, const int bits,
+                        const int count) {
+  const size_t stride = (size_t)m->groups * m->span;
+  const uint8_t *p = sqft_fixed(m, tile);
+  F f[TOKENS][2];
+  for (int t = 0; t < count; t++) f[t][0] = f[t][1] = f_zero();
+  for (uint32_t g = 0; g < m->groups; g++, p += m->group_bytes, wide += wide_stride) {
+    Group group = head_of(p, (int)m->asymmetric, bits);
+    I out[TOKENS][2], offset = i_set(bits == 8 ? 128 * SIGNED8 : 0);
+    wide_group(wide, x->codes + (size_t)g * m->span, stride, (int)m->span / 4, bits, count, out);
+    for (int t = 0; t < count; t++) {
+      size_t at = (size_t)t * m->groups + g;
+      F a = f_set(x->scale[at]);
+      I sum = i_set(x->sum[at]);
+      for (int v = 0; v < 2; v++) {
+        I taken = i_sub(out[t][v], i_mul(i_sub(group.zero[v], offset), sum));
+        f[t][v] = f_fma(f_of(taken), f_mul(group.scale[v], a), f[t][v]);
+      }
+    }
+  }
+  for (int t = 0; t < count; t++) store_rows(m, tile, y + (size_t)t * m->rows, f[t][0], f[t][1]);
+}
+
+INLINE void many_of(const SqftMatrix *m, const SqftInputs *x, size_t tokens, float *y,
+                    size_t first, size_t last, uint8_t *wide, const int bits) {
+  const size_t stride = (size_t)m->groups * m->span;
+  for (size_t tile = first; tile < last; tile++) {
+    const uint8_t *from = wide;
+    size_t wide_stride = (size_t)m->span / 4 * 2 * BYTES;
+    switch (m->format) {
+    case SQFT_DENSE:
+      if (bits == 8) { /* is wide already */
+        from = sqft_fixed(m, tile) + sqft_head_bytes(m);
+        wide_stride = m->group_bytes;
+      } else {
+        widen(m, tile, wide, SQFT_DENSE, 4);
+      }
+      break;
+    case SQFT_MASK: widen(m, tile, wide, SQFT_MASK, bits); break;
+    case SQFT_PAIRS: widen(m, tile, wide, SQFT_PAIRS, bits); break;
+    }
+    size_t t = 0;
+    for (; t < tokens;) {
+      SqftInputs part = {x->codes + t * stride, x->scale + t * m->groups, x->sum + t * m->groups};
+      float *out = y + t * m->rows;
+      if (tokens - t >= TOKENS)
+        wide_tokens(m, &part, out, tile, from, wide_stride, bits, TOKENS), t += TOKENS;
+      else if (tokens - t >= 2)
+        wide_tokens(m, &part, out, tile, from, wide_stride, bits, 2), t += 2;
+      else
+        wide_tokens(m, &part, out, tile, from, wide_stride, bits, 1), t += 1;
+    }
+  }
+}
+
+static void many(const SqftMatrix *m, const SqftInputs *x, size_t tokens, float *y, size_t first,
+                 size_t last, uint8_t *wide) {
+  if (m->bits == 4)
+    many_of(m, x, tokens, y, first, last, wide, 4);
+  else
+    many_of(m, x, tokens, y, first, last, wide, 8);
+}

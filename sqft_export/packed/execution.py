@@ -1,0 +1,152 @@
+"""A deployment whose products run on our kernels: straight from mask and kept codes, or dense.
+
+auto    of every product the fastest kernel here, measured once (kernels/choice.py)
+sparse  the format that zeros make smallest
+dense   our dense format
+stock   the runtime's own kernels; weights are inflated for them
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from sqft_export.errors import UserError
+from sqft_export.kernels.choice import STOCK, Chooser, choice_of
+from sqft_export.kernels.extension import kernels_used, why_not
+from sqft_export.kernels.ir import Graph, Read, is_specialized, matrix_of
+from sqft_export.kernels.rewrite import Rewritten, rewrite
+from sqft_export.packed.container import PackedFile
+from sqft_export.packed.folders import copy_of, packed_file
+from sqft_export.packed.seal import PROVENANCE, read_seal, write_seal
+from sqft_export.targets.folder import GRAPHS, WEIGHT_FILES, runtime_of
+
+Execution = Literal["auto", "sparse", "dense", "stock"]
+
+
+def checked_execution(execution: str) -> str:
+    """:raises UserError: if it is none."""
+    if execution not in get_args(Execution):
+        raise UserError(
+            f"execution: found {execution!r}; allowed are {', '.join(get_args(Execution))}"
+        )
+    return execution
+
+
+def execution_here(execution: str) -> str:
+    """What is asked for, or ``stock`` with a line of notice where the kernels are missing."""
+    if checked_execution(execution) == STOCK:
+        return STOCK
+    if missing := why_not():
+        print(f"notice: no sparse execution here, on dense kernels: {missing}", file=sys.stderr)
+        return STOCK
+    return execution
+
+
+@contextmanager
+def weights_of(folder: Path) -> Iterator[Read]:
+    """Bytes of the dense weight file of an OpenVINO deployment, packed or plain."""
+    packed = packed_file(folder)
+    if packed is not None:
+        with PackedFile(packed) as opened:
+            opened.check_whole()
+            yield opened.read
+        return
+    file = folder / WEIGHT_FILES["openvino"]
+    if not file.is_file():
+        raise UserError(f"{file}: is missing")
+    if not file.stat().st_size:
+        raise UserError(f"{file}: is empty")
+    content = np.memmap(file, np.uint8, mode="r")
+
+    def read(at: int, size: int) -> np.ndarray:
+        if at < 0 or at + size > len(content):
+            raise UserError(f"{file}: has {len(content)} bytes; the graph asks for {at + size}")
+        return content[at : at + size]
+
+    yield read
+
+
+def rewritten(
+    folder: Path, execution: str, allocate: Callable[[int], np.ndarray] | None = None
+) -> Rewritten | None:
+    """An OpenVINO deployment with its products on our kernels; None where none would be.
+
+    :param execution: auto, sparse or dense.
+    :param allocate: see :func:`rewrite`.
+    :raises UserError: if the deployment can't be read.
+    """
+    file = folder / GRAPHS["openvino"]
+    text = file.read_bytes()
+    if is_specialized(text):
+        raise UserError(f"{folder}: is specialized already")
+    graph = Graph(text, str(file))
+    products = graph.products()
+    if not products:
+        return None
+    choose: Any = lambda *_: execution  # noqa: E731
+    if execution == "auto":
+        choose = Chooser(sum(product.codes.size for product in products))
+    with weights_of(folder) as read:
+        made = rewrite(graph, read, choose, kernels_used(), allocate)
+    return made if set(made.forms.values()) != {STOCK} else None
+
+
+def kernels_of(folder: Path) -> dict[str, tuple[str, float | None]]:
+    """The kernel of every product by module, and how many times as fast as the runtime's own it
+    was found to be here; of a folder that is not specialized what was chosen before, if it was.
+
+    :raises UserError: if the deployment can't be read.
+    """
+    file = folder / GRAPHS["openvino"]
+    graph = Graph(file.read_bytes(), str(file))
+    found: dict[str, tuple[str, float | None]] = {}
+    with weights_of(folder) as read:
+        for name, form in graph.specialized(read):
+            found[name] = (form, None)
+        for product in graph.products() if why_not() is None else ():
+            matrix = matrix_of(product, read)
+            if matrix and (known := choice_of(matrix)):
+                found[product.module] = (known.form, known.gain())
+    return found
+
+
+class NothingSpecialized(UserError):
+    """No product has weights that the kernels read."""
+
+
+def specialize(folder: Path, out: Path, execution: str = "sparse") -> dict[str, Any]:
+    """Write ``out``, a copy of an OpenVINO deployment that runs on our kernels.
+
+    It loads wherever the package is, with ``openvino_extension()``; its weights are laid out for
+    this machine's vectors, and are put in another's order there as they are loaded.
+
+    :return: bytes of the weights, and number of products in each format.
+    :raises UserError: if the folder is no OpenVINO deployment, has no compressed product or is
+        specialized already, if the kernels are missing, or ``out`` exists.
+    """
+    if runtime_of(folder) != "openvino":
+        raise UserError(f"{folder}: is for {runtime_of(folder)}; OpenVINO deployments run on them")
+    checked_execution(execution)
+    kernels_used()
+    made = rewritten(folder, execution)
+    if made is None:
+        raise NothingSpecialized(
+            f"{folder}: has no product with INT4 or INT8 weights to run on them"
+        )
+    weights = folder / WEIGHT_FILES["openvino"]
+    packed = packed_file(folder)
+    left_out = [folder / GRAPHS["openvino"], packed or weights, folder / PROVENANCE]
+    with copy_of(folder, out, left_out) as partial:
+        (partial / GRAPHS["openvino"]).write_bytes(made.text)
+        made.weights.tofile(partial / weights.name)
+        if origin := read_seal(folder):
+            write_seal(partial, {k: v for k, v in origin.items() if k != "files"})
+    forms = list(made.forms.values())
+    return {
+        "bytes": len(made.weights),
+        "products": {form: forms.count(form) for form in sorted(set(forms))},
+    }
