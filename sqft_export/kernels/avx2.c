@@ -5,14 +5,7 @@
 #else
 #define TARGET "avx2,popcnt,f16c,fma"
 #endif
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target(TARGET))), apply_to = function)
-#else
-#pragma GCC push_options
-#define PRAGMA(x) _Pragma(#x)
-#define FOR(target_) PRAGMA(GCC target(target_))
-FOR(TARGET)
-#endif
+#include "begin_target.h"
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
@@ -139,11 +132,7 @@ static inline void expand8(const uint8_t *mask, const uint8_t **kept, V z0, V z1
 
 #include "products.h"
 
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "end_target.h"
 
 static int here(void) {
   __builtin_cpu_init();
@@ -153,8 +142,9 @@ static int here(void) {
   __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
   if (!(a >> 4 & 1)) return 0;
 #endif
+  /* what has AVX2 has F16C, which clang can't be asked for */
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt") &&
-         __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+         __builtin_cpu_supports("fma");
 }
 
 #ifdef VNNI

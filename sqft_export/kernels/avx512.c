@@ -2,14 +2,7 @@
 #if defined(__x86_64__)
 #ifndef SQFT_EMULATED /* tests run this file on any machine */
 #define TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,popcnt,fma,f16c"
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target(TARGET))), apply_to = function)
-#else
-#pragma GCC push_options
-#define PRAGMA(x) _Pragma(#x)
-#define FOR(target_) PRAGMA(GCC target(target_))
-FOR(TARGET)
-#endif
+#include "begin_target.h"
 #include <immintrin.h>
 #endif
 #include <stdint.h>
@@ -107,11 +100,7 @@ static inline void expand8(const uint8_t *mask, const uint8_t **kept, V z0, V z1
 #ifdef SQFT_EMULATED
 static int here(void) { return 1; }
 #else
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "end_target.h"
 
 static int here(void) {
   __builtin_cpu_init();

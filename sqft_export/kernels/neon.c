@@ -1,11 +1,11 @@
 /* NEON with the dot product of ARMv8.2. */
 #if defined(__aarch64__)
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
+#define TARGET "dotprod"
 #else
-#pragma GCC push_options
-#pragma GCC target("arch=armv8.2-a+dotprod")
+#define TARGET "arch=armv8.2-a+dotprod"
 #endif
+#include "begin_target.h"
 #include <arm_neon.h>
 #include <stdint.h>
 #include <string.h>
@@ -98,11 +98,7 @@ static inline void expand8(const uint8_t *mask, const uint8_t **kept, V z0, V z1
 
 #include "products.h"
 
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "end_target.h"
 
 #ifndef HWCAP_ASIMDDP
 #define HWCAP_ASIMDDP (1 << 20)

@@ -15,9 +15,9 @@ def _targets() -> Entries:
     from sqft_export.targets.devices import devices
 
     found = [asdict(device) for device in devices()]
-    kernels, missing = kernels_here(), why_not()
+    kernels = kernels_here()  # of this package
     name = kernels.name if kernels else "none"
-    found.append({"runtime": "openvino", "kind": "kernels", "name": name, "missing": missing})
+    found.append({"runtime": "openvino", "kind": "kernels", "name": name, "missing": why_not()})
     return [d | {"missing": d["missing"] or "here"} for d in found]
 
 

@@ -72,7 +72,7 @@ def test_the_report_shows_every_row_with_every_number(tiny_run):
         assert row["peak_memory_bytes"] > 1e7
         assert row["ttft"]["median_ms"] > 0
         assert row["tpot"]["p10_ms"] <= row["tpot"]["median_ms"] <= row["tpot"]["p90_ms"]
-    tuned, merged, _, _, onnx, packed = document["rows"][4:]
+    tuned, merged, _, _, _, onnx, packed = document["rows"][4:]
     assert packed["file_bytes"] < onnx["file_bytes"] and packed["accuracy"] == onnx["accuracy"]
     assert tuned["perplexity"] == merged["perplexity"]
     page = (folder / "index.html").read_text()

@@ -25,7 +25,9 @@ def test_every_runtime_tells_of_its_devices():
     assert set(found) == {
         *[("openvino", device) for device in devices.DEVICE_KINDS],
         *[(runtime, device) for runtime in ("onnx", "torch") for device in ("cpu", "gpu")],
+        ("openvino", "kernels"),
     }
+    assert found["openvino", "kernels"] == "here"
     assert all(found[runtime, "cpu"] == "here" for runtime in ("openvino", "onnx", "torch"))
 
 

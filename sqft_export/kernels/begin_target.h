@@ -1,0 +1,9 @@
+/* From here on functions are compiled for TARGET, until end_target.h. */
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target(TARGET))), apply_to = function)
+#else
+#define PRAGMA(x) _Pragma(#x)
+#define FOR(target_) PRAGMA(GCC target(target_))
+#pragma GCC push_options
+FOR(TARGET)
+#endif
