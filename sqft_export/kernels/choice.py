@@ -1,9 +1,9 @@
 """Which kernel is the fastest for a matrix on this machine: measured once, and remembered.
 
 A product is measured in OpenVINO itself, as the runtime's own and as ours, over copies of the
-weights that are as cold as they will be: as many bytes as the model has, or as twice the last
-cache. What was found is kept for this user and machine, not beside the deployment: it is a fact of
-shapes and processor, holds for every model of such shapes, and a deployment stays as it was sealed.
+weights that are as cold as they will be: as many bytes as the model has, 64 MiB at most. What was
+found is kept for this user and machine, not beside the deployment: it is a fact of shapes and
+processor, holds for every model of such shapes, and a deployment stays as it was sealed.
 """
 
 import functools
@@ -25,7 +25,6 @@ from sqft_export.kernels.library import (
     Kernels,
     Matrix,
     aligned,
-    count_kept,
     lay_out,
     planned,
 )
@@ -115,11 +114,6 @@ class Chooser:
                 holders.append(held)
         seconds = {form: _timed(model, matrix.inputs, copies) for form, model in models.items()}
         return Choice(fastest(seconds), seconds)
-
-
-def choice_of(matrix: Matrix) -> Choice | None:
-    """What was chosen for such a matrix before; None if it was not met."""
-    return Remembered().get(Shape.of(matrix, count_kept(matrix)))
 
 
 def stock_model(matrix: Matrix, copies: int) -> Any:

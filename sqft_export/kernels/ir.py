@@ -17,6 +17,7 @@ import numpy as np
 
 from sqft_export.errors import UserError
 from sqft_export.kernels.library import FORMATS, Matrix, header_of
+from sqft_export.numerics.nibbles import unpack_nibbles
 
 OPERATOR = "SqftMatMul"
 OPERATOR_SET = "sqft_export"
@@ -267,7 +268,7 @@ def _zeros(product: Product, shape: tuple[int, ...], read: Read) -> np.ndarray |
         return None if signed else np.zeros(shape, np.uint8)
     zero = read(product.zero.at, product.zero.size)
     if product.bits == 4:
-        zero = np.stack([zero & 15, zero >> 4], axis=1).reshape(-1)[: product.zero.elements]
+        zero = unpack_nibbles(zero.reshape(1, -1), product.zero.elements)[0]
     if signed:
         zero = zero ^ 2 ** (product.bits - 1)
     if len(zero) == 1:

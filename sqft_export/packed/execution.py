@@ -15,9 +15,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from sqft_export.errors import UserError
-from sqft_export.kernels.choice import STOCK, Chooser, choice_of
+from sqft_export.kernels.choice import STOCK, Chooser, Remembered, Shape
 from sqft_export.kernels.extension import kernels_used, why_not
 from sqft_export.kernels.ir import Graph, Read, is_specialized, matrix_of
+from sqft_export.kernels.library import count_kept
 from sqft_export.kernels.rewrite import Rewritten, rewrite
 from sqft_export.packed.container import PackedFile
 from sqft_export.packed.folders import copy_of, packed_file
@@ -107,9 +108,12 @@ def kernels_of(folder: Path) -> dict[str, tuple[str, float | None]]:
     with weights_of(folder) as read:
         for name, form in graph.specialized(read):
             found[name] = (form, None)
-        for product in graph.products() if why_not() is None else ():
+        if why_not():
+            return found
+        memory = Remembered()
+        for product in graph.products():
             matrix = matrix_of(product, read)
-            if matrix and (known := choice_of(matrix)):
+            if matrix and (known := memory.get(Shape.of(matrix, count_kept(matrix)))):
                 found[product.module] = (known.form, known.gain())
     return found
 

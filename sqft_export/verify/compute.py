@@ -1,7 +1,5 @@
 """What a runtime makes of its file: exact mode, default mode, kernels."""
 
-from pathlib import Path
-
 import numpy as np
 
 from sqft_export.measure.decode import equal_lengths, generate
@@ -10,7 +8,7 @@ from sqft_export.model.floats import Reference
 from sqft_export.packed.folders import PACKED
 from sqft_export.targets import Session, target
 from sqft_export.verify.certificate import Certificate
-from sqft_export.verify.subject import Subject
+from sqft_export.verify.subject import Asked, Subject
 
 BATCH = 16  # prompts that go through the reference at once
 
@@ -18,6 +16,8 @@ BATCH = 16  # prompts that go through the reference at once
 def check_compute(
     certificate: Certificate, subject: Subject, name: str, reference: Reference
 ) -> None:
+    asked = subject.asked
+    defaults: dict[str, list[np.ndarray]] = {}
     for label, folder in subject.deployments(name):
         if subject.quantized:
             title = f"layers on compressed kernels in {label}"
@@ -25,18 +25,18 @@ def check_compute(
             compressed = target(name).compressed_kernels(folder, subject.scratch)
             for layer in subject.quantized:
                 kernels.count(np.array([layer not in compressed]), layer)
-        _check_exact(certificate, subject, name, label, folder, reference)
-        _check_default(certificate, subject, name, label, folder, reference)
-    packed, folder = subject.exports[name] / PACKED, subject.exports[name] / "model"
+        exact = target(name).open_session(folder, True, None)
+        _check_exact(certificate, asked, label, exact, reference)
+        session = target(name).open_session(folder, False, None)
+        defaults[label] = _prompt_logits(session, asked.prompts)
+        _check_default(certificate, asked, label, defaults[label], reference)
+    packed = subject.exports[name] / PACKED
     if packed.is_dir():
-        default = _prompt_logits(
-            target(name).open_session(folder, False, None), subject.asked.prompts
-        )
         title = f"logits: {name} dense and packed, as deployed"
         same = certificate.start("compute", title, "standard deviations")
         session = target(name).open_session(packed, False, None)
-        others = _prompt_logits(session, subject.asked.prompts)
-        for number, (ours, theirs) in enumerate(zip(default, others, strict=True)):
+        others = _prompt_logits(session, asked.prompts)
+        for number, (ours, theirs) in enumerate(zip(defaults[name], others, strict=True)):
             worst = np.abs(ours - theirs).max() / ours.std()
             same.worst(float(worst), ours.size, f"prompt {number}")
 
@@ -55,19 +55,13 @@ def _prompt_logits(session: Session, prompts: list[list[int]]) -> list[np.ndarra
 
 
 def _check_exact(
-    certificate: Certificate,
-    subject: Subject,
-    name: str,
-    label: str,
-    folder: Path,
-    reference: Reference,
+    certificate: Certificate, asked: Asked, label: str, session: Session, reference: Reference
 ) -> None:
     """Logits over every prompt, and the tokens that follow: each the likeliest in torch."""
-    asked, both = subject.asked, f"merged in torch and {label}"
+    both = f"merged in torch and {label}"
     title = f"logits: {both}"
     logits = certificate.start("compute", title, "standard deviations", asked.tolerance)
     tokens = certificate.start("compute", f"greedy tokens: {both}", "tokens")
-    session = target(name).open_session(folder, True, None)
     for start in range(0, len(asked.prompts), BATCH):
         prompts = asked.prompts[start : start + BATCH]
         said = generate(session, prompts, asked.new_tokens, stop=[])
@@ -85,17 +79,15 @@ def _check_exact(
 
 def _check_default(
     certificate: Certificate,
-    subject: Subject,
-    name: str,
+    asked: Asked,
     label: str,
-    folder: Path,
+    default: list[np.ndarray],
     reference: Reference,
 ) -> None:
     """Mean KL divergence of the runtime's default mode from torch, in nats a token."""
-    prompts, total, tokens = subject.asked.prompts, 0.0, 0
-    default = _prompt_logits(target(name).open_session(folder, False, None), prompts)
+    prompts, total, tokens = asked.prompts, 0.0, 0
     title = f"divergence of {label} in its default mode"
-    check = certificate.start("compute", title, "nats a token", subject.asked.divergence)
+    check = certificate.start("compute", title, "nats a token", asked.divergence)
     for start in range(0, len(prompts), BATCH):
         chosen = prompts[start : start + BATCH]
         for ours, theirs in zip(
