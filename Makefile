@@ -70,7 +70,7 @@ wheel: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --only-plat --exclude 'libopenvino*' --exclude 'libtbb*' --wheel-dir dist build/wheel/*.whl
 
 # The mark is made last: an interrupted install is done again.
-$(INSTALLED): pyproject.toml constraints.txt sqft_export/packed/unpack.c $(wildcard sqft_export/kernels/*.[ch]*)
+$(INSTALLED): pyproject.toml constraints.txt sqft_export/packed/unpack.c sqft_export/numerics/fused.c $(wildcard sqft_export/kernels/*.[ch]*)
 	@echo "installing into $(VENV) (once, a few minutes)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --retries 1 --timeout 20 --no-deps --extra-index-url $(TORCH_INDEX) "$(TORCH)"

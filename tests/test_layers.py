@@ -13,6 +13,7 @@ ORDER = [
     {"textfiles"},
     {"numerics.codes", "numerics.groups", "numerics.nibbles", "numerics.hessian", "numerics.masks"},
     {"numerics.affine"},
+    {"numerics.fused"},
     {"numerics.gptq_layout"},
     {"recipe.templates"},
     {"recipe.schema"},

@@ -25,13 +25,23 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from sqft_export.numerics.affine import Grid, fake_quantize, fake_quantize_inside, grouped, quantize
+from sqft_export.numerics import fused
+from sqft_export.numerics.affine import Grid, grouped, quantize
 from sqft_export.numerics.codes import codes_to_steps
 from sqft_export.numerics.gptq_layout import to_gptq
-from sqft_export.numerics.masks import bits_to_mask
 
 PEFT_NAME = "default"
 Update = tuple[Tensor, Tensor, float]  # A [rank, in], B [out, rank], alpha / max_rank
+
+
+def product(update: Update | None) -> Tensor | None:
+    """``B A``, float32 ``[out, in]``, its own memory."""
+    if update is None:
+        return None
+    lora_a, lora_b, _ = update
+    # Contiguous, so that a slice of the super-adapter and its extracted copy take the same path
+    # through the matrix product, to the last bit.
+    return lora_b.float().contiguous() @ lora_a.float().contiguous()
 
 
 class Merged(NamedTuple):
@@ -69,6 +79,7 @@ class CompressedLinear(nn.Linear):
         new.register_buffer("scale", grid.scale if grid else None, persistent=False)
         new.register_buffer("zero_point", grid.zero_point if grid else None, persistent=False)
         new.bits, new.unmerged = grid.bits if grid else None, unmerged
+        new.settled = False
         return new.requires_grad_(False)
 
     @property
@@ -85,28 +96,37 @@ class CompressedLinear(nn.Linear):
         scale = self.scale if shift is None else (self.scale.float() * shift.exp()).half()
         return Grid(scale, self.zero_point, self.bits, self.in_features // scale.shape[1])
 
-    def adapted_weight(self, update: Update | None) -> Tensor:
-        """``W + M * (B A) * scaling`` in float32, before the grid."""
-        weight = self.weight.float()
-        if update is None:
-            return weight
-        lora_a, lora_b, scaling = update
-        # Contiguous, so that a slice of the super-adapter and its extracted copy take the same
-        # path through the matrix product, to the last bit.
-        delta = (lora_b.float().contiguous() @ lora_a.float().contiguous()).mul_(scaling)
-        if self.mask_bits is not None:
-            delta.mul_(bits_to_mask(self.mask_bits, self.in_features))
-        return delta.add_(weight)
+    def base_at(self, shift: Tensor | None) -> fused.Frozen:
+        """What an update enters, on the grid that ``shift`` makes of the stored one."""
+        return fused.Frozen(self.weight, self.mask_bits, self.grid_at(shift))
 
     def codes(self, update: Update | None) -> Tensor:
         """Codes uint8 ``[out, in]`` of the effective weight; only with a grid."""
         assert self.grid is not None
-        return quantize(self.adapted_weight(update), self.grid)
+        base, scaling = self.base_at(None), update[2] if update else 0.0
+        return quantize(fused.adapted_weight(base, product(update), scaling), self.grid)
 
-    def effective_weight(self, update: Update | None, shift: Tensor | None = None) -> Tensor:
-        """float32 ``[out, in]``."""
-        adapted, grid = self.adapted_weight(update), self.grid_at(shift)
-        return fake_quantize(adapted, grid) if grid else adapted
+    def effective_weight(
+        self,
+        update: Update | None,
+        shift: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """``[out, in]`` in ``dtype``, computed in float32."""
+        scaling = update[2] if update else 0.0
+        return fused.effective_weight(self.base_at(shift), product(update), scaling, dtype)
+
+    @torch.no_grad()
+    def settle(self, dtype: torch.dtype) -> None:
+        """Keep the weight as forward multiplies with it: no adapter will enter it.
+
+        Not where that would take more memory; forward then makes it again each time.
+
+        :param dtype: of the activations.
+        """
+        if self.grid is not None and dtype.itemsize <= self.weight.itemsize:
+            self.weight.data = self.effective_weight(None, None, dtype)
+            self.settled = True
 
     def merged(self, update: Update | None) -> Merged:
         """The Linear that forward runs, as a merged model stores it: the weight in the base's
@@ -119,7 +139,9 @@ class CompressedLinear(nn.Linear):
         return Merged(to_gptq(codes, self.grid), int(np.count_nonzero(steps == 0)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.with_bias(nn.functional.linear(x, self.effective_weight(None).to(x.dtype)))
+        settled = self.settled or (self.grid is None and self.weight.dtype == x.dtype)
+        weight = self.weight if settled else self.effective_weight(None, None, x.dtype)
+        return self.with_bias(nn.functional.linear(x, weight.to(x.dtype)))
 
     def with_bias(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -132,27 +154,22 @@ class _Adapted(torch.autograd.Function):
     def forward(ctx, x, lora_a, lora_b, shift, layer: CompressedLinear, scaling: float):
         ctx.save_for_backward(x, lora_a, lora_b, shift)
         ctx.layer, ctx.scaling = layer, scaling
-        weight = layer.effective_weight((lora_a, lora_b, scaling), shift)
-        return nn.functional.linear(x, weight.to(x.dtype))
+        weight = layer.effective_weight((lora_a, lora_b, scaling), shift, x.dtype)
+        return nn.functional.linear(x, weight)
 
     @staticmethod
     def backward(ctx, gradient):
         x, lora_a, lora_b, shift = ctx.saved_tensors
         layer: CompressedLinear = ctx.layer
-        adapted, grid = layer.adapted_weight((lora_a, lora_b, ctx.scaling)), layer.grid_at(shift)
-        effective, unclamped = fake_quantize_inside(adapted, grid) if grid else (adapted, None)
-        grad_x = None
+        base, update = layer.base_at(shift), product((lora_a, lora_b, ctx.scaling))
+        of_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)
+        back = fused.backward(base, update, ctx.scaling, of_weight, shift is not None)
+        grad_x, grad_shift, grad_weight = None, None, back.passed
         if ctx.needs_input_grad[0]:
-            grad_x = gradient @ effective.to(gradient.dtype)
-        grad_weight = (gradient.flatten(0, -2).T @ x.flatten(0, -2)).float()
-        grad_shift = None
-        if grid:
-            if shift is not None:
-                moved = grad_weight * (effective - adapted * unclamped)
-                grad_shift = grouped(moved, grid.group_size).sum(dim=2)
-            grad_weight.mul_(unclamped)
-        if layer.mask_bits is not None:
-            grad_weight.mul_(bits_to_mask(layer.mask_bits, layer.in_features))
+            grad_x = gradient @ back.effective
+        if back.moved is not None:
+            assert base.grid is not None
+            grad_shift = grouped(back.moved, base.grid.group_size).sum(dim=2)
         grad_a = ((lora_b.float() * ctx.scaling).T @ grad_weight).to(lora_a.dtype)
         grad_b = (grad_weight @ (lora_a.float() * ctx.scaling).T).to(lora_b.dtype)
         return grad_x, grad_a, grad_b, grad_shift, None, None

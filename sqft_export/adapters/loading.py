@@ -107,7 +107,16 @@ def add_adapters(
         task_type="CAUSAL_LM",
     )
     config._register_custom_module({CompressedLinear: ElasticLoraLinear})
-    return get_peft_model(model, config)
+    return _settled(get_peft_model(model, config))
+
+
+def _settled(model: PeftModel) -> PeftModel:
+    """Weights that no adapter enters as they are multiplied with."""
+    for name, module in model.named_modules():
+        adapted = name.endswith(".base_layer")
+        if isinstance(module, CompressedLinear) and (module.unmerged or not adapted):
+            module.settle(model.config.dtype)
+    return model
 
 
 def load_adapted(base: Base, adapter: Path, dtype: torch.dtype) -> nn.Module:
@@ -115,7 +124,7 @@ def load_adapted(base: Base, adapter: Path, dtype: torch.dtype) -> nn.Module:
     config = LoraConfig.from_pretrained(adapter)
     config.inference_mode = False
     config._register_custom_module({CompressedLinear: ElasticLoraLinear})
-    adapted = get_peft_model(load_compressed(base, dtype), config)
+    adapted = _settled(get_peft_model(load_compressed(base, dtype), config))
     state = load_file(adapter / "adapter_model.safetensors")
     if any(".lora_shift" in name for name in state):
         train_scales(adapted)

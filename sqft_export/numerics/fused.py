@@ -1,0 +1,170 @@
+"""The effective weight of an adapted Linear, in one pass over memory where it is compiled.
+
+    effective = FQ( W + U * scaling * M )        passed = G * inside * M
+
+``U`` is the update ``B A``, ``M`` the mask, ``G`` the gradient of the effective weight, ``inside``
+where the code is not clamped. All arithmetic is float32, in the order of these formulas. What the
+library (fused.c, on the CPU) and torch (any device) give is equal bit for bit; without a compiler
+it is torch everywhere.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sqft_export.numerics.affine import Grid, fake_quantize, fake_quantize_inside
+from sqft_export.numerics.masks import bits_to_mask
+
+_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class _Work(ctypes.Structure):
+    """``Work`` of fused.c."""
+
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("weight", "update", "mask", "scale", "zero", "effective")),
+        *((n, ctypes.c_void_p) for n in ("gradient", "passed", "moved")),
+        *((n, ctypes.c_size_t) for n in ("rows", "inputs", "group")),
+        *((n, ctypes.c_float) for n in ("scaling", "highest")),
+        *((n, ctypes.c_int32) for n in ("weight_kind", "effective_kind", "gradient_kind")),
+        ("next", ctypes.c_size_t),
+    )
+
+
+class Frozen(NamedTuple):
+    """What an update enters.
+
+    weight: float ``[out, in]``. mask_bits: uint8 ``[out, ceil(in / 8)]``, or None. grid: or None.
+    """
+
+    weight: Tensor
+    mask_bits: Tensor | None
+    grid: Grid | None
+
+
+class Backward(NamedTuple):
+    """effective: ``[out, in]`` in the gradient's dtype. passed: float32, the gradient of the
+    update. moved: float32, the gradient of the logarithm of each weight's scale; or None."""
+
+    effective: Tensor
+    passed: Tensor
+    moved: Tensor | None
+
+
+@functools.cache
+def _library() -> Any:
+    for file in sorted(Path(__file__).parent.glob("_fused*")):
+        if file.suffix in (".so", ".pyd", ".dylib"):
+            return ctypes.CDLL(str(file))
+    return None
+
+
+@functools.cache
+def _parallel() -> ctypes.c_void_p | None:
+    """``GOMP_parallel`` of the OpenMP that torch runs on: its threads are awake already."""
+    for file in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
+        if file.suffix in (".so", ".dylib"):
+            found = getattr(ctypes.CDLL(str(file)), "GOMP_parallel", None)
+            return ctypes.cast(found, ctypes.c_void_p) if found else None
+    return None
+
+
+def _compiled(base: Frozen, update: Tensor | None, dtype: torch.dtype) -> bool:
+    tensors = [t for t in (base.weight, update, base.mask_bits) if t is not None]
+    return (
+        _library() is not None
+        and all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
+        and base.weight.dtype in _KINDS
+        and dtype in (torch.float32, torch.bfloat16)
+    )
+
+
+def _work(base: Frozen, update: Tensor | None, scaling: float, effective: Tensor) -> _Work:
+    rows, inputs = base.weight.shape
+    work = _Work(rows=rows, inputs=inputs, group=inputs, scaling=scaling)
+    work.weight, work.weight_kind = base.weight.data_ptr(), _KINDS[base.weight.dtype]
+    work.effective, work.effective_kind = effective.data_ptr(), _KINDS[effective.dtype]
+    work.update = update.data_ptr() if update is not None else None
+    work.mask = base.mask_bits.data_ptr() if base.mask_bits is not None else None
+    return work
+
+
+def _run(work: _Work, grid: Grid | None) -> None:
+    if grid is not None:
+        scale, zero = grid.scale.float().contiguous(), grid.zero_point.contiguous()
+        work.scale, work.zero = scale.data_ptr(), zero.data_ptr()
+        work.group, work.highest = grid.group_size, grid.highest
+    threads = torch.get_num_threads()
+    _library().sqft_fused(ctypes.byref(work), _parallel() if threads > 1 else None, threads)
+
+
+def adapted_weight(base: Frozen, update: Tensor | None, scaling: float) -> Tensor:
+    """``W + U * scaling * M``, float32 ``[out, in]``.
+
+    :param update: float32, overwritten; None: there is none.
+    """
+    weight = base.weight.float()
+    if update is None:
+        return weight
+    update.mul_(scaling)
+    if base.mask_bits is not None:
+        update.mul_(bits_to_mask(base.mask_bits, weight.shape[1]))
+    return update.add_(weight)
+
+
+def effective_weight(
+    base: Frozen, update: Tensor | None, scaling: float, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """``[out, in]`` in ``dtype``, the dtype of the product.
+
+    :param update: float32, overwritten; None: there is none.
+    """
+    if not _compiled(base, update, dtype):
+        adapted = adapted_weight(base, update, scaling)
+        return (fake_quantize(adapted, base.grid) if base.grid else adapted).to(dtype)
+    if update is not None and dtype == torch.float32:
+        effective = update
+    else:
+        effective = torch.empty(base.weight.shape, dtype=dtype)
+    _run(_work(base, update, scaling, effective), base.grid)
+    return effective
+
+
+def backward(
+    base: Frozen, update: Tensor, scaling: float, gradient: Tensor, scales: bool
+) -> Backward:
+    """The effective weight again, and what passes back through it.
+
+    :param update: float32, overwritten.
+    :param gradient: of the effective weight, ``[out, in]``, overwritten if it is float32.
+    :param scales: the gradient of the scales is asked for as well; only with a grid.
+    """
+    if not _compiled(base, update, gradient.dtype) or not gradient.is_contiguous():
+        return _backward_in_torch(base, update, scaling, gradient, scales)
+    effective = torch.empty_like(gradient)
+    passed = gradient if gradient.dtype == torch.float32 else torch.empty_like(update)
+    work = _work(base, update, scaling, effective)
+    work.gradient, work.gradient_kind = gradient.data_ptr(), _KINDS[gradient.dtype]
+    work.passed, work.moved = passed.data_ptr(), update.data_ptr() if scales else None
+    _run(work, base.grid)
+    return Backward(effective, passed, update if scales else None)
+
+
+def _backward_in_torch(
+    base: Frozen, update: Tensor, scaling: float, gradient: Tensor, scales: bool
+) -> Backward:
+    adapted, dtype = adapted_weight(base, update, scaling), gradient.dtype
+    passed = gradient.float()
+    effective, moved = adapted, None
+    if base.grid is not None:
+        effective, inside = fake_quantize_inside(adapted, base.grid)
+        if scales:
+            moved = passed * (effective - adapted * inside)
+        passed.mul_(inside)
+    if base.mask_bits is not None:
+        passed.mul_(bits_to_mask(base.mask_bits, passed.shape[1]))
+    return Backward(effective.to(dtype), passed, moved)
