@@ -22,6 +22,7 @@ from shapes import SMALL, WIDE, write_checkpoint
 from sqft_export.measure.worker import peak_memory
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.recipe.load import load_recipe
+from sqft_export.run.progress import silent
 from sqft_export.stages import Context, quantize, sparsify
 
 GIB = 2**30
@@ -42,7 +43,7 @@ def compress(model: Path, out: Path, samples: int, length: int) -> dict[str, Any
     inputs: dict[str, Any] = {}
     for name, stage in (("sparsify", sparsify), ("quantize", quantize)):
         (out / name).mkdir()
-        context = Context(name, recipe, model, dict(inputs), out / name, lambda total: lambda: None)
+        context = Context(name, recipe, model, dict(inputs), out / name, silent)
         started = time.monotonic()
         stage.run(context)
         measured[f"{name}_seconds"] = time.monotonic() - started

@@ -133,10 +133,10 @@ def load_adapted(base: Base, adapter: Path, dtype: torch.dtype) -> nn.Module:
     return adapted.eval()
 
 
-def new_adapter(recipe: Recipe, base: Base) -> PeftModel:
-    """A model with a fresh super-adapter, seeded."""
+def new_adapter(recipe: Recipe, base: Base, dtype: torch.dtype) -> PeftModel:
+    """A model with a fresh super-adapter, seeded; activations in ``dtype``."""
     config = recipe.adapt
-    model = load_compressed(base, getattr(torch, config.precision))
+    model = load_compressed(base, dtype)
     torch.manual_seed(recipe.seed)
     family = Checkpoint(base.folder).family
     targets, _ = adapted(family, config.target_modules, config.elastic_groups)

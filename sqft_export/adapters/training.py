@@ -2,15 +2,18 @@
 
 import math
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from sqft_export.adapters.checkpoints import PlainCheckpointTrainer
 from sqft_export.adapters.elastic import (
@@ -26,7 +29,9 @@ from sqft_export.data.items import Data, Example, load_data
 from sqft_export.errors import UserError
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.recipe.schema import Adapt, Recipe
+from sqft_export.run.device import CPU, device_name, device_of, training_dtype
 from sqft_export.run.launcher import process_count, process_rank
+from sqft_export.run.progress import Advance, Start
 
 COMPLETE = "complete"  # written after a training checkpoint, so that a torn one is never resumed
 
@@ -34,18 +39,18 @@ COMPLETE = "complete"  # written after a training checkpoint, so that a torn one
 class _Callback(TrainerCallback):
     """Sets the ranks before each step, stops on a bad loss, seals checkpoints, moves the bar."""
 
-    def __init__(self, before_step: Callable[[int], None], advance: Callable[[], None]):
-        self.before_step, self.advance = before_step, advance
+    def __init__(self, before_step: Callable[[int], None], advance: Advance, pace: "Pace"):
+        self.before_step, self.advance, self.pace = before_step, advance, pace
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.before_step(state.global_step)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self.advance()
-
     def on_log(self, args, state, control, logs=None, **kwargs):
         loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss):
+        if loss is None:  # the summary at the end
+            return
+        self.advance(f"loss {loss:.3f}, {self.pace.tokens_per_second:,.0f} tokens/s")
+        if not math.isfinite(loss):
             raise UserError(
                 f"adapt: the loss is {loss} at step {state.global_step}; "
                 "lower adapt.learning_rate or use precision float32"
@@ -57,15 +62,71 @@ class _Callback(TrainerCallback):
             (folder / COMPLETE).touch()
 
 
+@dataclass
+class Pace:
+    """Tokens that this process trained on, and how fast.
+
+    tokens, padded: of the step at hand, without and with what fills its batches up.
+    seconds: when each of the last steps ended.
+    """
+
+    tokens: int = 0
+    padded: int = 0
+    ended: list[tuple[float, int]] = field(default_factory=list)
+
+    def add(self, attention_mask: Tensor) -> None:
+        self.tokens += int(attention_mask.sum())
+        self.padded += attention_mask.numel()
+
+    def end_step(self) -> dict[str, int]:
+        """What is logged of the step."""
+        self.ended.append((time.monotonic(), self.tokens))
+        found = {"tokens": self.tokens, "padded": self.padded}
+        self.tokens = self.padded = 0
+        return found
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the steps of this process; the first one, which warms up, is left out."""
+        if len(self.ended) < 2:
+            return 0.0
+        tokens = sum(count for _, count in self.ended[1:])
+        return tokens / (self.ended[-1][0] - self.ended[0][0])
+
+
+class _LikeLengths(Sampler[int]):
+    """Batches of like lengths, in any order: the library's sampler has them from long to short.
+
+    :param batch: examples of an optimizer step, over all processes.
+    """
+
+    def __init__(self, lengths: list[int], batch: int, seed: int):
+        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        grouped = get_length_grouped_indices(self.lengths, self.batch, generator=generator)
+        whole = len(grouped) // self.batch
+        for number in torch.randperm(whole, generator=generator).tolist():
+            yield from grouped[number * self.batch : (number + 1) * self.batch]
+        yield from grouped[whole * self.batch :]
+
+
 def collate(examples: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
     """Right-padded batch; padding is out of attention and out of the loss."""
-    longest = max(len(e["ids"]) for e in examples)
+    longest = max(len(e["input_ids"]) for e in examples)
     ids = torch.full((len(examples), longest), pad)
     labels = torch.full((len(examples), longest), -100)
     mask = torch.zeros(len(examples), longest, dtype=torch.int64)
     for row, example in enumerate(examples):
-        length = len(example["ids"])
-        ids[row, :length] = torch.tensor(example["ids"])
+        length = len(example["input_ids"])
+        ids[row, :length] = torch.tensor(example["input_ids"])
         labels[row, example["skip"] : length] = ids[row, example["skip"] : length]
         mask[row, :length] = 1
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
@@ -79,11 +140,20 @@ def _last_complete(folder: Path) -> str | None:
 
 
 class _Trainer(PlainCheckpointTrainer):
-    """Scales at their own learning rate, and a teacher in the loss."""
+    """Batches of like lengths, scales at their own learning rate, and a teacher in the loss."""
 
-    def __init__(self, config: Adapt, teacher: nn.Module | None, **kwargs):
+    def __init__(self, config: Adapt, teacher: nn.Module | None, pace: Pace, **kwargs):
         super().__init__(**kwargs)
-        self.config, self.teacher = config, teacher
+        self.config, self.pace = config, pace
+        self.teacher = None if teacher is None else teacher.to(self.args.device)
+
+    def _get_train_sampler(self, train_dataset=None):
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        batch = self.config.batch * self.config.accumulation * process_count()
+        return _LikeLengths([len(row["input_ids"]) for row in rows], batch, self.args.data_seed)
+
+    def log(self, logs, start_time=None):
+        super().log(logs | (self.pace.end_step() if "loss" in logs else {}), start_time)
 
     optimizer: Any
 
@@ -100,6 +170,7 @@ class _Trainer(PlainCheckpointTrainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.pace.add(inputs["attention_mask"])
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         distill = self.config.distill
         if self.teacher is not None and distill is not None:
@@ -146,12 +217,16 @@ def without_loss(example: Example, config: Adapt) -> bool:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with its trained super-adapter, what it was trained on, and the log: loss, learning
-    rate and ranks of every step."""
+    """A model with its trained super-adapter, what it was trained on, and how.
+
+    log: of every step loss, learning rate, tokens, and ranks.
+    facts: precision, device, tokens_per_second, padded_share: what depends on the machine.
+    """
 
     model: nn.Module
     data: Data
     log: list[dict[str, Any]]
+    facts: dict[str, Any]
 
 
 def train_on_task(
@@ -159,7 +234,7 @@ def train_on_task(
     base: Base,
     tokenizer: Any,
     folder: Path,
-    start: Callable[[int], Callable[[], None]],
+    start: Start,
     elastic: bool,
     teacher: nn.Module | None = None,
 ) -> Trained:
@@ -169,16 +244,13 @@ def train_on_task(
     :param elastic: with the recipe's elastic ranks and trainable scales.
     """
     config, data = recipe.adapt, load_data(recipe, tokenizer)
-    model = new_adapter(recipe, base)
-    groups: dict[str, list[str]] = {}
-    if elastic:
-        groups = groups_of(model, Checkpoint(base.folder).family, config)
-        if config.trainable_scales:
-            train_scales(model)
+    device = device_of(recipe.device)
+    dtype = training_dtype(config.precision, device)
+    model = new_adapter(recipe, base, dtype)
+    groups = _elastic_groups(model, base, config) if elastic else {}
     layers = elastic_layers(model)
-
     ranks_at = partial(draw_ranks, list(groups), config.ranks, recipe.seed)
-    log = train_adapter(
+    log, pace = train_adapter(
         model,
         data.train,
         config,
@@ -188,15 +260,38 @@ def train_on_task(
         before_step=lambda step: set_ranks(layers, groups, ranks_at(step)),
         advance=start(config.total_steps(len(data.train), process_count())),
         teacher=teacher,
+        device=device,
     )
     save_adapter(model, folder / "adapter")
     if process_rank() == 0:  # training checkpoints serve an interrupted run alone
         shutil.rmtree(folder / "training")
     # The step logged as n is the one that began at n - 1.
-    return Trained(model, data, [e | {"ranks": ranks_at(int(e["step"]) - 1)} for e in log])
+    log = [{**e, "ranks": ranks_at(int(e["step"]) - 1)} for e in log]
+    return Trained(model, data, log, _facts(log, pace, dtype, device))
 
 
-def _arguments(config: Adapt, steps: int, seed: int, folder: Path) -> TrainingArguments:
+def _elastic_groups(model: nn.Module, base: Base, config: Adapt) -> dict[str, list[str]]:
+    """What shares a rank; the scales of a model that has it are free to move."""
+    if config.trainable_scales:
+        train_scales(model)
+    return groups_of(model, Checkpoint(base.folder).family, config)
+
+
+def _facts(
+    log: list[dict[str, Any]], tokens_per_second: float, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    filled = sum(e["padded"] for e in log)
+    return {
+        "precision": str(dtype).removeprefix("torch."),
+        "device": device_name(device),
+        "tokens_per_second": tokens_per_second,
+        "padded_share": 1 - sum(e["tokens"] for e in log) / filled,
+    }
+
+
+def _arguments(
+    config: Adapt, steps: int, seed: int, folder: Path, device: torch.device
+) -> TrainingArguments:
     schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     return TrainingArguments(
         output_dir=str(folder),
@@ -218,8 +313,20 @@ def _arguments(config: Adapt, steps: int, seed: int, folder: Path) -> TrainingAr
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=device.type == "cpu",
     )
+
+
+def _rows(examples: list[Example], config: Adapt) -> list[dict[str, Any]]:
+    """What is trained on, as the Trainer takes it."""
+    rows = [
+        {"input_ids": e.ids, "skip": e.skip if config.loss_on == "answer" else 0}
+        for e in examples
+        if not without_loss(e, config)
+    ]
+    if not rows:
+        raise UserError("adapt: no training example has a token left for the loss")
+    return rows
 
 
 def train_adapter(
@@ -230,35 +337,35 @@ def train_adapter(
     pad: int,
     folder: Path,
     before_step: Callable[[int], None],
-    advance: Callable[[], None],
+    advance: Advance,
     teacher: nn.Module | None = None,
-) -> list[dict[str, float]]:
+    device: torch.device = CPU,
+) -> tuple[list[dict[str, Any]], float]:
     """Train the adapters of ``model`` in place.
 
     :param pad: token id that fills a batch on the right.
     :param folder: holds training checkpoints; a training interrupted there is continued.
     :param before_step: called with the number of the optimizer step about to run.
     :param teacher: what ``config.distill`` learns from.
-    :return: loss and learning rate of every step.
+    :param device: where it computes.
+    :return: of every step loss, learning rate, tokens, and tokens with what fills batches up; and
+        tokens a second of this process.
     :raises UserError: if every label is masked, or the loss is not finite.
     """
-    rows = [
-        {"ids": e.ids, "skip": e.skip if config.loss_on == "answer" else 0}
-        for e in examples
-        if not without_loss(e, config)
-    ]
-    if not rows:
-        raise UserError("adapt: no training example has a token left for the loss")
+    rows = _rows(examples, config)
+    pace, steps = Pace(), config.total_steps(len(rows), process_count())
     trainer = _Trainer(
         config,
         teacher,
+        pace,
         model=model,
-        args=_arguments(config, config.total_steps(len(rows), process_count()), seed, folder),
+        args=_arguments(config, steps, seed, folder, device),
         train_dataset=rows,  # type: ignore[arg-type]  # a list serves as a map-style dataset
         data_collator=lambda batch: collate(batch, pad),
-        callbacks=[_Callback(before_step, advance)],
+        callbacks=[_Callback(before_step, advance, pace)],
     )
     trainer.train(resume_from_checkpoint=_last_complete(folder))
     model.eval()
-    keys = ("step", "loss", "learning_rate")
-    return [{k: e[k] for k in keys} for e in trainer.state.log_history if "loss" in e]
+    keys = ("step", "loss", "learning_rate", "tokens", "padded")
+    log = [{k: e[k] for k in keys} for e in trainer.state.log_history if "loss" in e]
+    return log, pace.tokens_per_second

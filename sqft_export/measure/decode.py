@@ -1,8 +1,5 @@
-"""Score and time a model through the one interface of ``targets.Session``; needs no torch.
-
-Batches are formed of items of equal length, so that nothing is padded and every runtime computes
-on the very same inputs.
-"""
+"""Continue prompts and time a model through the one interface of ``targets.Session``; needs no
+torch."""
 
 import time
 from collections.abc import Iterator
@@ -10,18 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from sqft_export.measure.batches import last_logits, of_like_lengths, padded
 from sqft_export.targets import Session
 
-
-def equal_lengths(sequences: list[list[int]], batch: int) -> Iterator[list[int]]:
-    """Indices of up to ``batch`` sequences of the same length, all of them once."""
-    by_length: dict[int, list[int]] = {}
-    for index, sequence in enumerate(sequences):
-        by_length.setdefault(len(sequence), []).append(index)
-    for length in sorted(by_length):
-        indices = by_length[length]
-        for start in range(0, len(indices), batch):
-            yield indices[start : start + batch]
+DONE = 0.25  # share of a batch that has ended, and the others go on without it
 
 
 def greedy(
@@ -34,30 +23,52 @@ def greedy(
     session.reset()
     for _ in range(new_tokens):
         started = time.perf_counter()
-        chosen = session.forward(ids)[:, -1].argmax(axis=-1).astype(np.int64)
+        logits = session.forward(ids, None, 1)
+        chosen = logits[:, -1].argmax(axis=-1).astype(np.int64)
         ids = chosen.reshape(-1, 1)
         yield chosen, time.perf_counter() - started
 
 
 def generate(
-    session: Session, prompts: list[list[int]], new_tokens: int, stop: list[int], batch: int = 64
+    session: Session, prompts: list[list[int]], new_tokens: int, stop: list[int]
 ) -> list[list[int]]:
-    """Greedy continuation of every prompt, up to ``new_tokens`` or before a ``stop`` id."""
+    """Greedy continuation of every prompt, up to ``new_tokens`` or before a ``stop`` id.
+
+    Prompts of like lengths go together; of a batch only those go on that have not ended.
+    """
     results: list[list[int]] = [[] for _ in prompts]
-    for indices in equal_lengths(prompts, batch):
-        ids = np.array([prompts[i] for i in indices], np.int64)
-        tokens = []
-        ended = np.zeros(len(indices), bool)
-        for chosen, _ in greedy(session, ids, new_tokens):
-            tokens.append(chosen)
-            ended |= np.isin(chosen, stop)
-            if ended.all():
-                break
-        for row, index in enumerate(indices):
-            said = [int(step[row]) for step in tokens]
-            end = next((at for at, token in enumerate(said) if token in stop), len(said))
-            results[index] = said[:end]
+    lengths = [len(prompt) for prompt in prompts]
+    for indices in of_like_lengths(session, lengths, new_tokens, 1):
+        said = _continue(session, [prompts[i] for i in indices], new_tokens, stop)
+        for index, answer in zip(indices, said, strict=True):
+            results[index] = answer
     return results
+
+
+def _continue(
+    session: Session, prompts: list[list[int]], new_tokens: int, stop: list[int]
+) -> list[list[int]]:
+    said: list[list[int]] = [[] for _ in prompts]
+    if new_tokens == 0:
+        return said
+    batch = padded(prompts, session.padding)
+    logits, mask = last_logits(session, batch), batch.mask
+    running = np.arange(len(prompts))  # the prompt of every row of the cache
+    ended = np.zeros(len(prompts), bool)  # of every row of the cache
+    for step in range(new_tokens):
+        chosen = logits.argmax(axis=-1).astype(np.int64)
+        ended |= np.isin(chosen, stop)
+        for row in np.flatnonzero(~ended):
+            said[running[row]].append(int(chosen[row]))
+        if ended.all() or step == new_tokens - 1:
+            break
+        if ended.mean() >= DONE:
+            rows = np.flatnonzero(~ended)
+            session.select(rows)
+            mask, running, chosen, ended = mask[rows], running[rows], chosen[rows], ended[rows]
+        mask = np.concatenate([mask, np.ones((len(mask), 1), np.int64)], axis=1)
+        logits = session.forward(chosen.reshape(-1, 1), mask, 1)[:, -1]
+    return said
 
 
 def _seconds(session: Session, ids: np.ndarray, new_tokens: int) -> list[float]:

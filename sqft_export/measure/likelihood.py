@@ -1,11 +1,13 @@
 """Likelihoods of given tokens, and all that items are scored by; needs no torch."""
 
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from sqft_export.measure.decode import equal_lengths, generate
+from sqft_export.measure.batches import last_logits, of_like_lengths, padded
+from sqft_export.measure.decode import generate
 from sqft_export.targets import Session
 
 
@@ -15,30 +17,104 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
+@dataclass
+class _Row:
+    """A target after its prompt, and what a pass says of each of its tokens.
+
+    log_probabilities: float64. first: whether the token is the likeliest.
+    """
+
+    target: list[int]
+    log_probabilities: list[float] = field(default_factory=list)
+    first: list[bool] = field(default_factory=list)
+
+    def add(self, logits: np.ndarray) -> None:
+        """:param logits: ``[tokens, vocabulary]`` that the next tokens of the target are held
+        against."""
+        start = len(self.first)
+        expected = np.array(self.target[start : start + len(logits)])
+        of_expected = logits[np.arange(len(expected)), expected].astype(np.float64)
+        largest = logits.max(axis=-1, keepdims=True)
+        total = np.exp(logits - largest).sum(axis=-1, dtype=np.float64)
+        self.log_probabilities += (of_expected - largest[:, 0] - np.log(total)).tolist()
+        self.first += (logits.argmax(axis=-1) == expected).tolist()
+
+
+def _rows_of(targets: list[list[int]]) -> list[_Row]:
+    """A row for every target that no other one begins with."""
+    rows: list[_Row] = []
+    for target in sorted(targets, key=len, reverse=True):
+        if not any(row.target[: len(target)] == target for row in rows):
+            rows.append(_Row(target))
+    return rows
+
+
 def log_likelihoods(
-    session: Session, prompts: list[list[int]], targets: list[list[int]], batch: int = 32
+    session: Session, prompts: list[list[int]], targets: list[list[int]]
 ) -> list[tuple[float, int]]:
-    """Of every target after its prompt: summed log likelihood, and how many tokens rank first."""
-    sequences = [p + t for p, t in zip(prompts, targets, strict=True)]
-    found = [(0.0, 0)] * len(sequences)
-    for indices in equal_lengths(sequences, batch):
-        session.reset()
-        ids = np.array([sequences[i] for i in indices], np.int64)
-        logits = session.forward(ids)
-        for row, index in enumerate(indices):
-            start = len(prompts[index])
-            expected = ids[row, start:]
-            scores = log_softmax(logits[row, start - 1 : -1])
-            total = float(scores[np.arange(len(expected)), expected].sum())
-            found[index] = total, int((scores.argmax(axis=-1) == expected).sum())
+    """Of every target after its prompt: summed log likelihood, and how many tokens rank first.
+
+    Targets of one prompt share the pass over it, and a target that begins another one that one's.
+    """
+    together: dict[tuple[int, ...], list[list[int]]] = {}
+    for prompt, target in zip(prompts, targets, strict=True):
+        together.setdefault(tuple(prompt), []).append(target)
+    groups = {prompt: _rows_of(each) for prompt, each in together.items()}
+    alone = [(list(prompt), rows[0]) for prompt, rows in groups.items() if len(rows) == 1]
+    forked = [(list(prompt), rows) for prompt, rows in groups.items() if len(rows) > 1]
+    _score_alone(session, alone)
+    _score_forked(session, forked)
+    found = []
+    for prompt, target in zip(prompts, targets, strict=True):
+        count = len(target)
+        row = next(r for r in groups[tuple(prompt)] if r.target[:count] == target)
+        found.append((sum(row.log_probabilities[:count]), sum(row.first[:count])))
     return found
 
 
-def likelihood(
-    session: Session, prompts: list[list[int]], targets: list[list[int]]
-) -> dict[str, float]:
-    """Perplexity of the targets after their prompts, and the share of their tokens ranked first."""
-    found = log_likelihoods(session, prompts, targets)
+def _score_alone(session: Session, pairs: list[tuple[list[int], _Row]]) -> None:
+    """Prompt and target in one pass; what fills a batch up comes last, where nothing looks."""
+    sequences = [prompt + row.target[:-1] for prompt, row in pairs]
+    for indices in of_like_lengths(session, [len(s) for s in sequences]):
+        session.reset()
+        batch = padded([sequences[i] for i in indices], "right")
+        length = batch.ids.shape[1]
+        last = length - min(len(pairs[i][0]) for i in indices) + 1
+        logits = session.forward(batch.ids, None, last)
+        for one, index in zip(logits, indices, strict=True):
+            prompt, row = pairs[index]
+            start = len(prompt) - 1 - (length - last)
+            row.add(one[start : start + len(row.target)])
+
+
+def _score_forked(session: Session, groups: list[tuple[list[int], list[_Row]]]) -> None:
+    """A pass over the prompts, then one over the targets that follow each."""
+    lengths = [len(prompt) for prompt, _ in groups]
+    longest = max((len(row.target) for _, rows in groups for row in rows), default=0)
+    most = max((len(rows) for _, rows in groups), default=1)
+    for indices in of_like_lengths(session, lengths, longest * most, longest * most):
+        batch = padded([groups[i][0] for i in indices], session.padding)
+        for index, logits in zip(indices, last_logits(session, batch), strict=True):
+            for row in groups[index][1]:
+                row.add(logits[None])
+        owners, rows = [], []
+        for number, index in enumerate(indices):
+            going_on = [row for row in groups[index][1] if len(row.target) > 1]
+            owners += [number] * len(going_on)
+            rows += going_on
+        if rows:
+            _score_rest(session, batch.mask[owners], np.array(owners), rows)
+
+
+def _score_rest(session: Session, mask: np.ndarray, owners: np.ndarray, rows: list[_Row]) -> None:
+    session.select(owners)
+    rest = padded([row.target[:-1] for row in rows], "right")
+    logits = session.forward(rest.ids, np.concatenate([mask, rest.mask], axis=1))
+    for one, row in zip(logits, rows, strict=True):
+        row.add(one[: len(row.target) - 1])
+
+
+def _summary(found: list[tuple[float, int]], targets: list[list[int]]) -> dict[str, float]:
     count = sum(len(target) for target in targets)
     return {
         "perplexity": math.exp(-sum(total for total, _ in found) / count),
@@ -46,14 +122,24 @@ def likelihood(
     }
 
 
+def likelihood(
+    session: Session, prompts: list[list[int]], targets: list[list[int]]
+) -> dict[str, float]:
+    """Perplexity of the targets after their prompts, and the share of their tokens ranked first."""
+    return _summary(log_likelihoods(session, prompts, targets), targets)
+
+
 def score(session: Session, questions: dict[str, Any]) -> dict[str, Any]:
     """Answer ``scoring.questions``: perplexity, generated ids, log likelihood of every choice."""
-    result: dict[str, Any] = likelihood(session, questions["prompts"], questions["targets"])
+    prompts, targets = questions["prompts"], questions["targets"]
+    found = log_likelihoods(
+        session, prompts + questions["contexts"], targets + questions["continuations"]
+    )
+    result: dict[str, Any] = _summary(found[: len(prompts)], targets)
+    result["likelihoods"] = [total for total, _ in found[len(prompts) :]]
     result["answers"] = generate(
         session, questions["asked"], questions["max_new_tokens"], questions["stop"]
     )
-    pairs = log_likelihoods(session, questions["contexts"], questions["continuations"])
-    result["likelihoods"] = [total for total, _ in pairs]
     return result
 
 

@@ -18,6 +18,7 @@ from sqft_export.errors import UserError
 from sqft_export.model.architecture import empty_model, transformers_config
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.numerics.hessian import inverse_factor
+from sqft_export.run.device import CPU
 
 Collector = Callable[[str, Tensor], None]  # full module name, float32 inputs [..., in]
 
@@ -136,13 +137,13 @@ def _check_complete(model: nn.Module, checkpoint: Checkpoint) -> None:
         )
 
 
-def _fill(model: nn.Module, checkpoint: Checkpoint, names: list[str]) -> None:
+def _fill(model: nn.Module, checkpoint: Checkpoint, names: list[str], device: torch.device) -> None:
     known = model.state_dict().keys()  # old checkpoints store buffers that are computed now
     for name, tensor in checkpoint.tensors([name for name in names if name in known]):
         if not torch.isfinite(tensor).all():
             file = checkpoint.folder / checkpoint.headers[name].file
             raise UserError(f"{file}: {name}: has NaN or infinite weights")
-        set_module_tensor_to_device(model, name, "cpu", tensor, dtype=torch.float32)
+        set_module_tensor_to_device(model, name, device, tensor, dtype=torch.float32)
 
 
 def _caught(
@@ -162,7 +163,7 @@ def _caught(
 
 
 def _first_inputs(
-    model: nn.Module, checkpoint: Checkpoint, samples: list[Tensor]
+    model: nn.Module, checkpoint: Checkpoint, samples: list[Tensor], device: torch.device
 ) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
     """Hidden states that reach block 0, and keyword arguments of every block, a sample each.
 
@@ -173,10 +174,10 @@ def _first_inputs(
     if not samples:
         return [], [[] for _ in layers]
     before = [n for n in checkpoint.outer_names() if not n.startswith(f"{family.head}.")]
-    _fill(model, checkpoint, before)
+    _fill(model, checkpoint, before, device)
     # A block is run once, only to see what it returns.
     [[(hidden, kwargs)]] = _caught(model, layers, samples[:1], [None])
-    _fill(model, checkpoint, checkpoint.block_names(0))
+    _fill(model, checkpoint, checkpoint.block_names(0), device)
     wraps = isinstance(layers[0](hidden, **kwargs), tuple)
     calls = _caught(model, layers, samples, [wraps] * (len(layers) - 1) + [None])
     for module in (model.get_submodule(name.rpartition(".")[0]) for name in before):
@@ -209,12 +210,16 @@ def _advance(block: Block) -> list[Tensor]:
 
 @torch.no_grad()
 def walk(
-    checkpoint: Checkpoint, samples: list[Tensor] | None, collector: Collector | None
+    checkpoint: Checkpoint,
+    samples: list[Tensor] | None,
+    collector: Collector | None,
+    device: torch.device = CPU,
 ) -> Iterator[Block]:
     """Yield every block after its inputs were collected; change its weights before resuming.
 
     :param samples: token ids, each int64 ``[length]``; lengths may differ, nothing is padded.
         None: nothing is computed, the blocks are read alone.
+    :param device: where blocks and activations are.
     :param collector: called with ``(name, inputs float32 [1, length, in])`` for every Linear and
         sample.
     :raises UserError: naming the file and the tensor that is missing or has NaN or infinite
@@ -222,12 +227,16 @@ def walk(
     """
     config = transformers_config(checkpoint.config, checkpoint.where)
     model = empty_model(config, checkpoint.family.attention)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     _check_complete(model, checkpoint)
-    hidden, keywords = _first_inputs(model, checkpoint, samples or [])
+    samples = [sample.to(device) for sample in samples or []]
+    hidden, keywords = _first_inputs(model, checkpoint, samples, device)
     layers = model.get_submodule(checkpoint.family.blocks)
     for index in range(checkpoint.blocks):
         prefix = f"{checkpoint.family.blocks}.{index}"
-        _fill(model, checkpoint, checkpoint.block_names(index))
+        _fill(model, checkpoint, checkpoint.block_names(index), device)
         module = layers[index]
         children = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)]
         children.sort(key=lambda child: -child[1].in_features)

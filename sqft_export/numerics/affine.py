@@ -44,6 +44,9 @@ class Grid:
     def symmetric(self) -> bool:
         return bool((self.zero_point == 2 ** (self.bits - 1)).all())
 
+    def cpu(self) -> "Grid":
+        return Grid(self.scale.cpu(), self.zero_point.cpu(), self.bits, self.group_size)
+
     def rows(self, rows: slice) -> "Grid":
         return Grid(self.scale[rows], self.zero_point[rows], self.bits, self.group_size)
 

@@ -2,6 +2,7 @@
 
 import warnings
 
+import torch
 from scipy.linalg.lapack import spotrf, strtri
 from torch import Tensor
 
@@ -36,18 +37,38 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     step = float(damping * diagonal.mean())
     _reverse(hessian)
     original = diagonal.clone()
-    array = hessian.numpy().T  # as LAPACK sees it, column by column
-    while True:
-        diagonal.copy_(original + step)
-        # Only one triangle is written, the other one still has H.
-        _, failed = spotrf(array, lower=0, clean=0, overwrite_a=1)
-        if not failed:
-            break
+    solve = _solve_with_lapack if hessian.device.type == "cpu" else _solve_with_torch
+    diagonal.add_(step)
+    while not solve(hessian):
         step *= 10
         warnings.warn(f"Hessian not positive definite: damping raised to {step:.3g}", stacklevel=2)
-        hessian.triu_(1)
-        hessian += hessian.T.clone()
-    hessian.tril_()
-    strtri(array, lower=0, overwrite_c=1)
+        diagonal.copy_(original + step)
     _reverse(hessian)
     return hessian
+
+
+def _solve_with_lapack(matrix: Tensor) -> bool:
+    """Put the inverse of the lower Cholesky factor in the place of a matrix.
+
+    :return: False, and all but the diagonal as it was, if it is not positive definite.
+    """
+    array = matrix.numpy().T  # as LAPACK sees it, column by column
+    # Only one triangle is written, the other one still has H.
+    _, failed = spotrf(array, lower=0, clean=0, overwrite_a=1)
+    if failed:
+        matrix.triu_(1)
+        matrix += matrix.T.clone()
+        return False
+    matrix.tril_()
+    strtri(array, lower=0, overwrite_c=1)
+    return True
+
+
+def _solve_with_torch(matrix: Tensor) -> bool:
+    """The same on any device, in the memory of two more matrices."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed):
+        return False
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    matrix.copy_(torch.linalg.solve_triangular(factor, identity, upper=False))
+    return True

@@ -65,7 +65,7 @@ def _round_columns(
     :param grid: one group.
     """
     scale, zero = grid.scale[:, 0].float(), grid.zero_point[:, 0].float()
-    errors = torch.empty(stop - start, work.shape[1])
+    errors = work.new_empty(stop - start, work.shape[1])
     for column in range(start, stop):
         current = work[column]
         code = ((current / scale).round_() + zero).clamp_(0, grid.highest)

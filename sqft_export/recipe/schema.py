@@ -307,7 +307,9 @@ class Adapt(Section):
     accumulation: int = Field(1, ge=1)
     weight_decay: float = Field(0.0, ge=0)
     loss_on: Literal["answer", "all"] = Field("all", description="tokens that enter the loss")
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "auto"] = Field(
+        "float32", description="of activations; auto: bfloat16 where products in it are faster"
+    )
     gradient_checkpointing: bool = False
     save_steps: int = Field(100, ge=1, description="an interrupted training continues from here")
 
@@ -452,6 +454,9 @@ class Benchmark(Section):
 class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     seed: int = Field(42, ge=0, lt=2**32)
+    device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = Field(
+        "auto", description="where torch computes; auto: its accelerator where there is one"
+    )
     model: Model
     task: Task
     calibration: Calibration = Calibration()

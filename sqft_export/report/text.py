@@ -3,6 +3,7 @@
 from typing import Any
 
 from sqft_export.run.host import size_text
+from sqft_export.run.progress import duration
 
 
 def plan_text(document: dict[str, Any]) -> str:
@@ -13,7 +14,7 @@ def plan_text(document: dict[str, Any]) -> str:
             f"  {step['pass']:16} {'cached' if step['cached'] else 'to run'} "
             f"{size_text(step['predicted_bytes']):>12} on disk"
             f"{size_text(step['predicted_memory_bytes']):>12} of memory"
-            f"  {_duration(step['predicted_seconds'])}"
+            f"  {_expected(step['predicted_seconds'])}"
         )
     for name in ("disk", "memory"):
         needed, free = document[name].values()
@@ -29,12 +30,10 @@ def plan_text(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _duration(seconds: float | None) -> str:
+def _expected(seconds: float | None) -> str:
     if seconds is None:
         return "time depends on data that is not here"
-    if seconds < 90:
-        return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 5400 else f"about {seconds / 3600:.1f} h"
+    return f"about {duration(seconds)}"
 
 
 def deployments_text(document: dict[str, Any]) -> str:

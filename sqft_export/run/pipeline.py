@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from sqft_export.errors import HostError, UserError
 from sqft_export.model.hub import model_folder
 from sqft_export.plan.checks import check_recipe
@@ -24,7 +21,8 @@ from sqft_export.run.artifact import Artifact, Store, environment, key_of, read_
 from sqft_export.run.digests import digests
 from sqft_export.run.host import lacking
 from sqft_export.run.launcher import process_rank
-from sqft_export.stages import Advance, Context, stage_of
+from sqft_export.run.progress import Start, reporting, silent
+from sqft_export.stages import Context, stage_of
 
 WAIT_SECONDS = 0.5
 
@@ -121,22 +119,6 @@ def _alone(root: Path) -> Iterator[None]:
         yield
 
 
-def _bars(terminal: IO[str]) -> Progress:
-    console = Console(file=terminal)
-    columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)
-
-
-def _start_bar(progress: Progress, name: str):
-    """``start(total) -> advance`` for the bar of one pass."""
-
-    def start(total: int) -> Advance:
-        task = progress.add_task(name, total=total)
-        return lambda: progress.advance(task)
-
-    return start
-
-
 def _affordable(
     recipe: Recipe, folder: Path, layout: Layout, store: Store, last: tuple[str, ...]
 ) -> list[Planned]:
@@ -164,8 +146,7 @@ def _follow(
             if stage.DISTRIBUTED and not sealed.exists():
                 inputs = {n: artifacts[n] for n in stage.CONSUMES if n in artifacts}
                 partial = store.partial_of(step.name, step.key)
-                bar = lambda total: lambda: None  # noqa: E731
-                stage.run(Context(step.name, recipe, folder, inputs, partial, bar))
+                stage.run(Context(step.name, recipe, folder, inputs, partial, silent))
             while not sealed.exists():
                 time.sleep(WAIT_SECONDS)
             artifacts[step.name] = read_artifact(sealed)
@@ -206,7 +187,12 @@ def _elsewhere(artifact: Artifact) -> str:
 
 
 def _run_pass(
-    step: Planned, recipe: Recipe, folder: Path, artifacts: dict[str, Artifact], store: Store, bar
+    step: Planned,
+    recipe: Recipe,
+    folder: Path,
+    artifacts: dict[str, Artifact],
+    store: Store,
+    start: Start,
 ) -> Artifact:
     stage = stage_of(step.name)
     inputs = {n: artifacts[n] for n in stage.CONSUMES if n in artifacts}
@@ -214,7 +200,7 @@ def _run_pass(
     started = time.monotonic()
     try:
         lineage = _lineage(step.name, artifacts)
-        metrics = stage.run(Context(step.name, recipe, folder, inputs, partial, bar, lineage))
+        metrics = stage.run(Context(step.name, recipe, folder, inputs, partial, start, lineage))
         return store.seal(partial, step.name, step.facts, metrics, time.monotonic() - started)
     except Exception as error:
         if reason := lacking(error, partial):
@@ -236,16 +222,16 @@ def run_recipe(recipe: Recipe, root: Path, last: tuple[str, ...] = ()) -> dict[s
     if process_rank():
         return _follow(recipe, folder, layout, store, last)
     artifacts: dict[str, Artifact] = {}
-    with _alone(root), _quiet(root / "log.txt") as terminal, _bars(terminal) as bars:
+    with _alone(root), _quiet(root / "log.txt") as terminal, reporting(terminal) as reporter:
         for step in _affordable(recipe, folder, layout, store, last):
             if step.artifact is not None:
                 artifacts[step.name] = step.artifact
-                bars.console.print(f"{step.name:16} cached{_elsewhere(step.artifact)}")
+                reporter.say(f"{step.name:16} cached{_elsewhere(step.artifact)}")
                 continue
-            bar = _start_bar(bars, step.name)
-            made = _run_pass(step, recipe, folder, artifacts, store, bar)
+            start = reporter.start_of(step.name)
+            made = _run_pass(step, recipe, folder, artifacts, store, start)
             artifacts[step.name] = made
-            bars.console.print(f"{step.name:16} {made.manifest['seconds']:.1f} s")
+            reporter.say(f"{step.name:16} {made.manifest['seconds']:.1f} s")
             for warning in made.metrics.get("warnings", []):
-                bars.console.print(f"warning: {warning}")
+                reporter.say(f"warning: {warning}")
     return artifacts

@@ -42,9 +42,9 @@ def error_curve(weight: Tensor, norms: Tensor, sparsity: float) -> Curve:
     low, high = max(0.0, sparsity - REACH), min(sparsity + REACH, 1.0)
     counts = (torch.linspace(low, high, STEPS + 1, dtype=torch.float64) * columns).round().long()
     counts = counts.clamp_max(columns - 1).unique()
-    energy = torch.zeros(columns + 1, dtype=torch.float64)
+    energy = torch.zeros(columns + 1, dtype=torch.float64)  # on the CPU: not all devices have it
     for part in weight.split(_ROWS_AT_ONCE):
-        ascending = (part * norms).square().sort(dim=1).values
+        ascending = (part * norms).square().sort(dim=1).values.cpu()
         energy[1:] += ascending.sum(dim=0, dtype=torch.float64)
     dropped = energy.cumsum(0)
     errors = dropped[counts] / dropped[-1].clamp_min(torch.finfo(torch.float32).tiny)

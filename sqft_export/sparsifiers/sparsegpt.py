@@ -30,7 +30,7 @@ def compress(weight: Tensor, pruning: Pruning, factor: Tensor) -> tuple[Tensor, 
         mask = pruning.mask_of_columns(scores, start)
         masks.append(mask)
         dropped = (~mask).T.to(weight.dtype)
-        errors = torch.empty(stop - start, weight.shape[0])
+        errors = weight.new_empty(stop - start, weight.shape[0])
         for column in range(start, stop):
             error = errors[column - start]
             torch.div(work[column] * dropped[column - start], factor[column, column], out=error)

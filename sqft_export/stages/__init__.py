@@ -1,7 +1,6 @@
 """One file per pass; :class:`Stage` says what each offers.  Stages import no sibling."""
 
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -9,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from sqft_export.adapters.files import Base
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.artifact import Artifact
-
-Advance = Callable[[], None]
+from sqft_export.run.progress import Start
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Context:
     model: Path
     inputs: dict[str, Artifact]
     folder: Path
-    start: Callable[[int], Advance]
+    start: Start
     lineage: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def path(self, name: str) -> Path | None:

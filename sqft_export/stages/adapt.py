@@ -1,6 +1,5 @@
 """adapt: train the super-adapter, elastic in rank, through mask and grid."""
 
-import torch
 from torch import nn
 
 from sqft_export.adapters.files import Base, write_training_log
@@ -8,12 +7,13 @@ from sqft_export.adapters.loading import load_compressed
 from sqft_export.adapters.training import train_on_task, without_loss
 from sqft_export.data.items import load_tokenizer
 from sqft_export.recipe.schema import Recipe
+from sqft_export.run.device import device_of, training_dtype
 from sqft_export.run.launcher import process_rank
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "quantize", "teacher")
 READS: tuple[str, ...] = ("model", "train")
-VERSION = 3
+VERSION = 4
 RESUMES = True
 DISTRIBUTED = True
 
@@ -34,7 +34,8 @@ def _teacher(context: Context) -> nn.Module | None:
     folder = context.model
     if config.distill.teacher == "dense-lora":
         folder = context.inputs["teacher"].path / "dense-lora"
-    return load_compressed(Base(folder), getattr(torch, config.precision))
+    dtype = training_dtype(config.precision, device_of(context.recipe.device))
+    return load_compressed(Base(folder), dtype)
 
 
 def run(context: Context) -> dict:
@@ -58,4 +59,5 @@ def run(context: Context) -> dict:
         "last_loss": log[-1]["loss"],
         "truncated_examples": data.truncated,
         "left_out_examples": sum(without_loss(e, context.recipe.adapt) for e in data.train),
+        **trained.facts,
     }

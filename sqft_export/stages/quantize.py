@@ -31,6 +31,7 @@ from sqft_export.numerics.affine import (
 from sqft_export.numerics.groups import fallback_group_size
 from sqft_export.quantizers import BlockQuantizer, Quantizer, quantizer
 from sqft_export.recipe.schema import Recipe
+from sqft_export.run.device import device_name, device_of
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify",)
@@ -82,9 +83,16 @@ def run(context: Context) -> dict:
         held = make(context, grids, weights)
     return {
         "warnings": held,
+        "device": device_name(_device(context)),
         "group_size": {name: group_size for name, (_, group_size) in grids.sizes.items()},
         "bits": {name: bits for name, (bits, _) in grids.sizes.items()},
     }
+
+
+def _device(context: Context) -> torch.device:
+    """NNCF takes its own way through torch, on the CPU."""
+    nncf = context.recipe.quantize.method == "nncf"
+    return device_of("cpu" if nncf else context.recipe.device)
 
 
 def _existing_codes(context: Context, grids: GridWriter, weights: TensorWriter) -> list[str]:
@@ -105,11 +113,15 @@ def _existing_codes(context: Context, grids: GridWriter, weights: TensorWriter) 
     return []
 
 
-def _held_at_smallest(weight: Tensor, grid: Grid) -> float:
-    """Share of the groups whose scale can't be as small as their weights want it."""
+def _loss(name: str, weight: Tensor, grid: Grid) -> Iterator[str]:
+    """A warning, where scales can't be as small as their weights want them."""
     largest = grouped(weight.abs(), grid.group_size).amax(dim=2)
     held = (grid.scale.abs().float() <= SMALLEST_SCALE) & (largest > 0)
-    return float(held.float().mean())
+    if (share := float(held.float().mean())) > NOTABLE:
+        yield (
+            f"{name}: {share:.0%} of its groups are held at the smallest scale of float16; its "
+            "weights are smaller, and lose what the codes can't tell"
+        )
 
 
 def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> list[str]:
@@ -122,23 +134,20 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> lis
     inputs = Inputs(method.NEEDS, config.damping)
 
     held: list[str] = []
+    copy_companions(checkpoint.folder, weights.folder)
+    write_config(weights.folder, checkpoint.config)
 
     def add(name: str, weight: Tensor, grid: Grid) -> None:
-        if (share := _held_at_smallest(weight, grid)) > NOTABLE:
-            held.append(
-                f"{name}: {share:.0%} of its groups are held at the smallest scale of float16; its "
-                "weights are smaller, and lose what the codes can't tell"
-            )
+        held.extend(_loss(name, weight, grid))
         grids.add(name, grid)
         key = f"{name}.weight"
         weights.add(key, stored_as(weight, grid, checkpoint.dtype(key)))
 
-    copy_companions(checkpoint.folder, weights.folder)
-    write_config(weights.folder, checkpoint.config)
-    for block in walk(checkpoint, samples, inputs.collector):
+    for block in walk(checkpoint, samples, inputs.collector, _device(context)):
         rest = set(checkpoint.block_names(block.index))
         for name, weight, grid in _quantized(context, method, block, inputs):
-            add(name, weight, grid)  # at once: a block's compensated floats are not kept
+            # At once: a block's compensated floats are not kept.
+            add(name, weight.cpu(), grid.cpu())
             round_onto(block.linears[name], weight, grid)
             rest.remove(f"{name}.weight")
         for name, tensor in checkpoint.tensors(sorted(rest)):
@@ -146,9 +155,10 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> lis
         advance()
     for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
         if config.embedding_bits and tensor.dim() == 2:
-            tensor = tensor.float()
-            grid = fit_grid(tensor, config.embedding_bits, tensor.shape[1], config.symmetric)
-            add(name.removesuffix(".weight"), tensor, grid)
+            whole = fit_grid(
+                tensor.float(), config.embedding_bits, tensor.shape[1], config.symmetric
+            )
+            add(name.removesuffix(".weight"), tensor.float(), whole)
         else:
             weights.add(name, tensor)
     return held
@@ -161,7 +171,8 @@ def _quantized(
     config, sparsified = context.recipe.quantize, context.path("sparsify")
 
     def mask_of(name: str) -> Tensor:
-        return load_mask(sparsified, name, block.linears[name].weight.shape)
+        weight = block.linears[name].weight
+        return load_mask(sparsified, name, weight.shape).to(weight.device)
 
     if method.NEEDS == "block":
         yield from cast(BlockQuantizer, method).compress_block(block, mask_of, config)

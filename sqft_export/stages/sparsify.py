@@ -15,6 +15,7 @@ from sqft_export.model.tensorfiles import TensorWriter
 from sqft_export.numerics.affine import dequantize
 from sqft_export.numerics.masks import mask_to_bits
 from sqft_export.recipe.schema import Recipe
+from sqft_export.run.device import device_name, device_of
 from sqft_export.sparsifiers import Pruning, Sparsifier, override_for, pruning_of, sparsifier
 from sqft_export.sparsifiers.allocation import Curve, allocate, error_curve
 from sqft_export.stages import Context
@@ -43,7 +44,7 @@ class _Masks:
         self.sizes: dict[str, int] = {}
 
     def add(self, name: str, mask: Tensor) -> None:
-        self._writer.add(name, mask_to_bits(mask))
+        self._writer.add(name, mask_to_bits(mask).cpu())
         self.dropped[name] = int((~mask).sum())
         self.sizes[name] = mask.numel()
 
@@ -64,38 +65,38 @@ def run(context: Context) -> dict:
     config, checkpoint = context.recipe.sparsify, Checkpoint(context.model)
     if checkpoint.quantized_linears:
         return _existing_mask(context, checkpoint)
-    method = sparsifier(config.method)
+    method, device = sparsifier(config.method), device_of(context.recipe.device)
     samples = (
         calibration_tensors(context.recipe, context.model)
         if method.NEEDS != "nothing" or config.allocated
         else None
     )
-    prunings = _prunings(context, checkpoint, samples)
+    prunings = _prunings(context, checkpoint, samples, device)
     inputs = Inputs(method.NEEDS)
     advance = context.start(checkpoint.blocks)
     copy_companions(context.model, context.folder / "model")
     write_config(context.folder / "model", checkpoint.config)
     model_writer = TensorWriter(context.folder / "model", shard_bytes=HELD_BYTES)
     with model_writer as writer, _Masks(context.folder) as masks:
-        for block in walk(checkpoint, samples, inputs.collector):
+        for block in walk(checkpoint, samples, inputs.collector, device):
             rest = set(checkpoint.block_names(block.index))
             for name, linear in block.linears.items():
                 weight, mask = _compress(method, linear.weight, prunings[name], inputs.take(name))
                 masks.add(name, mask)
                 linear.weight.copy_(weight)
                 key = f"{name}.weight"
-                writer.add(key, weight.to(checkpoint.dtype(key)))
+                writer.add(key, weight.to(checkpoint.dtype(key)).cpu())
                 rest.remove(key)
             for name, tensor in checkpoint.tensors(sorted(rest)):
                 writer.add(name, tensor)
             advance()
         for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
             writer.add(name, tensor)
-    return {"sparsity": masks.sparsity()}
+    return {"sparsity": masks.sparsity(), "device": device_name(device)}
 
 
 def _prunings(
-    context: Context, checkpoint: Checkpoint, samples: list[Tensor] | None
+    context: Context, checkpoint: Checkpoint, samples: list[Tensor] | None, device: torch.device
 ) -> dict[str, Pruning | None]:
     """The pruning of every Linear, from the recipe or by the output error that it costs."""
     config = context.recipe.sparsify
@@ -106,7 +107,7 @@ def _prunings(
     free = [name for name in prunings if override_for(config, name) is None]
     inputs, curves = Inputs("norms"), dict[str, Curve]()
     advance = context.start(checkpoint.blocks)
-    for block in walk(checkpoint, samples, inputs.collector):
+    for block in walk(checkpoint, samples, inputs.collector, device):
         for name, linear in block.linears.items():
             norms = inputs.take(name)
             if name in free:

@@ -14,7 +14,7 @@ from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ()
 READS: tuple[str, ...] = ("model", "train")
-VERSION = 3
+VERSION = 4
 RESUMES = True
 DISTRIBUTED = True
 
@@ -32,7 +32,8 @@ def run(context: Context) -> dict:
     """Writes ``adapter/`` in peft's format and ``dense-lora/``, merged."""
     base, tokenizer = Base(context.model), load_tokenizer(context.model)
     folder = context.folder
-    train_on_task(context.recipe, base, tokenizer, folder, context.start, elastic=False)
+    trained = train_on_task(context.recipe, base, tokenizer, folder, context.start, elastic=False)
     if process_rank():
         return {}
-    return {"sparsity": write_merged(Layers(base, folder / "adapter"), folder / "dense-lora")}
+    sparsity = write_merged(Layers(base, folder / "adapter"), folder / "dense-lora")
+    return {"sparsity": sparsity} | trained.facts

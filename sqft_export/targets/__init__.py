@@ -17,17 +17,33 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 class Session(Protocol):
-    """A loaded model with a key-value cache."""
+    """A loaded model with a key-value cache.
+
+    padding: left or right, where prompts shorter than others of a batch are filled up.
+    vocabulary: how many logits a token has.
+    all_logits: those of every token are computed, however few are asked for.
+    """
+
+    padding: str
+    vocabulary: int
+    all_logits: bool
 
     def reset(self) -> None:
         """Forget the cache."""
 
-    def forward(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    def select(self, rows: np.ndarray) -> None:
+        """Continue with these rows of the cache's batch, int64 ``[new batch]``: fewer, or some of
+        them several times."""
+
+    def forward(
+        self, ids: np.ndarray, mask: np.ndarray | None = None, last: int | None = None
+    ) -> np.ndarray:
         """Continue the cache with int64 ``ids [batch, n]``: float32 logits ``[batch, n, vocab]``.
 
-        The batch must stay the same between two resets.
+        The batch must stay the same between two resets, but for :meth:`select`.
 
-        :param mask: int64 ``[batch, cached + n]``, 0 where a prompt is filled up on the left.
+        :param mask: int64 ``[batch, cached + n]``, 0 where a prompt is filled up.
+        :param last: logits of so many last tokens alone; None: of all.
         """
 
 

@@ -38,6 +38,7 @@ MODEL = GRAPHS["openvino"]
 # What a product is called where it is alone and where its bias is fused into it, and the embedding.
 KERNELS = ("aten::linear/MatMul", "aten::linear/Add", "aten::embedding/Gather")
 ADAPTER_FILE = "adapter_model.safetensors"
+LAST = "last_tokens"
 # The defaults round activations to int8 and bfloat16 and the cache to 8 bits.
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
@@ -330,20 +331,45 @@ def metadata(folder: Path) -> dict[str, str]:
     return {key: str(value) for key, value in graph.get_rt_info("sqft_export").value.items()}
 
 
+def _ask_for_last_logits(graph: Any) -> None:
+    """An input more: of how many last tokens logits are wanted, as GenAI's pipelines want one."""
+    product = graph.output("logits").get_node().input_value(0).get_node()
+    while product.get_type_name() not in ("MatMul", OPERATOR):
+        product = product.input_value(0).get_node()
+    last = ops.parameter([1], np.int64, name=LAST)
+    last.output(0).set_names({LAST})
+    hidden, one = product.input_value(0), ops.constant(np.array([1]))
+    end = ops.constant(np.array([np.iinfo(np.int64).max]))
+    wanted = ops.slice(hidden, ops.negative(last), end, one, one)
+    product.input(0).replace_source_output(wanted.output(0))
+    graph.add_parameters([last])
+    graph.validate_nodes_and_infer_types()
+
+
 class OpenVinoSession:
     """A stateful IR; the cache lives in the runtime."""
+
+    padding = "left"
 
     def __init__(self, compiled: Any):
         self.compiled = compiled
         self.request = compiled.create_infer_request()
         self.names = {name for port in compiled.inputs for name in port.names}
+        self.vocabulary = compiled.output("logits").get_partial_shape()[2].get_length()
+        self.all_logits = LAST not in self.names
         self.reset()
 
     def reset(self) -> None:
         self.request.reset_state()
         self.past = 0
+        self.rows: np.ndarray | None = None
 
-    def forward(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    def select(self, rows: np.ndarray) -> None:
+        self.rows = rows if self.rows is None else self.rows[rows]
+
+    def forward(
+        self, ids: np.ndarray, mask: np.ndarray | None = None, last: int | None = None
+    ) -> np.ndarray:
         batch, length = ids.shape
         if mask is None:
             mask = np.ones((batch, self.past + length), np.int64)
@@ -351,11 +377,12 @@ class OpenVinoSession:
             "input_ids": ids,
             "attention_mask": mask,
             "position_ids": positions_of(mask, length),
-            "beam_idx": np.arange(batch, dtype=np.int32),
+            "beam_idx": (np.arange(batch) if self.rows is None else self.rows).astype(np.int32),
+            LAST: np.array([last or length]),
         }
         self.request.infer({k: v for k, v in inputs.items() if k in self.names})
-        self.past += length
-        return self.request.get_tensor("logits").data.copy()
+        self.past, self.rows = self.past + length, None
+        return self.request.get_tensor("logits").data[:, -(last or length) :].copy()
 
 
 def open_session(
@@ -384,6 +411,8 @@ def open_session(
             node.set_attribute("activations", "f32")
     if adapter.is_file():
         graph = _with_adapter(graph, adapter)
+    if device == "cpu":
+        _ask_for_last_logits(graph)
     return OpenVinoSession(core.compile_model(graph, device.upper(), settings))
 
 

@@ -3,7 +3,9 @@
 On a GPU the INT4 Linears of a merged model stay INT4, in torch's own layout and matmul.
 """
 
+import inspect
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,22 +75,40 @@ def load_int4_model(folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
 class TorchSession:
     """A Hugging Face causal LM and its cache."""
 
+    padding = "left"
+
     def __init__(self, model: nn.Module, device: str = "cpu"):
         self.model, self.device = model, device
+        own: Any = getattr(model, "get_base_model", lambda: model)()  # within peft's
+        self.accepted = inspect.signature(own.forward).parameters
+        self.vocabulary: int = own.config.get_text_config().vocab_size
+        self.all_logits = "logits_to_keep" not in self.accepted
         self.reset()
 
     def reset(self) -> None:
         self.cache = None
 
+    def select(self, rows: np.ndarray) -> None:
+        assert self.cache is not None
+        self.cache.reorder_cache(torch.from_numpy(rows).to(self.device))
+
     @torch.no_grad()
-    def forward(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    def forward(
+        self, ids: np.ndarray, mask: np.ndarray | None = None, last: int | None = None
+    ) -> np.ndarray:
         arrays = {"input_ids": ids}
         if mask is not None:
             arrays |= {"attention_mask": mask, "position_ids": positions_of(mask, ids.shape[1])}
-        inputs = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
+        inputs: dict[str, Any] = {
+            name: torch.from_numpy(array).to(self.device)
+            for name, array in arrays.items()
+            if name in self.accepted
+        }
+        if last and not self.all_logits:
+            inputs["logits_to_keep"] = last
         output = self.model(**inputs, past_key_values=self.cache, use_cache=True)
         self.cache = output.past_key_values
-        return output.logits.float().cpu().numpy()
+        return output.logits[:, -(last or ids.shape[1]) :].float().cpu().numpy()
 
 
 def open_session(

@@ -1,8 +1,11 @@
 """What a runtime makes of its file: exact mode, default mode, kernels."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
-from sqft_export.measure.decode import equal_lengths, generate
+from sqft_export.measure.batches import of_like_lengths, padded
+from sqft_export.measure.decode import generate
 from sqft_export.measure.likelihood import log_softmax
 from sqft_export.model.floats import Reference
 from sqft_export.packed.folders import PACKED
@@ -44,14 +47,23 @@ def check_compute(
 def _prompt_logits(session: Session, prompts: list[list[int]]) -> list[np.ndarray]:
     """``[length, vocabulary]`` of every prompt, its last token by a step from the cache."""
     found: list[np.ndarray] = [np.empty(0)] * len(prompts)
-    for indices in equal_lengths(prompts, BATCH):
-        ids = np.array([prompts[i] for i in indices], np.int64)
-        session.reset()
-        parts = (ids[:, :-1], ids[:, -1:]) if ids.shape[1] > 1 else (ids,)
-        logits = np.concatenate([session.forward(part) for part in parts], 1)
+    for indices in of_like_lengths(session, [len(prompt) for prompt in prompts]):
+        logits = _with_a_step([prompts[i] for i in indices], session)
         for index, one in zip(indices, logits, strict=True):
             found[index] = one
     return found
+
+
+def _with_a_step(prompts: list[list[int]], session: Session) -> Iterator[np.ndarray]:
+    """Prompts of two tokens and more side by side; the last token of each comes last."""
+    session.reset()
+    before = padded([prompt[:-1] or prompt for prompt in prompts], session.padding)
+    first = session.forward(before.ids, before.mask)
+    steps = np.array([[prompt[-1]] for prompt in prompts])
+    mask = np.concatenate([before.mask, np.ones_like(steps)], axis=1)
+    second = session.forward(steps, mask)
+    for prompt, kept, one, other in zip(prompts, before.mask == 1, first, second, strict=True):
+        yield np.concatenate([one[kept], other])[: len(prompt)]
 
 
 def _check_exact(

@@ -37,7 +37,9 @@ def run(model: nn.Module, settings: Adapt, folder, stop_at: int | None = None, e
             raise Interrupted
         set_ranks(layers, groups, draw_ranks(list(groups), (8, 4, 2), 7, step))
 
-    return train_adapter(model, examples, settings, 7, 1, folder, before_step, lambda: None)
+    return train_adapter(
+        model, examples, settings, 7, 1, folder, before_step, lambda note="": None
+    )[0]
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -85,7 +87,7 @@ def test_ranks_are_drawn_from_the_list_and_depend_on_the_step_alone():
 
 
 def test_padding_is_out_of_attention_and_loss():
-    batch = collate([{"ids": [5, 6, 7], "skip": 1}, {"ids": [8], "skip": 0}], pad=1)
+    batch = collate([{"input_ids": [5, 6, 7], "skip": 1}, {"input_ids": [8], "skip": 0}], pad=1)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 1, 1]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]

@@ -164,4 +164,6 @@ def test_the_last_line_on_stdout_is_the_report(tiny_cli, tiny_run):
     assert json.loads(lines[-1]) == report
     assert lines[0].startswith("| model | accuracy |")
     # A bar for every pass is for terminals; elsewhere one line a pass, and nothing of libraries.
-    assert [line.split()[0] for line in tiny_cli.stderr.splitlines()] == list(tiny_run)
+    # (On a slow machine a pass also says once a minute where it is.)
+    said = [line.split()[0] for line in tiny_cli.stderr.splitlines()]
+    assert list(dict.fromkeys(said)) == list(tiny_run)

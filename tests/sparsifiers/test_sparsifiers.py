@@ -7,6 +7,7 @@ from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.storage import load_mask
 from sqft_export.numerics.hessian import inverse_factor
 from sqft_export.plan.checks import check_recipe
+from sqft_export.run.progress import silent
 from sqft_export.sparsifiers import Pruning, magnitude, sparsegpt, wanda
 from sqft_export.stages import Context
 from sqft_export.stages.sparsify import run
@@ -96,7 +97,7 @@ def run_sparsify(tmp_path, *overrides, model=None):
     check_recipe(recipe, model)
     folder = tmp_path / "out"
     folder.mkdir()
-    context = Context("sparsify", recipe, model, {}, folder, lambda total: lambda: None)
+    context = Context("sparsify", recipe, model, {}, folder, silent)
     return folder, run(context)["sparsity"]
 
 

@@ -46,7 +46,13 @@ def with_accuracy(folder: Path, level: int) -> bytes:
 
 
 class OnnxSession:
-    """A decoder graph with its cache as inputs and outputs, kept in the runtime's memory."""
+    """A decoder graph with its cache as inputs and outputs, kept in the runtime's memory.
+
+    The fused attention fills up on the right, and takes several tokens after a cache for one row
+    at a time alone.
+    """
+
+    all_logits = True
 
     def __init__(self, session: Any, decoder: dict[str, Any], adapter: Any = None):
         self.session, self.decoder, self.adapter = session, decoder, adapter
@@ -57,6 +63,9 @@ class OnnxSession:
         self.wants_positions = "position_ids" in inputs
         self.caches = [name for name in inputs if name.startswith("past_")]
         self.presents = [re.sub("^past_key_values", "present", name) for name in self.caches]
+        # The fused attention counts positions itself.
+        self.padding = "left" if self.wants_positions else "right"
+        self.vocabulary = next(o.shape[2] for o in session.get_outputs() if o.name == "logits")
         self.reset()
 
     def reset(self) -> None:
@@ -67,11 +76,45 @@ class OnnxSession:
         shape = (batch, self.decoder["num_key_value_heads"], 0, self.decoder["head_size"])
         return [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for _ in self.caches]
 
-    def forward(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    def select(self, rows: np.ndarray) -> None:
+        assert self.past is not None
+        self.past = [
+            ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(cache.numpy()[rows]))
+            for cache in self.past
+        ]
+
+    def forward(
+        self, ids: np.ndarray, mask: np.ndarray | None = None, last: int | None = None
+    ) -> np.ndarray:
         batch, length = ids.shape
+        if self.past is None and self.length:
+            raise ValueError("this cache can't be continued; reset it first")
         self.length += length
         if mask is None:
             mask = np.ones((batch, self.length), np.int64)
+        if self.padding == "right" and self.past and length > 1 and batch > 1:
+            logits = self._one_by_one(ids, mask)
+        else:
+            logits = self._run(ids, mask)
+        return logits[:, -(last or length) :]
+
+    def _one_by_one(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Each row after its own part of the cache; the cache can't be continued then."""
+        whole, found = self.past or [], []
+        before = self.length - ids.shape[1]
+        for row in range(len(ids)):
+            cached, real = int(mask[row, :before].sum()), int(mask[row, before:].sum())
+            self.past = [
+                ort.OrtValue.ortvalue_from_numpy(cache.numpy()[row : row + 1, :, :cached].copy())
+                for cache in whole
+            ]
+            logits = self._run(ids[row : row + 1, :real], np.ones((1, cached + real), np.int64))
+            found.append(np.pad(logits, ((0, 0), (0, ids.shape[1] - real), (0, 0))))
+        self.past = None
+        return np.concatenate(found)
+
+    def _run(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        batch, length = ids.shape
         arrays = {"input_ids": ids, "attention_mask": mask}
         if self.wants_positions:
             arrays["position_ids"] = positions_of(mask, length)
