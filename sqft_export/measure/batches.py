@@ -8,30 +8,44 @@ import numpy as np
 from sqft_export.targets import Session
 
 ROWS = 64  # of a batch
-TOKENS = 2**13  # of a batch, those it will grow by included: what its cache may take
+CACHED = 2**14  # tokens whose cache a batch may take
+SCORED = 2**9  # tokens of a pass: enough to be fast, few enough to be of like lengths
 LOGIT_BYTES = 2**28  # of one pass
 
 
-def of_like_lengths(
-    session: Session, lengths: list[int], growth: int = 0, wanted: int | None = None
+def batches(
+    session: Session,
+    lengths: list[int],
+    order: list[int],
+    tokens: int,
+    growth: int = 0,
+    wanted: int | None = None,
 ) -> Iterator[list[int]]:
-    """Indices of every sequence once, the shortest first, in batches that fit.
+    """Indices of every sequence once, in a given order, in batches that fit.
 
+    :param order: indices; sequences of like lengths should be neighbours.
+    :param tokens: of a batch filled up, growth included.
     :param growth: tokens that will follow each.
     :param wanted: tokens of each whose logits are asked for in one pass; None: all.
     """
     batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        rows, longest = len(batch) + 1, lengths[index]
+    longest = 0
+    for index in order:
+        rows, longest = len(batch) + 1, max(longest, lengths[index])
         scored = max(longest if session.all_logits or wanted is None else 0, wanted or 0)
         logit_bytes = rows * scored * session.vocabulary * 4
-        fits = rows * (longest + growth) <= TOKENS and logit_bytes <= LOGIT_BYTES
+        fits = rows * (longest + growth) <= tokens and logit_bytes <= LOGIT_BYTES
         if batch and (rows > ROWS or not fits):
             yield batch
-            batch = []
+            batch, longest = [], lengths[index]
         batch.append(index)
     if batch:
         yield batch
+
+
+def by_length(lengths: list[int]) -> list[int]:
+    """Indices, the shortest first."""
+    return sorted(range(len(lengths)), key=lengths.__getitem__)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sqft_export.measure.batches import last_logits, of_like_lengths, padded
+from sqft_export.measure.batches import CACHED, batches, by_length, last_logits, padded
 from sqft_export.targets import Session
 
 DONE = 0.25  # share of a batch that has ended, and the others go on without it
@@ -38,7 +38,7 @@ def generate(
     """
     results: list[list[int]] = [[] for _ in prompts]
     lengths = [len(prompt) for prompt in prompts]
-    for indices in of_like_lengths(session, lengths, new_tokens, 1):
+    for indices in batches(session, lengths, by_length(lengths), CACHED, new_tokens, 1):
         said = _continue(session, [prompts[i] for i in indices], new_tokens, stop)
         for index, answer in zip(indices, said, strict=True):
             results[index] = answer

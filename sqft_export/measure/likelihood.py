@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from sqft_export.measure.batches import last_logits, of_like_lengths, padded
+from sqft_export.measure.batches import SCORED, batches, by_length, last_logits, padded
 from sqft_export.measure.decode import generate
 from sqft_export.targets import Session
+
+LIKE = 4  # tokens by which continuations of a batch may differ in length
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -75,7 +77,8 @@ def log_likelihoods(
 def _score_alone(session: Session, pairs: list[tuple[list[int], _Row]]) -> None:
     """Prompt and target in one pass; what fills a batch up comes last, where nothing looks."""
     sequences = [prompt + row.target[:-1] for prompt, row in pairs]
-    for indices in of_like_lengths(session, [len(s) for s in sequences]):
+    lengths = [len(sequence) for sequence in sequences]
+    for indices in batches(session, lengths, by_length(lengths), SCORED):
         session.reset()
         batch = padded([sequences[i] for i in indices], "right")
         length = batch.ids.shape[1]
@@ -90,9 +93,13 @@ def _score_alone(session: Session, pairs: list[tuple[list[int], _Row]]) -> None:
 def _score_forked(session: Session, groups: list[tuple[list[int], list[_Row]]]) -> None:
     """A pass over the prompts, then one over the targets that follow each."""
     lengths = [len(prompt) for prompt, _ in groups]
-    longest = max((len(row.target) for _, rows in groups for row in rows), default=0)
-    most = max((len(rows) for _, rows in groups), default=1)
-    for indices in of_like_lengths(session, lengths, longest * most, longest * most):
+    longest = [max(len(row.target) for row in rows) for _, rows in groups]
+    # Both the prompts of a batch and what follows them are filled up to the longest.
+    order = sorted(range(len(groups)), key=lambda i: (longest[i] // LIKE, lengths[i]))
+    after = max(
+        (len(rows) * most for (_, rows), most in zip(groups, longest, strict=True)), default=0
+    )
+    for indices in batches(session, lengths, order, SCORED, 0, after):
         batch = padded([groups[i][0] for i in indices], session.padding)
         for index, logits in zip(indices, last_logits(session, batch), strict=True):
             for row in groups[index][1]:

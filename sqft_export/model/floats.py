@@ -15,6 +15,7 @@ from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config, write_config
 from sqft_export.model.storage import plain_names, quantized_names, read_quantized
 from sqft_export.numerics.affine import dequantize
+from sqft_export.run.device import CPU
 
 LowRank = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -51,14 +52,16 @@ class Reference:
 
     :param updates: Linear -> ``A`` float32 ``[rank, in]`` and ``B`` ``[out, rank]`` of an adapter
         that was not merged, its scaling within ``B``.
+    :param device: where it computes.
     """
 
-    def __init__(self, folder: Path, updates: LowRank | None = None):
+    def __init__(self, folder: Path, updates: LowRank | None = None, device: torch.device = CPU):
         weights = _Weights(folder, updates or {})
         checkpoint = weights.checkpoint
         config = transformers_config(checkpoint.config, checkpoint.where)
         self.model = empty_model(config, checkpoint.family.attention)
-        attach_align_device_hook(self.model, torch.device("cpu"), offload=True, weights_map=weights)
+        attach_align_device_hook(self.model, device, offload=True, weights_map=weights)
+        self.device = device
 
     @torch.no_grad()
     def logits(self, sequences: list[list[int]]) -> list[np.ndarray]:
@@ -69,7 +72,7 @@ class Reference:
         ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.int64)
         for row, sequence in zip(ids, sequences, strict=True):
             row[: len(sequence)] = torch.tensor(sequence)
-        found = self.model(input_ids=ids, use_cache=False).logits
+        found = self.model(input_ids=ids.to(self.device), use_cache=False).logits.cpu()
         return [one[: len(s)].numpy() for one, s in zip(found, sequences, strict=True)]
 
 
@@ -86,15 +89,22 @@ def float_tensors(
             yield f"{name}.weight", dequantize(*read_quantized(checkpoint, name))
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None = torch.float32) -> nn.Module:
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = torch.float32,
+    instead: Mapping[str, nn.Module] | None = None,
+) -> nn.Module:
     """A merged or plain model, in evaluation mode.
 
     :param dtype: of its weights; None: as they are stored, mapped from the files until they are
         looked at.
+    :param instead: name of a Linear -> what takes its place; its weight is not read.
     """
     config = transformers_config(checkpoint.config, checkpoint.where)
-    model = empty_model(config, checkpoint.family.attention)
-    for name, tensor in float_tensors(checkpoint):
+    model, instead = empty_model(config, checkpoint.family.attention), instead or {}
+    for name, module in instead.items():
+        model.set_submodule(name, module)
+    for name, tensor in float_tensors(checkpoint, {f"{name}.weight" for name in instead}):
         parent, _, child = name.rpartition(".")
         value = nn.Parameter(tensor if dtype is None else tensor.to(dtype), requires_grad=False)
         model.get_submodule(parent)._parameters[child] = value

@@ -249,6 +249,17 @@ def _graph_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
         )
 
 
+def _accelerator_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    if recipe.device in ("auto", "cpu"):
+        return
+    from sqft_export.run.device import device_of
+
+    try:
+        device_of(recipe.device)
+    except UserError as error:
+        yield str(error)
+
+
 def _device_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     """Devices to measure on that no runtime of the recipe reaches here."""
     wanted = [d for d in recipe.benchmark.targets if d not in ("auto", "cpu")]
@@ -276,5 +287,6 @@ CHECKS: tuple[FaultFinder, ...] = (
     _search_faults,
     _package_faults,
     _graph_faults,
+    _accelerator_faults,
     _device_faults,
 )

@@ -26,6 +26,7 @@ from sqft_export.measure.worker import in_a_process
 from sqft_export.packed.folders import PACKED, SPARSE
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.artifact import key_of
+from sqft_export.run.device import device_of
 from sqft_export.run.host import allowed_processors
 from sqft_export.stages import Context
 from sqft_export.targets.devices import DEVICE_KINDS, devices
@@ -61,6 +62,9 @@ def rows(context: Context) -> list[Row]:
     table = [*_baselines(context), *_tuned(context), *_deployments(context)]
     if "dense" in wanted:
         table.insert(0, Row("dense base", "torch", context.model, (context.model,), 0.0))
+    if device_of(context.recipe.device).type != "cpu":
+        accelerated = ("torch", "adapted")
+        table = [replace(r, device="gpu") if r.kind in accelerated else r for r in table]
     return on_devices(table, context.recipe.benchmark.targets)
 
 
@@ -118,7 +122,7 @@ def on_devices(table: list[Row], targets: tuple[str, ...]) -> list[Row]:
         replace(row, name=f"{row.name}, {kind.upper()}", device=kind)
         for kind in others
         for row in made
-        if (row.kind, kind) in here
+        if (row.kind, kind) in here and row.device != kind
     ]
     if {"cpu", "auto"} & set(targets):
         return table + moved

@@ -22,6 +22,7 @@ from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.storage import MASKS, GridWriter, load_grids, load_mask
 from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.recipe.schema import Recipe
+from sqft_export.run.device import device_name, device_of
 from sqft_export.search import Ranks, Score, Space, strategy
 from sqft_export.stages import Context
 from sqft_export.targets.torch import TorchSession
@@ -59,7 +60,7 @@ class _Validation:
 
     def __init__(self, context: Context, model: nn.Module, groups: dict[str, list[str]]):
         self.context, self.groups, self.layers = context, groups, elastic_layers(model)
-        self.session = TorchSession(model)
+        self.session = TorchSession(model, str(next(model.parameters()).device))
         self.file = context.folder / EVALUATIONS
         self.tokenizer = load_tokenizer(context.model)
         self.items = load_data(context.recipe, self.tokenizer).validation
@@ -152,9 +153,11 @@ def run(context: Context) -> dict:
     trained grids if any."""
     started = time.monotonic()
     adapted = context.inputs["adapt"].path / "adapter"
-    model = load_adapted(context.base(), adapted, torch.float32)
+    device = device_of(context.recipe.device)
+    model = load_adapted(context.base(), adapted, torch.float32).to(device)
     groups = groups_of(model, Checkpoint(context.model).family, context.recipe.adapt)
     chosen, evaluations = _choose(context, model, groups)
+    model.cpu()  # where merge will be: another device may round B A otherwise
     layers = elastic_layers(model)
     set_ranks(layers, groups, chosen)
     (context.folder / "configuration.json").write_text(json.dumps(chosen, indent=2) + "\n")
@@ -168,4 +171,5 @@ def run(context: Context) -> dict:
         "seconds": time.monotonic() - started,
         "front": [{k: v for k, v in e.items() if k != "ranks"} for e in evaluations],
         "ranks": chosen,
+        "device": device_name(device),
     }

@@ -8,6 +8,7 @@ import json
 
 from sqft_export.data.items import load_data, load_tokenizer, sample_texts
 from sqft_export.recipe.schema import Recipe
+from sqft_export.run.device import device_name, device_of
 from sqft_export.stages import Context
 from sqft_export.verify.certify import certify
 from sqft_export.verify.subject import Asked, Subject
@@ -72,8 +73,9 @@ def run(context: Context) -> dict:
         context.recipe.adapt.merge_dense,
         context.folder,
     )
-    certificate = certify(subject, context.start(1 + len(exports)))
+    device = device_of(context.recipe.device)
+    certificate = certify(subject, context.start(1 + len(exports)), device)
     document = json.dumps(certificate.document(), indent=2) + "\n"
     (context.folder / "verify.json").write_text(document)
     certificate.require()
-    return {"checks": certificate.rows()}
+    return {"checks": certificate.rows(), "device": device_name(device)}

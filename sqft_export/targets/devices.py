@@ -96,15 +96,15 @@ def _torch() -> Iterator[Device]:
         return
     yield Device("torch", "cpu", "cpu", None)
     version = importlib.metadata.version("torch")
-    missing = None
-    if "+cpu" in version:  # known without the seconds that importing it takes
-        missing = f"torch {version} is a build without CUDA"
-    else:
+    name = "cuda"
+    missing: str | None = f"torch {version} is a build without CUDA"
+    if "+cpu" not in version:  # known without the seconds that importing it takes
         import torch
 
-        if not torch.cuda.is_available():
-            missing = f"torch {version} sees no CUDA device"
-    yield Device("torch", "gpu", "cuda", missing)
+        found = torch.accelerator.current_accelerator(check_available=True)
+        name = found.type if found else name
+        missing = None if found else f"torch {version} sees no accelerator"
+    yield Device("torch", "gpu", name, missing)
 
 
 PROBES = {"openvino": _openvino, "onnx": _onnx, "torch": _torch}

@@ -1,24 +1,31 @@
-"""torch: the reference that the runtimes are compared with, in float32; on a GPU in bfloat16.
+"""torch: the reference that the runtimes are compared with, in float32; in bfloat16 where that is
+faster and on a GPU.
 
 On a GPU the INT4 Linears of a merged model stay INT4, in torch's own layout and matmul.
 """
 
 import inspect
+from collections.abc import Callable
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import nn
 
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.floats import load_model
 from sqft_export.model.storage import read_quantized
-from sqft_export.numerics.affine import Grid
+from sqft_export.numerics.affine import Grid, dequantize
+from sqft_export.run.device import CPU, fast_in_bfloat16
 from sqft_export.targets import positions_of
 from sqft_export.targets.devices import find_device
 
 PACKED_GROUPS = (32, 64, 128, 256)
+ROOM = 0.5  # share of the free memory that float32 weights may take
 TILES = {"cpu": 2, "cuda": 8}  # of 16 inputs each, which a block of it is deep
 
 
@@ -57,19 +64,79 @@ class Int4Linear(nn.Module):
         return out if self.bias is None else out + self.bias
 
 
-def load_int4_model(folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
-    """A merged model whose INT4 Linears are :class:`Int4Linear`; others are floats of ``dtype``.
+class StoredLinear(nn.Module):
+    """``x @ W.T + bias`` with a weight that is made or cast each time, so that its stored form
+    alone stays in memory.
 
-    What torch's layout can't hold (other bits, other group sizes, odd widths) is dequantized.
+    :param weight: gives float ``[out, in]``.
     """
-    model, checkpoint = load_model(Checkpoint(folder), dtype), Checkpoint(folder)
+
+    def __init__(self, weight: Callable[[], torch.Tensor], bias: torch.Tensor | None):
+        super().__init__()
+        self.weight_of, self.bias = weight, bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight_of().to(x.dtype), bias)
+
+
+def _quantized_linears(
+    checkpoint: Checkpoint, device: str, dtype: torch.dtype, lean: bool
+) -> dict[str, nn.Module]:
+    """INT4 Linears in torch's layout; others, if ``lean``, from their codes.
+
+    What torch's layout can't hold: other bits, other group sizes, odd widths.
+    """
+    found: dict[str, nn.Module] = {}
     for name in checkpoint.quantized_linears:
         codes, grid = read_quantized(checkpoint, name)
-        deep = codes.shape[1] % (16 * TILES[device]) == 0 and codes.shape[0] % 16 == 0
+        key = f"{name}.bias"
+        bias = checkpoint.tensor(key).to(device, dtype) if key in checkpoint.headers else None
+        tiles = TILES.get(device)
+        deep = tiles and codes.shape[1] % (16 * tiles) == 0 and codes.shape[0] % 16 == 0
         if grid.bits == 4 and grid.group_size in PACKED_GROUPS and deep:
-            linear = model.get_submodule(name)
-            model.set_submodule(name, Int4Linear(codes, grid, linear.bias, device, dtype))
-    return model.to(device)
+            found[name] = Int4Linear(codes, grid, bias, device, dtype)
+        elif lean:
+            found[name] = StoredLinear(partial(dequantize, codes, grid), bias)
+    return found
+
+
+def load_int4_model(folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
+    """A merged model whose INT4 Linears are :class:`Int4Linear`; others are floats of ``dtype``."""
+    checkpoint = Checkpoint(folder)
+    quantized = _quantized_linears(checkpoint, device, dtype, lean=False)
+    return load_model(checkpoint, dtype, quantized).to(device)
+
+
+def load_lean_model(folder: Path) -> nn.Module:
+    """A model in the memory that its files take: weights as stored, products in float32."""
+    checkpoint = Checkpoint(folder)
+    model = load_model(
+        checkpoint, None, _quantized_linears(checkpoint, "cpu", torch.float32, lean=True)
+    )
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            weight = module.weight
+            model.set_submodule(name, StoredLinear(lambda w=weight: w, module.bias))  # type: ignore[misc]
+        elif isinstance(module, nn.Embedding):
+            module.register_forward_hook(lambda _module, _args, found: found.float())
+        elif not isinstance(module, Int4Linear | StoredLinear):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float()
+    return model
+
+
+def _load_on_cpu(folder: Path) -> nn.Module:
+    """In bfloat16 where it is stored in 16 bits and that is faster here; else in float32, all of it
+    in memory if there is room."""
+    checkpoint = Checkpoint(folder)
+    narrow = checkpoint.dtype(checkpoint.outer_names()[0]).itemsize == 2
+    if narrow and fast_in_bfloat16(CPU):
+        return load_int4_model(folder, "cpu", torch.bfloat16)
+    whole = 4 * sum(prod(shape) for shape in checkpoint.shapes.values())
+    if whole <= ROOM * psutil.virtual_memory().available:
+        return load_model(checkpoint)
+    return load_lean_model(folder)
 
 
 class TorchSession:
@@ -116,12 +183,13 @@ def open_session(
 ) -> TorchSession:
     """A merged or plain Hugging Face folder.
 
-    :param device: cpu: float32, always exact; gpu: bfloat16, INT4 weights stay INT4.
+    :param exact: float32 throughout; else as fast as this machine has it.
+    :param device: cpu; gpu: bfloat16, INT4 weights stay INT4.
     :raises UserError: if the device is not here.
     """
     if threads:
         torch.set_num_threads(threads)
     if device == "cpu":
-        return TorchSession(load_model(Checkpoint(folder)))
+        return TorchSession(load_model(Checkpoint(folder)) if exact else _load_on_cpu(folder))
     name = find_device("torch", device).name
     return TorchSession(load_int4_model(folder, name, torch.bfloat16), name)

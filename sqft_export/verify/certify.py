@@ -3,8 +3,11 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from sqft_export.errors import UserError
 from sqft_export.run.artifact import MANIFEST, Artifact, Store, check_artifact, read_artifact
+from sqft_export.run.device import CPU
 from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.compute import check_compute
 from sqft_export.verify.fidelity import check_fidelity, reference_of
@@ -12,10 +15,14 @@ from sqft_export.verify.storage import check_storage
 from sqft_export.verify.subject import Asked, Subject
 
 
-def certify(subject: Subject, advance: Callable[[], None]) -> Certificate:
-    """:param advance: called after fidelity, and after every deployment."""
+def certify(
+    subject: Subject, advance: Callable[[], None], device: torch.device = CPU
+) -> Certificate:
+    """:param advance: called after fidelity, and after every deployment.
+    :param device: where torch computes.
+    """
     certificate = Certificate()
-    reference = reference_of(subject)
+    reference = reference_of(subject, device)
     check_fidelity(certificate, subject, reference)
     advance()
     for name in subject.exports:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sqft_export.measure.batches import of_like_lengths, padded
+from sqft_export.measure.batches import SCORED, batches, by_length, padded
 from sqft_export.measure.decode import generate
 from sqft_export.measure.likelihood import log_softmax
 from sqft_export.model.floats import Reference
@@ -47,7 +47,8 @@ def check_compute(
 def _prompt_logits(session: Session, prompts: list[list[int]]) -> list[np.ndarray]:
     """``[length, vocabulary]`` of every prompt, its last token by a step from the cache."""
     found: list[np.ndarray] = [np.empty(0)] * len(prompts)
-    for indices in of_like_lengths(session, [len(prompt) for prompt in prompts]):
+    lengths = [len(prompt) for prompt in prompts]
+    for indices in batches(session, lengths, by_length(lengths), SCORED):
         logits = _with_a_step([prompts[i] for i in indices], session)
         for index, one in zip(indices, logits, strict=True):
             found[index] = one

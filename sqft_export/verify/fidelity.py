@@ -118,7 +118,7 @@ def _check_tokens(certificate: Certificate, subject: Subject) -> None:
         check.count(np.array([found != ids]), repr(text[:40]))
 
 
-def reference_of(subject: Subject) -> Reference:
+def reference_of(subject: Subject, device: torch.device) -> Reference:
     """The merged model in torch, with the adapter beside it where one was not merged."""
     updates = read_low_rank(subject.adapter) if subject.adapter else None
-    return Reference(subject.merge / "model", updates)
+    return Reference(subject.merge / "model", updates, device)
