@@ -17,7 +17,7 @@ from typing import Any
 
 from document import finish, table
 
-from sqft_export.data.items import load_data, load_tokenizer, test_items
+from sqft_export.data.items import Data, first_of_every_set, load_tokenizer
 from sqft_export.data.scoring import judge, questions
 from sqft_export.measure.statistics import wilson
 from sqft_export.measure.worker import in_a_process
@@ -57,7 +57,7 @@ def recipe_of(kind: str, data: Path, base: Path | None, steps: int, items: int) 
 def accuracy(folder: Path, recipe: Recipe) -> tuple[int, int]:
     """Problems answered right by a deployment, and problems asked."""
     tokenizer = load_tokenizer(TINY)
-    items = test_items(recipe, load_data(recipe, tokenizer))
+    items = first_of_every_set(Data(recipe, tokenizer).test, recipe.benchmark.items)
     job: dict[str, Any] = {"kind": "openvino", "folder": str(folder), "threads": None}
     job |= {"device": "cpu", "questions": questions(recipe, items, tokenizer)}
     judged = judge(recipe, items, in_a_process(job), tokenizer)

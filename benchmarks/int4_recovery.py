@@ -13,7 +13,7 @@ from statistics import mean, stdev
 
 from document import finish, spread, table
 
-from sqft_export.data.items import load_data, load_tokenizer, test_items
+from sqft_export.data.items import Data, first_of_every_set, load_tokenizer
 from sqft_export.data.scoring import accuracy_of, judge, questions
 from sqft_export.measure.likelihood import score
 from sqft_export.recipe.load import load_recipe
@@ -40,7 +40,7 @@ VARIANTS = {
 def accuracy(recipe: Recipe, folder: Path) -> dict[str, float]:
     """Accuracy in percent and perplexity of a Hugging Face folder on the recipe's test items."""
     tokenizer = load_tokenizer(folder)
-    items = test_items(recipe, load_data(recipe, tokenizer))
+    items = first_of_every_set(Data(recipe, tokenizer).test, recipe.benchmark.items)
     found = score(
         target("torch").open_session(folder, True, None), questions(recipe, items, tokenizer)
     )

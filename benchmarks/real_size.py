@@ -24,6 +24,7 @@ from sqft_export.measure.worker import peak_memory
 from sqft_export.plan.costs import predict_memory, predict_seconds
 from sqft_export.plan.layout import layout_of
 from sqft_export.plan.speeds import measure_speeds
+from sqft_export.plan.workload import workload_of
 from sqft_export.recipe.load import load_recipe
 from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import Recipe
@@ -102,9 +103,10 @@ def report(root: Path, shape: dict[str, int], blocks: int) -> None:
     model = model_at(root, shape, blocks)
     recipe = recipe_of(model)
     layout = layout_of(recipe, model)
-    machine = measure_speeds()
-    seconds = predict_seconds(recipe, layout, machine, examples=None)
-    memory = predict_memory(recipe, layout)
+    machine = measure_speeds(layout, recipe.device)
+    workload = workload_of(recipe, model)
+    seconds = predict_seconds(recipe, layout, machine, workload)
+    memory = predict_memory(recipe, layout, workload)
     measured[blocks] = measure(root, shape, blocks)
     rows, ratios, values = [], {}, {}
     for name, found in measured[blocks].items():

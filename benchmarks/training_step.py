@@ -1,6 +1,7 @@
 """One training step, ours and others', on the same blocks, batch and length.
 
-    python benchmarks/training_step.py [--hidden 1024] [--batch 8] [--length 128] [--rounds 3]
+    python benchmarks/training_step.py [--hidden 1024] [--batch 8] [--length 128] [--rounds 5]
+        [--precision bfloat16] [--model <folder>] [--before <checkout>]
 
     (a) lora         stock peft LoRA on the pruned float model
     (b) sparsepeft   ours: masked adapter
@@ -8,13 +9,16 @@
     (d) nncf         NNCF's FQ_LORA_NLS (no mask: it has none; adapters on all Linears)
     (e) published    the SQFT forward transcribed from its formulas, by plain autograd
 
-Two Mistral-shaped blocks in float32, adapters of rank 32 on q, k, v, up and down, AdamW. Every
-variant runs in processes of its own, in turns; a step is forward, backward and update, the first
-two steps of a process are not counted. Peak memory is the process's.
+Two Mistral-shaped blocks, or all of a model, adapters of rank 32 on q, k, v, up and down, AdamW.
+Every variant runs in processes of its own, in turns; a step is forward, backward and update, the
+first two steps of a process are not counted. Peak memory is the process's. With --before (c) runs
+on the code of another commit too (`git worktree add <checkout> <commit>`).
 """
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,11 +41,12 @@ from sqft_export.numerics.masks import drop_share, mask_to_bits
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 RANK, ALPHA, GROUP_SIZE, WARM = 32, 64.0, 64, 2
 VOCABULARY = 4096
+BEFORE = "qa before"
 VARIANTS = ("lora", "sparsepeft", "qa", "nncf", "published")
 
 
 def write_base(folder: Path, hidden: int) -> None:
-    """A pruned Mistral folder, its masks and INT4 grids."""
+    """Two blocks of Mistral with random weights."""
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
@@ -53,15 +58,23 @@ def write_base(folder: Path, hidden: int) -> None:
         num_attention_heads=hidden // 64,
         num_key_value_heads=hidden // 256,
     )
-    model = MistralForCausalLM(config)
+    MistralForCausalLM(config).save_pretrained(folder / "whole")
+
+
+def compress_base(source: Path, folder: Path) -> None:
+    """A model by magnitude at 50 %, its masks and INT4 grids."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source)
     with mask_writer(folder) as masks, GridWriter(folder) as grids, torch.no_grad():
         for name, module in model.model.layers.named_modules(prefix="model.layers"):
             if isinstance(module, nn.Linear):
-                mask = drop_share(module.weight.abs(), 0.5)
+                mask = drop_share(module.weight.abs().float(), 0.5)
                 module.weight.mul_(mask)
                 masks.add(name, mask_to_bits(mask))
                 grids.add(name, fit_grid(module.weight, 4, GROUP_SIZE, True))
     model.save_pretrained(folder / "model")
+    shutil.copyfile(source / "config.json", folder / "model" / "config.json")
 
 
 class Published(nn.Module):
@@ -85,12 +98,16 @@ class Published(nn.Module):
         return nn.functional.linear(nn.functional.dropout(x, 0.0), weight)
 
 
-def published(folder: Path) -> nn.Module:
+def in_precision(folder: Path, precision: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
+    return AutoModelForCausalLM.from_pretrained(folder / "model", dtype=precision)
+
+
+def published(folder: Path, precision: torch.dtype) -> nn.Module:
     from sqft_export.model.storage import load_grids
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "model").requires_grad_(False)
+    model = in_precision(folder, precision).requires_grad_(False)
     for name, grid in load_grids(folder).items():
         parent, _, child = name.rpartition(".")
         if child in TARGETS:
@@ -99,22 +116,20 @@ def published(folder: Path) -> nn.Module:
     return model
 
 
-def stock_lora(folder: Path) -> nn.Module:
+def stock_lora(folder: Path, precision: torch.dtype) -> nn.Module:
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    model = in_precision(folder, precision)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS))
     return get_peft_model(model, config)
 
 
-def nncf_nls(folder: Path, ids: Tensor) -> nn.Module:
+def nncf_nls(folder: Path, ids: Tensor, precision: torch.dtype) -> nn.Module:
     import nncf
     from nncf.parameters import CompressionFormat
     from nncf.quantization.advanced_parameters import AdvancedCompressionParameters
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "model").requires_grad_(False)
+    model = in_precision(folder, precision).requires_grad_(False)
     model.config.use_cache = False
     model = nncf.compress_weights(
         model,
@@ -129,22 +144,23 @@ def nncf_nls(folder: Path, ids: Tensor) -> nn.Module:
     return model
 
 
-def build(variant: str, folder: Path, ids: Tensor) -> nn.Module:
+def build(variant: str, folder: Path, ids: Tensor, precision: torch.dtype) -> nn.Module:
     if variant == "lora":
-        return stock_lora(folder)
+        return stock_lora(folder, precision)
     if variant == "nncf":
-        return nncf_nls(folder, ids)
+        return nncf_nls(folder, ids, precision)
     if variant == "published":
-        return published(folder)
-    base = Base(folder / "model", folder, folder if variant == "qa" else None)
-    model = load_compressed(base, torch.float32)
+        return published(folder, precision)
+    base = Base(folder / "model", folder, None if variant == "sparsepeft" else folder)
+    model = load_compressed(base, precision)
     return add_adapters(model, TARGETS, RANK, ALPHA, 0.0)
 
 
-def measure(variant: str, folder: Path, batch: int, length: int, steps: int) -> dict[str, Any]:
+def measure(variant: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every counted step, and the peak resident bytes."""
-    ids = torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(0))
-    model = build(variant, folder, ids).train()
+    shape, steps = (arguments.batch, arguments.length), arguments.steps
+    ids = torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(0))
+    model = build(variant, folder, ids, getattr(torch, arguments.precision)).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     seconds = []
@@ -177,25 +193,43 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--model", type=Path, help="whose steps are taken, instead of two blocks")
+    parser.add_argument("--before", type=Path, help="checkout of a commit to compare (c) with")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    sizes = arguments.batch, arguments.length, arguments.steps
     if arguments.child:
         variant, folder = arguments.child
-        print(json.dumps(measure(variant, Path(folder), *sizes)))
+        print(json.dumps(measure(variant, Path(folder), arguments)))
         return
     found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in arguments.variants}
-    with tempfile.TemporaryDirectory() as folder:
-        write_base(Path(folder), arguments.hidden)
+    if arguments.before:
+        found[BEFORE] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        if not arguments.model:
+            write_base(Path(scratch), arguments.hidden)
+        compress_base(arguments.model or Path(scratch) / "whole", Path(scratch))
         for _ in range(arguments.rounds):
             for variant, runs in found.items():
-                command = [sys.executable, __file__, "--child", variant, folder]
-                command += ["--batch", str(sizes[0]), "--length", str(sizes[1])]
-                command += ["--steps", str(sizes[2])]
-                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                runs.append(json.loads(done.stdout.splitlines()[-1]))
+                runs.append(run(variant, scratch, arguments))
+    report(found, arguments)
+
+
+def run(variant: str, folder: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """In a process of its own."""
+    code = arguments.before if variant == BEFORE else Path(__file__).parent.parent
+    command = [sys.executable, "-P", str(Path(__file__).resolve()), "--child", variant, folder]
+    for name in ("batch", "length", "steps", "precision"):
+        command += [f"--{name}", str(getattr(arguments, name))]
+    paths = os.pathsep.join([str(code), str(Path(__file__).parent)])
+    environment = os.environ | {"PYTHONPATH": paths}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(found: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> None:
     medians = {name: [median(run["seconds"]) for run in runs] for name, runs in found.items()}
     peaks = {name: median(run["peak"] for run in runs) for name, runs in found.items()}
     ratios = {}
@@ -204,6 +238,7 @@ def main() -> None:
         ("qa", "lora"),
         ("published", "qa"),
         ("nncf", "qa"),
+        (BEFORE, "qa"),
     ):
         if one in medians and other in medians:
             pairs = zip(medians[one], medians[other], strict=True)
@@ -215,13 +250,15 @@ def main() -> None:
     table(["variant", "s a step", "low", "high", "peak MiB"], rows)
     print()
     table(["ratio", "median", "low", "high"], [[n, *found.values()] for n, found in ratios.items()])
-    arithmetic = counted(arguments.hidden, arguments.batch * arguments.length)
-    print(f"\nmultiply-adds of (b) and (c) over (a): {arithmetic['of_stock_lora']:.2f}")
-    finish(
-        "training_step",
-        ratios,
-        {"runs": found, "multiply_adds": arithmetic, "sizes": vars(arguments) | {"child": None}},
-    )
+    values: dict[str, Any] = {
+        "runs": found,
+        "sizes": {k: str(v) for k, v in vars(arguments).items()},
+    }
+    if not arguments.model:
+        arithmetic = counted(arguments.hidden, arguments.batch * arguments.length)
+        print(f"\nmultiply-adds of (b) and (c) over (a): {arithmetic['of_stock_lora']:.2f}")
+        values["multiply_adds"] = arithmetic
+    finish("training_step", ratios, values)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from sqft_export.adapters.elastic import (
 )
 from sqft_export.adapters.files import Base, save_adapter
 from sqft_export.adapters.loading import new_adapter
-from sqft_export.data.items import Data, Example, load_data
+from sqft_export.data.items import Data, Example
 from sqft_export.errors import UserError
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.recipe.schema import Adapt, Recipe
@@ -243,7 +243,7 @@ def train_on_task(
     :param start: ``start(steps) -> advance``, called once a step.
     :param elastic: with the recipe's elastic ranks and trainable scales.
     """
-    config, data = recipe.adapt, load_data(recipe, tokenizer)
+    config, data = recipe.adapt, Data(recipe, tokenizer)
     device = device_of(recipe.device)
     dtype = training_dtype(config.precision, device)
     model = new_adapter(recipe, base, dtype)

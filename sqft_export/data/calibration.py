@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sqft_export.data.files import numbered_rows, read_text
-from sqft_export.data.items import first_token, load_data, load_tokenizer, windows_of
+from sqft_export.data.items import Data, first_token, load_tokenizer, windows_of
 from sqft_export.errors import UserError
 from sqft_export.recipe.schema import HUB, Recipe
 from sqft_export.recipe.templates import text_field
@@ -43,7 +43,7 @@ def calibration_samples(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
 def _calibration_source(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
     config = recipe.calibration
     if config.source == "task":
-        return [example.ids for example in load_data(recipe, tokenizer).train]
+        return [example.ids for example in Data(recipe, tokenizer).train]
     file = recipe.resolve(config.source)
     if config.source.startswith(HUB) or file.is_dir():
         return _dataset_texts(recipe, tokenizer)

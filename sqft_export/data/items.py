@@ -7,8 +7,10 @@ with the padding masked out (training).
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from sqft_export.errors import UserError
 from sqft_export.recipe.schema import Dataset, Problems, Recipe, Text
 from sqft_export.recipe.templates import fill_template
 from sqft_export.textfiles import read_json
+
+Found = tuple[str, Scoring, Record]  # its set, how it is scored, and itself
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ class Item:
     lengths: tuple[int, ...] = ()
     labels: tuple[str, ...] = ()
 
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and target."""
+        return self.prompt + self.target
+
 
 @dataclass(frozen=True)
 class Example:
@@ -51,22 +60,6 @@ class Example:
 
     ids: list[int]
     skip: int
-
-
-@dataclass(frozen=True)
-class Data:
-    """A task read, split and tokenized.
-
-    train: training examples.
-    validation: training items set aside for search, if it evaluates any.
-    test: held-out items, for benchmark and verify alone.
-    truncated: training examples that were longer than the limit and were cut.
-    """
-
-    train: list[Example]
-    validation: list[Item]
-    test: list[Item]
-    truncated: int
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -128,7 +121,7 @@ def data_files(recipe: Recipe, split: str) -> list[Path]:
     return [file for file in found if file is not None]
 
 
-def _records(recipe: Recipe, split: str) -> Iterator[tuple[str, Scoring, Record]]:
+def _records(recipe: Recipe, split: str) -> Iterator[Found]:
     """Set, scoring and record of every item of a split."""
     task = recipe.task
     if isinstance(task, Dataset):
@@ -141,60 +134,107 @@ def _records(recipe: Recipe, split: str) -> Iterator[tuple[str, Scoring, Record]
             yield "", "exact", record
 
 
-def _item(tokenizer: Any, source: str, scoring: Scoring, record: Record) -> Item:
-    def pair(prompt: str, answer: str) -> tuple[list[int], list[int]]:
-        return tokenizer(prompt)["input_ids"], _continuation(tokenizer, prompt, answer)
-
-    prompt, answer = pair(record.prompt, record.answer)
-    return Item(
-        prompt,
-        [*answer, tokenizer.eos_token_id],
-        record.final,
-        source,
-        scoring,
-        tuple(pair(*choice) for choice in record.choices),
-        record.right,
-        tuple(len(continuation.strip()) for _, continuation in record.choices),
-        record.labels,
-    )
+def _pairs(tokenizer: Any, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+    """Ids of every prompt, and of its answer as they follow them; each text is tokenized once."""
+    wanted = dict.fromkeys(text for prompt, answer in texts for text in (prompt, prompt + answer))
+    ids = dict(zip(wanted, tokenizer(list(wanted))["input_ids"], strict=True)) if wanted else {}
+    found = []
+    for prompt, answer in texts:
+        first, whole = ids[prompt], ids[prompt + answer]
+        if whole[: len(first)] == first:
+            found.append((first, whole[len(first) :]))
+        else:
+            found.append((first, tokenizer(answer, add_special_tokens=False)["input_ids"]))
+    return found
 
 
-def _problem_data(task: Problems | Dataset, recipe: Recipe, tokenizer: Any) -> Data:
-    def items(split: str) -> list[Item]:
-        return [_item(tokenizer, *found) for found in _records(recipe, split)]
+def _items(tokenizer: Any, found: list[Found]) -> list[Item]:
+    texts = [pair for _, _, r in found for pair in ((r.prompt, r.answer), *r.choices)]
+    pairs = iter(_pairs(tokenizer, texts))
+    items = []
+    for source, scoring, record in found:
+        prompt, answer = next(pairs)
+        items.append(
+            Item(
+                prompt,
+                [*answer, tokenizer.eos_token_id],
+                record.final,
+                source,
+                scoring,
+                tuple(next(pairs) for _ in record.choices),
+                record.right,
+                tuple(len(continuation.strip()) for _, continuation in record.choices),
+                record.labels,
+            )
+        )
+    return items
 
-    train, validation = _set_aside(recipe, items("train"))
-    whole = [(item.prompt + item.target, len(item.prompt)) for item in train]
-    examples = [Example(ids[: task.sequence_length], skip) for ids, skip in whole]
-    truncated = sum(len(ids) > task.sequence_length for ids, _ in whole)
-    return Data(examples, validation, items("test"), truncated)
 
-
-def _set_aside(recipe: Recipe, items: list[Item]) -> tuple[list[Item], list[Item]]:
-    """Training items, and a seeded choice of them that search scores on instead.
+def _set_aside(recipe: Recipe, count: int) -> list[int]:
+    """A seeded choice of the training items, that search scores on instead.
 
     :raises UserError: if nothing would be left to train on.
     """
     search = recipe.search
     if not search.evaluates:
-        return items, []
-    if search.items >= len(items):
+        return []
+    if search.items >= count:
         raise UserError(
             f"{recipe.file}: search.items: found {search.items}, but the training data has "
-            f"{len(items)} items in all"
+            f"{count} items in all"
         )
-    chosen = set(random.Random(recipe.seed).sample(range(len(items)), search.items))
-    train = [item for n, item in enumerate(items) if n not in chosen]
-    return train, [items[n] for n in sorted(chosen)]
+    return sorted(random.Random(recipe.seed).sample(range(count), search.items))
 
 
-def _continuation(tokenizer: Any, prompt: str, answer: str) -> list[int]:
-    """Ids of the answer as they follow the prompt's own ids."""
-    whole = tokenizer(prompt + answer)["input_ids"]
-    prompt_ids = tokenizer(prompt)["input_ids"]
-    if whole[: len(prompt_ids)] == prompt_ids:
-        return whole[len(prompt_ids) :]
-    return tokenizer(answer, add_special_tokens=False)["input_ids"]
+class Data:
+    """A task read, split and tokenized; each part when it is first asked for.
+
+    train: training examples.
+    validation: training items set aside for search, if it evaluates any.
+    test: held-out items, for benchmark and verify alone.
+    truncated: training examples that were longer than the limit and were cut.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: Any):
+        self.recipe, self.tokenizer = recipe, tokenizer
+
+    @cached_property
+    def _train(self) -> tuple[list[Example], list[Item], int]:
+        task, tokenizer = self.recipe.task, self.tokenizer
+        if isinstance(task, Text):
+            items, _ = _text_items(task, self.recipe, tokenizer)
+            aside = set(_set_aside(self.recipe, len(items)))
+            chosen = [item for n, item in enumerate(items) if n in aside]
+            rest = [Example(i.ids, 1) for n, i in enumerate(items) if n not in aside]
+            return rest, chosen, 0
+        found = list(_records(self.recipe, "train"))
+        aside = set(_set_aside(self.recipe, len(found)))
+        chosen = _items(tokenizer, [one for n, one in enumerate(found) if n in aside])
+        texts = [(r.prompt, r.answer) for n, (_, _, r) in enumerate(found) if n not in aside]
+        end, longest = tokenizer.eos_token_id, task.sequence_length
+        whole = [
+            ([*prompt, *answer, end], len(prompt)) for prompt, answer in _pairs(tokenizer, texts)
+        ]
+        examples = [Example(ids[:longest], skip) for ids, skip in whole]
+        return examples, chosen, sum(len(ids) > longest for ids, _ in whole)
+
+    @property
+    def train(self) -> list[Example]:
+        return self._train[0]
+
+    @property
+    def validation(self) -> list[Item]:
+        return self._train[1]
+
+    @property
+    def truncated(self) -> int:
+        return self._train[2]
+
+    @cached_property
+    def test(self) -> list[Item]:
+        if isinstance(self.recipe.task, Text):
+            return _text_items(self.recipe.task, self.recipe, self.tokenizer)[1]
+        return _items(self.tokenizer, list(_records(self.recipe, "test")))
 
 
 def windows_of(ids: list[int], length: int, first: list[int]) -> list[list[int]]:
@@ -211,7 +251,8 @@ def _boundary(text: str, wanted: int) -> int:
     return wanted
 
 
-def _text_data(task: Text, recipe: Recipe, tokenizer: Any) -> Data:
+def _text_items(task: Text, recipe: Recipe, tokenizer: Any) -> tuple[list[Item], list[Item]]:
+    """Windows to train on, and held out."""
     file = recipe.resolve(task.text)
     text = read_text(file)
     boundary = _boundary(text, int(len(text) * (1 - task.test_share)))
@@ -226,17 +267,7 @@ def _text_data(task: Text, recipe: Recipe, tokenizer: Any) -> Data:
     )
     if not train or not test:
         raise UserError(f"{file}: too short for windows of {task.sequence_length} tokens")
-    train, validation = _set_aside(recipe, train)
-    return Data(
-        [Example(item.prompt + item.target, 1) for item in train], validation, test, truncated=0
-    )
-
-
-def load_data(recipe: Recipe, tokenizer: Any) -> Data:
-    """Read, split and tokenize the recipe's task."""
-    if isinstance(recipe.task, Text):
-        return _text_data(recipe.task, recipe, tokenizer)
-    return _problem_data(recipe.task, recipe, tokenizer)
+    return train, test
 
 
 def count_examples(recipe: Recipe) -> int | None:
@@ -253,14 +284,23 @@ def count_examples(recipe: Recipe) -> int | None:
     return sum(1 for _ in _records(recipe, "train"))
 
 
+def sampled(
+    recipe: Recipe, tokenizer: Any, split: str, count: int
+) -> tuple[dict[str, int], list[Item]]:
+    """Items of a split by set, and about ``count`` of them, evenly spread, as token ids."""
+    if isinstance(recipe.task, Text):
+        items = _text_items(recipe.task, recipe, tokenizer)[split == "test"]
+        return {"": len(items)}, items[:: max(1, len(items) // count)]
+    found = list(_records(recipe, split))
+    chosen = found[:: max(1, len(found) // count)]
+    return Counter(name for name, _, _ in found), _items(tokenizer, chosen)
+
+
 def held_out(recipe: Recipe, tokenizer: Any) -> list[Item]:
     """The test items alone; of several sets in turn, so that a first few are of all of them."""
-    task = recipe.task
-    if isinstance(task, Text):
-        return _text_data(task, recipe, tokenizer).test
     by_set: dict[str, list[Item]] = {}
-    for found in _records(recipe, "test"):
-        by_set.setdefault(found[0], []).append(_item(tokenizer, *found))
+    for item in Data(recipe, tokenizer).test:
+        by_set.setdefault(item.source, []).append(item)
     turns = itertools.zip_longest(*by_set.values())
     return [item for turn in turns for item in turn if item is not None]
 
@@ -306,15 +346,12 @@ def first_token(tokenizer: Any) -> list[int]:
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
 
 
-def test_items(recipe: Recipe, data: Data) -> list[Item]:
-    """The items that every row of the benchmark scores: the first of every set of the test split.
-
-    ``benchmark.items`` of each set, so that a mix is scored on all of its sets.
-    """
+def first_of_every_set(items: list[Item], count: int) -> list[Item]:
+    """So that a mix is scored on all of its sets."""
     taken: dict[str, int] = {}
     chosen = []
-    for item in data.test:
+    for item in items:
         taken[item.source] = taken.get(item.source, 0) + 1
-        if taken[item.source] <= recipe.benchmark.items:
+        if taken[item.source] <= count:
             chosen.append(item)
     return chosen

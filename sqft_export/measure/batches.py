@@ -10,7 +10,7 @@ from sqft_export.targets import Session
 ROWS = 64  # of a batch
 CACHED = 2**14  # tokens whose cache a batch may take
 SCORED = 2**9  # tokens of a pass: enough to be fast, few enough to be of like lengths
-LOGIT_BYTES = 2**28  # of one pass
+PASS_BYTES = 2**28  # of one pass
 
 
 def batches(
@@ -34,7 +34,7 @@ def batches(
         rows, longest = len(batch) + 1, max(longest, lengths[index])
         scored = max(longest if session.all_logits or wanted is None else 0, wanted or 0)
         logit_bytes = rows * scored * session.vocabulary * 4
-        fits = rows * (longest + growth) <= tokens and logit_bytes <= LOGIT_BYTES
+        fits = rows * (longest + growth) <= tokens and logit_bytes <= PASS_BYTES
         if batch and (rows > ROWS or not fits):
             yield batch
             batch, longest = [], lengths[index]

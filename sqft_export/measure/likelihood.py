@@ -20,7 +20,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 @dataclass
-class _Row:
+class Scored:
     """A target after its prompt, and what a pass says of each of its tokens.
 
     log_probabilities: float64. first: whether the token is the likeliest.
@@ -42,12 +42,12 @@ class _Row:
         self.first += (logits.argmax(axis=-1) == expected).tolist()
 
 
-def _rows_of(targets: list[list[int]]) -> list[_Row]:
+def rows_of(targets: list[list[int]]) -> list[Scored]:
     """A row for every target that no other one begins with."""
-    rows: list[_Row] = []
+    rows: list[Scored] = []
     for target in sorted(targets, key=len, reverse=True):
         if not any(row.target[: len(target)] == target for row in rows):
-            rows.append(_Row(target))
+            rows.append(Scored(target))
     return rows
 
 
@@ -61,7 +61,7 @@ def log_likelihoods(
     together: dict[tuple[int, ...], list[list[int]]] = {}
     for prompt, target in zip(prompts, targets, strict=True):
         together.setdefault(tuple(prompt), []).append(target)
-    groups = {prompt: _rows_of(each) for prompt, each in together.items()}
+    groups = {prompt: rows_of(each) for prompt, each in together.items()}
     alone = [(list(prompt), rows[0]) for prompt, rows in groups.items() if len(rows) == 1]
     forked = [(list(prompt), rows) for prompt, rows in groups.items() if len(rows) > 1]
     _score_alone(session, alone)
@@ -74,7 +74,7 @@ def log_likelihoods(
     return found
 
 
-def _score_alone(session: Session, pairs: list[tuple[list[int], _Row]]) -> None:
+def _score_alone(session: Session, pairs: list[tuple[list[int], Scored]]) -> None:
     """Prompt and target in one pass; what fills a batch up comes last, where nothing looks."""
     sequences = [prompt + row.target[:-1] for prompt, row in pairs]
     lengths = [len(sequence) for sequence in sequences]
@@ -90,7 +90,7 @@ def _score_alone(session: Session, pairs: list[tuple[list[int], _Row]]) -> None:
             row.add(one[start : start + len(row.target)])
 
 
-def _score_forked(session: Session, groups: list[tuple[list[int], list[_Row]]]) -> None:
+def _score_forked(session: Session, groups: list[tuple[list[int], list[Scored]]]) -> None:
     """A pass over the prompts, then one over the targets that follow each."""
     lengths = [len(prompt) for prompt, _ in groups]
     longest = [max(len(row.target) for row in rows) for _, rows in groups]
@@ -113,7 +113,7 @@ def _score_forked(session: Session, groups: list[tuple[list[int], list[_Row]]]) 
             _score_rest(session, batch.mask[owners], np.array(owners), rows)
 
 
-def _score_rest(session: Session, mask: np.ndarray, owners: np.ndarray, rows: list[_Row]) -> None:
+def _score_rest(session: Session, mask: np.ndarray, owners: np.ndarray, rows: list[Scored]) -> None:
     session.select(owners)
     rest = padded([row.target[:-1] for row in rows], "right")
     logits = session.forward(rest.ids, np.concatenate([mask, rest.mask], axis=1))

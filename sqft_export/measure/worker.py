@@ -65,7 +65,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     if "latency_prompt" in job:
         result |= measure_latency(session, job["latency_prompt"], job["new_tokens"], job["repeats"])
     if "questions" in job:
+        started = time.perf_counter()
         result |= score(session, job["questions"])
+        result["score_seconds"] = time.perf_counter() - started
     if "distributions" in job:
         np.save(job["distributions"]["file"], distributions(session, job["distributions"]["ids"]))
     result["steady_memory_bytes"] = memory_now()

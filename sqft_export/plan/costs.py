@@ -7,20 +7,21 @@ it keeps in memory are constants fitted to `benchmarks/real_size.py`, which comp
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
 import psutil
 
 from sqft_export.errors import HostError
-from sqft_export.model.checkpoint import count_blocks
+from sqft_export.measure.batches import CACHED, PASS_BYTES, ROWS
 from sqft_export.model.families import adapted
 from sqft_export.plan.layout import Layout, group_sizes
 from sqft_export.plan.speeds import Speeds, nearest_existing
+from sqft_export.plan.workload import Workload
 from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import Recipe
-from sqft_export.run.host import size_text
+from sqft_export.run.host import FLOAT32_ROOM, size_text
 
 
 def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
@@ -86,114 +87,179 @@ def disk_bytes(recipe: Recipe, layout: Layout, root: Path, passes: list[str]) ->
 
 
 GIB = 2**30
+FLOAT32 = "float32"
 
 
 def predict_seconds(
-    recipe: Recipe, layout: Layout, machine: Speeds, examples: int | None
+    recipe: Recipe, layout: Layout, machine: Speeds, workload: Workload
 ) -> dict[str, float | None]:
-    """Of every pass of the recipe; None where they depend on data that is not here.
-
-    :param examples: to train on, which steps are counted from where the recipe gives epochs.
-    """
-    written, found = predict_bytes(recipe, layout), dict[str, float | None]()
-    for name, size in written.items():
-        work = _work(name, recipe, layout, examples)
-        found[name] = (
-            None
-            if work is None
-            else (
-                FIXED_SECONDS.get(name, 1)
-                + work.flops / machine.flops
-                + work.elements / machine.elements
-                + size / machine.disk
-            )
-        )
+    """Of every pass of the recipe; None where they depend on data that is not here."""
+    found = dict[str, float | None]()
+    for name, size in predict_bytes(recipe, layout).items():
+        work = _work(name, recipe, layout, workload)
+        speed = machine.cpu if name in ON_CPU else machine.device
+        found[name] = None
+        if work is not None:
+            products = sum(flops / speed.products[dtype] for dtype, flops in work.flops.items())
+            elementwise = work.elements / speed.elements
+            fixed = FIXED_SECONDS.get(name, 1) + work.seconds
+            found[name] = fixed + products + elementwise + size / machine.disk
+    if "benchmark" in found and (minutes := recipe.benchmark.minutes):
+        found["benchmark"] = 60 * minutes
     return found
 
 
 @dataclass(frozen=True)
 class _Work:
-    """Multiplications and additions in matrix products, and elements of elementwise passes."""
+    """Multiplications and additions in matrix products by dtype, elements of elementwise passes,
+    and what takes its time on any machine."""
 
-    flops: float = 0
+    flops: dict[str, float] = field(default_factory=dict)
     elements: float = 0
+    seconds: float = 0
 
 
-# Elementwise passes over every decoder weight, in float32, that a pass comes to; of adapt, a step.
+# What never runs on an accelerator.
+ON_CPU = ("merge", "baselines", "export-openvino", "export-onnx", "report")
+# Elementwise passes over every decoder weight, in float32, that a pass comes to.
 ELEMENTWISE = {
-    "sparsify": 24,
-    "quantize": 37,
-    "adapt": 16,
-    "teacher": 16,
-    "search": 40,
-    "merge": 7,
-    "baselines": 7,
-    "export-openvino": 8.5,
-    "export-onnx": 6,
-    "verify": 21,
+    "sparsify": 45,
+    "quantize": 110,
+    "search": 90,
+    "merge": 8,
+    "baselines": 8,
+    "export-openvino": 24,
+    "export-onnx": 16,
+    "verify": 250,
 }
 # The same over embedding and head, which runtimes and torch read as floats.
-ELEMENTWISE_OUTER = {"export-openvino": 18, "export-onnx": 4, "verify": 44}
+ELEMENTWISE_OUTER = {"export-openvino": 50, "export-onnx": 11, "verify": 100}
+# A training step: passes over adapted weights, over logits, and over the hidden states of a block.
+STEP_WEIGHTS, STEP_LOGITS, STEP_HIDDEN = 4.0, 10.0, 60.0
+STEP_EFFICIENCY = 0.68  # of products in a step, of which many are narrow, over large ones
 # Whatever the model: imports, tracing, a runtime's start.
 FIXED_SECONDS = {
-    "search": 1.0,
-    "export-openvino": 2.0,
-    "export-onnx": 0.5,
-    "verify": 4.0,
-    "benchmark": 3.0,
-    "report": 0.5,
+    "sparsify": 5.0,
+    "adapt": 5.0,
+    "teacher": 5.0,
+    "export-openvino": 4.0,
+    "verify": 9.0,
+    "report": 1.5,
 }
+BLOCK_SECONDS = {"export-openvino": 0.45, "export-onnx": 0.2}  # a block is traced, or built
+CALL_SECONDS = 4e-3  # a block called with a calibration sample, over its products
+COLUMN_SECONDS = 2.2e-4  # a column that GPTQ or SparseGPT rounds, over its arithmetic
+# A row of a benchmark: its process starts and loads; a token alone goes through a block.
+ROW_SECONDS = {"torch": 13.0, "runtime": 6.0}
+TOKEN_SECONDS = {"torch": 1.3e-3, "runtime": 2e-4}
+STEP_BYTES = 12.0  # of memory that a multiply-add over an element moves
+PADDED = 1.3  # tokens of a batch with those that fill it up
+DECODED = 2.0  # a token that is generated in a batch, over one of a prompt
+LONG = 2.0  # times the mean, the longest batch of a training
+KEPT, KEPT_LOGITS = 1.0, 3.0  # times an input or output of a Linear and the logits are kept
+KEYS = 0.5  # of the width of a model, a key or a value; fewer heads share them
 MAPPED = 2**28  # bytes of files that a pass has mapped and the system has not taken back
 FIXED_MEMORY = 0.65 * GIB
 LOGITS = 2**27  # bytes of what search keeps and verify compares
+DAY = 24 * 3600.0
+FEW_MINUTES = 30  # of a benchmark that is to fit a day
 
 
-def _work(name: str, recipe: Recipe, layout: Layout, examples: int | None) -> _Work | None:
+def _work(name: str, recipe: Recipe, layout: Layout, workload: Workload) -> _Work | None:
     forward = 2 * layout.weights  # of a token
     elements = ELEMENTWISE.get(name, 0) * layout.weights
     elements += ELEMENTWISE_OUTER.get(name, 0) * layout.others
-    if name == "sparsify":
-        return _Work(2 * forward * _calibration_tokens(recipe), elements)
-    if name == "quantize":
-        tokens = _calibration_tokens(recipe)
-        solved = _solver(layout, tokens) if recipe.quantize.method == "gptq" else 0
-        return _Work(2 * forward * tokens + solved, elements)
+    if name in ("sparsify", "quantize"):
+        return _calibrated(name, recipe, layout, workload, elements)
     if name in ("adapt", "teacher"):
-        config = recipe.adapt
-        if config.steps is None and examples is None:
-            return None
-        steps = config.total_steps(examples or 0)
-        tokens = config.batch * config.accumulation * recipe.task.sequence_length
-        # Forward, backward to the inputs and to the weights; the update is made twice.
-        flops = 3 * forward * tokens + 4 * config.max_rank * layout.weights
-        return _Work(steps * flops, steps * elements)
+        return _training(recipe, layout, workload)
     if name in ("merge", "baselines"):
-        return _Work(2 * recipe.adapt.max_rank * layout.weights, elements)
-    if name in ("verify", "benchmark"):
-        return _Work(_answers(name, recipe) * forward, elements)
-    return _Work(0, elements)
-
-
-def _calibration_tokens(recipe: Recipe) -> int:
-    return recipe.calibration.samples * recipe.calibration.sequence_length
-
-
-def _answers(name: str, recipe: Recipe) -> float:
-    """Tokens that go through the model."""
-    runtimes = len(recipe.export.targets) * (1 + recipe.export.sparse_files)
-    length = recipe.task.sequence_length
+        return _Work({FLOAT32: 2 * recipe.adapt.max_rank * layout.weights}, elements)
     if name == "verify":
-        checked = recipe.verify
-        return 3 * runtimes * checked.prompts * (length + checked.new_tokens)
-    asked = recipe.benchmark
-    rows = runtimes + len(asked.baselines)
-    # Timed as many times in every process, and warmed up once with either prompt.
-    timed = asked.rounds * (asked.repeats + 2) * (asked.prompt_tokens + asked.new_tokens)
-    generated = getattr(recipe.task, "max_new_tokens", 0)
-    return rows * (asked.items * (2 * length + generated) + timed)
+        return _Work({FLOAT32: _verified_tokens(recipe, workload) * forward}, elements)
+    if name == "benchmark":
+        return _scoring(recipe, layout, workload)
+    return _Work({}, elements, BLOCK_SECONDS.get(name, 0) * layout.blocks)
 
 
-def _solver(layout: Layout, tokens: int) -> float:
+def _calibrated(
+    name: str, recipe: Recipe, layout: Layout, workload: Workload, elements: float
+) -> _Work:
+    """Blocks called with every sample twice, and columns rounded one by one."""
+    method = recipe.sparsify.method if name == "sparsify" else recipe.quantize.method
+    if method in ("magnitude", "rtn", "given"):
+        return _Work({}, elements)
+    tokens = _calibration_tokens(recipe, workload)
+    flops, seconds = 4 * layout.weights * tokens, 0.0
+    if method in ("gptq", "sparsegpt"):
+        flops += _solver(layout, tokens)
+        seconds = COLUMN_SECONDS * sum(inputs for _, inputs in layout.linears.values())
+    calls = 2 * recipe.calibration.samples * layout.blocks
+    return _Work({FLOAT32: flops}, elements, seconds + CALL_SECONDS * calls)
+
+
+def _training(recipe: Recipe, layout: Layout, workload: Workload) -> _Work | None:
+    config = recipe.adapt
+    if config.steps is None and workload.examples is None:
+        return None
+    steps = config.total_steps(workload.examples or 0)
+    tokens = config.batch * config.accumulation * workload.example
+    targets, _ = adapted(layout.family, config.target_modules, None)
+    inside = sum(prod(s) for n, s in layout.linears.items() if n.rsplit(".", 1)[1] in targets)
+    # Forward and backward to the inputs of all, to the weight of what is adapted; B A is made
+    # twice and has two gradients.
+    through = 2 * (layout.weights + layout.head) + inside
+    if config.gradient_checkpointing:
+        through += layout.weights
+    products = 2 * tokens * through + 8 * config.max_rank * inside
+    vocabulary, width = layout.embedding
+    hidden = layout.blocks * width * tokens
+    elements = STEP_WEIGHTS * inside + STEP_LOGITS * tokens * vocabulary
+    dtype = "bfloat16" if config.precision == "bfloat16" else FLOAT32
+    products *= steps / STEP_EFFICIENCY
+    return _Work({dtype: products}, steps * (elements + STEP_HIDDEN * hidden))
+
+
+def _calibration_tokens(recipe: Recipe, workload: Workload) -> float:
+    longest = recipe.calibration.sequence_length
+    of_task = recipe.calibration.source == "task"
+    return recipe.calibration.samples * (min(workload.example, longest) if of_task else longest)
+
+
+def _runtimes(recipe: Recipe) -> int:
+    """Deployments that are made."""
+    export = recipe.export
+    return len(export.targets) * (1 + export.sparse_files) + export.sparse_execution
+
+
+def _verified_tokens(recipe: Recipe, workload: Workload) -> float:
+    checked = recipe.verify
+    length = workload.prompt or min(workload.scored, recipe.task.sequence_length)
+    return 3 * _runtimes(recipe) * checked.prompts * (length + checked.new_tokens)
+
+
+def _scoring(recipe: Recipe, layout: Layout, workload: Workload) -> _Work:
+    """Every row scores the items and is timed, in processes of its own."""
+    asked, weights = recipe.benchmark, layout.weights + layout.head
+    items = asked.items if workload.test is None else workload.test
+    scored = items * PADDED * (workload.scored + workload.prompt + DECODED * workload.answer)
+    rounds = asked.rounds * (asked.repeats + 1)
+    bits = 32 if recipe.quantize.method == "none" else recipe.quantize.bits
+    flops = elements = seconds = 0.0
+    for kind, rows, read in (
+        ("torch", len(asked.baselines), 4 * weights),
+        ("runtime", _runtimes(recipe), layout.weights * bits / 8 + 4 * layout.head),
+    ):
+        flops += 2 * weights * rows * (scored + rounds * asked.prompt_tokens)
+        # A token alone is as fast as the weights are read.
+        alone = rows * rounds * asked.new_tokens
+        elements += alone * read / STEP_BYTES
+        seconds += alone * TOKEN_SECONDS[kind] * layout.blocks
+        seconds += rows * asked.rounds * ROW_SECONDS[kind]
+    return _Work({FLOAT32: flops}, elements, seconds)
+
+
+def _solver(layout: Layout, tokens: float) -> float:
     """Of GPTQ: sums, factors and updates; what stands together shares its inputs."""
     total, seen = 0.0, set()
     for name, (outputs, inputs) in layout.linears.items():
@@ -205,31 +271,87 @@ def _solver(layout: Layout, tokens: int) -> float:
     return total
 
 
-def predict_memory(recipe: Recipe, layout: Layout) -> dict[str, float]:
+def ways_to_fit_a_day(
+    recipe: Recipe, seconds: dict[str, float | None], workload: Workload
+) -> str | None:
+    """Settings with which passes that are to run fit a day; None where they do as they are.
+
+    :param seconds: of those passes.
+    """
+    known = {name: taken or 0.0 for name, taken in seconds.items()}
+    if sum(known.values()) <= DAY:
+        return None
+    settings = []
+    if known.get("benchmark", 0) > 60 * FEW_MINUTES:
+        known["benchmark"] = 60.0 * FEW_MINUTES
+        settings.append(f"benchmark.minutes={FEW_MINUTES}")
+    trained = known.get("adapt", 0) + known.get("teacher", 0)
+    left = DAY - (sum(known.values()) - trained)
+    if left < trained:
+        if left <= 0:
+            return "none: an accelerator, or a machine with more of them"
+        steps = recipe.adapt.total_steps(workload.examples or 0)
+        settings.append(f"adapt.epochs=null adapt.steps={int(steps * left / trained)}")
+    return " ".join(settings)
+
+
+def _activations(recipe: Recipe, layout: Layout, workload: Workload) -> float:
+    """Bytes that a training step keeps for backward, logits included."""
+    config = recipe.adapt
+    tokens = config.batch * min(LONG * workload.example, recipe.task.sequence_length)
+    vocabulary, width = layout.embedding
+    of_block = sum(sum(shape) for shape in layout.linears.values()) / layout.blocks
+    kept = (
+        layout.blocks * width + of_block
+        if config.gradient_checkpointing
+        else (layout.blocks * of_block)
+    )
+    size = 4 if config.precision == "float32" else 2
+    return tokens * (KEPT * size * kept + 4 * KEPT_LOGITS * vocabulary)
+
+
+def _torch_rows(recipe: Recipe, layout: Layout) -> float:
+    """Bytes of a torch row: float32 where there is room, else what its files take."""
+    whole = layout.weights + layout.others
+    if not recipe.benchmark.baselines:
+        return 0
+    return 4 * whole if 4 * whole <= FLOAT32_ROOM * free_memory() else layout.width * whole
+
+
+def _cached(recipe: Recipe, layout: Layout, workload: Workload) -> float:
+    """Bytes of the keys and values of a batch, in float32."""
+    _, width = layout.embedding
+    rows = min(ROWS, recipe.benchmark.items)
+    most = workload.prompt + getattr(recipe.task, "max_new_tokens", 0) if workload.answer else 0
+    return min(CACHED, rows * most) * 2 * 4 * width * layout.blocks * KEYS
+
+
+def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[str, float]:
     """Peak resident bytes of every pass, and of the processes it starts."""
     written = predict_bytes(recipe, layout)
-    block = 4 * layout.weights / count_blocks(layout.linears, layout.family.blocks)
+    block = 4 * layout.weights / layout.blocks
     largest = 4 * max(map(prod, layout.linears.values()))
     widest = max(inputs for _, inputs in layout.linears.values())
-    activations = 4 * _calibration_tokens(recipe) * widest
+    activations = 4 * _calibration_tokens(recipe, workload) * widest
     outer, whole = 4 * layout.others, layout.weights + layout.others
     gptq = recipe.quantize.method == "gptq"
     exported = max(written.get(f"export-{name}", 0) for name in ("openvino", "onnx"))
     deployed = exported / (1 + recipe.export.sparse_files)
     loaded = layout.width * whole + layout.weights / 8
-    in_training = outer if recipe.adapt.precision == "float32" else 0
-    in_float = 4 * whole if recipe.benchmark.baselines else 0
+    in_training = _activations(recipe, layout, workload)
+    in_training += outer if recipe.adapt.precision == "float32" else 0
+    in_float = _torch_rows(recipe, layout)
     of_pass = {
         "sparsify": MAPPED + block + 3 * largest + activations,
         "quantize": MAPPED + block + 2 * largest + 4 * widest**2 * gptq + activations,
         "adapt": loaded + in_training + 5 * written["adapt"] + 4 * largest,
         # The tuned model runs once, for what it computed with: a weight at a time is digested.
-        "search": LOGITS + loaded + in_training + 3 * largest + 2 * written["adapt"],
+        "search": LOGITS + loaded + outer + 3 * largest + 2 * written["adapt"],
         "merge": 4 * largest + 2**29,
         "export-openvino": deployed,
         "export-onnx": MAPPED + 2 * largest + outer,
         "verify": LOGITS + 2 * deployed,
-        "benchmark": max(deployed, in_float),
+        "benchmark": max(deployed, in_float) + PASS_BYTES + _cached(recipe, layout, workload),
     }
     of_pass |= {"teacher": of_pass["adapt"], "baselines": of_pass["merge"]}
     return {name: FIXED_MEMORY + of_pass.get(name, 0) for name in written}
@@ -240,13 +362,17 @@ def free_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def check_memory(recipe: Recipe, layout: Layout, passes: list[str]) -> None:
+def check_memory(recipe: Recipe, layout: Layout, workload: Workload, passes: list[str]) -> None:
     """Refuse passes that this machine's free memory can't hold.
 
     :raises HostError: with the pass, bytes needed and free.
     """
     free = free_memory()
-    needed = {name: size for name, size in predict_memory(recipe, layout).items() if name in passes}
+    needed = {
+        name: size
+        for name, size in predict_memory(recipe, layout, workload).items()
+        if name in passes
+    }
     worst = max(needed, key=needed.__getitem__, default=None)
     if worst is not None and needed[worst] > free:
         raise HostError(

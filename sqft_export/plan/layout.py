@@ -7,7 +7,7 @@ from typing import Any
 
 from sqft_export.errors import UserError
 from sqft_export.model.architecture import family_of, shapes_of
-from sqft_export.model.checkpoint import Checkpoint, decoder_linears
+from sqft_export.model.checkpoint import Checkpoint, count_blocks, decoder_linears
 from sqft_export.model.families import Family
 from sqft_export.model.hub import WAYS_OUT
 from sqft_export.numerics.groups import fallback_group_size
@@ -54,6 +54,7 @@ class Layout:
 
     family: of the model.
     linears: decoder Linear -> (outputs, inputs).
+    embedding: (vocabulary, width) of the embedding, which the head's is too.
     others: count of all weights outside them.
     width: bytes of one stored weight.
     config: of the model, as ``config.json`` has it.
@@ -62,6 +63,7 @@ class Layout:
 
     family: Family
     linears: dict[str, tuple[int, int]]
+    embedding: tuple[int, int]
     others: int
     width: int
     config: dict[str, Any]
@@ -70,6 +72,15 @@ class Layout:
     @property
     def weights(self) -> int:
         return sum(prod(shape) for shape in self.linears.values())
+
+    @property
+    def blocks(self) -> int:
+        return count_blocks(self.linears, self.family.blocks)
+
+    @property
+    def head(self) -> int:
+        """Weights that the last hidden state is multiplied with."""
+        return prod(self.embedding)
 
     @property
     def last_names(self) -> list[str]:
@@ -84,7 +95,9 @@ def layout_of(recipe: Recipe, folder: Path | None) -> Layout:
     linears = decoder_linears(shapes, family.blocks)
     total = sum(prod(shape) for shape in shapes.values())
     weights = sum(prod(shape) for shape in linears.values())
-    return Layout(family, linears, total - weights, weight_bytes(recipe, folder), config, folder)
+    vocabulary, width = shapes[f"{family.embedding}.weight"]
+    stored = weight_bytes(recipe, folder)
+    return Layout(family, linears, (vocabulary, width), total - weights, stored, config, folder)
 
 
 def group_sizes(recipe: Recipe, layout: Layout) -> dict[str, int]:

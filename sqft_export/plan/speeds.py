@@ -2,50 +2,85 @@
 
 import os
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from typing import TYPE_CHECKING
+
+from sqft_export.plan.layout import Layout
+
+if TYPE_CHECKING:
+    import torch
 
 MEASURED_SECONDS = 1.0  # of each speed
+TOKENS = 512  # rows of the products that are measured
 USUAL_DISK = 5e8  # bytes a second, where it can't be measured
 
 
 @dataclass(frozen=True)
-class Speeds:
-    """flops: of a float32 matrix product; elements: of a multiply-add over float32 in memory;
-    disk: bytes; each a second."""
+class Speed:
+    """Of a device.
 
-    flops: float
+    products: dtype -> multiplications and additions a second, in products of this model's widths.
+    elements: elements a second of a multiply-add over float32 in memory.
+    memory: free bytes of its own; None where it has none.
+    """
+
+    name: str
+    products: dict[str, float]
     elements: float
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """cpu: what runtimes run on. device: what torch computes on, the same where there is no other.
+    disk: bytes a second."""
+
+    cpu: Speed
+    device: Speed
     disk: float
 
 
-def measure_speeds() -> Speeds:
-    """Measure this machine; the disk by a nameless file in our own cache folder."""
-    import torch
+def measure_speeds(layout: Layout, setting: str) -> Speeds:
+    """Measure this machine; the disk by a nameless file in our own cache folder.
 
-    def usual(work) -> float:
-        taken: list[float] = []
-        while sum(taken) < MEASURED_SECONDS:
-            started = time.perf_counter()
-            work()
-            taken.append(time.perf_counter() - started)
-        return median(taken)
+    :param setting: ``device`` of a recipe.
+    """
+    from sqft_export.run.device import CPU, device_of
 
-    left, right = torch.randn(512, 4096), torch.randn(4096, 4096)
-    flops = 2 * 512 * 4096 * 4096 / usual(lambda: left @ right)
-    values = torch.randn(2**24)
-    elements = values.numel() / usual(lambda: values.mul(1.5).add_(values))
+    device = device_of(setting)
+    cpu = _speed_of(layout, CPU)
     try:
-        disk = _disk_speed(usual)
+        disk = _disk_speed()
     except OSError:  # full, or not ours to write to
         disk = USUAL_DISK
-    return Speeds(flops, elements, disk)
+    return Speeds(cpu, cpu if device == CPU else _speed_of(layout, device), disk)
 
 
-def _disk_speed(usual: Callable[[Callable[[], None]], float]) -> float:
+def _speed_of(layout: Layout, device: "torch.device") -> Speed:
+    import torch
+
+    from sqft_export.run.device import device_memory, device_name, seconds_of
+
+    outputs, inputs = max(layout.linears.values(), key=lambda shape: shape[0] * shape[1])
+    products = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left = torch.randn(TOKENS, inputs, device=device, dtype=dtype)
+        right = torch.randn(outputs, inputs, device=device, dtype=dtype)
+        taken = seconds_of(lambda a=left, b=right: a @ b.T, device, MEASURED_SECONDS / 2)  # type: ignore[misc]
+        products[str(dtype).removeprefix("torch.")] = 2 * TOKENS * inputs * outputs / taken
+    values = torch.randn(2**24, device=device)
+    result = torch.empty_like(values)  # a fresh one would be placed in memory each time
+    taken = seconds_of(
+        lambda: torch.mul(values, 1.5, out=result).add_(values), device, MEASURED_SECONDS
+    )
+    memory = device_memory(device)
+    return Speed(device_name(device), products, values.numel() / taken, memory and memory[0])
+
+
+def _disk_speed() -> float:
+    from sqft_export.run.device import CPU, seconds_of
+
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sqft_export"
     cache.mkdir(parents=True, exist_ok=True)
     block = bytes(2**26)
@@ -56,7 +91,7 @@ def _disk_speed(usual: Callable[[Callable[[], None]], float]) -> float:
             scratch.write(block)
             scratch.flush()
 
-        return len(block) / usual(write)
+        return len(block) / seconds_of(write, CPU, MEASURED_SECONDS)
 
 
 def nearest_existing(folder: Path) -> Path:

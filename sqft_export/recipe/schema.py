@@ -435,7 +435,13 @@ class Verify(Section):
 
 
 class Benchmark(Section):
-    items: int = Field(400, ge=1, description="test items scored, the same for every row")
+    items: int = Field(400, ge=1, description="of every set, scored by every row")
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        description="instead of items: as many of every set as all rows score in this time, no "
+        "fewer than 8; the same for every row",
+    )
     baselines: tuple[
         Literal["dense", "dense-lora", "sparse", "sparse-quantized", "adapted", "merged"], ...
     ] = ("dense", "dense-lora", "sparse", "sparse-quantized", "adapted", "merged")
@@ -449,6 +455,12 @@ class Benchmark(Section):
     repeats: int = Field(5, ge=2, description="of the latency measurement, in every process")
     rounds: int = Field(3, ge=1, description="processes a row, in turns with the other rows")
     threads: int | None = Field(None, ge=1, description="null: one per processor")
+
+    @model_validator(mode="after")
+    def _one_measure(self):
+        if self.minutes is not None and "items" in self.model_fields_set:
+            raise ValueError("give either items or minutes")
+        return self
 
 
 class Recipe(Section):

@@ -21,8 +21,15 @@ def plan_text(document: dict[str, Any]) -> str:
         short = "" if free >= needed else ": too little, a run will be refused here"
         lines.append(f"  {name} {size_text(needed)} needed, {size_text(free)} free{short}")
     machine, asked = document["machine"], document["group_size"]
-    flops, disk = machine["flops"] / 1e9, machine["disk"] / 1e6
-    lines.append(f"  times for {flops:.0f} GFLOP/s, {disk:.0f} MB/s of disk")
+    device = machine["device"]
+    float32, bfloat16 = (device["products"][name] / 1e9 for name in ("float32", "bfloat16"))
+    lines.append(
+        f"  times for {device['name']}: {float32:.0f} GFLOP/s in float32, {bfloat16:.0f} in "
+        f"bfloat16; {machine['disk'] / 1e6:.0f} MB/s of disk"
+    )
+    lines.append(f"  the whole takes about {duration(document['seconds'])} here")
+    if document["within_a_day"]:
+        lines.append(f"  within a day: {document['within_a_day']}")
     if document["sparse_execution"]:
         lines.append(f"  sparse execution {document['sparse_execution']}")
     for name, size in document["group_size_fallback"].items():

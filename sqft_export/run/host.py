@@ -13,6 +13,7 @@ from pathlib import Path
 from sqft_export.errors import HostError
 
 PR_SET_PDEATHSIG = 1
+FLOAT32_ROOM = 0.5  # share of the free memory that float32 weights of a torch row may take
 
 
 def installed(module: str) -> bool:

@@ -15,6 +15,7 @@ from sqft_export.model.hub import model_folder
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.costs import check_disk, check_memory
 from sqft_export.plan.layout import Layout
+from sqft_export.plan.workload import workload_of
 from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.artifact import Artifact, Store, environment, key_of, read_artifact
@@ -126,7 +127,8 @@ def _affordable(
     steps = plan_passes(recipe, folder, store, last, online=True)
     wanted = [step.name for step in steps if step.artifact is None]
     check_disk(recipe, layout, store.root, wanted)
-    check_memory(recipe, layout, wanted)
+    if wanted:
+        check_memory(recipe, layout, workload_of(recipe, folder), wanted)
     return steps
 
 

@@ -4,7 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sqft_export.data.items import count_examples
 from sqft_export.kernels.extension import why_not
 from sqft_export.kernels.library import kernels_here
 from sqft_export.model.hub import model_folder
@@ -15,9 +14,11 @@ from sqft_export.plan.costs import (
     predict_bytes,
     predict_memory,
     predict_seconds,
+    ways_to_fit_a_day,
 )
 from sqft_export.plan.layout import fallbacks
 from sqft_export.plan.speeds import measure_speeds
+from sqft_export.plan.workload import workload_of
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.artifact import Store
 from sqft_export.run.pipeline import plan_passes
@@ -31,13 +32,14 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
     """
     folder = model_folder(recipe, download=False)
     layout = check_recipe(recipe, folder)
-    machine = measure_speeds()
-    written, memory = predict_bytes(recipe, layout), predict_memory(recipe, layout)
-    seconds = predict_seconds(recipe, layout, machine, count_examples(recipe))
+    machine, workload = measure_speeds(layout, recipe.device), workload_of(recipe, folder)
+    written, memory = predict_bytes(recipe, layout), predict_memory(recipe, layout, workload)
+    seconds = predict_seconds(recipe, layout, machine, workload)
     steps = plan_passes(recipe, folder, Store(runs / recipe.name))
     wanted = [step.name for step in steps if step.artifact is None]
     needed, free = disk_bytes(recipe, layout, runs, wanted)
     most = max((memory[name] for name in wanted), default=0)
+    to_run = {name: seconds[name] for name in wanted}
     return {
         "recipe": recipe.name,
         "model": str(folder or f"{recipe.model.hub} (not on this machine)"),
@@ -61,6 +63,8 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
             "free_bytes": free_memory(),
         },
         "machine": asdict(machine),
+        "seconds": sum(taken or 0 for taken in to_run.values()),
+        "within_a_day": ways_to_fit_a_day(recipe, to_run, workload),
         "sparse_execution": _kernels_text() if recipe.export.sparse_execution else None,
     }
 

@@ -7,11 +7,12 @@ mode.
 
 import itertools
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from sqft_export.data.items import Item, load_data, load_tokenizer, stop_ids, test_items
+from sqft_export.data.items import Data, Item, first_of_every_set, load_tokenizer, stop_ids
 from sqft_export.data.scoring import judge, questions
 from sqft_export.measure.machine import machine_facts
 from sqft_export.measure.rows import (
@@ -49,6 +50,7 @@ DISTRIBUTED = False
 
 
 ANSWERS = ("answers", "likelihoods", "ttft_samples", "tpot_samples")
+PILOT = 8  # items of every set that the others are reckoned from
 LOST = 1000  # a perplexity at which a model guesses
 
 
@@ -129,7 +131,7 @@ def on_devices(table: list[Row], targets: tuple[str, ...]) -> list[Row]:
     return [row for row in table if row not in made] + moved
 
 
-def _job(context: Context, row: Row, prompt: list[int]) -> dict[str, Any]:
+def _job(context: Context, row: Row) -> dict[str, Any]:
     benchmark = context.recipe.benchmark
     base = context.base()
     return {
@@ -141,7 +143,6 @@ def _job(context: Context, row: Row, prompt: list[int]) -> dict[str, Any]:
         "unmerged": base.unmerged,
         "adapter": str(context.inputs["search"].path / "adapter"),
         "threads": threads(context.recipe),
-        "latency_prompt": prompt,
         "new_tokens": benchmark.new_tokens,
         "repeats": benchmark.repeats,
     }
@@ -155,9 +156,8 @@ def run(context: Context) -> dict:
     """Writes ``results.json``, and ``items.jsonl`` with every answer of every row."""
     recipe = context.recipe
     tokenizer = load_tokenizer(context.model)
-    items = test_items(recipe, load_data(recipe, tokenizer))
     table = rows(context)
-    runs = _measured(context, table, items, tokenizer)
+    items, runs = _measured(context, table, Data(recipe, tokenizer).test, tokenizer)
     results: list[dict[str, Any]] = []
     first: list[bool] = []
     with (context.folder / "items.jsonl").open("w") as log:
@@ -182,26 +182,50 @@ def run(context: Context) -> dict:
 
 def _measured(
     context: Context, table: list[Row], items: list[Item], tokenizer: Any
-) -> dict[str, list[dict[str, Any]]]:
-    """What every process of every row measured; the first answers the items too.
+) -> tuple[list[Item], dict[str, list[dict[str, Any]]]]:
+    """The items that were scored, and what every process of every row measured; the first has the
+    answers too.
 
     Rows take turns, and each round turns the order round, so that a slow moment of the machine
     hits all of them.
     """
-    recipe, rounds = context.recipe, context.recipe.benchmark.rounds
-    asked = questions(recipe, items, stop_ids(context.model, tokenizer))
-    ids = [token for item in items for token in item.prompt + item.target]
+    recipe, rounds, stop = (
+        context.recipe,
+        context.recipe.benchmark.rounds,
+        stop_ids(context.model, tokenizer),
+    )
+    minutes, started = recipe.benchmark.minutes, time.monotonic()
+    first = first_of_every_set(items, PILOT if minutes else recipe.benchmark.items)
+    ids = [token for item in first for token in item.prompt + item.target]
     prompt = ids[: recipe.benchmark.prompt_tokens]
-    advance = context.start(rounds * len(table))
+    advance = context.start((rounds + bool(minutes)) * len(table))
     found: dict[str, list[dict[str, Any]]] = {row.name: [] for row in table}
+
+    def ask(row: Row, job: dict[str, Any]) -> dict[str, Any]:
+        result = in_a_process(_job(context, row) | job, context.folder)
+        advance(row.name)
+        return result
+
+    timed = {"latency_prompt": prompt}
     for number in range(rounds):
+        asked = {"questions": questions(recipe, first, stop)} if number == 0 else {}
         for row in table if number % 2 == 0 else table[::-1]:
-            job = _job(context, row, prompt)
-            if number == 0:
-                job["questions"] = asked
-            found[row.name].append(in_a_process(job, context.folder))
-            advance()
-    return found
+            found[row.name].append(ask(row, timed | asked))
+    if minutes:
+        left = 60 * minutes - (time.monotonic() - started)
+        first = _that_fit(items, found, left)
+        asked = {"questions": questions(recipe, first, stop)}
+        for row in table:
+            found[row.name][0] |= ask(row, asked)
+    return first, found
+
+
+def _that_fit(
+    items: list[Item], found: dict[str, list[dict[str, Any]]], seconds: float
+) -> list[Item]:
+    """As many items of every set as all rows score in a time, by what the fewest took."""
+    of_fewest = sum(runs[0]["score_seconds"] for runs in found.values())
+    return first_of_every_set(items, max(PILOT, int(PILOT * seconds / of_fewest)))
 
 
 def _warnings(results: list[dict[str, Any]]) -> list[str]:

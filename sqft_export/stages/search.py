@@ -15,7 +15,7 @@ from sqft_export.adapters.elastic import compressed_layers, elastic_layers, grou
 from sqft_export.adapters.evidence import Evidence, capture
 from sqft_export.adapters.files import read_training_log, write_sub_adapter
 from sqft_export.adapters.loading import load_adapted, peft_config
-from sqft_export.data.items import load_data, load_tokenizer, stop_ids
+from sqft_export.data.items import Data, load_tokenizer, stop_ids
 from sqft_export.data.scoring import accuracy_of, judge, questions
 from sqft_export.measure.likelihood import score
 from sqft_export.model.checkpoint import Checkpoint
@@ -63,7 +63,7 @@ class _Validation:
         self.session = TorchSession(model, str(next(model.parameters()).device))
         self.file = context.folder / EVALUATIONS
         self.tokenizer = load_tokenizer(context.model)
-        self.items = load_data(context.recipe, self.tokenizer).validation
+        self.items = Data(context.recipe, self.tokenizer).validation
         stop = stop_ids(context.model, self.tokenizer)
         self.questions = questions(context.recipe, self.items, stop)
         self.advance = context.start(context.recipe.search.budget)
@@ -138,7 +138,7 @@ def _choose(
 
 def _capture(context: Context, model: nn.Module) -> Evidence:
     """What the chosen sub-adapter's own forward computes with, for ``verify``."""
-    examples = load_data(context.recipe, load_tokenizer(context.model)).train[:CAPTURED]
+    examples = Data(context.recipe, load_tokenizer(context.model)).train[:CAPTURED]
     masks = context.path("sparsify")
     pruned = set(TensorFiles(masks, MASKS).headers) if masks else set()
 

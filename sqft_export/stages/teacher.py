@@ -3,6 +3,8 @@
 No mask, no grid, no elastic rank; else the recipe's own settings.
 """
 
+from dataclasses import replace
+
 from sqft_export.adapters.files import Base
 from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
@@ -31,8 +33,9 @@ def options(recipe: Recipe) -> dict:
 def run(context: Context) -> dict:
     """Writes ``adapter/`` in peft's format and ``dense-lora/``, merged."""
     base, tokenizer = Base(context.model), load_tokenizer(context.model)
-    folder = context.folder
-    trained = train_on_task(context.recipe, base, tokenizer, folder, context.start, elastic=False)
+    # Beside the weight, as plain LoRA trains: a product less than through it.
+    beside, folder = replace(base, unmerged=True), context.folder
+    trained = train_on_task(context.recipe, beside, tokenizer, folder, context.start, elastic=False)
     if process_rank():
         return {}
     sparsity = write_merged(Layers(base, folder / "adapter"), folder / "dense-lora")

@@ -6,7 +6,7 @@ What it says is in ``verify/``: fidelity (trained -> merged), storage (merged ->
 
 import json
 
-from sqft_export.data.items import load_data, load_tokenizer, sample_texts
+from sqft_export.data.items import Data, load_tokenizer, sample_texts
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.device import device_name, device_of
 from sqft_export.stages import Context
@@ -33,7 +33,7 @@ def options(recipe: Recipe) -> dict:
 
 def _asked(context: Context) -> Asked:
     recipe, tokenizer = context.recipe, load_tokenizer(context.model)
-    items = load_data(recipe, tokenizer).test[: recipe.verify.prompts]
+    items = Data(recipe, tokenizer).test[: recipe.verify.prompts]
     if items[0].text is not None:
         prompts = [item.prompt for item in items]
     else:  # A text window: its first quarter is the prompt.

@@ -21,11 +21,11 @@ from sqft_export.model.floats import load_model
 from sqft_export.model.storage import read_quantized
 from sqft_export.numerics.affine import Grid, dequantize
 from sqft_export.run.device import CPU, fast_in_bfloat16
+from sqft_export.run.host import FLOAT32_ROOM
 from sqft_export.targets import positions_of
 from sqft_export.targets.devices import find_device
 
 PACKED_GROUPS = (32, 64, 128, 256)
-ROOM = 0.5  # share of the free memory that float32 weights may take
 TILES = {"cpu": 2, "cuda": 8}  # of 16 inputs each, which a block of it is deep
 
 
@@ -134,7 +134,7 @@ def _load_on_cpu(folder: Path) -> nn.Module:
     if narrow and fast_in_bfloat16(CPU):
         return load_int4_model(folder, "cpu", torch.bfloat16)
     whole = 4 * sum(prod(shape) for shape in checkpoint.shapes.values())
-    if whole <= ROOM * psutil.virtual_memory().available:
+    if whole <= FLOAT32_ROOM * psutil.virtual_memory().available:
         return load_model(checkpoint)
     return load_lean_model(folder)
 

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -5,7 +7,7 @@ from torch import nn
 from sqft_export.adapters.elastic import draw_ranks, elastic_layers, set_ranks
 from sqft_export.adapters.files import Base
 from sqft_export.adapters.loading import add_adapters, load_compressed
-from sqft_export.adapters.training import collate, train_adapter
+from sqft_export.adapters.training import _LikeLengths, collate, train_adapter
 from sqft_export.data.items import Example
 from sqft_export.errors import UserError
 from sqft_export.recipe.schema import Adapt
@@ -113,3 +115,30 @@ def test_steps_follow_from_epochs():
     few = Adapt(epochs=4, batch=2, accumulation=2)
     assert few.total_steps(10) == 12
     assert few.total_steps(10, processes=5) == 4
+
+
+def test_batches_are_of_like_lengths_in_any_order_and_hold_every_example():
+    lengths = [(7 * n) % 61 + 1 for n in range(203)]
+    sampler = _LikeLengths(lengths, 8, seed=3)
+    first, again = list(sampler), list(sampler)
+    assert first == again and sorted(first) == list(range(203))
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    sizes = [[lengths[i] for i in first[at : at + 8]] for at in range(0, 203, 8)]
+    padded = sum(len(each) * max(each) for each in sizes)
+    at_random = sum(8 * max(lengths[at : at + 8]) for at in range(0, 203, 8))
+    assert padded < 1.2 * sum(lengths) < 0.8 * at_random
+    longest = [max(each) for each in sizes]
+    assert longest != sorted(longest, reverse=True)
+
+
+def test_the_log_has_tokens_and_what_filled_batches_up(random_llama, tmp_path):
+    notes: list[str] = []
+    log, pace = train_adapter(
+        start(random_llama), EXAMPLES, config(), 7, 1, tmp_path, lambda _: None, notes.append
+    )
+    for entry in log:
+        assert 4 * 6 <= entry["tokens"] <= entry["padded"] <= 4 * 10
+    assert pace > 0
+    assert len(notes) == 8
+    assert re.fullmatch(r"loss \d+\.\d{3}, [\d,]+ tokens/s", notes[-1])

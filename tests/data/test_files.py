@@ -5,7 +5,7 @@ import pytest
 from conftest import small_recipe
 from sqft_export.data.datasets import number_of, plain_number, records
 from sqft_export.data.files import numbered_rows, read_rows, read_text
-from sqft_export.data.items import Item, load_data
+from sqft_export.data.items import Data, Item
 from sqft_export.data.scoring import is_right
 from sqft_export.errors import UserError
 from sqft_export.recipe.schema import Dataset, Problems
@@ -151,7 +151,7 @@ def test_a_text_of_one_line_is_split_at_a_word(tmp_path):
 
     file = written(tmp_path, ("Tom has 3 pens and 4 more. " * 200).encode(), "one.txt")
     recipe = small_recipe(f"task={{kind: text, text: {file}, sequence_length: 32}}")
-    data = load_data(recipe, load_tokenizer(TINY))
+    data = Data(recipe, load_tokenizer(TINY))
     assert len(data.train) > len(data.test) > 0
 
 

@@ -9,10 +9,10 @@ from transformers import AutoTokenizer
 from conftest import TINY, small_recipe
 from sqft_export.data.calibration import calibration_samples
 from sqft_export.data.datasets import read_rows
-from sqft_export.data.items import load_data, load_tokenizer, stop_ids
+from sqft_export.data.items import Data, load_tokenizer, stop_ids
 from sqft_export.data.scoring import final_answer
 from sqft_export.errors import UserError
-from sqft_export.measure.decode import equal_lengths, generate
+from sqft_export.measure.decode import generate
 from sqft_export.measure.likelihood import likelihood
 from sqft_export.plan.checks import check_recipe
 from sqft_export.targets import target
@@ -24,7 +24,7 @@ def tokenizer():
 
 
 def test_prompt_and_answer_are_the_ids_of_the_whole_text(tokenizer):
-    data = load_data(small_recipe(), tokenizer)
+    data = Data(small_recipe(), tokenizer)
     item = json.loads((TINY / "test.jsonl").read_text().splitlines()[0])
     whole = tokenizer(f"Question: {item['question']}\nAnswer: {item['answer']}")["input_ids"]
     first = data.test[0]
@@ -34,7 +34,7 @@ def test_prompt_and_answer_are_the_ids_of_the_whole_text(tokenizer):
 
 
 def test_examples_over_the_limit_are_cut_and_counted(tokenizer):
-    data = load_data(small_recipe("task.sequence_length=40"), tokenizer)
+    data = Data(small_recipe("task.sequence_length=40"), tokenizer)
     assert data.truncated > 0
     assert max(len(e.ids) for e in data.train) == 40
 
@@ -74,7 +74,7 @@ def test_text_windows_are_split_in_time_and_led_by_the_start_token(tmp_path, tok
     recipe = small_recipe(
         f"task={{kind: text, text: {tmp_path / 't.txt'}, sequence_length: 32, test_share: 0.25}}"
     )
-    data = load_data(recipe, tokenizer)
+    data = Data(recipe, tokenizer)
     assert {len(e.ids) for e in data.train} == {32}
     assert {e.ids[0] for e in data.train} == {tokenizer.bos_token_id}
     assert len(data.test) == pytest.approx(len(data.train) / 3, rel=0.1)
@@ -87,7 +87,7 @@ def test_a_text_that_is_too_short_is_refused(tmp_path, tokenizer):
     (tmp_path / "t.txt").write_text("short\ntext\n")
     recipe = small_recipe(f"task={{kind: text, text: {tmp_path / 't.txt'}}}")
     with pytest.raises(UserError, match="too short for windows of 256"):
-        load_data(recipe, tokenizer)
+        _ = Data(recipe, tokenizer).train
 
 
 def test_too_few_calibration_samples_are_refused(tokenizer):
@@ -122,13 +122,6 @@ def test_a_line_that_is_not_json_is_named(tmp_path):
 )
 def test_what_is_compared_stands_after_the_last_mark(text, answer):
     assert final_answer(text, "####") == answer
-
-
-def test_batches_have_one_length_and_hold_every_item_once():
-    sequences = [[0] * n for n in (3, 5, 3, 3, 5, 1)]
-    batches = list(equal_lengths(sequences, 2))
-    assert sorted(i for b in batches for i in b) == list(range(6))
-    assert all(len({len(sequences[i]) for i in b}) == 1 and len(b) <= 2 for b in batches)
 
 
 def test_perplexity_is_the_cross_entropy_that_torch_computes(random_llama):

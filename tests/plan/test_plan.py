@@ -1,18 +1,32 @@
 import importlib.util
+from dataclasses import replace
 
 import pytest
 
 from conftest import random_model, small_recipe
-from sqft_export.data.items import count_examples
+from sqft_export.data.items import Item, count_examples
 from sqft_export.errors import UserError
+from sqft_export.measure.likelihood import log_likelihoods
 from sqft_export.model.hub import model_folder
 from sqft_export.plan import costs
 from sqft_export.plan.checks import check_recipe
-from sqft_export.plan.costs import check_disk, predict_bytes, predict_memory, predict_seconds
+from sqft_export.plan.costs import (
+    check_disk,
+    predict_bytes,
+    predict_memory,
+    predict_seconds,
+    ways_to_fit_a_day,
+)
 from sqft_export.plan.layout import fallbacks, layout_of
-from sqft_export.plan.speeds import Speeds
+from sqft_export.plan.speeds import Speed, Speeds
+from sqft_export.plan.workload import Workload, tokens_of, workload_of
 from sqft_export.recipe.passes import pass_names
 from sqft_export.run.pipeline import run_recipe
+from sqft_export.targets import target
+
+CPU = Speed("cpu", {"float32": 1e11, "bfloat16": 1e11}, 1e9)
+MACHINE = Speeds(CPU, CPU, 1e9)
+WORK = Workload(examples=None, example=80, test=None, scored=160, prompt=40, answer=40)
 
 
 @pytest.fixture(scope="module")
@@ -66,27 +80,28 @@ def test_too_little_memory_is_refused_with_the_pass_and_bytes(odd, monkeypatch, 
 
 def test_costs_grow_with_the_work(odd):
     """Twice the samples, steps and answers take longer; a wider group of them needs memory."""
-    machine = Speeds(flops=1e11, elements=1e9, disk=1e9)
     more = ("calibration.samples=64", "adapt.steps=48", "benchmark.items=64", "verify.prompts=64")
     costs = []
     for settings in ((), more):
         recipe = small_recipe(*settings, model_path=odd)
         layout = layout_of(recipe, odd)
-        costs.append(predict_seconds(recipe, layout, machine, examples=None))
-        memory = predict_memory(recipe, layout)
+        costs.append(predict_seconds(recipe, layout, MACHINE, WORK))
+        memory = predict_memory(recipe, layout, WORK)
         assert memory.keys() == costs[-1].keys() == set(pass_names(recipe))
     for name in ("sparsify", "quantize", "adapt", "benchmark", "verify"):
         assert costs[0][name] < costs[1][name], name
 
 
 def test_steps_of_epochs_are_counted_from_the_data(odd):
-    machine = Speeds(1e11, 1e9, 1e9)
     recipe = small_recipe("adapt.steps=null", "adapt.epochs=2", model_path=odd)
     layout = layout_of(recipe, odd)
     assert count_examples(recipe) == 6000
-    few, many = (predict_seconds(recipe, layout, machine, n)["adapt"] for n in (100, 6000))
+    few, many, unknown = (
+        predict_seconds(recipe, layout, MACHINE, replace(WORK, examples=n))["adapt"]
+        for n in (100, 6000, None)
+    )
     assert few < many
-    assert predict_seconds(recipe, layout, machine, None)["adapt"] is None
+    assert unknown is None
 
 
 def test_a_config_that_is_not_the_expected_one_is_refused(odd):
@@ -113,3 +128,61 @@ def test_a_truncated_checkpoint_is_named(odd, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"model.safetensors: \d+ bytes announced, \d+ there"):
         check_recipe(small_recipe(model_path=copy), copy)
+
+
+def test_tokens_of_an_item_are_those_that_scoring_feeds(random_llama):
+    """Choices share their context, and the right one is within the target of perplexity."""
+    context, right = [5, 6, 7, 8], [9, 10]
+    pairs = ((context, right), (context, [11, 12, 13]), (context, [14]))
+    item = Item(context, [*right, 1], "A", scoring="choice", choices=pairs)
+    assert tokens_of(item) == len(context) + 2 + 2 + 0
+    session = target("torch").open_session(random_llama, True, None)
+    fed = []
+    forward = session.forward
+
+    def counted(ids, mask=None, last=None):
+        fed.append(ids.size if mask is None else int(mask[:, -ids.shape[1] :].sum()))
+        return forward(ids, mask, last)
+
+    session.forward = counted
+    prompts, targets = zip(*pairs, (context, [*right, 1]), strict=True)
+    log_likelihoods(session, list(prompts), list(targets))
+    assert sum(fed) == tokens_of(item)
+
+
+def test_a_workload_is_counted_from_the_data(odd):
+    work = workload_of(small_recipe("benchmark.items=9", model_path=odd), odd)
+    assert work.examples == 6000 and work.test == 9
+    assert 20 < work.example < 112, "the mean, not the longest that is allowed"
+    assert work.scored > work.prompt > 0 and 0 < work.answer <= 56
+    text = small_recipe(
+        "task={kind: text, text: 'builtin:tiny/train.jsonl', sequence_length: 64}", model_path=odd
+    )
+    work = workload_of(text, odd)
+    assert (work.example, work.prompt, work.answer) == (64, 0, 0)
+
+
+def test_what_takes_more_than_a_day_is_told_with_settings_that_do_not(odd):
+    recipe = small_recipe("adapt.steps=1000", model_path=odd)
+    quick = {"adapt": 3600.0, "benchmark": 3600.0}
+    assert ways_to_fit_a_day(recipe, quick, WORK) is None
+    slow = {"sparsify": 3600.0, "adapt": 40 * 3600.0, "benchmark": 5 * 3600.0}
+    assert ways_to_fit_a_day(recipe, slow, WORK) == (
+        "benchmark.minutes=30 adapt.epochs=null adapt.steps=562"
+    )
+    assert "accelerator" in ways_to_fit_a_day(recipe, slow | {"sparsify": 90000.0}, WORK)
+
+
+def test_a_benchmark_by_minutes_is_foretold_by_them(odd):
+    recipe = small_recipe("benchmark={minutes: 7}", model_path=odd)
+    assert predict_seconds(recipe, layout_of(recipe, odd), MACHINE, WORK)["benchmark"] == 420
+
+
+def test_long_answers_and_large_vocabularies_need_memory(odd):
+    recipe = small_recipe(model_path=odd)
+    layout = layout_of(recipe, odd)
+    wide = replace(layout, embedding=(300_000, layout.embedding[1]))
+    plain, more = (predict_memory(recipe, each, WORK) for each in (layout, wide))
+    assert more["adapt"] - plain["adapt"] > 4 * 80 * 32 * 250_000
+    shorter = replace(WORK, example=WORK.example / 4)
+    assert predict_memory(recipe, wide, shorter)["adapt"] < more["adapt"]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from conftest import random_model, small_recipe
-from sqft_export.data.items import load_data, load_tokenizer
+from sqft_export.data.items import Data, load_tokenizer
 from sqft_export.errors import UserError
 from sqft_export.recipe.passes import pass_names
 from sqft_export.run import pipeline
@@ -104,8 +104,8 @@ def test_validation_and_training_items_are_apart_and_test_ones_the_same():
     from conftest import TINY
 
     tokenizer = load_tokenizer(TINY)
-    plain = load_data(small_recipe(), tokenizer)
-    split = load_data(small_recipe("search={strategy: evolutionary, items: 20}"), tokenizer)
+    plain = Data(small_recipe(), tokenizer)
+    split = Data(small_recipe("search={strategy: evolutionary, items: 20}"), tokenizer)
     assert plain.validation == [] and len(split.validation) == 20
     assert len(split.train) == len(plain.train) - 20 and split.test == plain.test
     train = [tuple(example.ids) for example in plain.train]
@@ -113,4 +113,4 @@ def test_validation_and_training_items_are_apart_and_test_ones_the_same():
         ids = tuple(item.prompt + item.target)
         assert train.count(ids) == sum(tuple(e.ids) == ids for e in split.train) + 1
     with pytest.raises(UserError, match=r"search.items: found 999999, but the training data has"):
-        load_data(small_recipe("search={strategy: hill-climb, items: 999999}"), tokenizer)
+        _ = Data(small_recipe("search={strategy: hill-climb, items: 999999}"), tokenizer).train

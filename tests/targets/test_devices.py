@@ -14,7 +14,7 @@ from sqft_export.numerics.affine import Grid, dequantize
 from sqft_export.plan.checks import check_recipe
 from sqft_export.stages.benchmark import on_devices
 from sqft_export.targets import devices, target
-from sqft_export.targets.torch import Int4Linear, TorchSession, load_int4_model
+from sqft_export.targets.torch import Int4Linear, StoredLinear, TorchSession, load_int4_model
 
 NO_GPU = [p for p in devices.devices() if p.kind == "gpu" and p.missing is None] == []
 
@@ -63,6 +63,27 @@ def test_packed_products_are_the_dequantized_ones(tiny_run):
     expected = target("torch").open_session(folder, True, 2).forward(ids)
     found = TorchSession(packed).forward(ids)
     assert np.abs(found - expected).max() < 1e-3 * expected.std()
+
+
+@pytest.mark.parametrize("stage", ["merge", "sparsify"])
+def test_a_model_too_large_for_float32_runs_from_its_stored_weights(tiny_run, monkeypatch, stage):
+    folder = tiny_run[stage].path / "model"
+    expected = target("torch").open_session(folder, True, 2)
+    monkeypatch.setattr("sqft_export.targets.torch.FLOAT32_ROOM", 0.0)
+    lean = target("torch").open_session(folder, False, 2)
+    linears = [m for m in lean.model.modules() if isinstance(m, StoredLinear | Int4Linear)]
+    assert len(linears) == 29, "all Linears and the head"
+    ids = np.random.RandomState(0).randint(5, 400, (2, 12))
+    ours, theirs = lean.forward(ids), expected.forward(ids)
+    assert np.abs(ours - theirs).max() < 1e-3 * theirs.std()
+
+
+def test_codes_that_torch_has_no_layout_for_are_dequantized_as_they_are_used():
+    codes = torch.randint(0, 256, (8, 20), dtype=torch.uint8)
+    grid = Grid(torch.rand(8, 1).half(), torch.full((8, 1), 128, dtype=torch.uint8), 8, 20)
+    x, bias = torch.randn(3, 20), torch.randn(8)
+    found = StoredLinear(lambda: dequantize(codes, grid), bias)(x)
+    torch.testing.assert_close(found, x @ dequantize(codes, grid).T + bias)
 
 
 def test_packed_products_know_zero_points():

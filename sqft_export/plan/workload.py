@@ -1,0 +1,79 @@
+"""How many tokens a recipe's data comes to, from a sample of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+
+from sqft_export.data.items import Item, count_examples, load_tokenizer, sampled
+from sqft_export.measure.likelihood import rows_of
+from sqft_export.recipe.schema import Dataset, Recipe, Text
+
+SAMPLE = 128  # items that are tokenized
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Tokens, as means over items.
+
+    examples: to train on; None where they are not on this machine.
+    example: of a training example.
+    test: items of the test split that are scored; None where they are not here.
+    scored: what one of them takes for perplexity and choices.
+    prompt, answer: of one whose answer is generated; 0 where none is.
+    """
+
+    examples: int | None
+    example: float
+    test: int | None
+    scored: float
+    prompt: float
+    answer: float
+
+
+def tokens_of(item: Item) -> int:
+    """Tokens that go through a model for perplexity and choices of an item."""
+    groups: dict[tuple[int, ...], list[list[int]]] = {}
+    for context, continuation in (*item.choices, (item.prompt, item.target)):
+        groups.setdefault(tuple(context), []).append(continuation)
+    rests = (len(row.target) - 1 for targets in groups.values() for row in rows_of(targets))
+    return sum(map(len, groups)) + sum(rests)
+
+
+def workload_of(recipe: Recipe, folder: Path | None) -> Workload:
+    """From the data, tokenized by the model's own tokenizer.
+
+    Where data or model is on the hub, every example is taken to be as long as the recipe allows.
+
+    :param folder: of the model; None where it is on the hub alone.
+    """
+    task, longest = recipe.task, recipe.task.sequence_length
+    generated = 0 if isinstance(task, Text) else task.max_new_tokens
+    unknown = Workload(None, longest, None, 2 * longest, longest, generated)
+    if isinstance(task, Dataset) and task.folder is None:
+        return unknown
+    if folder is None:
+        return replace(unknown, examples=count_examples(recipe))
+    tokenizer = load_tokenizer(folder)
+    examples, train = sampled(recipe, tokenizer, "train", SAMPLE)
+    sets, test = sampled(recipe, tokenizer, "test", SAMPLE)
+    return Workload(
+        sum(examples.values()),
+        mean(min(len(item.prompt) + len(item.target), longest) for item in train),
+        sum(min(count, recipe.benchmark.items) for count in sets.values()),
+        mean(map(tokens_of, test)),
+        *_generated(test, generated),
+    )
+
+
+def _generated(items: Sequence[Item], most: int) -> tuple[float, float]:
+    """Mean tokens of prompts whose answers are generated, and of answers, over all items.
+
+    A tuned model stops where its examples do, another one may not: half of them are taken to.
+    """
+    asked = [item for item in items if item.text is not None and item.scoring != "choice"]
+    if not asked:
+        return 0.0, 0.0
+    share = len(asked) / len(items)
+    answer = mean(min(len(item.target), most) for item in asked)
+    return share * mean(len(item.prompt) for item in asked), share * (answer + most) / 2

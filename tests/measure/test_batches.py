@@ -1,0 +1,154 @@
+"""A batch of unequal prompts says what each of them says alone."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sqft_export.measure import batches as rooms
+from sqft_export.measure import decode
+from sqft_export.measure.batches import batches, by_length, padded
+from sqft_export.measure.decode import generate
+from sqft_export.measure.likelihood import log_likelihoods, log_softmax
+from sqft_export.recipe.schema import Export
+from sqft_export.targets import target
+
+KINDS = ("torch", "openvino", "fused", "standard")
+
+
+@pytest.fixture(scope="module")
+def standard(tiny_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("standard")
+    merged = tiny_run["merge"].path / "model"
+    target("onnx").export(merged, folder, Export(onnx_graph="standard"))
+    return folder
+
+
+@pytest.fixture(params=KINDS)
+def session(request, tiny_run, standard):
+    folders = {
+        "torch": tiny_run["merge"].path / "model",
+        "openvino": tiny_run["export-openvino"].path / "model",
+        "fused": tiny_run["export-onnx"].path / "model",
+        "standard": standard,
+    }
+    runtime = {"fused": "onnx", "standard": "onnx"}.get(request.param, request.param)
+    return target(runtime).open_session(folders[request.param], True, 2)
+
+
+def questions(seed: int = 0) -> tuple[list[list[int]], list[list[int]]]:
+    """Choices after contexts that they share, of one token and of several, and others alone."""
+    random = np.random.RandomState(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return random.randint(5, 400, random.randint(low, high)).tolist()
+
+    prompts, targets = [], []
+    for _ in range(7):
+        context, right = ids(1, 40), ids(1, 6)
+        for continuation in (ids(1, 6), right, ids(1, 2), [*right, 1]):
+            prompts.append(context)
+            targets.append(continuation)
+    for _ in range(5):
+        prompts.append(ids(1, 30))
+        targets.append(ids(1, 9))
+    return prompts, targets
+
+
+def test_likelihoods_are_those_of_every_sequence_alone(session):
+    prompts, targets = questions()
+    found = log_likelihoods(session, prompts, targets)
+    for prompt, answer, (total, first) in zip(prompts, targets, found, strict=True):
+        session.reset()
+        logits = session.forward(np.array([prompt + answer]))[0, len(prompt) - 1 : -1]
+        expected = log_softmax(logits)[range(len(answer)), answer].sum()
+        assert total == pytest.approx(float(expected), abs=1e-3)
+        assert first == int((logits.argmax(-1) == answer).sum())
+
+
+def test_answers_are_those_of_every_prompt_alone(session):
+    prompts = questions(1)[0][::3]
+    alone = []
+    for prompt in prompts:
+        session.reset()
+        ids, said = np.array([prompt]), []
+        for _ in range(12):
+            said.append(int(session.forward(ids)[0, -1].argmax()))
+            ids = np.array([said[-1:]])
+        alone.append(said)
+    assert generate(session, prompts, 12, stop=[]) == alone
+    stop = alone[0][3]  # some end early, and the others go on without them
+    cut = [said[: said.index(stop)] if stop in said else said for said in alone]
+    assert generate(session, prompts, 12, stop=[stop]) == cut
+    assert {len(said) for said in cut} > {12}
+
+
+def test_logits_of_the_last_tokens_are_the_last_logits(session):
+    ids = np.random.RandomState(0).randint(5, 400, (2, 9))
+    session.reset()
+    every = session.forward(ids)
+    session.reset()
+    last = session.forward(ids, None, 2)
+    assert last.shape == (2, 2, session.vocabulary)
+    np.testing.assert_allclose(last, every[:, -2:], atol=1e-4 * every.std())
+
+
+def test_rows_that_have_ended_are_not_computed(random_llama, monkeypatch):
+    session = target("torch").open_session(random_llama, True, None)
+    seen: list[int] = []
+    forward = session.forward
+
+    def counted(ids, mask=None, last=None):
+        seen.append(len(ids))
+        return forward(ids, mask, last)
+
+    prompts = [[5 + n, 9 + n, 30 + n] for n in range(8)]
+    free = generate(session, prompts, 10, stop=[])
+    monkeypatch.setattr(session, "forward", counted)
+    generate(session, prompts, 10, stop=[said[2] for said in free[:6]])
+    assert seen[0] == 8 and min(seen) < 8 * (1 - decode.DONE) + 1
+
+
+def test_a_cache_that_was_taken_apart_is_not_continued(tiny_run):
+    folder = tiny_run["export-onnx"].path / "model"
+    session = target("onnx").open_session(folder, True, 2)
+    ids = np.random.RandomState(0).randint(5, 400, (2, 4))
+    session.forward(ids)
+    session.forward(ids[:, :2])
+    with pytest.raises(ValueError, match="reset it first"):
+        session.forward(ids[:, :1])
+
+
+class _Sizes:
+    vocabulary, all_logits = 1000, True
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 700), max_size=80),
+    growth=st.integers(0, 300),
+    wanted=st.none() | st.integers(1, 50),
+    all_logits=st.booleans(),
+)
+def test_batches_hold_every_sequence_once_and_stay_within_their_bounds(
+    lengths, growth, wanted, all_logits
+):
+    session = _Sizes()
+    session.all_logits, bound = all_logits, 2000
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rooms, "PASS_BYTES", 4 * 1000 * 1500)
+        made = list(batches(session, lengths, by_length(lengths), bound, growth, wanted))
+    assert sorted(index for batch in made for index in batch) == list(range(len(lengths)))
+    for batch in made:
+        longest = max(lengths[index] for index in batch)
+        scored = max(longest if all_logits or wanted is None else 0, wanted or 0)
+        fits = len(batch) * (longest + growth) <= bound and len(batch) * scored <= 1500
+        assert len(batch) == 1 or (fits and len(batch) <= rooms.ROWS)
+
+
+def test_prompts_are_filled_up_on_the_side_that_is_asked_for():
+    left, right = (padded([[5], [6, 7, 8]], side) for side in ("left", "right"))
+    assert left.ids.tolist() == [[0, 0, 5], [6, 7, 8]] and left.ends.tolist() == [2, 2]
+    assert right.ids.tolist() == [[5, 0, 0], [6, 7, 8]] and right.ends.tolist() == [0, 2]
+    assert left.mask.tolist() == [[0, 0, 1], [1, 1, 1]]
+    assert right.mask.tolist() == [[1, 0, 0], [1, 1, 1]]
