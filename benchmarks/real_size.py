@@ -1,6 +1,6 @@
 """Every pass at the width of Mistral-7B: seconds and peak memory, beside what `plan` predicts.
 
-    python benchmarks/real_size.py [--blocks 8] [--runs <folder>] [--small]
+    python benchmarks/real_size.py [--blocks 8] [--runs <folder>] [--small] [--device cuda]
 
 A checkpoint of the true width with random weights and as many blocks as asked for goes through all
 passes of the recipe `mistral`, with few calibration samples, prompts and steps; each pass in a
@@ -47,13 +47,14 @@ SETTINGS = (
 )
 
 
-def recipe_of(model: Path) -> Recipe:
-    return load_recipe(ROOT / "recipes" / "mistral.yaml", SETTINGS, model)
+def recipe_of(model: Path, device: str) -> Recipe:
+    settings = (*SETTINGS, f"device={device}")
+    return load_recipe(ROOT / "recipes" / "mistral.yaml", settings, model)
 
 
-def child(model: Path, runs: Path, name: str) -> None:
+def child(model: Path, runs: Path, name: str, device: str) -> None:
     """One pass, those before it being there; seconds and peak of this process and its children."""
-    artifacts = run_recipe(recipe_of(model), runs, (name,))
+    artifacts = run_recipe(recipe_of(model, device), runs, (name,))
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     seconds = artifacts[name].manifest["seconds"]
     told = {"seconds": seconds, "peak": max(peak_memory(), children)}
@@ -68,14 +69,16 @@ def model_at(root: Path, shape: dict[str, int], blocks: int) -> Path:
     return model
 
 
-def measure(root: Path, shape: dict[str, int], blocks: int) -> dict[str, dict[str, float]]:
+def measure(
+    root: Path, shape: dict[str, int], blocks: int, device: str
+) -> dict[str, dict[str, float]]:
     """Pass -> seconds and peak; what was measured in ``root`` before is not measured again."""
     model, runs, file = model_at(root, shape, blocks), root / f"{blocks}" / "runs", root / "m.json"
     known = json.loads(file.read_text()) if file.is_file() else {}
     found = known.setdefault(str(blocks), {})
-    for name in pass_names(recipe_of(model)):
+    for name in pass_names(recipe_of(model, device)):
         if name not in found:
-            found[name] = in_a_process(__file__, "--child", str(model), str(runs), name)
+            found[name] = in_a_process(__file__, "--child", str(model), str(runs), name, device)
             print(name, found[name], file=sys.stderr, flush=True)
             file.write_text(json.dumps(known))
     return found
@@ -86,28 +89,30 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--runs", type=Path, help="keep what is made here")
     parser.add_argument("--small", action="store_true", help="256 wide, to see that it runs")
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="auto", help="where torch computes")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        child(Path(arguments.child[0]), Path(arguments.child[1]), arguments.child[2])
+        model, runs, name, device = arguments.child
+        child(Path(model), Path(runs), name, device)
         return
     with tempfile.TemporaryDirectory() as scratch:
         root = arguments.runs or Path(scratch)
         root.mkdir(parents=True, exist_ok=True)
-        report(root, SMALL if arguments.small else WIDE, arguments.blocks)
+        report(root, SMALL if arguments.small else WIDE, arguments.blocks, arguments.device)
 
 
-def report(root: Path, shape: dict[str, int], blocks: int) -> None:
-    measured = {blocks // 2: measure(root, shape, blocks // 2)}
+def report(root: Path, shape: dict[str, int], blocks: int, device: str) -> None:
+    measured = {blocks // 2: measure(root, shape, blocks // 2, device)}
     # Before the run, as `plan` does.
     model = model_at(root, shape, blocks)
-    recipe = recipe_of(model)
+    recipe = recipe_of(model, device)
     layout = layout_of(recipe, model)
     machine = measure_speeds(layout, recipe.device)
     workload = workload_of(recipe, model)
     seconds = predict_seconds(recipe, layout, machine, workload)
     memory = predict_memory(recipe, layout, workload)
-    measured[blocks] = measure(root, shape, blocks)
+    measured[blocks] = measure(root, shape, blocks, device)
     rows, ratios, values = [], {}, {}
     for name, found in measured[blocks].items():
         half, told = measured[blocks // 2][name], seconds[name] or 0

@@ -26,7 +26,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from sqft_export.numerics import fused
-from sqft_export.numerics.affine import Grid, grouped, quantize
+from sqft_export.numerics.affine import Grid, grouped, quantize, stored
 from sqft_export.numerics.codes import codes_to_steps
 from sqft_export.numerics.gptq_layout import to_gptq
 
@@ -45,10 +45,12 @@ def product(update: Update | None) -> Tensor | None:
 
 
 class Merged(NamedTuple):
-    """tensors: by the part of the name that follows the Linear's. zeros: how many weights are."""
+    """tensors: by the part of the name that follows the Linear's. zeros: how many weights are.
+    grid: that stored codes are on; None where there are none."""
 
     tensors: dict[str, Tensor]
     zeros: int
+    grid: Grid | None
 
 
 class CompressedLinear(nn.Linear):
@@ -133,10 +135,10 @@ class CompressedLinear(nn.Linear):
         dtype, or its codes in the GPTQ layout."""
         if self.grid is None:
             weight = self.effective_weight(update).to(self.weight.dtype)
-            return Merged({"weight": weight}, int((weight == 0).sum()))
-        codes = self.codes(update)
-        steps = codes_to_steps(codes.numpy(), self.grid.zero_point.numpy())
-        return Merged(to_gptq(codes, self.grid), int(np.count_nonzero(steps == 0)))
+            return Merged({"weight": weight}, int((weight == 0).sum()), None)
+        codes, grid = stored(self.codes(update), self.grid)
+        steps = codes_to_steps(codes.numpy(), grid.zero_point.numpy())
+        return Merged(to_gptq(codes, grid), int(np.count_nonzero(steps == 0)), grid)
 
     def forward(self, x: Tensor) -> Tensor:
         settled = self.settled or (self.grid is None and self.weight.dtype == x.dtype)

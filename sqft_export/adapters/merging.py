@@ -34,9 +34,9 @@ def write_merged(layers: Layers, folder: Path) -> dict[str, float]:
             writer.add(name, tensor if grid is None else fake_quantize(tensor.float(), grid))
         for name in layers.names:
             layer, update = layers.layer(name)
-            if layer.grid:
-                grids[name] = layer.grid
             merged = layer.merged(update)
+            if merged.grid:
+                grids[name] = merged.grid
             zeros[name] = merged.zeros
             for part, tensor in merged.tensors.items():
                 writer.add(f"{name}.{part}", tensor)

@@ -4,7 +4,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,15 @@ class Pace:
     """Tokens that this process trained on, and how fast.
 
     tokens, padded: of the step at hand, without and with what fills its batches up.
-    seconds: when each of the last steps ended.
+    began: when the first step had ended, which warms up and is left out; None before.
+    trained, last: tokens since then, and when the last step ended.
     """
 
     tokens: int = 0
     padded: int = 0
-    ended: list[tuple[float, int]] = field(default_factory=list)
+    began: float | None = None
+    trained: int = 0
+    last: float = 0.0
 
     def add(self, attention_mask: Tensor) -> None:
         self.tokens += int(attention_mask.sum())
@@ -80,18 +83,19 @@ class Pace:
 
     def end_step(self) -> dict[str, int]:
         """What is logged of the step."""
-        self.ended.append((time.monotonic(), self.tokens))
+        self.last = time.monotonic()
+        if self.began is None:
+            self.began = self.last
+        else:
+            self.trained += self.tokens
         found = {"tokens": self.tokens, "padded": self.padded}
         self.tokens = self.padded = 0
         return found
 
     @property
     def tokens_per_second(self) -> float:
-        """Over the steps of this process; the first one, which warms up, is left out."""
-        if len(self.ended) < 2:
-            return 0.0
-        tokens = sum(count for _, count in self.ended[1:])
-        return tokens / (self.ended[-1][0] - self.ended[0][0])
+        """0 until two steps have ended."""
+        return self.trained / (self.last - self.began) if self.trained and self.began else 0.0
 
 
 class _LikeLengths(Sampler[int]):

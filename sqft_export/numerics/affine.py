@@ -27,7 +27,7 @@ class Grid:
     scale: float16 ``[out, groups]``, not zero; negative where NNCF gives the largest weight of a
         symmetric group the longer side of the range.
     zero_point: uint8 ``[out, groups]``, in [0, 2^bits - 1].
-    bits: 4 or 8.
+    bits: 2, 3, 4 or 8.
     group_size: consecutive input columns that share a scale; ``in`` for one group per row.
     """
 
@@ -119,6 +119,18 @@ def dequantize(codes: Tensor, grid: Grid) -> Tensor:
     """float32 ``[out, in]``: ``s * (q - z)``, of codes uint8 ``[out, in]``."""
     steps = grouped(codes.float(), grid.group_size).sub_(grid.zero_point.float().unsqueeze(2))
     return steps.mul_(grid.scale.float().unsqueeze(2)).reshape(codes.shape)
+
+
+def stored(codes: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+    """Codes and grid as files hold them: those of fewer than 4 bits among the 4-bit ones, which
+    every runtime and kernel reads. No value changes; a symmetric grid keeps its zero in the middle.
+
+    :param codes: uint8 ``[out, in]``.
+    """
+    if grid.bits >= 4:
+        return codes, grid
+    shift = 8 - 2 ** (grid.bits - 1) if grid.symmetric else 0
+    return codes + shift, Grid(grid.scale, grid.zero_point + shift, 4, grid.group_size)
 
 
 def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:

@@ -38,7 +38,7 @@ def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
     )
     quantized = recipe.quantize.method != "none"
     # A scale is two bytes, a zero point at most one.
-    codes = layout.weights * recipe.quantize.bits // 8 + 3 * scales if quantized else 0
+    codes = layout.weights * max(4, recipe.quantize.bits) // 8 + 3 * scales if quantized else 0
     merged = codes + layout.others * layout.width if quantized else stored
     deployed = codes + 4 * layout.others if quantized else 4 * (layout.weights + layout.others)
     if recipe.export.sparse_files:
@@ -100,7 +100,7 @@ def predict_seconds(
         speed = machine.cpu if name in ON_CPU else machine.device
         found[name] = None
         if work is not None:
-            products = sum(flops / speed.products[dtype] for dtype, flops in work.flops.items())
+            products = sum(flops / speed.of(dtype) for dtype, flops in work.flops.items())
             elementwise = work.elements / speed.elements
             fixed = FIXED_SECONDS.get(name, 1) + work.seconds
             found[name] = fixed + products + elementwise + size / machine.disk
@@ -215,9 +215,8 @@ def _training(recipe: Recipe, layout: Layout, workload: Workload) -> _Work | Non
     vocabulary, width = layout.embedding
     hidden = layout.blocks * width * tokens
     elements = STEP_WEIGHTS * inside + STEP_LOGITS * tokens * vocabulary
-    dtype = "bfloat16" if config.precision == "bfloat16" else FLOAT32
     products *= steps / STEP_EFFICIENCY
-    return _Work({dtype: products}, steps * (elements + STEP_HIDDEN * hidden))
+    return _Work({config.precision: products}, steps * (elements + STEP_HIDDEN * hidden))
 
 
 def _calibration_tokens(recipe: Recipe, workload: Workload) -> float:
@@ -244,7 +243,7 @@ def _scoring(recipe: Recipe, layout: Layout, workload: Workload) -> _Work:
     items = asked.items if workload.test is None else workload.test
     scored = items * PADDED * (workload.scored + workload.prompt + DECODED * workload.answer)
     rounds = asked.rounds * (asked.repeats + 1)
-    bits = 32 if recipe.quantize.method == "none" else recipe.quantize.bits
+    bits = 32 if recipe.quantize.method == "none" else max(4, recipe.quantize.bits)
     flops = elements = seconds = 0.0
     for kind, rows, read in (
         ("torch", len(asked.baselines), 4 * weights),

@@ -30,6 +30,10 @@ class Speed:
     elements: float
     memory: int | None = None
 
+    def of(self, precision: str) -> float:
+        """Of products in a dtype, or in the faster one (auto)."""
+        return max(self.products.values()) if precision == "auto" else self.products[precision]
+
 
 @dataclass(frozen=True)
 class Speeds:

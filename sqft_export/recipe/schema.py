@@ -230,7 +230,11 @@ class Quantize(Section):
     method: Literal["gptq", "rtn", "nncf", "given", "none"] = Field(
         "gptq", description="given: the model is a GPTQ checkpoint, its codes and grid are taken"
     )
-    bits: Literal[4, 8] = 4
+    bits: Literal[2, 3, 4, 8] = Field(
+        4,
+        description="2 and 3: four and eight levels, stored in the 4-bit codes that runtimes read; "
+        "export.entropy brings a packed file near their true size",
+    )
     group_size: Literal[16, 32, 64, 128] | None = Field(
         64, description="inputs that share a scale; null is per channel"
     )
@@ -250,6 +254,8 @@ class Quantize(Section):
     def _nncf_fits(self):
         if self.method != "nncf" and self.nncf != Nncf():
             raise ValueError(f"nncf: settings for method nncf, but method is {self.method}")
+        if self.method == "nncf" and self.bits < 4:
+            raise ValueError(f"bits: found {self.bits}; NNCF has 4 and 8")
         if self.method == "nncf" and self.bits == 8 and self.group_size is not None:
             raise ValueError("NNCF's INT8 is per channel: set group_size: null")
         if self.method in ("none", "given") and self.embedding_bits:

@@ -16,10 +16,14 @@ def plan_text(document: dict[str, Any]) -> str:
             f"{size_text(step['predicted_memory_bytes']):>12} of memory"
             f"  {_expected(step['predicted_seconds'])}"
         )
-    for name in ("disk", "memory"):
+    for name in ("disk", "memory", "device_memory"):
+        if document[name] is None:
+            continue
         needed, free = document[name].values()
         short = "" if free >= needed else ": too little, a run will be refused here"
-        lines.append(f"  {name} {size_text(needed)} needed, {size_text(free)} free{short}")
+        lines.append(
+            f"  {name.replace('_', ' ')} {size_text(needed)} needed, {size_text(free)} free{short}"
+        )
     machine, asked = document["machine"], document["group_size"]
     device = machine["device"]
     float32, bfloat16 = (device["products"][name] / 1e9 for name in ("float32", "bfloat16"))

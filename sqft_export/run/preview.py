@@ -9,6 +9,8 @@ from sqft_export.kernels.library import kernels_here
 from sqft_export.model.hub import model_folder
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.costs import (
+    FIXED_MEMORY,
+    ON_CPU,
     disk_bytes,
     free_memory,
     predict_bytes,
@@ -17,7 +19,7 @@ from sqft_export.plan.costs import (
     ways_to_fit_a_day,
 )
 from sqft_export.plan.layout import fallbacks
-from sqft_export.plan.speeds import measure_speeds
+from sqft_export.plan.speeds import Speeds, measure_speeds
 from sqft_export.plan.workload import workload_of
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.artifact import Store
@@ -38,7 +40,6 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
     steps = plan_passes(recipe, folder, Store(runs / recipe.name))
     wanted = [step.name for step in steps if step.artifact is None]
     needed, free = disk_bytes(recipe, layout, runs, wanted)
-    most = max((memory[name] for name in wanted), default=0)
     to_run = {name: seconds[name] for name in wanted}
     return {
         "recipe": recipe.name,
@@ -58,15 +59,31 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
         "group_size": recipe.quantize.group_size,
         "group_size_fallback": fallbacks(recipe, layout),
         "disk": {"needed_bytes": needed, "free_bytes": free},
-        "memory": {
-            "needed_bytes": int(most),
-            "free_bytes": free_memory(),
-        },
+        "memory": _needed(memory, wanted, free_memory()),
+        "device_memory": _device_memory(machine, memory, wanted),
         "machine": asdict(machine),
         "seconds": sum(taken or 0 for taken in to_run.values()),
         "within_a_day": ways_to_fit_a_day(recipe, to_run, workload),
         "sparse_execution": _kernels_text() if recipe.export.sparse_execution else None,
     }
+
+
+def _needed(memory: dict[str, float], wanted: list[str], free: int) -> dict[str, int]:
+    most = max((memory[name] for name in wanted), default=0)
+    return {"needed_bytes": int(most), "free_bytes": free}
+
+
+def _device_memory(
+    machine: Speeds, memory: dict[str, float], wanted: list[str]
+) -> dict[str, int] | None:
+    """Bytes that passes need on the accelerator, and that are free there; None where there is none.
+
+    What they hold on the CPU is on the device then; imports are not.
+    """
+    if machine.device.memory is None:
+        return None
+    there = {name: memory[name] - FIXED_MEMORY for name in wanted if name not in ON_CPU}
+    return _needed(there, list(there), machine.device.memory)
 
 
 def _kernels_text() -> str:

@@ -9,6 +9,7 @@ from sqft_export.numerics.affine import (
     fake_quantize_inside,
     fit_grid,
     quantize,
+    stored,
 )
 from sqft_export.numerics.groups import fallback_group_size
 
@@ -53,6 +54,27 @@ def test_zero_is_on_the_grid_exactly(bits, symmetric):
     assert torch.equal(quantize(weight, grid)[:, ::2], zero[:, ::2])
     assert (fake_quantize(weight, grid)[:, ::2] == 0).all()
     assert grid.symmetric == symmetric
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_fewer_than_four_bits_are_stored_among_four_bit_codes(bits, symmetric):
+    weight = weights()
+    grid = fit_grid(weight, bits, 32, symmetric)
+    codes = quantize(weight, grid)
+    assert int(codes.max()) < 2**bits
+    held, four = stored(codes, grid)
+    assert four.bits == 4 and four.symmetric == symmetric and int(held.max()) < 16
+    assert torch.equal(dequantize(held, four), dequantize(codes, grid))
+    assert torch.equal(quantize(dequantize(codes, grid), four), held)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_other_codes_are_stored_as_they_are(bits):
+    grid = fit_grid(weights(), bits, 32, True)
+    codes = quantize(weights(), grid)
+    held, same = stored(codes, grid)
+    assert held is codes and same is grid
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), GRIDS)

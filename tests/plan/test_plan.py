@@ -21,6 +21,8 @@ from sqft_export.plan.layout import fallbacks, layout_of
 from sqft_export.plan.speeds import Speed, Speeds
 from sqft_export.plan.workload import Workload, tokens_of, workload_of
 from sqft_export.recipe.passes import pass_names
+from sqft_export.report.text import plan_text
+from sqft_export.run import preview
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets import target
 
@@ -171,6 +173,30 @@ def test_what_takes_more_than_a_day_is_told_with_settings_that_do_not(odd):
         "benchmark.minutes=30 adapt.epochs=null adapt.steps=562"
     )
     assert "accelerator" in ways_to_fit_a_day(recipe, slow | {"sparsify": 90000.0}, WORK)
+
+
+def test_an_accelerator_is_named_with_its_memory(odd, monkeypatch, tmp_path):
+    gpu = Speed("cuda (a card)", {"float32": 2e13, "bfloat16": 1e14}, 1e11, memory=2**33)
+    monkeypatch.setattr(preview, "measure_speeds", lambda *_: Speeds(CPU, gpu, 1e9))
+    recipe = small_recipe(model_path=odd)
+    document = preview.preview(recipe, tmp_path)
+    text = plan_text(document)
+    assert "times for cuda (a card): 20000 GFLOP/s in float32, 100000 in bfloat16" in text
+    assert "device memory" in text and "8.0 GiB free" in text
+    monkeypatch.setattr(preview, "measure_speeds", lambda *_: MACHINE)
+    slower = preview.preview(recipe, tmp_path)
+    assert slower["seconds"] > document["seconds"]
+    assert "device memory" not in plan_text(slower)
+
+
+def test_precision_auto_is_foretold_at_the_faster_speed(odd):
+    machine = Speeds(CPU, Speed("x", {"float32": 1e9, "bfloat16": 1e11}, 1e9), 1e9)
+
+    def seconds(precision: str) -> float:
+        recipe = small_recipe(f"adapt.precision={precision}", model_path=odd)
+        return predict_seconds(recipe, layout_of(recipe, odd), machine, WORK)["adapt"]
+
+    assert seconds("auto") == seconds("bfloat16") < seconds("float32")
 
 
 def test_a_benchmark_by_minutes_is_foretold_by_them(odd):

@@ -13,7 +13,10 @@ TINY = ROOT / "recipes" / "tiny.yaml"
     ("override", "message"),
     [
         ("sparsify.sparsity=1.5", r"sparsify.sparsity: found 1.5; input should be less than 1"),
-        ("quantize.bits=5", r"quantize.bits: found 5; input should be 4 or 8"),
+        ("quantize.bits=5", r"quantize.bits: found 5; input should be 2, 3, 4 or 8"),
+        ("quantize={method: nncf, bits: 3}", r"bits: found 3; NNCF has 4 and 8"),
+        ("benchmark={items: 5, minutes: 3}", r"benchmark: give either items or minutes"),
+        ("device=gpu", r"device: found 'gpu'"),
         ("adapt.rnaks=[8]", r"adapt.rnaks: unknown key; allowed are .*; did you mean ranks\?"),
         ("quantize.method=gpqt", r"quantize.method: found 'gpqt'.*did you mean gptq\?"),
         ("task.promt=x", r"task.promt: unknown key; .*did you mean prompt\?"),
@@ -37,7 +40,7 @@ def test_a_fault_is_told_with_its_place_and_the_way_out(override, message):
 
 def test_every_fault_is_told_at_once():
     with pytest.raises(UserError) as caught:
-        load_recipe(TINY, ("sparsify.sparsity=2", "quantize.bits=3", "typo=1"))
+        load_recipe(TINY, ("sparsify.sparsity=2", "quantize.bits=5", "typo=1"))
     assert len(str(caught.value).splitlines()) == 3
     assert all(line.startswith(str(TINY)) for line in str(caught.value).splitlines())
 

@@ -9,7 +9,8 @@ import torch
 from conftest import random_model, small_recipe
 from conftest import test_prompts as prompts
 from sqft_export.errors import UserError
-from sqft_export.model.storage import load_grids
+from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.storage import load_grids, read_quantized
 from sqft_export.recipe.load import load_recipe
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets import target
@@ -32,6 +33,7 @@ PIPELINES = {
         "adapt={pipeline: sqft, target_modules: [q_proj, v_proj, up_proj], steps: 6}",
         "adapt.elastic_groups=[[q_proj, v_proj]]",
     ),
+    "three bits": ("quantize={method: gptq, bits: 3, group_size: 32}", "export.sparse_files=true"),
     "scales": ("quantize.group_size=32", "adapt.trainable_scales=true", "adapt.elastic=false"),
 }
 
@@ -136,6 +138,19 @@ def test_onnxruntime_genai_loads_the_adapter(runs):
     expected = session.forward(ids)[0, -1]
     np.testing.assert_allclose(said["tuned"], expected, atol=1e-3 * expected.std())
     assert np.abs(said[None] - expected).max() > 0.01 * expected.std()
+
+
+def test_three_bits_are_eight_levels_of_the_four_bit_codes(runs):
+    artifacts = runs("three bits")
+    folder = artifacts["merge"].path / "model"
+    assert Checkpoint(folder).config["quantization_config"]["bits"] == 4
+    seen = set()
+    for name in Checkpoint(folder).quantized_linears:
+        codes, grid = read_quantized(Checkpoint(folder), name)
+        assert grid.symmetric
+        seen |= set(codes.unique().tolist())
+    assert seen <= set(range(4, 12)) and len(seen) > 5
+    assert set(artifacts["quantize"].metrics["bits"].values()) == {3}
 
 
 def test_a_dense_merge_says_what_sparsity_is_left(runs):

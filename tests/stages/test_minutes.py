@@ -1,0 +1,73 @@
+"""A benchmark of so many minutes scores as many items as all rows together have time for."""
+
+import itertools
+
+import pytest
+
+from conftest import small_recipe
+from sqft_export.data.items import Data, load_tokenizer
+from sqft_export.measure.rows import Row
+from sqft_export.model.hub import model_folder
+from sqft_export.stages import Context, benchmark
+from sqft_export.stages.benchmark import PILOT, _measured
+
+
+class _Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def measured(tiny_run, monkeypatch, tmp_path):
+    """``measured(minutes, seconds an item of each row) -> items, jobs``."""
+
+    def run(minutes: float, seconds: dict[str, float]):
+        recipe = small_recipe(f"benchmark={{minutes: {minutes}, rounds: 2}}")
+        folder, clock, jobs = model_folder(recipe, download=False), _Clock(), []
+        table = [Row(name, "torch", tmp_path / name, (), 0.0) for name in seconds]
+        names = {str(row.folder): row.name for row in table}
+
+        def in_a_process(job, scratch):
+            name, asked = names[job["folder"]], job.get("questions")
+            taken = seconds[name] * len(asked["prompts"]) if asked else 0.0
+            clock.now += taken + 1
+            jobs.append((name, len(asked["prompts"]) if asked else None, "latency_prompt" in job))
+            timed = {"ttft_samples": [1.0]} if "latency_prompt" in job else {}
+            return timed | ({"score_seconds": taken, "answers": []} if asked else {})
+
+        monkeypatch.setattr(benchmark, "in_a_process", in_a_process)
+        monkeypatch.setattr(benchmark.time, "monotonic", clock.monotonic)
+        silent = lambda total: lambda note="": None  # noqa: E731
+        context = Context("benchmark", recipe, folder, tiny_run, tmp_path, silent)
+        tokenizer = load_tokenizer(folder)
+        items, runs = _measured(context, table, Data(recipe, tokenizer).test, tokenizer)
+        assert all("ttft_samples" in run for each in runs.values() for run in each)
+        return items, jobs, clock.now
+
+    return run
+
+
+def test_all_rows_score_the_same_items_and_keep_to_the_time(measured):
+    items, jobs, taken = measured(2, {"slow": 1.0, "fast": 0.25})
+    assert jobs[:4] == [
+        ("slow", PILOT, True),
+        ("fast", PILOT, True),
+        ("fast", None, True),
+        ("slow", None, True),
+    ]
+    assert jobs[4:] == [("slow", len(items), False), ("fast", len(items), False)]
+    assert len(items) > PILOT and 110 < taken < 125
+
+
+def test_however_short_the_time_a_few_items_are_scored(measured):
+    items, jobs, _ = measured(0.01, {"slow": 5.0})
+    assert len(items) == PILOT
+    assert list(itertools.chain(jobs))[-1] == ("slow", PILOT, False)
+
+
+def test_there_are_no_more_items_than_there_are(measured):
+    items, _, taken = measured(1000, {"fast": 0.001})
+    assert len(items) == 300 and taken < 60
