@@ -44,7 +44,7 @@ CONSUMES: tuple[str, ...] = (
     "baselines",
 )
 READS: tuple[str, ...] = ("model", "test")
-VERSION = 5
+VERSION = 6
 RESUMES = False
 DISTRIBUTED = False
 
