@@ -233,9 +233,12 @@ class _Tokenizer:
         self.eos_token_id = _config_of(folder, "eos_token_id")
         self.bos_token_id = _config_of(folder, "bos_token_id")
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        return {"input_ids": ids}
+    def __call__(self, text: str | list[str], add_special_tokens: bool = True) -> dict[str, list]:
+        """Ids of a text, or of each of several."""
+        texts = [text] if isinstance(text, str) else text
+        found = self.tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+        ids = [one.ids for one in found]
+        return {"input_ids": ids[0] if isinstance(text, str) else ids}
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)

@@ -15,6 +15,7 @@ from sqft_export.targets.folder import ADAPTER_FOLDER, GENAI_CONFIG, GRAPHS
 from sqft_export.textfiles import read_json
 
 ADAPTER_FILE = "adapter.onnx_adapter"
+FUSED = b"GroupQueryAttention"
 CPU_PROVIDER = "CPUExecutionProvider"
 EXACT_ACCURACY = 1  # float32 activations; as deployed they are int8
 
@@ -54,7 +55,7 @@ class OnnxSession:
 
     all_logits = True
 
-    def __init__(self, session: Any, decoder: dict[str, Any], adapter: Any = None):
+    def __init__(self, session: Any, decoder: dict[str, Any], fused: bool, adapter: Any = None):
         self.session, self.decoder, self.adapter = session, decoder, adapter
         self.options = ort.RunOptions()
         if adapter is not None:
@@ -63,8 +64,7 @@ class OnnxSession:
         self.wants_positions = "position_ids" in inputs
         self.caches = [name for name in inputs if name.startswith("past_")]
         self.presents = [re.sub("^past_key_values", "present", name) for name in self.caches]
-        # The fused attention counts positions itself.
-        self.padding = "left" if self.wants_positions else "right"
+        self.padding = "right" if fused else "left"
         self.vocabulary = next(o.shape[2] for o in session.get_outputs() if o.name == "logits")
         self.reset()
 
@@ -158,4 +158,5 @@ def open_session(
     if (file := folder / ADAPTER_FOLDER / ADAPTER_FILE).is_file():
         adapter = ort.LoraAdapter()
         adapter.Load(str(file))
-    return OnnxSession(session, decoder_of(folder), adapter)
+    fused = FUSED in (folder / GRAPHS["onnx"]).read_bytes()
+    return OnnxSession(session, decoder_of(folder), fused, adapter)
