@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "sqft_export"
 # whole room (its files are plugs) may import within itself.
 ORDER = [
     {"errors"},
-    {"textfiles"},
+    {"textfiles", "compiled"},
     {"numerics.codes", "numerics.groups", "numerics.nibbles", "numerics.hessian", "numerics.masks"},
     {"numerics.affine"},
     {"numerics.fused"},

@@ -1,8 +1,8 @@
 """Tasks: a recipe's data as token ids for calibration, training and evaluation.
 
 Items become token ids here and nowhere else, so that every row of a report scores the same ids.
-No padding is made here: batches are formed of equal lengths (evaluation) or padded on the right
-with the padding masked out (training).
+No padding is made here, but where batches are formed: ``measure/batches.py`` (evaluation) and
+``adapters/training.py``.
 """
 
 import itertools

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from sqft_export.compiled import built_library
 from sqft_export.errors import DamagedError
 from sqft_export.run.host import allowed_processors
 
@@ -77,10 +78,8 @@ def open_library(file: Path) -> Any:
 @functools.cache
 def kernel_library() -> Any:
     """The one that was built with the package, or None where no compiler was."""
-    for file in sorted(Path(__file__).parent.glob("_kernels*")):
-        if file.suffix in (".so", ".pyd", ".dylib"):
-            return open_library(file)
-    return None
+    file = built_library(Path(__file__).parent, "_kernels")
+    return open_library(file) if file else None
 
 
 def kernels_here(name: str | None = None, library: Any = None) -> Kernels | None:

@@ -274,7 +274,7 @@ def questions_of(
     if task is not None:
         _check_data(section)
     found = held_out(recipe, tokenizer)
-    chosen = [item for item in found if len(item.prompt + item.target) <= context][:items]
+    chosen = [item for item in found if len(item.ids) <= context][:items]
     if not chosen:
         raise UserError(f"{folder}: no item fits into the model's {context} tokens")
     asked = questions(recipe, chosen, stop_ids(folder, tokenizer))
@@ -307,7 +307,7 @@ def _agreement_tokens(items: list[Any]) -> list[list[int]]:
     """The items as sequences of tokens, cut where there are enough."""
     sequences, left = [], AGREEMENT_TOKENS
     for item in items:
-        sequence = (item.prompt + item.target)[:left]
+        sequence = item.ids[:left]
         left -= len(sequence)
         if sequence:
             sequences.append(sequence)

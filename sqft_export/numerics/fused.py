@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sqft_export.compiled import built_library
 from sqft_export.numerics.affine import Grid, fake_quantize, fake_quantize_inside
 from sqft_export.numerics.masks import bits_to_mask
 
@@ -57,10 +58,8 @@ class Backward(NamedTuple):
 
 @functools.cache
 def _library() -> Any:
-    for file in sorted(Path(__file__).parent.glob("_fused*")):
-        if file.suffix in (".so", ".pyd", ".dylib"):
-            return ctypes.CDLL(str(file))
-    return None
+    file = built_library(Path(__file__).parent, "_fused")
+    return ctypes.CDLL(str(file)) if file else None
 
 
 @functools.cache

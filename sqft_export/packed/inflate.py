@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from sqft_export.compiled import built_library
+
 CHUNK = 2**20  # elements inflated by one call; kept codes of a chunk start on a byte
 Bytes = np.ndarray  # uint8 [n]
 
@@ -73,12 +75,12 @@ class DenseFile:
 @functools.cache
 def native() -> Any:
     """The compiled library, or None."""
-    for file in sorted(Path(__file__).parent.glob("_unpack*")):
-        if file.suffix in (".so", ".pyd", ".dylib"):
-            library = ctypes.CDLL(str(file))
-            library.sqft_inflate.restype = ctypes.c_int64
-            return library
-    return None
+    file = built_library(Path(__file__).parent, "_unpack")
+    if file is None:
+        return None
+    library = ctypes.CDLL(str(file))
+    library.sqft_inflate.restype = ctypes.c_int64
+    return library
 
 
 def kept_bytes(mask: Bytes, elements: int, bits: int) -> list[int]:

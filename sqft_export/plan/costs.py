@@ -3,7 +3,7 @@
 Work is counted in three kinds: multiplications of matrix products, passes of an elementwise
 operation over a weight, bytes written. How fast the machine does each is measured for a second.
 How many elementwise passes each of ours comes to, what a library takes whatever the model, and what
-it keeps in memory are constants fitted to `benchmarks/real_size.py`, which compares both.
+it keeps in memory are constants; `benchmarks/real_size.py` compares what they foretell with a run.
 """
 
 import shutil

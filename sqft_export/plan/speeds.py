@@ -79,7 +79,7 @@ def _speed_of(layout: Layout, device: "torch.device") -> Speed:
         lambda: torch.mul(values, 1.5, out=result).add_(values), device, MEASURED_SECONDS
     )
     memory = device_memory(device)
-    return Speed(device_name(device), products, values.numel() / taken, memory and memory[0])
+    return Speed(device_name(device), products, values.numel() / taken, memory)
 
 
 def _disk_speed() -> float:

@@ -59,7 +59,7 @@ def workload_of(recipe: Recipe, folder: Path | None) -> Workload:
     sets, test = sampled(recipe, tokenizer, "test", SAMPLE)
     return Workload(
         sum(examples.values()),
-        mean(min(len(item.prompt) + len(item.target), longest) for item in train),
+        mean(min(len(item.ids), longest) for item in train),
         sum(min(count, recipe.benchmark.items) for count in sets.values()),
         mean(map(tokens_of, test)),
         *_generated(test, generated),

@@ -38,9 +38,9 @@ def device_name(device: torch.device) -> str:
     return device.type
 
 
-def device_memory(device: torch.device) -> tuple[int, int] | None:
-    """Bytes that are free on an accelerator, and that it has; None where torch can't tell."""
-    return torch.cuda.mem_get_info(device) if device.type == "cuda" else None
+def device_memory(device: torch.device) -> int | None:
+    """Bytes that are free on an accelerator; None where torch can't tell."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, at_least: float) -> float:

@@ -196,7 +196,7 @@ def _measured(
     )
     minutes, started = recipe.benchmark.minutes, time.monotonic()
     first = first_of_every_set(items, PILOT if minutes else recipe.benchmark.items)
-    ids = [token for item in first for token in item.prompt + item.target]
+    ids = [token for item in first for token in item.ids]
     prompt = ids[: recipe.benchmark.prompt_tokens]
     advance = context.start((rounds + bool(minutes)) * len(table))
     found: dict[str, list[dict[str, Any]]] = {row.name: [] for row in table}
