@@ -28,12 +28,15 @@ from torch.overrides import TorchFunctionMode
 
 from sqft_export.adapters.files import PREFIX
 from sqft_export.adapters.linear import CompressedLinear, ElasticLoraLinear
+from sqft_export.model.storage import MASKS, load_mask
+from sqft_export.model.tensorfiles import TensorFiles
 
 EVIDENCE = "trained"  # stem of the files
+CAPTURED = 8  # sequences that a model is run on
 LOGIT_BYTES = 2**25
 LENGTH = 48  # tokens of a sequence
 
-MaskOf = Callable[[str, torch.Size], Tensor | None]
+MaskOf = Callable[[str, torch.Size], Tensor | None]  # bool, True = kept; None: nothing was pruned
 
 
 def row_digests(weight: Tensor) -> np.ndarray:
@@ -136,15 +139,20 @@ def _watched(model: nn.Module, watch: _Watch) -> Iterator[None]:
             hook.remove()
 
 
+def _masks_in(folder: Path | None) -> MaskOf:
+    pruned = set(TensorFiles(folder, MASKS).headers) if folder else set()
+    return lambda name, shape: load_mask(folder, name, shape) if name in pruned else None
+
+
 @torch.no_grad()
-def capture(model: nn.Module, sequences: list[list[int]], mask_of: MaskOf) -> Evidence:
-    """Run a trained model at its active ranks and keep what it was.
+def capture(model: nn.Module, sequences: list[list[int]], masks: Path | None) -> Evidence:
+    """Run a model, at its active ranks where it was trained, and keep what it was.
 
     :param sequences: token ids; as many of them as ``LOGIT_BYTES`` of logits hold.
-    :param mask_of: Linear and shape -> bool mask, True = kept; None where nothing was pruned.
+    :param masks: folder of the masks of what was pruned; None where nothing was.
     """
     evidence, kept = Evidence(), []
-    watch = _Watch(evidence, mask_of)
+    watch = _Watch(evidence, _masks_in(masks))
     with _watched(model, watch), watch:
         for sequence in sequences:
             ids = sequence[:LENGTH]

@@ -135,7 +135,7 @@ def load_adapted(base: Base, adapter: Path, dtype: torch.dtype) -> nn.Module:
 
 def new_adapter(recipe: Recipe, base: Base, dtype: torch.dtype) -> PeftModel:
     """A model with a fresh super-adapter, seeded; activations in ``dtype``."""
-    config = recipe.adapt
+    config = recipe.training
     model = load_compressed(base, dtype)
     torch.manual_seed(recipe.seed)
     family = Checkpoint(base.folder).family

@@ -247,7 +247,7 @@ def train_on_task(
     :param start: ``start(steps) -> advance``, called once a step.
     :param elastic: with the recipe's elastic ranks and trainable scales.
     """
-    config, data = recipe.adapt, Data(recipe, tokenizer)
+    config, data = recipe.training, Data(recipe, tokenizer)
     device = device_of(recipe.device)
     dtype = training_dtype(config.precision, device)
     model = new_adapter(recipe, base, dtype)

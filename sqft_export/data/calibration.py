@@ -19,8 +19,7 @@ SHUFFLED_ROWS = 10_000
 
 def calibration_options(recipe: Recipe) -> dict[str, Any]:
     """The settings that the samples depend on: what is set aside from the training data too."""
-    set_aside = recipe.search.items if recipe.search.evaluates else 0
-    return recipe.calibration.model_dump() | {"set_aside": set_aside}
+    return recipe.calibration.model_dump() | {"set_aside": recipe.set_aside}
 
 
 def calibration_samples(recipe: Recipe, tokenizer: Any) -> list[list[int]]:

@@ -88,6 +88,8 @@ def _calibration_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 def _target_module_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     adapt = recipe.adapt
+    if adapt is None:
+        return
     targets, _ = adapted(layout.family, adapt.target_modules, None)
     ends = layout.last_names
     if strangers := sorted(set(targets) - set(ends)):
@@ -194,7 +196,9 @@ def _middle_faults(folder: Path, bits: int) -> Iterator[str]:
 
 
 def _search_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    search = recipe.search
+    search, adapt = recipe.search, recipe.adapt
+    if adapt is None:
+        return
     if search.evaluates and not isinstance(recipe.task, Text):
         count = _readable_examples(recipe)
         if count is not None and search.items >= count:
@@ -205,7 +209,6 @@ def _search_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     if search.configuration is None:
         return
     file = recipe.resolve(search.configuration)
-    adapt = recipe.adapt
     _, groups = adapted(layout.family, adapt.target_modules, adapt.elastic_groups)
     names = rank_groups(layout.linears, layout.family.blocks, groups if adapt.elastic else ())
     try:

@@ -29,13 +29,8 @@ def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
     stored = (layout.weights + layout.others) * layout.width
     masks = layout.weights // 8
     groups = group_sizes(recipe, layout)
-    targets, _ = adapted(layout.family, recipe.adapt.target_modules, None)
     scales = sum(prod(shape) // groups[name] for name, shape in layout.linears.items())
-    adapter = 4 * sum(
-        recipe.adapt.max_rank * (outputs + inputs)
-        for name, (outputs, inputs) in layout.linears.items()
-        if name.rsplit(".", 1)[1] in targets
-    )
+    adapter = _adapter_bytes(recipe, layout)
     quantized = recipe.quantize.method != "none"
     # A scale is two bytes, a zero point at most one.
     codes = layout.weights * max(4, recipe.quantize.bits) // 8 + 3 * scales if quantized else 0
@@ -55,6 +50,14 @@ def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
         "baselines": merged,
     }
     return {name: predicted.get(name, 2**20) for name in pass_names(recipe)}
+
+
+def _adapter_bytes(recipe: Recipe, layout: Layout) -> int:
+    if recipe.adapt is None:
+        return 0
+    targets, _ = adapted(layout.family, recipe.adapt.target_modules, None)
+    linears = [sum(s) for n, s in layout.linears.items() if n.rsplit(".", 1)[1] in targets]
+    return 4 * recipe.adapt.max_rank * sum(linears)
 
 
 def check_disk(recipe: Recipe, layout: Layout, root: Path, passes: list[str]) -> None:
@@ -174,7 +177,8 @@ def _work(name: str, recipe: Recipe, layout: Layout, workload: Workload) -> _Wor
     if name in ("adapt", "teacher"):
         return _training(recipe, layout, workload)
     if name in ("merge", "baselines"):
-        return _Work({FLOAT32: 2 * recipe.adapt.max_rank * layout.weights}, elements)
+        rank = recipe.adapt.max_rank if recipe.adapt else 0
+        return _Work({FLOAT32: 2 * rank * layout.weights}, elements)
     if name == "verify":
         return _Work({FLOAT32: _verified_tokens(recipe, workload) * forward}, elements)
     if name == "benchmark":
@@ -199,7 +203,7 @@ def _calibrated(
 
 
 def _training(recipe: Recipe, layout: Layout, workload: Workload) -> _Work | None:
-    config = recipe.adapt
+    config = recipe.training
     if config.steps is None and workload.examples is None:
         return None
     steps = config.total_steps(workload.examples or 0)
@@ -246,7 +250,7 @@ def _scoring(recipe: Recipe, layout: Layout, workload: Workload) -> _Work:
     bits = 32 if recipe.quantize.method == "none" else max(4, recipe.quantize.bits)
     flops = elements = seconds = 0.0
     for kind, rows, read in (
-        ("torch", len(asked.baselines), 4 * weights),
+        ("torch", _torch_rows_asked(recipe), 4 * weights),
         ("runtime", _runtimes(recipe), layout.weights * bits / 8 + 4 * layout.head),
     ):
         flops += 2 * weights * rows * (scored + rounds * asked.prompt_tokens)
@@ -256,6 +260,12 @@ def _scoring(recipe: Recipe, layout: Layout, workload: Workload) -> _Work:
         seconds += alone * TOKEN_SECONDS[kind] * layout.blocks
         seconds += rows * asked.rounds * ROW_SECONDS[kind]
     return _Work({FLOAT32: flops}, elements, seconds)
+
+
+def _torch_rows_asked(recipe: Recipe) -> int:
+    """Rows in torch of those asked for that a recipe has."""
+    trained = () if recipe.adapt else ("dense-lora", "sparse-quantized", "adapted")
+    return sum(row not in trained for row in recipe.benchmark.baselines)
 
 
 def _solver(layout: Layout, tokens: float) -> float:
@@ -287,16 +297,16 @@ def ways_to_fit_a_day(
     trained = known.get("adapt", 0) + known.get("teacher", 0)
     left = DAY - (sum(known.values()) - trained)
     if left < trained:
-        if left <= 0:
+        if left <= 0 or not trained:
             return "none: an accelerator, or a machine with more of them"
-        steps = recipe.adapt.total_steps(workload.examples or 0)
+        steps = recipe.training.total_steps(workload.examples or 0)
         settings.append(f"adapt.epochs=null adapt.steps={int(steps * left / trained)}")
     return " ".join(settings)
 
 
 def _activations(recipe: Recipe, layout: Layout, workload: Workload) -> float:
     """Bytes that a training step keeps for backward, logits included."""
-    config = recipe.adapt
+    config = recipe.training
     tokens = config.batch * min(LONG * workload.example, recipe.task.sequence_length)
     vocabulary, width = layout.embedding
     of_block = sum(sum(shape) for shape in layout.linears.values()) / layout.blocks
@@ -337,22 +347,26 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
     exported = max(written.get(f"export-{name}", 0) for name in ("openvino", "onnx"))
     deployed = exported / (1 + recipe.export.sparse_files)
     loaded = layout.width * whole + layout.weights / 8
-    in_training = _activations(recipe, layout, workload)
-    in_training += outer if recipe.adapt.precision == "float32" else 0
     in_float = _torch_rows(recipe, layout)
     of_pass = {
         "sparsify": MAPPED + block + 3 * largest + activations,
         "quantize": MAPPED + block + 2 * largest + 4 * widest**2 * gptq + activations,
-        "adapt": loaded + in_training + 5 * written["adapt"] + 4 * largest,
         # The tuned model runs once, for what it computed with: a weight at a time is digested.
-        "search": LOGITS + loaded + outer + 3 * largest + 2 * written["adapt"],
+        "search": LOGITS + loaded + outer + 3 * largest + 2 * _adapter_bytes(recipe, layout),
         "merge": 4 * largest + 2**29,
         "export-openvino": deployed,
         "export-onnx": MAPPED + 2 * largest + outer,
         "verify": LOGITS + 2 * deployed,
         "benchmark": max(deployed, in_float) + PASS_BYTES + _cached(recipe, layout, workload),
     }
-    of_pass |= {"teacher": of_pass["adapt"], "baselines": of_pass["merge"]}
+    of_pass["baselines"] = of_pass["merge"]
+    if recipe.adapt is None:  # verify runs what was compressed, as search does what was tuned
+        of_pass["verify"] = max(of_pass["verify"], of_pass["search"])
+    else:
+        in_training = _activations(recipe, layout, workload)
+        in_training += outer if recipe.adapt.precision == FLOAT32 else 0
+        of_pass["adapt"] = loaded + in_training + 5 * written["adapt"] + 4 * largest
+        of_pass["teacher"] = of_pass["adapt"]
     return {name: FIXED_MEMORY + of_pass.get(name, 0) for name in written}
 
 

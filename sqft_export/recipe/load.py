@@ -4,7 +4,7 @@ import difflib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
 from pydantic import BaseModel
@@ -101,8 +101,9 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
             continue
         field = model.model_fields.get(name) if model else None
         annotation = field.annotation if field else None
-        is_section = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        model = annotation if is_section else None
+        kinds = get_args(annotation) or (annotation,)  # a section that may be left out is a union
+        sections = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        model = sections[0] if len(sections) == 1 else None
     return list(model.model_fields) if model else []
 
 

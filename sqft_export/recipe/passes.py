@@ -10,12 +10,16 @@ def pass_names(recipe: Recipe) -> list[str]:
         names.append("sparsify")
     if recipe.quantize.method != "none":
         names.append("quantize")
-    distill, baselines = recipe.adapt.distill, recipe.benchmark.baselines
-    if "dense-lora" in baselines or (distill and distill.teacher == "dense-lora"):
-        names.append("teacher")
-    names += ["adapt", "search", "merge"]
+    baselines = recipe.benchmark.baselines
+    if recipe.adapt:
+        distill = recipe.adapt.distill
+        if "dense-lora" in baselines or (distill and distill.teacher == "dense-lora"):
+            names.append("teacher")
+        names += ["adapt", "search"]
+    names.append("merge")
     names += [f"export-{target}" for target in recipe.export.targets]
     names.append("verify")
-    if "sparse-quantized" in baselines and recipe.quantize.method != "none":
+    # Untrained, this is the merged model itself.
+    if "sparse-quantized" in baselines and recipe.adapt and recipe.quantize.method != "none":
         names.append("baselines")
     return [*names, "benchmark", "report"]

@@ -480,7 +480,9 @@ class Recipe(Section):
     calibration: Calibration = Calibration()
     sparsify: Sparsify
     quantize: Quantize
-    adapt: Adapt
+    adapt: Adapt | None = Field(
+        None, description="none: nothing is trained; what was pruned and quantized is exported"
+    )
     search: Search = Search()
     export: Export = Export()
     verify: Verify = Verify()
@@ -488,8 +490,17 @@ class Recipe(Section):
     _file: Path = pydantic.PrivateAttr(default=Path())
     _overrides: tuple[str, ...] = pydantic.PrivateAttr(default=())
 
+    @field_validator("adapt", mode="before")
+    @classmethod
+    def _untrained(cls, found: Any) -> Any:
+        if found is None:  # more likely forgotten than meant
+            raise ValueError("is empty; none, or no such section, trains nothing")
+        return None if found == "none" else found
+
     @model_validator(mode="after")
     def _pipeline_fits(self):
+        if self.adapt is None:
+            return self
         quantized = self.quantize.method != "none"
         if quantized != self.adapt.on_grid:
             raise ValueError(
@@ -504,6 +515,27 @@ class Recipe(Section):
         if path.startswith(BUILTIN):
             return Path(__file__).parent.parent / "builtin" / path.removeprefix(BUILTIN)
         return (self._file.parent / path).resolve()
+
+    @property
+    def training(self) -> Adapt:
+        """The settings of training, for passes that only a recipe with it has."""
+        assert self.adapt is not None
+        return self.adapt
+
+    @property
+    def unmerged(self) -> bool:
+        """There is an adapter, and it stays beside the base."""
+        return self.adapt is not None and self.adapt.unmerged
+
+    @property
+    def merges_densely(self) -> bool:
+        """Pruned positions are given up to the adapter's update."""
+        return self.adapt is not None and self.adapt.merge_dense
+
+    @property
+    def set_aside(self) -> int:
+        """Training items that are kept for search alone; nothing else sees them."""
+        return self.search.items if self.search.evaluates else 0
 
     @property
     def file(self) -> Path:

@@ -71,12 +71,12 @@ def model_card(recipe: Recipe, origin: dict[str, Any], sparsity: float, how_to_l
         kind = "symmetric" if quantize.symmetric else "asymmetric"
         codes = f"INT{quantize.bits}, {kind}, groups of {group}, by {quantize.method}"
     revision = f" at {base['revision']}" if base["revision"] else ""
-    merged = "unmerged" if recipe.adapt.unmerged else "merged"
+    merged = "unmerged" if recipe.unmerged else "merged"
     facts = {
         "zero weights in the decoder's Linears": f"{100 * sparsity:.1f} %",
         "pruned by": recipe.sparsify.method,
         "weights": codes,
-        "adapter": f"{recipe.adapt.pipeline}, {merged}",
+        "adapter": f"{recipe.adapt.pipeline}, {merged}" if recipe.adapt else "none",
         "task": recipe.task.kind,
         "base, SHA-256": base["sha256"],
         "licence of the base": base["license"],

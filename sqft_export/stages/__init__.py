@@ -38,6 +38,8 @@ class Context:
     def base(self) -> Base:
         """What training starts from, with the scales that it ended with once there are such."""
         adapt, grids = self.recipe.adapt, self.path("quantize")
+        if adapt is None:
+            return Base(self.latest_model(), self.path("sparsify"), grids)
         if adapt.trainable_scales and "search" in self.inputs:
             grids = self.inputs["search"].path
         masks = self.path("sparsify") if adapt.masked else None

@@ -20,15 +20,15 @@ DISTRIBUTED = True
 
 def options(recipe: Recipe) -> dict:
     return {
-        "adapt": recipe.adapt.model_dump(),
+        "adapt": recipe.training.model_dump(),
         "seed": recipe.seed,
-        "set_aside": recipe.search.items if recipe.search.evaluates else 0,
+        "set_aside": recipe.set_aside,
     }
 
 
 def _teacher(context: Context) -> nn.Module | None:
     """The model that the loss compares with, frozen."""
-    config = context.recipe.adapt
+    config = context.recipe.training
     if config.distill is None:
         return None
     folder = context.model
@@ -58,6 +58,6 @@ def run(context: Context) -> dict:
         "first_loss": log[0]["loss"],
         "last_loss": log[-1]["loss"],
         "truncated_examples": data.truncated,
-        "left_out_examples": sum(without_loss(e, context.recipe.adapt) for e in data.train),
+        "left_out_examples": sum(without_loss(e, context.recipe.training) for e in data.train),
         **trained.facts,
     }

@@ -85,16 +85,16 @@ def _baselines(context: Context) -> Iterator[Row]:
 
 
 def _tuned(context: Context) -> Iterator[Row]:
-    """The tuned model in torch, before and after merging."""
+    """The model that is deployed, in torch: before merging, where it was tuned, and after."""
     inputs, recipe = context.inputs, context.recipe
     wanted, merged = recipe.benchmark.baselines, inputs["merge"].path / "model"
     sparsity = inputs["merge"].metrics["sparsity"]["all"]
-    if "adapted" in wanted:
+    if "adapted" in wanted and "search" in inputs:
         base = context.base()
         grids = base.grids.glob("grids*.safetensors") if base.grids else []
         stored = (base.folder, inputs["search"].path / "adapter", *grids)
         yield Row("tuned, unmerged", "adapted", base.folder, stored, sparsity)
-    if "merged" in wanted and not recipe.adapt.unmerged:
+    if "merged" in wanted and not recipe.unmerged:
         yield Row("merged", "torch", merged, (merged,), sparsity)
 
 
@@ -133,7 +133,7 @@ def on_devices(table: list[Row], targets: tuple[str, ...]) -> list[Row]:
 
 def _job(context: Context, row: Row) -> dict[str, Any]:
     benchmark = context.recipe.benchmark
-    base = context.base()
+    base, searched = context.base(), context.path("search")
     return {
         "kind": row.kind,
         "device": row.device,
@@ -141,7 +141,7 @@ def _job(context: Context, row: Row) -> dict[str, Any]:
         "masks": str(base.masks) if base.masks else None,
         "grids": str(base.grids) if base.grids else None,
         "unmerged": base.unmerged,
-        "adapter": str(context.inputs["search"].path / "adapter"),
+        "adapter": str(searched / "adapter") if searched else None,
         "threads": threads(context.recipe),
         "new_tokens": benchmark.new_tokens,
         "repeats": benchmark.repeats,
@@ -177,7 +177,7 @@ def run(context: Context) -> dict:
         "rows": results,
     }
     (context.folder / "results.json").write_text(json.dumps(document, indent=2) + "\n")
-    return {"rows": len(results), "warnings": _warnings(results)}
+    return {"rows": len(results), "warnings": _warnings(results, recipe.adapt is not None)}
 
 
 def _measured(
@@ -228,11 +228,11 @@ def _that_fit(
     return first_of_every_set(items, max(PILOT, int(PILOT * seconds / of_fewest)))
 
 
-def _warnings(results: list[dict[str, Any]]) -> list[str]:
+def _warnings(results: list[dict[str, Any]], was_tuned: bool) -> list[str]:
     """Where tuning left the model worse than it found it, or the base itself is at a loss."""
     found = []
     before = [row for row in results if row["name"].startswith("sparse")][-1:]
-    tuned = [row for row in results if row["name"] in ("tuned, unmerged", "merged")]
+    tuned = [row for row in results if row["name"] in ("tuned, unmerged", "merged") and was_tuned]
     for start, row in itertools.product(before, tuned):
         for figure in ("perplexity", "accuracy"):
             if _is_worse(row, start, figure):

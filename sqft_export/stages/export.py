@@ -36,7 +36,7 @@ def run(context: Context) -> dict:
     runtime = context.name.removeprefix("export-")
     merge = context.inputs["merge"]
     target(runtime).export(merge.path / "model", folder, context.recipe.export)
-    if context.recipe.adapt.unmerged:
+    if context.recipe.unmerged:
         target(runtime).add_adapter(folder, merge.path / "adapter")
     origin = origin_of(context.recipe, context.model, context.lineage)
     sparsity = merge.metrics["sparsity"]["all"]

@@ -1,4 +1,4 @@
-"""merge: fold the adapter into the base; codes are those of the trained forward."""
+"""merge: fold the adapter, if there is one, into the base; codes are those of its forward."""
 
 import shutil
 
@@ -26,8 +26,9 @@ def options(recipe: Recipe) -> dict:
 
 def run(context: Context) -> dict:
     """Writes ``model/`` and a copy of the mask; the adapter too where it stays unmerged."""
-    adapter, config = context.inputs["search"].path / "adapter", context.recipe.adapt
-    if config.unmerged:
+    searched = context.path("search")
+    adapter = searched / "adapter" if searched else None
+    if adapter and context.recipe.unmerged:
         shutil.copytree(adapter, context.folder / "adapter")
     if sparsified := context.path("sparsify"):
         for file in sparsified.glob(f"{MASKS}*"):
@@ -37,7 +38,7 @@ def run(context: Context) -> dict:
     card = model_card(context.recipe, origin, sparsity["all"], HOW_TO_LOAD)
     (context.folder / "model" / "README.md").write_text(card)
     warnings = []
-    if config.merge_dense and sparsified:
+    if context.recipe.merges_densely and sparsified:
         before = context.inputs["sparsify"].metrics["sparsity"]["all"]
         warnings.append(
             f"merge_dense: a dense update was merged; {sparsity['all']:.1%} of the weights are "

@@ -40,16 +40,16 @@ def run(context: Context) -> dict:
     table = cells(rows)
     (context.folder / "report.json").write_text(json.dumps(document, indent=2) + "\n")
     (context.folder / "report.md").write_text(markdown(table))
-    log = read_training_log(context.inputs["adapt"].path)
     drawn = [
         ("Accuracy along the passes", pictures.accuracy_along_passes(rows, measure)),
         ("Accuracy against file size", pictures.accuracy_against(rows, measure, "file_bytes")),
         ("Accuracy against latency", pictures.accuracy_against(rows, measure, "tpot")),
         ("Latency", pictures.latency_bars(rows)),
         ("Sparsity by layer", pictures.sparsity_by_layer(document["layers"])),
-        ("Training", pictures.training_curve(log)),
     ]
-    if front := document["search"]["front"]:
+    if trained := context.path("adapt"):
+        drawn.append(("Training", pictures.training_curve(read_training_log(trained))))
+    if front := (document["search"] or {}).get("front"):
         drawn.append(("Search", pictures.search_front(front, measure)))
     for title, svg in drawn:
         (context.folder / f"{title.lower().replace(' ', '-')}.svg").write_text(svg)

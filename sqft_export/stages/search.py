@@ -12,15 +12,14 @@ import torch
 from torch import nn
 
 from sqft_export.adapters.elastic import compressed_layers, elastic_layers, groups_of, set_ranks
-from sqft_export.adapters.evidence import Evidence, capture
+from sqft_export.adapters.evidence import CAPTURED, Evidence, capture
 from sqft_export.adapters.files import read_training_log, write_sub_adapter
 from sqft_export.adapters.loading import load_adapted, peft_config
 from sqft_export.data.items import Data, load_tokenizer, stop_ids
 from sqft_export.data.scoring import accuracy_of, judge, questions
 from sqft_export.measure.likelihood import score
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.model.storage import MASKS, GridWriter, load_grids, load_mask
-from sqft_export.model.tensorfiles import TensorFiles
+from sqft_export.model.storage import GridWriter, load_grids
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.device import device_name, device_of
 from sqft_export.search import Ranks, Score, Space, strategy
@@ -33,14 +32,13 @@ VERSION = 3
 RESUMES = True
 DISTRIBUTED = False
 EVALUATIONS = "evaluations.jsonl"
-CAPTURED = 8  # training examples that the trained model is run on for verify
 
 
 def options(recipe: Recipe) -> dict:
     return {
         "search": recipe.search.model_dump(exclude={"configuration"}),
         "configuration": _configuration(recipe),
-        "adapt": recipe.adapt.model_dump(),
+        "adapt": recipe.training.model_dump(),
         "seed": recipe.seed,
     }
 
@@ -116,7 +114,7 @@ def _choose(
     recipe = context.recipe
     space = Space(
         list(groups),
-        tuple(sorted(recipe.adapt.ranks, reverse=True)),
+        tuple(sorted(recipe.training.ranks, reverse=True)),
         read_training_log(context.inputs["adapt"].path),
         recipe.search.budget,
         recipe.seed,
@@ -139,13 +137,7 @@ def _choose(
 def _capture(context: Context, model: nn.Module) -> Evidence:
     """What the chosen sub-adapter's own forward computes with, for ``verify``."""
     examples = Data(context.recipe, load_tokenizer(context.model)).train[:CAPTURED]
-    masks = context.path("sparsify")
-    pruned = set(TensorFiles(masks, MASKS).headers) if masks else set()
-
-    def mask_of(name: str, shape: torch.Size) -> torch.Tensor | None:
-        return load_mask(masks, name, shape) if name in pruned else None
-
-    return capture(model, [example.ids for example in examples], mask_of)
+    return capture(model, [example.ids for example in examples], context.path("sparsify"))
 
 
 def run(context: Context) -> dict:
@@ -155,7 +147,7 @@ def run(context: Context) -> dict:
     adapted = context.inputs["adapt"].path / "adapter"
     device = device_of(context.recipe.device)
     model = load_adapted(context.base(), adapted, torch.float32).to(device)
-    groups = groups_of(model, Checkpoint(context.model).family, context.recipe.adapt)
+    groups = groups_of(model, Checkpoint(context.model).family, context.recipe.training)
     chosen, evaluations = _choose(context, model, groups)
     model.cpu()  # where merge will be: another device may round B A otherwise
     layers = elastic_layers(model)
@@ -164,7 +156,7 @@ def run(context: Context) -> dict:
     updates = {name: layer.update() for name, layer in layers.items()}
     write_sub_adapter(peft_config(model), updates, context.folder / "adapter")
     _capture(context, model).write(context.folder)
-    if context.recipe.adapt.trainable_scales:
+    if context.recipe.training.trainable_scales:
         _write_trained_grids(context, model)
     return {
         "evaluations": len(evaluations),

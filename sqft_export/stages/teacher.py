@@ -24,9 +24,9 @@ DISTRIBUTED = True
 def options(recipe: Recipe) -> dict:
     changes = {"pipeline", "merge_dense", "trainable_scales", "scale_learning_rate", "distill"}
     return {
-        "adapt": recipe.adapt.model_dump(exclude=changes),
+        "adapt": recipe.training.model_dump(exclude=changes),
         "seed": recipe.seed,
-        "set_aside": recipe.search.items if recipe.search.evaluates else 0,
+        "set_aside": recipe.set_aside,
     }
 
 

@@ -5,7 +5,12 @@ What it says is in ``verify/``: fidelity (trained -> merged), storage (merged ->
 """
 
 import json
+from pathlib import Path
 
+import torch
+
+from sqft_export.adapters.evidence import CAPTURED, capture
+from sqft_export.adapters.loading import load_compressed
 from sqft_export.data.items import Data, load_tokenizer, sample_texts
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.device import device_name, device_of
@@ -28,7 +33,7 @@ DISTRIBUTED = False
 
 
 def options(recipe: Recipe) -> dict:
-    return {"verify": recipe.verify.model_dump(), "dense_update": recipe.adapt.merge_dense}
+    return {"verify": recipe.verify.model_dump(), "dense_update": recipe.merges_densely}
 
 
 def _asked(context: Context) -> Asked:
@@ -49,6 +54,16 @@ def _asked(context: Context) -> Asked:
     )
 
 
+def _watched(context: Context, asked: Asked) -> Path:
+    """Where nothing was trained: what the compressed model's own forward computes with, kept here.
+
+    On the CPU, as search keeps a trained one's.
+    """
+    model = load_compressed(context.base(), torch.float32).eval()
+    capture(model, asked.prompts[:CAPTURED], context.path("sparsify")).write(context.folder)
+    return context.folder
+
+
 def run(context: Context) -> dict:
     """Writes ``verify.json``, and ``subject.json``, from which it can be derived again.
 
@@ -63,17 +78,17 @@ def run(context: Context) -> dict:
     passes = {name: context.inputs[name].path / "model" for name in before}
     asked = _asked(context)
     asked.write(context.folder)
+    device = device_of(context.recipe.device)
     subject = Subject(
         asked,
         passes,
         context.path("sparsify"),
-        context.inputs["search"].path,
+        context.path("search") or _watched(context, asked),
         context.inputs["merge"].path,
         exports,
-        context.recipe.adapt.merge_dense,
+        context.recipe.merges_densely,
         context.folder,
     )
-    device = device_of(context.recipe.device)
     certificate = certify(subject, context.start(1 + len(exports)), device)
     document = json.dumps(certificate.document(), indent=2) + "\n"
     (context.folder / "verify.json").write_text(document)

@@ -1,6 +1,6 @@
 """The lines of a certificate, and what they are counted from.
 
-fidelity   adapted model -> merged model: weights of the trained forward, logits, token ids
+fidelity   trained or compressed model -> merged model: weights of its forward, logits, token ids
 storage    merged model -> every file of every deployment, bit for bit
 compute    what each runtime makes of its file: logits and tokens in its exact mode, the
            divergence of its default mode

@@ -62,7 +62,7 @@ def certify_again(root: Path, scratch: Path) -> tuple[list[Artifact], Certificat
         Asked.read(verified.path),
         {n: chain[n].path / "model" for n in ("sparsify", "quantize") if n in chain},
         chain["sparsify"].path if "sparsify" in chain else None,
-        chain["search"].path,
+        chain["search"].path if "search" in chain else verified.path,
         chain["merge"].path,
         exports,
         read_artifact(verified.path).manifest["facts"]["options"]["dense_update"],

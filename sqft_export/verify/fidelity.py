@@ -1,4 +1,4 @@
-"""adapted model -> merged model, by what search kept of the trained forward."""
+"""What ran before merging -> merged model, by what was kept of that forward."""
 
 import numpy as np
 import torch
@@ -9,8 +9,8 @@ from sqft_export.adapters.files import AdapterFiles, read_low_rank
 from sqft_export.data.items import load_tokenizer
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.floats import Reference
-from sqft_export.model.storage import read_quantized
-from sqft_export.numerics.affine import dequantize
+from sqft_export.model.storage import grid_arrays, load_grids, quantized_arrays, read_quantized
+from sqft_export.numerics.affine import dequantize, quantize, stored
 from sqft_export.verify.certificate import Certificate, Check
 from sqft_export.verify.subject import Subject
 
@@ -21,9 +21,10 @@ ROUNDING = {"float16": 1e-2, "bfloat16": 1e-1}
 
 @torch.no_grad()
 def check_fidelity(certificate: Certificate, subject: Subject, reference: Reference) -> None:
-    evidence = Evidence.read(subject.trained)
+    evidence = Evidence.read(subject.watched)
     _check_zeros(certificate, subject, evidence)
-    weights = certificate.start("fidelity", "weights of the trained forward, merged", "rows")
+    forward = f"the {subject.before} forward"
+    weights = certificate.start("fidelity", f"weights of {forward}, merged", "rows")
     others = certificate.start("fidelity", "embeddings, norms, biases, merged", "rows")
     for name, rows in evidence.rows.items():
         found = _merged_rows(subject, name, evidence.dtypes[name])
@@ -33,13 +34,28 @@ def check_fidelity(certificate: Certificate, subject: Subject, reference: Refere
             differs = found != rows
         check.count(differs, name)
     for name in subject.merged.linears.keys() - evidence.rows.keys():
-        weights.count(np.ones(1, bool), f"{name} was not seen in the trained forward")
+        weights.count(np.ones(1, bool), f"{name} was not seen in {forward}")
+    if subject.before == "compressed":
+        _check_codes(certificate, subject)
     _check_logits(certificate, subject, evidence, reference)
     _check_tokens(certificate, subject)
 
 
+def _check_codes(certificate: Certificate, subject: Subject) -> None:
+    """Where nothing was trained, the merged codes are the quantizer's own."""
+    if "quantize" not in subject.passes:
+        return
+    made, folder = Checkpoint(subject.passes["quantize"]), subject.passes["quantize"].parent
+    title = "codes, scales, zero points: quantize and merged"
+    check = certificate.start("fidelity", title, "numbers")
+    for name, grid in load_grids(folder).items():
+        codes = quantize(made.tensor(f"{name}.weight").float(), grid)
+        merged = quantized_arrays(subject.merged, subject.merged.stored_name(name))
+        check.compare(grid_arrays(*stored(codes, grid)), merged, name)
+
+
 def _merged_rows(subject: Subject, name: str, dtype: str) -> np.ndarray | None:
-    """Digests of a merged weight or parameter in the dtype that trained; None if there is none."""
+    """Digests of a merged weight or parameter in the dtype that ran; None if there is none."""
     merged = subject.merged
     module, _, part = name.rpartition(".")
     if part in ("lora_A", "lora_B"):
@@ -72,7 +88,7 @@ def _check_zeros(certificate: Certificate, subject: Subject, evidence: Evidence)
     ]
     merged = None
     if not subject.dense_update:  # which gives pruned positions up
-        in_forward = _zeros(certificate, "the trained forward")
+        in_forward = _zeros(certificate, f"the {subject.before} forward")
         merged = _zeros(certificate, "the merged model")
     quantized = set(subject.quantized)
     for linear in sorted(subject.pruned):
@@ -96,18 +112,17 @@ def _check_logits(
     widest = max(ROUNDING.get(dtype, 0) for dtype in evidence.dtypes.values())
     check = certificate.start(
         "fidelity",
-        "logits of the trained model and merged",
+        f"logits of the {subject.before} model and merged",
         "standard deviations",
         max(subject.asked.tolerance, widest),
     )
     row = 0
-    for sequence, found in zip(
-        evidence.sequences, reference.logits(evidence.sequences), strict=True
-    ):
-        trained = evidence.logits[row : row + len(sequence)]
+    both = zip(evidence.sequences, reference.logits(evidence.sequences), strict=True)
+    for number, (sequence, found) in enumerate(both):
+        before = evidence.logits[row : row + len(sequence)]
         row += len(sequence)
-        worst = np.abs(trained - found).max() / trained.std()
-        check.worst(float(worst), found.size, "a training example")
+        worst = np.abs(before - found).max() / before.std()
+        check.worst(float(worst), found.size, f"sequence {number}")
 
 
 def _check_tokens(certificate: Certificate, subject: Subject) -> None:

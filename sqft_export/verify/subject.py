@@ -53,7 +53,8 @@ class Subject:
 
     passes: model folders of sparsify and quantize, where the recipe has them.
     masks: artifact of sparsify, None without.
-    trained: artifact of search, which holds what trained. merge: artifact of merge.
+    watched: folder of what was kept of the forward before merging: of search, or, where nothing was
+        trained, of verify. merge: artifact of merge.
     exports: target -> artifact.
     dense_update: pruned positions were given up by an update merged densely.
     """
@@ -61,7 +62,7 @@ class Subject:
     asked: Asked
     passes: dict[str, Path]
     masks: Path | None
-    trained: Path
+    watched: Path
     merge: Path
     exports: dict[str, Path]
     dense_update: bool = False
@@ -80,6 +81,11 @@ class Subject:
         folder, sparse = self.exports[name] / "model", self.exports[name] / SPARSE
         found = [(name, folder)]
         return [*found, (f"{name}, sparse execution", sparse)] if sparse.is_dir() else found
+
+    @cached_property
+    def before(self) -> str:
+        """What the model was that was merged: trained, or compressed alone."""
+        return "trained" if (self.watched / "adapter").is_dir() else "compressed"
 
     @cached_property
     def adapter(self) -> Path | None:

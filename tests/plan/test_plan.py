@@ -212,3 +212,14 @@ def test_long_answers_and_large_vocabularies_need_memory(odd):
     assert more["adapt"] - plain["adapt"] > 4 * 80 * 32 * 250_000
     shorter = replace(WORK, example=WORK.example / 4)
     assert predict_memory(recipe, wide, shorter)["adapt"] < more["adapt"]
+
+
+def test_a_recipe_without_training_is_foretold(monkeypatch, tmp_path):
+    monkeypatch.setattr(preview, "measure_speeds", lambda *_: MACHINE)
+    trained, untrained = (
+        preview.preview(small_recipe(*settings), tmp_path) for settings in ((), ("adapt=none",))
+    )
+    passes = {step["pass"]: step for step in untrained["passes"]}
+    assert not {"adapt", "search", "teacher", "baselines"} & passes.keys()
+    assert all(step["predicted_seconds"] > 0 for step in passes.values())
+    assert untrained["seconds"] < trained["seconds"]

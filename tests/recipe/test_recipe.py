@@ -73,3 +73,15 @@ def test_paths_are_relative_to_the_recipe():
     recipe = load_recipe(ROOT / "recipes" / "mistral.yaml")
     assert recipe.resolve("../data/x") == ROOT / "data" / "x"
     assert recipe.resolve("builtin:tiny") == ROOT / "sqft_export" / "builtin" / "tiny"
+
+
+def test_training_can_be_left_out(tmp_path):
+    text = (ROOT / "recipes" / "tiny.yaml").read_text()
+    before, section, after = text.partition("adapt:\n")
+    rest = after[after.index("search:") :]
+    for words in ("adapt: none\n", ""):
+        (tmp_path / "untrained.yaml").write_text(before + words + rest)
+        assert load_recipe(tmp_path / "untrained.yaml").adapt is None
+    (tmp_path / "untrained.yaml").write_text(before + section + rest)
+    with pytest.raises(UserError, match="adapt: found None; is empty; none, or no such section"):
+        load_recipe(tmp_path / "untrained.yaml")
