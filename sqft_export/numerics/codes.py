@@ -17,6 +17,15 @@ class Quantized(NamedTuple):
     scale: np.ndarray
     zero_point: np.ndarray
 
+    def in_groups(self, groups: int) -> "Quantized":
+        """The same weight on as many groups, the numbers of each said again for all of its parts;
+        itself where they are no parts of its own."""
+        times, rest = divmod(groups, self.scale.shape[1])
+        if times == 1 or rest:
+            return self
+        scale, zero_point = (np.repeat(a, times, axis=1) for a in (self.scale, self.zero_point))
+        return Quantized(self.codes, scale, zero_point)
+
     @property
     def steps(self) -> np.ndarray:
         return codes_to_steps(self.codes, self.zero_point)

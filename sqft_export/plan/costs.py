@@ -40,6 +40,7 @@ def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
         deployed *= 2  # at most: a packed copy is never larger
     predicted = {
         "sparsify": stored + masks,
+        "reconstruct": 2 * stored,  # blocks that are done, and the whole of them
         "quantize": stored + 3 * scales,
         "adapt": adapter,
         "search": adapter,
@@ -139,6 +140,7 @@ ELEMENTWISE = {
 ELEMENTWISE_OUTER = {"export-openvino": 50, "export-onnx": 11, "verify": 100}
 # A training step: passes over adapted weights, over logits, and over the hidden states of a block.
 STEP_WEIGHTS, STEP_LOGITS, STEP_HIDDEN = 4.0, 10.0, 60.0
+ADAM_WEIGHTS = 12.0  # a step of Adam: passes over all weights
 STEP_EFFICIENCY = 0.68  # of products in a step, of which many are narrow, over large ones
 # Whatever the model: imports, tracing, a runtime's start.
 FIXED_SECONDS = {
@@ -174,6 +176,8 @@ def _work(name: str, recipe: Recipe, layout: Layout, workload: Workload) -> _Wor
     elements += ELEMENTWISE_OUTER.get(name, 0) * layout.others
     if name in ("sparsify", "quantize"):
         return _calibrated(name, recipe, layout, workload, elements)
+    if name == "reconstruct":
+        return _reconstruction(recipe, layout, workload)
     if name in ("adapt", "teacher"):
         return _training(recipe, layout, workload)
     if name in ("merge", "baselines"):
@@ -200,6 +204,17 @@ def _calibrated(
         seconds = COLUMN_SECONDS * sum(inputs for _, inputs in layout.linears.values())
     calls = 2 * recipe.calibration.samples * layout.blocks
     return _Work({FLOAT32: flops}, elements, seconds + CALL_SECONDS * calls)
+
+
+def _reconstruction(recipe: Recipe, layout: Layout, workload: Workload) -> _Work:
+    """Forward and backward of every step, and five runs of the samples through a block or its
+    dense one: for targets, errors before and after, and the inputs of the next."""
+    config = recipe.sparsify.reconstruct
+    assert config is not None
+    tokens = _calibration_tokens(recipe, workload)
+    drawn = min(config.batch, recipe.calibration.samples) / recipe.calibration.samples
+    flops = 2 * layout.weights * tokens * (3 * config.steps * drawn + 5)
+    return _Work({FLOAT32: flops / STEP_EFFICIENCY}, ADAM_WEIGHTS * config.steps * layout.weights)
 
 
 def _training(recipe: Recipe, layout: Layout, workload: Workload) -> _Work | None:
@@ -335,6 +350,20 @@ def _cached(recipe: Recipe, layout: Layout, workload: Workload) -> float:
     return min(CACHED, rows * most) * 2 * 4 * width * layout.blocks * KEYS
 
 
+def _reconstruction_bytes(recipe: Recipe, layout: Layout, workload: Workload) -> float:
+    """Two blocks, gradients and moments of one, hidden states of both and targets, and what a step
+    keeps for backward."""
+    config = recipe.sparsify.reconstruct
+    if config is None:
+        return 0
+    _, width = layout.embedding
+    hidden = 4 * _calibration_tokens(recipe, workload) * width
+    inside = sum(sum(shape) for shape in layout.linears.values()) / layout.blocks
+    drawn = min(config.batch, recipe.calibration.samples) / recipe.calibration.samples
+    kept = 4 * KEPT * drawn * _calibration_tokens(recipe, workload) * inside
+    return MAPPED + 5 * 4 * layout.weights / layout.blocks + 5 * hidden + kept
+
+
 def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[str, float]:
     """Peak resident bytes of every pass, and of the processes it starts."""
     written = predict_bytes(recipe, layout)
@@ -350,6 +379,7 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
     in_float = _torch_rows(recipe, layout)
     of_pass = {
         "sparsify": MAPPED + block + 3 * largest + activations,
+        "reconstruct": _reconstruction_bytes(recipe, layout, workload),
         "quantize": MAPPED + block + 2 * largest + 4 * widest**2 * gptq + activations,
         # The tuned model runs once, for what it computed with: a weight at a time is digested.
         "search": LOGITS + loaded + outer + 3 * largest + 2 * _adapter_bytes(recipe, layout),

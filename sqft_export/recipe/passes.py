@@ -8,6 +8,8 @@ def pass_names(recipe: Recipe) -> list[str]:
     names = []
     if recipe.sparsify.method != "none":
         names.append("sparsify")
+    if recipe.sparsify.reconstruct:
+        names.append("reconstruct")
     if recipe.quantize.method != "none":
         names.append("quantize")
     baselines = recipe.benchmark.baselines

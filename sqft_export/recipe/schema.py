@@ -175,9 +175,20 @@ class Override(Amount):
         return self
 
 
+class Reconstruct(Section):
+    """Kept weights trained, block by block, to give the dense block's output."""
+
+    steps: int = Field(60, ge=1, description="of every block")
+    learning_rate: float = Field(2e-4, gt=0, description="at first; it falls to nothing (cosine)")
+    batch: int = Field(4, ge=1, description="calibration samples of a step")
+
+
 class Sparsify(Amount):
     method: Literal["wanda", "sparsegpt", "magnitude", "given", "none"] = Field(
         "wanda", description="given: the model is sparse already, its zeros are the mask"
+    )
+    reconstruct: Reconstruct | None = Field(
+        None, description="train the kept weights, block by block; {} takes the defaults"
     )
     overrides: tuple[Override, ...] = Field((), description="the first that matches counts")
     allocation: Literal["uniform", "output-error"] = Field(
@@ -192,6 +203,11 @@ class Sparsify(Amount):
             amounts = self.sparsity is not None or self.pattern or self.at_most
             if amounts or self.overrides or self.allocated:
                 raise ValueError(f"method {self.method} takes no amounts")
+            if self.reconstruct:
+                raise ValueError(
+                    f"reconstruct: method {self.method} prunes nothing that a dense block is known "
+                    "for; it goes with wanda, sparsegpt and magnitude"
+                )
         elif (self.sparsity is None) == (self.pattern is None):
             raise ValueError("give either sparsity or pattern")
         elif self.allocated and self.pattern:

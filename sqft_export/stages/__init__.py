@@ -46,8 +46,8 @@ class Context:
         return Base(self.latest_model(), masks, grids, adapt.unmerged)
 
     def latest_model(self) -> Path:
-        """The last model folder before adapters: quantized, else sparse, else the base model."""
-        for name in ("quantize", "sparsify"):
+        """The last model folder before adapters."""
+        for name in ("quantize", "reconstruct", "sparsify"):
             if name in self.inputs:
                 return self.inputs[name].path / "model"
         return self.model
@@ -89,6 +89,7 @@ if TYPE_CHECKING:  # mypy holds every module to the protocol
         export,
         merge,
         quantize,
+        reconstruct,
         report,
         search,
         sparsify,
@@ -103,6 +104,7 @@ if TYPE_CHECKING:  # mypy holds every module to the protocol
         export,
         merge,
         quantize,
+        reconstruct,
         report,
         search,
         sparsify,

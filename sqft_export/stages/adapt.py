@@ -11,7 +11,7 @@ from sqft_export.run.device import device_of, training_dtype
 from sqft_export.run.launcher import process_rank
 from sqft_export.stages import Context
 
-CONSUMES: tuple[str, ...] = ("sparsify", "quantize", "teacher")
+CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "teacher")
 READS: tuple[str, ...] = ("model", "train")
 VERSION = 4
 RESUMES = True

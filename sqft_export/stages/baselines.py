@@ -5,7 +5,7 @@ from sqft_export.adapters.merging import write_merged
 from sqft_export.recipe.schema import Recipe
 from sqft_export.stages import Context
 
-CONSUMES: tuple[str, ...] = ("sparsify", "quantize")
+CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize")
 READS: tuple[str, ...] = ("model",)
 VERSION = 3
 RESUMES = False

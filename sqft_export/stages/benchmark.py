@@ -35,6 +35,7 @@ from sqft_export.targets.folder import ADAPTER_FOLDER
 
 CONSUMES: tuple[str, ...] = (
     "sparsify",
+    "reconstruct",
     "quantize",
     "search",
     "merge",
@@ -76,12 +77,15 @@ def _baselines(context: Context) -> Iterator[Row]:
     for word, stage, name, folder in (
         ("dense-lora", "teacher", "dense + LoRA", "dense-lora"),
         ("sparse", "sparsify", "sparse", "model"),
+        ("sparse", "reconstruct", "sparse, reconstructed", "model"),
         ("sparse-quantized", "baselines", f"sparse + {quantized}", "sparse-quantized"),
     ):
         if stage in context.inputs and word in wanted:
             made = context.inputs[stage]
             path = made.path / folder
-            yield Row(name, "torch", path, (path,), made.metrics["sparsity"]["all"])
+            # Reconstruction keeps the zeros it is given.
+            sparsity = context.inputs["sparsify" if stage == "reconstruct" else stage].metrics
+            yield Row(name, "torch", path, (path,), sparsity["sparsity"]["all"])
 
 
 def _tuned(context: Context) -> Iterator[Row]:

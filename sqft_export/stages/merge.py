@@ -9,7 +9,7 @@ from sqft_export.recipe.schema import Recipe
 from sqft_export.report.provenance import model_card, origin_of
 from sqft_export.stages import Context
 
-CONSUMES: tuple[str, ...] = ("sparsify", "quantize", "search")
+CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "search")
 READS: tuple[str, ...] = ()
 VERSION = 4
 RESUMES = False

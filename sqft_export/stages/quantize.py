@@ -34,7 +34,7 @@ from sqft_export.recipe.schema import Recipe
 from sqft_export.run.device import device_name, device_of
 from sqft_export.stages import Context
 
-CONSUMES: tuple[str, ...] = ("sparsify",)
+CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct")
 READS: tuple[str, ...] = ("model", "calibration")
 VERSION = 3
 RESUMES = False

@@ -12,6 +12,7 @@ from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = (
     "sparsify",
+    "reconstruct",
     "quantize",
     "adapt",
     "search",

@@ -26,7 +26,7 @@ from sqft_export.search import Ranks, Score, Space, strategy
 from sqft_export.stages import Context
 from sqft_export.targets.torch import TorchSession
 
-CONSUMES: tuple[str, ...] = ("sparsify", "quantize", "adapt")
+CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "adapt")
 READS: tuple[str, ...] = ("model", "train")
 VERSION = 3
 RESUMES = True

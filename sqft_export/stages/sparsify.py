@@ -29,7 +29,7 @@ DISTRIBUTED = False
 
 def options(recipe: Recipe) -> dict:
     return {
-        "sparsify": recipe.sparsify.model_dump(),
+        "sparsify": recipe.sparsify.model_dump(exclude={"reconstruct"}),
         "calibration": calibration_options(recipe),
         "seed": recipe.seed,
     }

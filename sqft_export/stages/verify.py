@@ -16,10 +16,11 @@ from sqft_export.recipe.schema import Recipe
 from sqft_export.run.device import device_name, device_of
 from sqft_export.stages import Context
 from sqft_export.verify.certify import certify
-from sqft_export.verify.subject import Asked, Subject
+from sqft_export.verify.subject import BEFORE, Asked, Subject
 
 CONSUMES: tuple[str, ...] = (
     "sparsify",
+    "reconstruct",
     "quantize",
     "search",
     "merge",
@@ -74,8 +75,7 @@ def run(context: Context) -> dict:
         for name, artifact in context.inputs.items()
         if name.startswith("export-")
     }
-    before: list[str] = [name for name in ("sparsify", "quantize") if name in context.inputs]
-    passes = {name: context.inputs[name].path / "model" for name in before}
+    passes = {n: context.inputs[n].path / "model" for n in BEFORE if n in context.inputs}
     asked = _asked(context)
     asked.write(context.folder)
     device = device_of(context.recipe.device)

@@ -59,7 +59,12 @@ class Check:
             self.blame(where, int(np.count_nonzero(dropped & nonzero)))
 
     def compare(self, one: Quantized, other: Quantized, where: str) -> None:
-        """Add codes, scales and zero points; all of them differ where the shapes do."""
+        """Add codes, scales and zero points; all of them differ where the shapes do.
+
+        A file may say the numbers of a group again for each of its parts.
+        """
+        groups = max(one.scale.shape[1], other.scale.shape[1])
+        one, other = one.in_groups(groups), other.in_groups(groups)
         for ours, theirs, part in zip(one, other, Quantized._fields, strict=True):
             # A float16 scale and its float32 copy are compared as float32, which is exact.
             same = ours.shape == theirs.shape

@@ -12,7 +12,7 @@ from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.compute import check_compute
 from sqft_export.verify.fidelity import check_fidelity, reference_of
 from sqft_export.verify.storage import check_storage
-from sqft_export.verify.subject import Asked, Subject
+from sqft_export.verify.subject import BEFORE, Asked, Subject
 
 
 def certify(
@@ -60,7 +60,7 @@ def certify_again(root: Path, scratch: Path) -> tuple[list[Artifact], Certificat
     exports = {n.removeprefix("export-"): a.path for n, a in chain.items() if n[:7] == "export-"}
     subject = Subject(
         Asked.read(verified.path),
-        {n: chain[n].path / "model" for n in ("sparsify", "quantize") if n in chain},
+        {n: chain[n].path / "model" for n in BEFORE if n in chain},
         chain["sparsify"].path if "sparsify" in chain else None,
         chain["search"].path if "search" in chain else verified.path,
         chain["merge"].path,

@@ -18,6 +18,7 @@ from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.packed.folders import SPARSE
 
 SUBJECT = "subject.json"
+BEFORE = ("sparsify", "reconstruct", "quantize")  # passes that write a model with the mask's zeros
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Asked:
 class Subject:
     """Artifacts of one run.
 
-    passes: model folders of sparsify and quantize, where the recipe has them.
+    passes: model folders of those of ``BEFORE`` that the recipe has.
     masks: artifact of sparsify, None without.
     watched: folder of what was kept of the forward before merging: of search, or, where nothing was
         trained, of verify. merge: artifact of merge.

@@ -138,6 +138,24 @@ def test_every_grid_reaches_both_runtimes_bit_for_bit(tmp_path, kind, tied):
     assert bits == ({4, 8} if mixed else {recipe.quantize.bits})
 
 
+def test_a_tied_embedding_in_int8_is_stored_once(tmp_path):
+    """576 columns are no power of two: blocks of 64 with the row's scale, and no filling."""
+    sizes = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3}
+    model = random_model(tmp_path / "model", tie_word_embeddings=True, **sizes)
+    settings = (
+        "adapt=none",
+        "quantize.embedding_bits=8",
+        "verify.prompts=2",
+        "verify.divergence=1",
+    )
+    run = run_recipe(small_recipe(*settings, model_path=model), tmp_path / "runs", ("verify",))
+    codes = Checkpoint(model).shapes["model.embed_tokens.weight"][0] * 576
+    decoder = sum(rows * columns for rows, columns in Checkpoint(model).linears.values())
+    for name, weights in (("openvino", "openvino_model.bin"), ("onnx", "model.onnx.data")):
+        stored = (run[f"export-{name}"].path / "model" / weights).stat().st_size
+        assert codes + decoder / 2 < stored < 1.2 * (codes + decoder / 2), name
+
+
 def test_float_results_reach_both_runtimes_with_their_zeros(tmp_path):
     model = random_model(tmp_path / "model")
     recipe = small_recipe(

@@ -32,6 +32,7 @@ from sqft_export.packed.folders import packed_file
 
 # Activations in int8, as the builder's own default on CPU.
 DEPLOYED_ACCURACY = 4
+BLOCKS = (16, 32, 64, 128, 256)  # that MatMulNBits has fast kernels for
 INLINE_BYTES = 1024  # smaller tensors stay in the graph's own file
 DATA_ALIGNMENT = 4096  # of a tensor in the data file, so that it can be mapped
 
@@ -137,10 +138,15 @@ class Weights:
 
 
 def block_size(inputs: int, group_size: int) -> int:
-    """MatMulNBits' block: the group, or for one group a row the next power of two from 16 up."""
-    if group_size < inputs or (group_size >= 16 and group_size & (group_size - 1) == 0):
+    """MatMulNBits' block: the group; of one group a row the largest power of two that divides it.
+
+    The scale is said again for every block then. A row that none divides is one block, filled up
+    to the next power of two.
+    """
+    if group_size < inputs:
         return group_size
-    return max(16, 1 << (inputs - 1).bit_length())
+    dividing = [size for size in BLOCKS if inputs % size == 0]
+    return max(dividing, default=max(16, 1 << (inputs - 1).bit_length()))
 
 
 def _packed_rows(values: np.ndarray, bits: int) -> np.ndarray:
@@ -154,7 +160,9 @@ def block_arrays(layers: list[tuple[np.ndarray, Grid]]) -> tuple[dict[str, np.nd
     codes = np.concatenate([codes for codes, _ in layers])
     scales = np.concatenate([grid.scale.numpy() for _, grid in layers]).astype(np.float32)
     zeros = np.concatenate([grid.zero_point.numpy() for _, grid in layers])
-    outputs, blocks = scales.shape
+    blocks = -(-inputs // size)
+    _, scales, zeros = Quantized(codes, scales, zeros).in_groups(blocks)
+    outputs = len(codes)
     if blocks * size != inputs:  # a short last block is filled with zeros
         padded = np.repeat(zeros, size, axis=1)
         padded[:, :inputs] = codes
@@ -199,8 +207,9 @@ def quantize_gather(
     codes, grid = weights.codes(Rows(embedding))
     rows, columns = codes.shape
     size = block_size(columns, grid.group_size)
-    scale, zero = grid.scale.numpy().astype(np.float32), grid.zero_point.numpy()
-    if head and size == columns:
+    whole = Quantized(codes, grid.scale.numpy().astype(np.float32), grid.zero_point.numpy())
+    _, scale, zero = whole.in_groups(-(-columns // size))
+    if head and columns % size == 0:
         shape = data.add(graph, f"{embedding}.shape", np.array([rows, columns], np.int64))
         reshape = helper.make_node("Reshape", [f"{head}.B", shape], [f"{embedding}.B"])
         graph.node.insert(0, reshape)
