@@ -37,14 +37,23 @@ def relative_error(block: Block, targets: list[Tensor]) -> float:
     return error / sum(float(target.square().sum()) for target in targets)
 
 
-def _together(block: Block, chosen: list[int]) -> list[list[int]]:
-    """Calls that can be one: of one length, with keywords that hold for any number of rows."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index in chosen:
-        hidden, kwargs = block.calls[index]
-        alone = 0 if all(map(_broadcasts, kwargs.values())) else index + 1
-        groups.setdefault((hidden.shape[1], alone), []).append(index)
-    return list(groups.values())
+def together(block: Block, chosen: list[int]) -> list[list[int]]:
+    """Calls that can be one: those whose keywords hold for any number of rows."""
+    joined = [i for i in chosen if all(map(_broadcasts, block.calls[i][1].values()))]
+    alone = [[index] for index in chosen if index not in joined]
+    return [joined, *alone] if joined else alone
+
+
+def joined_outputs(block: Block, group: list[int]) -> list[Tensor]:
+    """What a block gives for some of its calls, run as one: ``[length, hidden]`` each.
+
+    Short ones are filled up on the right, where a causal model's tokens before do not look.
+    """
+    hidden = [block.calls[index][0][0] for index in group]
+    longest = max(group, key=lambda index: block.calls[index][0].shape[1])
+    rows = nn.utils.rnn.pad_sequence(hidden, batch_first=True)
+    output = _output(block.module, rows, block.calls[longest][1])
+    return [row[: len(states)] for row, states in zip(output, hidden, strict=True)]
 
 
 def _broadcasts(value: Any) -> bool:
@@ -70,11 +79,11 @@ def _drawn(count: int, config: Reconstruct, seed: int) -> Iterator[list[int]]:
 
 def _backward(block: Block, targets: list[Tensor], chosen: list[int]) -> None:
     """Gradients of the mean squared error over some samples."""
-    for group in _together(block, chosen):
-        hidden = torch.cat([block.calls[index][0] for index in group])
-        output = _output(block.module, hidden, block.calls[group[0]][1])
-        loss = nn.functional.mse_loss(output, torch.cat([targets[index] for index in group]))
-        (loss * len(group) / len(chosen)).backward()
+    numbers = sum(targets[index].numel() for index in chosen)
+    for group in together(block, chosen):
+        outputs = zip(joined_outputs(block, group), group, strict=True)
+        errors = [(ours - targets[index][0]).square().sum() for ours, index in outputs]
+        (torch.stack(errors).sum() / numbers).backward()
 
 
 @torch.enable_grad()

@@ -32,7 +32,7 @@ from sqft_export.packed.folders import packed_file
 
 # Activations in int8, as the builder's own default on CPU.
 DEPLOYED_ACCURACY = 4
-BLOCKS = (16, 32, 64, 128, 256)  # that MatMulNBits has fast kernels for
+BLOCK_SIZES = (16, 32, 64, 128, 256)  # that MatMulNBits has fast kernels for
 INLINE_BYTES = 1024  # smaller tensors stay in the graph's own file
 DATA_ALIGNMENT = 4096  # of a tensor in the data file, so that it can be mapped
 
@@ -145,7 +145,7 @@ def block_size(inputs: int, group_size: int) -> int:
     """
     if group_size < inputs:
         return group_size
-    dividing = [size for size in BLOCKS if inputs % size == 0]
+    dividing = [size for size in BLOCK_SIZES if inputs % size == 0]
     return max(dividing, default=max(16, 1 << (inputs - 1).bit_length()))
 
 
