@@ -64,6 +64,7 @@ ORDER = [
     {"plan.tokenizer", "plan.speeds"},
     {"plan.costs"},
     {"plan.checks"},
+    {"report.verdict"},
     {"report.text", "report.html", "report.pictures", "report.document", "report.provenance"},
     {"report.runs"},
     {"stages"},

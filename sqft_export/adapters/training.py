@@ -175,19 +175,26 @@ class _Trainer(PlainCheckpointTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.pace.add(inputs["attention_mask"])
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         distill = self.config.distill
-        if self.teacher is not None and distill is not None:
-            with torch.no_grad():
-                without_labels = {k: v for k, v in inputs.items() if k != "labels"}
-                teacher = self.teacher(**without_labels).logits
-            away = divergence(
-                outputs.logits, teacher, inputs["labels"], distill.temperature, num_items_in_batch
-            )
-            if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-                # As the Trainer does with the loss: its mean over processes is taken later.
-                away = away * self.accelerator.num_processes
-            loss = (1 - distill.weight) * loss + distill.weight * away
+        if self.teacher is None or distill is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = inputs | {"output_hidden_states": bool(distill.layers)}
+        labels = inputs["labels"]
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with torch.no_grad():
+            teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"})
+        away = distill.weight * divergence(
+            outputs.logits, teacher.logits, labels, distill.temperature, num_items_in_batch
+        )
+        if distill.layers:
+            error = layer_error(outputs.hidden_states, teacher.hidden_states, labels)
+            counted = (labels[:, 1:] != -100).sum()
+            share = 1.0 if num_items_in_batch is None else counted / num_items_in_batch
+            away = away + distill.layers * share * error
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # As the Trainer does with the loss: its mean over processes is taken later.
+            away = away * self.accelerator.num_processes
+        loss = (1 - distill.weight) * loss + away
         return (loss, outputs) if return_outputs else loss
 
 
@@ -205,6 +212,23 @@ def divergence(
     theirs = (teacher[:, :-1][wanted].float() / temperature).log_softmax(-1)
     total = nn.functional.kl_div(ours, theirs, reduction="sum", log_target=True)
     return temperature**2 * total / (wanted.sum() if count is None else count)
+
+
+def layer_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """Mean over blocks of ``|student - teacher|^2 / |teacher|^2`` at the tokens of the loss, as
+    SquareHead has it (arXiv 2310.06927).
+
+    :param student, teacher: hidden states ``[batch, length, hidden]``: the embedding's, which is
+        the same, and every block's.
+    :param labels: ``[batch, length]``, -100 where a token is not in the loss.
+    """
+    wanted = labels != -100
+    errors = []
+    for ours, theirs in zip(student[1:], teacher[1:], strict=True):
+        expected = theirs[wanted].float()
+        error = (ours[wanted].float() - expected).square().sum()
+        errors.append(error / expected.square().sum())
+    return torch.stack(errors).mean()
 
 
 def padding_id(model: nn.Module, tokenizer: Any) -> int:

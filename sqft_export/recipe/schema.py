@@ -287,6 +287,12 @@ class Distill(Section):
     )
     weight: float = Field(0.5, gt=0, le=1, description="of the divergence; the rest is the loss")
     temperature: float = Field(1.0, gt=0)
+    layers: float = Field(
+        0.0,
+        ge=0,
+        description="of the mean over blocks of the squared error of their outputs, as a share of "
+        "the teacher's squares, which is added",
+    )
 
 
 class Adapt(Section):

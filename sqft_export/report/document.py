@@ -4,9 +4,10 @@ import json
 from typing import Any
 
 from sqft_export.recipe.schema import Recipe
+from sqft_export.report.verdict import verdict
 from sqft_export.run.artifact import Artifact
 
-SCHEMA = 3
+SCHEMA = 4
 MEASURES = {
     "problems": "exact match",
     "dataset": "answered right",
@@ -18,6 +19,7 @@ COLUMNS = (
     ("perplexity", lambda r: f"{r['perplexity']:.3f}"),
     ("sparsity", lambda r: f"{100 * r['sparsity']:.1f} %"),
     ("files", lambda r: f"{r['file_bytes'] / 1e6:.2f} MB"),
+    ("bits a weight", lambda r: f"{r['bits_per_weight']:.2f}"),
     ("TTFT ms", lambda r: _latency(r["ttft"])),
     ("TPOT ms", lambda r: _latency(r["tpot"])),
     ("peak memory", lambda r: f"{r['peak_memory_bytes'] / 2**20:.0f} MiB"),
@@ -89,6 +91,7 @@ def report_of_run(recipe: Recipe, inputs: dict[str, Artifact]) -> dict[str, Any]
         "schema": SCHEMA,
         "recipe": recipe.model_dump(mode="json"),
         "measure": MEASURES[recipe.task.kind],
+        "verdict": verdict(benchmark["rows"], MEASURES[recipe.task.kind]),
         "rows": benchmark["rows"],
         "settings": benchmark["settings"],
         "verify": inputs["verify"].metrics["checks"],

@@ -85,6 +85,10 @@ COSTS: dict[str, tuple[str, Callable[[dict], float]]] = {
 }
 
 
+def cost_of(row: dict, cost: str) -> float:
+    return COSTS[cost][1](row)
+
+
 def pareto(points: list["Point"]) -> list["Point"]:
     """Points that no other one beats in both cost (first) and accuracy (second), by cost."""
     front: list[Point] = []
@@ -96,11 +100,10 @@ def pareto(points: list["Point"]) -> list["Point"]:
 
 def _plane(axes: Any, rows: list[dict], measure: str, cost: str, room: float) -> list["Point"]:
     """Axes of cost and accuracy with the line of what nothing beats; the rows as points."""
-    label, cost_of = COSTS[cost]
-    points = [(cost_of(row), 100 * row["accuracy"]) for row in rows]
+    points = [(cost_of(row, cost), 100 * row["accuracy"]) for row in rows]
     front = zip(*pareto(points), strict=True)
     axes.step(*front, where="post", color="#888888", lw=1, zorder=2)
-    axes.set_xlabel(label)
+    axes.set_xlabel(COSTS[cost][0])
     axes.set_ylabel(f"{measure}, %")
     axes.margins(y=0.2)
     axes.set_xlim(0, room * max(x for x, _ in points))

@@ -17,6 +17,7 @@ from sqft_export.report import pictures
 from sqft_export.report.document import SCHEMA, cells
 from sqft_export.report.html import render
 from sqft_export.report.text import markdown
+from sqft_export.report.verdict import choice
 from sqft_export.run.artifact import MANIFEST, check_artifact
 from sqft_export.textfiles import read_json
 
@@ -47,6 +48,7 @@ class _Row(BaseModel):
     perplexity: float
     sparsity: _Share
     file_bytes: _Amount
+    bits_per_weight: _Amount
     ttft: _Spread
     tpot: _Spread
     peak_memory_bytes: _Amount
@@ -182,6 +184,7 @@ def comparison_of(runs: list[Run]) -> dict[str, Any]:
             for name, run in zip(names, runs, strict=True)
         ],
         "fields": fields,
+        "choice": choice(rows),
         "rows": rows,
         "warnings": warnings,
         "machines": machines,
@@ -189,12 +192,15 @@ def comparison_of(runs: list[Run]) -> dict[str, Any]:
 
 
 def _marked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, those on the front of accuracy and bytes with a mark."""
-    points = [(float(row["file_bytes"]), 100 * row["accuracy"]) for row in rows]
-    front = pictures.pareto(points)
+    """The rows, with a mark those that nothing beats in accuracy and bytes (*), and in accuracy and
+    tokens a second (+)."""
+    marks = [""] * len(rows)
+    for mark, cost in (("*", "file_bytes"), ("+", "tpot")):
+        points = [(pictures.cost_of(row, cost), 100 * row["accuracy"]) for row in rows]
+        front = pictures.pareto(points)
+        marks = [m + mark * (p in front) for m, p in zip(marks, points, strict=True)]
     return [
-        row | {"name": f"{row['name']} *" if point in front else row["name"]}
-        for row, point in zip(rows, points, strict=True)
+        row | {"name": f"{row['name']} {m}".strip()} for row, m in zip(rows, marks, strict=True)
     ]
 
 
@@ -217,6 +223,7 @@ def compare_runs(folders: list[Path], out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     page = render("comparison.html", document=document, table=table, pictures=drawn)
     (out / "comparison.json").write_text(json.dumps(document, indent=2) + "\n")
-    (out / "comparison.md").write_text(markdown(table))
+    first = f"{document['choice']}.\n\n" if document["choice"] else ""
+    (out / "comparison.md").write_text(first + markdown(table))
     (out / "index.html").write_text(page)
     return document

@@ -7,13 +7,14 @@ mode.
 
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from sqft_export.data.items import Data, Item, first_of_every_set, load_tokenizer, stop_ids
-from sqft_export.data.scoring import judge, questions
+from sqft_export.data.scoring import Judged, judge, questions
 from sqft_export.measure.machine import machine_facts
 from sqft_export.measure.rows import (
     MADE,
@@ -23,7 +24,9 @@ from sqft_export.measure.rows import (
     latency_row,
     stored_bytes,
 )
+from sqft_export.measure.statistics import mcnemar
 from sqft_export.measure.worker import in_a_process
+from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.packed.folders import PACKED, SPARSE
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.artifact import key_of
@@ -45,7 +48,7 @@ CONSUMES: tuple[str, ...] = (
     "baselines",
 )
 READS: tuple[str, ...] = ("model", "test")
-VERSION = 6
+VERSION = 7
 RESUMES = False
 DISTRIBUTED = False
 
@@ -162,19 +165,14 @@ def run(context: Context) -> dict:
     tokenizer = load_tokenizer(context.model)
     table = rows(context)
     items, runs = _measured(context, table, Data(recipe, tokenizer).test, tokenizer)
-    results: list[dict[str, Any]] = []
-    first: list[bool] = []
+    judged = {row.name: judge(recipe, items, runs[row.name][0], tokenizer) for row in table}
     with (context.folder / "items.jsonl").open("w") as log:
-        for row in table:
-            result = runs[row.name][0]
-            judged = judge(recipe, items, result, tokenizer)
-            for number, answer in enumerate(judged):
-                entry = {"row": row.name, "item": number} | answer_entry(answer)
+        for name, answers in judged.items():
+            for number, answer in enumerate(answers):
+                entry = {"row": name, "item": number} | answer_entry(answer)
                 log.write(json.dumps(entry) + "\n")
-            first = first or [answer.right for answer in judged]
-            kept = {k: v for k, v in result.items() if k not in ANSWERS}
-            found = accuracy_row(judged, result, first) | latency_row(runs[row.name])
-            results.append(_described(row) | found | kept)
+    weights = _parameters(Checkpoint(context.model))
+    results = [_described(row, weights) | _found(row.name, judged, runs[row.name]) for row in table]
     document = {
         "settings": _settings(recipe, items),
         "machine": machine_facts(),
@@ -182,6 +180,25 @@ def run(context: Context) -> dict:
     }
     (context.folder / "results.json").write_text(json.dumps(document, indent=2) + "\n")
     return {"rows": len(results), "warnings": _warnings(results, recipe.adapt is not None)}
+
+
+def _parameters(base: Checkpoint) -> int:
+    """Weights of the base; a matrix that embedding and head share counts once."""
+    return sum(math.prod(shape) for shape in base.shapes.values())
+
+
+def _found(
+    name: str, judged: dict[str, list[Judged]], runs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Figures of a row; its answers beside those of the first row and of dense + LoRA."""
+    first, lora = (
+        [answer.right for answer in judged.get(other, [])]
+        for other in (next(iter(judged)), "dense + LoRA")
+    )
+    right = [answer.right for answer in judged[name]]
+    kept = {k: v for k, v in runs[0].items() if k not in ANSWERS}
+    found = accuracy_row(judged[name], runs[0], first) | latency_row(runs) | kept
+    return found | {"p_same_as_lora": mcnemar(right, lora) if right and lora else None}
 
 
 def _measured(
@@ -262,13 +279,16 @@ def _is_worse(row: dict[str, Any], start: dict[str, Any], figure: str) -> bool:
     return row[figure] < (interval[0] if interval else start[figure])
 
 
-def _described(row: Row) -> dict[str, Any]:
+def _described(row: Row, weights: int) -> dict[str, Any]:
+    """:param weights: of the base."""
+    stored = stored_bytes(row.stored)
     return {
         "name": row.name,
         "runtime": "torch" if row.kind == "adapted" else row.kind,
         "device": row.device,
         "sparsity": row.sparsity,
-        "file_bytes": stored_bytes(row.stored),
+        "file_bytes": stored,
+        "bits_per_weight": 8 * stored / weights,
     }
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from sqft_export.adapters.elastic import draw_ranks, elastic_layers, set_ranks
 from sqft_export.adapters.files import Base
 from sqft_export.adapters.loading import add_adapters, load_compressed
-from sqft_export.adapters.training import _LikeLengths, collate, train_adapter
+from sqft_export.adapters.training import _LikeLengths, collate, layer_error, train_adapter
 from sqft_export.data.items import Example
 from sqft_export.errors import UserError
 from sqft_export.recipe.schema import Adapt
@@ -30,7 +30,7 @@ class Interrupted(Exception):
     pass
 
 
-def run(model: nn.Module, settings: Adapt, folder, stop_at: int | None = None, examples=EXAMPLES):
+def run(model: nn.Module, settings: Adapt, folder, stop_at=None, examples=EXAMPLES, teacher=None):
     layers = elastic_layers(model)
     groups = {name: [name] for name in layers}
 
@@ -40,7 +40,7 @@ def run(model: nn.Module, settings: Adapt, folder, stop_at: int | None = None, e
         set_ranks(layers, groups, draw_ranks(list(groups), (8, 4, 2), 7, step))
 
     return train_adapter(
-        model, examples, settings, 7, 1, folder, before_step, lambda note="": None
+        model, examples, settings, 7, 1, folder, before_step, lambda note="": None, teacher
     )[0]
 
 
@@ -142,3 +142,33 @@ def test_the_log_has_tokens_and_what_filled_batches_up(random_llama, tmp_path):
     assert pace > 0
     assert len(notes) == 8
     assert re.fullmatch(r"loss \d+\.\d{3}, [\d,]+ tokens/s", notes[-1])
+
+
+def test_layers_learn_to_give_what_the_teachers_give(random_llama, tmp_path):
+    """Half of the student is gone; its loss alone does not ask for what blocks give."""
+    batch = collate([{"input_ids": e.ids, "skip": e.skip} for e in EXAMPLES[:8]], 1)
+    labels = batch.pop("labels")
+    teacher = load_compressed(Base(random_llama), torch.float32)
+
+    def error(layers: float, folder) -> float:
+        student = start(random_llama)
+        for layer in elastic_layers(student).values():
+            weight = layer.get_base_layer().weight
+            weight.data[:, ::2] = 0
+        distill = {"weight": 0.5, "layers": layers}
+        run(student, config(steps=30, distill=distill), folder, teacher=teacher)
+        with torch.no_grad():
+            ours, theirs = (
+                model(**batch, output_hidden_states=True).hidden_states
+                for model in (student, teacher)
+            )
+        found = layer_error(ours, theirs, labels)
+        wanted = labels != -100
+        by_hand = [
+            ((one[wanted] - other[wanted]) ** 2).sum() / (other[wanted] ** 2).sum()
+            for one, other in zip(ours[1:], theirs[1:], strict=True)
+        ]
+        assert found == pytest.approx(float(sum(by_hand) / len(by_hand)))
+        return float(found)
+
+    assert error(10.0, tmp_path / "with") < 0.9 * error(0.0, tmp_path / "without")

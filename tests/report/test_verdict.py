@@ -1,0 +1,73 @@
+"""The first line of a report, and which of several runs is worth it."""
+
+import json
+
+import pytest
+
+from sqft_export.report.verdict import choice, verdict
+
+
+def row(name: str, accuracy: float, bytes_: float, tpot: float, **more) -> dict:
+    interval = [accuracy - 0.07, accuracy + 0.07]
+    figures = {"accuracy": accuracy, "interval": interval, "file_bytes": bytes_, "sparsity": 0.5}
+    return {
+        **{"name": name, "tpot": {"median_ms": tpot}, "peak_memory_bytes": 10 * bytes_},
+        **figures,
+        **more,
+    }
+
+
+DENSE = row("dense base", 0.515, 200e6, 40.0)
+LORA = row("dense + LoRA", 0.645, 200e6, 40.0)
+MADE = row("OpenVINO", 0.52, 50e6, 10.0, p_same_as_lora=0.0004, p_same_as_first=0.9)
+SLOWER = row("ONNX Runtime", 0.53, 60e6, 12.0, p_same_as_lora=0.2, p_same_as_first=0.8)
+
+
+def test_what_was_bought_and_what_it_cost():
+    assert verdict([DENSE, LORA, MADE, SLOWER], "answered right") == (
+        "OpenVINO, the fastest deployment: 25 % of the dense base's bytes (50.0 of 200.0 MB), "
+        "4.0 times its tokens a second in torch (100 a second), 25 % of its peak memory. It cost: "
+        "52.0 % (45.0 to 59.0) answered right, 12.5 points below dense + LoRA's 64.5 %; a paired "
+        "test tells them apart (p 0.0004)."
+    )
+
+
+def test_a_model_that_was_not_trained_is_held_against_the_dense_base():
+    said = verdict([DENSE, MADE], "answered right")
+    assert "0.5 points above dense base's 51.5 %; a paired test does not tell them apart" in said
+
+
+def test_plain_text_has_no_interval_and_no_test():
+    plain = [r | {"interval": None} for r in (DENSE, MADE | {"p_same_as_first": None})]
+    said = verdict(plain, "tokens predicted right")
+    assert said.endswith("52.0 % tokens predicted right, 0.5 points above dense base's 51.5 %.")
+    assert choice(plain) is None
+
+
+@pytest.mark.parametrize("rows", [[DENSE], [MADE], [LORA, MADE]])
+def test_without_a_deployment_or_a_dense_base_nothing_is_said(rows):
+    assert verdict(rows, "answered right") is None
+
+
+def test_what_is_worth_it_may_be_dense():
+    """The smallest and the fastest of those as good as the best, whatever they are."""
+    sparse = row("sparsity 0.7: OpenVINO", 0.40, 20e6, 5.0)
+    dense = row("bits 3: OpenVINO", 0.58, 40e6, 11.0)
+    best = row("bits 4: OpenVINO", 0.60, 50e6, 9.0)
+    assert choice([sparse, dense, best]) == (
+        "Most accurate: bits 4: OpenVINO, 60.0 %. Of the 2 whose interval reaches that, the "
+        "smallest is bits 3: OpenVINO (58.0 %, 40.0 MB) and the fastest bits 4: OpenVINO (60.0 %, "
+        "9.00 ms a token)"
+    )
+
+
+def test_the_report_begins_with_it(tiny_run):
+    folder = tiny_run["report"].path
+    document = json.loads((folder / "report.json").read_text())
+    assert "a paired test" in document["verdict"]
+    assert (folder / "report.md").read_text().startswith(document["verdict"])
+    page = (folder / "index.html").read_text()
+    assert page.index("the fastest deployment") < page.index("Accuracy is")
+    for found in document["rows"]:
+        stored = 8 * found["file_bytes"] / found["bits_per_weight"]
+        assert stored == pytest.approx(2_836_736, rel=0.01)  # weights of the embedded model
