@@ -13,7 +13,7 @@ from statistics import mean, stdev
 
 from document import finish, spread, table
 
-from sqft_export.data.items import Data, first_of_every_set, load_tokenizer
+from sqft_export.data.items import Data, first_of_every_set, load_tokenizer, stop_ids
 from sqft_export.data.scoring import accuracy_of, judge, questions
 from sqft_export.measure.likelihood import score
 from sqft_export.recipe.load import load_recipe
@@ -42,7 +42,8 @@ def accuracy(recipe: Recipe, folder: Path) -> dict[str, float]:
     tokenizer = load_tokenizer(folder)
     items = first_of_every_set(Data(recipe, tokenizer).test, recipe.benchmark.items)
     found = score(
-        target("torch").open_session(folder, True, None), questions(recipe, items, tokenizer)
+        target("torch").open_session(folder, True, None),
+        questions(recipe, items, stop_ids(folder, tokenizer)),
     )
     share = accuracy_of(judge(recipe, items, found, tokenizer), found)
     return {"accuracy": 100 * share, "perplexity": found["perplexity"]}

@@ -1,0 +1,179 @@
+"""A real model on real tasks: what sparsity and few bits cost it, what tuning buys back.
+
+    python benchmarks/real_model.py --model <Hugging Face folder> --data <folder of sets> \\
+        --text <plain text> [--sets arc_easy] [--seeds 0 1 2] [--set adapt.steps=60]
+
+`recipes/smollm2.yaml` in the ways below, tuned alike from each seed. Of a row, in torch: accuracy
+(of most likely choices, and with likelihoods by character) on held-out items, how often a paired
+test tells it from dense + LoRA, perplexity on the text, mean KL divergence and same top token
+against the dense base there, and bits a weight of the packed OpenVINO file (its entropy level) over
+all weights. ``--runs`` keeps what was trained, to go on from there.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from document import finish, spread, table
+from torch import Tensor
+
+from sqft_export.data.items import Data, Item, first_of_every_set, load_tokenizer, stop_ids
+from sqft_export.data.scoring import accuracy_by_set, judge, questions
+from sqft_export.measure.likelihood import score
+from sqft_export.measure.statistics import mcnemar
+from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.floats import load_model
+from sqft_export.recipe.load import load_recipe
+from sqft_export.recipe.schema import Recipe
+from sqft_export.run.pipeline import run_recipe
+from sqft_export.targets import target
+
+ROOT = Path(__file__).parent.parent
+WINDOW, WINDOWS = 256, 32
+DENSE, LORA = "dense", "dense + LoRA"
+FLOATS, UNPRUNED = "quantize={method: none}", "sparsify={method: none}"
+PLAIN, UNTUNED = "sparsify.reconstruct=null", "adapt=none"
+# What is made of the base, and the pass that makes it.
+ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
+    LORA: ("teacher", ("benchmark.baselines=[dense-lora]",)),
+    "dense INT4, tuned": ("merge", (UNPRUNED,)),
+    "dense INT3, tuned": ("merge", (UNPRUNED, "quantize.bits=3")),
+    "sparse": ("merge", (FLOATS, PLAIN, UNTUNED)),
+    "sparse, reconstructed": ("merge", (FLOATS, UNTUNED)),
+    "sparse INT4": ("merge", (PLAIN, UNTUNED)),
+    "sparse INT4, reconstructed": ("merge", (UNTUNED,)),
+    "SparsePEFT": ("merge", (FLOATS, "adapt.pipeline=sparsepeft")),
+    "QA-SparsePEFT": ("merge", ()),
+    "QA-SparsePEFT, not reconstructed": ("merge", (PLAIN,)),
+    "QA-SparsePEFT, 60 %": ("merge", ("sparsify.sparsity=0.6",)),
+    "QA-SparsePEFT, bounded blocks": ("merge", ("sparsify.at_most=[32, 64]",)),
+    "QA-SparsePEFT, 2:4": ("merge", ("sparsify.sparsity=null", "sparsify.pattern='2:4'")),
+}
+PACKED = ("export={targets: [openvino], sparse_files: true, entropy: true}",)
+
+
+def windows(folder: Path, text: Path) -> list[Tensor]:
+    ids = load_tokenizer(folder)(text.read_text(), add_special_tokens=False)["input_ids"]
+    starts = range(0, len(ids) - WINDOW, WINDOW)
+    return [torch.tensor([ids[at : at + WINDOW]]) for at in starts][:WINDOWS]
+
+
+@torch.no_grad()
+def logits(folder: Path, asked: list[Tensor]) -> Iterator[Tensor]:
+    """Log probabilities ``[length, vocabulary]`` after every window's tokens."""
+    model = load_model(Checkpoint(folder), torch.float32)
+    for ids in asked:
+        yield model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+
+
+def on_text(folder: Path, base: Path, asked: list[Tensor]) -> dict[str, float]:
+    """Perplexity; divergence from the base, in nats; share of tokens that both rank first."""
+    loss = away = same = tokens = 0.0
+    for ids, ours, theirs in zip(asked, logits(folder, asked), logits(base, asked), strict=True):
+        loss -= float(ours[:-1].gather(1, ids[0, 1:, None]).sum())
+        away += float((theirs.exp() * (theirs - ours)).sum())
+        same += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        tokens += len(ours)
+    perplexity = math.exp(loss / (tokens - len(asked)))
+    return {"perplexity": perplexity, "kl_nats": away / tokens, "same_top": 100 * same / tokens}
+
+
+def on_items(recipe: Recipe, folder: Path, items: list[Item]) -> dict[str, Any]:
+    """Accuracy in percent, the mean over sets, and what was answered right."""
+    tokenizer = load_tokenizer(folder)
+    asked = questions(recipe, items, stop_ids(folder, tokenizer))
+    judged = judge(
+        recipe, items, score(target("torch").open_session(folder, True, None), asked), tokenizer
+    )
+    sets = accuracy_by_set(judged)
+    return {
+        "accuracy": 100 * mean(s["accuracy"] for s in sets.values()),
+        "accuracy_normalized": 100 * mean(s["accuracy_normalized"] for s in sets.values()),
+        "by_set": sets,
+        "right": [answer.right for answer in judged],
+    }
+
+
+class Experiment:
+    """Everything is kept below ``runs``: what a row made, and its figures."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments, self.base = arguments, arguments.model
+        self.asked = windows(self.base, arguments.text)
+        self.weights = sum(math.prod(s) for s in Checkpoint(self.base).shapes.values())
+
+    def recipe(self, seed: int, *settings: str) -> Recipe:
+        given = self.arguments
+        sets = (f"task.name={given.sets}", f"task.folder={given.data.resolve()}")
+        overrides = (f"seed={seed}", *sets, *given.set, *PACKED, *settings)
+        return load_recipe(ROOT / "recipes" / "smollm2.yaml", overrides, self.base)
+
+    def figures(self, name: str, seed: int) -> dict[str, Any]:
+        file = self.arguments.runs / f"{name.replace(' ', '-')}-{seed}.json"
+        if not file.is_file():
+            found = self._measured(name, seed)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(found))
+        return json.loads(file.read_text())
+
+    def _measured(self, name: str, seed: int) -> dict[str, Any]:
+        made, settings = ROWS.get(name, ("", ()))
+        recipe = self.recipe(seed, *settings)
+        folder, stored = self.base, 16 * self.weights
+        if made:
+            last = "export-openvino" if made == "merge" else made
+            artifacts = run_recipe(recipe, self.arguments.runs / "made", (last,))
+            folder = artifacts[made].path / ("model" if made == "merge" else "dense-lora")
+            if "packed" in artifacts[last].metrics:
+                stored = 8 * artifacts[last].metrics["packed"]["packed_bytes"]
+        items = first_of_every_set(
+            Data(recipe, load_tokenizer(self.base)).test, recipe.benchmark.items
+        )
+        found = on_items(recipe, folder, items) | on_text(folder, self.base, self.asked)
+        return found | {"bits_per_weight": stored / self.weights}
+
+
+def row_of(name: str, runs: list[dict[str, Any]], lora: list[dict[str, Any]]) -> list[Any]:
+    reached = [run["accuracy"] for run in runs]
+    told = sum(
+        mcnemar(a["right"], b["right"]) < 0.05 for a, b in zip(runs, lora, strict=True) if lora
+    )
+    figures = ("accuracy_normalized", "perplexity", "kl_nats", "same_top", "bits_per_weight")
+    return [
+        *(name, mean(reached), stdev(reached) if len(reached) > 1 else 0.0),
+        *(f"{told} of {len(runs)}", *(mean(run[figure] for run in runs) for figure in figures)),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--sets", default="arc_easy", help="a task by name, or commonsense")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", default=[DENSE, *ROWS])
+    parser.add_argument("--set", nargs="+", default=[], help="such as adapt.steps=60")
+    parser.add_argument("--runs", type=Path, default=Path("runs") / "real_model")
+    arguments = parser.parse_args()
+    experiment, rows, ratios, values = Experiment(arguments), [], {}, {}
+    lora = [experiment.figures(LORA, seed) for seed in arguments.seeds]
+    for name in arguments.rows:
+        runs = [experiment.figures(name, seed) for seed in arguments.seeds]
+        rows.append(row_of(name, runs, lora))
+        ratios[f"{name}: accuracy over {LORA}"] = spread(
+            [ours["accuracy"] / theirs["accuracy"] for ours, theirs in zip(runs, lora, strict=True)]
+        )
+        values[name] = [{k: v for k, v in run.items() if k != "right"} for run in runs]
+    header = ["row", "accuracy %", "std dev", "told from LoRA", "acc_norm %", "perplexity"]
+    table([*header, "KL nats", "same top %", "bits a weight"], rows)
+    finish("real_model", ratios, values)
+
+
+if __name__ == "__main__":
+    main()
