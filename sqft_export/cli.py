@@ -42,6 +42,13 @@ Device = Annotated[
 Kernels = Annotated[
     str, typer.Option(help="kernels that OpenVINO folders run on: stock,dense,sparse,auto")
 ]
+Task = Annotated[str | None, typer.Option(help="answer a dataset too: gsm8k, arc_easy, boolq, ...")]
+LmEval = Annotated[
+    str | None, typer.Option(help="tasks of lm-eval, as hellaswag,mmlu (extra lm-eval)")
+]
+IncludePath = Annotated[
+    Path | None, typer.Option(help="folder with lm-eval task files of your own")
+]
 Out = Annotated[Path, typer.Argument(help="folder to write; must not exist")]
 
 
@@ -140,11 +147,11 @@ def benchmark_command(
     cpus: Annotated[str | None, typer.Option(help="stay on these processors, as 0,1")] = None,
     device: Device = "cpu",
     execution: Kernels = "stock",
-    task: Annotated[
-        str | None, typer.Option(help="answer a dataset too: gsm8k, arc_easy, boolq, ...")
-    ] = None,
+    task: Task = None,
     data: Annotated[Path | None, typer.Option(help="local folder of the task's dataset")] = None,
     text: Annotated[Path | None, typer.Option(help="a text file, for perplexity")] = None,
+    lm_eval: LmEval = None,
+    include_path: IncludePath = None,
     items: Items = 100,
     out: Annotated[Path | None, typer.Option(help="folder for results.json, items.jsonl")] = None,
     json_only: Json = False,
@@ -165,10 +172,31 @@ def benchmark_command(
     ways = tuple(dict.fromkeys(execution.split(",")))
     settings = DeviceSettings(lengths, new_tokens, batches, rounds, threads, stay, device, ways)
     questions = questions_of(folders[0], task, data, text, items)
-    document = benchmark_folders(folders, settings, questions)
+    scored = _by_lm_eval(folders, settings, lm_eval, include_path, items) if lm_eval else {}
+    document = benchmark_folders(folders, settings, questions) | scored
     if out:
         write_results(document, out)
     print(json.dumps(document) if json_only else deployments_text(document))
+
+
+def _by_lm_eval(
+    folders: list[Path], settings: Any, tasks: str, include: Path | None, items: int
+) -> dict[str, Any]:
+    """What lm-eval says of every folder.
+
+    :raises UserError: if lm-eval is not installed, or has no such task.
+    """
+    from sqft_export.run.host import installed
+
+    if not installed("lm_eval"):
+        raise UserError("--lm-eval: lm-eval is not installed; pip install 'sqft-export[lm-eval]'")
+    from sqft_export.measure.harness import SessionLM, evaluate
+
+    found = {}
+    for folder in folders:
+        model = SessionLM(folder, settings.threads, settings.device)
+        found[str(folder)] = evaluate(model, tasks.split(","), include, items)
+    return {"lm_eval": found}
 
 
 def _numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:

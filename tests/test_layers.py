@@ -60,6 +60,7 @@ ORDER = [
     {"verify.fidelity", "verify.storage", "verify.compute"},
     {"verify.certify"},
     {"measure.deployments"},
+    {"measure.harness"},
     {"plan.layout", "plan.workload", "plan.catalog"},
     {"plan.tokenizer", "plan.speeds"},
     {"plan.costs"},

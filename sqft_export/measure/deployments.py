@@ -270,7 +270,7 @@ def questions_of(
             raise UserError(f"--task: found {task!r}; allowed are {names}") from error
     recipe = Recipe.model_construct(**{"task": section})
     tokenizer = _Tokenizer(folder)
-    context = _config_of(folder, "max_position_embeddings", "context_length") or sys.maxsize
+    context = context_of(folder) or sys.maxsize
     if task is not None:
         _check_data(section)
     found = held_out(recipe, tokenizer)
@@ -405,7 +405,7 @@ def _that_fit(settings: DeviceSettings, folders: list[Path]) -> DeviceSettings:
 
     :raises UserError: if none is left.
     """
-    contexts = [_config_of(f, "max_position_embeddings", "context_length") for f in folders]
+    contexts = [context_of(folder) for folder in folders]
     shortest = min((c for c in contexts if c is not None), default=sys.maxsize)
     fitting = tuple(n for n in settings.prompt_tokens if n + settings.new_tokens <= shortest)
     if not fitting:
@@ -438,6 +438,14 @@ def _config_of(folder: Path, *names: str) -> int | None:
             if found is not None:
                 return found
     return None
+
+
+def context_of(folder: Path) -> int | None:
+    """The most tokens that a model is for; None where no config says so.
+
+    :raises UserError: if what a config says is no number.
+    """
+    return _config_of(folder, "max_position_embeddings", "context_length")
 
 
 def vocabulary_of(folder: Path) -> int:

@@ -69,6 +69,10 @@ def deployments_text(document: dict[str, Any]) -> str:
             f"agreement: {row['folder']} {row['agreement']:.1%} ({row['low']:.1%} to "
             f"{row['high']:.1%}) of {row['tokens']} tokens, KL {row['kl_nats']:.2g} nats"
         )
+    for folder, tasks in document.get("lm_eval", {}).items():
+        for task, figures in tasks.items():
+            said = ", ".join(f"{k.removesuffix(',none')} {v:.4g}" for k, v in figures.items())
+            lines.append(f"lm-eval: {folder} {task}: {said}")
     machine = document["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in document["versions"].items())
     lines.append(f"{machine['processor']}, {machine['cores']} cores, {versions}")

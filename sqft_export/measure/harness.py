@@ -1,0 +1,138 @@
+"""Any task of lm-eval on any target: a model of the evaluation harness over one of our sessions.
+
+Needs the extra ``lm-eval``. Scores are lm-eval's own; what a deployment says comes from the runtime
+it is for, in its default mode.
+
+    from sqft_export.measure.harness import SessionLM
+    lm_eval.simple_evaluate(model=SessionLM(folder), tasks=["hellaswag"])
+"""
+
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from sqft_export.data.items import load_tokenizer, stop_ids
+from sqft_export.errors import UserError
+from sqft_export.measure.decode import generate
+from sqft_export.measure.deployments import context_of
+from sqft_export.measure.likelihood import log_likelihoods
+from sqft_export.targets import target
+from sqft_export.targets.folder import kind_of
+
+USUAL_CONTEXT = 2048  # where no config says how many tokens a model is for
+NEW_TOKENS = 256  # of an answer, where a task says no number
+
+
+class SessionLM(TemplateLM):
+    """A deployment, or a Hugging Face folder, as lm-eval's model.
+
+    :param folder: OpenVINO, ONNX or Hugging Face folder.
+    :param threads: None: the runtime's choice.
+    :param device: cpu, gpu or npu.
+    """
+
+    def __init__(self, folder: Path, threads: int | None = None, device: str = "cpu"):
+        super().__init__()
+        self.folder = Path(folder)
+        self.session = target(kind_of(self.folder)).open_session(
+            self.folder, False, threads, device
+        )
+        self.tokenizer = load_tokenizer(self.folder)
+        self.max_length = context_of(self.folder) or USUAL_CONTEXT
+
+    @property
+    def eot_token_id(self) -> int:
+        return stop_ids(self.folder, self.tokenizer)[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        first = self.tokenizer.bos_token_id
+        return self.eot_token_id if first is None else first
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.folder.name
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        begins = self.tokenizer.bos_token is not None and string.startswith(
+            self.tokenizer.bos_token
+        )
+        wanted = not begins if add_special_tokens is None else add_special_tokens
+        return self.tokenizer(string, add_special_tokens=wanted)["input_ids"]
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        targets = [target for _, _, target in requests]
+        # What does not fit is cut off in front, as lm-eval's own models do.
+        prompts = [
+            (prompt + target)[-self.max_length - 1 :][: -len(target)]
+            for _, prompt, target in requests
+        ]
+        found = log_likelihoods(self.session, prompts, targets)
+        return [
+            (total, first == len(target))
+            for (total, first), target in zip(found, targets, strict=True)
+        ]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        totals = []
+        for request in requests:
+            # With the tokenizer's own first token after the prefix, as lm-eval's `hf` has it.
+            ids = self.tok_encode(request.args[0])
+            parts = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
+            windows = [(None, *make_disjoint_window(part)) for part in parts]
+            totals.append(sum(total for total, _ in self._loglikelihood_tokens(windows)))
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        answers = [""] * len(requests)
+        by_limit: dict[int, list[int]] = {}
+        for index, request in enumerate(requests):
+            asked = request.args[1]
+            if asked.get("do_sample") or asked.get("temperature", 0) > 0:
+                raise UserError("lm-eval: the task samples its answers; greedy ones are given here")
+            limit = asked.get("max_gen_toks", NEW_TOKENS)
+            by_limit.setdefault(limit, []).append(index)
+        for limit, indices in by_limit.items():
+            room = self.max_length - limit
+            prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in indices]
+            said = generate(self.session, prompts, limit, stop_ids(self.folder, self.tokenizer))
+            for index, ids in zip(indices, said, strict=True):
+                text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                answers[index] = _until(text, requests[index].args[1].get("until") or [])
+        return answers
+
+
+def _until(text: str, ends: list[str] | str) -> str:
+    for end in [ends] if isinstance(ends, str) else ends:
+        if end:
+            text = text.split(end)[0]
+    return text
+
+
+def evaluate(
+    model: SessionLM, tasks: list[str], include: Path | None, items: int | None
+) -> dict[str, dict[str, Any]]:
+    """lm-eval's results by task: every metric, and its standard error.
+
+    :param include: folder with task files of one's own.
+    :param items: of every task; None: all.
+    :raises UserError: naming the tasks that lm-eval does not know.
+    """
+    manager = TaskManager(include_path=str(include) if include else None)
+    if strangers := [task for task in tasks if not manager.match_tasks([task])]:
+        raise UserError(f"--lm-eval: found {', '.join(strangers)}, which lm-eval has no task for")
+    found = simple_evaluate(
+        model=model, tasks=tasks, task_manager=manager, limit=items, log_samples=False
+    )
+    return {
+        name: {key: value for key, value in figures.items() if isinstance(value, int | float)}
+        for name, figures in found["results"].items()
+    }
