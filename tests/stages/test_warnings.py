@@ -19,18 +19,19 @@ def row(name: str, accuracy: float, perplexity: float, interval=None) -> dict:
 
 def test_a_tuning_that_makes_it_worse_is_told():
     start, good = row("sparse + INT4", 0.5, 4.0), row("merged", 0.6, 3.0)
-    assert _warnings([start, good]) == []
-    (told,) = _warnings([start, row("merged", 0.6, 592_892.0)])
+    assert _warnings([start, good], True) == []
+    (told,) = _warnings([start, row("merged", 0.6, 592_892.0)], True)
     assert "tuning made it worse: perplexity of 'merged' is 5.929e+05" in told
-    (told,) = _warnings([start, row("merged", 0.3, 3.0)])
+    (told,) = _warnings([start, row("merged", 0.3, 3.0)], True)
     assert "accuracy of 'merged' is 0.3, of 'sparse + INT4' before tuning 0.5" in told
-    (told,) = _warnings([start, row("merged", 0.6, float("nan"))])
+    (told,) = _warnings([start, row("merged", 0.6, float("nan"))], True)
     assert "perplexity" in told
-    assert _warnings([start, row("merged", 0.47, 4.01)]) == []  # chance
+    assert _warnings([start, row("merged", 0.47, 4.01)], True) == []  # chance
+    assert _warnings([start, row("merged", 0.3, 30.0)], False) == []  # nothing was tuned
 
 
 def test_a_base_that_guesses_is_told():
-    (told,) = _warnings([row("dense base", 0.0, 77_508.0)])
+    (told,) = _warnings([row("dense base", 0.0, 77_508.0)], True)
     assert "dense base has a perplexity of 77508" in told
 
 
