@@ -140,7 +140,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on(tmp_path, number, code):
             break
         time.sleep(0.05)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == code, said
     assert "the same command goes on from there" in said and "Traceback" not in said
 
