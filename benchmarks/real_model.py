@@ -105,7 +105,7 @@ class Experiment:
     def __init__(self, arguments: argparse.Namespace):
         self.arguments, self.base = arguments, arguments.model
         self.asked = windows(self.base, arguments.text)
-        self.weights = sum(math.prod(s) for s in Checkpoint(self.base).shapes.values())
+        self.weights = Checkpoint(self.base).parameters
 
     def recipe(self, seed: int, *settings: str) -> Recipe:
         given = self.arguments
@@ -140,9 +140,7 @@ class Experiment:
 
 def row_of(name: str, runs: list[dict[str, Any]], lora: list[dict[str, Any]]) -> list[Any]:
     reached = [run["accuracy"] for run in runs]
-    told = sum(
-        mcnemar(a["right"], b["right"]) < 0.05 for a, b in zip(runs, lora, strict=True) if lora
-    )
+    told = sum(mcnemar(a["right"], b["right"]) < 0.05 for a, b in zip(runs, lora, strict=True))
     figures = ("accuracy_normalized", "perplexity", "kl_nats", "same_top", "bits_per_weight")
     return [
         *(name, mean(reached), stdev(reached) if len(reached) > 1 else 0.0),
@@ -157,7 +155,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--sets", default="arc_easy", help="a task by name, or commonsense")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--rows", nargs="+", default=[DENSE, *ROWS])
+    parser.add_argument("--rows", nargs="+", choices=[DENSE, *ROWS], default=[DENSE, *ROWS])
     parser.add_argument("--set", nargs="+", default=[], help="such as adapt.steps=60")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "real_model")
     arguments = parser.parse_args()

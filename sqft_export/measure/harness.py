@@ -42,11 +42,12 @@ class SessionLM(TemplateLM):
             self.folder, False, threads, device
         )
         self.tokenizer = load_tokenizer(self.folder)
+        self.stop = stop_ids(self.folder, self.tokenizer)
         self.max_length = context_of(self.folder) or USUAL_CONTEXT
 
     @property
     def eot_token_id(self) -> int:
-        return stop_ids(self.folder, self.tokenizer)[0]
+        return self.stop[0]
 
     @property
     def prefix_token_id(self) -> int:
@@ -103,7 +104,7 @@ class SessionLM(TemplateLM):
         for limit, indices in by_limit.items():
             room = self.max_length - limit
             prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in indices]
-            said = generate(self.session, prompts, limit, stop_ids(self.folder, self.tokenizer))
+            said = generate(self.session, prompts, limit, self.stop)
             for index, ids in zip(indices, said, strict=True):
                 text = self.tokenizer.decode(ids, skip_special_tokens=True)
                 answers[index] = _until(text, requests[index].args[1].get("until") or [])

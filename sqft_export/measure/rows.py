@@ -9,7 +9,8 @@ from sqft_export.measure.statistics import mcnemar, mean_interval, percentiles
 from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.targets.folder import kind_of
 
-MADE = ("merged", "OpenVINO", "ONNX Runtime")  # rows of a model that is to live on the target
+DEPLOYED = ("OpenVINO", "ONNX Runtime")  # how rows of deployments begin
+MADE = ("merged", *DEPLOYED)  # rows of a model that is to live on the target
 MODEL_FILES = ("*.safetensors", "*.bin", "*.xml", "*.onnx", "*.data", "*.onnx_adapter", "*.sqft")
 
 

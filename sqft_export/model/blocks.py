@@ -200,11 +200,16 @@ def _collect(block: Block, collector: Collector) -> None:
         hook.remove()
 
 
+def output_of(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Hidden states that a block gives; some return them in a tuple."""
+    output = module(hidden, **kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
 def _advance(block: Block) -> list[Tensor]:
     """The block's outputs, each in place of its input."""
     for index, (hidden, kwargs) in enumerate(block.calls):
-        output = block.module(hidden, **kwargs)
-        block.calls[index] = (output[0] if isinstance(output, tuple) else output, kwargs)
+        block.calls[index] = (output_of(block.module, hidden, kwargs), kwargs)
     return [hidden for hidden, _ in block.calls]
 
 

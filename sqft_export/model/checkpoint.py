@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Iterable
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,11 @@ class Checkpoint(TensorFiles):
     def linears(self) -> dict[str, tuple[int, int]]:
         """Every decoder Linear: name -> (outputs, inputs)."""
         return decoder_linears(self.shapes, self.family.blocks)
+
+    @property
+    def parameters(self) -> int:
+        """Weights in all; a matrix that embedding and head share counts once."""
+        return sum(prod(shape) for shape in self.shapes.values())
 
     @property
     def blocks(self) -> int:

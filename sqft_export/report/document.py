@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from sqft_export.recipe.schema import Recipe
+from sqft_export.report.text import accuracy_text
 from sqft_export.report.verdict import verdict
 from sqft_export.run.artifact import Artifact
 
@@ -15,7 +16,7 @@ MEASURES = {
 }
 COLUMNS = (
     ("model", lambda r: r["name"]),
-    ("accuracy", lambda r: _accuracy(r)),
+    ("accuracy", accuracy_text),
     ("perplexity", lambda r: f"{r['perplexity']:.3f}"),
     ("sparsity", lambda r: f"{100 * r['sparsity']:.1f} %"),
     ("files", lambda r: f"{r['file_bytes'] / 1e6:.2f} MB"),
@@ -24,14 +25,6 @@ COLUMNS = (
     ("TPOT ms", lambda r: _latency(r["tpot"])),
     ("peak memory", lambda r: f"{r['peak_memory_bytes'] / 2**20:.0f} MiB"),
 )
-
-
-def _accuracy(row: dict[str, Any]) -> str:
-    share = f"{100 * row['accuracy']:.1f} %"
-    if row["interval"] is None:
-        return share
-    low, high = row["interval"]
-    return f"{share} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def _latency(spread: dict[str, float]) -> str:

@@ -223,7 +223,7 @@ def compare_runs(folders: list[Path], out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     page = render("comparison.html", document=document, table=table, pictures=drawn)
     (out / "comparison.json").write_text(json.dumps(document, indent=2) + "\n")
-    first = f"{document['choice']}.\n\n" if document["choice"] else ""
-    (out / "comparison.md").write_text(first + markdown(table))
+    first = f"{document['choice']}." if document["choice"] else None
+    (out / "comparison.md").write_text(markdown(table, first))
     (out / "index.html").write_text(page)
     return document

@@ -6,6 +6,15 @@ from sqft_export.run.host import size_text
 from sqft_export.run.progress import duration
 
 
+def accuracy_text(row: dict[str, Any]) -> str:
+    """In percent, with its interval where it has one."""
+    share = f"{100 * row['accuracy']:.1f} %"
+    if row["interval"] is None:
+        return share
+    low, high = row["interval"]
+    return f"{share} ({100 * low:.1f} to {100 * high:.1f})"
+
+
 def plan_text(document: dict[str, Any]) -> str:
     """What ``run.preview`` foretold."""
     lines = [f"{document['recipe']}: {document['model']}, {document['weights']:,} weights"]
@@ -105,7 +114,11 @@ def _aligned(rows: list[list[str]]) -> list[str]:
     ]
 
 
-def markdown(table: list[list[str]]) -> str:
-    """A table for pasting, its first row the header."""
+def markdown(table: list[list[str]], first: str | None) -> str:
+    """A table for pasting, its first row the header.
+
+    :param first: a line that comes before it; None for none.
+    """
     lines = ["| " + " | ".join(row) + " |" for row in table]
-    return "\n".join([lines[0], "|" + " --- |" * len(table[0]), *lines[1:]]) + "\n"
+    before = [first, ""] if first else []
+    return "\n".join([*before, lines[0], "|" + " --- |" * len(table[0]), *lines[1:]]) + "\n"

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from sqft_export.measure.rows import DEPLOYED
+from sqft_export.report.text import accuracy_text
+
 ReportRow = dict[str, Any]
-RUNTIMES = ("OpenVINO", "ONNX Runtime")
 
 
 def verdict(rows: list[ReportRow], measure: str) -> str | None:
@@ -13,7 +15,7 @@ def verdict(rows: list[ReportRow], measure: str) -> str | None:
     """
     by_name = {row["name"]: row for row in rows}
     dense = by_name.get("dense base")
-    deployed = [row for row in rows if row["name"].startswith(RUNTIMES)]
+    deployed = [row for row in rows if row["name"].startswith(DEPLOYED)]
     if dense is None or not deployed:
         return None
     best = min(deployed, key=_tpot)
@@ -60,13 +62,9 @@ def _bought(row: ReportRow, dense: ReportRow) -> str:
 def _cost(row: ReportRow, other: ReportRow, measure: str) -> str:
     points = 100 * (other["accuracy"] - row["accuracy"])
     side = "below" if points >= 0 else "above"
-    interval = ""
-    if row["interval"] is not None:
-        low, high = row["interval"]
-        interval = f" ({100 * low:.1f} to {100 * high:.1f})"
     chance = _chance(row, other)
     return (
-        f"{100 * row['accuracy']:.1f} %{interval} {measure}, {abs(points):.1f} points {side} "
+        f"{accuracy_text(row)} {measure}, {abs(points):.1f} points {side} "
         f"{other['name']}'s {100 * other['accuracy']:.1f} %{chance}"
     )
 

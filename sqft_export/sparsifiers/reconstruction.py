@@ -12,19 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sqft_export.model.blocks import Block
+from sqft_export.model.blocks import Block, output_of
 from sqft_export.recipe.schema import Reconstruct
 
 
 def outputs_of(block: Block) -> Iterator[Tensor]:
     """What a block gives for each of its calls, ``[1, length, hidden]``."""
     for hidden, kwargs in block.calls:
-        yield _output(block.module, hidden, kwargs)
-
-
-def _output(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    output = module(hidden, **kwargs)
-    return output[0] if isinstance(output, tuple) else output
+        yield output_of(block.module, hidden, kwargs)
 
 
 @torch.no_grad()
@@ -52,7 +47,7 @@ def joined_outputs(block: Block, group: list[int]) -> list[Tensor]:
     hidden = [block.calls[index][0][0] for index in group]
     longest = max(group, key=lambda index: block.calls[index][0].shape[1])
     rows = nn.utils.rnn.pad_sequence(hidden, batch_first=True)
-    output = _output(block.module, rows, block.calls[longest][1])
+    output = output_of(block.module, rows, block.calls[longest][1])
     return [row[: len(states)] for row, states in zip(output, hidden, strict=True)]
 
 

@@ -7,7 +7,6 @@ mode.
 
 import itertools
 import json
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -171,7 +170,7 @@ def run(context: Context) -> dict:
             for number, answer in enumerate(answers):
                 entry = {"row": name, "item": number} | answer_entry(answer)
                 log.write(json.dumps(entry) + "\n")
-    weights = _parameters(Checkpoint(context.model))
+    weights = Checkpoint(context.model).parameters
     results = [_described(row, weights) | _found(row.name, judged, runs[row.name]) for row in table]
     document = {
         "settings": _settings(recipe, items),
@@ -180,11 +179,6 @@ def run(context: Context) -> dict:
     }
     (context.folder / "results.json").write_text(json.dumps(document, indent=2) + "\n")
     return {"rows": len(results), "warnings": _warnings(results, recipe.adapt is not None)}
-
-
-def _parameters(base: Checkpoint) -> int:
-    """Weights of the base; a matrix that embedding and head share counts once."""
-    return sum(math.prod(shape) for shape in base.shapes.values())
 
 
 def _found(

@@ -40,8 +40,7 @@ def run(context: Context) -> dict:
     rows, measure = document["rows"], document["measure"]
     table = cells(rows)
     (context.folder / "report.json").write_text(json.dumps(document, indent=2) + "\n")
-    first = f"{document['verdict']}\n\n" if document["verdict"] else ""
-    (context.folder / "report.md").write_text(first + markdown(table))
+    (context.folder / "report.md").write_text(markdown(table, document["verdict"]))
     drawn = [
         ("Accuracy along the passes", pictures.accuracy_along_passes(rows, measure)),
         ("Accuracy against file size", pictures.accuracy_against(rows, measure, "file_bytes")),
