@@ -34,11 +34,14 @@ KERNELS = ["plain", *(["avx2", "avx2-vnni", "avx512"] if X86 else ["neon"])]
 
 
 @cache
-def library() -> Any:
-    """Kernels of all processors of this kind, those that it lacks emulated."""
-    if not X86:
-        return kernel_library()
+def emulated() -> Any:
+    """Kernels of all x86 processors, on any of them."""
     return open_library(emulated_library(Path(mkdtemp(prefix="sqft-kernels-"))))
+
+
+def library(kernels: str | None = None) -> Any:
+    """The package's own, where this machine runs those kernels; else they are emulated."""
+    return kernel_library() if kernels_here(kernels) else emulated()
 
 
 class Case(NamedTuple):
@@ -79,13 +82,13 @@ def case(bits, rows, inputs, group, asymmetric, kept, signed=False, seed=0) -> C
 
 
 def laid_out(found: Case, form: str, kernels: str) -> np.ndarray:
-    here = kernels_here(kernels, library())
+    here = kernels_here(kernels, library(kernels))
     assert here is not None, kernels
-    kept = count_kept(found.matrix, library()).counts
-    header = planned(found.matrix, form, here.lanes, kept, library())
+    kept = count_kept(found.matrix, library(kernels)).counts
+    header = planned(found.matrix, form, here.lanes, kept, library(kernels))
     assert header is not None
     out = aligned(header.bytes, 64)
-    lay_out(header, found.matrix, kept, out, library())
+    lay_out(header, found.matrix, kept, out, library(kernels))
     return out
 
 
@@ -129,7 +132,7 @@ def test_every_format_is_the_product_in_float64(
     for form in ["dense", "mask", *(["pairs"] if kept == "2:4" else [])]:
         blob = laid_out(found, form, kernels)
         for mode in ("one", "many", "exact"):
-            y = multiply(blob, x, mode, kernels, library())
+            y = multiply(blob, x, mode, kernels, library(kernels))
             seen = x if mode == "exact" else rounded(x, header_of(blob, "x", library()).group)
             expected = seen.astype(np.float64) @ found.weight.T
             scale = np.abs(seen).astype(np.float64) @ np.abs(found.weight).T
@@ -141,7 +144,7 @@ def test_every_format_is_the_product_in_float64(
 def test_what_is_laid_out_is_read_back_bit_for_bit(form, kernels):
     for bits, asymmetric in ((4, False), (4, True), (8, False), (8, True)):
         found = case(bits, 37, 256, 128, asymmetric, "2:4")
-        back = read_out(laid_out(found, form, kernels), "x", library())
+        back = read_out(laid_out(found, form, kernels), "x", library(kernels))
         assert np.array_equal(back.codes, found.codes)
         assert np.array_equal(back.scale, found.matrix.scale)
         assert np.array_equal(np.repeat(back.zero, back.group, 1), found.zero)
