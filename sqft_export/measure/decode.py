@@ -23,8 +23,7 @@ def greedy(
     session.reset()
     for _ in range(new_tokens):
         started = time.perf_counter()
-        logits = session.forward(ids, None, 1)
-        chosen = logits[:, -1].argmax(axis=-1).astype(np.int64)
+        chosen = session.likeliest(ids)
         ids = chosen.reshape(-1, 1)
         yield chosen, time.perf_counter() - started
 

@@ -419,7 +419,12 @@ def _that_fit(settings: DeviceSettings, folders: list[Path]) -> DeviceSettings:
 def runtime_versions(kinds: set[str]) -> dict[str, str]:
     import importlib.metadata
 
-    wanted = {"openvino": ("openvino",), "onnx": ("onnxruntime",), "torch": ("torch",)}
+    wanted = {
+        "openvino": ("openvino",),
+        "onnx": ("onnxruntime",),
+        "gguf": ("cyllama",),
+        "torch": ("torch",),
+    }
     names = ["sqft-export", *(name for kind in sorted(kinds) for name in wanted[kind])]
     return {name: importlib.metadata.version(name) for name in names}
 

@@ -9,16 +9,21 @@ from sqft_export.measure.statistics import mcnemar, mean_interval, percentiles
 from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.targets.folder import kind_of
 
-DEPLOYED = ("OpenVINO", "ONNX Runtime")  # how rows of deployments begin
+# Targets, and how rows of their deployments begin.
+TITLES = {"openvino": "OpenVINO", "onnx": "ONNX Runtime", "gguf": "llama.cpp"}
+DEPLOYED = tuple(TITLES.values())
 MADE = ("merged", *DEPLOYED)  # rows of a model that is to live on the target
-MODEL_FILES = ("*.safetensors", "*.bin", "*.xml", "*.onnx", "*.data", "*.onnx_adapter", "*.sqft")
+MODEL_FILES = (
+    *("*.safetensors", "*.bin", "*.xml", "*.onnx", "*.data", "*.onnx_adapter", "*.gguf"),
+    "*.sqft",
+)
 
 
 @dataclass(frozen=True)
 class Row:
     """One line of the table.
 
-    kind: torch, adapted, openvino or onnx: how the worker opens it.
+    kind: torch, adapted, openvino, onnx or gguf: how the worker opens it.
     stored: files and folders whose model files count as its size.
     sparsity: share of zero weights in the decoder Linears.
     device: cpu, gpu or npu.

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sqft_export.numerics.codes import FLOAT16_BITS
+
 # A scale below the smallest normal float16 would lose bits, or be flushed to zero by a runtime.
 SMALLEST_SCALE = torch.finfo(torch.float16).tiny
 # Fractions of the full range tried by `fit_grid`; clipping the rarest weight often costs less
@@ -56,14 +58,25 @@ def grouped(weight: Tensor, group_size: int) -> Tensor:
     return weight.reshape(weight.shape[0], -1, group_size)
 
 
+def _shortened(scale: Tensor, bits: int) -> Tensor:
+    """Positive float16 numbers to so many significant bits, half to even."""
+    if bits == FLOAT16_BITS:
+        return scale
+    cut = FLOAT16_BITS - bits
+    stored = scale.view(torch.int16)
+    nearest = stored + (2 ** (cut - 1) - 1) + (stored >> cut & 1)
+    return (nearest >> cut << cut).view(torch.float16)
+
+
 def _candidate(
-    low: Tensor, high: Tensor, bits: int, symmetric: bool, shrink: float
+    low: Tensor, high: Tensor, bits: int, symmetric: bool, shrink: float, scale_bits: int
 ) -> tuple[Tensor, Tensor]:
     """float16 scale and uint8 zero point for the range ``[low, high] * shrink``."""
     highest = 2**bits - 1
     width = 2 * torch.maximum(-low, high) if symmetric else high - low
     scale = (width * shrink / highest).clamp_min(SMALLEST_SCALE)
     scale = scale.clamp_max(torch.finfo(torch.float16).max).to(torch.float16)
+    scale = _shortened(scale, scale_bits)
     if symmetric:
         zero_point = torch.full_like(scale, 2 ** (bits - 1))
     else:
@@ -71,20 +84,23 @@ def _candidate(
     return scale, zero_point.to(torch.uint8)
 
 
-def fit_grid(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Grid:
+def fit_grid(
+    weight: Tensor, bits: int, group_size: int, symmetric: bool, scale_bits: int = FLOAT16_BITS
+) -> Grid:
     """Grid of least squared rounding error among a few fractions of each group's range.
 
     :param weight: ``[out, in]``; ``group_size`` divides ``in``.
+    :param scale_bits: significant bits of the scales.
     :return: :class:`Grid`; a group of zeros gets the smallest scale.
     """
     weight = weight.float()
     groups = grouped(weight, group_size)
     low = groups.amin(dim=2).clamp_max(0)
     high = groups.amax(dim=2).clamp_min(0)
-    best_scale, best_zero_point = _candidate(low, high, bits, symmetric, SHRINK[0])
+    best_scale, best_zero_point = _candidate(low, high, bits, symmetric, SHRINK[0], scale_bits)
     least = torch.full_like(low, torch.inf)
     for shrink in SHRINK:
-        scale, zero_point = _candidate(low, high, bits, symmetric, shrink)
+        scale, zero_point = _candidate(low, high, bits, symmetric, shrink, scale_bits)
         grid = Grid(scale, zero_point, bits, group_size)
         rounded = grouped(fake_quantize(weight, grid), group_size)
         error = rounded.sub_(groups).square_().sum(dim=2)

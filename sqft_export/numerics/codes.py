@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+FLOAT16_BITS = 11  # significant
+
 
 class Quantized(NamedTuple):
     """A quantized weight as a file holds it.

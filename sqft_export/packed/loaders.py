@@ -198,3 +198,14 @@ def load_onnx_genai(folder: str | Path, trust_custom_ops: bool = False) -> Any:
         check_genai_config(Path(folder))
     with _read_by("ONNX Runtime GenAI", Path(folder)), _dense(Path(folder)) as dense:
         return onnxruntime_genai.Model(str(dense))
+
+
+@contextmanager
+def dense_gguf(folder: Path) -> Iterator[Path]:
+    """The plain ``model.gguf`` of a folder: its own, or inflated for the time it takes to load it.
+
+    :raises UserError: if the weights are damaged, or there is no room to inflate them.
+    """
+    check_seal(folder, whole=False)
+    with _dense(folder) as dense:
+        yield dense / GRAPHS["gguf"]

@@ -11,19 +11,24 @@ from sqft_export.data.datasets import missing_sets, records
 from sqft_export.data.files import read_text
 from sqft_export.data.items import count_examples, data_files, problem_records
 from sqft_export.errors import UserError
+from sqft_export.model.architecture import transformers_config
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.existing import stored_grid
 from sqft_export.model.families import adapted, builder_lacks, rank_groups
-from sqft_export.plan.layout import Layout, fallbacks, layout_of
+from sqft_export.plan.layout import Layout, fallbacks, group_sizes, layout_of
 from sqft_export.plan.tokenizer import tokenizer_faults
 from sqft_export.recipe.schema import HUB, Amount, Dataset, Problems, Recipe, Text, matches
 from sqft_export.run.host import installed
 from sqft_export.targets.devices import devices
+from sqft_export.targets.gguf.architectures import architecture_lacks
+from sqft_export.targets.gguf.blocks import why_no_blocks
+from sqft_export.targets.gguf.tokenizer import NotExpressible, read_vocabulary
 
 FaultFinder = Callable[[Recipe, Layout], Iterator[str]]
 PACKAGES = {
     "openvino": ("openvino", "openvino_tokenizers", "optimum.intel"),
     "onnx": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir"),
+    "gguf": ("gguf",),
     "nncf": ("nncf", "openvino"),
 }
 NEEDS_DATASETS = "needs the datasets library: pip install 'sqft-export[datasets]'"
@@ -252,6 +257,51 @@ def _graph_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
         )
 
 
+def _gguf_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    """What llama.cpp has no words or blocks for."""
+    if "gguf" not in recipe.export.targets or not installed("transformers"):
+        return
+    for fault in (*_gguf_model_faults(layout), *_gguf_grid_faults(recipe, layout)):
+        yield f"export.targets: found gguf, but {fault}; or leave gguf out"
+
+
+def _gguf_model_faults(layout: Layout) -> Iterator[str]:
+    if lacks := architecture_lacks(transformers_config(layout.config, "config.json").to_dict()):
+        yield lacks
+    elif layout.folder is not None:
+        try:
+            read_vocabulary(layout.folder, layout.embedding[0])
+        except NotExpressible as error:
+            yield f"its tokenizer can't be told to llama.cpp: {error}"
+
+
+def _gguf_grid_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    quantize = recipe.quantize
+    if quantize.method == "none":
+        return
+    if not quantize.symmetric:
+        if quantize.bits == 8 or quantize.embedding_bits:
+            yield "llama.cpp has no asymmetric INT8; set quantize.symmetric: true"
+        if quantize.method in ("nncf", "given"):
+            yield (
+                f"asymmetric scales of {quantize.method} are no multiples that its blocks hold; "
+                "set quantize.symmetric: true, or method: gptq"
+            )
+        if recipe.adapt and recipe.adapt.trainable_scales:
+            yield "its blocks hold no scales that move; set adapt.trainable_scales: false"
+    if quantize.method == "nncf" and quantize.nncf.int4_ratio < 1:
+        yield "llama.cpp has no asymmetric INT8, which nncf.int4_ratio brings; set it to 1"
+    sizes = group_sizes(recipe, layout)
+    if quantize.embedding_bits:
+        width = layout.embedding[1]
+        sizes = sizes | {layout.family.embedding: width}
+    for name, size in sizes.items():
+        inputs = layout.linears[name][1] if name in layout.linears else size
+        if why := why_no_blocks(inputs, size):
+            yield f"{name} has {why}; set quantize.group_size to 32, 64 or 128"
+            return
+
+
 def _accelerator_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     if recipe.device in ("auto", "cpu"):
         return
@@ -290,6 +340,7 @@ CHECKS: tuple[FaultFinder, ...] = (
     _search_faults,
     _package_faults,
     _graph_faults,
+    _gguf_faults,
     _accelerator_faults,
     _device_faults,
 )

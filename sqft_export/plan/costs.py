@@ -47,6 +47,7 @@ def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
         "merge": merged + masks,
         "export-openvino": deployed,
         "export-onnx": deployed,
+        "export-gguf": deployed,
         "teacher": stored,
         "baselines": merged,
     }
@@ -124,7 +125,7 @@ class _Work:
 
 
 # What never runs on an accelerator.
-ON_CPU = ("merge", "baselines", "export-openvino", "export-onnx", "report")
+ON_CPU = ("merge", "baselines", "export-openvino", "export-onnx", "export-gguf", "report")
 # Elementwise passes over every decoder weight, in float32, that a pass comes to.
 ELEMENTWISE = {
     "sparsify": 45,
@@ -134,6 +135,7 @@ ELEMENTWISE = {
     "baselines": 8,
     "export-openvino": 24,
     "export-onnx": 16,
+    "export-gguf": 16,
     "verify": 250,
 }
 # The same over embedding and head, which runtimes and torch read as floats.
@@ -373,7 +375,7 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
     activations = 4 * _calibration_tokens(recipe, workload) * widest
     outer, whole = 4 * layout.others, layout.weights + layout.others
     gptq = recipe.quantize.method == "gptq"
-    exported = max(written.get(f"export-{name}", 0) for name in ("openvino", "onnx"))
+    exported = max(written.get(f"export-{name}", 0) for name in recipe.export.targets)
     deployed = exported / (1 + recipe.export.sparse_files)
     loaded = layout.width * whole + layout.weights / 8
     in_float = _torch_rows(recipe, layout)
@@ -386,6 +388,7 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
         "merge": 4 * largest + 2**29,
         "export-openvino": deployed,
         "export-onnx": MAPPED + 2 * largest + outer,
+        "export-gguf": MAPPED + 2 * largest + outer,
         "verify": LOGITS + 2 * deployed,
         "benchmark": max(deployed, in_float) + PASS_BYTES + _cached(recipe, layout, workload),
     }

@@ -27,12 +27,14 @@ class Quantizer(Protocol):
         group_size: int,
         symmetric: bool,
         inputs: Any,
+        scale_bits: int = ...,
         /,
     ) -> tuple[Tensor, Grid]:
         """A float32 weight ``[out, in]`` whose codes on the grid are the result, pruned positions
         exactly zero.
 
         :param mask: bool ``[out, in]``, True = kept.
+        :param scale_bits: significant bits of the scales.
         """
 
 

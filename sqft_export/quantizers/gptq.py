@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sqft_export.numerics.affine import Grid, fit_grid
+from sqft_export.numerics.codes import FLOAT16_BITS
 
 NEEDS = "factor"
 _COLUMNS_AT_ONCE = 128  # the update of later columns is one matrix product per so many
@@ -28,6 +29,7 @@ def compress(
     group_size: int,
     symmetric: bool,
     factor: Tensor,
+    scale_bits: int = FLOAT16_BITS,
 ) -> tuple[Tensor, Grid]:
     """Compensated weight and grid of one Linear.
 
@@ -47,7 +49,8 @@ def compress(
         stop = min(start + chunk, in_features)
         if start % group_size == 0:
             group = slice(start, start + group_size)
-            fitted.append(fit_grid((work[group] * kept[group]).T, bits, group_size, symmetric))
+            weights = (work[group] * kept[group]).T
+            fitted.append(fit_grid(weights, bits, group_size, symmetric, scale_bits))
         errors = _round_columns(work, kept, start, stop, fitted[-1], factor)
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     scales = torch.cat([grid.scale for grid in fitted], dim=1)

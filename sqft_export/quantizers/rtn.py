@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from sqft_export.numerics.affine import Grid, fit_grid
+from sqft_export.numerics.codes import FLOAT16_BITS
 
 NEEDS = "nothing"
 
@@ -14,7 +15,8 @@ def compress(
     group_size: int,
     symmetric: bool,
     inputs: None,
+    scale_bits: int = FLOAT16_BITS,
 ) -> tuple[Tensor, Grid]:
     """The weight unchanged and the grid fitted to it."""
     weight = weight.masked_fill(~mask, 0)
-    return weight, fit_grid(weight, bits, group_size, symmetric)
+    return weight, fit_grid(weight, bits, group_size, symmetric, scale_bits)

@@ -13,10 +13,12 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sqft_export.numerics.codes import FLOAT16_BITS
 from sqft_export.recipe.templates import template_fault
 
 BUILTIN = "builtin:"
 HUB = "hub:"
+OFFSET_BITS = 7  # of a scale whose product with any 4-bit zero point is a float16
 
 
 class Section(BaseModel):
@@ -417,7 +419,7 @@ class Search(Section):
 
 
 class Export(Section):
-    targets: tuple[Literal["openvino", "onnx"], ...] = ("openvino", "onnx")
+    targets: tuple[Literal["openvino", "onnx", "gguf"], ...] = ("openvino", "onnx")
     onnx_graph: Literal["auto", "fused", "standard"] = Field(
         "auto",
         description="fused: the operators of ONNX Runtime GenAI; standard: ONNX's own and "
@@ -543,6 +545,13 @@ class Recipe(Section):
         """The settings of training, for passes that only a recipe with it has."""
         assert self.adapt is not None
         return self.adapt
+
+    @property
+    def scale_bits(self) -> int:
+        """Significant bits of the scales: fewer where GGUF is to have a scale times its zero point
+        as float16 too."""
+        offsets = "gguf" in self.export.targets and not self.quantize.symmetric
+        return OFFSET_BITS if offsets else FLOAT16_BITS
 
     @property
     def unmerged(self) -> bool:

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 matplotlib.use("svg")
 
 
-COLOURS = {"torch": "#4c72b0", "openvino": "#dd8452", "onnx": "#55a868"}
+COLOURS = {"torch": "#4c72b0", "openvino": "#dd8452", "onnx": "#55a868", "gguf": "#8172b3"}
 
 
 # A fixed salt and no date: the same numbers give the same bytes.
@@ -131,7 +131,7 @@ def accuracy_against(rows: list[dict], measure: str, cost: str) -> str:
     return _svg(draw, height=4.2)
 
 
-MARKERS = {"torch": "o", "openvino": "s", "onnx": "^"}
+MARKERS = {"torch": "o", "openvino": "s", "onnx": "^", "gguf": "D"}
 
 
 def runs_against(rows: list[dict], measure: str, cost: str) -> str:
@@ -143,7 +143,7 @@ def runs_against(rows: list[dict], measure: str, cost: str) -> str:
         for (x, y), row in zip(points, rows, strict=True):
             axes.scatter(x, y, color=colours[row["run"]], marker=MARKERS[row["runtime"]], s=45)
         for run, colour in colours.items():
-            axes.scatter([], [], color=colour, marker="D", label=run)
+            axes.scatter([], [], color=colour, marker="P", label=run)
         for runtime, marker in MARKERS.items():
             axes.scatter([], [], color="#888888", marker=marker, label=runtime)
         axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))

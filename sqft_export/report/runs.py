@@ -42,7 +42,7 @@ class _Spread(BaseModel):
 
 class _Row(BaseModel):
     name: str
-    runtime: Literal["torch", "openvino", "onnx"]
+    runtime: Literal["torch", "openvino", "onnx", "gguf"]
     accuracy: _Share
     interval: Annotated[list[_Share], Field(min_length=2, max_length=2)] | None
     perplexity: float

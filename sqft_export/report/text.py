@@ -43,6 +43,8 @@ def plan_text(document: dict[str, Any]) -> str:
     lines.append(f"  the whole takes about {duration(document['seconds'])} here")
     if document["within_a_day"]:
         lines.append(f"  within a day: {document['within_a_day']}")
+    if document["gguf"]:
+        lines.append(f"  gguf: {document['gguf']}")
     if document["sparse_execution"]:
         lines.append(f"  sparse execution {document['sparse_execution']}")
     for name, size in document["group_size_fallback"].items():

@@ -21,7 +21,10 @@ from sqft_export.run.host import allowed_processors, processor_name
 
 MANIFEST = "manifest.json"
 SEAL = "seal"  # SHA-256 of all else in it
-RECORDED = ("torch", "transformers", "peft", "openvino", "onnxruntime", "onnxruntime-genai")
+RECORDED = (
+    *("torch", "transformers", "peft", "openvino", "onnxruntime", "onnxruntime-genai", "gguf"),
+    "cyllama",
+)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 from sqft_export.kernels.extension import why_not
 from sqft_export.kernels.library import kernels_here
 from sqft_export.model.hub import model_folder
+from sqft_export.numerics.codes import FLOAT16_BITS
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.costs import (
     FIXED_MEMORY,
@@ -24,6 +25,7 @@ from sqft_export.plan.workload import workload_of
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.artifact import Store
 from sqft_export.run.pipeline import plan_passes
+from sqft_export.targets.devices import why_not_run
 
 
 def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
         "machine": asdict(machine),
         "seconds": sum(taken or 0 for taken in to_run.values()),
         "within_a_day": ways_to_fit_a_day(recipe, to_run, workload),
-        "sparse_execution": _kernels_text() if recipe.export.sparse_execution else None,
+        **_targets_text(recipe),
     }
 
 
@@ -84,6 +86,28 @@ def _device_memory(
         return None
     there = {name: memory[name] - FIXED_MEMORY for name in wanted if name not in ON_CPU}
     return _needed(there, list(there), machine.device.memory)
+
+
+def _targets_text(recipe: Recipe) -> dict[str, str | None]:
+    """What there is to say of targets that may not run here, or not as others do."""
+    export = recipe.export
+    return {
+        "gguf": _gguf_text(recipe) if "gguf" in export.targets else None,
+        "sparse_execution": _kernels_text() if export.sparse_execution else None,
+    }
+
+
+def _gguf_text(recipe: Recipe) -> str:
+    """What is stored otherwise for llama.cpp's sake, and what can't be compared here."""
+    said = []
+    if recipe.scale_bits < FLOAT16_BITS:
+        said.append(
+            f"scales have {recipe.scale_bits} significant bits, so that its blocks hold them with "
+            "their zero points"
+        )
+    if missing := why_not_run("gguf", recipe.unmerged):
+        said.append(f"not run as deployed: {missing}")
+    return "; ".join(said) or "bit for bit"
 
 
 def _kernels_text() -> str:

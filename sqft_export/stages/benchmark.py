@@ -17,6 +17,7 @@ from sqft_export.data.scoring import Judged, judge, questions
 from sqft_export.measure.machine import machine_facts
 from sqft_export.measure.rows import (
     MADE,
+    TITLES,
     Row,
     accuracy_row,
     answer_entry,
@@ -32,7 +33,7 @@ from sqft_export.run.artifact import key_of
 from sqft_export.run.device import device_of
 from sqft_export.run.host import allowed_processors
 from sqft_export.stages import Context
-from sqft_export.targets.devices import DEVICE_KINDS, devices
+from sqft_export.targets.devices import DEVICE_KINDS, devices, why_not_run
 from sqft_export.targets.folder import ADAPTER_FOLDER
 
 CONSUMES: tuple[str, ...] = (
@@ -43,6 +44,7 @@ CONSUMES: tuple[str, ...] = (
     "merge",
     "export-openvino",
     "export-onnx",
+    "export-gguf",
     "teacher",
     "baselines",
 )
@@ -105,9 +107,9 @@ def _tuned(context: Context) -> Iterator[Row]:
 
 
 def _deployments(context: Context) -> Iterator[Row]:
-    sparsity = context.inputs["merge"].metrics["sparsity"]["all"]
-    for target, title in (("openvino", "OpenVINO"), ("onnx", "ONNX Runtime")):
-        if f"export-{target}" not in context.inputs:
+    recipe, sparsity = context.recipe, context.inputs["merge"].metrics["sparsity"]["all"]
+    for target, title in TITLES.items():
+        if f"export-{target}" not in context.inputs or why_not_run(target, recipe.unmerged):
             continue
         folder = context.inputs[f"export-{target}"].path / "model"
         yield Row(title, target, folder, (folder, folder / ADAPTER_FOLDER), sparsity)

@@ -21,6 +21,7 @@ DISTRIBUTED = False
 HOW_TO_LOAD = {
     "openvino": 'import openvino_genai\npipe = openvino_genai.LLMPipeline(folder, "CPU")',
     "onnx": "import onnxruntime_genai\nmodel = onnxruntime_genai.Model(folder)",
+    "gguf": 'import cyllama  # or: llama-cli -m model.gguf\nllm = cyllama.LLM("model.gguf")',
 }
 
 
@@ -44,7 +45,7 @@ def run(context: Context) -> dict:
     (folder / "README.md").write_text(card)
     write_seal(folder, origin)
     metrics: dict[str, Any] = {"bytes": file_bytes(folder)}
-    if context.recipe.export.sparse_files:
+    if context.recipe.export.sparse_files and runtime != "gguf":
         try:
             packed = pack(folder, context.folder / PACKED, context.recipe.export.entropy)
             metrics["packed"] = packed

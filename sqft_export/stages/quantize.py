@@ -48,6 +48,7 @@ def options(recipe: Recipe) -> dict:
         "quantize": recipe.quantize.model_dump(),
         "calibration": calibration_options(recipe),
         "seed": recipe.seed,
+        "scale_bits": recipe.scale_bits,
     }
 
 
@@ -169,6 +170,7 @@ def _quantized(
 ) -> Iterator[tuple[str, Tensor, Grid]]:
     """Name, compensated weight float32 ``[out, in]`` and grid of every Linear of a block."""
     config, sparsified = context.recipe.quantize, context.path("sparsify")
+    scale_bits = context.recipe.scale_bits
 
     def mask_of(name: str) -> Tensor:
         weight = block.linears[name].weight
@@ -183,6 +185,6 @@ def _quantized(
         yield (
             name,
             *cast(Quantizer, method).compress(
-                linear.weight, mask_of(name), *grid_options, inputs.take(name)
+                linear.weight, mask_of(name), *grid_options, inputs.take(name), scale_bits
             ),
         )

@@ -19,6 +19,7 @@ CONSUMES: tuple[str, ...] = (
     "merge",
     "export-openvino",
     "export-onnx",
+    "export-gguf",
     "verify",
     "teacher",
     "baselines",

@@ -15,6 +15,7 @@ from sqft_export.data.items import Data, load_tokenizer, sample_texts
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.device import device_name, device_of
 from sqft_export.stages import Context
+from sqft_export.targets.devices import why_not_run
 from sqft_export.verify.certify import certify
 from sqft_export.verify.subject import BEFORE, Asked, Subject
 
@@ -26,6 +27,7 @@ CONSUMES: tuple[str, ...] = (
     "merge",
     "export-openvino",
     "export-onnx",
+    "export-gguf",
 )
 READS: tuple[str, ...] = ("model", "test")
 VERSION = 4
@@ -93,4 +95,9 @@ def run(context: Context) -> dict:
     document = json.dumps(certificate.document(), indent=2) + "\n"
     (context.folder / "verify.json").write_text(document)
     certificate.require()
-    return {"checks": certificate.rows(), "device": device_name(device)}
+    unchecked = {name: why_not_run(name, subject.adapter is not None) for name in exports}
+    return {
+        "checks": certificate.rows(),
+        "device": device_name(device),
+        "warnings": [f"{name} was not run as deployed: {w}" for name, w in unchecked.items() if w],
+    }

@@ -1,4 +1,4 @@
-"""Runtimes a model is exported to and run on: openvino, onnx, torch."""
+"""Runtimes a model is exported to and run on: openvino, onnx, gguf, torch."""
 
 import importlib
 import sys
@@ -45,6 +45,10 @@ class Session(Protocol):
         :param mask: int64 ``[batch, cached + n]``, 0 where a prompt is filled up.
         :param last: logits of so many last tokens alone; None: of all.
         """
+
+    def likeliest(self, ids: np.ndarray) -> np.ndarray:
+        """Continue the cache with ``ids``: the token that follows each row, int64 ``[batch]``."""
+        return self.forward(ids, None, 1)[:, -1].argmax(axis=-1).astype(np.int64)
 
 
 class Runner(Protocol):
@@ -109,7 +113,7 @@ def target(name: str) -> Target:
 
 
 if TYPE_CHECKING:  # mypy holds every module to its protocol
-    from sqft_export.targets import onnx, openvino, torch
+    from sqft_export.targets import gguf, onnx, openvino, torch
 
-    _TARGETS: tuple[Target, ...] = (onnx, openvino)
+    _TARGETS: tuple[Target, ...] = (gguf, onnx, openvino)
     _RUNNERS: tuple[Runner, ...] = (torch,)

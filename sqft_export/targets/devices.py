@@ -56,6 +56,20 @@ def find_device(runtime: str, kind: str) -> Device:
     raise UserError(f"device: found {kind}, which {runtime} does not reach here ({reasons})")
 
 
+def why_not_run(runtime: str, unmerged: bool) -> str | None:
+    """Why what is exported for a runtime can't be run here as deployed; None where it can.
+
+    What openvino and onnx need to run is what exporting needs.
+
+    :param unmerged: it has an adapter beside it.
+    """
+    if runtime != "gguf":
+        return None
+    missing = next(device.missing for device in _gguf())
+    adapter = "cyllama can't apply an adapter beside the file; llama-cli --lora does"
+    return missing or (adapter if unmerged else None)
+
+
 def _openvino() -> Iterator[Device]:
     here: list[str] = []
     if installed("openvino"):
@@ -107,4 +121,13 @@ def _torch() -> Iterator[Device]:
     yield Device("torch", "gpu", name, missing)
 
 
-PROBES = {"openvino": _openvino, "onnx": _onnx, "torch": _torch}
+def _gguf() -> Iterator[Device]:
+    missing = (
+        None
+        if installed("cyllama")
+        else "cyllama (llama.cpp) is not installed; pip install 'sqft-export[gguf-runtime]'"
+    )
+    yield Device("gguf", "cpu", "llama.cpp", missing)
+
+
+PROBES = {"openvino": _openvino, "onnx": _onnx, "gguf": _gguf, "torch": _torch}

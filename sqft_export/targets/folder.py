@@ -6,8 +6,9 @@ from typing import Any
 from sqft_export.errors import UserError
 from sqft_export.textfiles import read_json
 
-GRAPHS = {"openvino": "openvino_model.xml", "onnx": "model.onnx"}
-WEIGHT_FILES = {"openvino": "openvino_model.bin", "onnx": "model.onnx.data"}
+GRAPHS = {"openvino": "openvino_model.xml", "onnx": "model.onnx", "gguf": "model.gguf"}
+# A GGUF file is graph and weights.
+WEIGHT_FILES = GRAPHS | {"openvino": "openvino_model.bin", "onnx": "model.onnx.data"}
 GENAI_CONFIG = "genai_config.json"  # of ONNX Runtime GenAI
 ADAPTER_FOLDER = "adapter"  # folder inside a deployment whose adapter is not merged
 

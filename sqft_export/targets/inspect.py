@@ -15,6 +15,7 @@ from sqft_export.targets.folder import runtime_of
 LOADERS = {
     "openvino": ("openvino", "openvino_genai", "optimum.intel"),
     "onnx": ("onnxruntime", "onnxruntime_genai"),
+    "gguf": ("cyllama",),
 }
 _WEIGHTS, _GRAPH, _TOKENIZER = "weights", "graph", "tokenizer and configs"
 
@@ -87,7 +88,7 @@ def _layer(name: str, quantized: Quantized) -> dict[str, Any]:
 def _kind(file: Path) -> str:
     if "tokenizer" in file.name:
         return _TOKENIZER
-    if file.suffix in (".bin", ".data", ".safetensors", ".onnx_adapter"):
+    if file.suffix in (".bin", ".data", ".safetensors", ".onnx_adapter", ".gguf"):
         return _WEIGHTS
     return _GRAPH if file.suffix in (".xml", ".onnx") else _TOKENIZER
 

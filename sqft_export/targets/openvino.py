@@ -27,7 +27,7 @@ from sqft_export.numerics.codes import Quantized
 from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
 from sqft_export.packed.loaders import load_openvino
 from sqft_export.recipe.schema import Export
-from sqft_export.targets import positions_of
+from sqft_export.targets import Session, positions_of
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER, GRAPHS
 
@@ -346,7 +346,7 @@ def _ask_for_last_logits(graph: Any) -> None:
     graph.validate_nodes_and_infer_types()
 
 
-class OpenVinoSession:
+class OpenVinoSession(Session):
     """A stateful IR; the cache lives in the runtime."""
 
     padding = "left"

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sqft_export.run.host import installed
-from sqft_export.targets.folder import check_genai_config
+from sqft_export.targets.folder import GRAPHS, check_genai_config
 
 IdsOf = Callable[[str], list[int]]
 
@@ -23,3 +23,8 @@ def read_ids(runtime: str, folder: Path) -> Iterator[tuple[str, IdsOf]]:
         made = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(folder)))
         made.update_options(add_special_tokens="true")  # this runtime leaves them out by itself
         yield "ONNX Runtime GenAI", lambda text: [int(i) for i in made.encode(text)]
+    if runtime == "gguf" and installed("cyllama"):
+        from sqft_export.targets.gguf.session import open_model
+
+        model = open_model(folder / GRAPHS["gguf"])  # its vocabulary lives as long as it does
+        yield "llama.cpp", lambda text: list(model.get_vocab().tokenize(text, True, True))

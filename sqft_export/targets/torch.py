@@ -22,7 +22,7 @@ from sqft_export.model.storage import read_quantized
 from sqft_export.numerics.affine import Grid, dequantize
 from sqft_export.run.device import CPU, fast_in_bfloat16
 from sqft_export.run.host import FLOAT32_ROOM
-from sqft_export.targets import positions_of
+from sqft_export.targets import Session, positions_of
 from sqft_export.targets.devices import find_device
 
 PACKED_GROUPS = (32, 64, 128, 256)
@@ -139,7 +139,7 @@ def _load_on_cpu(folder: Path) -> nn.Module:
     return load_lean_model(folder)
 
 
-class TorchSession:
+class TorchSession(Session):
     """A Hugging Face causal LM and its cache."""
 
     padding = "left"

@@ -25,7 +25,11 @@ from sqft_export.builtin.tiny.problems import drill, problems
 TEMPLATE = "Question: {question}\nAnswer: {answer}"
 SEED = 20260
 TRAIN_ITEMS, TEST_ITEMS, BATCH = 6000, 1000, 96
-SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Qwen2's, which every runtime has.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:

@@ -9,7 +9,7 @@ import onnxruntime as ort
 
 from sqft_export.errors import UserError
 from sqft_export.packed.loaders import load_onnx
-from sqft_export.targets import positions_of
+from sqft_export.targets import Session, positions_of
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER, GENAI_CONFIG, GRAPHS
 from sqft_export.textfiles import read_json
@@ -46,7 +46,7 @@ def with_accuracy(folder: Path, level: int) -> bytes:
     return model.SerializeToString()
 
 
-class OnnxSession:
+class OnnxSession(Session):
     """A decoder graph with its cache as inputs and outputs, kept in the runtime's memory.
 
     The fused attention fills up on the right, and takes several tokens after a cache for one row

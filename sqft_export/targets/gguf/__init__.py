@@ -1,0 +1,296 @@
+"""GGUF: one file for llama.cpp and what is built on it, our codes in its blocks.
+
+``blocks.py`` says how a grid is stored, ``architectures.py`` what tensors and numbers are called,
+``tokenizer.py`` how a tokenizer is said. Written layer by layer; nothing is quantized again.
+"""
+
+import functools
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sqft_export.errors import UserError
+from sqft_export.model.memory import release_memory
+from sqft_export.numerics.codes import Quantized
+from sqft_export.packed.loaders import dense_gguf
+from sqft_export.recipe.schema import Export
+from sqft_export.targets.folder import ADAPTER_FOLDER, GRAPHS
+from sqft_export.targets.gguf.architectures import (
+    Names,
+    architecture_lacks,
+    factors_of,
+    naming_of,
+    rotary_size,
+    write_keys,
+)
+from sqft_export.targets.gguf.blocks import BLOCK_TYPES, block_type, from_blocks, to_blocks
+from sqft_export.targets.gguf.session import open_session
+from sqft_export.targets.gguf.tokenizer import NotExpressible, write_tokenizer
+
+if TYPE_CHECKING:
+    from sqft_export.model.checkpoint import Checkpoint
+
+__all__ = [
+    "add_adapter",
+    "compressed_kernels",
+    "export",
+    "metadata",
+    "open_session",
+    "read_back",
+    "read_floats",
+]
+
+MODEL = GRAPHS["gguf"]
+ADAPTER_FILE = "adapter.gguf"
+_PREFIX = "sqft_export."
+MODEL_TYPE = f"{_PREFIX}model_type"
+# Beside the file, for programs that read configs: tokens and their end are in the file too.
+BESIDE = ("config.json", "generation_config.json", "tokenizer*", "chat_template*")
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """name: llama.cpp's. shape: of the array that is written. kind: ggml's, None: of the dtype."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+    kind: str | None
+    make: Callable[[], np.ndarray]
+
+
+def export(merged: Path, folder: Path, options: Export) -> None:
+    """Write the deployment folder of a merged model: ``model.gguf``, configs and tokenizer beside.
+
+    :param merged: Hugging Face folder, packed in the GPTQ layout or plain.
+    :raises UserError: if llama.cpp has no words for the model or its tokenizer.
+    """
+    import gguf
+
+    from sqft_export.model.architecture import transformers_config
+    from sqft_export.model.checkpoint import Checkpoint
+    from sqft_export.model.storage import model_facts
+
+    checkpoint = Checkpoint(merged)
+    config = transformers_config(checkpoint.config, checkpoint.where).to_dict()
+    if lacks := architecture_lacks(config):
+        raise UserError(f"{merged}: {lacks}")
+    names = naming_of(config)
+    writer = gguf.GGUFWriter(folder / MODEL, names.architecture.name)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    write_keys(writer, config)
+    rows = checkpoint.shapes[f"{checkpoint.family.embedding}.weight"][0]
+    try:
+        write_tokenizer(writer, merged, rows)
+    except NotExpressible as error:
+        raise UserError(f"{merged}: its tokenizer can't be told to llama.cpp: {error}") from error
+    for key, value in model_facts(checkpoint).items():
+        writer.add_string(f"{_PREFIX}{key}", value)
+    _write_tensors(writer, list(_tensors(checkpoint, names, config)))
+    for pattern in BESIDE:
+        for file in merged.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _write_tensors(writer: Any, tensors: list[_Tensor]) -> None:
+    import gguf
+
+    for tensor in tensors:
+        kind = None if tensor.kind is None else gguf.GGMLQuantizationType[tensor.kind]
+        size = int(np.prod(tensor.shape)) * np.dtype(tensor.dtype).itemsize
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(tensor.dtype), size, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in tensors:
+        writer.write_tensor_data(np.ascontiguousarray(tensor.make()))
+        release_memory()
+    writer.close()
+
+
+def _tensors(checkpoint: "Checkpoint", names: Names, config: dict[str, Any]) -> Iterator[_Tensor]:
+    """Everything that is written, in order; no weight is read before it is made."""
+    from sqft_export.model.storage import plain_names, quantized_names
+
+    quantized = quantized_names(checkpoint)
+    plain = {
+        name.rpartition(".")[0] + "." + name.rpartition(".")[2]
+        for name in plain_names(checkpoint)
+        if name.rpartition(".")[0] not in quantized or not name.endswith(".weight")
+    }
+    for module in quantized:
+        yield _codes_tensor(checkpoint, names, module)
+    for key in sorted(plain):
+        yield _float_tensor(checkpoint, names, key)
+    if checkpoint.tied and names.architecture.head_always:
+        embedding = _float_tensor(checkpoint, names, f"{checkpoint.family.embedding}.weight")
+        yield _Tensor("output.weight", *_rest(embedding))
+    size = config.get("head_dim") or config["hidden_size"] // names.heads["num_attention_heads"]
+    if config["model_type"] != "bloom":
+        for name, factors in factors_of(config, rotary_size(config, size)):
+            made = lambda array=factors: array  # noqa: E731
+            yield _Tensor(f"{name}.weight", factors.shape, np.float32, None, made)
+
+
+def _rest(tensor: _Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.kind, tensor.make
+
+
+def _codes_tensor(checkpoint: "Checkpoint", names: Names, module: str) -> _Tensor:
+    from sqft_export.model.storage import quantized_arrays, read_quantized
+
+    _, grid = read_quantized(checkpoint, module)
+    rows, inputs = checkpoint.shapes[f"{module}.weight"]
+    kind = block_type(grid.bits, grid.symmetric)
+    if kind is None:
+        raise UserError(f"{module}: asymmetric INT8 has no type in llama.cpp")
+
+    def make() -> np.ndarray:
+        order = names.order(module, rows)
+        found = quantized_arrays(checkpoint, module)
+        if order is not None:
+            found = Quantized(*(array[order] for array in found))
+        try:
+            return to_blocks(found, kind)
+        except ValueError as error:
+            raise UserError(f"{module}: {error}") from error
+
+    shape = (rows, inputs // 32 * kind.bytes)
+    return _Tensor(f"{names.tensor_of(module)}.weight", shape, np.uint8, kind.name, make)
+
+
+def _float_tensor(checkpoint: "Checkpoint", names: Names, key: str) -> _Tensor:
+    """Matrices as they are stored; vectors in float32, as llama.cpp wants them."""
+    import torch
+
+    module, _, part = key.rpartition(".")
+    shape = checkpoint.shapes[key]
+    offset = checkpoint.family.norm_offset if "norm" in module else 0.0
+    narrow = len(shape) > 1 and checkpoint.headers[key].dtype in ("BF16",)
+
+    def make() -> np.ndarray:
+        tensor = checkpoint.tensor(key)
+        order = names.order(module, shape[0])
+        tensor = tensor if order is None else tensor[torch.from_numpy(order)]
+        if narrow:
+            return tensor.contiguous().view(torch.int16).numpy().view(np.uint8)
+        if len(shape) > 1:
+            return tensor.numpy()
+        return tensor.float().numpy() + np.float32(offset)
+
+    name = f"{names.tensor_of(module)}.{part}"
+    if narrow:
+        return _Tensor(name, (shape[0], 2 * shape[1]), np.uint8, "BF16", make)
+    dtype = np.float32 if len(shape) == 1 else _dtype(checkpoint.headers[key].dtype)
+    return _Tensor(name, shape, dtype, None, make)
+
+
+def _dtype(name: str) -> Any:
+    return {"F16": np.float16, "F32": np.float32}[name]
+
+
+def add_adapter(folder: Path, adapter: Path) -> None:
+    """Put an adapter beside the file, as ``llama-cli --lora`` reads it; the scaling is within B."""
+    import gguf
+
+    from sqft_export.adapters.files import read_low_rank
+
+    _, names = _read(folder)
+    (folder / ADAPTER_FOLDER).mkdir()
+    writer = gguf.GGUFWriter(folder / ADAPTER_FOLDER / ADAPTER_FILE, names.architecture.name)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # llama.cpp: no scaling then
+    for module, (lora_a, lora_b) in read_low_rank(adapter).items():
+        order = names.order(module, len(lora_b))
+        lora_b = lora_b if order is None else lora_b[order]
+        tensor = f"{names.tensor_of(module)}.weight"
+        writer.add_tensor(f"{tensor}.lora_a", np.ascontiguousarray(lora_a))
+        writer.add_tensor(f"{tensor}.lora_b", np.ascontiguousarray(lora_b))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@functools.lru_cache(maxsize=1)
+def _reader(file: Path, stamp: tuple[int, ...]) -> Any:
+    """The file as the ``gguf`` package reads it, which takes seconds for a large vocabulary.
+
+    :param stamp: of the file; another one is read anew.
+    """
+    import gguf
+
+    return gguf.GGUFReader(file)
+
+
+def _read(folder: Path) -> tuple[Any, Names]:
+    """The file, and what its tensors are called.
+
+    :raises UserError: if it was not written here.
+    """
+    with dense_gguf(folder) as file:
+        status = file.stat()
+        reader = _reader(file, (status.st_ino, status.st_size, status.st_mtime_ns))
+    field = reader.fields.get(MODEL_TYPE)
+    if field is None:
+        raise UserError(f"{folder / MODEL}: has no {MODEL_TYPE}; it was written by another program")
+    architecture = reader.fields["general.architecture"].contents()
+    heads = {
+        "num_attention_heads": reader.fields[f"{architecture}.attention.head_count"].contents(),
+        "num_key_value_heads": reader.fields[f"{architecture}.attention.head_count_kv"].contents(),
+    }
+    return reader, Names(field.contents(), heads)
+
+
+def read_back(folder: Path) -> Iterator[tuple[str, Quantized]]:
+    """By module, on groups of 32, scale in float16; read from the written file, one at a time."""
+    reader, names = _read(folder)
+    for tensor in reader.tensors:
+        kind = BLOCK_TYPES.get(tensor.tensor_type.name)
+        module = names.module_of(tensor.name.rpartition(".")[0])
+        if kind is not None and module is not None:
+            found = from_blocks(tensor.data, kind)
+            yield module, Quantized(*(names.back(module, array) for array in found))
+
+
+def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """A matrix ``[out, in]`` by its module; vectors by an empty name, rows in our order."""
+    reader, names = _read(folder)
+    for tensor in reader.tensors:
+        stem, _, _ = tensor.name.rpartition(".")
+        module = names.module_of(stem)
+        if tensor.tensor_type.name in BLOCK_TYPES:
+            continue
+        values = _floats(tensor)
+        if module is None:
+            yield "", values
+            continue
+        values = names.back(module, values)
+        yield module if values.ndim == 2 else "", values
+
+
+def _floats(tensor: Any) -> np.ndarray:
+    if tensor.tensor_type.name == "BF16":
+        return (tensor.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return tensor.data.astype(np.float32)
+
+
+def metadata(folder: Path) -> dict[str, str]:
+    """What the file says of the model it was made from."""
+    reader, _ = _read(folder)
+    return {
+        key.removeprefix(_PREFIX): str(field.contents())
+        for key, field in reader.fields.items()
+        if key.startswith(_PREFIX)
+    }
+
+
+def compressed_kernels(folder: Path, scratch: Path) -> set[str]:
+    """Modules whose tensors are in blocks: llama.cpp multiplies those as they are."""
+    return {module for module, _ in read_back(folder)}

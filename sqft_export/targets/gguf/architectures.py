@@ -1,0 +1,341 @@
+"""What llama.cpp calls the tensors of a family, and the numbers of its config; as data.
+
+Names are those of llama.cpp's ``gguf`` package. Where its rotary layout wants pairs of rows side by
+side, or q, k and v one after the other, rows are moved; no value changes.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sqft_export.model.families import FAMILIES
+
+ROPE = "rope_parameters"
+SILU, GELU_TANH = ("silu",), ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A family in llama.cpp.
+
+    name: its architecture.
+    blocks: what a decoder block's tensors are called -> the module there.
+    outer: the same of the others.
+    pairs: Linears whose rows rotary positions take in neighbouring pairs -> the count of heads.
+    joined: Linears that have q, k and v of a head side by side, where llama.cpp has all q first.
+    head_always: the output matrix is expected even where it is the embedding.
+    activations: what ``hidden_act`` may be; llama.cpp has one function a family.
+    ropes: scalings of rotary positions that are computed alike.
+    """
+
+    name: str
+    blocks: dict[str, str]
+    outer: dict[str, str]
+    pairs: dict[str, str] = field(default_factory=dict)
+    joined: tuple[str, ...] = ()
+    head_always: bool = False
+    activations: tuple[str, ...] = SILU
+    ropes: tuple[str, ...] = ("default", "linear")
+
+
+_ATTENTION = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_norm": "input_layernorm",
+}
+_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_NORM = {"ffn_norm": "post_attention_layernorm"}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_FOUR_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LLAMA = Architecture(
+    "llama",
+    _ATTENTION | _MLP | _NORM,
+    _OUTER,
+    pairs={"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"},
+    ropes=("default", "linear", "llama3"),
+)
+_JOINED = {
+    "attn_qkv": "query_key_value",
+    "attn_output": "dense",
+    "ffn_up": "mlp.dense_h_to_4h",
+    "ffn_down": "mlp.dense_4h_to_h",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+ARCHITECTURES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": Architecture("qwen2", _ATTENTION | _MLP | _NORM, _OUTER),
+    "qwen3": Architecture("qwen3", _ATTENTION | _MLP | _NORM | _HEAD_NORMS, _OUTER),
+    "phi3": Architecture(
+        "phi3",
+        {
+            "attn_qkv": "self_attn.qkv_proj",
+            "attn_output": "self_attn.o_proj",
+            "attn_norm": "input_layernorm",
+            "ffn_up": "mlp.gate_up_proj",
+            "ffn_down": "mlp.down_proj",
+            **_NORM,
+        },
+        _OUTER,
+        ropes=("default", "longrope"),
+    ),
+    "gemma2": Architecture(
+        "gemma2", _ATTENTION | _MLP | _FOUR_NORMS, _OUTER, activations=GELU_TANH
+    ),
+    "gemma3_text": Architecture(
+        "gemma3", _ATTENTION | _MLP | _FOUR_NORMS | _HEAD_NORMS, _OUTER, activations=GELU_TANH
+    ),
+    "bloom": Architecture(
+        "bloom",
+        {key: f"self_attention.{m}" if "attn_" in key and "norm" not in key else m
+         for key, m in _JOINED.items()},
+        {
+            "token_embd": "transformer.word_embeddings",
+            "token_embd_norm": "transformer.word_embeddings_layernorm",
+            "output_norm": "transformer.ln_f",
+            "output": "lm_head",
+        },
+        joined=("query_key_value",),
+        activations=(),
+    ),
+    "gpt_neox": Architecture(
+        "gptneox",
+        {key: f"attention.{m}" if "attn_" in key and "norm" not in key else m
+         for key, m in _JOINED.items()},
+        {
+            "token_embd": "gpt_neox.embed_in",
+            "output_norm": "gpt_neox.final_layer_norm",
+            "output": "embed_out",
+        },
+        joined=("query_key_value",),
+        head_always=True,
+        activations=("gelu", *GELU_TANH),
+    ),
+}  # fmt: skip
+
+
+def rope_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Rotary positions as either generation of configs has them; of full attention, where each kind
+    of layer has its own."""
+    said = config.get(ROPE) or config.get("rope_scaling") or {}
+    said = said.get("full_attention", said)
+    kind = said.get("rope_type") or said.get("type") or "default"
+    theta = said.get("rope_theta") or config.get("rope_theta") or 10000.0
+    return dict(said) | {"rope_type": kind, "rope_theta": theta}
+
+
+def architecture_lacks(config: dict[str, Any]) -> str | None:
+    """Why a model can't be told to llama.cpp; None where it can."""
+    model_type = config["model_type"]
+    known = ARCHITECTURES.get(model_type)
+    if known is None:
+        return f"llama.cpp has no architecture for {model_type}; it has {', '.join(ARCHITECTURES)}"
+    activation = config.get("hidden_act") or config.get("hidden_activation")
+    if known.activations and activation and activation not in known.activations:
+        return f"llama.cpp computes {known.activations[0]} for {model_type}, not {activation}"
+    rope = rope_of(config)["rope_type"]
+    if rope not in known.ropes:
+        return f"llama.cpp's {known.name} is not written with rope_type {rope}"
+    if config.get("use_sliding_window"):
+        return f"llama.cpp's {known.name} has no sliding window"
+    if model_type.startswith("gemma"):
+        return _gemma_lacks(config)
+    return None
+
+
+def _gemma_lacks(config: dict[str, Any]) -> str | None:
+    """Constants that llama.cpp has in its graphs."""
+    scalar, size = config.get("query_pre_attn_scalar", 256), config.get("head_dim", 256)
+    if scalar != size:
+        return f"llama.cpp takes query_pre_attn_scalar to be head_dim ({size}), not {scalar}"
+    period = 2 if config["model_type"] == "gemma2" else 6
+    kinds = config.get("layer_types") or []
+    wanted = [
+        "full_attention" if (i + 1) % period == 0 else "sliding_attention"
+        for i in range(len(kinds))
+    ]
+    if kinds != wanted or config.get("sliding_window_pattern", period) != period:
+        return f"llama.cpp has full attention in every {period}th block of {config['model_type']}"
+    return None
+
+
+def reads_a_table(model_type: str) -> bool:
+    """Whether llama.cpp takes the activation from a table, which it has of GELU, in float16."""
+    return ARCHITECTURES[model_type].activations != SILU
+
+
+@dataclass(frozen=True)
+class Names:
+    """Modules and tensors of one model.
+
+    heads: ``num_attention_heads`` and ``num_key_value_heads``.
+    """
+
+    model_type: str
+    heads: dict[str, int]
+
+    @property
+    def architecture(self) -> Architecture:
+        return ARCHITECTURES[self.model_type]
+
+    @property
+    def _blocks(self) -> str:
+        return FAMILIES[self.model_type].blocks
+
+    def tensor_of(self, module: str) -> str:
+        """What llama.cpp calls a module's tensor, without ``.weight`` or ``.bias``.
+
+        :raises KeyError: if it has no name for it.
+        """
+        if module.startswith(f"{self._blocks}."):
+            block, _, path = module.removeprefix(f"{self._blocks}.").partition(".")
+            found = {m: t for t, m in self.architecture.blocks.items()}
+            return f"blk.{block}.{found[path]}"
+        return {m: t for t, m in self.architecture.outer.items()}[module]
+
+    def module_of(self, tensor: str) -> str | None:
+        """The module of a tensor; None where it is none of a module's."""
+        if not tensor.startswith("blk."):
+            return self.architecture.outer.get(tensor)
+        _, block, name = tensor.split(".", 2)
+        path = self.architecture.blocks.get(name)
+        return f"{self._blocks}.{block}.{path}" if path else None
+
+    def order(self, module: str, rows: int) -> np.ndarray | None:
+        """Which of our rows is which of llama.cpp's, int64 ``[rows]``; None: all in place."""
+        last = module.rpartition(".")[2]
+        if key := self.architecture.pairs.get(last):
+            halves = np.arange(rows).reshape(self.heads[key], 2, -1)
+            return halves.swapaxes(1, 2).reshape(-1)
+        if last in self.architecture.joined:
+            apart = np.arange(rows).reshape(self.heads["num_attention_heads"], 3, -1)
+            return apart.swapaxes(0, 1).reshape(-1)
+        return None
+
+    def back(self, module: str, array: np.ndarray) -> np.ndarray:
+        """Rows as llama.cpp has them, in our order."""
+        order = self.order(module, len(array))
+        if order is None:
+            return array
+        ours = np.empty_like(array)
+        ours[order] = array
+        return ours
+
+
+def naming_of(config: dict[str, Any]) -> Names:
+    """:param config: as ``config.json`` has it."""
+    heads = config.get("num_attention_heads") or config["n_head"]
+    few = config.get("num_key_value_heads") or heads
+    counts = {"num_attention_heads": heads, "num_key_value_heads": few}
+    return Names(config["model_type"], counts)
+
+
+Add = Callable[[Any, Any], None]
+
+
+def factors_of(config: dict[str, Any], size: int) -> Iterator[tuple[str, np.ndarray]]:
+    """What rotary frequencies are divided by, float32 ``[size / 2]``, as tensors of their own."""
+    rope = rope_of(config)
+    if rope["rope_type"] == "llama3":
+        yield "rope_freqs", _llama3_factors(rope, size)
+    if rope["rope_type"] == "longrope":
+        for end in ("long", "short"):
+            yield f"rope_factors_{end}", np.array(rope[f"{end}_factor"], np.float32)
+
+
+def _llama3_factors(rope: dict[str, Any], size: int) -> np.ndarray:
+    """Of Llama 3.1: slow frequencies are divided, fast ones stay, those between are blended."""
+    frequencies = 1.0 / rope["rope_theta"] ** (np.arange(0, size, 2, dtype=np.float32) / size)
+    lengths = 2 * np.pi / frequencies
+    before = rope["original_max_position_embeddings"]
+    slow, fast = rope.get("low_freq_factor", 1.0), rope.get("high_freq_factor", 4.0)
+    share = np.clip((before / lengths - slow) / (fast - slow), 0, 1)
+    return (1 / ((1 - share) / rope["factor"] + share)).astype(np.float32)
+
+
+def write_keys(writer: Any, config: dict[str, Any]) -> None:
+    """The numbers of a config, by a ``gguf.GGUFWriter`` of its architecture.
+
+    :param config: of transformers' class, with what ``config.json`` leaves to it.
+    """
+    model_type = config["model_type"]
+    heads = naming_of(config).heads
+    width, count = config["hidden_size"], heads["num_attention_heads"]
+    blocks = config.get("num_hidden_layers") or config["n_layer"]
+    size = config.get("head_dim") or width // count
+    writer.add_context_length(_context(config))
+    writer.add_embedding_length(width)
+    writer.add_block_count(blocks)
+    inside = None if model_type == "bloom" else config.get("intermediate_size")
+    writer.add_feed_forward_length(inside or 4 * width)
+    writer.add_head_count(count)
+    writer.add_head_count_kv(heads["num_key_value_heads"])
+    writer.add_vocab_size(config["vocab_size"])
+    if model_type in ("bloom", "gpt_neox"):
+        writer.add_layer_norm_eps(
+            config["layer_norm_epsilon"] if model_type == "bloom" else config["layer_norm_eps"]
+        )
+    else:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+        writer.add_key_length(size)
+        writer.add_value_length(size)
+    if model_type == "gpt_neox":
+        writer.add_parallel_residual(config["use_parallel_residual"])
+    if model_type != "bloom":
+        _write_rope(writer, config, size)
+    if model_type.startswith("gemma"):
+        _write_gemma(writer, config)
+
+
+def _context(config: dict[str, Any]) -> int:
+    """Tokens that llama.cpp attends over as the model does: it has no sliding window for all."""
+    length = config.get("max_position_embeddings") or config.get("seq_length") or 2048
+    window = None if config["model_type"].startswith("gemma") else config.get("sliding_window")
+    return min(length, window) if window and "use_sliding_window" not in config else length
+
+
+def rotary_size(config: dict[str, Any], size: int) -> int:
+    rope = rope_of(config)
+    share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor")
+    share = share or config.get("rotary_pct") or 1.0
+    return int(size * share)
+
+
+def _write_rope(writer: Any, config: dict[str, Any], size: int) -> None:
+    import gguf
+
+    rope = rope_of(config)
+    writer.add_rope_dimension_count(rotary_size(config, size))
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "longrope":
+        before = rope.get("original_max_position_embeddings") or config.get(
+            "original_max_position_embeddings", config["max_position_embeddings"]
+        )
+        scale = config["max_position_embeddings"] / before
+        factor = np.sqrt(1 + np.log(scale) / np.log(before)) if scale > 1 else 1.0
+        writer.add_rope_scaling_orig_ctx_len(before)
+        writer.add_rope_scaling_attn_factors(rope.get("attention_factor") or float(factor))
+
+
+def _write_gemma(writer: Any, config: dict[str, Any]) -> None:
+    writer.add_sliding_window(config["sliding_window"])
+    if config["model_type"] == "gemma2":
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    else:
+        local = (config.get(ROPE) or {}).get("sliding_attention", {})
+        base = local.get("rope_theta") or config.get("rope_local_base_freq") or 10000.0
+        writer.add_float32("gemma3.rope.freq_base_swa", base)

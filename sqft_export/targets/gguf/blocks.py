@@ -1,0 +1,100 @@
+"""Blocks of llama.cpp's quantized tensors: 32 weights of a row, a float16 scale before them.
+
+    Q4_0   d, 16 bytes of codes      w = d (q - 8)
+    Q4_1   d, m, 16 bytes of codes   w = d q + m
+    Q8_0   d, 32 signed bytes        w = d q
+
+Of 4-bit codes, byte j of a block holds number j in its low half and number j + 16 in its high one
+(ggml's ``ggml-common.h``, ``dequantize_row_q4_0``). A symmetric grid is Q4_0 or Q8_0 as it is, its
+scale said again for each block of a group; an asymmetric one is Q4_1 with ``m = -d z``, where that
+is a float16.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sqft_export.numerics.codes import Quantized
+
+BLOCK = 32
+MIDDLE4, MIDDLE8 = 8, 128
+NO_ZERO_POINT = 255  # read back where an offset is no zero point of the grid
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """name: ggml's. floats: float16 numbers before the codes. bytes: of a block."""
+
+    name: str
+    bits: int
+    floats: int
+
+    @property
+    def bytes(self) -> int:
+        return 2 * self.floats + BLOCK * self.bits // 8
+
+
+Q4_0, Q4_1, Q8_0 = BlockType("Q4_0", 4, 1), BlockType("Q4_1", 4, 2), BlockType("Q8_0", 8, 1)
+BLOCK_TYPES = {kind.name: kind for kind in (Q4_0, Q4_1, Q8_0)}
+
+
+def block_type(bits: int, symmetric: bool) -> BlockType | None:
+    """The type that holds a grid, None where there is none: asymmetric INT8."""
+    if bits == 8:
+        return Q8_0 if symmetric else None
+    return Q4_0 if symmetric else Q4_1
+
+
+def why_no_blocks(inputs: int, group_size: int) -> str | None:
+    """Why a row is no whole number of blocks that each have one scale; None where it is."""
+    if inputs % BLOCK:
+        return f"{inputs} inputs, which blocks of {BLOCK} do not divide"
+    if group_size % BLOCK:
+        return f"groups of {group_size}, where a block of {BLOCK} has one scale"
+    return None
+
+
+def to_blocks(quantized: Quantized, kind: BlockType) -> np.ndarray:
+    """Bytes of a tensor, uint8 ``[out, in / 32 * kind.bytes]``.
+
+    :raises ValueError: if a row is no whole number of blocks, or an offset no float16.
+    """
+    codes, scale, zero = quantized.in_groups(quantized.codes.shape[1] // BLOCK)
+    rows, inputs = codes.shape
+    if scale.shape[1] * BLOCK != inputs:
+        raise ValueError(why_no_blocks(inputs, inputs // scale.shape[1]) or "groups of no blocks")
+    blocks = np.empty((rows, scale.shape[1], kind.bytes), np.uint8)
+    floats = [scale.astype(np.float16)]
+    if kind is Q4_1:
+        exact = -scale.astype(np.float32) * zero
+        floats.append(exact.astype(np.float16))
+        if not np.array_equal(floats[1].astype(np.float32), exact):
+            raise ValueError("a scale times its zero point is no float16")
+    for number, values in enumerate(floats):
+        blocks[:, :, 2 * number : 2 * number + 2] = values[:, :, None].view(np.uint8)
+    inside = codes.reshape(rows, -1, BLOCK)
+    stored = blocks[:, :, 2 * kind.floats :]
+    if kind.bits == 8:
+        stored[:] = inside ^ MIDDLE8  # unsigned around 128 as two's complement
+    else:
+        stored[:] = inside[:, :, : BLOCK // 2] | inside[:, :, BLOCK // 2 :] << 4
+    return blocks.reshape(rows, -1)
+
+
+def from_blocks(stored: np.ndarray, kind: BlockType) -> Quantized:
+    """A weight on groups of 32, of what :func:`to_blocks` gives."""
+    rows = stored.shape[0]
+    blocks = stored.reshape(rows, -1, kind.bytes)
+    floats = np.ascontiguousarray(blocks[:, :, : 2 * kind.floats]).view(np.float16)
+    scale = floats[:, :, 0]
+    inside = blocks[:, :, 2 * kind.floats :]
+    if kind.bits == 8:
+        codes = inside ^ MIDDLE8
+        return Quantized(codes.reshape(rows, -1), scale, np.full(scale.shape, MIDDLE8, np.uint8))
+    codes = np.concatenate([inside & 15, inside >> 4], axis=2).reshape(rows, -1)
+    if kind is Q4_0:
+        return Quantized(codes, scale, np.full(scale.shape, MIDDLE4, np.uint8))
+    offset, step = floats[:, :, 1].astype(np.float32), scale.astype(np.float32)
+    zero = np.rint(-offset / np.where(step == 0, 1, step))
+    fits = (zero >= 0) & (zero < 16) & (-step * zero == offset)
+    return Quantized(codes, scale, np.where(fits, zero, NO_ZERO_POINT).astype(np.uint8))

@@ -1,0 +1,184 @@
+"""A tokenizer of transformers as llama.cpp has them: two kinds of byte pairs.
+
+    gpt2    of bytes: merges in order, and the name of how a text is cut before
+    llama   SentencePiece's: a score for every token, the highest is merged first
+
+llama.cpp has its ways of cutting a text as code, each by a name; which one a tokenizer's
+expression is stands in ``CUTS``. Merges of SentencePiece's kind are in order of their scores, so a
+score is the place of a token's first merge. What can't be said so is refused.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqft_export.textfiles import read_json
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+SPACE = "\u2581"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+# An expression that texts are cut by -> llama.cpp's name of it.
+CUTS = {
+    _SHORT + _WORDS + _REST: "qwen2",
+    _SHORT + _WORDS + "{1,3}" + _REST: "llama-bpe",
+    " ?[^(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+": "bloom",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
+}
+NEVER = -1e6  # score of what no merge makes
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """kind: gpt2 or llama. cut: how a text is cut, of gpt2. merges or scores: by kind."""
+
+    kind: str
+    cut: str
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    scores: list[float]
+    space_before: bool
+
+
+class NotExpressible(Exception):
+    """What of a tokenizer llama.cpp has no words for."""
+
+
+def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
+    """:param rows: of the embedding; those without a token are said to be unused.
+    :raises NotExpressible: saying what llama.cpp lacks.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise NotExpressible("it has no tokenizer.json")
+    document = read_json(file)
+    model = document["model"]
+    if model["type"] != "BPE":
+        raise NotExpressible(f"its model is {model['type']}; of merges alone (BPE) is known how")
+    tokens = {**model["vocab"], **{t["content"]: t["id"] for t in document["added_tokens"]}}
+    by_id = {number: token for token, number in tokens.items()}
+    if max(by_id) >= rows:
+        raise NotExpressible(f"it has token {max(by_id)}; the embedding has {rows} rows")
+    pieces = bool(model.get("byte_fallback"))
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    types = _types(document, by_id, rows, pieces)
+    names = [by_id.get(number, f"[PAD{number}]") for number in range(rows)]
+    if pieces:
+        _check_pieces(document)
+        scores = _scores(merges)
+        found = [scores.get(name, NEVER) if kind == _NORMAL else 0.0
+                 for name, kind in zip(names, types, strict=True)]  # fmt: skip
+        return Vocabulary("llama", "default", names, types, [], found, _prepends(document))
+    return Vocabulary("gpt2", _cut(document), names, types, merges, [], False)
+
+
+def _types(document: dict[str, Any], by_id: dict[int, str], rows: int, pieces: bool) -> list[int]:
+    types = [_NORMAL if number in by_id else _UNUSED for number in range(rows)]
+    for token in document["added_tokens"]:
+        types[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
+    if pieces:
+        for number, name in by_id.items():
+            if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+                types[number] = _BYTE
+        unknown = document["model"].get("unk_token")
+        for number, name in by_id.items():
+            if name == unknown:
+                types[number] = _UNKNOWN
+    return types
+
+
+def _parts(section: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    """Steps of a normalizer or pre-tokenizer, one after the other."""
+    if section is None:
+        return []
+    return section[name] if section["type"] == "Sequence" else [section]
+
+
+def _cut(document: dict[str, Any]) -> str:
+    if normalizer := _parts(document.get("normalizer"), "normalizers"):
+        others = [n["type"] for n in normalizer if n["type"] != "NFC"]
+        if others:
+            raise NotExpressible(f"its normalizer is {', '.join(others)}")
+    steps = _parts(document.get("pre_tokenizer"), "pretokenizers")
+    kinds = [step["type"] for step in steps]
+    if any(step.get("add_prefix_space") for step in steps):
+        raise NotExpressible("its pre_tokenizer puts a blank before a text (add_prefix_space)")
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
+        expression = steps[0]["pattern"].get("Regex", "")
+        if expression in CUTS and steps[0]["behavior"] in ("Isolated", "Removed"):
+            return CUTS[expression]
+        raise NotExpressible(f"texts are cut by {expression!r}, which llama.cpp has no name for")
+    raise NotExpressible(f"its pre_tokenizer is {', '.join(kinds) or 'none'}")
+
+
+def _check_pieces(document: dict[str, Any]) -> None:
+    """SentencePiece's way: blanks become a character, and nothing else is done to a text."""
+    steps = _parts(document.get("normalizer"), "normalizers")
+    for step in steps:
+        blank = step["type"] == "Replace" and step.get("content") == SPACE
+        if not blank and not (step["type"] == "Prepend" and step.get("prepend") == SPACE):
+            raise NotExpressible(f"its normalizer is {step['type']}")
+    for step in _parts(document.get("pre_tokenizer"), "pretokenizers"):
+        blanks = step["type"] == "Split" and step["pattern"] == {"String": " "}
+        if step["type"] != "Metaspace" and not blanks:
+            raise NotExpressible(f"its pre_tokenizer is {step['type']}")
+
+
+def _prepends(document: dict[str, Any]) -> bool:
+    """Whether a text begins with a blank that it has not."""
+    steps = _parts(document.get("normalizer"), "normalizers")
+    if any(step["type"] == "Prepend" for step in steps):
+        return True
+    return any(
+        step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
+        for step in _parts(document.get("pre_tokenizer"), "pretokenizers")
+    )
+
+
+def _scores(merges: list[str]) -> dict[str, float]:
+    """Token -> minus the place of the first merge that makes it."""
+    found: dict[str, float] = {}
+    for place, merge in enumerate(merges):
+        found.setdefault(merge.replace(" ", ""), -float(place))
+    return found
+
+
+def write_tokenizer(writer: Any, folder: Path, rows: int) -> None:
+    """The tokenizer of a Hugging Face folder, by a ``gguf.GGUFWriter``.
+
+    :raises NotExpressible: saying what llama.cpp lacks.
+    """
+    from transformers import AutoTokenizer
+
+    found, tokenizer = read_vocabulary(folder, rows), AutoTokenizer.from_pretrained(folder)
+    writer.add_tokenizer_model(found.kind)
+    writer.add_tokenizer_pre(found.cut)
+    writer.add_token_list(found.tokens)
+    writer.add_token_types(found.types)
+    if found.kind == "gpt2":
+        writer.add_token_merges(found.merges)
+    else:
+        writer.add_token_scores(found.scores)
+        writer.add_add_space_prefix(found.space_before)
+    special = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "unk": tokenizer.unk_token_id,
+        "pad": tokenizer.pad_token_id,
+    }
+    for name, number in special.items():
+        if number is not None:
+            getattr(writer, f"add_{name}_token_id")(number)
+    ids = tokenizer("a")["input_ids"]
+    writer.add_add_bos_token(bool(ids) and ids[0] == special["bos"])
+    writer.add_add_eos_token(bool(ids) and ids[-1] == special["eos"])
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
