@@ -6,6 +6,7 @@
     pipe = sqft_export.load_openvino_genai("folder")     # openvino_genai.LLMPipeline
     session = sqft_export.load_onnx("folder")            # onnxruntime.InferenceSession
     model = sqft_export.load_onnx_genai("folder")        # onnxruntime_genai.Model
+    model = sqft_export.load_gguf("folder")              # cyllama's LlamaModel (llama.cpp)
     library = sqft_export.openvino_extension()           # what runs a specialized folder
 
 Importing this imports no runtime and no torch.
@@ -13,6 +14,7 @@ Importing this imports no runtime and no torch.
 
 from sqft_export.kernels.extension import openvino_extension
 from sqft_export.packed.loaders import (
+    load_gguf,
     load_onnx,
     load_onnx_genai,
     load_openvino,
@@ -20,6 +22,7 @@ from sqft_export.packed.loaders import (
 )
 
 __all__ = [
+    "load_gguf",
     "load_onnx",
     "load_onnx_genai",
     "load_openvino",

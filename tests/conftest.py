@@ -7,6 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    # Before torch counts them: runtimes wait for each other's threads in a spin, so that workers
+    # on the same processors stand in each other's way.
+    count, mine = (os.environ[f"PYTEST_XDIST_WORKER{end}"] for end in ("_COUNT", ""))
+    processors = sorted(os.sched_getaffinity(0))
+    share = processors[int(mine.removeprefix("gw")) :: int(count)]
+    os.sched_setaffinity(0, share or processors)
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -35,7 +43,10 @@ SMALL = (
 
 
 def small_recipe(*overrides: str, name: str = "tiny", model_path: Path | None = None) -> Recipe:
-    return load_recipe(ROOT / "recipes" / f"{name}.yaml", (*SMALL, *overrides), model_path)
+    """A recipe at the size of a test; models made here have rows that no blocks of 32 fit."""
+    targets = ("export.targets=[openvino, onnx]",) if model_path else ()
+    settings = (*SMALL, *targets, *overrides)
+    return load_recipe(ROOT / "recipes" / f"{name}.yaml", settings, model_path)
 
 
 def start_run(root: Path) -> subprocess.Popen:

@@ -14,9 +14,10 @@ from conftest import small_recipe
 from sqft_export import cli
 from sqft_export.errors import UserError
 from sqft_export.packed.folders import unpack
-from sqft_export.packed.loaders import load_onnx, load_openvino
+from sqft_export.packed.loaders import load_gguf, load_onnx, load_openvino
 from sqft_export.plan.checks import check_recipe
 from sqft_export.report.runs import compare_runs
+from sqft_export.targets.folder import runtime_of
 from sqft_export.targets.inspect import inspect_folder
 
 SCREEN = 6000  # characters
@@ -109,16 +110,13 @@ def unpack_beside(folder: Path) -> None:
     unpack(folder, folder.parent / "plain")
 
 
+LOADERS = {"openvino": load_openvino, "onnx": load_onnx, "gguf": load_gguf}
 DEPLOYMENTS = {
     "inspect": ("model", inspect_folder),
     "inspect packed": ("packed", inspect_folder),
-    "load": ("packed", lambda folder: (load_openvino if _is_ir(folder) else load_onnx)(folder)),
+    "load": ("packed", lambda folder: LOADERS[runtime_of(folder)](folder)),
     "unpack": ("packed", unpack_beside),
 }
-
-
-def _is_ir(folder: Path) -> bool:
-    return any(folder.glob("openvino_model*"))
 
 
 def deployments(tiny_run, tmp_path, how: str, runtime: str, seeds: range) -> None:
@@ -137,14 +135,14 @@ def test_two_thousand_mutated_models_are_planned_or_refused(random_llama, tmp_pa
 
 
 @pytest.mark.parametrize("how", DEPLOYMENTS)
-@pytest.mark.parametrize("runtime", ["openvino", "onnx"])
+@pytest.mark.parametrize("runtime", ["openvino", "onnx", "gguf"])
 def test_mutated_deployments_are_read_or_refused(tiny_run, tmp_path, how, runtime):
     deployments(tiny_run, tmp_path, how, runtime, range(15))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", DEPLOYMENTS)
-@pytest.mark.parametrize("runtime", ["openvino", "onnx"])
+@pytest.mark.parametrize("runtime", ["openvino", "onnx", "gguf"])
 def test_many_mutated_deployments_are_read_or_refused(tiny_run, tmp_path, how, runtime):
     deployments(tiny_run, tmp_path, how, runtime, range(1000, 1300))
 

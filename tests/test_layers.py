@@ -30,7 +30,7 @@ ORDER = [
     {"data.datasets"},
     {"data.items"},
     {"data.calibration", "data.scoring"},
-    {"packed.inflate"},
+    {"packed.inflate", "packed.blocks"},
     {"packed.container"},
     {"packed.regions"},
     {"measure.machine", "kernels.library"},

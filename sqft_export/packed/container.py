@@ -7,8 +7,9 @@
     payload    pieces, each from a multiple of 64 bytes on
 
 A packed file stands for one dense weight file, byte for byte. It is a row of regions that cover
-that file: ``raw`` bytes, and ``sparse`` tensors as mask and kept codes. Every piece has its digest;
-a file that is cut, flipped or inconsistent is refused before a byte of it is used.
+that file: ``raw`` bytes, ``sparse`` tensors as mask and kept codes, and ``blocks``, the same of
+ggml's tensors. Every piece has its digest; a file that is cut, flipped or inconsistent is refused
+before a byte of it is used.
 """
 
 import bisect
@@ -28,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sqft_export.errors import DamagedError, UserError
 from sqft_export.numerics.codes import round_up
+from sqft_export.packed import blocks
 from sqft_export.packed.inflate import Bytes, DenseFile, Memory, deflate, inflate
 from sqft_export.run.host import allowed_processors
 
@@ -104,7 +106,27 @@ class Sparse(HeaderPart):
     kept: Piece
 
 
-Region = Annotated[Raw | Sparse, Field(discriminator="kind")]
+class Blocks(HeaderPart):
+    """A tensor in ggml's blocks of 32 codes behind their float16 numbers.
+
+    floats: numbers of a block. repeat: blocks in a row that have the same.
+    scales: the numbers, once for each ``repeat`` blocks.
+    """
+
+    kind: Literal["blocks"]
+    name: str
+    at: Count
+    size: Count
+    bits: Literal[4, 8]
+    elements: Count
+    floats: Literal[1, 2]
+    repeat: Annotated[int, Field(ge=1, lt=2**32)]
+    scales: Piece
+    mask: Piece
+    kept: Piece
+
+
+Region = Annotated[Raw | Sparse | Blocks, Field(discriminator="kind")]
 
 
 class Header(HeaderPart):
@@ -135,7 +157,7 @@ class Writer:
         self.file, self.entropy = file, entropy
         self.scratch = file.with_name(file.name + ".payload")
         self.stream = self.scratch.open("wb")
-        self.regions: list[Raw | Sparse] = []
+        self.regions: list[Raw | Sparse | Blocks] = []
 
     def piece(self, data: Bytes) -> Piece:
         stored, frames = np.ascontiguousarray(data).data, None
@@ -185,6 +207,37 @@ class Writer:
                 elements=elements,
                 fill=fill,
                 group=group,
+                mask=self.piece(mask),
+                kept=self.piece(kept),
+            )
+        )
+
+    def blocks(self, name: str, at: int, data: Bytes, bits: int, floats: int, row: int) -> None:
+        """Store a tensor of ggml's blocks the smaller way.
+
+        :param row: blocks of a row.
+        """
+        numbers, codes = blocks.apart(data, bits, floats)
+        repeat, elements = blocks.repeats(numbers, row), len(codes) * 8 // bits
+        numbers = numbers[::repeat]
+        fills = blocks.zero_codes(numbers, bits)
+        group = blocks.BLOCK * repeat if len(fills) > 1 else 0
+        mask, kept = deflate(bits, elements, codes, fills, group)
+        scales = np.ascontiguousarray(numbers).view(np.uint8).reshape(-1)
+        if len(scales) + len(mask) + len(kept) >= len(data):
+            self.raw(at, data)
+            return
+        self.regions.append(
+            Blocks(
+                kind="blocks",
+                name=name,
+                at=at,
+                size=len(data),
+                bits=bits,  # type: ignore[arg-type]
+                elements=elements,
+                floats=floats,  # type: ignore[arg-type]
+                repeat=repeat,
+                scales=self.piece(scales),
                 mask=self.piece(mask),
                 kept=self.piece(kept),
             )
@@ -278,19 +331,33 @@ class PackedFile:
             end += region.size
             if isinstance(region, Raw):
                 self._check_piece(region.data, region.size)
+            elif isinstance(region, Blocks):
+                self._check_blocks(region)
             else:
                 self._check_sparse(region)
         if end != self.header.size:
             raise self._damaged(f"regions cover {end} of {self.header.size} bytes")
 
+    def _check_blocks(self, region: Blocks) -> None:
+        count, rest = divmod(region.elements, blocks.BLOCK)
+        whole = not rest and count % region.repeat == 0
+        if not whole or region.size != count * blocks.block_bytes(region.bits, region.floats):
+            raise self._damaged(f"{region.name}: size and number of elements do not fit")
+        self._check_piece(region.scales, count // region.repeat * 2 * region.floats)
+        self._check_mask(region, region.elements * region.bits // 8)
+
+    def _check_mask(self, region: Sparse | Blocks, size: int) -> None:
+        """:param size: bytes of all elements."""
+        self._check_piece(region.mask, -(-region.elements // 8))
+        # At most all elements are kept, and every chunk may end in a half byte.
+        if region.kept.bytes > size:
+            raise self._damaged(f"{region.name}: more kept codes than elements")
+        self._check_piece(region.kept, region.kept.bytes)
+
     def _check_sparse(self, region: Sparse) -> None:
         if region.size != -(-region.elements * region.bits // 8):
             raise self._damaged(f"{region.name}: size and number of elements do not fit")
-        self._check_piece(region.mask, -(-region.elements // 8))
-        # At most all elements are kept, and every chunk may end in a half byte.
-        if region.kept.bytes > region.size:
-            raise self._damaged(f"{region.name}: more kept codes than elements")
-        self._check_piece(region.kept, region.kept.bytes)
+        self._check_mask(region, region.size)
         zeros = region.fill
         if isinstance(zeros, int):
             if region.group or zeros >= 2**region.bits:
@@ -370,7 +437,10 @@ class PackedFile:
             return self._raw_bytes(region)[at - region.at : at - region.at + size]
         out = Memory(np.empty(region.size, np.uint8))
         with ThreadPoolExecutor(allowed_processors()) as pool:
-            self._finish((region, self._inflate(region, out, 0, self.read, pool)))
+            if isinstance(region, Blocks):
+                self._inflate_blocks(region, out, 0, pool)
+            else:
+                self._finish((region, self._inflate(region, out, 0, self.read, pool)))
         return out.read(at - region.at, size)
 
     def _read_over(self, at: int, size: int) -> Bytes:
@@ -404,6 +474,8 @@ class PackedFile:
                     started = region, self._inflate(region, out, region.at, out.read, pool)
                     self._finish(before)
                     before = started
+                elif isinstance(region, Blocks):
+                    self._inflate_blocks(region, out, region.at, pool)
             self._finish(before)
 
     def _finish(self, started: tuple[Sparse, list[Future[None]]] | None) -> None:
@@ -435,6 +507,26 @@ class PackedFile:
             )
         except ValueError as error:
             raise self._damaged(f"{region.name}: {error}") from error
+
+    def _inflate_blocks(
+        self, region: Blocks, out: Memory | DenseFile, at: int, pool: Executor
+    ) -> None:
+        """One tensor is in memory twice."""
+        pieces = (region.scales, region.mask, region.kept)
+        scales, mask, kept = (self._bytes(piece, region.name, pool) for piece in pieces)
+        numbers = scales.view(np.float16).reshape(-1, region.floats)
+        fills = blocks.zero_codes(numbers, region.bits)
+        group = blocks.BLOCK * region.repeat if len(fills) > 1 else 0
+        codes = Memory(np.empty(region.elements * region.bits // 8, np.uint8))
+        try:
+            tasks = inflate(region.bits, region.elements, mask, kept, fills, group, codes, 0, pool)
+        except ValueError as error:
+            raise self._damaged(f"{region.name}: {error}") from error
+        for task in tasks:
+            task.result()
+        out.write(at, blocks.joined(numbers, codes.array, region.repeat, region.bits))
+        for piece in pieces:
+            self._forget(piece)
 
     def _forget(self, piece: Piece) -> None:
         """Take a piece's pages out of this process; the system may keep them cached."""

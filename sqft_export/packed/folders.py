@@ -14,11 +14,10 @@ import numpy as np
 from sqft_export.errors import DamagedError, UserError
 from sqft_export.packed.container import PackedFile, Writer, fills_of
 from sqft_export.packed.inflate import Memory
-from sqft_export.packed.regions import regions_of
-from sqft_export.packed.seal import SUFFIX
+from sqft_export.packed.regions import StoredBlocks, gguf_regions, regions_of
 from sqft_export.run.artifact import sha256_of
 from sqft_export.run.host import require_space
-from sqft_export.targets.folder import graph_and_weights
+from sqft_export.targets.folder import SUFFIX, graph_and_weights
 
 # Folders beside a deployment's own, in the artifact of an export.
 PACKED = "packed"
@@ -60,9 +59,14 @@ class NothingSaved(UserError):
 def _pack_weights(graph: Path, weights: Path, packed: Path, entropy: bool) -> dict[str, Any]:
     dense = np.memmap(weights, np.uint8, mode="r")
     writer, end = Writer(packed, entropy), 0
-    for region in regions_of(graph, weights):
+    found = gguf_regions(weights) if graph == weights else regions_of(graph, weights)
+    for region in found:
         writer.raw(end, dense[end : region.at])
         end = region.at + region.size
+        if isinstance(region, StoredBlocks):
+            data = dense[region.at : end]
+            writer.blocks(region.name, region.at, data, region.bits, region.floats, region.row)
+            continue
         writer.sparse(
             region.name,
             region.at,
@@ -78,7 +82,7 @@ def _pack_weights(graph: Path, weights: Path, packed: Path, entropy: bool) -> di
     return {
         "dense_bytes": len(dense),
         "packed_bytes": packed.stat().st_size,
-        "sparse_tensors": sum(region.kind == "sparse" for region in header.regions),
+        "sparse_tensors": sum(region.kind != "raw" for region in header.regions),
     }
 
 

@@ -209,3 +209,34 @@ def dense_gguf(folder: Path) -> Iterator[Path]:
     check_seal(folder, whole=False)
     with _dense(folder) as dense:
         yield dense / GRAPHS["gguf"]
+
+
+def gguf_model(file: Path) -> Any:
+    """A ``cyllama`` model with its number of tokens, which its context looks for.
+
+    :raises UserError: if llama.cpp refuses the file.
+    """
+    from cyllama.llama import llama_cpp
+
+    class Model(llama_cpp.LlamaModel):
+        n_vocab = 0
+
+    llama_cpp.disable_logging()
+    params = llama_cpp.LlamaModelParams()
+    params.n_gpu_layers = 0
+    try:
+        model = Model(path_model=str(file), params=params)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{file}: llama.cpp can't load it: {error}") from error
+    model.n_vocab = model.get_vocab().n_vocab
+    return model
+
+
+def load_gguf(folder: str | Path) -> Any:
+    """A ``cyllama`` ``LlamaModel``: llama.cpp maps the file, which is inflated where it is packed.
+
+    :raises UserError: if the weights are damaged, there is no room to inflate them, or llama.cpp
+        refuses the file.
+    """
+    with dense_gguf(Path(folder)) as file:
+        return gguf_model(file)

@@ -1,6 +1,7 @@
 """Which bytes of a deployment's weight file are tensors with a value that most elements have.
 
-Read from the graph alone, whoever wrote it: an OpenVINO IR or an ONNX model with external data.
+Read from the graph alone, whoever wrote it: an OpenVINO IR, an ONNX model with external data, or a
+GGUF file, which is both.
 """
 
 import xml.etree.ElementTree as ElementTree
@@ -10,10 +11,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from sqft_export.errors import UserError
+from sqft_export.errors import UserError, one_line
+from sqft_export.packed.blocks import BLOCK
 from sqft_export.packed.container import ZeroPoints
 
 SMALLEST = 1024  # bytes of a tensor worth a look
+# ggml's types: bits of a code and float16 numbers of a block; bits of a float.
+GGUF_BLOCKS = {"Q4_0": (4, 1), "Q4_1": (4, 2), "Q8_0": (8, 1)}
+GGUF_FLOATS = {"F32": 32, "F16": 16, "BF16": 16}
 IR_BITS = {"u4": 4, "i4": 4, "u8": 8, "i8": 8, "f16": 16, "bf16": 16, "f32": 32}
 
 
@@ -32,6 +37,42 @@ class StoredTensor:
     elements: int
     fill: int | ZeroPoints
     group: int
+
+
+@dataclass(frozen=True)
+class StoredBlocks:
+    """A tensor of ggml's blocks. floats: float16 numbers of a block. row: blocks of a row."""
+
+    name: str
+    at: int
+    size: int
+    bits: int
+    floats: int
+    row: int
+
+
+def gguf_regions(file: Path) -> list[StoredTensor | StoredBlocks]:
+    """The same of a GGUF file, by offset; tensors of other types stay as they are.
+
+    :raises UserError: if it is none.
+    """
+    import gguf
+
+    try:
+        tensors = sorted(gguf.GGUFReader(file).tensors, key=lambda tensor: tensor.data_offset)
+    except Exception as error:  # whatever its reader makes of a stranger's bytes
+        raise UserError(f"{file}: not a GGUF file: {one_line(error)}") from error
+    found: list[StoredTensor | StoredBlocks] = []
+    for tensor in tensors:
+        kind, at, size = tensor.tensor_type.name, int(tensor.data_offset), int(tensor.n_bytes)
+        if kind in GGUF_BLOCKS:
+            bits, floats = GGUF_BLOCKS[kind]
+            row = int(tensor.shape[0]) // BLOCK
+            found.append(StoredBlocks(tensor.name, at, size, bits, floats, row))
+        elif kind in GGUF_FLOATS and size >= SMALLEST:
+            bits = GGUF_FLOATS[kind]
+            found.append(StoredTensor(tensor.name, at, size, bits, size * 8 // bits, 0, 0))
+    return found
 
 
 def regions_of(graph: Path, weights: Path) -> list[StoredTensor]:

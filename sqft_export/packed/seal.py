@@ -11,10 +11,9 @@ from typing import Any
 from sqft_export.errors import DamagedError, UserError
 from sqft_export.packed.container import PackedFile
 from sqft_export.run.artifact import files_of, sha256_of
-from sqft_export.targets.folder import graph_and_weights
+from sqft_export.targets.folder import SUFFIX, graph_and_weights
 
 PROVENANCE = "provenance.json"
-SUFFIX = ".sqft"  # of a packed weight file, after the name of the dense one
 
 
 def write_seal(folder: Path, origin: dict[str, Any]) -> None:
@@ -52,7 +51,8 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
 def check_seal(folder: Path, whole: bool) -> bool:
     """Compare a deployment with its seal.
 
-    :param whole: every byte; else the sizes of graph and weights, and the graph's digest.
+    :param whole: every byte; else the sizes of graph and weights, and the digest of a graph that
+        is not the weights too.
     :return: whether there is a seal.
     :raises DamagedError: naming the file that is missing, added or another.
     """
@@ -66,7 +66,7 @@ def check_seal(folder: Path, whole: bool) -> bool:
         _check_packed(packed, listed.pop(weights.name, None), whole)
     names = list(listed) if whole else [n for n in (graph.name, weights.name) if n in listed]
     for name in names:
-        deep = whole or name == graph.name
+        deep = whole or (name == graph.name and graph != weights)
         _check_file(folder / name, listed[name], deep)
     if whole:
         there = {str(f.relative_to(folder)) for f in files_of(folder)}

@@ -19,7 +19,7 @@ from sqft_export.plan.layout import Layout, fallbacks, group_sizes, layout_of
 from sqft_export.plan.tokenizer import tokenizer_faults
 from sqft_export.recipe.schema import HUB, Amount, Dataset, Problems, Recipe, Text, matches
 from sqft_export.run.host import installed
-from sqft_export.targets.devices import devices
+from sqft_export.targets.devices import devices, why_not_run
 from sqft_export.targets.gguf.architectures import architecture_lacks
 from sqft_export.targets.gguf.blocks import why_no_blocks
 from sqft_export.targets.gguf.tokenizer import NotExpressible, read_vocabulary
@@ -302,6 +302,14 @@ def _gguf_grid_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
             return
 
 
+def _row_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    """A benchmark needs a row."""
+    missing = [why_not_run(name, recipe.unmerged) for name in recipe.export.targets]
+    if not recipe.benchmark.baselines and all(missing):
+        reasons = "; ".join(dict.fromkeys(map(str, missing)))
+        yield f"benchmark.baselines: found [], and no deployment can be run here ({reasons})"
+
+
 def _accelerator_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     if recipe.device in ("auto", "cpu"):
         return
@@ -341,6 +349,7 @@ CHECKS: tuple[FaultFinder, ...] = (
     _package_faults,
     _graph_faults,
     _gguf_faults,
+    _row_faults,
     _accelerator_faults,
     _device_faults,
 )

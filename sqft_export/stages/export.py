@@ -45,7 +45,7 @@ def run(context: Context) -> dict:
     (folder / "README.md").write_text(card)
     write_seal(folder, origin)
     metrics: dict[str, Any] = {"bytes": file_bytes(folder)}
-    if context.recipe.export.sparse_files and runtime != "gguf":
+    if context.recipe.export.sparse_files:
         try:
             packed = pack(folder, context.folder / PACKED, context.recipe.export.entropy)
             metrics["packed"] = packed

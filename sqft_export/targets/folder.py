@@ -9,6 +9,7 @@ from sqft_export.textfiles import read_json
 GRAPHS = {"openvino": "openvino_model.xml", "onnx": "model.onnx", "gguf": "model.gguf"}
 # A GGUF file is graph and weights.
 WEIGHT_FILES = GRAPHS | {"openvino": "openvino_model.bin", "onnx": "model.onnx.data"}
+SUFFIX = ".sqft"  # of a packed weight file, after the name of the dense one
 GENAI_CONFIG = "genai_config.json"  # of ONNX Runtime GenAI
 ADAPTER_FOLDER = "adapter"  # folder inside a deployment whose adapter is not merged
 
@@ -42,12 +43,18 @@ def _entries(node: Any, path: str = "") -> list[tuple[str, Any]]:
     return [(path, node)]
 
 
+def _has_graph(folder: Path, runtime: str) -> bool:
+    graph = folder / GRAPHS[runtime]
+    packed = graph.with_name(graph.name + SUFFIX)
+    return graph.is_file() or (GRAPHS[runtime] == WEIGHT_FILES[runtime] and packed.is_file())
+
+
 def runtime_of(folder: Path) -> str:
     """Which runtime a deployment is for.
 
     :raises UserError: if the folder is no deployment.
     """
-    found = [name for name, graph in GRAPHS.items() if (folder / graph).is_file()]
+    found = [name for name, graph in GRAPHS.items() if _has_graph(folder, name)]
     if len(found) != 1:
         raise UserError(
             f"{folder}: not a deployment; found {' and '.join(found) or 'no graph'}, expected "
@@ -61,7 +68,7 @@ def kind_of(folder: Path) -> str:
 
     :raises UserError: if the folder is neither.
     """
-    has_graph = any((folder / graph).is_file() for graph in GRAPHS.values())
+    has_graph = any(_has_graph(folder, runtime) for runtime in GRAPHS)
     if not has_graph and (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
         return "torch"
     return runtime_of(folder)

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from sqft_export.packed.loaders import load_gguf
 from sqft_export.run.host import installed
-from sqft_export.targets.folder import GRAPHS, check_genai_config
+from sqft_export.targets.folder import check_genai_config
 
 IdsOf = Callable[[str], list[int]]
 
@@ -24,7 +25,5 @@ def read_ids(runtime: str, folder: Path) -> Iterator[tuple[str, IdsOf]]:
         made.update_options(add_special_tokens="true")  # this runtime leaves them out by itself
         yield "ONNX Runtime GenAI", lambda text: [int(i) for i in made.encode(text)]
     if runtime == "gguf" and installed("cyllama"):
-        from sqft_export.targets.gguf.session import open_model
-
-        model = open_model(folder / GRAPHS["gguf"])  # its vocabulary lives as long as it does
+        model = load_gguf(folder)  # its vocabulary lives as long as it does
         yield "llama.cpp", lambda text: list(model.get_vocab().tokenize(text, True, True))

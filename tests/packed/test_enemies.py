@@ -193,7 +193,7 @@ def test_a_worker_ends_with_its_parent(dense, tmp_path):
     raise AssertionError("the worker is still there")
 
 
-@pytest.mark.parametrize("name", ["openvino", "onnx"])
+@pytest.mark.parametrize("name", ["openvino", "onnx", "gguf"])
 def test_inspect_reads_packed_folders(tiny_run, name):
     folder = tiny_run[f"export-{name}"].path
     dense, packed = inspect_folder(folder / "model"), inspect_folder(folder / "packed")

@@ -116,7 +116,7 @@ def test_the_compiled_library_is_there_and_used():
     assert native() is not None
 
 
-DEPLOYMENTS = ["export-openvino", "export-onnx"]
+DEPLOYMENTS = ["export-openvino", "export-onnx", "export-gguf"]
 
 
 @pytest.mark.parametrize("entropy", [False, True], ids=["packed", "entropy"])

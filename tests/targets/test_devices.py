@@ -28,7 +28,7 @@ def test_every_runtime_tells_of_its_devices():
         ("openvino", "kernels"),
     }
     assert found["openvino", "kernels"] == "here"
-    assert all(found[runtime, "cpu"] == "here" for runtime in ("openvino", "onnx", "torch"))
+    assert all(found[runtime, "cpu"] == "here" for runtime in ("openvino", "onnx", "gguf", "torch"))
 
 
 @pytest.mark.skipif(not NO_GPU, reason="there is a GPU here")

@@ -1,11 +1,37 @@
 """GGUF: every family in the real llama.cpp, bit for bit and by its logits."""
 
-import pytest
+import json
+from pathlib import Path
+from typing import Any
 
-from conftest import random_model, small_recipe
+import gguf
+import numpy as np
+import openvino as ov
+import openvino_genai
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
+
+import sqft_export
+from conftest import exact_pipeline, random_model, small_recipe
+from sqft_export.errors import UserError
+from sqft_export.measure.decode import generate
+from sqft_export.measure.likelihood import log_likelihoods
 from sqft_export.model.families import FAMILIES
+from sqft_export.model.storage import grid_arrays
+from sqft_export.numerics.affine import dequantize, fit_grid, quantize
+from sqft_export.plan.checks import check_recipe
+from sqft_export.recipe.schema import OFFSET_BITS, Export
 from sqft_export.run.pipeline import run_recipe
-from sqft_export.targets.gguf.architectures import ARCHITECTURES
+from sqft_export.run.preview import preview
+from sqft_export.targets import target
+from sqft_export.targets.gguf.architectures import ARCHITECTURES, Names
+from sqft_export.targets.gguf.blocks import block_type, from_blocks, to_blocks
+from sqft_export.targets.gguf.tokenizer import NotExpressible, read_vocabulary
+from sqft_export.targets.tokenizers import read_ids
 
 # In whole blocks of 32; gemma's constants as llama.cpp has them.
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}
@@ -56,3 +82,300 @@ def test_a_family_is_the_same_in_llama_cpp(family_run):
         "divergence of gguf in its default mode",
     ):
         assert checks[name]["compared"]
+
+
+SHAPES = st.sampled_from([(1, 32, 32), (3, 64, 32), (5, 192, 64), (2, 256, 256), (7, 128, 128)])
+
+
+@settings(max_examples=40, deadline=None)
+@given(shape=SHAPES, bits=st.sampled_from([4, 8]), symmetric=st.booleans(), seed=st.integers(0, 99))
+def test_blocks_are_the_grid_bit_for_bit(shape, bits, symmetric, seed):
+    """By ggml's own formula, as its ``gguf`` package has it."""
+    rows, inputs, group = shape
+    weight = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed)) * 0.1
+    grid = fit_grid(weight, bits, group, symmetric, 11 if symmetric else OFFSET_BITS)
+    kind = block_type(bits, symmetric)
+    if kind is None:
+        assert (bits, symmetric) == (8, False)
+        return
+    codes = quantize(weight, grid)
+    stored = to_blocks(grid_arrays(codes, grid), kind)
+    values = gguf.dequantize(stored, gguf.GGMLQuantizationType[kind.name])
+    np.testing.assert_array_equal(values, dequantize(codes, grid).numpy())
+    back, ours = from_blocks(stored, kind), grid_arrays(codes, grid).in_groups(inputs // 32)
+    for one, other in zip(back, ours, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_asymmetric_scales_have_room_for_their_zero_points():
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) + 0.3
+    for bits, exact in ((11, False), (OFFSET_BITS, True)):
+        grid = fit_grid(weight, 4, 64, False, bits)
+        product = grid.scale.float() * torch.arange(16.0)[:, None, None]
+        assert bool((product.half().float() == product).all()) is exact
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
+def test_rows_go_and_come_back(name):
+    names = Names("llama", {"num_attention_heads": 4, "num_key_value_heads": 2})
+    module, rows = f"model.layers.0.self_attn.{name}", np.arange(64)
+    order = names.order(module, 64)
+    assert (order is None) == (name == "v_proj")
+    if order is not None:
+        np.testing.assert_array_equal(names.back(module, rows[order]), rows)
+        # llama.cpp turns rows 0 and 1 together, transformers rows 0 and half a head further.
+        half = 64 // names.heads[names.architecture.pairs[name]] // 2
+        assert order[1] - order[0] == half
+
+
+LLAMA = {"intermediate_size": 192}
+REFUSED = [
+    ("opt", {"ffn_dim": 192}, (), "llama.cpp has no architecture for opt"),
+    ("stablelm", LLAMA, (), "llama.cpp has no architecture for stablelm"),
+    ("llama", {}, (), r"mlp.down_proj has 172 inputs, which blocks of 32 do not divide"),
+    (
+        "llama",
+        LLAMA,
+        ("quantize.group_size=16",),
+        "has groups of 16.*set quantize.group_size to 32",
+    ),
+    ("llama", LLAMA, ("quantize.bits=8", "quantize.symmetric=false"), "no asymmetric INT8"),
+    ("llama", LLAMA, ("quantize.symmetric=false", "quantize.embedding_bits=8"), "asymmetric INT8"),
+    ("llama", LLAMA, ("quantize={method: nncf, symmetric: false}",), "scales of nncf"),
+    ("llama", LLAMA, ("quantize={method: nncf, nncf: {int4_ratio: 0.5}}",), "int4_ratio"),
+    ("gemma2", GEMMA | {"query_pre_attn_scalar": 24}, (), "query_pre_attn_scalar to be head_dim"),
+    ("gemma3_text", GEMMA | {"layer_types": ["full_attention"] * 2}, (), "every 6th block"),
+    ("llama", LLAMA | {"hidden_act": "gelu"}, (), "computes silu for llama, not gelu"),
+    ("qwen2", LLAMA | {"use_sliding_window": True, "sliding_window": 8}, (), "no sliding window"),
+    (
+        "llama",
+        LLAMA | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        (),
+        "rope_type dynamic",
+    ),
+]
+
+
+@pytest.mark.parametrize(("model_type", "config", "settings", "said"), REFUSED)
+def test_what_llama_cpp_lacks_is_refused_in_plan(tmp_path, model_type, config, settings, said):
+    model = random_model(tmp_path / "model", model_type=model_type, **config)
+    recipe = small_recipe("export.targets=[gguf]", *settings, model_path=model)
+    with pytest.raises(UserError, match=rf"export.targets: found gguf, but .*{said}"):
+        check_recipe(recipe, model)
+
+
+def edited(folder: Path, change) -> Path:
+    file = folder / "tokenizer.json"
+    document = json.loads(file.read_text())
+    change(document)
+    file.write_text(json.dumps(document))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("pre_tokenizer", {"type": "Whitespace"}, "pre_tokenizer is Whitespace"),
+        ("normalizer", {"type": "Lowercase"}, "normalizer is Lowercase"),
+    ],
+)
+def test_tokenizers_that_llama_cpp_has_no_words_for_are_refused(tmp_path, field, value, said):
+    model = random_model(tmp_path / "model", **LLAMA)
+    edited(model, lambda document: document.update({field: value}))
+    with pytest.raises(NotExpressible, match=said):
+        read_vocabulary(model, 416)
+
+
+def test_another_way_to_cut_a_text_is_refused(tmp_path):
+    model = random_model(tmp_path / "model", **LLAMA)
+
+    def shorten(document):
+        document["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}+|\s+"
+
+    edited(model, shorten)
+    recipe = small_recipe("export.targets=[gguf]", model_path=model)
+    with pytest.raises(UserError, match=r"texts are cut by .* llama.cpp has no name for"):
+        check_recipe(recipe, model)
+
+
+def sentencepiece(folder: Path, prepend: bool) -> Any:
+    """A tokenizer of SentencePiece's kind, as transformers makes of such a model."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    letters = ["\u2581", *"abcdefghiklmnoprstuvwy"]
+    words = [
+        "\u2581t",
+        "\u2581th",
+        "\u2581the",
+        "an",
+        "\u2581an",
+        "in",
+        "ing",
+        "\u2581s",
+        "\u2581si",
+    ]
+    words += ["\u2581sin", "\u2581sing", "th", "the", "he"]
+    vocabulary = {piece: number for number, piece in enumerate([*pieces, *letters, *words])}
+    merges = [
+        (word[:cut], word[cut:])
+        for word in words
+        for cut in range(1, len(word))
+        if word[:cut] in vocabulary and word[cut:] in vocabulary
+    ]
+    made = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    steps = [normalizers.Replace(" ", "\u2581")]
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), *steps][not prepend :])
+    made.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    whole = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    whole.save_pretrained(folder)
+    return whole
+
+
+@pytest.mark.parametrize("prepend", [True, False])
+def test_pieces_are_merged_in_llama_cpp_as_in_transformers(tmp_path, prepend):
+    model = random_model(tmp_path / "model", vocab_size=320, **LLAMA)
+    for file in model.glob("tokenizer*"):
+        file.unlink()
+    tokenizer = sentencepiece(model, prepend)
+    (tmp_path / "out").mkdir()
+    target("gguf").export(model, tmp_path / "out", Export())
+    [(_, ids_of)] = read_ids("gguf", tmp_path / "out")
+    for text in ("the thing", "sing  in the rain", "ans\u00fcng\n\tthe", "", "Q: an anthem?"):
+        assert ids_of(text) == tokenizer(text)["input_ids"], text
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_run) -> Path:
+    return tiny_run["export-gguf"].path / "model"
+
+
+@pytest.fixture
+def reference(tiny_run):
+    return target("torch").open_session(tiny_run["merge"].path / "model", True, None)
+
+
+PROMPTS = [list(range(5, 5 + count)) for count in (3, 11, 7, 20)]
+
+
+def test_rows_of_unequal_length_say_what_each_says_alone(exported, reference, monkeypatch):
+    """Also where the cache has to grow in between."""
+    monkeypatch.setattr("sqft_export.targets.gguf.session._FIRST_CELLS", 16)
+    session = target("gguf").open_session(exported, True, 2)
+    together = generate(session, PROMPTS, 12, stop=[])
+    assert session.cells > 64
+    assert together == generate(reference, PROMPTS, 12, stop=[])
+    # Rows leave the batch as they end.
+    stop = [together[0][2], together[2][5]]
+    assert generate(session, PROMPTS, 12, stop) == generate(reference, PROMPTS, 12, stop)
+
+
+def test_choices_share_the_pass_over_their_prompt(exported, reference):
+    session = target("gguf").open_session(exported, True, 2)
+    prompts = [PROMPTS[1]] * 3 + [PROMPTS[0]] * 2
+    targets = [[20, 21, 22], [20, 30], [40, 41, 42, 43], [50, 51], [60, 61, 62]]
+    ours, theirs = (log_likelihoods(s, prompts, targets) for s in (session, reference))
+    np.testing.assert_allclose([s for s, _ in ours], [s for s, _ in theirs], atol=1e-3)
+
+
+def test_llama_cpp_chooses_the_likeliest_itself(exported):
+    session = target("gguf").open_session(exported, False, 2)
+    ids = np.array([PROMPTS[3], PROMPTS[3][::-1]])
+    expected = session.forward(ids, None, 1)[:, -1].argmax(axis=-1)
+    session.reset()
+    np.testing.assert_array_equal(session.likeliest(ids), expected)
+
+
+def test_a_packed_file_is_loaded_as_it_was(tiny_run, exported):
+    packed = tiny_run["export-gguf"].path / "packed"
+    assert (packed / "model.gguf.sqft").stat().st_size < (exported / "model.gguf").stat().st_size
+    ids = np.array([PROMPTS[3]])
+    dense, inflated = (target("gguf").open_session(f, False, 2) for f in (exported, packed))
+    np.testing.assert_array_equal(dense.forward(ids), inflated.forward(ids))
+    assert sqft_export.load_gguf(packed).n_layer == 4
+
+
+def test_openvino_genai_reads_the_file(exported, reference):
+    pipe = exact_pipeline(exported / "model.gguf")
+    ids = np.array([PROMPTS[3]])
+    inputs = openvino_genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
+    config = openvino_genai.GenerationConfig(
+        max_new_tokens=8, do_sample=False, ignore_eos=True, apply_chat_template=False
+    )
+    assert (
+        list(pipe.generate(inputs, config).tokens[0])
+        == generate(reference, [PROMPTS[3]], 8, stop=[])[0]
+    )
+
+
+def test_the_file_says_what_it_is(tiny_run, exported):
+    says = target("gguf").metadata(exported)
+    theirs = target("openvino").metadata(tiny_run["export-openvino"].path / "model")
+    assert says == theirs and float(says["sparsity"]) > 0.5
+
+
+@pytest.mark.parametrize("pipeline", ["sqft", "shears"])
+def test_an_adapter_that_stays_apart_is_a_lora_file(tmp_path, pipeline):
+    settings = (f"adapt.pipeline={pipeline}", "export.targets=[gguf]", "export.sparse_files=false")
+    none = ("quantize={method: none}",) if pipeline == "shears" else ()
+    model = random_model(tmp_path / "model", vocab_size=416, **LLAMA)
+    run = run_recipe(
+        small_recipe(
+            *("adapt.steps=2", "adapt.ranks=[8, 4]", "verify.prompts=4"),
+            *(*settings, *none, "quantize.group_size=32" if not none else "seed=1"),
+            model_path=model,
+        ),
+        tmp_path / "runs",
+        ("verify",),
+    )
+    checks = {check["name"]: check for check in run["verify"].metrics["checks"]}
+    # The adapter's rows are in llama.cpp's order: its products are in these logits.
+    assert checks["logits: merged in torch and gguf"]["passed"]
+    assert "divergence of gguf in its default mode" not in checks
+    assert any("llama-cli --lora" in warning for warning in run["verify"].metrics["warnings"])
+    folder = run["export-gguf"].path / "model"
+    adapter = folder / "adapter" / "adapter.gguf"
+    base = sqft_export.load_gguf(folder)
+    assert base.lora_adapter_init(str(adapter)) is not None, "llama.cpp finds every tensor"
+    with pytest.raises(UserError, match="cyllama can't apply an adapter"):
+        target("gguf").open_session(folder, False, None)
+
+
+@pytest.mark.parametrize("quantize", ["{method: rtn, bits: 4, group_size: 64, symmetric: false}",
+                                      "{method: rtn, bits: 8, group_size: null, embedding_bits: 8}",
+                                      "{method: gptq, bits: 3, group_size: 32}",
+                                      "{method: none}"])  # fmt: skip
+def test_every_grid_reaches_llama_cpp_bit_for_bit(tmp_path, quantize):
+    model = random_model(tmp_path / "model", vocab_size=416, **LLAMA)
+    settings = [s for s in GGUF if not s.startswith("quantize")]
+    recipe = small_recipe(*settings, f"quantize={quantize}", model_path=model)
+    checks = run_recipe(recipe, tmp_path / "runs", ("verify",))["verify"].metrics["checks"]
+    assert all(check["passed"] for check in checks)
+
+
+def test_plan_says_what_is_stored_otherwise_and_what_is_not_compared(tmp_path, monkeypatch):
+    model = random_model(tmp_path / "model", **LLAMA)
+    recipe = small_recipe(
+        "export.targets=[gguf]", "quantize.symmetric=false", "quantize.group_size=32",
+        model_path=model,
+    )  # fmt: skip
+    monkeypatch.setattr("sqft_export.targets.devices.installed", lambda name: name != "cyllama")
+    said = preview(recipe, tmp_path / "runs")["gguf"]
+    assert (
+        "scales have 7 significant bits" in said and "cyllama (llama.cpp) is not installed" in said
+    )
+
+
+def test_without_llama_cpp_the_file_is_written_and_read_back(tmp_path, monkeypatch):
+    for module in ("sqft_export.targets.devices", "sqft_export.verify.compute"):
+        monkeypatch.setattr(f"{module}.installed", lambda name: name != "cyllama")
+    monkeypatch.setattr("sqft_export.targets.tokenizers.installed", lambda name: False)
+    model = random_model(tmp_path / "model", vocab_size=416, **LLAMA)
+    recipe = small_recipe(*GGUF, "benchmark.baselines=[dense]", model_path=model)
+    run = run_recipe(recipe, tmp_path / "runs", ("verify",))
+    names = {check["name"] for check in run["verify"].metrics["checks"]}
+    assert "codes, scales, zero points: merged and gguf" in names
+    assert not any("logits" in name and "gguf" in name for name in names)
+    assert "cyllama (llama.cpp) is not installed" in run["verify"].metrics["warnings"][0]

@@ -11,7 +11,7 @@ from sqft_export.run.artifact import sha256_of
 from sqft_export.targets.inspect import inspect_folder
 
 
-@pytest.mark.parametrize("runtime", ["openvino", "onnx"])
+@pytest.mark.parametrize("runtime", ["openvino", "onnx", "gguf"])
 def test_a_deployment_says_what_it_holds(tiny_run, runtime):
     folder = tiny_run[f"export-{runtime}"].path / "model"
     found = inspect_folder(folder)

@@ -45,7 +45,7 @@ def test_one_flipped_bit_anywhere_is_named(tiny_run, tmp_path, stage):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("runtime", ["openvino", "onnx"])
+@pytest.mark.parametrize("runtime", ["openvino", "onnx", "gguf"])
 def test_a_deployment_is_held_to_its_seal(tiny_run, tmp_path, runtime):
     folder = tmp_path / "deployed"
     source = tiny_run[f"export-{runtime}"].path / "model"

@@ -16,6 +16,7 @@ import numpy as np
 from sqft_export.errors import UserError
 from sqft_export.model.memory import release_memory
 from sqft_export.numerics.codes import Quantized
+from sqft_export.packed.blocks import repeats
 from sqft_export.packed.loaders import dense_gguf
 from sqft_export.recipe.schema import Export
 from sqft_export.targets.folder import ADAPTER_FOLDER, GRAPHS
@@ -50,6 +51,16 @@ _PREFIX = "sqft_export."
 MODEL_TYPE = f"{_PREFIX}model_type"
 # Beside the file, for programs that read configs: tokens and their end are in the file too.
 BESIDE = ("config.json", "generation_config.json", "tokenizer*", "chat_template*")
+
+
+# What readers are told of a file, by ggml's type of its first tensor; None is a numpy float.
+_FILE_TYPES = {
+    "Q4_0": "MOSTLY_Q4_0",
+    "Q4_1": "MOSTLY_Q4_1",
+    "Q8_0": "MOSTLY_Q8_0",
+    "BF16": "MOSTLY_BF16",
+    None: "MOSTLY_F16",
+}
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,9 @@ def export(merged: Path, folder: Path, options: Export) -> None:
         raise UserError(f"{merged}: its tokenizer can't be told to llama.cpp: {error}") from error
     for key, value in model_facts(checkpoint).items():
         writer.add_string(f"{_PREFIX}{key}", value)
-    _write_tensors(writer, list(_tensors(checkpoint, names, config)))
+    tensors = list(_tensors(checkpoint, names, config))
+    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[tensors[0].kind]])
+    _write_tensors(writer, tensors)
     for pattern in BESIDE:
         for file in merged.glob(pattern):
             shutil.copyfile(file, folder / file.name)
@@ -249,14 +262,21 @@ def _read(folder: Path) -> tuple[Any, Names]:
 
 
 def read_back(folder: Path) -> Iterator[tuple[str, Quantized]]:
-    """By module, on groups of 32, scale in float16; read from the written file, one at a time."""
+    """By module, scale in float16; read from the written file, one at a time."""
     reader, names = _read(folder)
     for tensor in reader.tensors:
         kind = BLOCK_TYPES.get(tensor.tensor_type.name)
         module = names.module_of(tensor.name.rpartition(".")[0])
         if kind is not None and module is not None:
             found = from_blocks(tensor.data, kind)
-            yield module, Quantized(*(names.back(module, array) for array in found))
+            yield module, _longest_groups(Quantized(*(names.back(module, a) for a in found)))
+
+
+def _longest_groups(found: Quantized) -> Quantized:
+    """Blocks that say the same scale and zero point are one group."""
+    said = np.stack([found.scale.view(np.uint16), found.zero_point.astype(np.uint16)], axis=2)
+    count = repeats(said.reshape(-1, 2), said.shape[1])
+    return Quantized(found.codes, found.scale[:, ::count], found.zero_point[:, ::count])
 
 
 def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from sqft_export.numerics.codes import Quantized
+from sqft_export.packed.blocks import BLOCK, MIDDLE4
 
-BLOCK = 32
-MIDDLE4, MIDDLE8 = 8, 128
+MIDDLE8 = 128
 NO_ZERO_POINT = 255  # read back where an offset is no zero point of the grid
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from sqft_export.errors import UserError
-from sqft_export.packed.loaders import dense_gguf
+from sqft_export.packed.loaders import dense_gguf, gguf_model
+from sqft_export.run.host import allowed_processors
 from sqft_export.targets import Session
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER
@@ -46,8 +47,8 @@ class GgufSession(Session):
         params = llama_cpp.LlamaContextParams()
         params.n_ctx, params.n_seq_max, params.kv_unified = self.cells, _SEQUENCES, True
         params.n_batch = params.n_ubatch = _PASS
-        if self.threads:
-            params.n_threads = params.n_threads_batch = self.threads
+        # Its own choice is four, which wait in a spin where there are fewer processors.
+        params.n_threads = params.n_threads_batch = self.threads or allowed_processors()
         if self.exact:
             params.type_k = params.type_v = _FLOAT32
             params.flash_attn_type = 0
@@ -158,27 +159,6 @@ class GgufSession(Session):
             self._decode(known[start : start + _PASS])
 
 
-def open_model(file: Path) -> Any:
-    """A ``cyllama`` model with its number of tokens, which its context looks for.
-
-    :raises UserError: if llama.cpp refuses the file.
-    """
-    from cyllama.llama import llama_cpp
-
-    class Model(llama_cpp.LlamaModel):
-        n_vocab = 0
-
-    llama_cpp.disable_logging()
-    params = llama_cpp.LlamaModelParams()
-    params.n_gpu_layers = 0
-    try:
-        model = Model(path_model=str(file), params=params)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{file}: llama.cpp can't load it: {error}") from error
-    model.n_vocab = model.get_vocab().n_vocab
-    return model
-
-
 def open_session(
     folder: Path, exact: bool, threads: int | None, device: str = "cpu"
 ) -> GgufSession:
@@ -195,11 +175,11 @@ def open_session(
         raise UserError(f"{adapter}: cyllama can't apply an adapter; llama-cli --lora does")
     with dense_gguf(folder) as file:
         if not exact:
-            return GgufSession(open_model(file), exact, threads)
+            return GgufSession(gguf_model(file), exact, threads)
         with tempfile.TemporaryDirectory(prefix="sqft-") as scratch:
             floats = Path(scratch) / "float32.gguf"
             write_float32(file, floats, adapter if adapter.is_file() else None)
-            return GgufSession(open_model(floats), exact, threads)
+            return GgufSession(gguf_model(floats), exact, threads)
 
 
 def write_float32(file: Path, out: Path, adapter: Path | None = None) -> None:
