@@ -86,6 +86,8 @@ def disk_bytes(recipe: Recipe, layout: Layout, root: Path, passes: list[str]) ->
         * max((written.get(f"export-{n}", 0) for n in recipe.export.targets), default=0),
     }
     scratch["benchmark"] = scratch["verify"]
+    if "gguf" in recipe.export.targets:  # its numbers as float32
+        scratch["verify"] += 4 * (layout.weights + layout.others)
     transient = max((scratch.get(name, 0) for name in passes), default=0)
     needed = sum(written.get(name, 0) for name in passes) + transient
     return needed, shutil.disk_usage(nearest_existing(root)).free

@@ -13,7 +13,14 @@ from pathlib import Path
 from sqft_export.errors import HostError
 
 PR_SET_PDEATHSIG = 1
-FLOAT32_ROOM = 0.5  # share of the free memory that float32 weights of a torch row may take
+FLOAT32_ROOM = 0.5  # share of the free memory that float32 weights may take
+
+
+def float32_fits(weights: int) -> bool:
+    """Whether so many weights may be in memory as float32."""
+    import psutil
+
+    return 4 * weights <= FLOAT32_ROOM * psutil.virtual_memory().available
 
 
 def installed(module: str) -> bool:

@@ -5,6 +5,7 @@ What it says is in ``verify/``: fidelity (trained -> merged), storage (merged ->
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from sqft_export.data.items import Data, load_tokenizer, sample_texts
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.device import device_name, device_of
 from sqft_export.stages import Context
-from sqft_export.targets.devices import why_not_run
+from sqft_export.targets.devices import why_not_exact, why_not_run
 from sqft_export.verify.certify import certify
 from sqft_export.verify.subject import BEFORE, Asked, Subject
 
@@ -67,6 +68,14 @@ def _watched(context: Context, asked: Asked) -> Path:
     return context.folder
 
 
+def _unchecked(subject: Subject, name: str) -> Iterator[str]:
+    """What of a deployment the certificate could not look at here."""
+    if exact := why_not_exact(name, subject.merged.parameters):
+        yield f"{name} was not compared with torch in float32: {exact}"
+    if default := why_not_run(name, subject.adapter is not None):
+        yield f"{name} was not run as deployed: {default}"
+
+
 def run(context: Context) -> dict:
     """Writes ``verify.json``, and ``subject.json``, from which it can be derived again.
 
@@ -95,9 +104,8 @@ def run(context: Context) -> dict:
     document = json.dumps(certificate.document(), indent=2) + "\n"
     (context.folder / "verify.json").write_text(document)
     certificate.require()
-    unchecked = {name: why_not_run(name, subject.adapter is not None) for name in exports}
     return {
         "checks": certificate.rows(),
         "device": device_name(device),
-        "warnings": [f"{name} was not run as deployed: {w}" for name, w in unchecked.items() if w],
+        "warnings": [warning for name in exports for warning in _unchecked(subject, name)],
     }

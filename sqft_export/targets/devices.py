@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sqft_export.errors import UserError
-from sqft_export.run.host import installed
+from sqft_export.run.host import float32_fits, installed
 
 DEVICE_KINDS = ("cpu", "gpu", "npu")
 OPENVINO_NEEDS = {
@@ -54,6 +54,19 @@ def find_device(runtime: str, kind: str) -> Device:
             return device
     reasons = "; ".join(f"{d.name}: {d.missing}" for d in found) or "it has no such device"
     raise UserError(f"device: found {kind}, which {runtime} does not reach here ({reasons})")
+
+
+def why_not_exact(runtime: str, weights: int) -> str | None:
+    """Why what is exported for a runtime can't be run here in float32 throughout, to compare it
+    with torch; None where it can.
+
+    llama.cpp is given the weights as float32 for that.
+
+    :param weights: of the whole model.
+    """
+    if runtime == "gguf" and installed("cyllama") and not float32_fits(weights):
+        return f"{weights:,} weights as float32 do not fit this machine's free memory"
+    return why_not_run(runtime, False)
 
 
 def why_not_run(runtime: str, unmerged: bool) -> str | None:

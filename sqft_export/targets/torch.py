@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import nn
 
@@ -21,7 +20,7 @@ from sqft_export.model.floats import load_model
 from sqft_export.model.storage import read_quantized
 from sqft_export.numerics.affine import Grid, dequantize
 from sqft_export.run.device import CPU, fast_in_bfloat16
-from sqft_export.run.host import FLOAT32_ROOM
+from sqft_export.run.host import float32_fits
 from sqft_export.targets import Session, positions_of
 from sqft_export.targets.devices import find_device
 
@@ -133,8 +132,7 @@ def _load_on_cpu(folder: Path) -> nn.Module:
     narrow = checkpoint.dtype(checkpoint.outer_names()[0]).itemsize == 2
     if narrow and fast_in_bfloat16(CPU):
         return load_int4_model(folder, "cpu", torch.bfloat16)
-    whole = 4 * sum(prod(shape) for shape in checkpoint.shapes.values())
-    if whole <= FLOAT32_ROOM * psutil.virtual_memory().available:
+    if float32_fits(sum(prod(shape) for shape in checkpoint.shapes.values())):
         return load_model(checkpoint)
     return load_lean_model(folder)
 

@@ -9,9 +9,8 @@ from sqft_export.measure.decode import generate
 from sqft_export.measure.likelihood import log_softmax
 from sqft_export.model.floats import Reference
 from sqft_export.packed.folders import PACKED
-from sqft_export.run.host import installed
 from sqft_export.targets import Session, target
-from sqft_export.targets.devices import why_not_run
+from sqft_export.targets.devices import why_not_exact, why_not_run
 from sqft_export.targets.gguf.architectures import reads_a_table
 from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.subject import Asked, Subject
@@ -36,13 +35,15 @@ def check_compute(
             compressed = target(name).compressed_kernels(folder, subject.scratch)
             for layer in subject.quantized:
                 kernels.count(np.array([layer not in compressed]), layer)
-        if name == "gguf" and not installed("cyllama"):
-            continue  # verify says so
-        exact = target(name).open_session(folder, True, None)
-        tolerance = max(asked.tolerance, GELU_TABLE) if _tabled(subject, name) else asked.tolerance
-        _check_exact(certificate, asked, label, exact, reference, tolerance)
+        if why_not_exact(name, subject.merged.parameters) is None:
+            tolerance = asked.tolerance
+            if name == "gguf" and reads_a_table(subject.merged.config["model_type"]):
+                tolerance = max(tolerance, GELU_TABLE)
+            exact = target(name).open_session(folder, True, None)
+            _check_exact(certificate, asked, label, exact, reference, tolerance)
+            del exact
         if why_not_run(name, subject.adapter is not None):
-            continue
+            continue  # verify says so
         session = target(name).open_session(folder, False, None)
         defaults[label] = _prompt_logits(session, asked.prompts)
         most = min(asked.divergence, GGUF_DIVERGENCE) if name == "gguf" else asked.divergence
@@ -56,10 +57,6 @@ def check_compute(
         for number, (ours, theirs) in enumerate(zip(defaults[name], others, strict=True)):
             worst = np.abs(ours - theirs).max() / ours.std()
             same.worst(float(worst), ours.size, f"prompt {number}")
-
-
-def _tabled(subject: Subject, name: str) -> bool:
-    return name == "gguf" and reads_a_table(subject.merged.config["model_type"])
 
 
 def _prompt_logits(session: Session, prompts: list[list[int]]) -> list[np.ndarray]:

@@ -14,6 +14,7 @@ from sqft_export.recipe.schema import Export
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets import openvino as openvino_target
 from sqft_export.targets import target
+from sqft_export.targets.gguf.architectures import ARCHITECTURES
 from sqft_export.targets.onnx.session import decoder_of
 
 NEW_TOKENS = 12
@@ -85,12 +86,16 @@ def test_the_readme_says_which_family_runs_where():
     for model_type, _, peculiar in MODELS:
         tested.setdefault(model_type, []).append(peculiar)
     lines = [
-        "| `model_type` | tested with | OpenVINO, its GenAI | ONNX Runtime, its GenAI |",
-        "| --- | --- | --- | --- |",
+        "| `model_type` | tested with | OpenVINO, its GenAI | ONNX Runtime, its GenAI "
+        "| llama.cpp |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for model_type, peculiar in tested.items():
         graphs = "`fused`, `standard`" if FAMILIES[model_type].builder else "`standard`"
-        lines.append(f"| `{model_type}` | {'; '.join(peculiar)} | yes | {graphs} |")
+        in_llama_cpp = "yes" if model_type in ARCHITECTURES else "no"
+        lines.append(
+            f"| `{model_type}` | {'; '.join(peculiar)} | yes | {graphs} | {in_llama_cpp} |"
+        )
     assert "\n".join(lines) in README.read_text(), "\n".join(["README.md needs", *lines])
 
 

@@ -1,6 +1,7 @@
 """GGUF: every family in the real llama.cpp, bit for bit and by its logits."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,20 @@ from sqft_export.model.storage import grid_arrays
 from sqft_export.numerics.affine import dequantize, fit_grid, quantize
 from sqft_export.plan.checks import check_recipe
 from sqft_export.recipe.schema import OFFSET_BITS, Export
+from sqft_export.run.device import CPU
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.run.preview import preview
+from sqft_export.stages.verify import _unchecked
 from sqft_export.targets import target
 from sqft_export.targets.gguf.architectures import ARCHITECTURES, Names
 from sqft_export.targets.gguf.blocks import block_type, from_blocks, to_blocks
 from sqft_export.targets.gguf.tokenizer import NotExpressible, read_vocabulary
 from sqft_export.targets.tokenizers import read_ids
+from sqft_export.verify.certificate import Certificate
+from sqft_export.verify.compute import check_compute
+from sqft_export.verify.fidelity import reference_of
+from sqft_export.verify.storage import check_storage
+from sqft_export.verify.subject import Asked, Subject
 
 # In whole blocks of 32; gemma's constants as llama.cpp has them.
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}
@@ -369,8 +377,7 @@ def test_plan_says_what_is_stored_otherwise_and_what_is_not_compared(tmp_path, m
 
 
 def test_without_llama_cpp_the_file_is_written_and_read_back(tmp_path, monkeypatch):
-    for module in ("sqft_export.targets.devices", "sqft_export.verify.compute"):
-        monkeypatch.setattr(f"{module}.installed", lambda name: name != "cyllama")
+    monkeypatch.setattr("sqft_export.targets.devices.installed", lambda name: name != "cyllama")
     monkeypatch.setattr("sqft_export.targets.tokenizers.installed", lambda name: False)
     model = random_model(tmp_path / "model", vocab_size=416, **LLAMA)
     recipe = small_recipe(*GGUF, "benchmark.baselines=[dense]", model_path=model)
@@ -379,3 +386,100 @@ def test_without_llama_cpp_the_file_is_written_and_read_back(tmp_path, monkeypat
     assert "codes, scales, zero points: merged and gguf" in names
     assert not any("logits" in name and "gguf" in name for name in names)
     assert "cyllama (llama.cpp) is not installed" in run["verify"].metrics["warnings"][0]
+
+
+@pytest.fixture
+def subject(tiny_run, tmp_path) -> Subject:
+    """A copy of the GGUF deployment, to break."""
+    copy = shutil.copytree(tiny_run["export-gguf"].path / "model", tmp_path / "gguf" / "model")
+    (tmp_path / "scratch").mkdir()
+    return Subject(
+        Asked.read(tiny_run["verify"].path),
+        {},
+        tiny_run["sparsify"].path,
+        tiny_run["search"].path,
+        tiny_run["merge"].path,
+        {"gguf": copy.parent},
+        scratch=tmp_path / "scratch",
+    )
+
+
+def failed(subject: Subject) -> set[str]:
+    certificate = Certificate()
+    check_storage(certificate, subject, "gguf")
+    check_compute(certificate, subject, "gguf", reference_of(subject, CPU))
+    return {check.name for check in certificate.checks if not check.passed}
+
+
+CODES = "codes, scales, zero points: merged and gguf"
+ZEROS = "pruned positions zero in gguf"
+FLOATS = "float weights: merged and gguf"
+IDS = "token ids: base and llama.cpp"
+LOGITS = "logits: merged in torch and gguf"
+
+
+def change_byte(place: int):
+    def change(reader: Any, name: str) -> None:
+        tensor = next(tensor for tensor in reader.tensors if tensor.name == name)
+        tensor.data.reshape(-1).view(np.uint8)[place] ^= 17
+
+    return change
+
+
+def swap_rows(reader: Any, name: str) -> None:
+    tensor = next(tensor for tensor in reader.tensors if tensor.name == name)
+    tensor.data[[0, 1]] = tensor.data[[1, 0]]
+
+
+def swap_entries(reader: Any, name: str) -> None:
+    """Two of a list's that are of one length."""
+    field = reader.fields[name]
+    one = field.parts[field.data[70]]
+    other = next(field.parts[i] for i in field.data[71:] if len(field.parts[i]) == len(one))
+    one[:], other[:] = other.copy(), one.copy()
+
+
+def change_number(reader: Any, name: str) -> None:
+    reader.fields[name].parts[-1][0] = 500.0
+
+
+def test_nothing_is_named_where_nothing_is_broken(subject):
+    assert failed(subject) == set()
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "lines"),
+    [
+        (change_byte(5), "blk.1.ffn_up.weight", {CODES}),
+        (change_byte(0), "blk.1.ffn_down.weight", {CODES}),
+        (change_byte(2), "blk.0.attn_norm.weight", {FLOATS}),
+        (change_byte(9), "token_embd.weight", {FLOATS}),
+        (change_byte(9), "output.weight", {FLOATS}),
+        (swap_rows, "blk.2.attn_q.weight", {CODES, ZEROS, LOGITS}),
+        (swap_entries, "tokenizer.ggml.tokens", {IDS}),
+        (change_number, "llama.rope.freq_base", {LOGITS}),
+    ],
+)
+def test_what_is_broken_in_the_file_is_named(subject, change, name, lines):
+    file = subject.exports["gguf"] / "model" / "model.gguf"
+    reader = gguf.GGUFReader(file, "r+")
+    change(reader, name)
+    reader.data.flush()
+    del reader
+    assert lines <= failed(subject)
+
+
+def test_a_model_too_large_for_float32_is_compared_as_deployed(subject, monkeypatch):
+    monkeypatch.setattr("sqft_export.run.host.FLOAT32_ROOM", 0.0)
+    certificate = Certificate()
+    check_compute(certificate, subject, "gguf", reference_of(subject, CPU))
+    names = {check.name for check in certificate.checks}
+    assert LOGITS not in names and "divergence of gguf in its default mode" in names
+    certificate.require()
+    [said] = _unchecked(subject, "gguf")
+    assert "as float32 do not fit this machine's free memory" in said
+
+
+def test_a_default_mode_that_is_too_far_away_is_named(subject, monkeypatch):
+    monkeypatch.setattr("sqft_export.verify.compute.GGUF_DIVERGENCE", 1e-9)
+    assert failed(subject) == {"divergence of gguf in its default mode"}
