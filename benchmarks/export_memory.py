@@ -2,7 +2,7 @@
 
     python benchmarks/export_memory.py [--blocks 32] [--small]
 
-A merged INT4 checkpoint of the true width and vocabulary, groups of 128, goes through both
+A merged INT4 checkpoint of the true width and vocabulary, groups of 128, goes through all
 exporters, each in a process of its own. Bound: the checkpoint's bytes + 2 GiB. The peak is what the
 kernel reports for the process, imports and mapped file pages included.
 """
@@ -23,7 +23,7 @@ from sqft_export.recipe.schema import Export
 from sqft_export.targets import target
 
 GIB = 2**30
-KINDS = {"openvino": "openvino", "onnx fused": "onnx", "onnx standard": "onnx"}
+KINDS = {"openvino": "openvino", "onnx fused": "onnx", "onnx standard": "onnx", "gguf": "gguf"}
 
 
 def export(kind: str, merged: Path, folder: Path) -> dict[str, Any]:

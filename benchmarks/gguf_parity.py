@@ -5,9 +5,10 @@
 
 llama.cpp's converter dequantizes a GPTQ checkpoint, and its quantizer chooses scales of its own.
 Side by side, all of one merge: our file by codes, llama.cpp's Q4_0 and Q8_0 of the same numbers in
-float32 (its quantizer as ``cyllama`` has it), and torch, whose distributions the others are held
-against: bytes, perplexity ratio, mean KL divergence in nats a token, share of tokens whose
-likeliest successor is the same, accuracy on the task, milliseconds a token (files take turns).
+float32 (its quantizer as ``cyllama`` has it; embedding and head stored as ours are), and torch,
+whose distributions the others are held against: bytes, perplexity ratio, mean KL divergence in nats
+a token, share of tokens whose likeliest successor is the same, accuracy on the task, milliseconds a
+token (files take turns).
 
 Models: the embedded one, tuned by its recipe; SmolLM2-135M where a folder of it is given
 (``shared/smollm2.py`` makes one), pruned and quantized by its recipe without training. stories260K
@@ -43,12 +44,16 @@ SMALL = ("adapt.steps=4", "calibration.samples=4", "verify.prompts=2")
 
 
 def requantized(floats: Path, ours: Path, folder: Path, kind: int) -> Path:
-    """A folder like ours whose file llama.cpp's quantizer made."""
+    """A folder like ours whose file llama.cpp's quantizer made; embedding and head as ours are."""
+    import gguf
     from cyllama.llama import llama_cpp
 
     shutil.copytree(ours, folder, ignore=shutil.ignore_patterns("*.gguf", "provenance.json"))
     params = llama_cpp.LlamaModelQuantizeParams()
     params.ftype = kind
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(ours / GRAPHS["gguf"]).tensors}
+    outer = int(tensors["token_embd.weight"].tensor_type)
+    params.token_embedding_type = params.output_tensor_type = outer
     llama_cpp.model_quantize(str(floats), str(folder / GRAPHS["gguf"]), params)
     return folder
 

@@ -31,7 +31,7 @@ ModelPath = Annotated[
 Runs = Annotated[Path, typer.Option(help="where artifacts are kept")]
 Json = Annotated[bool, typer.Option("--json", help="nothing on stdout but one JSON document")]
 
-Deployment = Annotated[Path, typer.Argument(help="a deployment: OpenVINO or ONNX folder")]
+Deployment = Annotated[Path, typer.Argument(help="a deployment: OpenVINO, ONNX or GGUF folder")]
 LARGEST_OPTION = 2**20
 Items = Annotated[
     int, typer.Option(min=1, max=LARGEST_OPTION, help="of the task or windows of the text")
@@ -98,7 +98,7 @@ def export(
     recipe: RecipeFile,
     overrides: Overrides = None,
     only: Annotated[
-        str | None, typer.Option(help="openvino or onnx; default: what the recipe names")
+        str | None, typer.Option(help="openvino, onnx or gguf; default: what the recipe names")
     ] = None,
     model_path: ModelPath = None,
     runs: Runs = Path("runs"),

@@ -38,3 +38,18 @@ def test_streaming_stays_under_its_bound_on_a_narrow_model():
     document = json.loads(done.stdout.splitlines()[-1])
     assert document["ratios"]["peak_over_bound"]["high"] < 1
     assert set(document["values"]) == {"1", "3"}
+
+
+@pytest.mark.slow
+def test_codes_in_llama_cpp_lose_less_than_its_own_quantizer(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "gguf_parity.py"), "--small"]
+    done = subprocess.run(
+        [*command, "--items", "4", "--rounds", "1", "--runs", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    document = json.loads(done.stdout.splitlines()[-1])
+    rows = document["values"]["tiny"]
+    assert set(rows) == {"torch", "ours", "llama.cpp Q4_0", "llama.cpp Q8_0"}
+    assert document["ratios"]["tiny_kl_ours_over_requantized"]["median"] < 0.5

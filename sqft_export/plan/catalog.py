@@ -32,11 +32,16 @@ def _recipes() -> Entries:
 
 
 def _families() -> Entries:
-    """Model types that are tested, and the Linears that get an adapter."""
+    """Model types that are tested, the Linears that get an adapter, and llama.cpp's name."""
     from sqft_export.model.families import FAMILIES
+    from sqft_export.targets.gguf.architectures import ARCHITECTURES
 
     return [
-        {"model_type": name, "adapters": ", ".join(family.targets)}
+        {
+            "model_type": name,
+            "adapters": ", ".join(family.targets),
+            "gguf": ARCHITECTURES[name].name if name in ARCHITECTURES else "no",
+        }
         for name, family in sorted(FAMILIES.items())
     ]
 

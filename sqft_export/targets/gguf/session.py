@@ -4,6 +4,7 @@ llama.cpp rounds activations to 8 bits where weights are in blocks. What is comp
 therefore the same numbers written as float32, in a file that lasts as long as it takes to load it.
 """
 
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from sqft_export.targets import Session
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER
 
+logging.getLogger("gguf").setLevel(logging.WARNING)  # else it tells of every file
 _FIRST_CELLS = 2048  # tokens that a cache holds at first
 _SEQUENCES = 256  # sequences that llama.cpp keeps apart
 _PASS = 512  # tokens that go through it at once
