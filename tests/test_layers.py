@@ -48,6 +48,7 @@ ORDER = [
     {"adapters.merging", "adapters.training", "adapters.evidence"},
     {"targets", "targets.devices"},
     {"targets.gguf.blocks", "targets.gguf.architectures", "targets.gguf.tokenizer"},
+    {"targets.gguf.bindings"},
     {"targets.gguf.session"},
     {"targets.tokenizers"},
     {"targets.openvino", "targets.torch", "targets.onnx.session", "targets.onnx.weights"},

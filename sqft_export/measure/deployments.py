@@ -39,6 +39,7 @@ from sqft_export.measure.statistics import bootstrap_ratio, percentiles, wilson
 from sqft_export.measure.worker import in_a_process
 from sqft_export.model.checkpoint import file_bytes
 from sqft_export.packed.execution import checked_execution
+from sqft_export.run.host import installed
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import GENAI_CONFIG, GRAPHS, kind_of
 from sqft_export.textfiles import read_json
@@ -422,7 +423,7 @@ def runtime_versions(kinds: set[str]) -> dict[str, str]:
     wanted = {
         "openvino": ("openvino",),
         "onnx": ("onnxruntime",),
-        "gguf": ("cyllama",),
+        "gguf": ("cyllama" if installed("cyllama") else "llama_cpp_python",),
         "torch": ("torch",),
     }
     names = ["sqft-export", *(name for kind in sorted(kinds) for name in wanted[kind])]

@@ -6,6 +6,7 @@ handed to the runtime, which sees the graph of the dense folder and the bytes of
 same kernels, the same results.
 """
 
+import ctypes
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from sqft_export.packed.execution import checked_execution, execution_here, rewr
 from sqft_export.packed.folders import packed_file
 from sqft_export.packed.seal import check_seal
 from sqft_export.run.artifact import sha256_of
-from sqft_export.run.host import require_space
+from sqft_export.run.host import installed, require_space
 from sqft_export.targets.folder import GRAPHS, check_genai_config, graph_and_weights
 
 
@@ -232,11 +233,29 @@ def gguf_model(file: Path) -> Any:
     return model
 
 
+def silent_llama_cpp() -> None:
+    """Keep llama-cpp-python's library from telling of every tensor."""
+    import llama_cpp
+
+    llama_cpp.llama_log_set(_NOTHING_SAID, None)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+def _NOTHING_SAID(level: int, text: bytes, data: Any) -> None:
+    pass
+
+
 def load_gguf(folder: str | Path) -> Any:
-    """A ``cyllama`` ``LlamaModel``: llama.cpp maps the file, which is inflated where it is packed.
+    """A ``cyllama`` ``LlamaModel``, or a ``llama_cpp.Llama`` where llama-cpp-python alone is
+    installed: llama.cpp maps the file, which is inflated where it is packed.
 
     :raises UserError: if the weights are damaged, there is no room to inflate them, or llama.cpp
         refuses the file.
     """
     with dense_gguf(Path(folder)) as file:
-        return gguf_model(file)
+        if installed("cyllama"):
+            return gguf_model(file)
+        import llama_cpp
+
+        with _read_by("llama.cpp", Path(folder)):
+            return llama_cpp.Llama(str(file), verbose=False)

@@ -56,6 +56,11 @@ def find_device(runtime: str, kind: str) -> Device:
     raise UserError(f"device: found {kind}, which {runtime} does not reach here ({reasons})")
 
 
+def llama_cpp_here() -> bool:
+    """Whether a binding of llama.cpp is installed."""
+    return installed("cyllama") or installed("llama_cpp")
+
+
 def why_not_exact(runtime: str, weights: int) -> str | None:
     """Why what is exported for a runtime can't be run here in float32 throughout, to compare it
     with torch; None where it can.
@@ -64,7 +69,7 @@ def why_not_exact(runtime: str, weights: int) -> str | None:
 
     :param weights: of the whole model.
     """
-    if runtime == "gguf" and installed("cyllama") and not float32_fits(weights):
+    if runtime == "gguf" and llama_cpp_here() and not float32_fits(weights):
         return f"{weights:,} weights as float32 do not fit this machine's free memory"
     return why_not_run(runtime, False)
 
@@ -135,12 +140,8 @@ def _torch() -> Iterator[Device]:
 
 
 def _gguf() -> Iterator[Device]:
-    missing = (
-        None
-        if installed("cyllama")
-        else "cyllama (llama.cpp) is not installed; pip install 'sqft-export[gguf-runtime]'"
-    )
-    yield Device("gguf", "cpu", "llama.cpp", missing)
+    missing = "llama.cpp is not installed; pip install 'sqft-export[gguf-runtime]'"
+    yield Device("gguf", "cpu", "llama.cpp", None if llama_cpp_here() else missing)
 
 
 PROBES = {"openvino": _openvino, "onnx": _onnx, "gguf": _gguf, "torch": _torch}

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sqft_export.packed.loaders import load_gguf
+from sqft_export.packed.loaders import dense_gguf
 from sqft_export.run.host import installed
+from sqft_export.targets.devices import llama_cpp_here
 from sqft_export.targets.folder import check_genai_config
+from sqft_export.targets.gguf.bindings import open_model
 
 IdsOf = Callable[[str], list[int]]
 
@@ -24,6 +26,6 @@ def read_ids(runtime: str, folder: Path) -> Iterator[tuple[str, IdsOf]]:
         made = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(folder)))
         made.update_options(add_special_tokens="true")  # this runtime leaves them out by itself
         yield "ONNX Runtime GenAI", lambda text: [int(i) for i in made.encode(text)]
-    if runtime == "gguf" and installed("cyllama"):
-        model = load_gguf(folder)  # its vocabulary lives as long as it does
-        yield "llama.cpp", lambda text: list(model.get_vocab().tokenize(text, True, True))
+    if runtime == "gguf" and llama_cpp_here():
+        with dense_gguf(folder) as file:
+            yield "llama.cpp", open_model(file).tokenize

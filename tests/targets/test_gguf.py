@@ -64,12 +64,23 @@ GGUF = (
 )
 
 
-@pytest.fixture(scope="module", params=MODELS)
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 32}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+LONG |= {"short_factor": [1.0] * 8, "long_factor": [1.5] * 8}
+# Other ways to turn positions, by what they are called here.
+ROPES = {
+    "llama3": ("llama", {"rope_theta": 500.0, **LLAMA3}),
+    "linear": ("llama", {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}),
+}
+
+
+@pytest.fixture(scope="module", params=[*MODELS, *ROPES])
 def family_run(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
-    model = random_model(
-        root / "model", model_type=request.param, intermediate_size=192, **MODELS[request.param]
-    )
+    model_type, rope = ROPES.get(request.param, (request.param, None))
+    config = MODELS[model_type] | ({"rope_parameters": rope} if rope else {})
+    model = random_model(root / "model", model_type=model_type, intermediate_size=192, **config)
     return run_recipe(small_recipe(*GGUF, model_path=model), root / "runs", ("verify",))
 
 
@@ -153,8 +164,17 @@ REFUSED = [
     ("llama", LLAMA, ("quantize={method: nncf, nncf: {int4_ratio: 0.5}}",), "int4_ratio"),
     ("gemma2", GEMMA | {"query_pre_attn_scalar": 24}, (), "query_pre_attn_scalar to be head_dim"),
     ("gemma3_text", GEMMA | {"layer_types": ["full_attention"] * 2}, (), "every 6th block"),
+    ("gemma3_text", GEMMA | {"final_logit_softcapping": 30.0}, (), "gemma3 caps no logits"),
+    ("gpt_neox", LLAMA | {"attention_bias": False}, (), "has biases in its attention"),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}, (), "post_layernorm False"),
+    ("phi3", LLAMA | {"rope_parameters": LONG}, (), "rope_type longrope"),
     ("llama", LLAMA | {"hidden_act": "gelu"}, (), "computes silu for llama, not gelu"),
-    ("qwen2", LLAMA | {"use_sliding_window": True, "sliding_window": 8}, (), "no sliding window"),
+    (
+        "qwen2",
+        LLAMA | {"use_sliding_window": True, "sliding_window": 8},
+        (),
+        "use_sliding_window False, not True",
+    ),
     (
         "llama",
         LLAMA | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
@@ -369,15 +389,17 @@ def test_plan_says_what_is_stored_otherwise_and_what_is_not_compared(tmp_path, m
         "export.targets=[gguf]", "quantize.symmetric=false", "quantize.group_size=32",
         model_path=model,
     )  # fmt: skip
-    monkeypatch.setattr("sqft_export.targets.devices.installed", lambda name: name != "cyllama")
-    said = preview(recipe, tmp_path / "runs")["gguf"]
-    assert (
-        "scales have 7 significant bits" in said and "cyllama (llama.cpp) is not installed" in said
+    monkeypatch.setattr(
+        "sqft_export.targets.devices.installed", lambda name: name not in ("cyllama", "llama_cpp")
     )
+    said = preview(recipe, tmp_path / "runs")["gguf"]
+    assert "scales have 7 significant bits" in said and "llama.cpp is not installed" in said
 
 
 def test_without_llama_cpp_the_file_is_written_and_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("sqft_export.targets.devices.installed", lambda name: name != "cyllama")
+    monkeypatch.setattr(
+        "sqft_export.targets.devices.installed", lambda name: name not in ("cyllama", "llama_cpp")
+    )
     monkeypatch.setattr("sqft_export.targets.tokenizers.installed", lambda name: False)
     model = random_model(tmp_path / "model", vocab_size=416, **LLAMA)
     recipe = small_recipe(*GGUF, "benchmark.baselines=[dense]", model_path=model)
@@ -385,7 +407,7 @@ def test_without_llama_cpp_the_file_is_written_and_read_back(tmp_path, monkeypat
     names = {check["name"] for check in run["verify"].metrics["checks"]}
     assert "codes, scales, zero points: merged and gguf" in names
     assert not any("logits" in name and "gguf" in name for name in names)
-    assert "cyllama (llama.cpp) is not installed" in run["verify"].metrics["warnings"][0]
+    assert "llama.cpp is not installed" in run["verify"].metrics["warnings"][0]
 
 
 @pytest.fixture

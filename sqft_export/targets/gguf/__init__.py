@@ -7,7 +7,7 @@
 import functools
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,6 @@ from sqft_export.targets.gguf.architectures import (
     architecture_lacks,
     factors_of,
     naming_of,
-    rotary_size,
     write_keys,
 )
 from sqft_export.targets.gguf.blocks import BLOCK_TYPES, block_type, from_blocks, to_blocks
@@ -131,27 +130,17 @@ def _tensors(checkpoint: "Checkpoint", names: Names, config: dict[str, Any]) -> 
     from sqft_export.model.storage import plain_names, quantized_names
 
     quantized = quantized_names(checkpoint)
-    plain = {
-        name.rpartition(".")[0] + "." + name.rpartition(".")[2]
-        for name in plain_names(checkpoint)
-        if name.rpartition(".")[0] not in quantized or not name.endswith(".weight")
-    }
     for module in quantized:
         yield _codes_tensor(checkpoint, names, module)
-    for key in sorted(plain):
-        yield _float_tensor(checkpoint, names, key)
+    for key in sorted(plain_names(checkpoint)):
+        if key.removesuffix(".weight") not in quantized:
+            yield _float_tensor(checkpoint, names, key)
     if checkpoint.tied and names.architecture.head_always:
-        embedding = _float_tensor(checkpoint, names, f"{checkpoint.family.embedding}.weight")
-        yield _Tensor("output.weight", *_rest(embedding))
-    size = config.get("head_dim") or config["hidden_size"] // names.heads["num_attention_heads"]
-    if config["model_type"] != "bloom":
-        for name, factors in factors_of(config, rotary_size(config, size)):
-            made = lambda array=factors: array  # noqa: E731
-            yield _Tensor(f"{name}.weight", factors.shape, np.float32, None, made)
-
-
-def _rest(tensor: _Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.dtype, tensor.kind, tensor.make
+        embedding = f"{checkpoint.family.embedding}.weight"
+        yield replace(_float_tensor(checkpoint, names, embedding), name="output.weight")
+    for name, factors in factors_of(config):
+        made = functools.partial(np.asarray, factors)
+        yield _Tensor(f"{name}.weight", factors.shape, np.float32, None, made)
 
 
 def _codes_tensor(checkpoint: "Checkpoint", names: Names, module: str) -> _Tensor:
@@ -313,4 +302,6 @@ def metadata(folder: Path) -> dict[str, str]:
 
 def compressed_kernels(folder: Path, scratch: Path) -> set[str]:
     """Modules whose tensors are in blocks: llama.cpp multiplies those as they are."""
-    return {module for module, _ in read_back(folder)}
+    reader, names = _read(folder)
+    stored = [t.name for t in reader.tensors if t.tensor_type.name in BLOCK_TYPES]
+    return {str(names.module_of(name.rpartition(".")[0])) for name in stored}

@@ -4,7 +4,7 @@ Names are those of llama.cpp's ``gguf`` package. Where its rotary layout wants p
 side, or q, k and v one after the other, rows are moved; no value changes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,7 +87,8 @@ ARCHITECTURES = {
             **_NORM,
         },
         _OUTER,
-        ropes=("default", "longrope"),
+        # longrope: chosen by the length of the context there, by that of the text in transformers.
+        ropes=("default",),
     ),
     "gemma2": Architecture(
         "gemma2", _ATTENTION | _MLP | _FOUR_NORMS, _OUTER, activations=GELU_TANH
@@ -124,18 +125,21 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
+# What no family has otherwise there; Gemma 2 caps its logits.
+_ONLY = {"use_sliding_window": False, "apply_residual_connection_post_layernorm": False}
+
+
 def rope_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary positions as either generation of configs has them; of full attention, where each kind
-    of layer has its own."""
-    said = config.get(ROPE) or config.get("rope_scaling") or {}
-    said = said.get("full_attention", said)
-    kind = said.get("rope_type") or said.get("type") or "default"
-    theta = said.get("rope_theta") or config.get("rope_theta") or 10000.0
-    return dict(said) | {"rope_type": kind, "rope_theta": theta}
+    """How positions are turned; of full attention, where each kind of layer has its own."""
+    said = config.get(ROPE) or {"rope_type": "default"}
+    return said.get("full_attention", said)
 
 
 def architecture_lacks(config: dict[str, Any]) -> str | None:
-    """Why a model can't be told to llama.cpp; None where it can."""
+    """Why a model can't be told to llama.cpp; None where it can.
+
+    :param config: of transformers' class, with what ``config.json`` leaves to it.
+    """
     model_type = config["model_type"]
     known = ARCHITECTURES.get(model_type)
     if known is None:
@@ -146,8 +150,11 @@ def architecture_lacks(config: dict[str, Any]) -> str | None:
     rope = rope_of(config)["rope_type"]
     if rope not in known.ropes:
         return f"llama.cpp's {known.name} is not written with rope_type {rope}"
-    if config.get("use_sliding_window"):
-        return f"llama.cpp's {known.name} has no sliding window"
+    for key, only in _ONLY.items():
+        if (config.get(key) or only) != only:
+            return f"llama.cpp's {known.name} has {key} {only}, not {config[key]}"
+    if model_type == "gpt_neox" and not config.get("attention_bias", True):
+        return "llama.cpp's gptneox has biases in its attention"
     if model_type.startswith("gemma"):
         return _gemma_lacks(config)
     return None
@@ -158,6 +165,8 @@ def _gemma_lacks(config: dict[str, Any]) -> str | None:
     scalar, size = config.get("query_pre_attn_scalar", 256), config.get("head_dim", 256)
     if scalar != size:
         return f"llama.cpp takes query_pre_attn_scalar to be head_dim ({size}), not {scalar}"
+    if config["model_type"] != "gemma2" and config.get("final_logit_softcapping"):
+        return "llama.cpp's gemma3 caps no logits"
     period = 2 if config["model_type"] == "gemma2" else 6
     kinds = config.get("layer_types") or []
     wanted = [
@@ -240,17 +249,11 @@ def naming_of(config: dict[str, Any]) -> Names:
     return Names(config["model_type"], counts)
 
 
-Add = Callable[[Any, Any], None]
-
-
-def factors_of(config: dict[str, Any], size: int) -> Iterator[tuple[str, np.ndarray]]:
+def factors_of(config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     """What rotary frequencies are divided by, float32 ``[size / 2]``, as tensors of their own."""
     rope = rope_of(config)
     if rope["rope_type"] == "llama3":
-        yield "rope_freqs", _llama3_factors(rope, size)
-    if rope["rope_type"] == "longrope":
-        for end in ("long", "short"):
-            yield f"rope_factors_{end}", np.array(rope[f"{end}_factor"], np.float32)
+        yield "rope_freqs", _llama3_factors(rope, _rotary_size(config))
 
 
 def _llama3_factors(rope: dict[str, Any], size: int) -> np.ndarray:
@@ -258,7 +261,7 @@ def _llama3_factors(rope: dict[str, Any], size: int) -> np.ndarray:
     frequencies = 1.0 / rope["rope_theta"] ** (np.arange(0, size, 2, dtype=np.float32) / size)
     lengths = 2 * np.pi / frequencies
     before = rope["original_max_position_embeddings"]
-    slow, fast = rope.get("low_freq_factor", 1.0), rope.get("high_freq_factor", 4.0)
+    slow, fast = rope["low_freq_factor"], rope["high_freq_factor"]
     share = np.clip((before / lengths - slow) / (fast - slow), 0, 1)
     return (1 / ((1 - share) / rope["factor"] + share)).astype(np.float32)
 
@@ -272,7 +275,6 @@ def write_keys(writer: Any, config: dict[str, Any]) -> None:
     heads = naming_of(config).heads
     width, count = config["hidden_size"], heads["num_attention_heads"]
     blocks = config.get("num_hidden_layers") or config["n_layer"]
-    size = config.get("head_dim") or width // count
     writer.add_context_length(_context(config))
     writer.add_embedding_length(width)
     writer.add_block_count(blocks)
@@ -287,12 +289,12 @@ def write_keys(writer: Any, config: dict[str, Any]) -> None:
         )
     else:
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-        writer.add_key_length(size)
-        writer.add_value_length(size)
+        writer.add_key_length(_head_size(config))
+        writer.add_value_length(_head_size(config))
     if model_type == "gpt_neox":
         writer.add_parallel_residual(config["use_parallel_residual"])
     if model_type != "bloom":
-        _write_rope(writer, config, size)
+        _write_rope(writer, config)
     if model_type.startswith("gemma"):
         _write_gemma(writer, config)
 
@@ -304,30 +306,24 @@ def _context(config: dict[str, Any]) -> int:
     return min(length, window) if window and "use_sliding_window" not in config else length
 
 
-def rotary_size(config: dict[str, Any], size: int) -> int:
-    rope = rope_of(config)
-    share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor")
-    share = share or config.get("rotary_pct") or 1.0
-    return int(size * share)
+def _head_size(config: dict[str, Any]) -> int:
+    heads = naming_of(config).heads["num_attention_heads"]
+    return config.get("head_dim") or config["hidden_size"] // heads
 
 
-def _write_rope(writer: Any, config: dict[str, Any], size: int) -> None:
+def _rotary_size(config: dict[str, Any]) -> int:
+    return int(_head_size(config) * rope_of(config).get("partial_rotary_factor", 1.0))
+
+
+def _write_rope(writer: Any, config: dict[str, Any]) -> None:
     import gguf
 
     rope = rope_of(config)
-    writer.add_rope_dimension_count(rotary_size(config, size))
+    writer.add_rope_dimension_count(_rotary_size(config))
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    if rope["rope_type"] == "longrope":
-        before = rope.get("original_max_position_embeddings") or config.get(
-            "original_max_position_embeddings", config["max_position_embeddings"]
-        )
-        scale = config["max_position_embeddings"] / before
-        factor = np.sqrt(1 + np.log(scale) / np.log(before)) if scale > 1 else 1.0
-        writer.add_rope_scaling_orig_ctx_len(before)
-        writer.add_rope_scaling_attn_factors(rope.get("attention_factor") or float(factor))
 
 
 def _write_gemma(writer: Any, config: dict[str, Any]) -> None:

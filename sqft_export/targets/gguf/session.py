@@ -8,22 +8,19 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sqft_export.errors import UserError
-from sqft_export.packed.loaders import dense_gguf, gguf_model
+from sqft_export.packed.loaders import dense_gguf
 from sqft_export.run.host import allowed_processors
 from sqft_export.targets import Session
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER
+from sqft_export.targets.gguf.bindings import PASS, SEQUENCES, Opened, Token, open_model
 
 logging.getLogger("gguf").setLevel(logging.WARNING)  # else it tells of every file
 _FIRST_CELLS = 2048  # tokens that a cache holds at first
-_SEQUENCES = 256  # sequences that llama.cpp keeps apart
-_PASS = 512  # tokens that go through it at once
-_FLOAT32 = 0  # ggml's number of the type
 ADAPTER_FILE = "adapter.gguf"
 
 
@@ -36,43 +33,31 @@ class GgufSession(Session):
     padding = "right"
     all_logits = False
 
-    def __init__(self, model: Any, exact: bool, threads: int | None):
-        self.model, self.exact, self.threads = model, exact, threads
-        self.vocabulary = model.n_vocab
+    def __init__(self, model: Opened, exact: bool, threads: int | None):
+        self.model, self.exact = model, exact
+        self.threads = threads or allowed_processors()
+        self.vocabulary = model.vocabulary
         self.cells = _FIRST_CELLS
-        self.context = self._new_context()
+        self.cache = model.cache(self.cells, self.threads, exact)
         self.reset()
 
-    def _new_context(self) -> Any:
-        from cyllama.llama import llama_cpp
-
-        params = llama_cpp.LlamaContextParams()
-        params.n_ctx, params.n_seq_max, params.kv_unified = self.cells, _SEQUENCES, True
-        params.n_batch = params.n_ubatch = _PASS
-        # Its own choice is four, which wait in a spin where there are fewer processors.
-        params.n_threads = params.n_threads_batch = self.threads or allowed_processors()
-        if self.exact:
-            params.type_k = params.type_v = _FLOAT32
-            params.flash_attn_type = 0
-        return llama_cpp.LlamaContext(model=self.model, params=params)
-
     def reset(self) -> None:
-        self.context.kv_cache_clear(False)
+        self.cache.clear()
         self.histories: list[list[int]] = []  # tokens of every row
         self.sequences: list[int] = []  # llama.cpp's number of every row
 
     def select(self, rows: np.ndarray) -> None:
-        free = iter(sorted(set(range(_SEQUENCES)) - set(self.sequences)))
+        free = iter(sorted(set(range(SEQUENCES)) - set(self.sequences)))
         chosen, taken = [], set[int]()
         for row in rows:
             sequence = self.sequences[row]
             if sequence in taken:
                 sequence = next(free)
-                self.context.memory_seq_cp(self.sequences[row], sequence, -1, -1)
+                self.cache.copy(self.sequences[row], sequence)
             taken.add(sequence)
             chosen.append(sequence)
         for sequence in set(self.sequences) - taken:
-            self.context.memory_seq_rm(sequence, -1, -1)
+            self.cache.forget(sequence)
         self.histories = [list(self.histories[row]) for row in rows]
         self.sequences = chosen
 
@@ -87,23 +72,18 @@ class GgufSession(Session):
         for places in self._passes(ids, kept, wanted):
             for index, (row, column) in enumerate(places):
                 if wanted[row, column]:
-                    found = self.context.get_logits_ith(index)
-                    logits[row, column - length] = found
+                    logits[row, column - length] = self.cache.logits(index)
         return logits
 
     def likeliest(self, ids: np.ndarray) -> np.ndarray:
-        """As llama.cpp itself chooses: taking its logits out of it costs more than they do."""
-        from cyllama.llama import llama_cpp
-
-        sampler = llama_cpp.LlamaSampler(llama_cpp.LlamaSamplerChainParams())
-        sampler.add_greedy()
+        """As llama.cpp itself chooses."""
         chosen = np.zeros(len(ids), np.int64)
         wanted = np.zeros(ids.shape, bool)
         wanted[:, -1] = True
         for places in self._passes(ids, np.ones(ids.shape, bool), wanted):
             for index, (row, column) in enumerate(places):
                 if wanted[row, column]:
-                    chosen[row] = sampler.sample(self.context, index)
+                    chosen[row] = self.cache.likeliest(index)
         return chosen
 
     def _passes(
@@ -117,30 +97,25 @@ class GgufSession(Session):
         if not self.sequences:
             self.sequences = list(range(len(ids)))
             self.histories = [[] for _ in ids]
-        if len(self.sequences) > _SEQUENCES:
+        if len(self.sequences) > SEQUENCES:
             raise UserError(
-                f"llama.cpp keeps {_SEQUENCES} sequences apart; found {len(self.sequences)}"
+                f"llama.cpp keeps {SEQUENCES} sequences apart; found {len(self.sequences)}"
             )
         self._make_room(int(kept.sum()))
         places = [(int(row), int(column)) for row, column in np.argwhere(kept)]
-        for start in range(0, len(places), _PASS):
-            part = places[start : start + _PASS]
+        for start in range(0, len(places), PASS):
+            part = places[start : start + PASS]
             tokens = []
             for row, column in part:
                 token, history = int(ids[row, column]), self.histories[row]
-                tokens.append((token, len(history), self.sequences[row], bool(wanted[row, column])))
+                asked = bool(wanted[row, column])
+                tokens.append(Token(token, len(history), self.sequences[row], asked))
                 history.append(token)
             self._decode(tokens)
             yield part
 
-    def _decode(self, tokens: list[tuple[int, int, int, bool]]) -> None:
-        """:param tokens: id, position, sequence, whether its logits are asked for."""
-        from cyllama.llama import llama_cpp
-
-        batch = llama_cpp.LlamaBatch(n_tokens=len(tokens), embd=0, n_seq_max=1)
-        for token, position, sequence, asked in tokens:
-            batch.add(token, position, [sequence], asked)
-        if failed := self.context.decode(batch):
+    def _decode(self, tokens: list[Token]) -> None:
+        if failed := self.cache.decode(tokens):
             raise UserError(f"llama.cpp can't continue: llama_decode says {failed}")
 
     def _make_room(self, more: int) -> None:
@@ -150,15 +125,15 @@ class GgufSession(Session):
             return
         while self.cells < needed:
             self.cells *= 2
-        self.context.close()
-        self.context = self._new_context()
+        self.cache.close()
+        self.cache = self.model.cache(self.cells, self.threads, self.exact)
         known = [
-            (token, place, sequence, False)
+            Token(token, place, sequence, False)
             for history, sequence in zip(self.histories, self.sequences, strict=True)
             for place, token in enumerate(history)
         ]
-        for start in range(0, len(known), _PASS):
-            self._decode(known[start : start + _PASS])
+        for start in range(0, len(known), PASS):
+            self._decode(known[start : start + PASS])
 
 
 def open_session(
@@ -168,8 +143,8 @@ def open_session(
 
     :param exact: the file's numbers in float32 throughout, to compare with torch; with the adapter
         beside it, if there is one.
-    :raises UserError: if the device is another, or an adapter is to run as deployed: the binding
-        can't put it beside the products.
+    :raises UserError: if the device is another, or an adapter is to run as deployed: cyllama can't
+        put it beside the products.
     """
     find_device("gguf", device)
     adapter = folder / ADAPTER_FOLDER / ADAPTER_FILE
@@ -177,11 +152,11 @@ def open_session(
         raise UserError(f"{adapter}: cyllama can't apply an adapter; llama-cli --lora does")
     with dense_gguf(folder) as file:
         if not exact:
-            return GgufSession(gguf_model(file), exact, threads)
+            return GgufSession(open_model(file), exact, threads)
         with tempfile.TemporaryDirectory(prefix="sqft-") as scratch:
             floats = Path(scratch) / "float32.gguf"
             write_float32(file, floats, adapter if adapter.is_file() else None)
-            return GgufSession(gguf_model(floats), exact, threads)
+            return GgufSession(open_model(floats), exact, threads)
 
 
 def write_float32(file: Path, out: Path, adapter: Path | None = None) -> None:
