@@ -32,7 +32,9 @@ from sqft_export.run.preview import preview
 from sqft_export.stages.verify import _unchecked
 from sqft_export.targets import target
 from sqft_export.targets.gguf.architectures import ARCHITECTURES, Names
+from sqft_export.targets.gguf.bindings import CyllamaModel, LlamaCppModel
 from sqft_export.targets.gguf.blocks import block_type, from_blocks, to_blocks
+from sqft_export.targets.gguf.session import GgufSession
 from sqft_export.targets.gguf.tokenizer import NotExpressible, read_vocabulary
 from sqft_export.targets.tokenizers import read_ids
 from sqft_export.verify.certificate import Certificate
@@ -408,6 +410,27 @@ def test_without_llama_cpp_the_file_is_written_and_read_back(tmp_path, monkeypat
     assert "codes, scales, zero points: merged and gguf" in names
     assert not any("logits" in name and "gguf" in name for name in names)
     assert "llama.cpp is not installed" in run["verify"].metrics["warnings"][0]
+
+
+def test_the_binding_that_users_compile_says_the_same(tmp_path):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is compiled for ten minutes")
+    model = random_model(tmp_path / "model", **LLAMA)
+    (tmp_path / "out").mkdir()
+    target("gguf").export(model, tmp_path / "out", Export())
+    file = tmp_path / "out" / "model.gguf"
+    ours, theirs = CyllamaModel(file), LlamaCppModel(file)
+    assert ours.tokenize("It's 12") == theirs.tokenize("It's 12")
+    sessions = [GgufSession(opened, True, 1) for opened in (ours, theirs)]
+    logits = [session.forward(np.array([PROMPTS[3]])) for session in sessions]
+    assert np.abs(logits[0] - logits[1]).max() < 1e-4 * logits[0].std()
+    said = [generate(session, PROMPTS, 12, stop=[]) for session in sessions]
+    assert said[0] == said[1]
+    forked = [log_likelihoods(s, [PROMPTS[1]] * 2, [[20, 21], [30, 31]]) for s in sessions]
+    np.testing.assert_allclose(*forked, atol=1e-3)
+    for session in sessions:
+        session.reset()
+    one, other = (session.likeliest(np.array(PROMPTS[:1])) for session in sessions)
+    assert one == other
 
 
 @pytest.fixture
