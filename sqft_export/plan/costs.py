@@ -346,6 +346,12 @@ def _torch_rows(recipe: Recipe, layout: Layout) -> float:
     return 4 * whole if 4 * whole <= FLOAT32_ROOM * free_memory() else layout.width * whole
 
 
+def _in_llama_cpp(recipe: Recipe, weights: int) -> float:
+    """Bytes of the float32 copy that a GGUF file is compared by, where there is room for one."""
+    fits = 4 * weights <= FLOAT32_ROOM * free_memory()
+    return 4 * weights if "gguf" in recipe.export.targets and fits else 0
+
+
 def _cached(recipe: Recipe, layout: Layout, workload: Workload) -> float:
     """Bytes of the keys and values of a batch, in float32."""
     _, width = layout.embedding
@@ -377,7 +383,7 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
     activations = 4 * _calibration_tokens(recipe, workload) * widest
     outer, whole = 4 * layout.others, layout.weights + layout.others
     gptq = recipe.quantize.method == "gptq"
-    exported = max(written.get(f"export-{name}", 0) for name in recipe.export.targets)
+    exported = max((written[f"export-{name}"] for name in recipe.export.targets), default=0)
     deployed = exported / (1 + recipe.export.sparse_files)
     loaded = layout.width * whole + layout.weights / 8
     in_float = _torch_rows(recipe, layout)
@@ -391,7 +397,7 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
         "export-openvino": deployed,
         "export-onnx": MAPPED + 2 * largest + outer,
         "export-gguf": MAPPED + 2 * largest + outer,
-        "verify": LOGITS + 2 * deployed,
+        "verify": LOGITS + 2 * deployed + _in_llama_cpp(recipe, whole),
         "benchmark": max(deployed, in_float) + PASS_BYTES + _cached(recipe, layout, workload),
     }
     of_pass["baselines"] = of_pass["merge"]

@@ -18,7 +18,10 @@ def read_ids(runtime: str, folder: Path) -> Iterator[tuple[str, IdsOf]]:
         import openvino_genai
 
         tokenizer = openvino_genai.Tokenizer(str(folder))
-        yield "OpenVINO GenAI", lambda text: tokenizer.encode(text).input_ids.data[0].tolist()
+        yield (
+            "OpenVINO GenAI",
+            lambda text: tokenizer.encode(text).input_ids.data.reshape(-1).tolist(),
+        )
     if runtime == "onnx" and installed("onnxruntime_genai"):
         import onnxruntime_genai
 

@@ -61,6 +61,8 @@ def test_the_report_shows_every_row_with_every_number(tiny_run):
         "OpenVINO, sparse execution",
         "ONNX Runtime",
         "ONNX Runtime, packed",
+        "llama.cpp",
+        "llama.cpp, packed",
     ]
     assert document["sparse_execution"]["products"] == {"mask": 28}
     assert document["sparse_execution"]["bytes_ratio"] < 1
@@ -72,13 +74,15 @@ def test_the_report_shows_every_row_with_every_number(tiny_run):
         assert row["peak_memory_bytes"] > 1e7
         assert row["ttft"]["median_ms"] > 0
         assert row["tpot"]["p10_ms"] <= row["tpot"]["median_ms"] <= row["tpot"]["p90_ms"]
-    tuned, merged, _, _, _, onnx, packed = document["rows"][4:]
-    assert packed["file_bytes"] < onnx["file_bytes"] and packed["accuracy"] == onnx["accuracy"]
+    tuned, merged, _, _, _, *dense_and_packed = document["rows"][4:]
+    for dense, packed in zip(dense_and_packed[::2], dense_and_packed[1::2], strict=True):
+        assert packed["file_bytes"] < dense["file_bytes"]
+        assert packed["accuracy"] == dense["accuracy"]
     assert tuned["perplexity"] == merged["perplexity"]
     page = (folder / "index.html").read_text()
     assert page.count("<svg") == 6
     assert not re.findall(r'(?:src|href)="https?:', page)
-    assert (folder / "report.md").read_text().count("\n") == 15
+    assert (folder / "report.md").read_text().count("\n") == 17
 
 
 def test_training_log_has_the_rank_of_every_group_at_every_step(tiny_run):
