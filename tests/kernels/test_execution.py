@@ -170,7 +170,7 @@ def test_damaged_weights_are_refused(exported, tmp_path):
     weights.tofile(folder / "openvino_model.bin")
     with pytest.raises(DamagedError, match="laid out"):
         list(codes_and_grids(load_openvino(folder)))
-    with pytest.raises(RuntimeError, match="damaged"):
+    with pytest.raises(RuntimeError, match="damaged"):  # on one processor too
         OpenVinoSession(ov.Core().compile_model(load_openvino(folder), "CPU")).forward(IDS)
 
 
