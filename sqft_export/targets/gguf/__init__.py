@@ -16,7 +16,7 @@ import numpy as np
 from sqft_export.errors import UserError
 from sqft_export.model.memory import release_memory
 from sqft_export.numerics.codes import Quantized
-from sqft_export.packed.blocks import repeats
+from sqft_export.packed.blocks import BLOCK, repeats
 from sqft_export.packed.loaders import dense_gguf
 from sqft_export.recipe.schema import Export
 from sqft_export.targets.folder import ADAPTER_FOLDER, GRAPHS
@@ -28,7 +28,7 @@ from sqft_export.targets.gguf.architectures import (
     write_keys,
 )
 from sqft_export.targets.gguf.blocks import BLOCK_TYPES, block_type, from_blocks, to_blocks
-from sqft_export.targets.gguf.session import open_session
+from sqft_export.targets.gguf.session import ADAPTER_FILE, open_session
 from sqft_export.targets.gguf.tokenizer import NotExpressible, write_tokenizer
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ __all__ = [
 ]
 
 MODEL = GRAPHS["gguf"]
-ADAPTER_FILE = "adapter.gguf"
 _PREFIX = "sqft_export."
 MODEL_TYPE = f"{_PREFIX}model_type"
 # Beside the file, for programs that read configs: tokens and their end are in the file too.
@@ -153,16 +152,13 @@ def _codes_tensor(checkpoint: "Checkpoint", names: Names, module: str) -> _Tenso
         raise UserError(f"{module}: asymmetric INT8 has no type in llama.cpp")
 
     def make() -> np.ndarray:
-        order = names.order(module, rows)
         found = quantized_arrays(checkpoint, module)
-        if order is not None:
-            found = Quantized(*(array[order] for array in found))
         try:
-            return to_blocks(found, kind)
+            return to_blocks(Quantized(*(names.there(module, array) for array in found)), kind)
         except ValueError as error:
             raise UserError(f"{module}: {error}") from error
 
-    shape = (rows, inputs // 32 * kind.bytes)
+    shape = (rows, inputs // BLOCK * kind.bytes)
     return _Tensor(f"{names.tensor_of(module)}.weight", shape, np.uint8, kind.name, make)
 
 
@@ -177,13 +173,11 @@ def _float_tensor(checkpoint: "Checkpoint", names: Names, key: str) -> _Tensor:
 
     def make() -> np.ndarray:
         tensor = checkpoint.tensor(key)
-        order = names.order(module, shape[0])
-        tensor = tensor if order is None else tensor[torch.from_numpy(order)]
         if narrow:
-            return tensor.contiguous().view(torch.int16).numpy().view(np.uint8)
+            return names.there(module, tensor.view(torch.int16).numpy()).view(np.uint8)
         if len(shape) > 1:
-            return tensor.numpy()
-        return tensor.float().numpy() + np.float32(offset)
+            return names.there(module, tensor.numpy())
+        return names.there(module, tensor.float().numpy()) + np.float32(offset)
 
     name = f"{names.tensor_of(module)}.{part}"
     if narrow:
@@ -209,8 +203,7 @@ def add_adapter(folder: Path, adapter: Path) -> None:
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # llama.cpp: no scaling then
     for module, (lora_a, lora_b) in read_low_rank(adapter).items():
-        order = names.order(module, len(lora_b))
-        lora_b = lora_b if order is None else lora_b[order]
+        lora_b = names.there(module, lora_b)
         tensor = f"{names.tensor_of(module)}.weight"
         writer.add_tensor(f"{tensor}.lora_a", np.ascontiguousarray(lora_a))
         writer.add_tensor(f"{tensor}.lora_b", np.ascontiguousarray(lora_b))

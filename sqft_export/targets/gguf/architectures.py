@@ -63,14 +63,20 @@ _LLAMA = Architecture(
     pairs={"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"},
     ropes=("default", "linear", "llama3"),
 )
-_JOINED = {
-    "attn_qkv": "query_key_value",
-    "attn_output": "dense",
-    "ffn_up": "mlp.dense_h_to_4h",
-    "ffn_down": "mlp.dense_4h_to_h",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
+
+
+def _joined(attention: str) -> dict[str, str]:
+    """A block whose q, k and v are one Linear. attention: the module that it is in."""
+    return {
+        "attn_qkv": f"{attention}.query_key_value",
+        "attn_output": f"{attention}.dense",
+        "ffn_up": "mlp.dense_h_to_4h",
+        "ffn_down": "mlp.dense_4h_to_h",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
+
+
 ARCHITECTURES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -98,8 +104,7 @@ ARCHITECTURES = {
     ),
     "bloom": Architecture(
         "bloom",
-        {key: f"self_attention.{m}" if "attn_" in key and "norm" not in key else m
-         for key, m in _JOINED.items()},
+        _joined("self_attention"),
         {
             "token_embd": "transformer.word_embeddings",
             "token_embd_norm": "transformer.word_embeddings_layernorm",
@@ -111,8 +116,7 @@ ARCHITECTURES = {
     ),
     "gpt_neox": Architecture(
         "gptneox",
-        {key: f"attention.{m}" if "attn_" in key and "norm" not in key else m
-         for key, m in _JOINED.items()},
+        _joined("attention"),
         {
             "token_embd": "gpt_neox.embed_in",
             "output_norm": "gpt_neox.final_layer_norm",
@@ -122,7 +126,7 @@ ARCHITECTURES = {
         head_always=True,
         activations=("gelu", *GELU_TANH),
     ),
-}  # fmt: skip
+}
 
 
 # What no family has otherwise there; Gemma 2 caps its logits.
@@ -230,6 +234,11 @@ class Names:
             apart = np.arange(rows).reshape(self.heads["num_attention_heads"], 3, -1)
             return apart.swapaxes(0, 1).reshape(-1)
         return None
+
+    def there(self, module: str, array: np.ndarray) -> np.ndarray:
+        """Our rows, as llama.cpp has them."""
+        order = self.order(module, len(array))
+        return array if order is None else array[order]
 
     def back(self, module: str, array: np.ndarray) -> np.ndarray:
         """Rows as llama.cpp has them, in our order."""

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sqft_export.numerics.codes import Quantized
-from sqft_export.packed.blocks import BLOCK, MIDDLE4
+from sqft_export.packed.blocks import BLOCK, MIDDLE4, apart, block_bytes, joined
+from sqft_export.packed.regions import GGUF_BLOCKS
 
 MIDDLE8 = 128
 NO_ZERO_POINT = 255  # read back where an offset is no zero point of the grid
@@ -31,11 +32,11 @@ class BlockType:
 
     @property
     def bytes(self) -> int:
-        return 2 * self.floats + BLOCK * self.bits // 8
+        return block_bytes(self.bits, self.floats)
 
 
-Q4_0, Q4_1, Q8_0 = BlockType("Q4_0", 4, 1), BlockType("Q4_1", 4, 2), BlockType("Q8_0", 8, 1)
-BLOCK_TYPES = {kind.name: kind for kind in (Q4_0, Q4_1, Q8_0)}
+BLOCK_TYPES = {name: BlockType(name, *parts) for name, parts in GGUF_BLOCKS.items()}
+Q4_0, Q4_1, Q8_0 = (BLOCK_TYPES[name] for name in ("Q4_0", "Q4_1", "Q8_0"))
 
 
 def block_type(bits: int, symmetric: bool) -> BlockType | None:
@@ -63,35 +64,32 @@ def to_blocks(quantized: Quantized, kind: BlockType) -> np.ndarray:
     rows, inputs = codes.shape
     if scale.shape[1] * BLOCK != inputs:
         raise ValueError(why_no_blocks(inputs, inputs // scale.shape[1]) or "groups of no blocks")
-    blocks = np.empty((rows, scale.shape[1], kind.bytes), np.uint8)
     floats = [scale.astype(np.float16)]
     if kind is Q4_1:
         exact = -scale.astype(np.float32) * zero
         floats.append(exact.astype(np.float16))
         if not np.array_equal(floats[1].astype(np.float32), exact):
             raise ValueError("a scale times its zero point is no float16")
-    for number, values in enumerate(floats):
-        blocks[:, :, 2 * number : 2 * number + 2] = values[:, :, None].view(np.uint8)
-    inside = codes.reshape(rows, -1, BLOCK)
-    stored = blocks[:, :, 2 * kind.floats :]
+    inside = codes.reshape(-1, BLOCK)
     if kind.bits == 8:
-        stored[:] = inside ^ MIDDLE8  # unsigned around 128 as two's complement
+        stored = inside ^ MIDDLE8  # unsigned around 128 as two's complement
     else:
-        stored[:] = inside[:, :, : BLOCK // 2] | inside[:, :, BLOCK // 2 :] << 4
-    return blocks.reshape(rows, -1)
+        stored = inside[:, : BLOCK // 2] | inside[:, BLOCK // 2 :] << 4
+    numbers = np.stack(floats, axis=2).reshape(-1, kind.floats)
+    return joined(numbers, stored, 1, kind.bits).reshape(rows, -1)
 
 
 def from_blocks(stored: np.ndarray, kind: BlockType) -> Quantized:
     """A weight on groups of 32, of what :func:`to_blocks` gives."""
     rows = stored.shape[0]
-    blocks = stored.reshape(rows, -1, kind.bytes)
-    floats = np.ascontiguousarray(blocks[:, :, : 2 * kind.floats]).view(np.float16)
+    numbers, codes = apart(stored, kind.bits, kind.floats)
+    floats = numbers.reshape(rows, -1, kind.floats)
     scale = floats[:, :, 0]
-    inside = blocks[:, :, 2 * kind.floats :]
     if kind.bits == 8:
-        codes = inside ^ MIDDLE8
-        return Quantized(codes.reshape(rows, -1), scale, np.full(scale.shape, MIDDLE8, np.uint8))
-    codes = np.concatenate([inside & 15, inside >> 4], axis=2).reshape(rows, -1)
+        codes = (codes ^ MIDDLE8).reshape(rows, -1)
+        return Quantized(codes, scale, np.full(scale.shape, MIDDLE8, np.uint8))
+    halves = codes.reshape(-1, BLOCK // 2)
+    codes = np.concatenate([halves & 15, halves >> 4], axis=1).reshape(rows, -1)
     if kind is Q4_0:
         return Quantized(codes, scale, np.full(scale.shape, MIDDLE4, np.uint8))
     offset, step = floats[:, :, 1].astype(np.float32), scale.astype(np.float32)
