@@ -3,11 +3,11 @@
     python benchmarks/real_model.py --model <Hugging Face folder> --data <folder of sets> \\
         --text <plain text> [--sets arc_easy] [--seeds 0 1 2] [--set adapt.steps=60]
 
-`recipes/smollm2.yaml` in the ways below, tuned alike from each seed. Of a row, in torch: accuracy
-(of most likely choices, and with likelihoods by character) on held-out items, how often a paired
-test tells it from dense + LoRA, perplexity on the text, mean KL divergence and same top token
-against the dense base there, and bits a weight of the packed OpenVINO file (its entropy level) over
-all weights. ``--runs`` keeps what was trained, to go on from there.
+`recipes/smollm2.yaml` in the ways below, tuned alike from each seed. Of a row, in torch in float32:
+accuracy (of most likely choices, and with likelihoods by character) on held-out items, how often a
+paired test tells it from dense + LoRA, perplexity on the text, mean KL divergence and same top
+token against the dense base there, and bits a weight of the packed OpenVINO file (its entropy
+level) over all weights. ``--runs`` keeps what was trained, to go on from there.
 """
 
 import argparse
@@ -30,11 +30,13 @@ from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.floats import load_model
 from sqft_export.recipe.load import load_recipe
 from sqft_export.recipe.schema import Recipe
+from sqft_export.run.device import device_of
 from sqft_export.run.pipeline import run_recipe
-from sqft_export.targets import target
+from sqft_export.targets.torch import TorchSession
 
 ROOT = Path(__file__).parent.parent
 WINDOW, WINDOWS = 256, 32
+CHARACTERS = 16 * WINDOW * WINDOWS  # of the text: enough for them
 DENSE, LORA = "dense", "dense + LoRA"
 FLOATS, UNPRUNED = "quantize={method: none}", "sparsify={method: none}"
 PLAIN, UNTUNED = "sparsify.reconstruct=null", "adapt=none"
@@ -58,23 +60,28 @@ PACKED = ("export={targets: [openvino], sparse_files: true, entropy: true}",)
 
 
 def windows(folder: Path, text: Path) -> list[Tensor]:
-    ids = load_tokenizer(folder)(text.read_text(), add_special_tokens=False)["input_ids"]
+    some = text.read_text()[:CHARACTERS]
+    ids = load_tokenizer(folder)(some, add_special_tokens=False)["input_ids"]
     starts = range(0, len(ids) - WINDOW, WINDOW)
     return [torch.tensor([ids[at : at + WINDOW]]) for at in starts][:WINDOWS]
 
 
 @torch.no_grad()
-def logits(folder: Path, asked: list[Tensor]) -> Iterator[Tensor]:
+def logits(folder: Path, asked: list[Tensor], device: torch.device) -> Iterator[Tensor]:
     """Log probabilities ``[length, vocabulary]`` after every window's tokens."""
-    model = load_model(Checkpoint(folder), torch.float32)
+    model = load_model(Checkpoint(folder), torch.float32).to(device)
     for ids in asked:
-        yield model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+        found = model(input_ids=ids.to(device), use_cache=False).logits[0]
+        yield found.float().log_softmax(-1).cpu()
 
 
-def on_text(folder: Path, base: Path, asked: list[Tensor]) -> dict[str, float]:
+def on_text(
+    folder: Path, base: Path, asked: list[Tensor], device: torch.device
+) -> dict[str, float]:
     """Perplexity; divergence from the base, in nats; share of tokens that both rank first."""
     loss = away = same = tokens = 0.0
-    for ids, ours, theirs in zip(asked, logits(folder, asked), logits(base, asked), strict=True):
+    both = logits(folder, asked, device), logits(base, asked, device)
+    for ids, ours, theirs in zip(asked, *both, strict=True):
         loss -= float(ours[:-1].gather(1, ids[0, 1:, None]).sum())
         away += float((theirs.exp() * (theirs - ours)).sum())
         same += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
@@ -87,9 +94,9 @@ def on_items(recipe: Recipe, folder: Path, items: list[Item]) -> dict[str, Any]:
     """Accuracy in percent, the mean over sets, and what was answered right."""
     tokenizer = load_tokenizer(folder)
     asked = questions(recipe, items, stop_ids(folder, tokenizer))
-    judged = judge(
-        recipe, items, score(target("torch").open_session(folder, True, None), asked), tokenizer
-    )
+    device = device_of(recipe.device)
+    session = TorchSession(load_model(Checkpoint(folder)).to(device), str(device))
+    judged = judge(recipe, items, score(session, asked), tokenizer)
     sets = accuracy_by_set(judged)
     return {
         "accuracy": 100 * mean(s["accuracy"] for s in sets.values()),
@@ -134,7 +141,8 @@ class Experiment:
         items = first_of_every_set(
             Data(recipe, load_tokenizer(self.base)).test, recipe.benchmark.items
         )
-        found = on_items(recipe, folder, items) | on_text(folder, self.base, self.asked)
+        device = device_of(recipe.device)
+        found = on_items(recipe, folder, items) | on_text(folder, self.base, self.asked, device)
         return found | {"bits_per_weight": stored / self.weights}
 
 

@@ -1,7 +1,7 @@
 """What zeros are worth in time: matrix products, and tokens per second in ``LLMPipeline``.
 
     python benchmarks/sparse_decode.py [--rounds 9] [--processes 3] [--blocks 8]
-                                       [--model <SmolLM2>] [--small]
+                                       [--model <SmolLM2>] [--keep <folder>] [--small]
 
 Products: INT4 and INT8 in groups of 128, one token, 268 million weights of a 7B model's matrices
 (4096 x 4096, 14336 x 4096, 4096 x 14336), far beyond any cache, all in one process, interleaved,
@@ -15,21 +15,23 @@ Ours run in OpenVINO as its operator, on the threads of its arena. Medians of th
 quartiles, CPU time; the clock, the read bandwidth of one thread and the load are measured beside
 them. Pipelines: a 7B-shaped model of so many random blocks with the embedded model's vocabulary,
 and SmolLM2-135M where a folder of it is given (``shared/smollm2.py`` makes one), pruned to 50 % and
-rounded, on the runtime's kernels, on our dense one and from mask and kept codes: tokens per second,
-time to first token of 128 and 512, tokens per second of a batch, resident memory. Every
-pipeline is in a process of its own, in turns.
+rounded, on the runtime's kernels, on our dense one and from mask and kept codes, and the same codes
+in llama.cpp: tokens per second, time to first token of 128 and 512, tokens per second of a batch,
+resident memory, energy of a token where the processor tells it. Every pipeline is in a process of
+its own, in turns. ``--keep`` keeps the deployments there.
 """
 
 import argparse
 import gc
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -40,6 +42,7 @@ from sqft_export.kernels.choice import kernel_model, stock_model
 from sqft_export.kernels.extension import kernels_used
 from sqft_export.kernels.library import Matrix, count_kept
 from sqft_export.kernels.rewrite import form_for
+from sqft_export.measure.decode import greedy
 from sqft_export.measure.machine import memory_now
 from sqft_export.packed.folders import pack
 from sqft_export.recipe.schema import Export
@@ -56,19 +59,23 @@ OURS: dict[str, float | str] = {
     "2:4": "2:4",
 }
 PEERS = ("OpenVINO", "OpenVINO f32, dynamic 128", "ONNX Runtime")
-WAYS = ("stock", "dense", "sparse")
+LLAMA = "llama.cpp"
+WAYS = ("stock", "dense", "sparse", LLAMA)
+UNLIKE = 512  # rows of a matrix, which the others repeat
+ENERGY = Path("/sys/class/powercap/intel-rapl:0/energy_uj")  # of the whole processor
 
 
 def random_matrix(bits: int, rows: int, inputs: int, sparsity: float | str) -> Matrix:
     """Symmetric codes in groups of 128, as stored signed; the share that is zero, or 2:4."""
-    random = np.random.default_rng(0)
-    codes = random.integers(1 - 2 ** (bits - 1), 2 ** (bits - 1), (rows, inputs)).astype(np.int8)
+    random, made = np.random.default_rng(0), min(rows, UNLIKE)
+    codes = random.integers(1 - 2 ** (bits - 1), 2 ** (bits - 1), (made, inputs)).astype(np.int8)
     codes[codes == 0] = 1
     if isinstance(sparsity, str):
-        dropped = random.random((rows, inputs // 4, 4), np.float32).argsort(2).reshape(rows, -1) < 2
+        dropped = random.random((made, inputs // 4, 4), np.float32).argsort(2).reshape(made, -1) < 2
     else:
-        dropped = random.random((rows, inputs), np.float32) < sparsity
-    flat = np.where(dropped, 0, codes).astype(np.uint8).reshape(-1)
+        dropped = random.random((made, inputs), np.float32) < sparsity
+    some = np.where(dropped, 0, codes).astype(np.uint8)
+    flat = np.resize(some, (rows, inputs)).reshape(-1)
     stored = (flat[0::2] & 15) | (flat[1::2] << 4) if bits == 4 else flat
     scale = np.full((rows, inputs // GROUP), 0.01, np.float16)
     return Matrix(bits, rows, inputs, stored, 2 ** (bits - 1), None, scale)
@@ -244,44 +251,77 @@ def run_products(rounds: int, shapes: tuple) -> tuple[dict[str, Any], dict[str, 
     return values, ratios
 
 
-def deployment(source: Path, root: Path, bits: int, sparsity: float, blocks: int | None) -> Path:
-    """A packed OpenVINO folder of a float checkpoint, pruned by magnitude and rounded."""
-    merged, folder, packed = root / "merged", root / "dense", root / "packed"
+def deployment(source: Path, root: Path, bits: int, sparsity: float, blocks: int | None) -> None:
+    """A packed OpenVINO folder and a GGUF of a float checkpoint, pruned by magnitude, rounded."""
+    merged, folder = root / "merged", root / "dense"
     width = json.loads((source / "config.json").read_text())["hidden_size"]
     write_merged(source, merged, sparsity, bits, GROUP if width % GROUP == 0 else 64, blocks)
-    folder.mkdir()
-    target("openvino").export(merged, folder, Export())
-    pack(folder, packed)
-    return packed
+    for name, place in (("gguf", root / "gguf"), ("openvino", folder)):
+        place.mkdir()
+        target(name).export(merged, place, Export())
+    pack(folder, root / "packed")  # the last of it, so that there is all or it is made again
+    shutil.rmtree(merged)
+    shutil.rmtree(folder)
+
+
+class Pipeline:
+    """``LLMPipeline`` on one of the ways that it has."""
+
+    def __init__(self, folder: Path, way: str, threads: int):
+        import openvino_genai
+
+        from sqft_export.packed.loaders import load_openvino_genai
+
+        settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        self.pipe = load_openvino_genai(folder / "packed", execution=way, **settings)
+        self.config = openvino_genai.GenerationConfig(
+            do_sample=False, ignore_eos=True, apply_chat_template=False, max_new_tokens=2
+        )
+
+    def __call__(self, ids: np.ndarray, new: int) -> tuple[float, float]:
+        """Seconds of the first token, and of each later one."""
+        import openvino as ov
+        import openvino_genai
+
+        self.config.max_new_tokens = new
+        inputs = openvino_genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
+        found = self.pipe.generate(inputs, self.config).perf_metrics
+        return found.get_ttft().mean / 1e3, found.get_tpot().mean / 1e3
+
+
+class Llama:
+    """llama.cpp with the same codes, whatever of them is zero."""
+
+    def __init__(self, folder: Path, threads: int):
+        self.session = target("gguf").open_session(folder / "gguf", False, threads)
+
+    def __call__(self, ids: np.ndarray, new: int) -> tuple[float, float]:
+        first, *later = [seconds for _, seconds in greedy(self.session, ids, new)]
+        return first, mean(later) if later else 0.0
+
+
+def energy() -> float | None:
+    """Joules that the processor has used; None where it does not tell."""
+    return int(ENERGY.read_text()) / 1e6 if os.access(ENERGY, os.R_OK) else None
 
 
 def pipeline(folder: Path, way: str, threads: int, long: bool) -> dict[str, Any]:
-    """Tokens per second, TTFT and memory of ``LLMPipeline``, in this process."""
-    import openvino as ov
-    import openvino_genai
-
-    from sqft_export.packed.loaders import load_openvino_genai
-
-    settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    pipe = load_openvino_genai(folder, execution=way, **settings)
+    """Tokens per second, TTFT, memory and energy of one way, in this process."""
+    pipe = Llama(folder, threads) if way == LLAMA else Pipeline(folder, way, threads)
     gc.collect()
     random, found = np.random.default_rng(0), {}
-    config = openvino_genai.GenerationConfig(
-        do_sample=False, ignore_eos=True, apply_chat_template=False, max_new_tokens=2
-    )
 
-    def measured(prompt: int, new: int, batch: int = 1) -> Any:
-        ids = random.integers(5, 100, (batch, prompt)).astype(np.int64)
-        config.max_new_tokens = new
-        inputs = openvino_genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
-        return pipe.generate(inputs, config).perf_metrics
+    def measured(prompt: int, new: int, batch: int = 1) -> tuple[float, float]:
+        return pipe(random.integers(5, 100, (batch, prompt)).astype(np.int64), new)
 
     measured(16, 4)
-    tokens = [measured(16, 24).get_tpot().mean for _ in range(3)]
-    found["tokens_per_second"] = 1e3 / min(tokens)
+    before = energy()
+    tokens = [measured(16, 24)[1] for _ in range(3)]
+    after = energy()
+    found["tokens_per_second"] = 1 / min(tokens)
     for prompt in (128, 512) if long else (128,):
         measured(prompt, 1)
-        found[f"ttft_{prompt}_ms"] = min(measured(prompt, 1).get_ttft().mean for _ in range(2))
+        found[f"ttft_{prompt}_ms"] = 1e3 * min(measured(prompt, 1)[0] for _ in range(2))
     for batch in (4, 16):
         # The pipeline's own figure of a batch is per token of all rows: by the clock instead.
         seconds = []
@@ -291,13 +331,15 @@ def pipeline(folder: Path, way: str, threads: int, long: bool) -> dict[str, Any]
             seconds.append(time.perf_counter() - started)
         found[f"tokens_per_second_{batch}"] = 12 * batch / (seconds[1] - seconds[0])
     found["memory_bytes"] = memory_now()
+    if before is not None and after is not None:
+        found["joules_a_token"] = (after - before) / (3 * 24)
     return found
 
 
 def run_pipelines(
     name: str, folders: dict[int, Path], rounds: int, long: bool
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """:param folders: packed deployment by bits."""
+    """:param folders: what :func:`deployment` made, by bits."""
     values: dict[str, Any] = {}
     ratios: dict[str, float] = {}
     for bits, folder in folders.items():
@@ -328,12 +370,24 @@ def run_pipelines(
 def model_folders(
     source: Path, root: Path, blocks: int | None, bits: tuple[int, ...]
 ) -> dict[int, Path]:
-    found = {}
+    found = {one: root / f"int{one}" for one in bits}
     with redirect_stdout(sys.stderr):  # exporters talk
-        for one in bits:
-            place = root / f"int{one}"
-            place.mkdir(parents=True)
-            found[one] = deployment(source, place, one, 0.5, blocks)
+        for one, place in found.items():
+            if not (place / "packed").is_dir():
+                shutil.rmtree(place, ignore_errors=True)
+                place.mkdir(parents=True)
+                deployment(source, place, one, 0.5, blocks)
+    return found
+
+
+def all_folders(arguments: argparse.Namespace, root: Path) -> dict[str, dict[int, Path]]:
+    """What the pipelines run, by model and bits."""
+    base, blocks = root / "base", arguments.blocks
+    if not base.is_dir():
+        write_checkpoint(base, SMALL if arguments.small else WIDE, 1)
+    found = {"7b": model_folders(base, root / "7b", blocks, (4, 8))}
+    if arguments.model:
+        found["smollm2"] = model_folders(arguments.model, root / "smollm2", None, (4, 8))
     return found
 
 
@@ -343,6 +397,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=8, help="of the 7B-shaped model")
     parser.add_argument("--processes", type=int, default=3, help="of every pipeline")
     parser.add_argument("--model", type=Path, help="folder of SmolLM2-135M")
+    parser.add_argument("--keep", type=Path, help="folder that deployments are kept in")
     parser.add_argument("--small", action="store_true", help="256 wide, to see that it runs")
     parser.add_argument("--products", nargs=2, type=int, help=argparse.SUPPRESS)
     parser.add_argument("--pipeline", nargs=3, help=argparse.SUPPRESS)
@@ -359,17 +414,12 @@ def main() -> None:
         print(json.dumps(pipeline(Path(folder), way, int(threads), arguments.long)))
         return
     print(f"kernels: {kernels_used().name}")
-    values, ratios = run_products(arguments.rounds, shapes)
-    rounds = arguments.processes
     with tempfile.TemporaryDirectory() as scratch:
-        base, shape = Path(scratch) / "base", SMALL if arguments.small else WIDE
-        write_checkpoint(base, shape, 1)
-        folders = model_folders(base, Path(scratch) / "7b", arguments.blocks, (4, 8))
-        found = run_pipelines("7b", folders, rounds, not arguments.small)
-        values, ratios = values | found[0], ratios | found[1]
-        if arguments.model:
-            folders = model_folders(arguments.model, Path(scratch) / "smollm2", None, (4, 8))
-            found = run_pipelines("smollm2", folders, rounds, True)
+        folders = all_folders(arguments, arguments.keep or Path(scratch))
+        values, ratios = run_products(arguments.rounds, shapes)
+        for name, made in folders.items():
+            long = name != "7b" or not arguments.small
+            found = run_pipelines(name, made, arguments.processes, long)
             values, ratios = values | found[0], ratios | found[1]
     finish("sparse_decode", {k: {"median": v} for k, v in ratios.items()} | _named(ratios), values)
 
