@@ -121,7 +121,8 @@ class Experiment:
         return load_recipe(ROOT / "recipes" / "smollm2.yaml", overrides, self.base)
 
     def figures(self, name: str, seed: int) -> dict[str, Any]:
-        file = self.arguments.runs / f"{name.replace(' ', '-')}-{seed}.json"
+        of = seed if name in ROWS else "base"  # which is the same for all
+        file = self.arguments.runs / f"{name.replace(' ', '-')}-{of}.json"
         if not file.is_file():
             found = self._measured(name, seed)
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,8 @@ and SmolLM2-135M where a folder of it is given (``shared/smollm2.py`` makes one)
 rounded, on the runtime's kernels, on our dense one and from mask and kept codes, and the same codes
 in llama.cpp: tokens per second, time to first token of 128 and 512, tokens per second of a batch,
 resident memory, energy of a token where the processor tells it. Every pipeline is in a process of
-its own, in turns. ``--keep`` keeps the deployments there.
+its own, in turns, and imports no more than a deployment needs: torch, where models are made, is not
+in its memory. ``--keep`` keeps the deployments there.
 """
 
 import argparse
@@ -36,7 +37,6 @@ from typing import Any
 
 import numpy as np
 from document import finish, in_a_process, table
-from shapes import SMALL, WIDE, matrices, write_checkpoint, write_merged
 
 from sqft_export.kernels.choice import kernel_model, stock_model
 from sqft_export.kernels.extension import kernels_used
@@ -44,12 +44,11 @@ from sqft_export.kernels.library import Matrix, count_kept
 from sqft_export.kernels.rewrite import form_for
 from sqft_export.measure.decode import greedy
 from sqft_export.measure.machine import memory_now
-from sqft_export.packed.folders import pack
-from sqft_export.recipe.schema import Export
 from sqft_export.targets import target
 
 GROUP = 128
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
+SMALL_SHAPES = ((256, 256), (896, 256), (256, 896))
 SETS = 2  # of the three shapes
 OURS: dict[str, float | str] = {
     "dense": 0.0,
@@ -253,6 +252,11 @@ def run_products(rounds: int, shapes: tuple) -> tuple[dict[str, Any], dict[str, 
 
 def deployment(source: Path, root: Path, bits: int, sparsity: float, blocks: int | None) -> None:
     """A packed OpenVINO folder and a GGUF of a float checkpoint, pruned by magnitude, rounded."""
+    from shapes import write_merged
+
+    from sqft_export.packed.folders import pack
+    from sqft_export.recipe.schema import Export
+
     merged, folder = root / "merged", root / "dense"
     width = json.loads((source / "config.json").read_text())["hidden_size"]
     write_merged(source, merged, sparsity, bits, GROUP if width % GROUP == 0 else 64, blocks)
@@ -382,6 +386,8 @@ def model_folders(
 
 def all_folders(arguments: argparse.Namespace, root: Path) -> dict[str, dict[int, Path]]:
     """What the pipelines run, by model and bits."""
+    from shapes import SMALL, WIDE, write_checkpoint
+
     base, blocks = root / "base", arguments.blocks
     if not base.is_dir():
         write_checkpoint(base, SMALL if arguments.small else WIDE, 1)
@@ -403,8 +409,7 @@ def main() -> None:
     parser.add_argument("--pipeline", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--long", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    small = tuple(sorted(set(matrices(SMALL).values())))
-    shapes = small if arguments.small else SHAPES
+    shapes = SMALL_SHAPES if arguments.small else SHAPES
     if arguments.products:
         bits, threads = arguments.products
         print(json.dumps(products(bits, threads, arguments.rounds, shapes)))
