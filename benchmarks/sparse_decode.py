@@ -19,8 +19,8 @@ rounded, on the runtime's kernels, on our dense one and from mask and kept codes
 in llama.cpp: tokens per second, time to first token of 128 and 512, tokens per second of a batch,
 energy of a token where the processor tells it, resident memory while one sequence is continued and
 after the long prompts and batches. Every pipeline is in a process of its own, in turns, and imports
-no more than a deployment needs: torch, where models are made, is not in its memory. ``--keep`` keeps
-the deployments there.
+no more than a deployment needs: torch, where models are made, is not in its memory. ``--keep`` is a
+folder that deployments are kept in.
 """
 
 import argparse
