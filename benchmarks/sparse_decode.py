@@ -44,7 +44,7 @@ from sqft_export.kernels.extension import kernels_used
 from sqft_export.kernels.library import Matrix, count_kept
 from sqft_export.kernels.rewrite import form_for
 from sqft_export.measure.decode import greedy
-from sqft_export.measure.machine import memory_now
+from sqft_export.measure.machine import energy_joules, memory_now
 from sqft_export.targets import target
 
 GROUP = 128
@@ -62,7 +62,6 @@ PEERS = ("OpenVINO", "OpenVINO f32, dynamic 128", "ONNX Runtime")
 LLAMA = "llama.cpp"
 WAYS = ("stock", "dense", "sparse", LLAMA)
 UNLIKE = 512  # rows of a matrix, which the others repeat
-ENERGY = Path("/sys/class/powercap/intel-rapl:0/energy_uj")  # of the whole processor
 
 
 def random_matrix(bits: int, rows: int, inputs: int, sparsity: float | str) -> Matrix:
@@ -305,11 +304,6 @@ class Llama:
         return first, mean(later) if later else 0.0
 
 
-def energy() -> float | None:
-    """Joules that the processor has used; None where it does not tell."""
-    return int(ENERGY.read_text()) / 1e6 if os.access(ENERGY, os.R_OK) else None
-
-
 def pipeline(folder: Path, way: str, threads: int, long: bool) -> dict[str, Any]:
     """Tokens per second, TTFT, memory and energy of one way, in this process."""
     pipe = Llama(folder, threads) if way == LLAMA else Pipeline(folder, way, threads)
@@ -320,9 +314,9 @@ def pipeline(folder: Path, way: str, threads: int, long: bool) -> dict[str, Any]
         return pipe(random.integers(5, 100, (batch, prompt)).astype(np.int64), new)
 
     measured(16, 4)
-    before = energy()
+    before = energy_joules()
     tokens = [measured(16, 24)[1] for _ in range(3)]
-    after = energy()
+    after = energy_joules()
     found["tokens_per_second"] = 1 / min(tokens)
     found["memory_bytes"] = memory_now()
     for prompt in (128, 512) if long else (128,):

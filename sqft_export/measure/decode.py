@@ -11,6 +11,7 @@ from sqft_export.measure.batches import CACHED, batches, by_length, last_logits,
 from sqft_export.targets import Session
 
 DONE = 0.25  # share of a batch that has ended, and the others go on without it
+FEW = 0.125  # share of a batch that is left, and it is not worth a pass of its own
 
 
 def greedy(
@@ -33,41 +34,54 @@ def generate(
 ) -> list[list[int]]:
     """Greedy continuation of every prompt, up to ``new_tokens`` or before a ``stop`` id.
 
-    Prompts of like lengths go together; of a batch only those go on that have not ended.
+    Prompts of like lengths go together; of a batch only those go on that have not ended, and the
+    few that are left at last wait for those of the other batches, to go on together.
     """
-    results: list[list[int]] = [[] for _ in prompts]
-    lengths = [len(prompt) for prompt in prompts]
-    for indices in batches(session, lengths, by_length(lengths), CACHED, new_tokens, 1):
-        said = _continue(session, [prompts[i] for i in indices], new_tokens, stop)
-        for index, answer in zip(indices, said, strict=True):
-            results[index] = answer
-    return results
+    said: list[list[int]] = [[] for _ in prompts]
+    waiting = list(range(len(prompts))) if new_tokens else []
+    while waiting:
+        lengths = [len(prompts[i]) + len(said[i]) for i in waiting]
+        groups = list(batches(session, lengths, by_length(lengths), CACHED, new_tokens, 1))
+        few = FEW if len(groups) > 1 else 0.0
+        chosen = [[waiting[place] for place in group] for group in groups]
+        waiting = [
+            index
+            for group in chosen
+            for index in _continue(session, prompts, said, group, new_tokens, stop, few)
+        ]
+    return said
 
 
 def _continue(
-    session: Session, prompts: list[list[int]], new_tokens: int, stop: list[int]
-) -> list[list[int]]:
-    said: list[list[int]] = [[] for _ in prompts]
-    if new_tokens == 0:
-        return said
-    batch = padded(prompts, session.padding)
+    session: Session,
+    prompts: list[list[int]],
+    said: list[list[int]],
+    group: list[int],
+    new_tokens: int,
+    stop: list[int],
+    few: float,
+) -> list[int]:
+    """Go on with a batch, adding to what each has ``said``; those that were left when they were so
+    ``few`` a share of it."""
+    batch = padded([prompts[i] + said[i] for i in group], session.padding)
     logits, mask = last_logits(session, batch), batch.mask
-    running = np.arange(len(prompts))  # the prompt of every row of the cache
-    ended = np.zeros(len(prompts), bool)  # of every row of the cache
-    for step in range(new_tokens):
+    running = np.array(group)  # the prompt of every row of the cache
+    ended = np.zeros(len(group), bool)  # of every row of the cache
+    while True:
         chosen = logits.argmax(axis=-1).astype(np.int64)
         ended |= np.isin(chosen, stop)
         for row in np.flatnonzero(~ended):
             said[running[row]].append(int(chosen[row]))
-        if ended.all() or step == new_tokens - 1:
-            break
+        ended |= [len(said[index]) == new_tokens for index in running]
+        left = running[~ended]
+        if len(left) <= few * len(group):
+            return left.tolist()
         if ended.mean() >= DONE:
             rows = np.flatnonzero(~ended)
             session.select(rows)
             mask, running, chosen, ended = mask[rows], running[rows], chosen[rows], ended[rows]
         mask = np.concatenate([mask, np.ones((len(mask), 1), np.int64)], axis=1)
         logits = session.forward(chosen.reshape(-1, 1), mask, 1)[:, -1]
-    return said
 
 
 def _seconds(session: Session, ids: np.ndarray, new_tokens: int) -> list[float]:

@@ -33,16 +33,22 @@ from sqft_export.errors import UserError
 from sqft_export.kernels.choice import STOCK
 from sqft_export.kernels.extension import kernels_used
 from sqft_export.kernels.ir import is_specialized
+from sqft_export.measure.agreement import agreement, sequences_of
 from sqft_export.measure.machine import machine_facts
 from sqft_export.measure.rows import accuracy_row, answer_entry
-from sqft_export.measure.statistics import bootstrap_ratio, percentiles, wilson
+from sqft_export.measure.statistics import bootstrap_ratio, percentiles
 from sqft_export.measure.worker import in_a_process
 from sqft_export.model.checkpoint import file_bytes
 from sqft_export.packed.execution import checked_execution
 from sqft_export.run.host import installed
 from sqft_export.targets.devices import find_device
-from sqft_export.targets.folder import GENAI_CONFIG, GRAPHS, kind_of
-from sqft_export.textfiles import read_json
+from sqft_export.targets.folder import (
+    GRAPHS,
+    context_of,
+    kind_of,
+    number_in_config,
+    vocabulary_of,
+)
 
 UNCERTAIN = "its interval holds 1: not told apart"
 FEWEST = 5  # rounds that an interval of ratios says something after
@@ -231,8 +237,8 @@ class _Tokenizer:
         if not file.is_file():
             raise UserError(f"{folder}: no tokenizer.json, which a task or a text needs")
         self.tokenizer = Tokenizer.from_file(str(file))
-        self.eos_token_id = _config_of(folder, "eos_token_id")
-        self.bos_token_id = _config_of(folder, "bos_token_id")
+        self.eos_token_id = number_in_config(folder, "eos_token_id")
+        self.bos_token_id = number_in_config(folder, "bos_token_id")
 
     def __call__(self, text: str | list[str], add_special_tokens: bool = True) -> dict[str, list]:
         """Ids of a text, or of each of several."""
@@ -301,38 +307,6 @@ def write_results(document: dict[str, Any], out: Path) -> None:
     (out / "results.json").write_text(json.dumps(document, indent=2) + "\n")
 
 
-AGREEMENT_TOKENS = 512  # a distribution over 128k tokens is half a megabyte
-
-
-def _agreement_tokens(items: list[Any]) -> list[list[int]]:
-    """The items as sequences of tokens, cut where there are enough."""
-    sequences, left = [], AGREEMENT_TOKENS
-    for item in items:
-        sequence = item.ids[:left]
-        left -= len(sequence)
-        if sequence:
-            sequences.append(sequence)
-    return sequences
-
-
-def agreement(first: np.ndarray, found: np.ndarray) -> dict[str, Any]:
-    """Next-token distributions (logarithms, ``[tokens, vocab]``) beside those of the first folder.
-
-    Two vocabularies may differ in what fills them up; the tokens of both are compared.
-    """
-    common = min(first.shape[1], found.shape[1])
-    one, other = first[:, :common].astype(np.float64), found[:, :common]
-    same = int((one.argmax(axis=1) == other.argmax(axis=1)).sum())
-    low, high = wilson(same, len(one))
-    return {
-        "tokens": len(one),
-        "agreement": same / len(one),
-        "low": low,
-        "high": high,
-        "kl_nats": float((np.exp(one) * (one - other)).sum(axis=1).mean()),
-    }
-
-
 def answers(
     folders: dict[str, Measured], questions: Questions, settings: DeviceSettings
 ) -> dict[str, list[dict[str, Any]]]:
@@ -346,7 +320,7 @@ def answers(
     first_distributions: np.ndarray | None = None
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "distributions.npy"
-        tokens = {"file": str(file), "ids": _agreement_tokens(questions.items)}
+        tokens = {"file": str(file), "ids": sequences_of(questions.items)}
         for name, folder in folders.items():
             asked = {"questions": questions.asked, "distributions": tokens}
             result = in_a_process(_job(folder, settings) | asked)
@@ -428,38 +402,3 @@ def runtime_versions(kinds: set[str]) -> dict[str, str]:
     }
     names = ["sqft-export", *(name for kind in sorted(kinds) for name in wanted[kind])]
     return {name: importlib.metadata.version(name) for name in names}
-
-
-def _config_of(folder: Path, *names: str) -> int | None:
-    """A number from the configs of a deployment: the first of ``names`` that one of them has."""
-    files = [folder / f for f in ("generation_config.json", "config.json", GENAI_CONFIG)]
-    for file in files:
-        document = read_json(file) if file.is_file() else {}
-        inner = document.get("model")
-        for name in names:
-            found = document.get(name, inner.get(name) if isinstance(inner, dict) else None)
-            found = found[0] if isinstance(found, list) and found else found
-            if found is not None and (type(found) is not int or found < 0):
-                raise UserError(f"{file}: {name}: found {found!r}; a number is expected")
-            if found is not None:
-                return found
-    return None
-
-
-def context_of(folder: Path) -> int | None:
-    """The most tokens that a model is for; None where no config says so.
-
-    :raises UserError: if what a config says is no number.
-    """
-    return _config_of(folder, "max_position_embeddings", "context_length")
-
-
-def vocabulary_of(folder: Path) -> int:
-    """Number of tokens.
-
-    :raises UserError: if no config says it.
-    """
-    found = _config_of(folder, "vocab_size")
-    if found is None:
-        raise UserError(f"{folder}: neither config.json nor {GENAI_CONFIG} says vocab_size")
-    return found

@@ -7,6 +7,7 @@ it is for, in its default mode.
     lm_eval.simple_evaluate(model=SessionLM(folder), tasks=["hellaswag"])
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from sqft_export.data.items import load_tokenizer, stop_ids
 from sqft_export.errors import UserError
 from sqft_export.measure.decode import generate
-from sqft_export.measure.deployments import context_of
 from sqft_export.measure.likelihood import log_likelihoods
-from sqft_export.targets import target
-from sqft_export.targets.folder import kind_of
+from sqft_export.targets import Session, target
+from sqft_export.targets.folder import context_of, kind_of
 
 USUAL_CONTEXT = 2048  # where no config says how many tokens a model is for
 NEW_TOKENS = 256  # of an answer, where a task says no number
@@ -33,12 +33,19 @@ class SessionLM(TemplateLM):
     :param folder: OpenVINO, ONNX or Hugging Face folder.
     :param threads: None: the runtime's choice.
     :param device: cpu, gpu or npu.
+    :param session: the folder's, where it is open already.
     """
 
-    def __init__(self, folder: Path, threads: int | None = None, device: str = "cpu"):
+    def __init__(
+        self,
+        folder: Path,
+        threads: int | None = None,
+        device: str = "cpu",
+        session: Session | None = None,
+    ):
         super().__init__()
         self.folder = Path(folder)
-        self.session = target(kind_of(self.folder)).open_session(
+        self.session = session or target(kind_of(self.folder)).open_session(
             self.folder, False, threads, device
         )
         self.tokenizer = load_tokenizer(self.folder)
@@ -118,6 +125,24 @@ def _until(text: str, ends: list[str] | str) -> str:
     return text
 
 
+def _tasks(tasks: Sequence[str], include: Path | None) -> TaskManager:
+    """What lm-eval knows, without its own thousands of tasks where none of them is asked for."""
+    if include:
+        own = TaskManager(include_path=str(include), include_defaults=False)
+        if set(tasks) <= set(own.all_subtasks):
+            return own
+    return TaskManager(include_path=str(include) if include else None)
+
+
+def _strangers(tasks: Sequence[str], manager: TaskManager) -> list[str]:
+    return [task for task in tasks if not manager.match_tasks([task])]
+
+
+def unknown_tasks(tasks: Sequence[str], include: Path | None) -> list[str]:
+    """Those that lm-eval has no task for; it takes some seconds to know all it has."""
+    return _strangers(tasks, _tasks(tasks, include))
+
+
 def evaluate(
     model: SessionLM, tasks: list[str], include: Path | None, items: int | None
 ) -> dict[str, dict[str, Any]]:
@@ -127,8 +152,8 @@ def evaluate(
     :param items: of every task; None: all.
     :raises UserError: naming the tasks that lm-eval does not know.
     """
-    manager = TaskManager(include_path=str(include) if include else None)
-    if strangers := [task for task in tasks if not manager.match_tasks([task])]:
+    manager = _tasks(tasks, include)
+    if strangers := _strangers(tasks, manager):
         raise UserError(f"--lm-eval: found {', '.join(strangers)}, which lm-eval has no task for")
     found = simple_evaluate(
         model=model, tasks=tasks, task_manager=manager, limit=items, log_samples=False

@@ -10,6 +10,7 @@ from sqft_export.measure.batches import SCORED, batches, by_length, last_logits,
 from sqft_export.measure.decode import generate
 from sqft_export.targets import Session
 
+PART = 64  # distributions at once in float64
 LIKE = 4  # tokens by which continuations of a batch may differ in length
 
 
@@ -155,5 +156,7 @@ def distributions(session: Session, sequences: list[list[int]]) -> np.ndarray:
     rows = []
     for ids in sequences:
         session.reset()
-        rows.append(log_softmax(session.forward(np.array([ids], np.int64))[0]))
-    return np.concatenate(rows).astype(np.float32)
+        logits = session.forward(np.array([ids], np.int64))[0]
+        parts = (logits[start : start + PART] for start in range(0, len(ids), PART))
+        rows += [log_softmax(part).astype(np.float32) for part in parts]
+    return np.concatenate(rows)

@@ -20,7 +20,8 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     share, spread = right / count, z * z / count
     middle = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / count / 4)
-    return max(0.0, middle - half), min(1.0, middle + half)  # rounding may cross an end
+    # Rounding may cross an end, or leave the share itself out of its interval there.
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def mean_interval(right: list[int], counts: list[int]) -> tuple[float, float]:

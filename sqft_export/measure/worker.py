@@ -49,7 +49,8 @@ def open_job(job: dict[str, Any]) -> Session:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """What the job asks for: ``profile``, ``latency_prompt``, ``questions``, ``distributions``."""
+    """What the job asks for: ``profile``, ``latency_prompt``, ``questions``, ``distributions``,
+    ``lm_eval``."""
     asked = job.get("profile") or {}
     if asked.get("cpus"):
         os.sched_setaffinity(0, asked["cpus"])
@@ -68,11 +69,22 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         started = time.perf_counter()
         result |= score(session, job["questions"])
         result["score_seconds"] = time.perf_counter() - started
-    if "distributions" in job:
-        np.save(job["distributions"]["file"], distributions(session, job["distributions"]["ids"]))
     result["steady_memory_bytes"] = memory_now()
     result["peak_memory_bytes"] = peak_memory()
+    # What follows takes memory that a deployment does not.
+    if "distributions" in job:
+        np.save(job["distributions"]["file"], distributions(session, job["distributions"]["ids"]))
+    if "lm_eval" in job:
+        result["lm_eval"] = _by_lm_eval(session, job)
     return result
+
+
+def _by_lm_eval(session: Session, job: dict[str, Any]) -> dict[str, Any]:
+    from sqft_export.measure.harness import SessionLM, evaluate
+
+    asked, folder = job["lm_eval"], Path(job["folder"])
+    include = Path(asked["folder"]) if asked["folder"] else None
+    return evaluate(SessionLM(folder, session=session), asked["tasks"], include, asked["items"])
 
 
 def in_a_process(job: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:

@@ -321,6 +321,23 @@ def _accelerator_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
         yield str(error)
 
 
+def _lm_eval_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    asked = recipe.benchmark
+    if not asked.lm_eval:
+        return
+    if not installed("lm_eval"):
+        yield "benchmark.lm_eval: lm-eval is not installed; pip install 'sqft-export[lm-eval]'"
+        return
+    folder = recipe.resolve(asked.lm_eval_folder) if asked.lm_eval_folder else None
+    if folder and not folder.is_dir():
+        yield f"benchmark.lm_eval_folder: no such folder: {folder}"
+        return
+    from sqft_export.measure.harness import unknown_tasks
+
+    if strangers := unknown_tasks(asked.lm_eval, folder):
+        yield f"benchmark.lm_eval: found {', '.join(strangers)}, which lm-eval has no task for"
+
+
 def _device_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     """Devices to measure on that no runtime of the recipe reaches here."""
     wanted = [d for d in recipe.benchmark.targets if d not in ("auto", "cpu")]
@@ -352,4 +369,5 @@ CHECKS: tuple[FaultFinder, ...] = (
     _row_faults,
     _accelerator_faults,
     _device_faults,
+    _lm_eval_faults,
 )

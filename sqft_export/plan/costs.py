@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from sqft_export.errors import HostError
+from sqft_export.measure.agreement import COMPARED
 from sqft_export.measure.batches import CACHED, PASS_BYTES, ROWS
 from sqft_export.model.families import adapted
 from sqft_export.plan.layout import Layout, group_sizes
@@ -265,6 +266,7 @@ def _scoring(recipe: Recipe, layout: Layout, workload: Workload) -> _Work:
     asked, weights = recipe.benchmark, layout.weights + layout.head
     items = asked.items if workload.test is None else workload.test
     scored = items * PADDED * (workload.scored + workload.prompt + DECODED * workload.answer)
+    scored += COMPARED if "dense" in asked.baselines else 0
     rounds = asked.rounds * (asked.repeats + 1)
     bits = 32 if recipe.quantize.method == "none" else max(4, recipe.quantize.bits)
     flops = elements = seconds = 0.0

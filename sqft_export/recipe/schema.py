@@ -485,6 +485,10 @@ class Benchmark(Section):
     repeats: int = Field(5, ge=2, description="of the latency measurement, in every process")
     rounds: int = Field(3, ge=1, description="processes a row, in turns with the other rows")
     threads: int | None = Field(None, ge=1, description="null: one per processor")
+    lm_eval: tuple[str, ...] = Field(
+        (), description="tasks of lm-eval that every row is scored on too (extra lm-eval)"
+    )
+    lm_eval_folder: str | None = Field(None, description="of task files of your own")
 
     @model_validator(mode="after")
     def _one_measure(self):

@@ -1,6 +1,7 @@
 """What a report says: ``report.json``, and the cells of its table."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from sqft_export.recipe.schema import Recipe
@@ -17,6 +18,9 @@ MEASURES = {
 COLUMNS = (
     ("model", lambda r: r["name"]),
     ("accuracy", accuracy_text),
+    ("of dense", lambda r: f"{100 * r['recovery']:.1f} %" if "recovery" in r else None),
+    ("same token", lambda r: _beside(r, lambda b: f"{100 * b['agreement']:.1f} %")),
+    ("KL nats", lambda r: _beside(r, lambda b: f"{b['kl_nats']:.2g}")),
     ("perplexity", lambda r: f"{r['perplexity']:.3f}"),
     ("sparsity", lambda r: f"{100 * r['sparsity']:.1f} %"),
     ("files", lambda r: f"{r['file_bytes'] / 1e6:.2f} MB"),
@@ -31,9 +35,34 @@ def _latency(spread: dict[str, float]) -> str:
     return f"{spread['median_ms']:.2f} ({spread['p10_ms']:.2f} to {spread['p90_ms']:.2f})"
 
 
+def _beside(row: dict[str, Any], cell: Callable[[dict[str, Any]], str]) -> str | None:
+    """Of how near a row is to the dense base, where that was asked."""
+    return cell(row["beside_dense"]) if "beside_dense" in row else None
+
+
 def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """The table of numbers, a header row first."""
-    return [[name for name, _ in COLUMNS], *([cell(row) for _, cell in COLUMNS] for row in rows)]
+    """The table of numbers, a header row first; no column that none of the rows has."""
+    columns = [(name, [cell(row) for row in rows]) for name, cell in COLUMNS]
+    kept = [[name, *found] for name, found in columns if any(c is not None for c in found)]
+    return [[cell or "" for cell in line] for line in zip(*kept, strict=True)]
+
+
+def by_lm_eval(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """lm-eval's figures of every row, a header row first; nothing if none was asked."""
+    asked: dict[str, dict[str, float]] = rows[0].get("lm_eval", {})
+    chosen = [
+        (task, figure)
+        for task, found in asked.items()
+        for figure in found
+        if "," in figure and "stderr" not in figure  # not its own notes, such as `sample_len`
+    ]
+    if not chosen:
+        return []
+    header = [f"{task}, {figure.removesuffix(',none')}" for task, figure in chosen]
+    return [
+        ["model", *header],
+        *([r["name"], *(f"{r['lm_eval'][t][f]:.4g}" for t, f in chosen)] for r in rows),
+    ]
 
 
 def _passes(inputs: dict[str, Artifact]) -> list[dict[str, Any]]:

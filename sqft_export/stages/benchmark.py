@@ -10,10 +10,14 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from sqft_export.data.items import Data, Item, first_of_every_set, load_tokenizer, stop_ids
 from sqft_export.data.scoring import Judged, judge, questions
+from sqft_export.measure.agreement import agreement, sequences_of
 from sqft_export.measure.machine import machine_facts
 from sqft_export.measure.rows import (
     MADE,
@@ -29,7 +33,7 @@ from sqft_export.measure.worker import in_a_process
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.packed.folders import PACKED, SPARSE
 from sqft_export.recipe.schema import Recipe
-from sqft_export.run.artifact import key_of
+from sqft_export.run.artifact import key_of, sha256_of
 from sqft_export.run.device import device_of
 from sqft_export.run.host import allowed_processors
 from sqft_export.stages import Context
@@ -49,7 +53,7 @@ CONSUMES: tuple[str, ...] = (
     "baselines",
 )
 READS: tuple[str, ...] = ("model", "test")
-VERSION = 7
+VERSION = 8
 RESUMES = False
 DISTRIBUTED = False
 
@@ -57,10 +61,16 @@ DISTRIBUTED = False
 ANSWERS = ("answers", "likelihoods", "ttft_samples", "tpot_samples")
 PILOT = 8  # items of every set that the others are reckoned from
 LOST = 1000  # a perplexity at which a model guesses
+DENSE = "dense base"
 
 
 def options(recipe: Recipe) -> dict:
-    return {"benchmark": recipe.benchmark.model_dump()}
+    folder = recipe.benchmark.lm_eval_folder
+    files = sorted(recipe.resolve(folder).rglob("*.yaml")) if folder else []
+    return {
+        "benchmark": recipe.benchmark.model_dump(exclude={"lm_eval_folder"}),
+        "lm_eval_tasks": {file.name: sha256_of(file) for file in files},
+    }
 
 
 def rows(context: Context) -> list[Row]:
@@ -68,7 +78,7 @@ def rows(context: Context) -> list[Row]:
     wanted = context.recipe.benchmark.baselines
     table = [*_baselines(context), *_tuned(context), *_deployments(context)]
     if "dense" in wanted:
-        table.insert(0, Row("dense base", "torch", context.model, (context.model,), 0.0))
+        table.insert(0, Row(DENSE, "torch", context.model, (context.model,), 0.0))
     if device_of(context.recipe.device).type != "cpu":
         accelerated = ("torch", "adapted")
         table = [replace(r, device="gpu") if r.kind in accelerated else r for r in table]
@@ -174,6 +184,9 @@ def run(context: Context) -> dict:
                 log.write(json.dumps(entry) + "\n")
     weights = Checkpoint(context.model).parameters
     results = [_described(row, weights) | _found(row.name, judged, runs[row.name]) for row in table]
+    if table[0].name == DENSE and results[0]["accuracy"]:
+        for result in results:
+            result["recovery"] = result["accuracy"] / results[0]["accuracy"]
     document = {
         "settings": _settings(recipe, items),
         "machine": machine_facts(),
@@ -197,6 +210,33 @@ def _found(
     return found | {"p_same_as_lora": mcnemar(right, lora) if right and lora else None}
 
 
+class Beside:
+    """How near the next-token distributions of rows are to those of the first, the dense base."""
+
+    def __init__(self, scratch: Path, items: list[Item]):
+        self.file, self.ids = scratch / "distributions.npy", sequences_of(items)
+        self.dense: np.ndarray | None = None
+
+    def asked(self) -> dict[str, Any]:
+        return {"distributions": {"file": str(self.file), "ids": self.ids}}
+
+    def found(self) -> dict[str, Any]:
+        """Of the row that was asked last."""
+        distributions = np.load(self.file, mmap_mode="r")
+        self.file.unlink()  # it stays mapped
+        if self.dense is None:
+            self.dense = distributions
+        return agreement(self.dense, distributions)
+
+
+def _asked_of_lm_eval(recipe: Recipe) -> dict[str, Any]:
+    asked = recipe.benchmark
+    if not asked.lm_eval:
+        return {}
+    folder = str(recipe.resolve(asked.lm_eval_folder)) if asked.lm_eval_folder else None
+    return {"lm_eval": {"tasks": list(asked.lm_eval), "folder": folder, "items": asked.items}}
+
+
 def _measured(
     context: Context, table: list[Row], items: list[Item], tokenizer: Any
 ) -> tuple[list[Item], dict[str, list[dict[str, Any]]]]:
@@ -206,12 +246,8 @@ def _measured(
     Rows take turns, and each round turns the order round, so that a slow moment of the machine
     hits all of them.
     """
-    recipe, rounds, stop = (
-        context.recipe,
-        context.recipe.benchmark.rounds,
-        stop_ids(context.model, tokenizer),
-    )
-    minutes, started = recipe.benchmark.minutes, time.monotonic()
+    recipe, stop, started = context.recipe, stop_ids(context.model, tokenizer), time.monotonic()
+    rounds, minutes = recipe.benchmark.rounds, recipe.benchmark.minutes
     first = first_of_every_set(items, PILOT if minutes else recipe.benchmark.items)
     ids = [token for item in first for token in item.ids]
     prompt = ids[: recipe.benchmark.prompt_tokens]
@@ -224,10 +260,15 @@ def _measured(
         return result
 
     timed = {"latency_prompt": prompt}
-    for number in range(rounds):
-        asked = {"questions": questions(recipe, first, stop)} if number == 0 else {}
+    once = {"questions": questions(recipe, first, stop)} | _asked_of_lm_eval(recipe)
+    beside = Beside(context.folder, items) if table[0].name == DENSE else None
+    for row in table:
+        found[row.name].append(ask(row, timed | once | (beside.asked() if beside else {})))
+        if beside:
+            found[row.name][0]["beside_dense"] = beside.found()
+    for number in range(1, rounds):
         for row in table if number % 2 == 0 else table[::-1]:
-            found[row.name].append(ask(row, timed | asked))
+            found[row.name].append(ask(row, timed))
     if minutes:
         left = 60 * minutes - (time.monotonic() - started)
         first = _that_fit(items, found, left)
@@ -259,7 +300,7 @@ def _warnings(results: list[dict[str, Any]], was_tuned: bool) -> list[str]:
                     "adapt.learning_rate"
                 )
     for row in results:
-        if row["name"] == "dense base" and row["perplexity"] > LOST:
+        if row["name"] == DENSE and row["perplexity"] > LOST:
             found.append(
                 f"the dense base has a perplexity of {row['perplexity']:.0f} on the answers: it "
                 "does not know this task or this text; look at the tokenizer and the prompts"

@@ -5,7 +5,7 @@ import json
 from sqft_export.adapters.files import read_training_log
 from sqft_export.recipe.schema import Recipe
 from sqft_export.report import pictures
-from sqft_export.report.document import cells, report_of_run
+from sqft_export.report.document import by_lm_eval, cells, report_of_run
 from sqft_export.report.html import render
 from sqft_export.report.text import markdown
 from sqft_export.stages import Context
@@ -26,7 +26,7 @@ CONSUMES: tuple[str, ...] = (
     "benchmark",
 )
 READS: tuple[str, ...] = ()
-VERSION = 10
+VERSION = 11
 RESUMES = False
 DISTRIBUTED = False
 
@@ -60,6 +60,7 @@ def run(context: Context) -> dict:
         document=document,
         table=table,
         sets=[name for name in rows[0]["accuracy_by_set"] if name],
+        lm_eval=by_lm_eval(rows),
         recipe=json.dumps(document["recipe"], indent=2),
         pictures=drawn,
     )

@@ -81,3 +81,38 @@ def graph_and_weights(folder: Path) -> tuple[Path, Path]:
     """
     runtime = runtime_of(folder)
     return folder / GRAPHS[runtime], folder / WEIGHT_FILES[runtime]
+
+
+def number_in_config(folder: Path, *names: str) -> int | None:
+    """A number from the configs of a deployment: the first of ``names`` that one of them has."""
+    files = [folder / f for f in ("generation_config.json", "config.json", GENAI_CONFIG)]
+    for file in files:
+        document = read_json(file) if file.is_file() else {}
+        inner = document.get("model")
+        for name in names:
+            found = document.get(name, inner.get(name) if isinstance(inner, dict) else None)
+            found = found[0] if isinstance(found, list) and found else found
+            if found is not None and (type(found) is not int or found < 0):
+                raise UserError(f"{file}: {name}: found {found!r}; a number is expected")
+            if found is not None:
+                return found
+    return None
+
+
+def context_of(folder: Path) -> int | None:
+    """The most tokens that a model is for; None where no config says so.
+
+    :raises UserError: if what a config says is no number.
+    """
+    return number_in_config(folder, "max_position_embeddings", "context_length")
+
+
+def vocabulary_of(folder: Path) -> int:
+    """Number of tokens.
+
+    :raises UserError: if no config says it.
+    """
+    found = number_in_config(folder, "vocab_size")
+    if found is None:
+        raise UserError(f"{folder}: neither config.json nor {GENAI_CONFIG} says vocab_size")
+    return found

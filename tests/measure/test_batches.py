@@ -66,7 +66,7 @@ def test_likelihoods_are_those_of_every_sequence_alone(session):
         assert first == int((logits.argmax(-1) == answer).sum())
 
 
-def test_answers_are_those_of_every_prompt_alone(session):
+def test_answers_are_those_of_every_prompt_alone(session, monkeypatch):
     prompts = questions(1)[0][::3]
     alone = []
     for prompt in prompts:
@@ -81,6 +81,10 @@ def test_answers_are_those_of_every_prompt_alone(session):
     cut = [said[: said.index(stop)] if stop in said else said for said in alone]
     assert generate(session, prompts, 12, stop=[stop]) == cut
     assert {len(said) for said in cut} > {12}
+    # Many small batches, whose last rows wait for one another.
+    monkeypatch.setattr(decode, "CACHED", 160)
+    monkeypatch.setattr(decode, "FEW", 0.5)
+    assert generate(session, prompts, 12, stop=[stop]) == cut
 
 
 def test_logits_of_the_last_tokens_are_the_last_logits(session):
@@ -107,6 +111,30 @@ def test_rows_that_have_ended_are_not_computed(random_llama, monkeypatch):
     monkeypatch.setattr(session, "forward", counted)
     generate(session, prompts, 10, stop=[said[2] for said in free[:6]])
     assert seen[0] == 8 and min(seen) < 8 * (1 - decode.DONE) + 1
+
+
+def test_the_last_rows_of_batches_go_on_together(random_llama, monkeypatch):
+    session = target("torch").open_session(random_llama, True, None)
+    prompts = [[5 + n, 9 + n, 30 + n] for n in range(32)]
+    free = generate(session, prompts, 40, stop=[])
+    long = {token for said in free[::8] for token in said}  # one of every batch goes on
+    stop = list({token for said in free for token in said} - long)
+    assert sum(not set(said) & set(stop) for said in free) <= 8
+    passes: list[int] = []
+    forward = session.forward
+
+    def counted(ids, mask=None, last=None):
+        passes.append(len(ids))
+        return forward(ids, mask, last)
+
+    monkeypatch.setattr(session, "forward", counted)
+    monkeypatch.setattr(decode, "CACHED", 8 * (3 + 40))  # eight rows a batch
+    monkeypatch.setattr(decode, "FEW", 0.5)
+    together = generate(session, prompts, 40, stop)
+    taken = len(passes)
+    monkeypatch.setattr(decode, "FEW", 0.0)
+    assert generate(session, prompts, 40, stop) == together
+    assert taken < 0.6 * (len(passes) - taken)
 
 
 def test_a_cache_that_was_taken_apart_is_not_continued(tiny_run):

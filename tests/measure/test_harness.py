@@ -9,8 +9,11 @@ import pytest
 from conftest import SQFT, TINY, random_model, small_recipe
 from sqft_export.data.items import Data, load_tokenizer, stop_ids
 from sqft_export.data.scoring import accuracy_by_set, judge, questions
+from sqft_export.errors import UserError
 from sqft_export.measure.likelihood import score
+from sqft_export.plan.checks import check_recipe
 from sqft_export.run.pipeline import run_recipe
+from sqft_export.stages import benchmark
 from sqft_export.targets import target
 
 pytest.importorskip("lm_eval", reason="pip install 'sqft-export[lm-eval]'")
@@ -57,6 +60,10 @@ metric_list:
   - {metric: word_perplexity}
 """
 ITEMS = 24
+UNTRAINED = (
+    *("adapt=none", "sparsify={method: none}", "quantize.method=rtn"),
+    "export={targets: [openvino, onnx]}",
+)
 
 
 @pytest.fixture(scope="module")
@@ -85,18 +92,16 @@ def tasks(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory) -> dict[str, Path]:
     """Folders of the embedded model's weights, as they are."""
-    untrained = ("adapt=none", "sparsify={method: none}", "quantize.method=rtn")
     root = tmp_path_factory.mktemp("runs")
-    export = "export={targets: [openvino, onnx]}"
-    run = run_recipe(small_recipe(*untrained, export), root, ("export-openvino", "export-onnx"))
+    run = run_recipe(small_recipe(*UNTRAINED), root, ("export-openvino", "export-onnx"))
     found = {name: run[f"export-{name}"].path / "model" for name in ("openvino", "onnx")}
     return found | {"torch": run["merge"].path / "model"}
 
 
-def by_lm_eval(folder: Path, tasks: Path, *names: str) -> dict:
+def by_lm_eval(folder: Path, tasks: Path, *names: str, items: int | None = None) -> dict:
     from sqft_export.measure.harness import SessionLM, evaluate
 
-    return evaluate(SessionLM(folder), list(names), tasks, None)
+    return evaluate(SessionLM(folder), list(names), tasks, items)
 
 
 @pytest.mark.parametrize("runtime", ["torch", "openvino", "onnx"])
@@ -166,3 +171,39 @@ def test_the_command_prints_them_and_names_a_task_that_is_none(deployed, tasks):
     line = next(line for line in done.stdout.splitlines() if "our_arc" in line)
     assert line.startswith("lm-eval: ") and ", acc 0." in line and ", acc_norm 0." in line
     assert "--lm-eval: found no_such_task" in benchmark("no_such_task").stderr
+
+
+def test_rows_of_a_run_are_scored_on_what_the_recipe_asks_for(deployed, tasks):
+    root = deployed["torch"].parents[1]  # the same run goes on
+    asked = f"benchmark.lm_eval=[our_arc] benchmark.lm_eval_folder={tasks}".split()
+    few = ("benchmark.baselines=[dense]", "benchmark.rounds=1", "verify.prompts=2")
+    run = run_recipe(small_recipe(*UNTRAINED, *asked, *few), root, ("report",))
+    document = json.loads((run["report"].path / "report.json").read_text())
+    rows = {row["name"]: row["lm_eval"]["our_arc"] for row in document["rows"]}
+    assert list(rows) == ["dense base", "OpenVINO", "ONNX Runtime"]
+    items = document["recipe"]["benchmark"]["items"]
+    for name, folder in (("OpenVINO", deployed["openvino"]), ("dense base", TINY)):
+        found = by_lm_eval(folder, tasks, "our_arc", items=items)["our_arc"]
+        assert rows[name]["acc,none"] == found["acc,none"]
+    page = (run["report"].path / "index.html").read_text()
+    assert "Tasks of lm-eval" in page and "our_arc, acc_norm" in page
+
+
+def test_what_a_recipe_asks_of_lm_eval_is_looked_up_before_any_work(tasks, tmp_path):
+    def refused(*settings: str) -> str:
+        with pytest.raises(UserError) as found:
+            check_recipe(small_recipe("benchmark.lm_eval=[our_arc, none_such]", *settings), TINY)
+        return str(found.value)
+
+    said = refused(f"benchmark.lm_eval_folder={tasks}")
+    assert "benchmark.lm_eval: found none_such, which lm-eval has no task for" in said
+    missing = refused(f"benchmark.lm_eval_folder={tmp_path / 'away'}")
+    assert "benchmark.lm_eval_folder: no such folder" in missing
+
+
+def test_an_edited_task_file_is_another_benchmark(tmp_path):
+    (tmp_path / "mine.yaml").write_text("task: mine")
+    recipe = small_recipe(f"benchmark.lm_eval_folder={tmp_path}")
+    before = benchmark.options(recipe)
+    (tmp_path / "mine.yaml").write_text("task: mine\nnum_fewshot: 5")
+    assert benchmark.options(recipe) != before

@@ -7,10 +7,12 @@ from scipy import stats
 from sqft_export.measure.statistics import bootstrap_ratio, mcnemar, mean_interval, wilson
 
 
-@pytest.mark.parametrize(("right", "count"), [(0, 10), (7, 10), (240, 300), (300, 300)])
+@pytest.mark.parametrize(("right", "count"), [(0, 10), (7, 10), (240, 300), (300, 300), (512, 512)])
 def test_wilson_is_scipys(right, count):
     theirs = stats.binomtest(right, count).proportion_ci(method="wilson")
-    assert wilson(right, count) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    low, high = wilson(right, count)
+    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert low <= right / count <= high
 
 
 def test_the_interval_of_one_set_is_wilsons():
