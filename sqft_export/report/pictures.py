@@ -111,22 +111,21 @@ def _plane(axes: Any, rows: list[dict], measure: str, cost: str, room: float) ->
 
 
 def accuracy_against(rows: list[dict], measure: str, cost: str) -> str:
-    """Accuracy against ``file_bytes`` or ``tpot``; the line joins what nothing else beats."""
+    """Accuracy against ``file_bytes`` or ``tpot``; the line joins what nothing else beats.
+
+    Points are numbered as rows are, and named beside the picture: many lie together.
+    """
 
     def draw(axes: Any) -> None:
-        points = _plane(axes, rows, measure, cost, 1.3)
-        for (x, y), row in zip(points, rows, strict=True):
-            axes.scatter(x, y, color=COLOURS[row["runtime"]], s=45, zorder=3)
-        for (x, y), names in _clusters(axes, points, [row["name"] for row in rows]):
+        points = _plane(axes, rows, measure, cost, 1.1)
+        for number, (point, row) in enumerate(zip(points, rows, strict=True), 1):
+            colour, name = COLOURS[row["runtime"]], f"{number}  {row['name']}"
+            axes.scatter(*point, color=colour, s=45, zorder=3, label=name)
+        for (x, y), numbers in _clusters(axes, points):
             # Below, where neither the line nor what costs more is.
-            axes.annotate(
-                "\n".join(names),
-                (x, y),
-                xytext=(-4, -7),
-                textcoords="offset points",
-                va="top",
-                size=9,
-            )
+            place = {"xytext": (0, -8), "textcoords": "offset points", "ha": "center", "va": "top"}
+            axes.annotate(in_ranges(numbers), (x, y), size=9, **place)
+        axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
 
     return _svg(draw, height=4.2)
 
@@ -154,19 +153,30 @@ def runs_against(rows: list[dict], measure: str, cost: str) -> str:
 Point = tuple[float, float]
 
 
-def _clusters(axes: Any, points: list[Point], names: list[str]) -> list[tuple[Point, list[str]]]:
-    """Points too close for a label each, with one list of names at the rightmost of them."""
-    clusters: list[tuple[Point, list[str]]] = []
-    for point, name in sorted(zip(points, names, strict=True), reverse=True):
+def _clusters(axes: Any, points: list[Point]) -> list[tuple[Point, list[int]]]:
+    """Points too close for a label each, with the numbers of all at the rightmost of them."""
+    clusters: list[tuple[Point, list[int]]] = []
+    for point, number in sorted(zip(points, range(1, len(points) + 1), strict=True), reverse=True):
         x, y = axes.transLimits.transform(point)
-        for other, others in clusters:
+        for other, numbers in clusters:
             there = axes.transLimits.transform(other)
-            if abs(there[0] - x) < 0.16 and abs(there[1] - y) < 0.06:
-                others.append(name)
+            if abs(there[0] - x) < 0.08 and abs(there[1] - y) < 0.06:
+                numbers.append(number)
                 break
         else:
-            clusters.append((point, [name]))
+            clusters.append((point, [number]))
     return clusters
+
+
+def in_ranges(numbers: list[int]) -> str:
+    """As people write them: 1, 3-5."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def latency_bars(rows: list[dict]) -> str:
