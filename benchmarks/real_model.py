@@ -43,6 +43,7 @@ PLAIN, UNTUNED = "sparsify.reconstruct=null", "adapt=none"
 # What is made of the base, and the pass that makes it.
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     LORA: ("teacher", ("benchmark.baselines=[dense-lora]",)),
+    "dense INT4": ("merge", (UNPRUNED, UNTUNED)),
     "dense INT4, tuned": ("merge", (UNPRUNED,)),
     "dense INT3, tuned": ("merge", (UNPRUNED, "quantize.bits=3")),
     "sparse": ("merge", (FLOATS, PLAIN, UNTUNED)),

@@ -45,9 +45,10 @@ class SessionLM(TemplateLM):
     ):
         super().__init__()
         self.folder = Path(folder)
-        self.session = session or target(kind_of(self.folder)).open_session(
-            self.folder, False, threads, device
-        )
+        if session is None:
+            kind = kind_of(self.folder)
+            session = target(kind).open_session(self.folder, False, threads, device)
+        self.session = session
         self.tokenizer = load_tokenizer(self.folder)
         self.stop = stop_ids(self.folder, self.tokenizer)
         self.max_length = context_of(self.folder) or USUAL_CONTEXT
