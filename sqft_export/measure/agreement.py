@@ -1,5 +1,6 @@
 """How near a model's next-token distributions are to another one's; needs no torch."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,3 +45,26 @@ def agreement(first: np.ndarray, found: np.ndarray) -> dict[str, Any]:
         "high": high,
         "kl_nats": away / tokens,
     }
+
+
+class Beside:
+    """Asks models in turn for their distributions, and holds each to the first one's.
+
+    :param scratch: folder for the file that a worker writes.
+    """
+
+    def __init__(self, scratch: Path, items: list[Item]):
+        self.file, self.ids = scratch / "distributions.npy", sequences_of(items)
+        self.first: np.ndarray | None = None
+
+    def asked(self) -> dict[str, Any]:
+        """Of a worker, see ``measure/worker.py``."""
+        return {"distributions": {"file": str(self.file), "ids": self.ids}}
+
+    def found(self) -> dict[str, Any]:
+        """:func:`agreement` of the model that was asked last."""
+        distributions = np.load(self.file, mmap_mode="r")
+        self.file.unlink()  # it stays mapped
+        if self.first is None:
+            self.first = distributions
+        return agreement(self.first, distributions)

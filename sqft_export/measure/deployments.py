@@ -33,7 +33,7 @@ from sqft_export.errors import UserError
 from sqft_export.kernels.choice import STOCK
 from sqft_export.kernels.extension import kernels_used
 from sqft_export.kernels.ir import is_specialized
-from sqft_export.measure.agreement import agreement, sequences_of
+from sqft_export.measure.agreement import Beside
 from sqft_export.measure.machine import machine_facts
 from sqft_export.measure.rows import accuracy_row, answer_entry
 from sqft_export.measure.statistics import bootstrap_ratio, percentiles
@@ -317,12 +317,10 @@ def answers(
     rows: list[dict[str, Any]] = []
     agreements: list[dict[str, Any]] = []
     first_right: list[bool] = []
-    first_distributions: np.ndarray | None = None
     with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "distributions.npy"
-        tokens = {"file": str(file), "ids": sequences_of(questions.items)}
+        beside = Beside(Path(scratch), questions.items)
         for name, folder in folders.items():
-            asked = {"questions": questions.asked, "distributions": tokens}
+            asked = {"questions": questions.asked} | beside.asked()
             result = in_a_process(_job(folder, settings) | asked)
             judged = judge(questions.recipe, questions.items, result, questions.tokenizer)
             first_right = first_right or [answer.right for answer in judged]
@@ -331,13 +329,8 @@ def answers(
                 | accuracy_row(judged, result, first_right)
                 | {"items": [answer_entry(answer) for answer in judged]}
             )
-            distributions = np.load(file)
-            if first_distributions is None:
-                first_distributions = distributions
-            else:
-                found = agreement(first_distributions, distributions)
-                agreements.append({"folder": name} | found)
-    return {"accuracy": rows, "agreement": agreements}
+            agreements.append({"folder": name} | beside.found())
+    return {"accuracy": rows, "agreement": agreements[1:]}
 
 
 def benchmark_folders(

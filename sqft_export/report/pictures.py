@@ -45,6 +45,10 @@ def _colours(rows: list[dict]) -> list[str]:
     return [COLOURS[row["runtime"]] for row in rows]
 
 
+def _legend_beside(axes: Any, **settings: Any) -> None:
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), **settings)
+
+
 def _slant(axes: Any) -> None:
     for label in axes.get_xticklabels():
         label.set(rotation=25, ha="right", rotation_mode="anchor")
@@ -98,7 +102,7 @@ def pareto(points: list["Point"]) -> list["Point"]:
     return front
 
 
-def _plane(axes: Any, rows: list[dict], measure: str, cost: str, room: float) -> list["Point"]:
+def _plane(axes: Any, rows: list[dict], measure: str, cost: str) -> list["Point"]:
     """Axes of cost and accuracy with the line of what nothing beats; the rows as points."""
     points = [(cost_of(row, cost), 100 * row["accuracy"]) for row in rows]
     front = zip(*pareto(points), strict=True)
@@ -106,7 +110,7 @@ def _plane(axes: Any, rows: list[dict], measure: str, cost: str, room: float) ->
     axes.set_xlabel(COSTS[cost][0])
     axes.set_ylabel(f"{measure}, %")
     axes.margins(y=0.2)
-    axes.set_xlim(0, room * max(x for x, _ in points))
+    axes.set_xlim(0, 1.1 * max(x for x, _ in points))
     return points
 
 
@@ -117,7 +121,7 @@ def accuracy_against(rows: list[dict], measure: str, cost: str) -> str:
     """
 
     def draw(axes: Any) -> None:
-        points = _plane(axes, rows, measure, cost, 1.1)
+        points = _plane(axes, rows, measure, cost)
         for number, (point, row) in enumerate(zip(points, rows, strict=True), 1):
             colour, name = COLOURS[row["runtime"]], f"{number}  {row['name']}"
             axes.scatter(*point, color=colour, s=45, zorder=3, label=name)
@@ -125,7 +129,7 @@ def accuracy_against(rows: list[dict], measure: str, cost: str) -> str:
             # Below, where neither the line nor what costs more is.
             place = {"xytext": (0, -8), "textcoords": "offset points", "ha": "center", "va": "top"}
             axes.annotate(in_ranges(numbers), (x, y), size=9, **place)
-        axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+        _legend_beside(axes, fontsize=9)
 
     return _svg(draw, height=4.2)
 
@@ -137,7 +141,7 @@ def runs_against(rows: list[dict], measure: str, cost: str) -> str:
     """As :func:`accuracy_against` for rows with a ``run``: a colour a run, a shape a runtime."""
 
     def draw(axes: Any) -> None:
-        points = _plane(axes, rows, measure, cost, 1.1)
+        points = _plane(axes, rows, measure, cost)
         colours = {run: f"C{i}" for i, run in enumerate(dict.fromkeys(r["run"] for r in rows))}
         for (x, y), row in zip(points, rows, strict=True):
             axes.scatter(x, y, color=colours[row["run"]], marker=MARKERS[row["runtime"]], s=45)
@@ -145,7 +149,7 @@ def runs_against(rows: list[dict], measure: str, cost: str) -> str:
             axes.scatter([], [], color=colour, marker="P", label=run)
         for runtime, marker in MARKERS.items():
             axes.scatter([], [], color="#888888", marker=marker, label=runtime)
-        axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+        _legend_beside(axes, fontsize=9)
 
     return _svg(draw, height=4.2)
 
@@ -225,7 +229,7 @@ def sparsity_by_layer(layers: list[dict]) -> str:
         axes.set_ylabel("zero weights, %")
         low, high = axes.get_ylim()
         axes.set_ylim(max(0, low - 2), min(100, high + 2))
-        axes.legend(frameon=False, ncols=2, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        _legend_beside(axes, fontsize=8, ncols=2)
 
     return _svg(draw)
 

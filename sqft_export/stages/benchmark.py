@@ -10,14 +10,11 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from sqft_export.data.items import Data, Item, first_of_every_set, load_tokenizer, stop_ids
 from sqft_export.data.scoring import Judged, judge, questions
-from sqft_export.measure.agreement import agreement, sequences_of
+from sqft_export.measure.agreement import Beside
 from sqft_export.measure.machine import machine_facts
 from sqft_export.measure.rows import (
     MADE,
@@ -33,7 +30,7 @@ from sqft_export.measure.worker import in_a_process
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.packed.folders import PACKED, SPARSE
 from sqft_export.recipe.schema import Recipe
-from sqft_export.run.artifact import key_of, sha256_of
+from sqft_export.run.artifact import digest_of, key_of
 from sqft_export.run.device import device_of
 from sqft_export.run.host import allowed_processors
 from sqft_export.stages import Context
@@ -66,10 +63,9 @@ DENSE = "dense base"
 
 def options(recipe: Recipe) -> dict:
     folder = recipe.benchmark.lm_eval_folder
-    files = sorted(recipe.resolve(folder).rglob("*.yaml")) if folder else []
     return {
         "benchmark": recipe.benchmark.model_dump(exclude={"lm_eval_folder"}),
-        "lm_eval_tasks": {file.name: sha256_of(file) for file in files},
+        "lm_eval_tasks": digest_of(recipe.resolve(folder)) if folder else None,
     }
 
 
@@ -208,25 +204,6 @@ def _found(
     kept = {k: v for k, v in runs[0].items() if k not in ANSWERS}
     found = accuracy_row(judged[name], runs[0], first) | latency_row(runs) | kept
     return found | {"p_same_as_lora": mcnemar(right, lora) if right and lora else None}
-
-
-class Beside:
-    """How near the next-token distributions of rows are to those of the first, the dense base."""
-
-    def __init__(self, scratch: Path, items: list[Item]):
-        self.file, self.ids = scratch / "distributions.npy", sequences_of(items)
-        self.dense: np.ndarray | None = None
-
-    def asked(self) -> dict[str, Any]:
-        return {"distributions": {"file": str(self.file), "ids": self.ids}}
-
-    def found(self) -> dict[str, Any]:
-        """Of the row that was asked last."""
-        distributions = np.load(self.file, mmap_mode="r")
-        self.file.unlink()  # it stays mapped
-        if self.dense is None:
-            self.dense = distributions
-        return agreement(self.dense, distributions)
 
 
 def _asked_of_lm_eval(recipe: Recipe) -> dict[str, Any]:
