@@ -1,7 +1,13 @@
-/* AVX-512 with VNNI and VBMI2: kept codes are expanded by an instruction of their own. */
+/* AVX-512 with VNNI and VBMI2: kept codes are expanded by an instruction of their own. With -DAMX
+   (amx.c) AMX too. */
 #if defined(__x86_64__)
 #ifndef SQFT_EMULATED /* tests run this file on any machine */
-#define TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,popcnt,fma,f16c"
+#define AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,popcnt,fma,f16c"
+#ifdef AMX
+#define TARGET AVX512 ",amx-tile,amx-int8"
+#else
+#define TARGET AVX512
+#endif
 #include "begin_target.h"
 #include <immintrin.h>
 #endif
@@ -95,6 +101,9 @@ static inline void expand8(const uint8_t *mask, const uint8_t **kept, V z0, V z1
   kept[0] += count(mask + 8);
 }
 
+#ifdef AMX
+#define MATRIX_REGISTERS
+#endif
 #include "products.h"
 
 #ifdef SQFT_EMULATED
@@ -102,12 +111,38 @@ static int here(void) { return 1; }
 #else
 #include "end_target.h"
 
+#ifdef AMX
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+/* The system keeps a process's matrix registers only if it was asked to. */
+static int amx_here(void) {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 24 & 3) != 3) return 0; /* tile, int8 */
+#if defined(__linux__)
+  enum { ASK = 0x1023, TILE_DATA = 18 }; /* ARCH_REQ_XCOMP_PERM */
+  return !syscall(SYS_arch_prctl, ASK, TILE_DATA);
+#else
+  return 0;
+#endif
+}
+#else
+static int amx_here(void) { return 1; }
+#endif
+
 static int here(void) {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
+         __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") && amx_here();
 }
 #endif
 
-const SqftKernels sqft_avx512 = {"avx512", LANES, here, one, many};
+#ifdef AMX
+const SqftKernels sqft_amx = {"avx512-amx", LANES, here, rounded, one, many};
+#else
+const SqftKernels sqft_avx512 = {"avx512", LANES, here, rounded, one, many};
+#endif
 #endif

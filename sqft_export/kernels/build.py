@@ -15,9 +15,12 @@ from pathlib import Path
 
 from sqft_export.kernels.extension import HERE, extension_file
 
-SOURCES = ("matrix.c", "plain.c", "avx2.c", "avx2_vnni.c", "avx512.c", "neon.c", "dispatch.c")
+SOURCES = (
+    *("matrix.c", "plain.c", "avx2.c", "avx2_vnni.c", "avx512.c", "amx.c", "neon.c", "dispatch.c"),
+)
 EXTENSION = "openvino_op.cpp"
-FLAGS = ("-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
+# No multiply-add is contracted: activations are rounded alike everywhere.
+FLAGS = ("-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
 
 
 def _run(command: list[str]) -> None:

@@ -5,7 +5,7 @@
 
 static const SqftKernels *const all[] = {
 #if defined(__x86_64__)
-    &sqft_avx512, &sqft_avx2_vnni, &sqft_avx2,
+    &sqft_amx, &sqft_avx512, &sqft_avx2_vnni, &sqft_avx2,
 #elif defined(__aarch64__)
     &sqft_neon,
 #endif
@@ -35,7 +35,7 @@ int sqft_multiply(const char *name, const SqftMatrix *m, const float *x, size_t 
   for (size_t t = 0; !lacking && t < tokens; t++) {
     SqftInputs one = {rounded.codes + t * codes, rounded.scale + t * m->groups,
                       rounded.sum + t * m->groups};
-    sqft_round(m, x + t * m->inputs, &one);
+    kernels->round(m, x + t * m->inputs, &one);
     if (mode == ONE || (mode == AUTO && tokens == 1))
       kernels->one(m, &one, y + t * m->rows, 0, m->tiles);
   }

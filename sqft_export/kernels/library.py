@@ -46,6 +46,7 @@ class _Kernels(ctypes.Structure):
         ("name", ctypes.c_char_p),
         ("lanes", ctypes.c_uint32),
         ("here", ctypes.c_void_p),
+        ("round", ctypes.c_void_p),
         ("one", ctypes.c_void_p),
         ("many", ctypes.c_void_p),
     )
@@ -55,7 +56,7 @@ class _Kernels(ctypes.Structure):
 class Kernels:
     """Those of one instruction set.
 
-    name: avx512, avx2-vnni, avx2, neon or plain. lanes: rows of a vector.
+    name: avx512-amx, avx512, avx2-vnni, avx2, neon or plain. lanes: rows of a vector.
     """
 
     name: str
@@ -64,7 +65,7 @@ class Kernels:
     @property
     def any_mask_pays(self) -> bool:
         """Whether it expands any mask about as fast as memory is read."""
-        return self.name == "avx512"
+        return self.name in ("avx512-amx", "avx512")
 
 
 def open_library(file: Path) -> Any:

@@ -372,29 +372,6 @@ size_t sqft_wide_bytes(const SqftMatrix *m) {
   return (size_t)m->groups * m->span * sqft_tile_rows(m) + SQFT_SLACK;
 }
 
-void sqft_round(const SqftMatrix *m, const float *x, SqftInputs *out) {
-  const float shift = 12582912.f; /* 1.5 * 2^23: adding it rounds, to nearest even */
-  for (size_t g = 0; g < m->groups; g++) {
-    const float *in = x + g * m->group;
-    int8_t *codes = out->codes + g * m->span;
-    float most = 0;
-    for (size_t i = 0; i < m->group; i++) most = fabsf(in[i]) > most ? fabsf(in[i]) : most;
-    float factor = most > 0 ? 127.f / most : 0;
-    int32_t sum = 0;
-    for (size_t i = 0; i < m->group; i++) {
-      float rounded = in[i] * factor + shift;
-      int32_t bits;
-      memcpy(&bits, &rounded, 4);
-      int32_t code = bits - 0x4B400000;
-      codes[i] = (int8_t)code;
-      sum += code;
-    }
-    memset(codes + m->group, 0, m->span - m->group);
-    out->scale[g] = most / 127.f;
-    out->sum[g] = sum;
-  }
-}
-
 static float half_to_float(uint16_t half) {
   uint32_t exponent = half >> 10 & 31, fraction = half & 1023;
   float value = exponent == 31  ? (fraction ? NAN : INFINITY)

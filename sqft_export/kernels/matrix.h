@@ -67,11 +67,13 @@ static inline const uint8_t *sqft_kept(const SqftMatrix *m, size_t tile) {
   return (const uint8_t *)m + m->kept + at;
 }
 
-/* What an instruction set offers. `wide` is scratch of sqft_wide_bytes. */
+/* What an instruction set offers: rounding activations to int8 by groups, products with one token
+   and with several. `wide` is scratch of sqft_wide_bytes. */
 typedef struct {
   const char *name;
   uint32_t lanes;
   int (*here)(void);
+  void (*round)(const SqftMatrix *, const float *x, SqftInputs *);
   void (*one)(const SqftMatrix *, const SqftInputs *, float *y, size_t first, size_t last);
   void (*many)(const SqftMatrix *, const SqftInputs *, size_t tokens, float *y, size_t first,
                size_t last, uint8_t *wide);
@@ -79,7 +81,7 @@ typedef struct {
 
 extern const SqftKernels sqft_plain;
 #if defined(__x86_64__)
-extern const SqftKernels sqft_avx2, sqft_avx2_vnni, sqft_avx512;
+extern const SqftKernels sqft_avx2, sqft_avx2_vnni, sqft_avx512, sqft_amx;
 #elif defined(__aarch64__)
 extern const SqftKernels sqft_neon;
 #endif
@@ -107,8 +109,6 @@ void sqft_unpack(const SqftMatrix *m, uint8_t *codes, uint8_t *zero, uint16_t *s
 int sqft_check(const SqftMatrix *m, size_t size);
 
 size_t sqft_wide_bytes(const SqftMatrix *m);
-/* Round activations to int8 by groups. */
-void sqft_round(const SqftMatrix *m, const float *x, SqftInputs *out);
 /* The exact mode: float32 activations [tokens, inputs], y [tokens, rows]. */
 void sqft_exact(const SqftMatrix *m, const float *x, size_t tokens, float *y, size_t first,
                 size_t last);

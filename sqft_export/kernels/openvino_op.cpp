@@ -204,7 +204,7 @@ class SqftMatMul : public ov::op::Op {
     };
     const auto round = [&](size_t t) {
       auto one = of(t);
-      sqft_round(m, x + t * m->inputs, &one);
+      kernels->round(m, x + t * m->inputs, &one);
     };
     if (tokens < 8)
       for (size_t t = 0; t < tokens; t++) round(t);

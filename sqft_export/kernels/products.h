@@ -5,6 +5,7 @@
      SIGNED8                  1 if i_dot8 takes a code c as c - 128
      FLUSH                    products that a sum of nibbles A bears before a_total
      TOKENS                   tokens at once
+     MATRIX_REGISTERS         several tokens go through those of AMX (amx.h)
      V, I, F, A               vectors of bytes, int32, float32, of sums of nibbles
      v_load v_store v_low v_high v_four v_sixteen v_index v_pick v_zero v_one v_equal v_and v_or
      v_not_and, i_*, f_*, a_*, expand4, expand8: see plain.c for what each does. */
@@ -15,6 +16,39 @@
 #define BYTES (4 * LANES)
 #define AHEAD 6144 /* bytes: at 2 KiB memory is not yet at its full speed */
 #define PREFETCH(p) __builtin_prefetch((const char *)(p) + AHEAD)
+
+/* Activations of one token. Written so that compilers make vectors of it: the largest is found
+   among bits, which order as the numbers do; no product may be contracted with the sum after it. */
+static void rounded(const SqftMatrix *m, const float *x, SqftInputs *out) {
+  const float shift = 12582912.f; /* 1.5 * 2^23: adding it rounds, to nearest even */
+  const size_t groups = m->groups, group = m->group, span = m->span;
+  for (size_t g = 0; g < groups; g++) {
+    const float *in = x + g * group;
+    int8_t *restrict codes = out->codes + g * span;
+    uint32_t largest = 0;
+    for (size_t i = 0; i < group; i++) {
+      uint32_t bits;
+      memcpy(&bits, in + i, 4);
+      bits &= 0x7FFFFFFF;
+      largest = bits > largest ? bits : largest;
+    }
+    float most;
+    memcpy(&most, &largest, 4);
+    const float factor = most > 0 ? 127.f / most : 0;
+    int32_t sum = 0;
+    for (size_t i = 0; i < group; i++) {
+      float moved = in[i] * factor + shift;
+      int32_t code;
+      memcpy(&code, &moved, 4);
+      code -= 0x4B400000;
+      codes[i] = (int8_t)code;
+      sum += code;
+    }
+    memset(codes + group, 0, span - group);
+    out->scale[g] = most / 127.f;
+    out->sum[g] = sum;
+  }
+}
 
 /* Groups: products of `steps` times 4 inputs, out[0] of vector 0, out[1] of vector 1 (HIGH times
    that if the codes are nibbles). */
@@ -353,9 +387,28 @@ INLINE void wide_tokens(const SqftMatrix *m, const SqftInputs *x, float *y, size
   for (int t = 0; t < count; t++) store_rows(m, tile, y + (size_t)t * m->rows, f[t][0], f[t][1]);
 }
 
+#ifdef MATRIX_REGISTERS
+#include "amx.h"
+#else
+/* A wide tile with all tokens. */
+INLINE void all_tokens(const SqftMatrix *m, const SqftInputs *x, size_t tokens, float *y,
+                       size_t tile, const uint8_t *wide, size_t wide_stride, const int bits) {
+  const size_t stride = (size_t)m->groups * m->span;
+  for (size_t t = 0; t < tokens;) {
+    SqftInputs part = {x->codes + t * stride, x->scale + t * m->groups, x->sum + t * m->groups};
+    float *out = y + t * m->rows;
+    if (tokens - t >= TOKENS)
+      wide_tokens(m, &part, out, tile, wide, wide_stride, bits, TOKENS), t += TOKENS;
+    else if (tokens - t >= 2)
+      wide_tokens(m, &part, out, tile, wide, wide_stride, bits, 2), t += 2;
+    else
+      wide_tokens(m, &part, out, tile, wide, wide_stride, bits, 1), t += 1;
+  }
+}
+#endif
+
 INLINE void many_of(const SqftMatrix *m, const SqftInputs *x, size_t tokens, float *y,
                     size_t first, size_t last, uint8_t *wide, const int bits) {
-  const size_t stride = (size_t)m->groups * m->span;
   for (size_t tile = first; tile < last; tile++) {
     const uint8_t *from = wide;
     size_t wide_stride = (size_t)m->span / 4 * 2 * BYTES;
@@ -371,17 +424,7 @@ INLINE void many_of(const SqftMatrix *m, const SqftInputs *x, size_t tokens, flo
     case SQFT_MASK: widen(m, tile, wide, SQFT_MASK, bits); break;
     case SQFT_PAIRS: widen(m, tile, wide, SQFT_PAIRS, bits); break;
     }
-    size_t t = 0;
-    for (; t < tokens;) {
-      SqftInputs part = {x->codes + t * stride, x->scale + t * m->groups, x->sum + t * m->groups};
-      float *out = y + t * m->rows;
-      if (tokens - t >= TOKENS)
-        wide_tokens(m, &part, out, tile, from, wide_stride, bits, TOKENS), t += TOKENS;
-      else if (tokens - t >= 2)
-        wide_tokens(m, &part, out, tile, from, wide_stride, bits, 2), t += 2;
-      else
-        wide_tokens(m, &part, out, tile, from, wide_stride, bits, 1), t += 1;
-    }
+    all_tokens(m, x, tokens, y, tile, from, wide_stride, bits);
   }
 }
 

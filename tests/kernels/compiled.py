@@ -8,7 +8,12 @@ from sqft_export.kernels.extension import HERE
 
 TESTS = Path(__file__).parent
 # Instructions that this machine may lack, as functions.
-EMULATED = {"avx512.c": "emulated_avx512.h", "avx2_vnni.c": "emulated_avx_vnni.h"}
+EMULATED = {
+    "avx512.c": "emulated_avx512.h",
+    "amx.c": "emulated_amx.h",
+    "avx2_vnni.c": "emulated_avx_vnni.h",
+}
+PLAIN = ("-O1", "-ffp-contract=off", "-fPIC", "-Wno-psabi")
 CHECKED = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
@@ -26,8 +31,7 @@ def objects(folder: Path, *flags: str, compiler: str = "gcc", emulated: bool = F
         instead = []
         if emulated and source in EMULATED:
             instead = ["-DSQFT_EMULATED", "-include", str(TESTS / EMULATED[source])]
-        options = ["-O1", "-fPIC", "-Wno-psabi", *flags, *instead, "-c", str(HERE / source)]
-        run(compiler, *options, "-o", made[-1])
+        run(compiler, *PLAIN, *flags, *instead, "-c", str(HERE / source), "-o", made[-1])
     return made
 
 

@@ -17,7 +17,7 @@ static uint16_t half_of(int exponent, uint32_t fraction) {
   return (uint16_t)((exponent + 15) << 10 | fraction);
 }
 
-enum { TOKENS = 13 };
+enum { TOKENS = 37, FEW = 3 }; /* FEW of what is long */
 
 static int try(const SqftKernels *kernels, uint32_t bits, int asymmetric, uint32_t rows,
                uint32_t inputs, uint32_t group, uint32_t format, int thousandth) {
@@ -51,19 +51,19 @@ static int try(const SqftKernels *kernels, uint32_t bits, int asymmetric, uint32
   if (sqft_check(m, m->bytes) || !sqft_check(m, m->bytes - 1)) return 1;
   float *x = malloc(TOKENS * (size_t)inputs * 4), *y = malloc(TOKENS * (size_t)rows * 4);
   for (size_t i = 0; i < TOKENS * (size_t)inputs; i++) x[i] = (float)draw(2001) / 1000.f - 1.f;
-  const size_t span = (size_t)m->groups * m->span;
+  const size_t span = (size_t)m->groups * m->span, tokens = inputs > 1000 ? FEW : TOKENS;
   SqftInputs all = {malloc(TOKENS * span), malloc(TOKENS * 4 * (size_t)m->groups),
                     malloc(TOKENS * 4 * (size_t)m->groups)};
   uint8_t *wide = malloc(sqft_wide_bytes(m));
   int wrong = 0;
   for (int mode = 0; mode < 2 && !wrong; mode++) {
-    for (size_t t = 0; t < TOKENS; t++) {
+    for (size_t t = 0; t < tokens; t++) {
       SqftInputs one = {all.codes + t * span, all.scale + t * m->groups, all.sum + t * m->groups};
-      sqft_round(m, x + t * inputs, &one);
+      kernels->round(m, x + t * inputs, &one);
       if (!mode) kernels->one(m, &one, y + t * rows, 0, m->tiles);
     }
-    if (mode) kernels->many(m, &all, TOKENS, y, 0, m->tiles, wide);
-    for (size_t t = 0; t < TOKENS && !wrong; t++)
+    if (mode) kernels->many(m, &all, tokens, y, 0, m->tiles, wide);
+    for (size_t t = 0; t < tokens && !wrong; t++)
       for (uint32_t r = 0; r < rows && !wrong; r++) {
         double sum = 0, size = 1e-30;
         for (uint32_t i = 0; i < inputs; i++) {

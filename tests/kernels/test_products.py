@@ -30,7 +30,7 @@ from sqft_export.kernels.library import (
 )
 
 X86 = platform.machine() == "x86_64"
-KERNELS = ["plain", *(["avx2", "avx2-vnni", "avx512"] if X86 else ["neon"])]
+KERNELS = ["plain", *(["avx2", "avx2-vnni", "avx512", "avx512-amx"] if X86 else ["neon"])]
 
 
 @cache
@@ -137,6 +137,20 @@ def test_every_format_is_the_product_in_float64(
             expected = seen.astype(np.float64) @ found.weight.T
             scale = np.abs(seen).astype(np.float64) @ np.abs(found.weight).T
             assert (np.abs(y - expected) <= 1e-6 * scale + 1e-30).all(), (form, mode)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("bits, asymmetric", [(4, False), (4, True), (8, False), (8, True)])
+def test_a_token_is_multiplied_alike_whatever_stands_beside_it(bits, asymmetric, kernels):
+    """Bit for bit, in parts of blocks of 16 and of 32 tokens."""
+    found = case(bits, 40, 384, 96, asymmetric, 0.5)
+    x = np.random.default_rng(0).standard_normal((69, 384)).astype(np.float32)
+    for form in ("dense", "mask"):
+        blob = laid_out(found, form, kernels)
+        together = multiply(blob, x, "many", kernels, library(kernels))
+        for count in (1, 15, 16, 17, 31, 32, 33):
+            some = multiply(blob, x[-count:], "many", kernels, library(kernels))
+            assert np.array_equal(some, together[-count:]), (form, count)
 
 
 @pytest.mark.parametrize("form", ["dense", "mask", "pairs"])

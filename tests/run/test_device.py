@@ -46,10 +46,19 @@ def test_precision_auto_is_the_faster_one(monkeypatch, fast):
     assert training_dtype("float32", CPU) == torch.float32
 
 
-def test_which_is_faster_is_measured(monkeypatch):
-    taken = iter([1.0, 0.5])
+@pytest.mark.parametrize(
+    "float32, bfloat16, fast",
+    [
+        ([1.0] * 5, [0.5] * 5, True),
+        # other work on the machine: slow calls say nothing
+        ([9.0, 9.0, 1.0, 9.0, 9.0], [7.0] * 5, False),
+        ([1.0] * 5, [5.0, 5.0, 5.0, 5.0, 0.5], True),
+    ],
+)
+def test_which_is_faster_is_measured(monkeypatch, float32, bfloat16, fast):
+    taken = iter([second for both in zip(float32, bfloat16, strict=True) for second in both])
     monkeypatch.setattr(device, "seconds_of", lambda *_: next(taken))
-    assert fast_in_bfloat16.__wrapped__(CPU)
+    assert fast_in_bfloat16.__wrapped__(CPU) is fast
 
 
 def test_factors_are_the_same_by_lapack_and_by_torch():

@@ -1,0 +1,110 @@
+/* Several tokens by AMX, for products.h. A vector of a wide tile, 4 inputs of 16 rows, is a row of a
+   matrix register as it stands, and so are 64 activations of a token. 32 tokens x 32 rows go
+   together: registers 0 and 1 hold sums of the first 16 tokens, 2 and 3 of the others, 4 and 5
+   their activations, 6 and 7 weights. Sums are exact; what is made of them is what wide_tokens
+   makes of its own, bit for bit. */
+enum { HALF = 16, BLOCK = 32 };
+
+typedef struct {
+  uint8_t palette, start, reserved[14];
+  uint16_t bytes[16];
+  uint8_t rows[16];
+} Registers;
+
+INLINE Registers registers_for(int inputs, int tokens) {
+  Registers r = {.palette = 1};
+  const int first = tokens < HALF ? tokens : HALF, rest = tokens - first;
+  for (int i = 0; i < 6; i++) {
+    const int rows = i == 2 || i == 3 || i == 5 ? rest : first;
+    r.rows[i] = (uint8_t)rows;
+    r.bytes[i] = (uint16_t)(!rows ? 0 : i < 4 ? 4 * LANES : inputs);
+  }
+  r.rows[6] = r.rows[7] = (uint8_t)(inputs / 4);
+  r.bytes[6] = r.bytes[7] = BYTES;
+  return r;
+}
+
+/* Sums of one group. */
+INLINE void block_group(const uint8_t *wide, const int8_t *q, size_t stride, int span, int inputs,
+                        int both, int32_t sums[BLOCK][2 * LANES]) {
+  const size_t row = sizeof *sums;
+  _tile_zero(0);
+  _tile_zero(1);
+  if (both) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int i = 0; i < span; i += inputs, wide += (size_t)inputs / 2 * BYTES) {
+    _tile_loadd(6, wide, 2 * BYTES);
+    _tile_loadd(7, wide + BYTES, 2 * BYTES);
+    _tile_loadd(4, q + i, stride);
+    _tile_dpbsud(0, 4, 6);
+    _tile_dpbsud(1, 4, 7);
+    if (!both) continue;
+    _tile_loadd(5, q + i + HALF * stride, stride);
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
+  }
+  _tile_stored(0, sums[0], row);
+  _tile_stored(1, sums[0] + LANES, row);
+  if (!both) return;
+  _tile_stored(2, sums[HALF], row);
+  _tile_stored(3, sums[HALF] + LANES, row);
+}
+
+INLINE void block_of(const SqftMatrix *m, const SqftInputs *x, float *y, size_t tile,
+                     const uint8_t *wide, size_t wide_stride, const int bits, int inputs,
+                     int tokens) {
+  const size_t stride = (size_t)m->groups * m->span;
+  const uint8_t *p = sqft_fixed(m, tile);
+  int32_t sums[BLOCK][2 * LANES] __attribute__((aligned(64)));
+  F f[BLOCK][2];
+  for (int t = 0; t < tokens; t++) f[t][0] = f[t][1] = f_zero();
+  for (uint32_t g = 0; g < m->groups; g++, p += m->group_bytes, wide += wide_stride) {
+    Group group = head_of(p, (int)m->asymmetric, bits);
+    block_group(wide, x->codes + (size_t)g * m->span, stride, (int)m->span, inputs, tokens > HALF,
+                sums);
+    for (int t = 0; t < tokens; t++) {
+      const size_t at = (size_t)t * m->groups + g;
+      F a = f_set(x->scale[at]);
+      for (int v = 0; v < 2; v++) {
+        I off = m->asymmetric ? i_mul(group.zero[v], i_set(x->sum[at]))
+                              : i_set(x->sum[at] * (1 << (bits - 1)));
+        I taken = i_sub(v_load(sums[t] + v * LANES), off);
+        f[t][v] = f_fma(f_of(taken), f_mul(group.scale[v], a), f[t][v]);
+      }
+    }
+  }
+  for (int t = 0; t < tokens; t++) store_rows(m, tile, y + (size_t)t * m->rows, f[t][0], f[t][1]);
+}
+
+/* Compilers take the instructions for such that read and write 8 bytes or none. */
+INLINE void written(const void *p) { __asm__ volatile("" : : "r"(p) : "memory"); }
+
+/* A wide tile with all tokens. The registers are left shaped as they were found: they belong to
+   the thread, and the runtime's own kernels use them too. */
+INLINE void all_tokens(const SqftMatrix *m, const SqftInputs *x, size_t tokens, float *y,
+                       size_t tile, const uint8_t *wide, size_t wide_stride, const int bits) {
+  const size_t stride = (size_t)m->groups * m->span;
+  Registers before, ours;
+  int inputs = 64, shaped = 0;
+  while (m->span % (uint32_t)inputs) inputs -= 16;
+  _tile_storeconfig(&before);
+  written(&before);
+  for (size_t t = 0; t < tokens; t += BLOCK) {
+    const int some = tokens - t < BLOCK ? (int)(tokens - t) : BLOCK;
+    const SqftInputs part = {x->codes + t * stride, x->scale + t * m->groups,
+                             x->sum + t * m->groups};
+    if (some != shaped) {
+      ours = registers_for(inputs, some);
+      written(&ours);
+      _tile_loadconfig(&ours);
+      shaped = some;
+    }
+    block_of(m, &part, y + t * m->rows, tile, wide, wide_stride, bits, inputs, some);
+  }
+  if (before.palette)
+    _tile_loadconfig(&before);
+  else
+    _tile_release();
+}
