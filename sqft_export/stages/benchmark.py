@@ -237,7 +237,8 @@ def _measured(
         return result
 
     timed = {"latency_prompt": prompt}
-    once = {"questions": questions(recipe, first, stop)} | _asked_of_lm_eval(recipe)
+    by_lm_eval = _asked_of_lm_eval(recipe)
+    once = {"questions": questions(recipe, first, stop)} | ({} if minutes else by_lm_eval)
     beside = Beside(context.folder, items) if table[0].name == DENSE else None
     for row in table:
         found[row.name].append(ask(row, timed | once | (beside.asked() if beside else {})))
@@ -249,7 +250,8 @@ def _measured(
     if minutes:
         left = 60 * minutes - (time.monotonic() - started)
         first = _that_fit(items, found, left)
-        asked = {"questions": questions(recipe, first, stop)}
+        # lm-eval's tasks are not what the minutes are shared out for: they come on top.
+        asked = {"questions": questions(recipe, first, stop)} | by_lm_eval
         for row in table:
             found[row.name][0] |= ask(row, asked)
     return first, found

@@ -153,6 +153,17 @@ def test_a_token_is_multiplied_alike_whatever_stands_beside_it(bits, asymmetric,
             assert np.array_equal(some, together[-count:]), (form, count)
 
 
+@pytest.mark.skipif(not X86, reason="names the kernels of x86")
+def test_matrix_registers_give_the_same_bits():
+    found = case(4, 40, 384, 96, True, 0.5)
+    x = np.random.default_rng(0).standard_normal((37, 384)).astype(np.float32)
+    both = [
+        multiply(laid_out(found, "mask", kernels), x, "many", kernels, library(kernels))
+        for kernels in ("avx512", "avx512-amx")
+    ]
+    assert np.array_equal(*both)
+
+
 @pytest.mark.parametrize("form", ["dense", "mask", "pairs"])
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_what_is_laid_out_is_read_back_bit_for_bit(form, kernels):

@@ -24,8 +24,8 @@ class _Clock:
 def measured(tiny_run, monkeypatch, tmp_path):
     """``measured(minutes, seconds an item of each row) -> items, jobs``."""
 
-    def run(minutes: float, seconds: dict[str, float]):
-        recipe = small_recipe(f"benchmark={{minutes: {minutes}, rounds: 2}}")
+    def run(minutes: float, seconds: dict[str, float], *more: str):
+        recipe = small_recipe(f"benchmark={{minutes: {minutes}, rounds: 2}}", *more)
         folder, clock, jobs = model_folder(recipe, download=False), _Clock(), []
         table = [Row(name, "torch", tmp_path / name, (), 0.0) for name in seconds]
         names = {str(row.folder): row.name for row in table}
@@ -34,7 +34,9 @@ def measured(tiny_run, monkeypatch, tmp_path):
             name, asked = names[job["folder"]], job.get("questions")
             taken = seconds[name] * len(asked["prompts"]) if asked else 0.0
             clock.now += taken + 1
-            jobs.append((name, len(asked["prompts"]) if asked else None, "latency_prompt" in job))
+            also = ("lm_eval",) if "lm_eval" in job else ()
+            count = len(asked["prompts"]) if asked else None
+            jobs.append((name, count, "latency_prompt" in job, *also))
             timed = {"ttft_samples": [1.0]} if "latency_prompt" in job else {}
             return timed | ({"score_seconds": taken, "answers": []} if asked else {})
 
@@ -60,6 +62,13 @@ def test_all_rows_score_the_same_items_and_keep_to_the_time(measured):
     ]
     assert jobs[4:] == [("slow", len(items), False), ("fast", len(items), False)]
     assert len(items) > PILOT and 110 < taken < 125
+
+
+def test_tasks_of_lm_eval_do_not_take_the_time_of_the_items(measured):
+    """They are scored once, with all items, not with the few that tell how many fit."""
+    _, jobs, _ = measured(2, {"slow": 1.0, "fast": 0.25}, "benchmark.lm_eval=[hellaswag]")
+    assert [job[0] for job in jobs if "lm_eval" in job] == ["slow", "fast"]
+    assert jobs[-2:] == [job for job in jobs if "lm_eval" in job]
 
 
 def test_however_short_the_time_a_few_items_are_scored(measured):
