@@ -1,12 +1,14 @@
 """What the structure of a mask costs in quality and brings in bytes and time.
 
-    python benchmarks/mask_structure.py [--recipe <file>] [--model-path <folder>] [setting ...]
+    python benchmarks/mask_structure.py [--recipe <file>] [--model-path <folder>] [--runs <folder>]
+        [setting ...]
 
 One recipe, run to its benchmark with every structure: any mask, at most 32 of every 64 inputs, 2:4
 and 4:8 at 50 %, and the first two at 60 %. Perplexity and accuracy on the recipe's own test items,
 of the pruned model before tuning and of the merged one after; bytes of the OpenVINO files, dense
 and laid out for our kernels; time per output token on the runtime's kernels and on ours. Where a
-block does not divide the inputs of some Linears, those get any mask of the same sparsity.
+block does not divide the inputs of some Linears, those get any mask of the same sparsity. `--runs`
+keeps what was made, to go on from there.
 """
 
 import argparse
@@ -75,6 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", type=Path, default=Path("recipes/tiny.yaml"))
     parser.add_argument("--model-path", type=Path)
+    parser.add_argument("--runs", type=Path, help="keep what is made here")
     parser.add_argument("settings", nargs="*", help="of the recipe, such as adapt.steps=60")
     arguments = parser.parse_args()
     plain = load_recipe(arguments.recipe, tuple(arguments.settings), arguments.model_path)
@@ -85,7 +88,8 @@ def main() -> None:
         for name, structure in STRUCTURES.items():
             settings = (*arguments.settings, *FIXED, setting_of(structure, linears))
             recipe = load_recipe(arguments.recipe, settings, arguments.model_path)
-            made = run_recipe(recipe, Path(scratch) / "runs", ("benchmark",))["benchmark"]
+            runs = arguments.runs or Path(scratch)
+            made = run_recipe(recipe, runs, ("benchmark",))["benchmark"]
             results = json.loads((made.path / "results.json").read_text())
             values[name] = measured(results["rows"])
             dense = results["rows"][0]

@@ -1,5 +1,7 @@
 """Compressed products in an OpenVINO IR, and the graph with ``SqftMatMul`` in their place.
 
+An embedding that is the head too is stored once: ``SqftGather`` looks rows up in the head's matrix.
+
 Read and written as XML, so that no weight is needed in memory. A product is what every tool writes
 for compressed weights (NNCF, optimum-intel, this package):
 
@@ -19,7 +21,7 @@ from sqft_export.errors import UserError
 from sqft_export.kernels.library import FORMATS, Matrix, header_of
 from sqft_export.numerics.nibbles import unpack_nibbles
 
-OPERATOR = "SqftMatMul"
+OPERATOR, LOOKUP = "SqftMatMul", "SqftGather"
 OPERATOR_SET = "sqft_export"
 CODE_BITS = {"i4": 4, "u4": 4, "i8": 8, "u8": 8}
 Read = Callable[[int, int], np.ndarray]  # offset and size -> uint8 of the weight file
@@ -46,7 +48,8 @@ class Product:
     """A MatMul with compressed weights.
 
     between: layers from the constants to the MatMul, which it makes unnecessary.
-    shared: something else reads them too, as an embedding does that is the head as well; they stay.
+    lookups: Gathers that read the same weights by rows: an embedding that is the head as well.
+    shared: something else reads them too; they stay.
     """
 
     matmul: str
@@ -57,6 +60,7 @@ class Product:
     rows: int
     inputs: int
     between: tuple[str, ...]
+    lookups: tuple[str, ...]
     shared: bool
 
     @property
@@ -173,9 +177,21 @@ class Graph:
         if port is None or port.get("precision") != "FP32" or inputs % groups:
             return None
         inner = [*between, codes.layer, scale.layer, *([zero.layer] if zero else [])]
-        shared = any(len(self.readers.get(layer, [])) > 1 for layer in inner)
+        others = {r for layer in inner for r in self.readers.get(layer, [])} - {matmul, *inner}
+        lookups = tuple(sorted(layer for layer in others if self._is_lookup(layer, inputs)))
+        shared = len(lookups) < len(others)
         name = self._name_of(matmul) if shared else codes.name
-        return Product(matmul, name, codes, scale, zero, rows, inputs, between, shared)
+        return Product(matmul, name, codes, scale, zero, rows, inputs, between, lookups, shared)
+
+    def _is_lookup(self, layer: str, inputs: int) -> bool:
+        """Whether it takes rows of ``inputs`` numbers by ids, as an embedding does."""
+        ports = self.layers[layer].findall("input/port")
+        out = self.layers[layer].find("output/port")
+        if self._type(layer) != "Gather" or len(ports) != 3 or out is None:
+            return False
+        ids, made = ([dim.text for dim in port.iter("dim")] for port in (ports[1], out))
+        precisions = [port.get("precision") for port in (ports[0], out)]
+        return made == [*ids, str(inputs)] and precisions == ["FP32", "FP32"]
 
     def _name_of(self, matmul: str) -> str:
         """Of the weights of a product that has none of its own."""
@@ -183,33 +199,51 @@ class Graph:
         return f"{origin.removeprefix('__module.')}.weight"
 
     def replace(self, product: Product, size: int) -> str:
-        """Put the operator in place of a product.
+        """Put the operators in place of a product and of lookups in its weights.
 
         :return: the Const of its weights; :meth:`move` says where they are.
         """
-        layers, edges = self.root.find("layers"), self.root.find("edges")
-        matmul = self.layers[product.matmul]
-        attributes, inputs = matmul.find("data"), matmul.find("input")
-        assert layers is not None and edges is not None
-        assert attributes is not None and inputs is not None
-        parts = [product.codes, product.scale, *([product.zero] if product.zero else [])]
-        gone = set() if product.shared else {*product.between, *(part.layer for part in parts)}
-        port = inputs[1].attrib["id"]
+        layers = self.root.find("layers")
+        assert layers is not None
+        weights = self._new_constant(product.name, size)
+        layers.insert(0, self.layers[weights])
+        rows, length = {"rows": str(product.rows)}, {"length": str(product.inputs)}
+        self._exchange(product.matmul, OPERATOR, rows | {"activations": "int8"}, 1, weights)
+        for lookup in product.lookups if not product.shared else ():
+            self._exchange(lookup, LOOKUP, length, 0, weights)
+        if not product.shared:
+            parts = [product.codes, product.scale, *([product.zero] if product.zero else [])]
+            self._drop({*product.between, *(part.layer for part in parts)})
+        return weights
+
+    def _exchange(
+        self, layer: str, operator: str, attributes: dict[str, str], port: int, weights: str
+    ) -> None:
+        """Make an operator of ours of a layer, of its first two inputs; one of them is weights."""
+        edges, found = self.root.find("edges"), self.layers[layer]
+        data, inputs, constant = found.find("data"), found.find("input"), self.layers[weights]
+        assert edges is not None and data is not None and inputs is not None
+        gone = [inputs[port].attrib["id"], *(extra.attrib["id"] for extra in inputs[2:])]
         for edge in list(edges):
-            to = edge.attrib["to-layer"], edge.attrib["to-port"]
-            if to == (product.matmul, port) or gone & {edge.attrib["from-layer"], to[0]}:
+            if edge.attrib["to-layer"] == layer and edge.attrib["to-port"] in gone:
+                edges.remove(edge)
+        found.attrib |= {"type": operator, "version": OPERATOR_SET}
+        data.attrib.clear()
+        data.attrib |= attributes
+        size = constant.findtext("output/port/dim")
+        inputs[2:] = []
+        inputs[port] = _port(gone[0], int(size or 0))
+        ends = {"from-layer": weights, "from-port": "0", "to-layer": layer, "to-port": gone[0]}
+        ElementTree.SubElement(edges, "edge", ends)
+
+    def _drop(self, gone: set[str]) -> None:
+        layers, edges = self.root.find("layers"), self.root.find("edges")
+        assert layers is not None and edges is not None
+        for edge in list(edges):
+            if gone & {edge.attrib["from-layer"], edge.attrib["to-layer"]}:
                 edges.remove(edge)
         for layer in gone:
             layers.remove(self.layers.pop(layer))
-        weights = self._new_constant(product.name, size)
-        layers.insert(0, self.layers[weights])
-        matmul.attrib |= {"type": OPERATOR, "version": OPERATOR_SET}
-        attributes.attrib.clear()
-        attributes.attrib |= {"rows": str(product.rows), "activations": "int8"}
-        inputs[1:] = [_port(port, size)]
-        ends = {"from-layer": weights, "from-port": "0", "to-layer": product.matmul}
-        ElementTree.SubElement(edges, "edge", ends | {"to-port": port})
-        return weights
 
     def _new_constant(self, name: str, size: int) -> str:
         number = str(1 + max(int(layer) for layer in self.layers))

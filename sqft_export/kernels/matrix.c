@@ -380,6 +380,40 @@ static float half_to_float(uint16_t half) {
   return half >> 15 ? -value : value;
 }
 
+/* Of the dense format, whose bytes of a row are where they are. */
+static void dense_row(const SqftMatrix *m, size_t row, float *out) {
+  size_t rows = sqft_tile_rows(m), r = row % rows, half = r / m->lanes, lane = r % m->lanes;
+  size_t from = m->bits == 4 ? 4 * lane : half * vector_bytes(m) + 4 * lane;
+  const uint8_t *in = sqft_fixed(m, row / rows);
+  for (size_t g = 0; g < m->groups; g++, in += m->group_bytes, out += m->group) {
+    uint16_t stored;
+    memcpy(&stored, in + 2 * r, 2);
+    const float scale = half_to_float(stored);
+    const int zero = m->asymmetric ? in[2 * rows + r] : middle(m);
+    const uint8_t *body = in + sqft_head_bytes(m) + from;
+    for (size_t i = 0; i < m->group; i++) {
+      uint8_t code = body[i / 4 * step_bytes(m) + i % 4];
+      if (m->bits == 4) code = code >> 4 * half & 15;
+      out[i] = scale * (float)(code - zero);
+    }
+  }
+}
+
+void sqft_row(const SqftMatrix *m, size_t row, float *out) {
+  if (m->format == SQFT_DENSE) {
+    dense_row(m, row, out);
+    return;
+  }
+  Tile t = new_tile(m);
+  size_t r = row % sqft_tile_rows(m);
+  unpack_tile(m, row / sqft_tile_rows(m), t);
+  for (size_t i = 0; i < m->inputs; i++) {
+    size_t at = r * m->groups + i / m->group;
+    out[i] = half_to_float(t.scale[at]) * (float)(t.codes[r * m->inputs + i] - t.zero[at]);
+  }
+  free_tile(t);
+}
+
 void sqft_exact(const SqftMatrix *m, const float *x, size_t tokens, float *y, size_t first,
                 size_t last) {
   Tile t = new_tile(m);

@@ -105,6 +105,8 @@ void sqft_pack(SqftMatrix *m, const uint8_t *codes, uint32_t flip, const uint8_t
 void sqft_seal(SqftMatrix *m);
 /* The inverse: codes a byte each [rows, inputs], zero and scale [rows, inputs / stored_group]. */
 void sqft_unpack(const SqftMatrix *m, uint8_t *codes, uint8_t *zero, uint16_t *scale);
+/* One row as float32 [inputs], as an embedding is looked up. */
+void sqft_row(const SqftMatrix *m, size_t row, float *out);
 /* 0 if the header and all that follows from it lies within `size` bytes, else -1. */
 int sqft_check(const SqftMatrix *m, size_t size);
 

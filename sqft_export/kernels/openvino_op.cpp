@@ -1,5 +1,8 @@
-// The OpenVINO operator SqftMatMul: x [.., inputs] float32 times a matrix of matrix.h, which is a
-// Constant of bytes -> [.., rows] float32. Threads are those of the runtime's own arena.
+// The OpenVINO operators, of a matrix of matrix.h, which is a Constant of bytes:
+//   SqftMatMul  x [.., inputs] float32 times the matrix -> [.., rows] float32
+//   SqftGather  rows of the matrix by ids [..] -> [.., inputs] float32: the embedding of a model
+//               whose head it is too
+// Threads are those of the runtime's own arena.
 #include <tbb/parallel_for.h>
 #include <tbb/task_arena.h>
 
@@ -228,7 +231,65 @@ class SqftMatMul : public ov::op::Op {
   std::shared_ptr<Ready> ready_ = std::make_shared<Ready>();
 };
 
+class SqftGather : public ov::op::Op {
+ public:
+  OPENVINO_OP("SqftGather", "sqft_export");
+  SqftGather() = default;
+  SqftGather(const ov::OutputVector &inputs, int64_t length) : Op(inputs), length_(length) {
+    constructor_validate_and_infer_types();
+  }
+
+  void validate_and_infer_types() override {
+    OPENVINO_ASSERT(get_input_size() == 2, "SqftGather takes two inputs");
+    auto shape = get_input_partial_shape(1);
+    if (shape.rank().is_static()) shape.push_back(length_);
+    set_output_type(0, ov::element::f32, shape);
+  }
+
+  std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector &inputs) const override {
+    return std::make_shared<SqftGather>(inputs, length_);
+  }
+
+  bool visit_attributes(ov::AttributeVisitor &visitor) override {
+    visitor.on_attribute("length", length_);
+    return true;
+  }
+
+  bool has_evaluate() const override { return true; }
+
+  bool evaluate(ov::TensorVector &out, const ov::TensorVector &in) const override {
+    const auto *m = matrix_of(static_cast<const uint8_t *>(in[0].data()));
+    std::call_once(*checked_, [&] {
+      OPENVINO_ASSERT(!sqft_check(m, in[0].get_byte_size()), "SqftGather: its weights are damaged");
+    });
+    OPENVINO_ASSERT(length_ == m->inputs, "SqftGather: the weights are of another shape");
+    auto shape = in[1].get_shape();
+    shape.push_back(m->inputs);
+    out[0].set_shape(shape);
+    auto *y = static_cast<float *>(out[0].data());
+    const bool wide = in[1].get_element_type() == ov::element::i64;
+    OPENVINO_ASSERT(wide || in[1].get_element_type() == ov::element::i32,
+                    "SqftGather: ids are neither i32 nor i64");
+    const auto look_up = [&](size_t i) {
+      const int64_t id = wide ? static_cast<const int64_t *>(in[1].data())[i]
+                              : static_cast<const int32_t *>(in[1].data())[i];
+      OPENVINO_ASSERT(id >= 0 && id < int64_t(m->rows), "SqftGather: there is no row ", id);
+      sqft_row(m, static_cast<size_t>(id), y + i * m->inputs);
+    };
+    if (in[1].get_size() == 1)
+      look_up(0);
+    else
+      tbb::parallel_for(size_t(0), in[1].get_size(), look_up);
+    return true;
+  }
+
+ private:
+  int64_t length_ = 0;
+  std::shared_ptr<std::once_flag> checked_ = std::make_shared<std::once_flag>();
+};
+
 }  // namespace
 
-OPENVINO_CREATE_EXTENSIONS(
-    std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<SqftMatMul>>()}));
+OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>(
+    {std::make_shared<ov::OpExtension<SqftMatMul>>(),
+     std::make_shared<ov::OpExtension<SqftGather>>()}));

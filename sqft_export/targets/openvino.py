@@ -20,7 +20,7 @@ from openvino import opset13 as ops
 
 from sqft_export.adapters.files import read_low_rank
 from sqft_export.kernels.choice import STOCK
-from sqft_export.kernels.ir import OPERATOR
+from sqft_export.kernels.ir import LOOKUP, OPERATOR
 from sqft_export.kernels.library import read_out
 from sqft_export.model.memory import release_memory
 from sqft_export.numerics.codes import Quantized
@@ -426,7 +426,8 @@ def compressed_kernels(folder: Path, scratch: Path) -> set[str]:
     """
     core = ov.Core()
     graph = load_openvino(folder, core, STOCK)
-    ours = [n.get_friendly_name() for n in graph.get_ops() if n.get_type_name() == OPERATOR]
+    kinds = OPERATOR, LOOKUP
+    ours = [n.get_friendly_name() for n in graph.get_ops() if n.get_type_name() in kinds]
     compiled = core.compile_model(graph, "CPU")
     infos = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
     origins = [

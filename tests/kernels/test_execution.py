@@ -293,14 +293,59 @@ def test_a_graph_of_its_own_kind_is_left_as_it_is(tmp_path):
     assert not operators(load_openvino(tmp_path, execution="dense"))
 
 
-def test_an_embedding_that_is_the_head_too_stays_and_the_head_is_ours(tmp_path):
-    model = random_model(tmp_path / "model", tie_word_embeddings=True)
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """An export of a model whose INT8 embedding is its head, certified."""
+    folder = tmp_path_factory.mktemp("tied")
+    model = random_model(folder / "model", tie_word_embeddings=True)
     settings = ("adapt.steps=2", "quantize.embedding_bits=8", "verify.prompts=2")
     recipe = small_recipe(*settings, "export.targets=[openvino]", model_path=model)
-    made = run_recipe(recipe, tmp_path / "runs", ("verify",))
-    folder = made["export-openvino"].path / SPARSE
-    ours = {node.get_friendly_name() for node in operators(load_openvino(folder))}
-    assert "__module.lm_head/aten::linear/MatMul" in ours
+    made = run_recipe(recipe, folder / "runs", ("verify",))
+    return made["export-openvino"].path
+
+
+@pytest.mark.parametrize("way", ["written", "loaded"])
+def test_an_embedding_that_is_the_head_too_is_stored_once(tied, way):
+    model = (
+        load_openvino(tied / SPARSE)
+        if way == "written"
+        else load_openvino(tied / PACKED, execution="sparse")
+    )
+    by_kind = {
+        kind: {n.get_friendly_name(): n for n in model.get_ops() if n.get_type_name() == kind}
+        for kind in ("SqftMatMul", "SqftGather")
+    }
+    head = by_kind["SqftMatMul"]["__module.lm_head/aten::linear/MatMul"].input_value(1)
+    (lookup,) = by_kind["SqftGather"].values()
+    assert lookup.input_value(0).get_node().get_friendly_name() == "model.embed_tokens.weight"
+    assert head.get_node().get_friendly_name() == "model.embed_tokens.weight"
+    assert (tied / SPARSE / "openvino_model.bin").stat().st_size < (
+        tied / "model/openvino_model.bin"
+    ).stat().st_size
+    expected = logits(tied / "model", "stock", exact=True)
+    folder, execution = (SPARSE, "stock") if way == "written" else (PACKED, "sparse")
+    found = logits(tied / folder, execution, exact=True)
+    assert np.abs(found - expected).max() < 1e-4 * expected.std()
+
+
+def test_a_token_that_is_not_in_the_embedding_is_an_error(tied):
+    session = open_session(tied / SPARSE, False, 2)
+    for strange in (-1, 10**6):
+        with pytest.raises(RuntimeError):
+            session.forward(np.array([[1, strange]]))
+
+
+def test_weights_that_something_else_reads_too_stay_where_they_are(tied):
+    text = (tied / "model/openvino_model.xml").read_bytes()
+    (head,) = (p for p in Graph(text, "x").products() if p.lookups)
+    assert head.name == "model.embed_tokens.weight" and not head.shared
+    graph = Graph(text, "x")
+    (lookup,) = head.lookups
+    graph.layers[lookup].attrib["type"] = "GatherElements"
+    (head,) = (p for p in graph.products() if p.shared)
+    assert head.name == "lm_head.weight" and not head.lookups
+    graph.replace(head, 64)
+    assert head.codes.layer in graph.layers and head.scale.layer in graph.layers
 
 
 def test_importing_the_package_imports_no_runtime():

@@ -1,5 +1,6 @@
 """Products straight from mask and kept codes: against sums in float64, on every kernel."""
 
+import ctypes
 import platform
 import shutil
 from functools import cache
@@ -17,6 +18,7 @@ from sqft_export.errors import DamagedError
 from sqft_export.kernels.extension import HERE
 from sqft_export.kernels.library import (
     Matrix,
+    _pointer,
     aligned,
     count_kept,
     header_of,
@@ -173,6 +175,17 @@ def test_what_is_laid_out_is_read_back_bit_for_bit(form, kernels):
         assert np.array_equal(back.codes, found.codes)
         assert np.array_equal(back.scale, found.matrix.scale)
         assert np.array_equal(np.repeat(back.zero, back.group, 1), found.zero)
+
+
+@pytest.mark.parametrize("form", ["dense", "mask", "pairs"])
+@pytest.mark.parametrize("bits, asymmetric", [(4, False), (4, True), (8, False), (8, True)])
+def test_a_row_is_looked_up_as_it_was(bits, asymmetric, form):
+    found = case(bits, 37, 192, 192, asymmetric, "2:4")
+    for kernels in KERNELS:
+        blob, row = laid_out(found, form, kernels), np.empty(192, np.float32)
+        for index in (0, 7, 8, 31, 36):
+            library(kernels).sqft_row(_pointer(blob), ctypes.c_size_t(index), _pointer(row))
+            assert np.array_equal(row, found.weight[index].astype(np.float32)), (kernels, index)
 
 
 def test_two_of_four_is_seen_only_where_it_is():
