@@ -3,9 +3,10 @@
     python benchmarks/scoring.py --before <checkout> torch=<folder> openvino=<folder> onnx=<folder>
 
 Every runtime scores the first items of ARC-Easy (choices, and perplexity of the right one) and of
-GSM8K (answers of up to `--new-tokens` tokens) in processes of their own: this code and that of the
-checkout (`git worktree add <checkout> <commit>`), in turns. The tasks' data is that of `--data`,
-in the layout of LLM-Adapters. What both say is compared: log likelihoods, and answers.
+GSM8K (answers of up to `--new-tokens` tokens, of as many with `--whole`) in processes of their own:
+this code and that of the checkout (`git worktree add <checkout> <commit>`), in turns. The tasks'
+data is that of `--data`, in the layout of LLM-Adapters. What both say is compared: log likelihoods,
+and answers.
 """
 
 import argparse
@@ -23,7 +24,9 @@ ROOT = Path(__file__).parent.parent
 TASKS = {"choices": "arc_easy", "answers": "gsm8k"}
 
 
-def write_questions(data: Path, model: Path, counts: dict[str, int], new_tokens: int, out: Path):
+def write_questions(
+    data: Path, model: Path, counts: dict[str, int], new_tokens: int, whole: bool, out: Path
+) -> None:
     """Token ids, so that both commits are asked the same."""
     from sqft_export.data.items import held_out, load_tokenizer, stop_ids
     from sqft_export.data.scoring import questions
@@ -34,7 +37,7 @@ def write_questions(data: Path, model: Path, counts: dict[str, int], new_tokens:
         task = {"kind": "dataset", "name": name, "folder": str(data), "max_new_tokens": new_tokens}
         recipe = load_recipe(ROOT / "recipes" / "tiny.yaml", (f"task={json.dumps(task)}",), model)
         items = held_out(recipe, tokenizer)[: counts[part]]
-        asked[part] = questions(recipe, items, stop_ids(model, tokenizer))
+        asked[part] = questions(recipe, items, [] if whole else stop_ids(model, tokenizer))
     out.write_text(json.dumps(asked))
 
 
@@ -91,6 +94,9 @@ def main() -> None:
     parser.add_argument("--choices", type=int, default=64)
     parser.add_argument("--answers", type=int, default=12)
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument(
+        "--whole", action="store_true", help="answers do not stop before they have all tokens"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
@@ -115,7 +121,8 @@ def report(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         asked = Path(scratch) / "questions.json"
         model = Path(next(iter(deployments.values())))
-        write_questions(arguments.data, model, counts, arguments.new_tokens, asked)
+        length = arguments.new_tokens, arguments.whole
+        write_questions(arguments.data, model, counts, *length, asked)
         for kind, folder in deployments.items():
             runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
             for _ in range(arguments.rounds):
