@@ -115,15 +115,19 @@ class Graph:
         found = (self._product(layer) for layer in self.layers if self._type(layer) == "MatMul")
         return [product for product in found if product is not None]
 
-    def specialized(self, read: Read) -> Iterator[tuple[str, str]]:
-        """Module and format of every product of ours."""
+    def laid_out(self) -> Iterator[Stored]:
+        """The weights of every product of ours."""
         for layer in self.layers:
             if self._type(layer) == OPERATOR:
                 stored = self._constant(self.sources.get((layer, "1")))
                 if stored is not None:
-                    blob = read(stored.at, stored.size)
-                    header = header_of(np.array(blob), stored.name)
-                    yield stored.name.removesuffix(".weight"), FORMATS[header.format]
+                    yield stored
+
+    def specialized(self, read: Read) -> Iterator[tuple[str, str]]:
+        """Module and format of every product of ours."""
+        for stored in self.laid_out():
+            header = header_of(np.array(read(stored.at, stored.size)), stored.name)
+            yield stored.name.removesuffix(".weight"), FORMATS[header.format]
 
     def _past(self, layer: str | None, kinds: tuple[str, ...], passed: list[str]) -> str | None:
         """The first layer above that is none of these kinds."""

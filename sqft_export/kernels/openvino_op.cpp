@@ -31,17 +31,29 @@ extern "C" {
 namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
+constexpr size_t kPiece = 32 * kHugePage;
 constexpr size_t kDirect = 1;  // tokens that go one by one; more share an expanded tile
 
-// Memory in huge pages where there are such.
+// Memory in huge pages where there are such. Matrices share pieces of it, each of which lives as
+// long as one of them: a page of its own for every small matrix would be several times its size.
 std::shared_ptr<uint8_t> allocate(size_t size) {
-  size = (size + kHugePage - 1) / kHugePage * kHugePage;
-  void *memory = nullptr;
-  if (posix_memalign(&memory, kHugePage, size)) throw std::bad_alloc();
+  static std::mutex mutex;
+  static std::shared_ptr<uint8_t> piece;
+  static size_t used = 0, whole = 0;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (size > whole - used) {
+    const size_t wanted = std::max(kPiece, (size + kHugePage - 1) / kHugePage * kHugePage);
+    void *memory = nullptr;
+    if (posix_memalign(&memory, kHugePage, wanted)) throw std::bad_alloc();
 #if defined(__linux__)
-  madvise(memory, size, MADV_HUGEPAGE);
+    madvise(memory, wanted, MADV_HUGEPAGE);
 #endif
-  return {static_cast<uint8_t *>(memory), [](uint8_t *p) { free(p); }};
+    piece.reset(static_cast<uint8_t *>(memory), [](uint8_t *p) { free(p); });
+    whole = wanted, used = 0;
+  }
+  std::shared_ptr<uint8_t> part(piece, piece.get() + used);
+  used = std::min(whole, (used + size + 63) / 64 * 64);
+  return part;
 }
 
 // Takes pages of a mapped file out of this process: they were copied. Memory of any other kind is

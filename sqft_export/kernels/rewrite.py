@@ -14,6 +14,7 @@ from sqft_export.kernels.library import (
     MatrixHeader,
     aligned,
     count_kept,
+    header_of,
     lay_out,
     planned,
 )
@@ -124,3 +125,16 @@ def _laid_out(
     header.resident = resident
     lay_out(header, matrix, kept.counts, out[: header.bytes])
     return header
+
+
+def mark_resident(graph: Graph, weights: np.ndarray, kernels: Kernels) -> None:
+    """Say of matrices in memory that they are read where they lie, if they are in these kernels'
+    order.
+
+    :param weights: uint8, the whole weight file, from a multiple of 64 on.
+    :raises DamagedError: if a matrix is damaged.
+    """
+    for stored in graph.laid_out():
+        blob = weights[stored.at : stored.at + stored.size]
+        if header_of(blob, stored.name).lanes == kernels.lanes and stored.at % BOUNDARY == 0:
+            MatrixHeader.from_buffer(blob.data).resident = 1

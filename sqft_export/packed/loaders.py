@@ -18,9 +18,10 @@ import numpy as np
 
 from sqft_export.errors import DamagedError, UserError, one_line
 from sqft_export.kernels.choice import STOCK
-from sqft_export.kernels.extension import openvino_extension
-from sqft_export.kernels.ir import is_specialized
+from sqft_export.kernels.extension import kernels_used, openvino_extension
+from sqft_export.kernels.ir import Graph, is_specialized
 from sqft_export.kernels.library import HUGE_PAGE, in_huge_pages
+from sqft_export.kernels.rewrite import mark_resident
 from sqft_export.packed.container import PackedFile
 from sqft_export.packed.execution import checked_execution, execution_here, rewritten
 from sqft_export.packed.folders import packed_file
@@ -76,17 +77,20 @@ def _openvino_parts(folder: Path, execution: str) -> tuple[bytes, Any, list[str]
     :raises UserError: if the weights are damaged, or the folder is specialized and the kernels are
         missing.
     """
-    graph, _ = graph_and_weights(folder)
+    graph, weights = graph_and_weights(folder)
     check_seal(folder, whole=False)
-    text = graph.read_bytes()
+    text, memory = graph.read_bytes(), _RuntimeMemory()
     if is_specialized(text):
         checked_execution(execution)
-        return text, None, [openvino_extension()]
+        extension = openvino_extension()
+        content = np.memmap(weights, np.uint8, mode="r")
+        array = memory.allocate(len(content))
+        array[:] = content
+        mark_resident(Graph(text, str(graph)), array, kernels_used())
+        return text, memory.first(len(array)), [extension]
     execution = execution_here(execution)
-    if execution != STOCK:
-        memory = _RuntimeMemory()
-        if made := rewritten(folder, execution, memory.allocate):
-            return made.text, memory.first(len(made.weights)), [openvino_extension()]
+    if execution != STOCK and (made := rewritten(folder, execution, memory.allocate)):
+        return made.text, memory.first(len(made.weights)), [openvino_extension()]
     packed = packed_file(folder)
     return text, _openvino_weights(packed) if packed else None, []
 

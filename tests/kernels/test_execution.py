@@ -6,17 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nncf
 import numpy as np
 import openvino as ov
 import openvino_genai
 import pytest
+from openvino import opset13 as ops
 
 import sqft_export
 from conftest import SQFT, random_model, small_recipe
 from sqft_export.errors import DamagedError, UserError
 from sqft_export.kernels import choice, extension
 from sqft_export.kernels.ir import Graph
-from sqft_export.kernels.library import kernels_here
+from sqft_export.kernels.library import Matrix, kernels_here
 from sqft_export.kernels.rewrite import rewrite
 from sqft_export.packed.execution import specialize, weights_of
 from sqft_export.packed.folders import PACKED, SPARSE
@@ -133,8 +135,6 @@ def test_a_folder_made_for_other_vectors_gives_the_same_logits(exported, tmp_pat
 
 def test_weights_by_another_tool_take_the_dense_kernel(tmp_path):
     """NNCF's INT8 (zero points, per channel) and INT4, of a graph that is not ours."""
-    import nncf
-    from openvino import opset13 as ops
 
     random = np.random.default_rng(0)
     x = ops.parameter([-1, 128], ov.Type.f32)
@@ -171,7 +171,10 @@ def test_damaged_weights_are_refused(exported, tmp_path):
     with pytest.raises(DamagedError, match="laid out"):
         list(codes_and_grids(load_openvino(folder)))
     with pytest.raises(RuntimeError, match="damaged"):  # on one processor too
-        OpenVinoSession(ov.Core().compile_model(load_openvino(folder), "CPU")).forward(IDS)
+        core = ov.Core()
+        core.add_extension(sqft_export.openvino_extension())
+        model = core.read_model(folder / "openvino_model.xml")
+        OpenVinoSession(core.compile_model(model, "CPU")).forward(IDS)
 
 
 def test_without_the_extension_the_dense_path_runs_with_a_notice(exported, monkeypatch, capsys):
@@ -216,6 +219,34 @@ def test_a_choice_is_measured_once_and_remembered(exported, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(file.parent.parent))
     load_openvino(exported / PACKED)  # what is damaged is measured again
     assert json.loads(file.read_text())
+
+
+def test_weights_are_in_memory_once(tmp_path):
+    """Loaded here and by any other program: matrices smaller than a huge page do not take one each,
+    nor is there a second copy."""
+    random, size, count = np.random.default_rng(0), 256, 200
+    codes = random.integers(0, 256, size * size).astype(np.uint8)
+    matrix = Matrix(8, size, size, codes, 0, None, np.ones((size, 1), np.float16))
+    (tmp_path / "many").mkdir()
+    ov.save_model(choice.stock_model(matrix, count), tmp_path / "many/openvino_model.xml")
+    specialize(tmp_path / "many", tmp_path / "ours", "dense")
+    weights = (tmp_path / "ours/openvino_model.bin").stat().st_size
+    assert weights > count * size * size
+    for way in ("load_openvino(folder, core)", "core.read_model(f'{folder}/openvino_model.xml')"):
+        code = f"""if True:
+            import sys, numpy as np, openvino as ov
+            from sqft_export import load_openvino, openvino_extension
+            from sqft_export.measure.machine import memory_now
+            folder, core = sys.argv[1], ov.Core()
+            core.add_extension(openvino_extension())
+            before = memory_now()
+            compiled = core.compile_model({way}, "CPU")
+            compiled(np.ones((1, {size}), np.float32))
+            print(memory_now() - before)
+        """
+        command = [sys.executable, "-c", code, str(tmp_path / "ours")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert int(done.stdout.split()[-1]) < 4 * weights, way
 
 
 def test_the_fastest_token_wins_unless_its_prompts_are_slow():
@@ -276,7 +307,6 @@ def test_on_the_command_line(exported, tmp_path):
 
 def test_a_graph_of_its_own_kind_is_left_as_it_is(tmp_path):
     """Scales that are no float16, transposed weights."""
-    from openvino import opset13 as ops
 
     def product(x, scale_kind, transposed):
         codes = ops.constant(np.zeros((64, 64), np.int8))
