@@ -328,7 +328,7 @@ def _lm_eval_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     if not installed("lm_eval"):
         yield "benchmark.lm_eval: lm-eval is not installed; pip install 'sqft-export[lm-eval]'"
         return
-    folder = recipe.resolve(asked.lm_eval_folder) if asked.lm_eval_folder else None
+    folder = recipe.lm_eval_folder
     if folder and not folder.is_dir():
         yield f"benchmark.lm_eval_folder: no such folder: {folder}"
         return

@@ -545,6 +545,12 @@ class Recipe(Section):
         return (self._file.parent / path).resolve()
 
     @property
+    def lm_eval_folder(self) -> Path | None:
+        """Where task files of the recipe's own are."""
+        folder = self.benchmark.lm_eval_folder
+        return self.resolve(folder) if folder else None
+
+    @property
     def training(self) -> Adapt:
         """The settings of training, for passes that only a recipe with it has."""
         assert self.adapt is not None

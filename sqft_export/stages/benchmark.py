@@ -62,10 +62,10 @@ DENSE = "dense base"
 
 
 def options(recipe: Recipe) -> dict:
-    folder = recipe.benchmark.lm_eval_folder
+    folder = recipe.lm_eval_folder
     return {
         "benchmark": recipe.benchmark.model_dump(exclude={"lm_eval_folder"}),
-        "lm_eval_tasks": digest_of(recipe.resolve(folder)) if folder else None,
+        "lm_eval_tasks": digest_of(folder) if folder else None,
     }
 
 
@@ -210,7 +210,7 @@ def _asked_of_lm_eval(recipe: Recipe) -> dict[str, Any]:
     asked = recipe.benchmark
     if not asked.lm_eval:
         return {}
-    folder = str(recipe.resolve(asked.lm_eval_folder)) if asked.lm_eval_folder else None
+    folder = str(recipe.lm_eval_folder) if recipe.lm_eval_folder else None
     return {"lm_eval": {"tasks": list(asked.lm_eval), "folder": folder, "items": asked.items}}
 
 
