@@ -1,5 +1,6 @@
 """Deployments on our kernels in the real OpenVINO, OpenVINO GenAI and optimum-intel."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -247,6 +248,21 @@ def test_weights_are_in_memory_once(tmp_path):
         command = [sys.executable, "-c", code, str(tmp_path / "ours")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert int(done.stdout.split()[-1]) < 4 * weights, way
+
+
+def test_work_beside_the_measurement_does_not_choose(monkeypatch):
+    """One call in peace is enough, whichever it is: the others may take nine times as long."""
+    busy, turns = [9.0, 9.0, 9.0, 1.0, 9.0, 9.0], choice.ROUNDS + 1
+    calm = [2.0] * turns
+    one = [second for both in zip(busy[:turns], calm, strict=True) for second in both]
+    several = [5.0, 5.0] * 3
+    ends = itertools.accumulate([*one, *several])
+    clock = iter([0.0, *(t for end in ends for t in (end, end))])
+    monkeypatch.setattr(choice.time, "perf_counter", lambda: next(clock))
+    x = [ops.parameter([-1, 4], ov.Type.f32) for _ in range(2)]
+    models = {n: ov.Model([ops.relu(p)], [p], n) for n, p in zip(("a", "b"), x, strict=True)}
+    found = choice._timed(models, 4, 1)
+    assert found == {"a": {"1": 1.0, "32": 5.0}, "b": {"1": 2.0, "32": 5.0}}
 
 
 def test_the_fastest_token_wins_unless_its_prompts_are_slow():
