@@ -7,7 +7,10 @@
 accuracy (of most likely choices, and with likelihoods by character) on held-out items, how often a
 paired test tells it from dense + LoRA, perplexity on the text, mean KL divergence and same top
 token against the dense base there, and bits a weight of the packed OpenVINO file (its entropy
-level) over all weights. ``--runs`` keeps what was trained, to go on from there.
+level) over all weights. ``--runs`` keeps what was trained, to go on from there. ``--deployed``
+exports QA-SparsePEFT of the first seed for every runtime too, and measures the files on this
+machine: accuracy, agreement with the dense base, size, tokens per second, time to first token and
+resident memory.
 """
 
 import argparse
@@ -58,6 +61,10 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "QA-SparsePEFT, 2:4": ("merge", ("sparsify.sparsity=null", "sparsify.pattern='2:4'")),
 }
 PACKED = ("export={targets: [openvino], sparse_files: true, entropy: true}",)
+FILES = (
+    "export={targets: [openvino, onnx, gguf], sparse_files: true, sparse_execution: true}",
+    "benchmark.baselines=[dense, merged]",
+)
 
 
 def windows(folder: Path, text: Path) -> list[Tensor]:
@@ -147,6 +154,21 @@ class Experiment:
         found = on_items(recipe, folder, items) | on_text(folder, self.base, self.asked, device)
         return found | {"bits_per_weight": stored / self.weights}
 
+    def deployed(self, seed: int) -> list[dict[str, Any]]:
+        """Rows of a benchmark of every runtime's files."""
+        recipe = self.recipe(seed, *FILES)
+        made = run_recipe(recipe, self.arguments.runs / "made", ("benchmark",))["benchmark"]
+        return json.loads((made.path / "results.json").read_text())["rows"]
+
+
+def file_row(row: dict[str, Any]) -> list[Any]:
+    beside = row["beside_dense"]
+    return [
+        *(row["name"], 100 * row["accuracy"], 100 * beside["agreement"], beside["kl_nats"]),
+        *(row["bits_per_weight"], row["file_bytes"] / 1e6, 1000 / row["tpot"]["median_ms"]),
+        *(row["ttft"]["median_ms"], row["steady_memory_bytes"] / 1e6),
+    ]
+
 
 def row_of(name: str, runs: list[dict[str, Any]], lora: list[dict[str, Any]]) -> list[Any]:
     reached = [run["accuracy"] for run in runs]
@@ -168,6 +190,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=[DENSE, *ROWS], default=[DENSE, *ROWS])
     parser.add_argument("--set", nargs="+", default=[], help="such as adapt.steps=60")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "real_model")
+    parser.add_argument("--deployed", action="store_true", help="every runtime's files too")
     arguments = parser.parse_args()
     experiment, rows, ratios, values = Experiment(arguments), [], {}, {}
     lora = [experiment.figures(LORA, seed) for seed in arguments.seeds]
@@ -180,6 +203,11 @@ def main() -> None:
         values[name] = [{k: v for k, v in run.items() if k != "right"} for run in runs]
     header = ["row", "accuracy %", "std dev", "told from LoRA", "acc_norm %", "perplexity"]
     table([*header, "KL nats", "same top %", "bits a weight"], rows)
+    if arguments.deployed:
+        values["deployed"] = experiment.deployed(arguments.seeds[0])
+        header = ["files", "accuracy %", "same token %", "KL nats", "bits a weight", "MB"]
+        files = [file_row(row) for row in values["deployed"]]
+        table([*header, "tokens/s", "TTFT ms", "memory MB"], files)
     finish("real_model", ratios, values)
 
 
