@@ -187,16 +187,14 @@ def _timed(models: dict[str, Any], inputs: int, copies: int) -> dict[str, dict[s
     for tokens in (ONE, SEVERAL):
         x = ov.Tensor(random.standard_normal((tokens, inputs), np.float32))
         taken: dict[str, list[float]] = {form: [] for form in models}
-        for turn in range(1 + (ROUNDS if tokens == ONE else 2)):
+        for _ in range(1 + (ROUNDS if tokens == ONE else 2)):
             for form, request in requests.items():
                 request.set_input_tensor(x)
                 started = time.perf_counter()
                 request.infer()
-                seconds = time.perf_counter() - started
-                if turn:  # the first is not like the others
-                    taken[form].append(seconds)
-        for form in models:
-            found[form][str(tokens)] = min(taken[form]) / copies
+                taken[form].append(time.perf_counter() - started)
+        for form, seconds in taken.items():
+            found[form][str(tokens)] = min(seconds[1:]) / copies  # the first is not like the others
     return found
 
 

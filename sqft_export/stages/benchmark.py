@@ -237,6 +237,7 @@ def _measured(
         return result
 
     timed = {"latency_prompt": prompt}
+    # lm-eval's tasks are not what minutes are shared out for: they come on top, at the end.
     by_lm_eval = _asked_of_lm_eval(recipe)
     once = {"questions": questions(recipe, first, stop)} | ({} if minutes else by_lm_eval)
     beside = Beside(context.folder, items) if table[0].name == DENSE else None
@@ -248,9 +249,7 @@ def _measured(
         for row in table if number % 2 == 0 else table[::-1]:
             found[row.name].append(ask(row, timed))
     if minutes:
-        left = 60 * minutes - (time.monotonic() - started)
-        first = _that_fit(items, found, left)
-        # lm-eval's tasks are not what the minutes are shared out for: they come on top.
+        first = _that_fit(items, found, 60 * minutes - (time.monotonic() - started))
         asked = {"questions": questions(recipe, first, stop)} | by_lm_eval
         for row in table:
             found[row.name][0] |= ask(row, asked)
