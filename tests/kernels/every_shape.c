@@ -17,7 +17,7 @@ static uint16_t half_of(int exponent, uint32_t fraction) {
   return (uint16_t)((exponent + 15) << 10 | fraction);
 }
 
-enum { TOKENS = 37, FEW = 3 }; /* FEW of what is long */
+enum { TOKENS = 37, SOME = 13, FEW = 3 }; /* more than 32 where they go together */
 
 static int try(const SqftKernels *kernels, uint32_t bits, int asymmetric, uint32_t rows,
                uint32_t inputs, uint32_t group, uint32_t format, int thousandth) {
@@ -51,7 +51,8 @@ static int try(const SqftKernels *kernels, uint32_t bits, int asymmetric, uint32
   if (sqft_check(m, m->bytes) || !sqft_check(m, m->bytes - 1)) return 1;
   float *x = malloc(TOKENS * (size_t)inputs * 4), *y = malloc(TOKENS * (size_t)rows * 4);
   for (size_t i = 0; i < TOKENS * (size_t)inputs; i++) x[i] = (float)draw(2001) / 1000.f - 1.f;
-  const size_t span = (size_t)m->groups * m->span, tokens = inputs > 1000 ? FEW : TOKENS;
+  const size_t span = (size_t)m->groups * m->span;
+  const size_t tokens = inputs > 1000 ? FEW : kernels->lanes < 16 ? SOME : TOKENS;
   SqftInputs all = {malloc(TOKENS * span), malloc(TOKENS * 4 * (size_t)m->groups),
                     malloc(TOKENS * 4 * (size_t)m->groups)};
   uint8_t *wide = malloc(sqft_wide_bytes(m));
