@@ -85,10 +85,10 @@ def main() -> None:
     linears = layout_of(plain, folder).linears
     values: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
+        runs = arguments.runs or Path(scratch)
         for name, structure in STRUCTURES.items():
             settings = (*arguments.settings, *FIXED, setting_of(structure, linears))
             recipe = load_recipe(arguments.recipe, settings, arguments.model_path)
-            runs = arguments.runs or Path(scratch)
             made = run_recipe(recipe, runs, ("benchmark",))["benchmark"]
             results = json.loads((made.path / "results.json").read_text())
             values[name] = measured(results["rows"])

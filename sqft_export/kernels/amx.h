@@ -85,7 +85,6 @@ INLINE void written(const void *p) { __asm__ volatile("" : : "r"(p) : "memory");
    the thread, and the runtime's own kernels use them too. */
 INLINE void all_tokens(const SqftMatrix *m, const SqftInputs *x, size_t tokens, float *y,
                        size_t tile, const uint8_t *wide, size_t wide_stride, const int bits) {
-  const size_t stride = (size_t)m->groups * m->span;
   Registers before, ours;
   int inputs = 64, shaped = 0;
   while (m->span % (uint32_t)inputs) inputs -= 16;
@@ -93,8 +92,7 @@ INLINE void all_tokens(const SqftMatrix *m, const SqftInputs *x, size_t tokens, 
   written(&before);
   for (size_t t = 0; t < tokens; t += BLOCK) {
     const int some = tokens - t < BLOCK ? (int)(tokens - t) : BLOCK;
-    const SqftInputs part = {x->codes + t * stride, x->scale + t * m->groups,
-                             x->sum + t * m->groups};
+    const SqftInputs part = sqft_from_token(m, x, t);
     if (some != shaped) {
       ours = registers_for(inputs, some);
       written(&ours);

@@ -33,8 +33,7 @@ int sqft_multiply(const char *name, const SqftMatrix *m, const float *x, size_t 
   uint8_t *wide = malloc(sqft_wide_bytes(m));
   int lacking = !kernels || !rounded.codes || !rounded.scale || !rounded.sum || !wide;
   for (size_t t = 0; !lacking && t < tokens; t++) {
-    SqftInputs one = {rounded.codes + t * codes, rounded.scale + t * m->groups,
-                      rounded.sum + t * m->groups};
+    SqftInputs one = sqft_from_token(m, &rounded, t);
     kernels->round(m, x + t * m->inputs, &one);
     if (mode == ONE || (mode == AUTO && tokens == 1))
       kernels->one(m, &one, y + t * m->rows, 0, m->tiles);

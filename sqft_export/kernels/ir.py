@@ -213,9 +213,9 @@ class Graph:
         layers.insert(0, self.layers[weights])
         rows, length = {"rows": str(product.rows)}, {"length": str(product.inputs)}
         self._exchange(product.matmul, OPERATOR, rows | {"activations": "int8"}, 1, weights)
-        for lookup in product.lookups if not product.shared else ():
-            self._exchange(lookup, LOOKUP, length, 0, weights)
         if not product.shared:
+            for lookup in product.lookups:
+                self._exchange(lookup, LOOKUP, length, 0, weights)
             parts = [product.codes, product.scale, *([product.zero] if product.zero else [])]
             self._drop({*product.between, *(part.layer for part in parts)})
         return weights

@@ -54,6 +54,12 @@ typedef struct {
   int32_t *sum;
 } SqftInputs;
 
+/* The same from token t on. */
+static inline SqftInputs sqft_from_token(const SqftMatrix *m, const SqftInputs *x, size_t t) {
+  SqftInputs from = {x->codes + t * m->groups * m->span, x->scale + t * m->groups,
+                     x->sum + t * m->groups};
+  return from;
+}
 static inline size_t sqft_tile_rows(const SqftMatrix *m) { return 2 * (size_t)m->lanes; }
 static inline size_t sqft_head_bytes(const SqftMatrix *m) {
   return sqft_tile_rows(m) * (m->asymmetric ? 3 : 2);

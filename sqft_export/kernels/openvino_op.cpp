@@ -214,11 +214,8 @@ class SqftMatMul : public ov::op::Op {
     const size_t span = size_t(m->groups) * m->span;
     const SqftInputs all{scratch(codes, tokens * span + 64), scratch(scale, tokens * m->groups),
                          scratch(sum, tokens * m->groups)};
-    const auto of = [&](size_t t) {
-      return SqftInputs{all.codes + t * span, all.scale + t * m->groups, all.sum + t * m->groups};
-    };
     const auto round = [&](size_t t) {
-      auto one = of(t);
+      auto one = sqft_from_token(m, &all, t);
       kernels->round(m, x + t * m->inputs, &one);
     };
     if (tokens < 8)
@@ -228,7 +225,7 @@ class SqftMatMul : public ov::op::Op {
     over_tiles(m, [&](size_t first, size_t last) {
       if (tokens <= kDirect) {
         for (size_t t = 0; t < tokens; t++) {
-          const auto one = of(t);
+          const auto one = sqft_from_token(m, &all, t);
           kernels->one(m, &one, y + t * m->rows, first, last);
         }
         return;

@@ -393,9 +393,8 @@ INLINE void wide_tokens(const SqftMatrix *m, const SqftInputs *x, float *y, size
 /* A wide tile with all tokens. */
 INLINE void all_tokens(const SqftMatrix *m, const SqftInputs *x, size_t tokens, float *y,
                        size_t tile, const uint8_t *wide, size_t wide_stride, const int bits) {
-  const size_t stride = (size_t)m->groups * m->span;
   for (size_t t = 0; t < tokens;) {
-    SqftInputs part = {x->codes + t * stride, x->scale + t * m->groups, x->sum + t * m->groups};
+    SqftInputs part = sqft_from_token(m, x, t);
     float *out = y + t * m->rows;
     if (tokens - t >= TOKENS)
       wide_tokens(m, &part, out, tile, wide, wide_stride, bits, TOKENS), t += TOKENS;

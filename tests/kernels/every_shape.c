@@ -59,7 +59,7 @@ static int try(const SqftKernels *kernels, uint32_t bits, int asymmetric, uint32
   int wrong = 0;
   for (int mode = 0; mode < 2 && !wrong; mode++) {
     for (size_t t = 0; t < tokens; t++) {
-      SqftInputs one = {all.codes + t * span, all.scale + t * m->groups, all.sum + t * m->groups};
+      SqftInputs one = sqft_from_token(m, &all, t);
       kernels->round(m, x + t * inputs, &one);
       if (!mode) kernels->one(m, &one, y + t * rows, 0, m->tiles);
     }
