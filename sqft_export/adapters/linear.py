@@ -95,8 +95,9 @@ class CompressedLinear(nn.Linear):
         """
         if self.scale is None:
             return None
-        scale = self.scale if shift is None else (self.scale.float() * shift.exp()).half()
-        return Grid(scale, self.zero_point, self.bits, self.in_features // scale.shape[1])
+        group_size = self.in_features // self.scale.shape[1]
+        grid = Grid(self.scale, self.zero_point, self.bits, group_size)
+        return grid if shift is None else grid.moved(shift)
 
     def base_at(self, shift: Tensor | None) -> fused.Frozen:
         """What an update enters, on the grid that ``shift`` makes of the stored one."""

@@ -77,6 +77,12 @@ class Inputs:
             del self._sums[owner]
         return total
 
+    def forget(self) -> None:
+        """What was gathered and not taken."""
+        self._last = None
+        for gathered in (self._owner, self._sums, self._ready):
+            gathered.clear()
+
 
 @dataclass
 class Block:

@@ -49,6 +49,11 @@ class Grid:
     def cpu(self) -> "Grid":
         return Grid(self.scale.cpu(), self.zero_point.cpu(), self.bits, self.group_size)
 
+    def moved(self, shift: Tensor, scale_bits: int = FLOAT16_BITS) -> "Grid":
+        """Its scales moved by ``exp(shift)`` (float32 ``[out, groups]``), rounded as stored."""
+        scale = _shortened((self.scale.float() * shift.exp()).half(), scale_bits)
+        return Grid(scale, self.zero_point, self.bits, self.group_size)
+
     def rows(self, rows: slice) -> "Grid":
         return Grid(self.scale[rows], self.zero_point[rows], self.bits, self.group_size)
 

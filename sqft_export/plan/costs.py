@@ -21,7 +21,7 @@ from sqft_export.plan.layout import Layout, group_sizes
 from sqft_export.plan.speeds import Speeds, nearest_existing
 from sqft_export.plan.workload import Workload
 from sqft_export.recipe.passes import pass_names
-from sqft_export.recipe.schema import Recipe
+from sqft_export.recipe.schema import Recipe, Reconstruct
 from sqft_export.run.host import FLOAT32_ROOM, size_text
 
 
@@ -42,7 +42,7 @@ def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
     predicted = {
         "sparsify": stored + masks,
         "reconstruct": 2 * stored,  # blocks that are done, and the whole of them
-        "quantize": stored + 3 * scales,
+        "quantize": stored * (3 if recipe.quantize.reconstruct else 1) + 3 * scales,
         "adapt": adapter,
         "search": adapter,
         "merge": merged + masks,
@@ -126,6 +126,11 @@ class _Work:
     elements: float = 0
     seconds: float = 0
 
+    def __add__(self, other: "_Work") -> "_Work":
+        dtypes = self.flops | other.flops
+        flops = {d: self.flops.get(d, 0) + other.flops.get(d, 0) for d in dtypes}
+        return _Work(flops, self.elements + other.elements, self.seconds + other.seconds)
+
 
 # What never runs on an accelerator.
 ON_CPU = ("merge", "baselines", "export-openvino", "export-onnx", "export-gguf", "report")
@@ -180,9 +185,12 @@ def _work(name: str, recipe: Recipe, layout: Layout, workload: Workload) -> _Wor
     elements = ELEMENTWISE.get(name, 0) * layout.weights
     elements += ELEMENTWISE_OUTER.get(name, 0) * layout.others
     if name in ("sparsify", "quantize"):
-        return _calibrated(name, recipe, layout, workload, elements)
+        work = _calibrated(name, recipe, layout, workload, elements)
+        if name == "quantize" and (config := recipe.quantize.reconstruct):
+            work += _reconstruction(config, recipe, layout, workload)
+        return work
     if name == "reconstruct":
-        return _reconstruction(recipe, layout, workload)
+        return _reconstruction(recipe.sparsify.reconstruct, recipe, layout, workload)
     if name in ("adapt", "teacher"):
         return _training(recipe, layout, workload)
     if name in ("merge", "baselines"):
@@ -211,10 +219,11 @@ def _calibrated(
     return _Work({FLOAT32: flops}, elements, seconds + CALL_SECONDS * calls)
 
 
-def _reconstruction(recipe: Recipe, layout: Layout, workload: Workload) -> _Work:
+def _reconstruction(
+    config: Reconstruct | None, recipe: Recipe, layout: Layout, workload: Workload
+) -> _Work:
     """Forward and backward of every step, and five runs of the samples through a block or its
     dense one: for targets, errors before and after, and the inputs of the next."""
-    config = recipe.sparsify.reconstruct
     assert config is not None
     tokens = _calibration_tokens(recipe, workload)
     drawn = min(config.batch, recipe.calibration.samples) / recipe.calibration.samples
@@ -362,10 +371,11 @@ def _cached(recipe: Recipe, layout: Layout, workload: Workload) -> float:
     return min(CACHED, rows * most) * 2 * 4 * width * layout.blocks * KEYS
 
 
-def _reconstruction_bytes(recipe: Recipe, layout: Layout, workload: Workload) -> float:
-    """Two blocks, gradients and moments of one, hidden states of both and targets, and what a step
-    keeps for backward."""
-    config = recipe.sparsify.reconstruct
+def _reconstruction_bytes(
+    config: Reconstruct | None, recipe: Recipe, layout: Layout, workload: Workload
+) -> float:
+    """Two blocks, gradients and moments of one and what it is in the step at hand, hidden states of
+    both and targets, and what a step keeps for backward."""
     if config is None:
         return 0
     _, width = layout.embedding
@@ -373,7 +383,7 @@ def _reconstruction_bytes(recipe: Recipe, layout: Layout, workload: Workload) ->
     inside = sum(sum(shape) for shape in layout.linears.values()) / layout.blocks
     drawn = min(config.batch, recipe.calibration.samples) / recipe.calibration.samples
     kept = 4 * KEPT * drawn * _calibration_tokens(recipe, workload) * inside
-    return MAPPED + 5 * 4 * layout.weights / layout.blocks + 5 * hidden + kept
+    return MAPPED + 8 * 4 * layout.weights / layout.blocks + 5 * hidden + kept
 
 
 def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[str, float]:
@@ -391,8 +401,11 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
     in_float = _torch_rows(recipe, layout)
     of_pass = {
         "sparsify": MAPPED + block + 3 * largest + activations,
-        "reconstruct": _reconstruction_bytes(recipe, layout, workload),
-        "quantize": MAPPED + block + 2 * largest + 4 * widest**2 * gptq + activations,
+        "reconstruct": _reconstruction_bytes(recipe.sparsify.reconstruct, recipe, layout, workload),
+        "quantize": max(
+            MAPPED + block + 2 * largest + 4 * widest**2 * gptq + activations,
+            _reconstruction_bytes(recipe.quantize.reconstruct, recipe, layout, workload),
+        ),
         # The tuned model runs once, for what it computed with: a weight at a time is digested.
         "search": LOGITS + loaded + outer + 3 * largest + 2 * _adapter_bytes(recipe, layout),
         "merge": 4 * largest + 2**29,

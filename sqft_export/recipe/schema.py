@@ -181,7 +181,12 @@ class Reconstruct(Section):
     """Kept weights trained, block by block, to give the dense block's output."""
 
     steps: int = Field(60, ge=1, description="of every block")
-    learning_rate: float = Field(2e-4, gt=0, description="at first; it falls to nothing (cosine)")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="at first; it falls to nothing (cosine). null: a hundredth of the root mean "
+        "square of each row's weights",
+    )
     batch: int = Field(4, ge=1, description="calibration samples of a step")
 
 
@@ -190,7 +195,9 @@ class Sparsify(Amount):
         "wanda", description="given: the model is sparse already, its zeros are the mask"
     )
     reconstruct: Reconstruct | None = Field(
-        None, description="train the kept weights, block by block; {} takes the defaults"
+        None,
+        description="train the kept weights, block by block, before anything is rounded; {} takes "
+        "the defaults",
     )
     overrides: tuple[Override, ...] = Field((), description="the first that matches counts")
     allocation: Literal["uniform", "output-error"] = Field(
@@ -267,6 +274,11 @@ class Quantize(Section):
         None, description="8: embedding and head in INT8, one scale a row; null: as stored"
     )
     nncf: Nncf = Nncf()
+    reconstruct: Reconstruct | None = Field(
+        None,
+        description="train kept weights and scales through the grid, block by block; {} takes the "
+        "defaults",
+    )
 
     @model_validator(mode="after")
     def _nncf_fits(self):
@@ -278,6 +290,10 @@ class Quantize(Section):
             raise ValueError("NNCF's INT8 is per channel: set group_size: null")
         if self.method in ("none", "given") and self.embedding_bits:
             raise ValueError(f"embedding_bits: method {self.method} quantizes nothing")
+        if self.method in ("none", "given") and self.reconstruct:
+            raise ValueError(
+                f"reconstruct: method {self.method} rounds nothing; it goes with gptq, rtn and nncf"
+            )
         return self
 
 

@@ -1,5 +1,6 @@
 """quantize: a grid for every decoder Linear, and weights compensated for it."""
 
+import shutil
 from collections.abc import Iterator
 from typing import cast
 
@@ -10,6 +11,7 @@ from sqft_export.data.calibration import calibration_options, calibration_tensor
 from sqft_export.model.blocks import Block, Inputs, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config, write_config
+from sqft_export.model.reconstruction import Reconstructed, reconstruct
 from sqft_export.model.storage import (
     HELD_BYTES,
     GridWriter,
@@ -36,9 +38,10 @@ from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct")
 READS: tuple[str, ...] = ("model", "calibration")
-VERSION = 3
-RESUMES = False
+VERSION = 4
+RESUMES = True  # at the block it was at, where blocks are reconstructed
 DISTRIBUTED = False
+BLOCKS = "blocks"
 _ROWS_AT_ONCE = 1024
 NOTABLE = 0.01  # of the groups of a Linear
 
@@ -81,9 +84,9 @@ def run(context: Context) -> dict:
     make = _existing_codes if context.recipe.quantize.method == "given" else _compress
     weight_writer = TensorWriter(context.folder / "model", shard_bytes=HELD_BYTES)
     with GridWriter(context.folder) as grids, weight_writer as weights:
-        held = make(context, grids, weights)
-    return {
-        "warnings": held,
+        made = make(context, grids, weights)
+    shutil.rmtree(context.folder / BLOCKS, ignore_errors=True)
+    return made | {
         "device": device_name(_device(context)),
         "group_size": {name: group_size for name, (_, group_size) in grids.sizes.items()},
         "bits": {name: bits for name, (bits, _) in grids.sizes.items()},
@@ -96,7 +99,7 @@ def _device(context: Context) -> torch.device:
     return device_of("cpu" if nncf else context.recipe.device)
 
 
-def _existing_codes(context: Context, grids: GridWriter, weights: TensorWriter) -> list[str]:
+def _existing_codes(context: Context, grids: GridWriter, weights: TensorWriter) -> dict:
     """Codes and grids of a GPTQ checkpoint as they are; each weight is its grid point."""
     base = Checkpoint(context.model)
     names = quantized_names(base)
@@ -111,7 +114,7 @@ def _existing_codes(context: Context, grids: GridWriter, weights: TensorWriter) 
         grids.add(name, grid)
         weights.add(f"{name}.weight", stored_as(dequantize(codes, grid), grid, torch.float16))
         advance()
-    return []
+    return {"warnings": []}
 
 
 def _loss(name: str, weight: Tensor, grid: Grid) -> Iterator[str]:
@@ -125,16 +128,12 @@ def _loss(name: str, weight: Tensor, grid: Grid) -> Iterator[str]:
         )
 
 
-def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> list[str]:
+def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> dict:
     config, checkpoint = context.recipe.quantize, Checkpoint(context.latest_model())
     method = quantizer(config.method)
-    samples = None
-    if method.NEEDS != "nothing":
-        samples = calibration_tensors(context.recipe, context.model)
     advance = context.start(checkpoint.blocks)
     inputs = Inputs(method.NEEDS, config.damping)
-
-    held: list[str] = []
+    held, errors = list[str](), list[tuple[float, float]]()
     copy_companions(checkpoint.folder, weights.folder)
     write_config(weights.folder, checkpoint.config)
 
@@ -144,9 +143,15 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> lis
         key = f"{name}.weight"
         weights.add(key, stored_as(weight, grid, checkpoint.dtype(key)))
 
-    for block in walk(checkpoint, samples, inputs.collector, _device(context)):
+    for theirs, block in _walked(context, checkpoint, inputs):
         rest = set(checkpoint.block_names(block.index))
-        for name, weight, grid in _quantized(context, method, block, inputs):
+        quantized = _quantized(context, method, block, inputs)
+        if theirs:
+            made = _reconstructed(context, theirs, block, quantized)
+            quantized = ((name, made.weights[name], grid) for name, grid in made.grids.items())
+            errors.append(made.errors)
+            inputs.forget()
+        for name, weight, grid in quantized:
             # At once: a block's compensated floats are not kept.
             add(name, weight.cpu(), grid.cpu())
             round_onto(block.linears[name], weight, grid)
@@ -162,7 +167,39 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> lis
             add(name.removesuffix(".weight"), tensor.float(), whole)
         else:
             weights.add(name, tensor)
-    return held
+    return {"warnings": held} | ({"block_errors": errors} if errors else {})
+
+
+def _walked(
+    context: Context, checkpoint: Checkpoint, inputs: Inputs
+) -> Iterator[tuple[Block | None, Block]]:
+    """Blocks to compress, and the dense ones that they shall come back to, if any."""
+    device, samples = _device(context), None
+    if inputs.needs != "nothing" or context.recipe.quantize.reconstruct:
+        samples = calibration_tensors(context.recipe, context.model)
+    ours = walk(checkpoint, samples, inputs.collector, device)
+    if not context.recipe.quantize.reconstruct:
+        return ((None, block) for block in ours)
+    return zip(walk(Checkpoint(context.model), samples, None, device), ours, strict=True)
+
+
+def _reconstructed(
+    context: Context, theirs: Block, block: Block, quantized: Iterator[tuple[str, Tensor, Grid]]
+) -> Reconstructed:
+    """A block as rounding left it, trained; from its file if an interrupted run had come so far."""
+    config, sparsified = context.recipe.quantize.reconstruct, context.path("sparsify")
+    assert config is not None
+    file = context.folder / BLOCKS / f"{block.index}.safetensors"
+    if not file.is_file():
+        file.parent.mkdir(exist_ok=True)
+        grids, masks = {}, {}
+        for name, weight, grid in quantized:
+            block.linears[name].weight.copy_(weight)
+            grids[name] = grid
+            masks[name] = load_mask(sparsified, name, weight.shape).to(weight.device)
+        seed, scale_bits = context.recipe.seed + block.index, context.recipe.scale_bits
+        reconstruct(theirs, block, masks, config, seed, grids, scale_bits).keep(file)
+    return Reconstructed.kept(file)
 
 
 def _quantized(

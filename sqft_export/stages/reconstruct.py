@@ -3,30 +3,23 @@
 A finished block is kept in ``blocks/``, from where an interrupted run goes on.
 """
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from sqft_export.data.calibration import calibration_options, calibration_tensors
 from sqft_export.model.blocks import Block, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, write_config
+from sqft_export.model.reconstruction import Reconstructed, reconstruct
 from sqft_export.model.storage import HELD_BYTES, load_mask
 from sqft_export.model.tensorfiles import TensorFiles, TensorWriter
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.device import device_name, device_of
-from sqft_export.sparsifiers.reconstruction import outputs_of, reconstruct, relative_error
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify",)
 READS: tuple[str, ...] = ("model", "calibration")
-VERSION = 1
+VERSION = 2
 RESUMES = True
 DISTRIBUTED = False
 BLOCKS = "blocks"
@@ -55,47 +48,25 @@ def run(context: Context) -> dict:
     for theirs, ours in both:
         file = done / f"{ours.index}.safetensors"
         if not file.is_file():
-            _keep(_trained(context, theirs, ours), file, sparse)
-        errors.append(_take(file, ours))
+            dtypes = {name: sparse.dtype(f"{name}.weight") for name in ours.linears}
+            _reconstructed(context, theirs, ours).keep(file, dtypes)
+        made = Reconstructed.kept(file)
+        for name, linear in ours.linears.items():  # as stored: what the blocks after it shall see
+            linear.weight.copy_(made.weights[name])
+        errors.append(made.errors)
         advance()
     _assemble(sparse, done, context.folder / "model")
     shutil.rmtree(done)
-    return {"blocks": errors, "device": device_name(device)}
+    return {"block_errors": errors, "device": device_name(device)}
 
 
-def _trained(context: Context, theirs: Block, ours: Block) -> dict[str, Any]:
-    """Weights and errors of a block, before and after."""
+def _reconstructed(context: Context, theirs: Block, ours: Block) -> Reconstructed:
     config, masks = context.recipe.sparsify.reconstruct, {}
     assert config is not None
     for name, linear in ours.linears.items():
         mask = load_mask(context.inputs["sparsify"].path, name, linear.weight.shape)
         masks[name] = mask.to(linear.weight.device)
-    with torch.no_grad():
-        targets = list(outputs_of(theirs))
-    before = relative_error(ours, targets)
-    reconstruct(ours, targets, masks, config, context.recipe.seed + ours.index)
-    weights = {name: linear.weight for name, linear in ours.linears.items()}
-    return {"weights": weights, "errors": [before, relative_error(ours, targets)]}
-
-
-def _keep(trained: dict[str, Any], file: Path, sparse: Checkpoint) -> None:
-    """A file that is there is whole."""
-    tensors: dict[str, Tensor] = {}
-    for name, weight in trained["weights"].items():
-        key = f"{name}.weight"
-        tensors[key] = weight.detach().to(sparse.dtype(key)).cpu()
-    partial = file.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"errors": json.dumps(trained["errors"])})
-    partial.rename(file)
-
-
-def _take(file: Path, block: Block) -> dict[str, float]:
-    """Give a block its weights as they are stored: what the blocks after it shall see."""
-    with safe_open(file, framework="pt") as tensors:
-        for name, linear in block.linears.items():
-            linear.weight.copy_(tensors.get_tensor(f"{name}.weight"))
-        before, after = json.loads(tensors.metadata()["errors"])
-    return {"error_before": before, "error_after": after}
+    return reconstruct(theirs, ours, masks, config, context.recipe.seed + ours.index)
 
 
 def _assemble(sparse: Checkpoint, done: Path, folder: Path) -> None:

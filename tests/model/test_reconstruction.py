@@ -1,4 +1,5 @@
-"""Kept weights trained to give the dense blocks' output: nearer to it, and no zero lost."""
+"""Kept weights trained to give the dense blocks' output: nearer to it, and no zero lost; the same
+through a grid."""
 
 import shutil
 from pathlib import Path
@@ -12,20 +13,22 @@ from sqft_export.data.calibration import calibration_tensors
 from sqft_export.data.items import load_tokenizer
 from sqft_export.errors import UserError
 from sqft_export.measure.likelihood import likelihood
+from sqft_export.model import reconstruction
 from sqft_export.model.blocks import walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.floats import load_model
-from sqft_export.model.storage import load_mask
+from sqft_export.model.storage import load_grids, load_mask
+from sqft_export.numerics.affine import fake_quantize
 from sqft_export.run.artifact import Artifact
 from sqft_export.run.pipeline import run_recipe
-from sqft_export.sparsifiers import reconstruction
+from sqft_export.stages import quantize as quantize_stage
 from sqft_export.stages import reconstruct as stage
 from sqft_export.targets.torch import TorchSession
 
 SETTINGS = (
     "adapt=none",
     "calibration.samples=32",
-    "sparsify.reconstruct={steps: 30, batch: 4, learning_rate: 1e-3}",
+    "sparsify.reconstruct={steps: 30, batch: 4}",
 )
 
 
@@ -60,8 +63,9 @@ def test_kept_weights_move_and_nothing_else(made):
 
 
 def test_the_model_is_nearer_to_the_dense_one(made):
-    for block in made["reconstruct"].metrics["blocks"]:
-        assert block["error_after"] < 0.7 * block["error_before"]
+    for block in made["reconstruct"].metrics["block_errors"]:
+        before, after = block
+        assert after < 0.7 * before
     recipe = small_recipe(*SETTINGS, "seed=7")
     ids = [sample.tolist() for sample in calibration_tensors(recipe, TINY)]
 
@@ -81,11 +85,11 @@ def test_an_interrupted_pass_goes_on_to_the_same_bytes(made, tmp_path, monkeypat
     trained = []
     really = stage.reconstruct
 
-    def until_the_third(block, *rest):
-        trained.append(block.index)
+    def until_the_third(theirs, *rest):
+        trained.append(theirs.index)
         if len(trained) == 3:
             raise KeyboardInterrupt
-        really(block, *rest)
+        return really(theirs, *rest)
 
     monkeypatch.setattr(stage, "reconstruct", until_the_third)
     with pytest.raises(KeyboardInterrupt):
@@ -129,3 +133,103 @@ def test_training_starts_from_it_and_the_certificate_covers_it(tmp_path):
 def test_it_needs_a_dense_model_to_come_back_to():
     with pytest.raises(UserError, match="reconstruct: method given prunes nothing that a dense"):
         small_recipe(*SETTINGS, "sparsify={method: given, reconstruct: {}}")
+
+
+ROUNDED = (
+    "adapt=none",
+    "calibration.samples=32",
+    "quantize.reconstruct={steps: 30, batch: 4}",
+)
+
+
+def rounded(root: Path, *settings: str, model: Path | None = None, last: str = "quantize"):
+    return run_recipe(small_recipe(*ROUNDED, *settings, model_path=model), root, (last,))
+
+
+@pytest.fixture(scope="module")
+def on_grid(tmp_path_factory) -> dict[str, Artifact]:
+    return rounded(tmp_path_factory.mktemp("rounded"))
+
+
+def values(run: dict[str, Artifact]) -> dict[str, Tensor]:
+    """What every Linear is in the deployment."""
+    checkpoint = Checkpoint(run["quantize"].path / "model")
+    return {
+        name: fake_quantize(checkpoint.tensor(f"{name}.weight").float(), grid)
+        for name, grid in load_grids(run["quantize"].path).items()
+        if name in checkpoint.linears
+    }
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory) -> dict[str, Artifact]:
+    return rounded(tmp_path_factory.mktemp("untrained"), "quantize.reconstruct=null")
+
+
+def test_through_the_grid_codes_and_scales_move_and_zeros_stay(on_grid, untrained):
+    grids, moved = load_grids(untrained["quantize"].path), load_grids(on_grid["quantize"].path)
+    for name, value in values(on_grid).items():
+        dropped = ~load_mask(on_grid["sparsify"].path, name, value.shape)
+        assert dropped.any() and not value[dropped].any()
+        assert torch.equal(moved[name].zero_point, grids[name].zero_point)
+        assert (moved[name].scale != grids[name].scale).float().mean() > 0.5
+    for before, after in on_grid["quantize"].metrics["block_errors"]:
+        assert after < 0.7 * before
+
+
+def test_through_the_grid_the_model_is_nearer_to_the_dense_one(on_grid, untrained):
+    ids = [sample.tolist() for sample in calibration_tensors(small_recipe("seed=7"), TINY)]
+
+    def perplexity(run: dict[str, Artifact] | None) -> float:
+        model = load_model(Checkpoint(TINY), torch.float32)
+        weights = {f"{name}.weight": value for name, value in values(run).items()} if run else {}
+        assert not model.load_state_dict(weights, strict=False).unexpected_keys
+        session = TorchSession(model)
+        return likelihood(session, [one[:1] for one in ids], [one[1:] for one in ids])["perplexity"]
+
+    dense = perplexity(None)
+    assert perplexity(on_grid) - dense < 0.6 * (perplexity(untrained) - dense)
+
+
+def test_an_interrupted_quantize_goes_on_to_the_same_bytes(on_grid, tmp_path, monkeypatch):
+    shutil.copytree(on_grid["sparsify"].path, tmp_path / on_grid["sparsify"].path.name)
+    trained, really = [], quantize_stage.reconstruct
+
+    def until_the_third(theirs, *rest):
+        trained.append(theirs.index)
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        return really(theirs, *rest)
+
+    monkeypatch.setattr(quantize_stage, "reconstruct", until_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        rounded(tmp_path)
+    again = rounded(tmp_path)
+    assert trained == [0, 1, 2, 2, 3]
+    theirs, ours = weights(on_grid["quantize"].path), weights(again["quantize"].path)
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    assert again["quantize"].metrics == on_grid["quantize"].metrics
+    assert not (again["quantize"].path / quantize_stage.BLOCKS).exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("sparsify={method: none}", "quantize.bits=3", "quantize.method=rtn"),
+        ("quantize.symmetric=false", "export.targets=[gguf]", "quantize.group_size=32"),
+        ("adapt={steps: 2, ranks: [8, 4]}", "sparsify.pattern='2:4'", "sparsify.sparsity=null"),
+        ("quantize.method=nncf", "quantize.group_size=16"),
+    ],
+    ids=["dense-int3", "asymmetric-gguf", "tuned", "nncf"],
+)
+def test_what_was_trained_through_the_grid_passes_every_check(tmp_path, settings):
+    model = random_model(tmp_path / "model", hidden_size=128, intermediate_size=192)
+    small = ("export={targets: [onnx]}", "verify.prompts=2", "verify.new_tokens=4")
+    run = rounded(tmp_path / "runs", *small, *settings, model=model, last="verify")
+    assert all(check["passed"] for check in run["verify"].metrics["checks"])
+    assert run["quantize"].metrics["block_errors"]
+
+
+def test_codes_that_are_given_are_not_trained():
+    with pytest.raises(UserError, match="reconstruct: method given rounds nothing"):
+        small_recipe("quantize={method: given, reconstruct: {}}", "sparsify={method: none}")
