@@ -3,11 +3,12 @@
     python benchmarks/compression.py --model <Hugging Face folder> --text <text file>
 
 Every combination of {magnitude, wanda, sparsegpt} at 50 % and {none, INT8, INT4} by {rtn, plain
-gptq, mask-aware gptq, nncf with AWQ and scale estimation}: mean relative output error of the
-decoder Linears on calibration inputs of the dense model, perplexity on held-out text, and the share
-of pruned positions still zero. Plain GPTQ is the same code with nothing marked as pruned, which is
-what GPTQ does to a sparse model. AWQ moves scales between a block's Linears, so nncf's output error
-per Linear means nothing and is left out.
+gptq, mask-aware gptq, nncf with AWQ and scale estimation}, and floats and mask-aware gptq with
+blocks reconstructed before or after: mean relative output error of the decoder Linears on
+calibration inputs of the dense model, perplexity on held-out text, and the share of pruned
+positions still zero. Plain GPTQ is the same code with nothing marked as pruned, which is what GPTQ
+does to a sparse model. AWQ moves scales between a block's Linears, so nncf's output error per
+Linear means nothing and is left out.
 
 Then, on one Linear, GPTQ and Wanda against a transcription of the published algorithms, in turns.
 """
@@ -28,18 +29,25 @@ from sqft_export.measure.likelihood import likelihood
 from sqft_export.model.blocks import Block, Inputs, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.floats import load_model
+from sqft_export.model.reconstruction import reconstruct
 from sqft_export.numerics.affine import fake_quantize
 from sqft_export.numerics.groups import fallback_group_size
 from sqft_export.numerics.hessian import inverse_factor
 from sqft_export.quantizers import gptq, nncf, rtn
-from sqft_export.recipe.schema import Quantize
+from sqft_export.recipe.schema import Quantize, Reconstruct
 from sqft_export.sparsifiers import Pruning, magnitude, sparsegpt, wanda
 from sqft_export.targets.torch import TorchSession
 
 GROUP_SIZE = 32
 WINDOW, CALIBRATION, TEST = 256, 48, 32
 SPARSIFIERS = {"dense": None, "magnitude": magnitude, "wanda": wanda, "sparsegpt": sparsegpt}
-QUANTIZERS = ("none", "rtn", "gptq plain", "gptq mask-aware", "nncf")
+BEFORE, AFTER = "reconstructed, ", ", reconstructed"  # of a quantizer
+QUANTIZERS = (
+    *("none", "rtn", "gptq plain", "gptq mask-aware", "nncf"),
+    *(f"{BEFORE}none", f"{BEFORE}gptq mask-aware", f"gptq mask-aware{AFTER}"),
+)
+# With nothing pruned, the first is plain GPTQ, and there is nothing to reconstruct before rounding.
+UNPRUNED_ALIKE = ("gptq mask-aware", f"{BEFORE}none", f"{BEFORE}gptq mask-aware")
 DAMPING = 0.01
 
 
@@ -63,10 +71,30 @@ def pruned(weight: Tensor, hessian: Tensor, sparsifier) -> tuple[Tensor, Tensor]
 
 
 def quantized(
-    block: Block, masks: dict[str, Tensor], hessians: dict[str, Tensor], quantizer: str, bits: int
+    theirs: Block,
+    block: Block,
+    masks: dict[str, Tensor],
+    hessians: dict[str, Tensor],
+    quantizer: str,
+    bits: int,
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and result of every Linear of a pruned block."""
-    if quantizer == "none":
+    if quantizer.startswith(BEFORE):
+        reconstruct(theirs, block, masks, Reconstruct(), 0)
+        rest = quantizer.removeprefix(BEFORE)
+        yield from quantized(theirs, block, masks, hessians, rest, bits)
+    elif quantizer.endswith(AFTER):
+        made, grids = {}, {}
+        for name, linear in block.linears.items():
+            options = bits, fallback_group_size(linear.in_features, GROUP_SIZE), True
+            factor = factor_of(hessians[name])
+            made[name] = gptq.compress(linear.weight, masks[name], *options, factor)
+        for name, (weight, grids[name]) in made.items():
+            block.linears[name].weight.copy_(weight)
+        trained = reconstruct(theirs, block, masks, Reconstruct(), 0, grids)
+        for name, grid in trained.grids.items():
+            yield name, fake_quantize(trained.weights[name], grid)
+    elif quantizer == "none":
         yield from ((name, linear.weight.clone()) for name, linear in block.linears.items())
     elif quantizer == "nncf":
         # Its INT8 is per channel and looks at no data.
@@ -88,14 +116,15 @@ def run(folder: Path, samples: list[Tensor], test, dense: dict, choice) -> dict[
     sparsifier, quantizer, bits = choice
     model, inputs = load_model(Checkpoint(folder)), Inputs("hessian")
     errors, kept, dropped = [], 0, 0
-    for block in walk(Checkpoint(folder), samples, inputs.collector):
+    both = (walk(Checkpoint(folder), samples, collector) for collector in (None, inputs.collector))
+    for theirs, block in zip(*both, strict=True):
         weights = {name: linear.weight.clone() for name, linear in block.linears.items()}
         hessians = {name: inputs.take(name) for name in weights}
         masks = {}
         for name, linear in block.linears.items():
             sparse, masks[name] = pruned(weights[name], hessians[name], sparsifier)
             linear.weight.copy_(sparse)
-        for name, result in quantized(block, masks, hessians, quantizer, bits):
+        for name, result in quantized(theirs, block, masks, hessians, quantizer, bits):
             difference, weight = result - weights[name], weights[name]
             energy = ((weight @ dense[name]) * weight).sum()
             errors.append(float(((difference @ dense[name]) * difference).sum() / energy))
@@ -215,9 +244,9 @@ def main() -> None:
     rows, values = [], {}
     for name, sparsifier in SPARSIFIERS.items():
         for quantizer in QUANTIZERS:
-            for bits in (8, 4) if quantizer != "none" else (0,):
-                if sparsifier is None and quantizer == "gptq mask-aware":
-                    continue  # with nothing pruned it is plain GPTQ
+            for bits in (0,) if quantizer.endswith("none") else (8, 4):
+                if sparsifier is None and quantizer in UNPRUNED_ALIKE:
+                    continue
                 found = run(arguments.model, samples, test, dense, (sparsifier, quantizer, bits))
                 rows.append([name, f"INT{bits}" if bits else "float", quantizer, *found.values()])
                 values[f"{name}/{quantizer}/{bits}"] = found

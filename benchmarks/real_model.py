@@ -42,18 +42,21 @@ WINDOW, WINDOWS = 256, 32
 CHARACTERS = 16 * WINDOW * WINDOWS  # of the text: enough for them
 DENSE, LORA = "dense", "dense + LoRA"
 FLOATS, UNPRUNED = "quantize={method: none}", "sparsify={method: none}"
-PLAIN, UNTUNED = "sparsify.reconstruct=null", "adapt=none"
+PLAIN, UNTUNED = "quantize.reconstruct=null", "adapt=none"
+IN_FLOATS = "sparsify.reconstruct={steps: 60, batch: 16}"  # as the recipe does through the grid
 # What is made of the base, and the pass that makes it.
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     LORA: ("teacher", ("benchmark.baselines=[dense-lora]",)),
-    "dense INT4": ("merge", (UNPRUNED, UNTUNED)),
+    "dense INT4": ("merge", (UNPRUNED, PLAIN, UNTUNED)),
+    "dense INT4, reconstructed": ("merge", (UNPRUNED, UNTUNED)),
     "dense INT4, tuned": ("merge", (UNPRUNED,)),
     "dense INT3, tuned": ("merge", (UNPRUNED, "quantize.bits=3")),
-    "sparse": ("merge", (FLOATS, PLAIN, UNTUNED)),
-    "sparse, reconstructed": ("merge", (FLOATS, UNTUNED)),
+    "sparse": ("merge", (FLOATS, UNTUNED)),
+    "sparse, reconstructed": ("merge", (FLOATS, IN_FLOATS, UNTUNED)),
     "sparse INT4": ("merge", (PLAIN, UNTUNED)),
+    "sparse INT4, reconstructed before": ("merge", (PLAIN, IN_FLOATS, UNTUNED)),
     "sparse INT4, reconstructed": ("merge", (UNTUNED,)),
-    "SparsePEFT": ("merge", (FLOATS, "adapt.pipeline=sparsepeft")),
+    "SparsePEFT": ("merge", (FLOATS, IN_FLOATS, "adapt.pipeline=sparsepeft")),
     "QA-SparsePEFT": ("merge", ()),
     "QA-SparsePEFT, not reconstructed": ("merge", (PLAIN,)),
     "QA-SparsePEFT, 60 %": ("merge", ("sparsify.sparsity=0.6",)),

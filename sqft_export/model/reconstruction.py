@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sqft_export.model.blocks import Block, output_of
-from sqft_export.numerics.affine import Grid, fake_quantize_inside, grouped
+from sqft_export.numerics import fused
+from sqft_export.numerics.affine import Grid, grouped
 from sqft_export.numerics.codes import FLOAT16_BITS
 from sqft_export.recipe.schema import Reconstruct
 
@@ -100,16 +101,16 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight: Tensor, shift: Tensor, grid: Grid):
-        rounded, inside = fake_quantize_inside(weight, grid)
-        ctx.save_for_backward(weight, rounded, inside)
-        ctx.group_size = grid.group_size
-        return rounded
+        ctx.save_for_backward(weight)
+        ctx.grid = grid
+        return fused.effective_weight(fused.Frozen(weight, None, grid), None, 0.0)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        weight, rounded, inside = ctx.saved_tensors
-        moved = gradient * (rounded - weight * inside)
-        return gradient * inside, grouped(moved, ctx.group_size).sum(dim=2), None
+        (weight,) = ctx.saved_tensors
+        base, nothing = fused.Frozen(weight, None, ctx.grid), torch.zeros_like(weight)
+        back = fused.backward(base, nothing, 0.0, gradient.clone(), True)
+        return back.passed, grouped(back.moved, ctx.grid.group_size).sum(dim=2), None
 
 
 class _Trained(nn.Module):

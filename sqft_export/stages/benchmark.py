@@ -83,7 +83,8 @@ def rows(context: Context) -> list[Row]:
 
 def _baselines(context: Context) -> Iterator[Row]:
     """What other settings would have made of the base."""
-    wanted, quantized = context.recipe.benchmark.baselines, f"INT{context.recipe.quantize.bits}"
+    wanted, quantize = context.recipe.benchmark.baselines, context.recipe.quantize
+    quantized = f"INT{quantize.bits}{', reconstructed' if quantize.reconstruct else ''}"
     for word, stage, name, folder in (
         ("dense-lora", "teacher", "dense + LoRA", "dense-lora"),
         ("sparse", "sparsify", "sparse", "model"),

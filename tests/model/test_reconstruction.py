@@ -27,8 +27,8 @@ from sqft_export.targets.torch import TorchSession
 
 SETTINGS = (
     "adapt=none",
-    "calibration.samples=32",
-    "sparsify.reconstruct={steps: 30, batch: 4}",
+    "calibration.samples=16",
+    "sparsify.reconstruct={steps: 20, batch: 4}",
 )
 
 
@@ -137,8 +137,8 @@ def test_it_needs_a_dense_model_to_come_back_to():
 
 ROUNDED = (
     "adapt=none",
-    "calibration.samples=32",
-    "quantize.reconstruct={steps: 30, batch: 4}",
+    "calibration.samples=16",
+    "quantize.reconstruct={steps: 20, batch: 4}",
 )
 
 
