@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from sqft_export.errors import UserError
 from sqft_export.plan.checks import check_recipe
 from sqft_export.recipe.load import load_recipe
+from sqft_export.run.pipeline import run_recipe
 
 ROOT = Path(__file__).parent.parent
 SQFT = str(Path(sys.executable).parent / "sqft-export")
@@ -93,15 +95,22 @@ def faults(*overrides: str) -> str:
     return done.stderr
 
 
+def refused(root: Path, *overrides: str) -> str:
+    """The same without a process of its own."""
+    with pytest.raises(UserError) as caught:
+        run_recipe(load_recipe(ROOT / "recipes" / "tiny.yaml", overrides), root)
+    return str(caught.value)
+
+
 def test_what_does_not_fit_the_model_is_refused_before_any_work(tmp_path):
     runs = ("--runs", str(tmp_path))
     assert "adapt.ranks: found 128, but k_proj has only 64" in faults("adapt.ranks=[128]", *runs)
-    assert "allowed are down_proj, gate_proj, k_proj" in faults(
-        "adapt.target_modules=[q_proj,k_proj,v_proj,out]", *runs
+    assert "allowed are down_proj, gate_proj, k_proj" in refused(
+        tmp_path, "adapt.target_modules=[q_proj,k_proj,v_proj,out]"
     )
-    assert "task.train: no such file" in faults("task.train=nope.jsonl", *runs)
-    assert "the template asks for query; the item has question, answer" in faults(
-        "task.prompt='{query}'", *runs
+    assert "task.train: no such file" in refused(tmp_path, "task.train=nope.jsonl")
+    assert "the template asks for query; the item has question, answer" in refused(
+        tmp_path, "task.prompt='{query}'"
     )
     assert "no Hugging Face model in /nowhere" in faults("model.path=/nowhere", *runs)
     assert not any(tmp_path.iterdir())

@@ -280,7 +280,7 @@ def train_on_task(
     ranks_at = partial(draw_ranks, list(groups), config.ranks, recipe.seed)
     log, pace = train_adapter(
         model,
-        data.train,
+        list(data.train),
         config,
         recipe.seed,
         padding_id(model, tokenizer),

@@ -1,6 +1,7 @@
 """The samples that pruning and quantization see."""
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sqft_export.data.files import numbered_rows, read_text
-from sqft_export.data.items import Data, first_token, load_tokenizer, windows_of
+from sqft_export.data.items import Data, Example, first_token, load_tokenizer, windows_of
 from sqft_export.errors import UserError
 from sqft_export.recipe.schema import HUB, Recipe
 from sqft_export.recipe.templates import text_field
@@ -28,21 +29,22 @@ def calibration_samples(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
     :raises UserError: if the source has fewer samples than asked for.
     """
     config = recipe.calibration
-    samples = _calibration_source(recipe, tokenizer)
+    task = config.source == "task"
+    samples: Sequence[Any] = Data(recipe, tokenizer).train if task else _texts(recipe, tokenizer)
     if len(samples) < config.samples:
-        where = "the training split" if config.source == "task" else config.source
+        where = "the training split" if task else config.source
         raise UserError(
             f"{recipe.file}: calibration.samples: found {config.samples}, but {where} has "
             f"{len(samples)} of at most {config.sequence_length} tokens"
         )
     chosen = random.Random(recipe.seed).sample(samples, config.samples)
-    return [ids[: config.sequence_length] for ids in chosen]
+    ids = (sample.ids if isinstance(sample, Example) else sample for sample in chosen)
+    return [one[: config.sequence_length] for one in ids]
 
 
-def _calibration_source(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
+def _texts(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
+    """Samples of a source of its own."""
     config = recipe.calibration
-    if config.source == "task":
-        return [example.ids for example in Data(recipe, tokenizer).train]
     file = recipe.resolve(config.source)
     if config.source.startswith(HUB) or file.is_dir():
         return _dataset_texts(recipe, tokenizer)

@@ -8,11 +8,11 @@ No padding is made here, but where batches are formed: ``measure/batches.py`` (e
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from sqft_export.data.datasets import SETS, Record, Scoring, local_file, records, set_names
 from sqft_export.data.files import numbered_rows, read_text
@@ -186,40 +186,76 @@ def _set_aside(recipe: Recipe, count: int) -> list[int]:
     return sorted(random.Random(recipe.seed).sample(range(count), search.items))
 
 
+class Examples(Sequence[Example]):
+    """Training examples; only those that are asked for are tokenized.
+
+    texts: prompt and answer of every one. longest: tokens that are kept of it.
+    """
+
+    def __init__(self, tokenizer: Any, texts: list[tuple[str, str]], longest: int):
+        self.tokenizer, self.texts, self.longest = tokenizer, texts, longest
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @overload
+    def __getitem__(self, at: int) -> Example: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Example]: ...
+    def __getitem__(self, at):
+        if isinstance(at, slice):
+            return [self._cut(whole) for whole in self._tokenized(self.texts[at])]
+        return self._cut(self._tokenized([self.texts[at]])[0])
+
+    def __iter__(self) -> Iterator[Example]:
+        return map(self._cut, self._all)
+
+    @property
+    def truncated(self) -> int:
+        """How many are longer."""
+        return sum(len(whole.ids) > self.longest for whole in self._all)
+
+    @cached_property
+    def _all(self) -> list[Example]:
+        return self._tokenized(self.texts)
+
+    def _cut(self, whole: Example) -> Example:
+        return Example(whole.ids[: self.longest], whole.skip)
+
+    def _tokenized(self, texts: list[tuple[str, str]]) -> list[Example]:
+        end, pairs = self.tokenizer.eos_token_id, _pairs(self.tokenizer, texts)
+        return [Example([*prompt, *answer, end], len(prompt)) for prompt, answer in pairs]
+
+
 class Data:
     """A task read, split and tokenized; each part when it is first asked for.
 
-    train: training examples.
+    train: training examples; of texts that are not windows, tokenized as they are asked for.
     validation: training items set aside for search, if it evaluates any.
     test: held-out items, for benchmark and verify alone.
-    truncated: training examples that were longer than the limit and were cut.
+    truncated: how many training examples are longer than the limit and are cut.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: Any):
         self.recipe, self.tokenizer = recipe, tokenizer
 
     @cached_property
-    def _train(self) -> tuple[list[Example], list[Item], int]:
+    def _train(self) -> tuple[Sequence[Example], list[Item]]:
         task, tokenizer = self.recipe.task, self.tokenizer
         if isinstance(task, Text):
             items, _ = _text_items(task, self.recipe, tokenizer)
             aside = set(_set_aside(self.recipe, len(items)))
             chosen = [item for n, item in enumerate(items) if n in aside]
             rest = [Example(i.ids, 1) for n, i in enumerate(items) if n not in aside]
-            return rest, chosen, 0
+            return rest, chosen
         found = list(_records(self.recipe, "train"))
         aside = set(_set_aside(self.recipe, len(found)))
         chosen = _items(tokenizer, [one for n, one in enumerate(found) if n in aside])
         texts = [(r.prompt, r.answer) for n, (_, _, r) in enumerate(found) if n not in aside]
-        end, longest = tokenizer.eos_token_id, task.sequence_length
-        whole = [
-            ([*prompt, *answer, end], len(prompt)) for prompt, answer in _pairs(tokenizer, texts)
-        ]
-        examples = [Example(ids[:longest], skip) for ids, skip in whole]
-        return examples, chosen, sum(len(ids) > longest for ids, _ in whole)
+        return Examples(tokenizer, texts, task.sequence_length), chosen
 
     @property
-    def train(self) -> list[Example]:
+    def train(self) -> Sequence[Example]:
         return self._train[0]
 
     @property
@@ -228,7 +264,7 @@ class Data:
 
     @property
     def truncated(self) -> int:
-        return self._train[2]
+        return self.train.truncated if isinstance(self.train, Examples) else 0
 
     @cached_property
     def test(self) -> list[Item]:

@@ -39,6 +39,24 @@ def test_examples_over_the_limit_are_cut_and_counted(tokenizer):
     assert max(len(e.ids) for e in data.train) == 40
 
 
+def test_examples_are_tokenized_as_they_are_asked_for(tokenizer):
+    asked = []
+
+    class Watched:
+        eos_token_id = tokenizer.eos_token_id
+
+        def __call__(self, texts, **options):
+            asked.extend(texts)
+            return tokenizer(texts, **options)
+
+    train = Data(small_recipe(), Watched()).train
+    some = [train[7], *train[-2:]]
+    assert 0 < len(asked) <= 6 < len(train)
+    assert some == [
+        one for at, one in enumerate(train) if at in (7, len(train) - 2, len(train) - 1)
+    ]
+
+
 def test_train_and_test_share_no_problem():
     train, test = (
         {json.loads(line)["question"] for line in (TINY / f"{name}.jsonl").read_text().splitlines()}

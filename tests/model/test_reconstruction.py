@@ -22,7 +22,7 @@ from sqft_export.numerics.affine import fake_quantize
 from sqft_export.run.artifact import Artifact
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.stages import quantize as quantize_stage
-from sqft_export.stages import reconstruct as stage
+from sqft_export.stages import reconstruct as reconstruct_stage
 from sqft_export.targets.torch import TorchSession
 
 SETTINGS = (
@@ -80,10 +80,17 @@ def test_the_model_is_nearer_to_the_dense_one(made):
     assert again - dense < 0.6 * (sparse - dense)
 
 
-def test_an_interrupted_pass_goes_on_to_the_same_bytes(made, tmp_path, monkeypatch):
-    shutil.copytree(made["sparsify"].path, tmp_path / made["sparsify"].path.name)
-    trained = []
-    really = stage.reconstruct
+@pytest.mark.parametrize(
+    ("stage", "setting"),
+    [(reconstruct_stage, "sparsify.reconstruct"), (quantize_stage, "quantize.reconstruct")],
+    ids=["reconstruct", "quantize"],
+)
+def test_an_interrupted_pass_goes_on_to_the_same_bytes(tmp_path, monkeypatch, stage, setting):
+    name, trained, really = stage.__name__.rpartition(".")[2], [], stage.reconstruct
+    recipe = small_recipe("adapt=none", "calibration.samples=8", f"{setting}={{steps: 2}}")
+    whole = run_recipe(recipe, tmp_path / "whole", (name,))
+    copied = whole["sparsify"].path
+    shutil.copytree(copied, tmp_path / "runs" / copied.name)
 
     def until_the_third(theirs, *rest):
         trained.append(theirs.index)
@@ -93,12 +100,12 @@ def test_an_interrupted_pass_goes_on_to_the_same_bytes(made, tmp_path, monkeypat
 
     monkeypatch.setattr(stage, "reconstruct", until_the_third)
     with pytest.raises(KeyboardInterrupt):
-        run_to("reconstruct", tmp_path)
-    again = run_to("reconstruct", tmp_path)["reconstruct"]
+        run_recipe(recipe, tmp_path / "runs", (name,))
+    again = run_recipe(recipe, tmp_path / "runs", (name,))[name]
     assert trained == [0, 1, 2, 2, 3]
-    theirs, ours = weights(made["reconstruct"].path), weights(again.path)
-    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
-    assert again.metrics == made["reconstruct"].metrics
+    theirs, ours = weights(whole[name].path), weights(again.path)
+    assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
+    assert again.metrics == whole[name].metrics
     assert not (again.path / stage.BLOCKS).exists()
 
 
@@ -122,7 +129,8 @@ def test_samples_go_through_a_block_together_as_alone(tmp_path, kind):
 def test_training_starts_from_it_and_the_certificate_covers_it(tmp_path):
     model = random_model(tmp_path / "model")
     export = ("export={targets: [onnx]}", "verify.prompts=2", "verify.new_tokens=4")
-    run = run_to("verify", tmp_path / "runs", *export, model=model)
+    little = ("calibration.samples=4", "sparsify.reconstruct={steps: 2}")
+    run = run_to("verify", tmp_path / "runs", *little, *export, model=model)
     checks = {check["name"]: check for check in run["verify"].metrics["checks"]}
     assert all(check["passed"] for check in checks.values())
     assert "pruned positions zero in reconstruct" in checks
@@ -140,6 +148,10 @@ ROUNDED = (
     "calibration.samples=16",
     "quantize.reconstruct={steps: 20, batch: 4}",
 )
+LITTLE = (
+    "calibration.samples=4",
+    "quantize.reconstruct={steps: 2}",
+)  # how good: not asked
 
 
 def rounded(root: Path, *settings: str, model: Path | None = None, last: str = "quantize"):
@@ -191,27 +203,6 @@ def test_through_the_grid_the_model_is_nearer_to_the_dense_one(on_grid, untraine
     assert perplexity(on_grid) - dense < 0.6 * (perplexity(untrained) - dense)
 
 
-def test_an_interrupted_quantize_goes_on_to_the_same_bytes(on_grid, tmp_path, monkeypatch):
-    shutil.copytree(on_grid["sparsify"].path, tmp_path / on_grid["sparsify"].path.name)
-    trained, really = [], quantize_stage.reconstruct
-
-    def until_the_third(theirs, *rest):
-        trained.append(theirs.index)
-        if len(trained) == 3:
-            raise KeyboardInterrupt
-        return really(theirs, *rest)
-
-    monkeypatch.setattr(quantize_stage, "reconstruct", until_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        rounded(tmp_path)
-    again = rounded(tmp_path)
-    assert trained == [0, 1, 2, 2, 3]
-    theirs, ours = weights(on_grid["quantize"].path), weights(again["quantize"].path)
-    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
-    assert again["quantize"].metrics == on_grid["quantize"].metrics
-    assert not (again["quantize"].path / quantize_stage.BLOCKS).exists()
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -225,7 +216,7 @@ def test_an_interrupted_quantize_goes_on_to_the_same_bytes(on_grid, tmp_path, mo
 def test_what_was_trained_through_the_grid_passes_every_check(tmp_path, settings):
     model = random_model(tmp_path / "model", hidden_size=128, intermediate_size=192)
     small = ("export={targets: [onnx]}", "verify.prompts=2", "verify.new_tokens=4")
-    run = rounded(tmp_path / "runs", *small, *settings, model=model, last="verify")
+    run = rounded(tmp_path / "runs", *LITTLE, *small, *settings, model=model, last="verify")
     assert all(check["passed"] for check in run["verify"].metrics["checks"])
     assert run["quantize"].metrics["block_errors"]
 

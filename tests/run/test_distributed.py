@@ -35,6 +35,7 @@ def run(launcher: list[str], runs: Path, model: Path, batch: int) -> tuple[list[
     return [json.loads(line) for line in log.read_text().splitlines()], done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
     model = random_model(tmp_path / "model")
     torchrun = str(Path(sys.executable).parent / "torchrun")

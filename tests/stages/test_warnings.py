@@ -41,7 +41,6 @@ def test_warnings_reach_report_and_console(tmp_path):
         "adapt.warmup_steps=0",
         "adapt.steps=4",
         "benchmark.baselines=[sparse-quantized, merged]",
-        "benchmark.rounds=2",
         "export.targets=[]",
     )
     artifacts = run_recipe(recipe, tmp_path / "runs")
