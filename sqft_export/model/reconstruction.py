@@ -116,20 +116,12 @@ class _Rounded(torch.autograd.Function):
 class _Trained(nn.Module):
     """A Linear's weight as it is trained: in units of a first step, pruned positions held at zero.
 
-    mask: bool ``[out, in]``, True = kept. grid: or None.
-    rate: of a step; None: a share of the row's weights.
+    unit: float32, that step. mask: bool ``[out, in]``, True = kept. grid: or None.
     """
 
-    def __init__(
-        self, weight: Tensor, mask: Tensor, grid: Grid | None, scale_bits: int, rate: float | None
-    ):
+    def __init__(self, unit: Tensor, mask: Tensor, grid: Grid | None, scale_bits: int):
         super().__init__()
-        self.mask, self.grid, self.scale_bits = mask, grid, scale_bits
-        self.unit: float | Tensor = rate or 0.0
-        if rate is None:
-            square = weight.square().sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)
-            # 0 / 0 where nothing is kept.
-            self.unit = torch.where(square > 0, STEP * square.sqrt(), 1)
+        self.unit, self.mask, self.grid, self.scale_bits = unit, mask, grid, scale_bits
         if grid:
             self.shift = nn.Parameter(torch.zeros_like(grid.scale, dtype=torch.float32))
 
@@ -148,6 +140,14 @@ class _Trained(nn.Module):
     def moved(self) -> Grid | None:
         """The grid, its scales as they would be stored now."""
         return self.grid.moved(self.shift.detach(), self.scale_bits) if self.grid else None
+
+
+def _first_step(weight: Tensor, mask: Tensor, rate: float | None) -> Tensor:
+    """A learning rate, or what it is for each row, ``[out, 1]``."""
+    if rate is not None:
+        return torch.tensor(rate, device=weight.device)
+    square = weight.square().sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)
+    return torch.where(square > 0, STEP * square.sqrt(), 1)  # 0 / 0 where nothing is kept
 
 
 class Reconstructed(NamedTuple):
@@ -209,9 +209,8 @@ def reconstruct(
         targets = list(outputs_of(theirs))
     linears = {name: ours.linears[name] for name in masks}
     for name, linear in linears.items():
-        grid = grids[name] if grids else None
-        rate = config.learning_rate
-        trained = _Trained(linear.weight, masks[name], grid, scale_bits, rate)
+        unit = _first_step(linear.weight, masks[name], config.learning_rate)
+        trained = _Trained(unit, masks[name], grids[name] if grids else None, scale_bits)
         parametrize.register_parametrization(linear, "weight", trained)
     before = relative_error(ours, targets)
     _train(ours, targets, list(linears.values()), config, seed)
