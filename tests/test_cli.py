@@ -70,10 +70,9 @@ def test_recipes_pass_plan(name, tmp_path):
     done = sqft("plan", f"recipes/{name}.yaml", "--runs", str(tmp_path), "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
-    assert [p["pass"] for p in document["passes"]][:6] == [
+    assert [p["pass"] for p in document["passes"]][:5] == [
         "sparsify",
         "quantize",
-        "teacher",
         "adapt",
         "search",
         "merge",

@@ -4,7 +4,7 @@ from sqft_export.recipe.schema import Recipe
 
 
 def pass_names(recipe: Recipe) -> list[str]:
-    """The passes of this recipe, in order."""
+    """The passes of this recipe, in order; one is made from some of those before it alone."""
     names = []
     if recipe.sparsify.method != "none":
         names.append("sparsify")
@@ -12,16 +12,18 @@ def pass_names(recipe: Recipe) -> list[str]:
         names.append("reconstruct")
     if recipe.quantize.method != "none":
         names.append("quantize")
-    baselines = recipe.benchmark.baselines
+    distill = recipe.adapt.distill if recipe.adapt else None
+    taught = distill is not None and distill.teacher == "dense-lora"
     if recipe.adapt:
-        distill = recipe.adapt.distill
-        if "dense-lora" in baselines or (distill and distill.teacher == "dense-lora"):
-            names.append("teacher")
+        names += ["teacher"] if taught else []
         names += ["adapt", "search"]
     names.append("merge")
     names += [f"export-{target}" for target in recipe.export.targets]
     names.append("verify")
-    # Untrained, this is the merged model itself.
+    baselines = recipe.benchmark.baselines
+    # Untrained, these are the base and the merged model.
     if "sparse-quantized" in baselines and recipe.adapt and recipe.quantize.method != "none":
         names.append("baselines")
+    if "dense-lora" in baselines and recipe.adapt and not taught:
+        names.append("teacher")
     return [*names, "benchmark", "report"]

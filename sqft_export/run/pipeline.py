@@ -47,9 +47,9 @@ def needed_passes(recipe: Recipe, last: tuple[str, ...]) -> list[str]:
     if not last:
         return names
     needed = set(last)
-    for name in reversed(names):
+    for at, name in reversed(list(enumerate(names))):
         if name in needed:
-            needed |= set(stage_of(name).CONSUMES)
+            needed |= set(stage_of(name).CONSUMES) & set(names[:at])
     return [name for name in names if name in needed]
 
 

@@ -94,6 +94,22 @@ def test_costs_grow_with_the_work(odd):
         assert costs[0][name] < costs[1][name], name
 
 
+def test_training_through_the_grid_is_foretold_of_quantize(odd):
+    plain, grid = (
+        small_recipe(f"quantize.reconstruct={steps}", model_path=odd)
+        for steps in ("null", "{steps: 100}")
+    )
+    layout = layout_of(plain, odd)
+    for predict in (
+        lambda recipe: predict_seconds(recipe, layout, MACHINE, WORK),
+        lambda recipe: predict_bytes(recipe, layout),
+        lambda recipe: predict_memory(recipe, layout, WORK),
+    ):
+        before, after = predict(plain), predict(grid)
+        assert after["quantize"] > before["quantize"]
+        assert {n for n in before if after[n] != before[n]} == {"quantize"}
+
+
 def test_steps_of_epochs_are_counted_from_the_data(odd):
     recipe = small_recipe("adapt.steps=null", "adapt.epochs=2", model_path=odd)
     layout = layout_of(recipe, odd)

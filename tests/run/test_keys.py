@@ -10,7 +10,7 @@ from sqft_export.errors import HostError
 from sqft_export.model.hub import _is_whole
 from sqft_export.plan import costs
 from sqft_export.run.artifact import Store
-from sqft_export.run.pipeline import plan_passes, run_recipe
+from sqft_export.run.pipeline import needed_passes, plan_passes, run_recipe
 
 
 def keys(*overrides: str, model: Path = TINY, root: Path = Path("nowhere")) -> dict[str, str]:
@@ -25,7 +25,7 @@ def keys(*overrides: str, model: Path = TINY, root: Path = Path("nowhere")) -> d
         ("search.strategy=hill-climb", "sparsify"),
         ("seed=9", "sparsify"),
         ("quantize.bits=8", "quantize"),
-        ("adapt.batch=4", "teacher"),  # the dense baseline is tuned alike
+        ("adapt.batch=4", "adapt"),
         ("search.strategy=maximal", "search"),
         ("verify.divergence=0.2", "verify"),
     ],
@@ -33,6 +33,17 @@ def keys(*overrides: str, model: Path = TINY, root: Path = Path("nowhere")) -> d
 def test_an_option_changes_the_key_of_what_it_changes(override, first):
     one, other = keys(), keys(override)
     assert next(name for name in one if one[name] != other[name]) == first
+
+
+def test_a_baseline_counts_only_for_what_is_taught_by_it():
+    """Without the row of dense + LoRA nothing but the benchmark is made again."""
+    one, other = keys(), keys("benchmark.baselines=[dense, merged]")
+    assert "teacher" in one and "teacher" not in other
+    changed = {name for name in other if one[name] != other[name]}
+    assert changed == {"benchmark", "report"}
+    assert "teacher" not in needed_passes(small_recipe(), ("verify",))
+    taught = small_recipe("adapt.distill={teacher: dense-lora}")
+    assert needed_passes(taught, ("adapt",))[-2:] == ["teacher", "adapt"]
 
 
 def test_ranks_in_a_file_count_by_what_it_says(tmp_path):

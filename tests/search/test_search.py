@@ -7,8 +7,6 @@ import pytest
 from conftest import random_model, small_recipe
 from sqft_export.data.items import Data, load_tokenizer
 from sqft_export.errors import UserError
-from sqft_export.recipe.passes import pass_names
-from sqft_export.run import pipeline
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.search import Score, Space, frequent, median, strategy
 
@@ -69,21 +67,13 @@ def test_rules_that_evaluate_nothing():
     assert strategy("minimal").search(space()) == dict.fromkeys(GROUPS, 16)
 
 
-def run_to_search(recipe, root, monkeypatch) -> dict:
-    passes = pass_names(recipe)
-    wanted = passes[: passes.index("search") + 1]
-    wanted = [p for p in wanted if p != "teacher"]
-    monkeypatch.setattr(pipeline, "pass_names", lambda _: wanted)
-    return run_recipe(recipe, root)
-
-
-def test_search_scores_on_training_items_that_training_never_saw(tmp_path, monkeypatch):
+def test_search_scores_on_training_items_that_training_never_saw(tmp_path):
     model = random_model(tmp_path / "model")
     common = ("adapt.ranks=[8, 4]", "adapt.steps=3", "task.max_new_tokens=4")
     recipe = small_recipe(
         *common, "search={strategy: hill-climb, budget: 3, items: 8}", model_path=model
     )
-    found = run_to_search(recipe, tmp_path / "runs", monkeypatch)["search"]
+    found = run_recipe(recipe, tmp_path / "runs", ("search",))["search"]
     lines = (found.path / "evaluations.jsonl").read_text().splitlines()
     assert found.metrics["evaluations"] == len(lines) == 3
     entries = [json.loads(line) for line in lines]
@@ -93,11 +83,11 @@ def test_search_scores_on_training_items_that_training_never_saw(tmp_path, monke
     (tmp_path / "ranks.json").write_text(json.dumps(best["ranks"]))
     given = f"search={{strategy: given, configuration: {tmp_path / 'ranks.json'}}}"
     recipe = small_recipe(*common, given, model_path=model)
-    again = run_to_search(recipe, tmp_path / "again", monkeypatch)["search"]
+    again = run_recipe(recipe, tmp_path / "again", ("search",))["search"]
     assert again.metrics["ranks"] == best["ranks"] and again.metrics["evaluations"] == 0
     (tmp_path / "ranks.json").write_text(json.dumps({"0.q_proj": 7}))
     with pytest.raises(UserError, match=r"ranks.json: expected a rank of \[8, 4\] for each of"):
-        run_to_search(recipe, tmp_path / "wrong", monkeypatch)
+        run_recipe(recipe, tmp_path / "wrong", ("search",))
 
 
 def test_validation_and_training_items_are_apart_and_test_ones_the_same():
