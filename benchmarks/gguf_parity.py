@@ -130,7 +130,7 @@ def main() -> None:
     arguments = parser.parse_args()
     asked = {"tiny": load_recipe(ROOT / "recipes/tiny.yaml", SMALL if arguments.small else ())}
     if arguments.model:
-        settings = ["adapt=none", "quantize.reconstruct=null", "export.sparse_execution=false"]
+        settings = ["adapt=none", "export.sparse_execution=false"]
         settings += ["export.targets=[gguf]", "verify.prompts=4"]
         settings += [f"task.folder={arguments.task.resolve()}"] if arguments.task else []
         recipe = load_recipe(ROOT / "recipes/smollm2.yaml", tuple(settings), arguments.model)

@@ -42,23 +42,23 @@ WINDOW, WINDOWS = 256, 32
 CHARACTERS = 16 * WINDOW * WINDOWS  # of the text: enough for them
 DENSE, LORA = "dense", "dense + LoRA"
 FLOATS, UNPRUNED = "quantize={method: none}", "sparsify={method: none}"
-PLAIN, UNTUNED = "quantize.reconstruct=null", "adapt=none"
-IN_FLOATS = "sparsify.reconstruct={steps: 60, batch: 16}"  # as the recipe does through the grid
+UNTUNED = "adapt=none"
+BEFORE, THROUGH_GRID = "sparsify.reconstruct={}", "quantize.reconstruct={}"
 # What is made of the base, and the pass that makes it.
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     LORA: ("teacher", ("benchmark.baselines=[dense-lora]",)),
-    "dense INT4": ("merge", (UNPRUNED, PLAIN, UNTUNED)),
-    "dense INT4, reconstructed": ("merge", (UNPRUNED, UNTUNED)),
+    "dense INT4": ("merge", (UNPRUNED, UNTUNED)),
+    "dense INT4, reconstructed": ("merge", (UNPRUNED, THROUGH_GRID, UNTUNED)),
     "dense INT4, tuned": ("merge", (UNPRUNED,)),
     "dense INT3, tuned": ("merge", (UNPRUNED, "quantize.bits=3")),
     "sparse": ("merge", (FLOATS, UNTUNED)),
-    "sparse, reconstructed": ("merge", (FLOATS, IN_FLOATS, UNTUNED)),
-    "sparse INT4": ("merge", (PLAIN, UNTUNED)),
-    "sparse INT4, reconstructed before": ("merge", (PLAIN, IN_FLOATS, UNTUNED)),
-    "sparse INT4, reconstructed": ("merge", (UNTUNED,)),
-    "SparsePEFT": ("merge", (FLOATS, IN_FLOATS, "adapt.pipeline=sparsepeft")),
+    "sparse, reconstructed": ("merge", (FLOATS, BEFORE, UNTUNED)),
+    "sparse INT4": ("merge", (UNTUNED,)),
+    "sparse INT4, reconstructed before": ("merge", (BEFORE, UNTUNED)),
+    "sparse INT4, reconstructed": ("merge", (THROUGH_GRID, UNTUNED)),
+    "SparsePEFT": ("merge", (FLOATS, "adapt.pipeline=sparsepeft")),
     "QA-SparsePEFT": ("merge", ()),
-    "QA-SparsePEFT, not reconstructed": ("merge", (PLAIN,)),
+    "QA-SparsePEFT, reconstructed": ("merge", (THROUGH_GRID,)),
     "QA-SparsePEFT, 60 %": ("merge", ("sparsify.sparsity=0.6",)),
     "QA-SparsePEFT, bounded blocks": ("merge", ("sparsify.at_most=[32, 64]",)),
     "QA-SparsePEFT, 2:4": ("merge", ("sparsify.sparsity=null", "sparsify.pattern='2:4'")),
