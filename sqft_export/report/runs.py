@@ -25,7 +25,8 @@ REPORT = "report.json"
 
 
 _Share = Annotated[float, Field(ge=0, le=1)]
-_Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Amount = Annotated[_Finite, Field(ge=0)]
 
 
 class _Spread(BaseModel):
@@ -40,6 +41,11 @@ class _Spread(BaseModel):
         return self
 
 
+class _Beside(BaseModel):
+    agreement: _Share
+    kl_nats: _Finite
+
+
 class _Row(BaseModel):
     name: str
     runtime: Literal["torch", "openvino", "onnx", "gguf"]
@@ -52,6 +58,9 @@ class _Row(BaseModel):
     ttft: _Spread
     tpot: _Spread
     peak_memory_bytes: _Amount
+    # Not there where they were not asked for, but then not null either.
+    recovery: _Amount = 1.0
+    beside_dense: _Beside = _Beside(agreement=1.0, kl_nats=0.0)
 
 
 class _Machine(BaseModel):

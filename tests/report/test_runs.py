@@ -78,6 +78,28 @@ def test_runs_that_do_not_compare_are_told(tiny_run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("recovery", None),
+        ("recovery", "all"),
+        ("beside_dense", None),
+        ("beside_dense", {"agreement": 0.5, "kl_nats": [0.1]}),
+        ("beside_dense", {"agreement": 1.5, "kl_nats": 0.1}),
+        ("accuracy", True),
+    ],
+)
+def test_a_field_that_is_none_is_named(tiny_run, tmp_path, field, value):
+    report = tiny_run["report"].path
+    other = Path(shutil.copytree(report, tmp_path / "other"))
+    (other / "manifest.json").unlink()
+    document = json.loads((other / "report.json").read_text())
+    document["rows"][-1][field] = value
+    (other / "report.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=rf"report.json: rows\.\d+\.{field}"):
+        compare_runs([report, other], tmp_path / "page")
+
+
 def test_another_machine_is_told(tiny_run, tmp_path):
     report = tiny_run["report"].path
     other = tmp_path / "other"
