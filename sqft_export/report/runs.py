@@ -22,6 +22,7 @@ from sqft_export.run.artifact import MANIFEST, check_artifact
 from sqft_export.textfiles import read_json
 
 REPORT = "report.json"
+ROUNDING = 1e-9
 
 
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -47,6 +48,8 @@ class _Beside(BaseModel):
 
 
 class _Row(BaseModel):
+    model_config = ConfigDict(strict=True)
+
     name: str
     runtime: Literal["torch", "openvino", "onnx", "gguf"]
     accuracy: _Share
@@ -61,6 +64,13 @@ class _Row(BaseModel):
     # Not there where they were not asked for, but then not null either.
     recovery: _Amount = 1.0
     beside_dense: _Beside = _Beside(agreement=1.0, kl_nats=0.0)
+
+    @model_validator(mode="after")
+    def _held(self) -> Self:
+        low, high = self.interval or (0.0, 1.0)
+        if not low - ROUNDING <= self.accuracy <= high + ROUNDING:
+            raise ValueError(f"accuracy {self.accuracy} is not in its interval")
+        return self
 
 
 class _Machine(BaseModel):

@@ -34,7 +34,7 @@ def choice(rows: list[ReportRow]) -> str | None:
     if not rows:
         return None
     best = max(rows, key=lambda row: row["accuracy"])
-    as_good = [row for row in rows if row["interval"][1] >= best["accuracy"]]
+    as_good = [row for row in rows if row is best or row["interval"][1] >= best["accuracy"]]
     small = min(as_good, key=lambda row: row["file_bytes"])
     fast = min(as_good, key=_tpot)
     return (
