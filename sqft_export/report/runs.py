@@ -22,7 +22,7 @@ from sqft_export.run.artifact import MANIFEST, check_artifact
 from sqft_export.textfiles import read_json
 
 REPORT = "report.json"
-ROUNDING = 1e-9
+_BEYOND = 1e-9
 
 
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -68,7 +68,7 @@ class _Row(BaseModel):
     @model_validator(mode="after")
     def _held(self) -> Self:
         low, high = self.interval or (0.0, 1.0)
-        if not low - ROUNDING <= self.accuracy <= high + ROUNDING:
+        if not low - _BEYOND <= self.accuracy <= high + _BEYOND:
             raise ValueError(f"accuracy {self.accuracy} is not in its interval")
         return self
 
