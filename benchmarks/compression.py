@@ -18,6 +18,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from sqft_export.model.blocks import Block, Inputs, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.floats import load_model
 from sqft_export.model.reconstruction import reconstruct
-from sqft_export.numerics.affine import fake_quantize
+from sqft_export.numerics.affine import Grid, fake_quantize
 from sqft_export.numerics.groups import fallback_group_size
 from sqft_export.numerics.hessian import inverse_factor
 from sqft_export.quantizers import gptq, nncf, rtn
@@ -70,45 +71,50 @@ def pruned(weight: Tensor, hessian: Tensor, sparsifier) -> tuple[Tensor, Tensor]
     return sparsifier.compress(weight, Pruning(0.5, None), inputs)
 
 
+def on_grid(
+    block: Block, masks: dict[str, Tensor], hessians: dict[str, Tensor], quantizer: str, bits: int
+) -> Iterator[tuple[str, Tensor, Grid]]:
+    """Name, weight before rounding and grid of every Linear of a pruned block."""
+    if quantizer == "nncf":
+        # Its INT8 is per channel and looks at no data.
+        config = Quantize(method="nncf", bits=bits, group_size=GROUP_SIZE if bits == 4 else None)
+        with contextlib.redirect_stdout(sys.stderr):  # NNCF's tables and bars
+            found = list(nncf.compress_block(block, masks.__getitem__, config))
+        yield from found
+        return
+    method = rtn if quantizer == "rtn" else gptq
+    for name, linear in block.linears.items():
+        mask = torch.ones_like(masks[name]) if quantizer == "gptq plain" else masks[name]
+        options = bits, fallback_group_size(linear.in_features, GROUP_SIZE), True
+        factor = factor_of(hessians[name]) if method is gptq else None
+        yield name, *method.compress(linear.weight, mask, *options, factor)
+
+
 def quantized(
-    theirs: Block,
+    theirs: Block | None,
     block: Block,
     masks: dict[str, Tensor],
     hessians: dict[str, Tensor],
     quantizer: str,
     bits: int,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Name and result of every Linear of a pruned block."""
+    """Name and result of every Linear of a pruned block; its dense one, if it is reconstructed."""
     if quantizer.startswith(BEFORE):
+        assert theirs
         reconstruct(theirs, block, masks, Reconstruct(), 0)
-        rest = quantizer.removeprefix(BEFORE)
-        yield from quantized(theirs, block, masks, hessians, rest, bits)
-    elif quantizer.endswith(AFTER):
-        made, grids = {}, {}
-        for name, linear in block.linears.items():
-            options = bits, fallback_group_size(linear.in_features, GROUP_SIZE), True
-            factor = factor_of(hessians[name])
-            made[name] = gptq.compress(linear.weight, masks[name], *options, factor)
-        for name, (weight, grids[name]) in made.items():
+        quantizer = quantizer.removeprefix(BEFORE)
+    if quantizer == "none":
+        yield from ((name, linear.weight.clone()) for name, linear in block.linears.items())
+        return
+    made = on_grid(block, masks, hessians, quantizer.removesuffix(AFTER), bits)
+    if quantizer.endswith(AFTER):
+        assert theirs
+        grids = {}
+        for name, weight, grids[name] in made:
             block.linears[name].weight.copy_(weight)
         trained = reconstruct(theirs, block, masks, Reconstruct(), 0, grids)
-        for name, grid in trained.grids.items():
-            yield name, fake_quantize(trained.weights[name], grid)
-    elif quantizer == "none":
-        yield from ((name, linear.weight.clone()) for name, linear in block.linears.items())
-    elif quantizer == "nncf":
-        # Its INT8 is per channel and looks at no data.
-        config = Quantize(method="nncf", bits=bits, group_size=GROUP_SIZE if bits == 4 else None)
-        with contextlib.redirect_stdout(sys.stderr):  # NNCF's tables and bars
-            found = list(nncf.compress_block(block, masks.__getitem__, config))
-        yield from ((name, fake_quantize(weight, grid)) for name, weight, grid in found)
-    else:
-        for name, linear in block.linears.items():
-            mask = torch.ones_like(masks[name]) if quantizer == "gptq plain" else masks[name]
-            options = bits, fallback_group_size(linear.in_features, GROUP_SIZE), True
-            method = rtn if quantizer == "rtn" else gptq
-            factor = factor_of(hessians[name]) if method is gptq else None
-            yield name, fake_quantize(*method.compress(linear.weight, mask, *options, factor))
+        made = ((name, trained.weights[name], grid) for name, grid in trained.grids.items())
+    yield from ((name, fake_quantize(weight, grid)) for name, weight, grid in made)
 
 
 def run(folder: Path, samples: list[Tensor], test, dense: dict, choice) -> dict[str, float]:
@@ -116,8 +122,11 @@ def run(folder: Path, samples: list[Tensor], test, dense: dict, choice) -> dict[
     sparsifier, quantizer, bits = choice
     model, inputs = load_model(Checkpoint(folder)), Inputs("hessian")
     errors, kept, dropped = [], 0, 0
-    both = (walk(Checkpoint(folder), samples, collector) for collector in (None, inputs.collector))
-    for theirs, block in zip(*both, strict=True):
+    dense_blocks: Iterator[Block | None] = repeat(None)
+    if quantizer.startswith(BEFORE) or quantizer.endswith(AFTER):
+        dense_blocks = walk(Checkpoint(folder), samples, None)
+    ours = walk(Checkpoint(folder), samples, inputs.collector)
+    for block, theirs in zip(ours, dense_blocks, strict=False):
         weights = {name: linear.weight.clone() for name, linear in block.linears.items()}
         hessians = {name: inputs.take(name) for name in weights}
         masks = {}

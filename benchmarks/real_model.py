@@ -40,7 +40,7 @@ from sqft_export.targets.torch import TorchSession
 ROOT = Path(__file__).parent.parent
 WINDOW, WINDOWS = 256, 32
 CHARACTERS = 16 * WINDOW * WINDOWS  # of the text: enough for them
-DENSE, LORA = "dense", "dense + LoRA"
+DENSE, LORA, TUNED = "dense", "dense + LoRA", "QA-SparsePEFT"
 FLOATS, UNPRUNED = "quantize={method: none}", "sparsify={method: none}"
 UNTUNED = "adapt=none"
 BEFORE, THROUGH_GRID = "sparsify.reconstruct={}", "quantize.reconstruct={}"
@@ -57,12 +57,26 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sparse INT4, reconstructed before": ("merge", (BEFORE, UNTUNED)),
     "sparse INT4, reconstructed": ("merge", (THROUGH_GRID, UNTUNED)),
     "SparsePEFT": ("merge", (FLOATS, "adapt.pipeline=sparsepeft")),
-    "QA-SparsePEFT": ("merge", ()),
-    "QA-SparsePEFT, reconstructed": ("merge", (THROUGH_GRID,)),
-    "QA-SparsePEFT, 60 %": ("merge", ("sparsify.sparsity=0.6",)),
-    "QA-SparsePEFT, bounded blocks": ("merge", ("sparsify.at_most=[32, 64]",)),
-    "QA-SparsePEFT, 2:4": ("merge", ("sparsify.sparsity=null", "sparsify.pattern='2:4'")),
+    TUNED: ("merge", ()),
+    f"{TUNED}, reconstructed": ("merge", (THROUGH_GRID,)),
+    f"{TUNED}, 60 %": ("merge", ("sparsify.sparsity=0.6",)),
+    f"{TUNED}, bounded blocks": ("merge", ("sparsify.at_most=[32, 64]",)),
+    f"{TUNED}, 2:4": ("merge", ("sparsify.sparsity=null", "sparsify.pattern='2:4'")),
 }
+COMPARED = (DENSE, *ROWS)
+# What one setting more, or another, is worth to QA-SparsePEFT: rows that are asked for by name.
+ALTERED = {
+    "distilled": ("adapt.distill={}",),
+    "distilled, layers too": ("adapt.distill={layers: 1}",),
+    "distilled from LoRA": ("adapt.distill={teacher: dense-lora}",),
+    "trainable scales": ("adapt.trainable_scales=true",),
+    "rate 1e-3": ("adapt.learning_rate=1e-3",),
+    "fixed ranks": ("adapt.elastic=false", "search.strategy=maximal"),
+    "SparseGPT": ("sparsify.method=sparsegpt",),
+    "allocation": ("sparsify.allocation=output-error",),
+    "NNCF": ("quantize.method=nncf",),
+}
+ROWS |= {f"{TUNED}, {name}": ("merge", settings) for name, settings in ALTERED.items()}
 PACKED = (
     "export={targets: [openvino], sparse_files: true, entropy: true}",
     "benchmark.baselines=[]",  # no row needs another's training
@@ -193,7 +207,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--sets", default="arc_easy", help="a task by name, or commonsense")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--rows", nargs="+", choices=[DENSE, *ROWS], default=[DENSE, *ROWS])
+    parser.add_argument("--rows", nargs="+", choices=[DENSE, *ROWS], default=COMPARED)
     parser.add_argument("--set", nargs="+", default=[], help="such as adapt.steps=60")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "real_model")
     parser.add_argument("--deployed", action="store_true", help="every runtime's files too")

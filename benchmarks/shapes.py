@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,12 @@ def pruned_grid(weight: Tensor, sparsity: float, bits: int, group_size: int | No
     return quantize(weight, grid), grid
 
 
+def rolled(codes: Tensor, grid: Grid, rows: int) -> tuple[Tensor, Grid]:
+    """The same matrix with its rows moved on by so many."""
+    scale, zero_point = (part.roll(rows, 0) for part in (grid.scale, grid.zero_point))
+    return codes.roll(rows, 0), replace(grid, scale=scale, zero_point=zero_point)
+
+
 def write_merged(
     source: Path,
     folder: Path,
@@ -111,14 +118,14 @@ def write_merged(
 ) -> None:
     """What `merge` writes, of a checkpoint pruned by magnitude and rounded to nearest.
 
-    :param blocks: repeat the blocks there are until there are so many; the weights of the copies
-        are equal, their files are not shared.
+    :param blocks: repeat the blocks there are until there are so many, each copy with its rows in
+        another order: what is equal, OpenVINO keeps once.
     """
     checkpoint = Checkpoint(source)
     copy_companions(source, folder)
     wanted = blocks or checkpoint.blocks
     grids: dict[str, Grid] = {}
-    packed: dict[str, dict[str, Tensor]] = {}
+    pruned: dict[str, tuple[Tensor, Grid]] = {}
     with TensorWriter(folder, shard_bytes=2**28) as writer:
         for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
             writer.add(name, tensor)
@@ -130,12 +137,13 @@ def write_merged(
                 if linear not in checkpoint.linears:
                     writer.add(copy, checkpoint.tensor(name).clone())
                     continue
-                if linear not in packed:
-                    made = pruned_grid(checkpoint.tensor(name), sparsity, bits, group_size)
-                    packed[linear], grids[linear] = to_gptq(*made), made[1]
-                grids[copy.removesuffix(".weight")] = grids[linear]
-                for part, value in packed[linear].items():
-                    writer.add(f"{copy.removesuffix('.weight')}.{part}", value.clone())
+                if linear not in pruned:
+                    weight = checkpoint.tensor(name)
+                    pruned[linear] = pruned_grid(weight, sparsity, bits, group_size)
+                codes, grid = rolled(*pruned[linear], block // checkpoint.blocks)
+                grids[copy.removesuffix(".weight")] = grid
+                for part, value in to_gptq(codes, grid).items():
+                    writer.add(f"{copy.removesuffix('.weight')}.{part}", value)
     config = checkpoint.config | {
         "num_hidden_layers": wanted,
         "quantization_config": quantization_config(grids),

@@ -52,30 +52,29 @@ INLINE void block_group(const uint8_t *wide, const int8_t *q, size_t stride, int
   _tile_stored(3, sums[HALF] + LANES, row);
 }
 
-INLINE void block_of(const SqftMatrix *m, const SqftInputs *x, float *y, size_t tile,
-                     const uint8_t *wide, size_t wide_stride, const int bits, int inputs,
-                     int tokens) {
-  const size_t stride = (size_t)m->groups * m->span;
+/* Blocks of tokens from `first` on, of `some` tokens, with a whole wide tile. */
+INLINE void block_of(const SqftMatrix *m, const SqftInputs *x, size_t first, size_t tokens,
+                     float *y, size_t tile, const uint8_t *wide, size_t wide_stride,
+                     const int bits, int inputs, int some) {
   const uint8_t *p = sqft_fixed(m, tile);
   int32_t sums[BLOCK][2 * LANES] __attribute__((aligned(64)));
   F f[BLOCK][2];
-  for (int t = 0; t < tokens; t++) f[t][0] = f[t][1] = f_zero();
+  for (int t = 0; t < some; t++) f[t][0] = f[t][1] = f_zero();
   for (uint32_t g = 0; g < m->groups; g++, p += m->group_bytes, wide += wide_stride) {
     Group group = head_of(p, (int)m->asymmetric, bits);
-    block_group(wide, x->codes + (size_t)g * m->span, stride, (int)m->span, inputs, tokens > HALF,
+    block_group(wide, place_of(m, x, g, first, tokens), m->span, (int)m->span, inputs, some > HALF,
                 sums);
-    for (int t = 0; t < tokens; t++) {
-      const size_t at = (size_t)t * m->groups + g;
+    for (int t = 0; t < some; t++) {
+      const size_t at = g * tokens + first + (size_t)t;
       F a = f_set(x->scale[at]);
       for (int v = 0; v < 2; v++) {
-        I off = m->asymmetric ? i_mul(group.zero[v], i_set(x->sum[at]))
-                              : i_set(x->sum[at] * (1 << (bits - 1)));
-        I taken = i_sub(v_load(sums[t] + v * LANES), off);
+        I taken = i_sub(v_load(sums[t] + v * LANES), zeros_of(m, &group, v, x->sum[at], bits));
         f[t][v] = f_fma(f_of(taken), f_mul(group.scale[v], a), f[t][v]);
       }
     }
   }
-  for (int t = 0; t < tokens; t++) store_rows(m, tile, y + (size_t)t * m->rows, f[t][0], f[t][1]);
+  y += first * m->rows;
+  for (int t = 0; t < some; t++) store_rows(m, tile, y + (size_t)t * m->rows, f[t][0], f[t][1]);
 }
 
 /* Compilers take the instructions for such that read and write 8 bytes or none. */
@@ -92,17 +91,39 @@ INLINE void all_tokens(const SqftMatrix *m, const SqftInputs *x, size_t tokens, 
   written(&before);
   for (size_t t = 0; t < tokens; t += BLOCK) {
     const int some = tokens - t < BLOCK ? (int)(tokens - t) : BLOCK;
-    const SqftInputs part = sqft_from_token(m, x, t);
     if (some != shaped) {
       ours = registers_for(inputs, some);
       written(&ours);
       _tile_loadconfig(&ours);
       shaped = some;
     }
-    block_of(m, &part, y + t * m->rows, tile, wide, wide_stride, bits, inputs, some);
+    block_of(m, x, t, tokens, y, tile, wide, wide_stride, bits, inputs, some);
   }
   if (before.palette)
     _tile_loadconfig(&before);
   else
     _tile_release();
+}
+
+INLINE void many_of(const SqftMatrix *m, const SqftInputs *x, size_t tokens, float *y,
+                    size_t first, size_t last, uint8_t *scratch, const int format,
+                    const int bits) {
+  const int wide_already = format == SQFT_DENSE && bits == 8;
+  const size_t wide_stride = wide_already ? m->group_bytes : (size_t)m->span / 4 * 2 * BYTES;
+  uint8_t *wide = aligned(scratch);
+  for (size_t tile = first; tile < last; tile++) {
+    const uint8_t *p = sqft_fixed(m, tile), *from = wide;
+    Stream kept = stream_of(m, tile, format);
+    if (wide_already) from = p + sqft_head_bytes(m);
+    for (size_t g = 0; g < m->groups && !wide_already; g++, p += m->group_bytes) {
+      Group group = head_of(p, (int)m->asymmetric, bits);
+      widened(m, p, &kept, &group, wide + g * wide_stride, format, bits);
+    }
+    all_tokens(m, x, tokens, y, tile, from, wide_stride, bits);
+  }
+}
+
+static size_t scratch_bytes(const SqftMatrix *m, size_t tokens) {
+  (void)tokens;
+  return 64 + (size_t)m->groups * m->span * 2 * BYTES / 4;
 }

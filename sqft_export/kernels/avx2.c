@@ -148,8 +148,8 @@ static int here(void) {
 }
 
 #ifdef VNNI
-const SqftKernels sqft_avx2_vnni = {"avx2-vnni", LANES, here, rounded, one, many};
+const SqftKernels sqft_avx2_vnni = {"avx2-vnni", LANES, here, rounded, one, many, scratch_bytes};
 #else
-const SqftKernels sqft_avx2 = {"avx2", LANES, here, rounded, one, many};
+const SqftKernels sqft_avx2 = {"avx2", LANES, here, rounded, one, many, scratch_bytes};
 #endif
 #endif

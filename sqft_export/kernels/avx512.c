@@ -19,7 +19,11 @@
 #define SIGNED8 0
 #define FLUSH 64
 #define NARROW_READS 1
+#ifdef AMX
+#define TOKENS 1
+#else
 #define TOKENS 8
+#endif
 #define MAKE(T, ...) static inline T { __VA_ARGS__ }
 
 typedef __m512i V;
@@ -141,8 +145,8 @@ static int here(void) {
 #endif
 
 #ifdef AMX
-const SqftKernels sqft_amx = {"avx512-amx", LANES, here, rounded, one, many};
+const SqftKernels sqft_amx = {"avx512-amx", LANES, here, rounded, one, many, scratch_bytes};
 #else
-const SqftKernels sqft_avx512 = {"avx512", LANES, here, rounded, one, many};
+const SqftKernels sqft_avx512 = {"avx512", LANES, here, rounded, one, many, scratch_bytes};
 #endif
 #endif

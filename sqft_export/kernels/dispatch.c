@@ -27,19 +27,19 @@ int sqft_multiply(const char *name, const SqftMatrix *m, const float *x, size_t 
     sqft_exact(m, x, tokens, y, 0, m->tiles);
     return 0;
   }
-  size_t codes = (size_t)m->groups * m->span;
-  SqftInputs rounded = {malloc(tokens * codes), malloc(tokens * m->groups * sizeof(float)),
-                        malloc(tokens * m->groups * sizeof(int32_t))};
-  uint8_t *wide = malloc(sqft_wide_bytes(m));
-  int lacking = !kernels || !rounded.codes || !rounded.scale || !rounded.sum || !wide;
+  if (!kernels) return -1;
+  const int together = mode == MANY || (mode == AUTO && tokens > 1);
+  const size_t at_once = together ? tokens : 1;
+  SqftInputs rounded = {malloc(sqft_code_bytes(m, at_once)),
+                        malloc(at_once * m->groups * sizeof(float)),
+                        malloc(at_once * m->groups * sizeof(int32_t))};
+  uint8_t *scratch = malloc(kernels->scratch_bytes(m, at_once));
+  const int lacking = !rounded.codes || !rounded.scale || !rounded.sum || !scratch;
   for (size_t t = 0; !lacking && t < tokens; t++) {
-    SqftInputs one = sqft_from_token(m, &rounded, t);
-    kernels->round(m, x + t * m->inputs, &one);
-    if (mode == ONE || (mode == AUTO && tokens == 1))
-      kernels->one(m, &one, y + t * m->rows, 0, m->tiles);
+    kernels->round(m, x + t * m->inputs, together ? t : 0, at_once, &rounded);
+    if (!together) kernels->one(m, &rounded, y + t * m->rows, 0, m->tiles);
   }
-  if (!lacking && (mode == MANY || (mode == AUTO && tokens > 1)))
-    kernels->many(m, &rounded, tokens, y, 0, m->tiles, wide);
-  free(rounded.codes), free(rounded.scale), free(rounded.sum), free(wide);
+  if (!lacking && together) kernels->many(m, &rounded, tokens, y, 0, m->tiles, scratch);
+  free(rounded.codes), free(rounded.scale), free(rounded.sum), free(scratch);
   return lacking ? -1 : 0;
 }

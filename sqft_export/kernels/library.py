@@ -72,7 +72,6 @@ def open_library(file: Path) -> Any:
     """A library built of this folder's sources."""
     library = ctypes.CDLL(str(file))
     library.sqft_kernels.restype = ctypes.POINTER(_Kernels)
-    library.sqft_wide_bytes.restype = ctypes.c_size_t
     return library
 
 

@@ -4,8 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LONGEST_GROUP 4096 /* a group's sum of 8-bit products stays far below 2^31 */
-
 static size_t up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 static int middle(const SqftMatrix *m) { return 1 << (m->bits - 1); }
 static uint8_t *bytes_of(SqftMatrix *m, uint64_t at) { return (uint8_t *)m + at; }
@@ -33,7 +31,7 @@ int sqft_plan(SqftMatrix *m, const uint32_t *kept) {
   memcpy(m->magic, SQFT_MAGIC, 8);
   m->version = SQFT_VERSION;
   m->group = kernel_group(m->stored_group);
-  if (m->group > LONGEST_GROUP) return -1;
+  if (m->group > SQFT_LONGEST_GROUP) return -1;
   m->span = (uint32_t)up(m->group, m->format == SQFT_PAIRS ? 32 : 16);
   m->groups = m->inputs / m->group;
   m->tiles = (uint32_t)(up(m->rows, sqft_tile_rows(m)) / sqft_tile_rows(m));
@@ -366,10 +364,6 @@ int sqft_check(const SqftMatrix *m, size_t size) {
     if (offset[tile + 1] < offset[tile] || offset[tile + 1] - offset[tile] != wanted) return -1;
   }
   return 0;
-}
-
-size_t sqft_wide_bytes(const SqftMatrix *m) {
-  return (size_t)m->groups * m->span * sqft_tile_rows(m) + SQFT_SLACK;
 }
 
 static float half_to_float(uint16_t half) {

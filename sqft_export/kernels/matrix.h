@@ -31,6 +31,7 @@
 
 #define SQFT_MAGIC "SQFTMATR"
 #define SQFT_VERSION 1
+#define SQFT_LONGEST_GROUP 4096 /* its sum of 8-bit products stays far below 2^31 */
 #define SQFT_SLACK 128 /* bytes after the end that a vector load may touch */
 
 enum { SQFT_DENSE, SQFT_MASK, SQFT_PAIRS };
@@ -47,18 +48,17 @@ typedef struct {
   uint64_t offsets, narrow, fixed, kept, bytes; /* from the start of this header */
 } SqftMatrix;
 
-/* Activations of one token: int8 [groups * span], scale and sum of every group. */
+/* Activations of tokens that are multiplied together, rounded by groups: codes as the kernels lay
+   them side by side, of sqft_code_bytes; scale and sum [groups, tokens]. */
 typedef struct {
   int8_t *codes;
   float *scale;
   int32_t *sum;
 } SqftInputs;
 
-/* The same from token t on. */
-static inline SqftInputs sqft_from_token(const SqftMatrix *m, const SqftInputs *x, size_t t) {
-  SqftInputs from = {x->codes + t * m->groups * m->span, x->scale + t * m->groups,
-                     x->sum + t * m->groups};
-  return from;
+#define SQFT_TOGETHER 8 /* tokens that lie side by side, at most */
+static inline size_t sqft_code_bytes(const SqftMatrix *m, size_t tokens) {
+  return (tokens + SQFT_TOGETHER - 1) * m->groups * m->span;
 }
 static inline size_t sqft_tile_rows(const SqftMatrix *m) { return 2 * (size_t)m->lanes; }
 static inline size_t sqft_head_bytes(const SqftMatrix *m) {
@@ -73,16 +73,17 @@ static inline const uint8_t *sqft_kept(const SqftMatrix *m, size_t tile) {
   return (const uint8_t *)m + m->kept + at;
 }
 
-/* What an instruction set offers: rounding activations to int8 by groups, products with one token
-   and with several. `wide` is scratch of sqft_wide_bytes. */
+/* What an instruction set offers: rounding token t of some that are multiplied together to int8,
+   products with one token, and with several, which take scratch of so many bytes. */
 typedef struct {
   const char *name;
   uint32_t lanes;
   int (*here)(void);
-  void (*round)(const SqftMatrix *, const float *x, SqftInputs *);
+  void (*round)(const SqftMatrix *, const float *x, size_t t, size_t tokens, SqftInputs *);
   void (*one)(const SqftMatrix *, const SqftInputs *, float *y, size_t first, size_t last);
   void (*many)(const SqftMatrix *, const SqftInputs *, size_t tokens, float *y, size_t first,
-               size_t last, uint8_t *wide);
+               size_t last, uint8_t *scratch);
+  size_t (*scratch_bytes)(const SqftMatrix *, size_t tokens);
 } SqftKernels;
 
 extern const SqftKernels sqft_plain;
@@ -116,7 +117,6 @@ void sqft_row(const SqftMatrix *m, size_t row, float *out);
 /* 0 if the header and all that follows from it lies within `size` bytes, else -1. */
 int sqft_check(const SqftMatrix *m, size_t size);
 
-size_t sqft_wide_bytes(const SqftMatrix *m);
 /* The exact mode: float32 activations [tokens, inputs], y [tokens, rows]. */
 void sqft_exact(const SqftMatrix *m, const float *x, size_t tokens, float *y, size_t first,
                 size_t last);

@@ -104,5 +104,5 @@ static inline void expand8(const uint8_t *mask, const uint8_t **kept, V z0, V z1
 #define HWCAP_ASIMDDP (1 << 20)
 #endif
 static int here(void) { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
-const SqftKernels sqft_neon = {"neon", LANES, here, rounded, one, many};
+const SqftKernels sqft_neon = {"neon", LANES, here, rounded, one, many, scratch_bytes};
 #endif

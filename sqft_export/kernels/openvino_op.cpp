@@ -32,7 +32,6 @@ namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kPiece = 32 * kHugePage;
-constexpr size_t kDirect = 1;  // tokens that go one by one; more share an expanded tile
 
 // Memory in huge pages where there are such. Matrices share pieces of it, each of which lives as
 // long as one of them: a page of its own for every small matrix would be several times its size.
@@ -211,27 +210,18 @@ class SqftMatMul : public ov::op::Op {
     static thread_local std::vector<int8_t> codes;
     static thread_local std::vector<float> scale;
     static thread_local std::vector<int32_t> sum;
-    const size_t span = size_t(m->groups) * m->span;
-    const SqftInputs all{scratch(codes, tokens * span + 64), scratch(scale, tokens * m->groups),
-                         scratch(sum, tokens * m->groups)};
-    const auto round = [&](size_t t) {
-      auto one = sqft_from_token(m, &all, t);
-      kernels->round(m, x + t * m->inputs, &one);
-    };
+    SqftInputs all{scratch(codes, sqft_code_bytes(m, tokens)), scratch(scale, tokens * m->groups),
+                   scratch(sum, tokens * m->groups)};
+    const auto round = [&](size_t t) { kernels->round(m, x + t * m->inputs, t, tokens, &all); };
     if (tokens < 8)
       for (size_t t = 0; t < tokens; t++) round(t);
     else
       tbb::parallel_for(size_t(0), tokens, round);
     over_tiles(m, [&](size_t first, size_t last) {
-      if (tokens <= kDirect) {
-        for (size_t t = 0; t < tokens; t++) {
-          const auto one = sqft_from_token(m, &all, t);
-          kernels->one(m, &one, y + t * m->rows, first, last);
-        }
-        return;
-      }
-      static thread_local std::vector<uint8_t> wide;
-      kernels->many(m, &all, tokens, y, first, last, scratch(wide, sqft_wide_bytes(m)));
+      if (tokens == 1) return kernels->one(m, &all, y, first, last);
+      static thread_local std::vector<uint8_t> own;
+      kernels->many(m, &all, tokens, y, first, last,
+                    scratch(own, kernels->scratch_bytes(m, tokens)));
     });
   }
 

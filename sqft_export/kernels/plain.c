@@ -104,4 +104,4 @@ static inline void expand8(const uint8_t *mask, const uint8_t **kept, V z0, V z1
 #include "products.h"
 
 static int here(void) { return 1; }
-const SqftKernels sqft_plain = {"plain", LANES, here, rounded, one, many};
+const SqftKernels sqft_plain = {"plain", LANES, here, rounded, one, many, scratch_bytes};

@@ -5,7 +5,7 @@
      SIGNED8                  1 if i_dot8 takes a code c as c - 128
      FLUSH                    products that a sum of nibbles A bears before a_total
      TOKENS                   tokens at once
-     MATRIX_REGISTERS         several tokens go through those of AMX (amx.h)
+     MATRIX_REGISTERS         several tokens go through those of AMX (amx.h), TOKENS is 1
      V, I, F, A               vectors of bytes, int32, float32, of sums of nibbles
      v_load v_store v_low v_high v_four v_sixteen v_index v_pick v_zero v_one v_equal v_and v_or
      v_not_and, i_*, f_*, a_*, expand4, expand8: see plain.c for what each does. */
@@ -17,36 +17,58 @@
 #define AHEAD 6144 /* bytes: at 2 KiB memory is not yet at its full speed */
 #define PREFETCH(p) __builtin_prefetch((const char *)(p) + AHEAD)
 
-/* Activations of one token. Written so that compilers make vectors of it: the largest is found
-   among bits, which order as the numbers do; no product may be contracted with the sum after it. */
-static void rounded(const SqftMatrix *m, const float *x, SqftInputs *out) {
+/* Several tokens that are multiplied together lie side by side: of every group, then of every
+   WIDTH tokens, 4 inputs of each in turn. One alone lies there as it is. */
+INLINE size_t width_of(size_t tokens) { return tokens < TOKENS ? tokens : TOKENS; }
+INLINE int8_t *place_of(const SqftMatrix *m, const SqftInputs *x, size_t g, size_t t,
+                        size_t tokens) {
+  const size_t width = width_of(tokens), chunks = (tokens + width - 1) / width;
+  return x->codes + (g * chunks + t / width) * width * m->span + t % width * 4;
+}
+
+/* One group of one token. Written so that compilers make vectors of it: the largest is found among
+   bits, which order as the numbers do; no product may be contracted with the sum after it. */
+INLINE int32_t round_group(const float *restrict in, size_t group, size_t span, float *scale,
+                           int8_t *restrict codes) {
   const float shift = 12582912.f; /* 1.5 * 2^23: adding it rounds, to nearest even */
-  const size_t groups = m->groups, group = m->group, span = m->span;
-  for (size_t g = 0; g < groups; g++) {
-    const float *in = x + g * group;
-    int8_t *restrict codes = out->codes + g * span;
-    uint32_t largest = 0;
-    for (size_t i = 0; i < group; i++) {
-      uint32_t bits;
-      memcpy(&bits, in + i, 4);
-      bits &= 0x7FFFFFFF;
-      largest = bits > largest ? bits : largest;
+  uint32_t largest = 0;
+  for (size_t i = 0; i < group; i++) {
+    uint32_t bits;
+    memcpy(&bits, in + i, 4);
+    bits &= 0x7FFFFFFF;
+    largest = bits > largest ? bits : largest;
+  }
+  float most;
+  memcpy(&most, &largest, 4);
+  const float factor = most > 0 ? 127.f / most : 0;
+  int32_t sum = 0;
+  for (size_t i = 0; i < group; i++) {
+    float moved = in[i] * factor + shift;
+    int32_t code;
+    memcpy(&code, &moved, 4);
+    code -= 0x4B400000;
+    codes[i] = (int8_t)code;
+    sum += code;
+  }
+  memset(codes + group, 0, span - group);
+  *scale = most / 127.f;
+  return sum;
+}
+
+static void rounded(const SqftMatrix *m, const float *x, size_t t, size_t tokens,
+                    SqftInputs *out) {
+  const size_t group = m->group, span = m->span, width = width_of(tokens);
+  for (size_t g = 0; g < m->groups; g++) {
+    int8_t *codes = place_of(m, out, g, t, tokens);
+    float *scale = out->scale + g * tokens + t;
+    int32_t *sum = out->sum + g * tokens + t;
+    if (width == 1) {
+      *sum = round_group(x + g * group, group, span, scale, codes);
+      continue;
     }
-    float most;
-    memcpy(&most, &largest, 4);
-    const float factor = most > 0 ? 127.f / most : 0;
-    int32_t sum = 0;
-    for (size_t i = 0; i < group; i++) {
-      float moved = in[i] * factor + shift;
-      int32_t code;
-      memcpy(&code, &moved, 4);
-      code -= 0x4B400000;
-      codes[i] = (int8_t)code;
-      sum += code;
-    }
-    memset(codes + group, 0, span - group);
-    out->scale[g] = most / 127.f;
-    out->sum[g] = sum;
+    int8_t alone[SQFT_LONGEST_GROUP];
+    *sum = round_group(x + g * group, group, span, scale, alone);
+    for (size_t i = 0; i < span; i += 4) memcpy(codes + i * width, alone + i, 4);
   }
 }
 
@@ -272,8 +294,8 @@ static void one(const SqftMatrix *m, const SqftInputs *x, float *y, size_t first
   }
 }
 
-/* Prompts and batches: a tile is expanded once, a byte a code, for every 4 inputs vector 0 and
-   then 1, and multiplied with all tokens from the caches. */
+/* Prompts and batches: a group of a tile is expanded once, a byte a code, for every 4 inputs
+   vector 0 and then 1, and multiplied with all tokens from the nearest cache. */
 
 INLINE void spread_pair(V code, V index, int field, V zero, uint8_t *out, size_t stride) {
   /* inputs 8 * field ..: two quads of this vector, each its 2 kept codes and their places */
@@ -300,44 +322,70 @@ INLINE void widen_pairs(const uint8_t *p, int span, const Group *group, uint8_t 
     }
 }
 
-INLINE void widen(const SqftMatrix *m, size_t tile, uint8_t *out, const int format,
-                  const int bits) {
-  const uint8_t *p = sqft_fixed(m, tile);
-  const size_t head = sqft_head_bytes(m);
-  const int steps = (int)m->span / 4;
-  Stream kept = {{0, 0}};
-  if (format == SQFT_MASK) kept.at[0] = kept.at[1] = sqft_kept(m, tile);
-  for (uint32_t g = 0; g < m->groups; g++, p += m->group_bytes, out += (size_t)steps * 2 * BYTES) {
-    Group group = head_of(p, (int)m->asymmetric, bits);
-    const uint8_t *in = p + head;
-    if (format == SQFT_PAIRS) widen_pairs(in, (int)m->span, &group, out, bits);
-    for (int s = 0; format != SQFT_PAIRS && s < steps; s++) {
-      V v0, v1;
-      if (format == SQFT_DENSE) {
-        V v = v_load(in + s * BYTES);
-        v0 = v_low(v), v1 = v_plain(v_high(v));
-        PREFETCH(in + s * BYTES);
-      } else if (bits == 4) {
-        expand4(in + s * LANES, kept.at, 0, group.bytes[0], group.bytes[1], &v0, &v1);
-        v1 = v_plain(v1);
-      } else {
-        expand8(in + s * LANES, kept.at, group.bytes[0], group.bytes[1], &v0, &v1);
-      }
-      v_store(out + s * 2 * BYTES, v0);
-      v_store(out + s * 2 * BYTES + BYTES, v1);
+INLINE void widen(const uint8_t *p, Stream *kept, const Group *group, int span, uint8_t *out,
+                  const int format, const int bits) {
+  if (format == SQFT_PAIRS) {
+    widen_pairs(p, span, group, out, bits);
+    return;
+  }
+  for (int s = 0; s < span / 4; s++, out += 2 * BYTES) {
+    V v0, v1;
+    if (format == SQFT_DENSE) {
+      V v = v_load(p + s * BYTES);
+      v0 = v_low(v), v1 = v_plain(v_high(v));
+    } else if (bits == 4) {
+      PREFETCH(kept->at[0]);
+      expand4(p + s * LANES, kept->at, 0, group->bytes[0], group->bytes[1], &v0, &v1);
+      v1 = v_plain(v1);
+    } else {
+      PREFETCH(kept->at[0]);
+      expand8(p + s * LANES, kept->at, group->bytes[0], group->bytes[1], &v0, &v1);
     }
+    v_store(out, v0);
+    v_store(out + BYTES, v1);
   }
 }
 
-/* One group of a wide tile with `count` tokens, whose codes are `stride` apart. */
-INLINE void wide_group(const uint8_t *p, const int8_t *q, size_t stride, int steps, const int bits,
+/* A group as wide as it is multiplied: dense INT8 is so where it lies, others are made so in
+   `wide`. p: its head. */
+INLINE const uint8_t *widened(const SqftMatrix *m, const uint8_t *p, Stream *kept,
+                              const Group *group, uint8_t *wide, const int format,
+                              const int bits) {
+  if (!(format == SQFT_DENSE && bits == 8))
+    for (size_t i = 0; i < m->group_bytes; i += 64) PREFETCH(p + i);
+  p += sqft_head_bytes(m);
+  if (format == SQFT_DENSE && bits == 8) return p;
+  widen(p, kept, group, (int)m->span, wide, format, bits);
+  return wide;
+}
+
+INLINE Stream stream_of(const SqftMatrix *m, size_t tile, const int format) {
+  Stream kept = {{0, 0}};
+  if (format == SQFT_MASK) kept.at[0] = kept.at[1] = sqft_kept(m, tile);
+  return kept;
+}
+
+/* What a group's sums of products are off by: the zero stands in every code. */
+INLINE I zeros_of(const SqftMatrix *m, const Group *group, int v, int32_t sum, const int bits) {
+  const int offset = bits == 8 ? 128 * SIGNED8 : 0;
+  if (!m->asymmetric) return i_set(sum * ((1 << (bits - 1)) - offset));
+  return i_mul(i_sub(group->zero[v], i_set(offset)), i_set(sum));
+}
+
+INLINE uint8_t *aligned(uint8_t *p) { return (uint8_t *)(((uintptr_t)p + 63) & ~(uintptr_t)63); }
+
+#ifdef MATRIX_REGISTERS
+#include "amx.h"
+#else
+/* Sums of one wide group with `count` tokens, which lie `width` side by side. */
+INLINE void wide_group(const uint8_t *p, const int8_t *q, size_t width, int steps, const int bits,
                        const int count, I out[TOKENS][2]) {
   for (int t = 0; t < count; t++) out[t][0] = out[t][1] = i_set(0);
-  if (bits == 8) {
-    for (int s = 0; s < steps; s++, p += 2 * BYTES) {
+  if (bits == 8 || !SIGNED8) { /* takes nibbles as they are */
+    for (int s = 0; s < steps; s++, p += 2 * BYTES, q += 4 * width) {
       V v = v_load(p), u = v_load(p + BYTES);
       for (int t = 0; t < count; t++) {
-        V x = v_four(q + (size_t)t * stride + 4 * s);
+        V x = v_four(q + 4 * t);
         out[t][0] = i_dot8(out[t][0], v, x);
         out[t][1] = i_dot8(out[t][1], u, x);
       }
@@ -348,10 +396,10 @@ INLINE void wide_group(const uint8_t *p, const int8_t *q, size_t stride, int ste
     A a[TOKENS][2];
     for (int t = 0; t < count; t++) a[t][0] = a[t][1] = a_zero();
     int stop = i + FLUSH < steps ? i + FLUSH : steps;
-    for (int s = i; s < stop; s++, p += 2 * BYTES) {
+    for (int s = i; s < stop; s++, p += 2 * BYTES, q += 4 * width) {
       V v = v_load(p), u = v_load(p + BYTES);
       for (int t = 0; t < count; t++) {
-        V x = v_four(q + (size_t)t * stride + 4 * s);
+        V x = v_four(q + 4 * t);
         a[t][0] = a_dot(a[t][0], v, x);
         a[t][1] = a_dot(a[t][1], u, x);
       }
@@ -363,74 +411,61 @@ INLINE void wide_group(const uint8_t *p, const int8_t *q, size_t stride, int ste
   }
 }
 
-INLINE void wide_tokens(const SqftMatrix *m, const SqftInputs *x, float *y, size_t tile,
-                        const uint8_t *wide, size_t wide_stride, const int bits,
-                        const int count) {
-  const size_t stride = (size_t)m->groups * m->span;
-  const uint8_t *p = sqft_fixed(m, tile);
-  F f[TOKENS][2];
-  for (int t = 0; t < count; t++) f[t][0] = f[t][1] = f_zero();
-  for (uint32_t g = 0; g < m->groups; g++, p += m->group_bytes, wide += wide_stride) {
-    Group group = head_of(p, (int)m->asymmetric, bits);
-    I out[TOKENS][2], offset = i_set(bits == 8 ? 128 * SIGNED8 : 0);
-    wide_group(wide, x->codes + (size_t)g * m->span, stride, (int)m->span / 4, bits, count, out);
-    for (int t = 0; t < count; t++) {
-      size_t at = (size_t)t * m->groups + g;
-      F a = f_set(x->scale[at]);
-      I sum = i_set(x->sum[at]);
-      for (int v = 0; v < 2; v++) {
-        I taken = i_sub(out[t][v], i_mul(i_sub(group.zero[v], offset), sum));
-        f[t][v] = f_fma(f_of(taken), f_mul(group.scale[v], a), f[t][v]);
-      }
+INLINE void wide_tokens(const SqftMatrix *m, const SqftInputs *x, size_t g, size_t first,
+                        size_t tokens, const uint8_t *wide, const Group *group, F (*f)[2],
+                        const int bits, const int count) {
+  const int8_t *q = place_of(m, x, g, first, tokens);
+  I out[TOKENS][2];
+  wide_group(wide, q, width_of(tokens), (int)m->span / 4, bits, count, out);
+  for (int t = 0; t < count; t++) {
+    const size_t at = g * tokens + first + (size_t)t;
+    F a = f_set(x->scale[at]);
+    for (int v = 0; v < 2; v++) {
+      I taken = i_sub(out[t][v], zeros_of(m, group, v, x->sum[at], bits));
+      f[t][v] = f_fma(f_of(taken), f_mul(group->scale[v], a), f[t][v]);
     }
   }
-  for (int t = 0; t < count; t++) store_rows(m, tile, y + (size_t)t * m->rows, f[t][0], f[t][1]);
 }
 
-#ifdef MATRIX_REGISTERS
-#include "amx.h"
-#else
-/* A wide tile with all tokens. */
-INLINE void all_tokens(const SqftMatrix *m, const SqftInputs *x, size_t tokens, float *y,
-                       size_t tile, const uint8_t *wide, size_t wide_stride, const int bits) {
-  for (size_t t = 0; t < tokens;) {
-    SqftInputs part = sqft_from_token(m, x, t);
-    float *out = y + t * m->rows;
-    if (tokens - t >= TOKENS)
-      wide_tokens(m, &part, out, tile, wide, wide_stride, bits, TOKENS), t += TOKENS;
-    else if (tokens - t >= 2)
-      wide_tokens(m, &part, out, tile, wide, wide_stride, bits, 2), t += 2;
-    else
-      wide_tokens(m, &part, out, tile, wide, wide_stride, bits, 1), t += 1;
+/* The sums of all tokens and the group that is multiplied stay in the caches. */
+INLINE void many_of(const SqftMatrix *m, const SqftInputs *x, size_t tokens, float *y,
+                    size_t first, size_t last, uint8_t *scratch, const int format,
+                    const int bits) {
+  F(*f)[2] = (F(*)[2])aligned(scratch);
+  uint8_t *wide = (uint8_t *)(f + tokens);
+  for (size_t tile = first; tile < last; tile++) {
+    const uint8_t *p = sqft_fixed(m, tile);
+    Stream kept = stream_of(m, tile, format);
+    for (size_t t = 0; t < tokens; t++) f[t][0] = f[t][1] = f_zero();
+    for (size_t g = 0; g < m->groups; g++, p += m->group_bytes) {
+      Group group = head_of(p, (int)m->asymmetric, bits);
+      const uint8_t *from = widened(m, p, &kept, &group, wide, format, bits);
+      size_t t = 0;
+      for (; t + TOKENS <= tokens; t += TOKENS)
+        wide_tokens(m, x, g, t, tokens, from, &group, f + t, bits, TOKENS);
+      if (TOKENS > 4 && tokens - t >= 4)
+        wide_tokens(m, x, g, t, tokens, from, &group, f + t, bits, 4), t += 4;
+      if (tokens - t >= 2)
+        wide_tokens(m, x, g, t, tokens, from, &group, f + t, bits, 2), t += 2;
+      if (tokens > t) wide_tokens(m, x, g, t, tokens, from, &group, f + t, bits, 1);
+    }
+    for (size_t t = 0; t < tokens; t++) store_rows(m, tile, y + t * m->rows, f[t][0], f[t][1]);
   }
+}
+
+static size_t scratch_bytes(const SqftMatrix *m, size_t tokens) {
+  return 64 + tokens * 2 * sizeof(F) + (size_t)m->span * 2 * BYTES / 4;
 }
 #endif
 
-INLINE void many_of(const SqftMatrix *m, const SqftInputs *x, size_t tokens, float *y,
-                    size_t first, size_t last, uint8_t *wide, const int bits) {
-  for (size_t tile = first; tile < last; tile++) {
-    const uint8_t *from = wide;
-    size_t wide_stride = (size_t)m->span / 4 * 2 * BYTES;
-    switch (m->format) {
-    case SQFT_DENSE:
-      if (bits == 8) { /* is wide already */
-        from = sqft_fixed(m, tile) + sqft_head_bytes(m);
-        wide_stride = m->group_bytes;
-      } else {
-        widen(m, tile, wide, SQFT_DENSE, 4);
-      }
-      break;
-    case SQFT_MASK: widen(m, tile, wide, SQFT_MASK, bits); break;
-    case SQFT_PAIRS: widen(m, tile, wide, SQFT_PAIRS, bits); break;
-    }
-    all_tokens(m, x, tokens, y, tile, from, wide_stride, bits);
-  }
-}
-
 static void many(const SqftMatrix *m, const SqftInputs *x, size_t tokens, float *y, size_t first,
-                 size_t last, uint8_t *wide) {
-  if (m->bits == 4)
-    many_of(m, x, tokens, y, first, last, wide, 4);
-  else
-    many_of(m, x, tokens, y, first, last, wide, 8);
+                 size_t last, uint8_t *scratch) {
+  switch (m->format * 16 + m->bits) {
+  case SQFT_DENSE * 16 + 4: many_of(m, x, tokens, y, first, last, scratch, SQFT_DENSE, 4); break;
+  case SQFT_DENSE * 16 + 8: many_of(m, x, tokens, y, first, last, scratch, SQFT_DENSE, 8); break;
+  case SQFT_MASK * 16 + 4: many_of(m, x, tokens, y, first, last, scratch, SQFT_MASK, 4); break;
+  case SQFT_MASK * 16 + 8: many_of(m, x, tokens, y, first, last, scratch, SQFT_MASK, 8); break;
+  case SQFT_PAIRS * 16 + 4: many_of(m, x, tokens, y, first, last, scratch, SQFT_PAIRS, 4); break;
+  case SQFT_PAIRS * 16 + 8: many_of(m, x, tokens, y, first, last, scratch, SQFT_PAIRS, 8); break;
+  }
 }

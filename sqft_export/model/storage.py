@@ -54,6 +54,11 @@ def load_mask(folder: Path | None, name: str, shape: torch.Size) -> Tensor:
     return bits_to_mask(TensorFiles(folder, MASKS).tensor(name), shape[1])
 
 
+def mask_for(folder: Path | None, name: str, weight: Tensor) -> Tensor:
+    """The same for a Linear's weight, on its device."""
+    return load_mask(folder, name, weight.shape).to(weight.device)
+
+
 class GridWriter:
     """Writes grids as they come; a context manager."""
 

@@ -15,7 +15,7 @@ from sqft_export.model.reconstruction import Reconstructed, reconstruct
 from sqft_export.model.storage import (
     HELD_BYTES,
     GridWriter,
-    load_mask,
+    mask_for,
     plain_names,
     quantized_names,
     read_quantized,
@@ -196,7 +196,7 @@ def _reconstructed(
         for name, weight, grid in quantized:
             block.linears[name].weight.copy_(weight)
             grids[name] = grid
-            masks[name] = load_mask(sparsified, name, weight.shape).to(weight.device)
+            masks[name] = mask_for(sparsified, name, weight)
         seed, scale_bits = context.recipe.seed + block.index, context.recipe.scale_bits
         reconstruct(theirs, block, masks, config, seed, grids, scale_bits).keep(file)
     return Reconstructed.kept(file)
@@ -210,8 +210,7 @@ def _quantized(
     scale_bits = context.recipe.scale_bits
 
     def mask_of(name: str) -> Tensor:
-        weight = block.linears[name].weight
-        return load_mask(sparsified, name, weight.shape).to(weight.device)
+        return mask_for(sparsified, name, block.linears[name].weight)
 
     if method.NEEDS == "block":
         yield from cast(BlockQuantizer, method).compress_block(block, mask_of, config)

@@ -11,7 +11,7 @@ from sqft_export.model.blocks import Block, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, write_config
 from sqft_export.model.reconstruction import Reconstructed, reconstruct
-from sqft_export.model.storage import HELD_BYTES, load_mask
+from sqft_export.model.storage import HELD_BYTES, mask_for
 from sqft_export.model.tensorfiles import TensorFiles, TensorWriter
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.device import device_name, device_of
@@ -61,11 +61,9 @@ def run(context: Context) -> dict:
 
 
 def _reconstructed(context: Context, theirs: Block, ours: Block) -> Reconstructed:
-    config, masks = context.recipe.sparsify.reconstruct, {}
+    config, sparsified = context.recipe.sparsify.reconstruct, context.inputs["sparsify"].path
     assert config is not None
-    for name, linear in ours.linears.items():
-        mask = load_mask(context.inputs["sparsify"].path, name, linear.weight.shape)
-        masks[name] = mask.to(linear.weight.device)
+    masks = {name: mask_for(sparsified, name, li.weight) for name, li in ours.linears.items()}
     return reconstruct(theirs, ours, masks, config, context.recipe.seed + ours.index)
 
 

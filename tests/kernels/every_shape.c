@@ -55,15 +55,18 @@ static int try(const SqftKernels *kernels, uint32_t bits, int asymmetric, uint32
   const size_t tokens = inputs > 1000 ? FEW : kernels->lanes < 16 ? SOME : TOKENS;
   SqftInputs all = {malloc(TOKENS * span), malloc(TOKENS * 4 * (size_t)m->groups),
                     malloc(TOKENS * 4 * (size_t)m->groups)};
-  uint8_t *wide = malloc(sqft_wide_bytes(m));
+  SqftInputs together = {malloc(sqft_code_bytes(m, tokens)), malloc(tokens * 4 * (size_t)m->groups),
+                         malloc(tokens * 4 * (size_t)m->groups)};
+  uint8_t *scratch = malloc(kernels->scratch_bytes(m, tokens));
   int wrong = 0;
   for (int mode = 0; mode < 2 && !wrong; mode++) {
     for (size_t t = 0; t < tokens; t++) {
-      SqftInputs one = sqft_from_token(m, &all, t);
-      kernels->round(m, x + t * inputs, &one);
+      SqftInputs one = {all.codes + t * span, all.scale + t * m->groups, all.sum + t * m->groups};
+      if (mode) kernels->round(m, x + t * inputs, t, tokens, &together);
+      else kernels->round(m, x + t * inputs, 0, 1, &one);
       if (!mode) kernels->one(m, &one, y + t * rows, 0, m->tiles);
     }
-    if (mode) kernels->many(m, &all, tokens, y, 0, m->tiles, wide);
+    if (mode) kernels->many(m, &together, tokens, y, 0, m->tiles, scratch);
     for (size_t t = 0; t < tokens && !wrong; t++)
       for (uint32_t r = 0; r < rows && !wrong; r++) {
         double sum = 0, size = 1e-30;
@@ -82,7 +85,8 @@ static int try(const SqftKernels *kernels, uint32_t bits, int asymmetric, uint32
   sqft_unpack(m, back, zero, scale);
   if (memcmp(back, codes, count)) wrong = 1;
   free(back), free(codes), free(stored), free(zero), free(scale), free(kept), free(m), free(x);
-  free(y), free(all.codes), free(all.scale), free(all.sum), free(wide);
+  free(y), free(all.codes), free(all.scale), free(all.sum);
+  free(together.codes), free(together.scale), free(together.sum), free(scratch);
   if (wrong)
     printf("%s: INT%u, asymmetric %d, %u x %u, group %u, format %u, %d / 1000 kept\n",
            kernels->name, bits, asymmetric, rows, inputs, group, format, thousandth);
