@@ -24,13 +24,16 @@ folder that deployments are kept in.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import mean, median
@@ -175,6 +178,32 @@ def ways_of(bits: int, threads: int, shapes: tuple) -> tuple[dict[str, Way], lis
     return made, held
 
 
+ADDITIONS = """
+#define ADD x += 1; __asm__ volatile("" : "+r"(x));
+unsigned long additions(long times) {
+  unsigned long x = 0;
+  for (long i = 0; i < times; i++) { ADD ADD ADD ADD ADD ADD ADD ADD }
+  return x;
+}
+"""
+
+
+def clock() -> Callable[[], float]:
+    """GHz by a chain of additions, each of which takes a cycle; what the system says is nominal."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source, library = Path(scratch) / "additions.c", Path(scratch) / "additions.so"
+        source.write_text(ADDITIONS)
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, source], check=True)
+        additions = ctypes.CDLL(str(library)).additions
+    additions.argtypes, additions.restype = [ctypes.c_long], ctypes.c_ulong
+
+    def measured() -> float:
+        started = time.perf_counter()
+        return int(additions(2**22)) / (time.perf_counter() - started) / 1e9
+
+    return measured
+
+
 def read_bandwidth(buffer: np.ndarray) -> float:
     """GB/s that one thread reads: ours, by the kernel that does least with what it reads."""
     started = time.perf_counter()
@@ -186,11 +215,12 @@ def products(bits: int, threads: int, rounds: int, shapes: tuple) -> dict[str, A
     """Medians of every way, in turns, in this process."""
     made, held = ways_of(bits, threads, shapes)
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
-    buffer = np.ones(2**25, np.uint64)
-    bandwidths, random = [], np.random.default_rng(0)
+    buffer, hertz = np.ones(2**25, np.uint64), clock()
+    bandwidths, clocks, random = [], [], np.random.default_rng(0)
     order = list(made)
     for number in range(rounds + 1):
         random.shuffle(order)
+        clocks.append(hertz())
         bandwidths.append(read_bandwidth(buffer))
         for name in order:
             made[name].run()
@@ -210,7 +240,12 @@ def products(bits: int, threads: int, rounds: int, shapes: tuple) -> dict[str, A
             "gb_per_s": made[name].stored / middle / 1e9,
             "mb": made[name].stored / 1e6,
         }
-    return {"ways": found, "bandwidth": median(bandwidths), "load": os.getloadavg()[0]}
+    return {
+        "ways": found,
+        "bandwidth": median(bandwidths),
+        "ghz": median(clocks),
+        "load": os.getloadavg()[0],
+    }
 
 
 def ratios_of(found: dict[str, Any]) -> dict[str, float]:
@@ -237,8 +272,8 @@ def run_products(rounds: int, shapes: tuple) -> tuple[dict[str, Any], dict[str, 
             found = in_a_process(__file__, *arguments, *small)
             name = f"INT{bits}, {threads} thread{'s' if threads > 1 else ''}"
             values[name] = found
-            speed, load = found["bandwidth"], found["load"]
-            print(f"\n{name}: one thread reads {speed:.1f} GB/s, load {load:.2f}")
+            speed, ghz, load = (found[key] for key in ("bandwidth", "ghz", "load"))
+            print(f"\n{name}: one thread reads {speed:.1f} GB/s, {ghz:.2f} GHz, load {load:.2f}")
             header = ["way", "MB", "ms", "25 %", "75 %", "CPU ms", "GB/s"]
             rows = [
                 [way, f["mb"], f["ms"], f["low"], f["high"], f["cpu_ms"], f["gb_per_s"]]

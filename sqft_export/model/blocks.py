@@ -6,7 +6,7 @@ replaces weights, and the block runs again to make the inputs of the next.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,6 +225,7 @@ def walk(
     samples: list[Tensor] | None,
     collector: Collector | None,
     device: torch.device = CPU,
+    known: Collection[int] = (),
 ) -> Iterator[Block]:
     """Yield every block after its inputs were collected; change its weights before resuming.
 
@@ -233,6 +234,7 @@ def walk(
     :param device: where blocks and activations are.
     :param collector: called with ``(name, inputs float32 [1, length, in])`` for every Linear and
         sample.
+    :param known: numbers of blocks whose inputs nobody will take.
     :raises UserError: naming the file and the tensor that is missing or has NaN or infinite
         weights.
     """
@@ -253,7 +255,7 @@ def walk(
         children.sort(key=lambda child: -child[1].in_features)
         linears = {f"{prefix}.{name}": linear for name, linear in children}
         block = Block(index, module, linears, list(zip(hidden, keywords[index], strict=True)))
-        if collector:
+        if collector and index not in known:
             _collect(block, collector)
         yield block
         hidden = _advance(block)

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -177,10 +178,16 @@ def _walked(
     device, samples = _device(context), None
     if inputs.needs != "nothing" or context.recipe.quantize.reconstruct:
         samples = calibration_tensors(context.recipe, context.model)
-    ours = walk(checkpoint, samples, inputs.collector, device)
+    known = [i for i in range(checkpoint.blocks) if _kept_block(context, i).is_file()]
+    ours = walk(checkpoint, samples, inputs.collector, device, known)
     if not context.recipe.quantize.reconstruct:
         return ((None, block) for block in ours)
     return zip(walk(Checkpoint(context.model), samples, None, device), ours, strict=True)
+
+
+def _kept_block(context: Context, index: int) -> Path:
+    """What an interrupted run has made of a block that is reconstructed."""
+    return context.folder / BLOCKS / f"{index}.safetensors"
 
 
 def _reconstructed(
@@ -189,7 +196,7 @@ def _reconstructed(
     """A block as rounding left it, trained; from its file if an interrupted run had come so far."""
     config, sparsified = context.recipe.quantize.reconstruct, context.path("sparsify")
     assert config is not None
-    file = context.folder / BLOCKS / f"{block.index}.safetensors"
+    file = _kept_block(context, block.index)
     if not file.is_file():
         file.parent.mkdir(exist_ok=True)
         grids, masks = {}, {}
