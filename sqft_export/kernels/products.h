@@ -118,6 +118,12 @@ typedef struct {
   const uint8_t *at[2];
 } Stream;
 
+INLINE Stream stream_of(const SqftMatrix *m, size_t tile, const int format) {
+  Stream kept = {{0, 0}};
+  if (format == SQFT_MASK) kept.at[0] = kept.at[1] = sqft_kept(m, tile);
+  return kept;
+}
+
 INLINE void mask4(const uint8_t *p, Stream *kept, const int8_t *q, int steps, int narrow, V z0,
                   V z1, I out[2]) {
   out[0] = out[1] = i_set(0);
@@ -221,6 +227,13 @@ INLINE Group head_of(const uint8_t *p, int asymmetric, int bits) {
   return g;
 }
 
+/* What a group's sums of products are off by: the zero stands in every code. */
+INLINE I zeros_of(const SqftMatrix *m, const Group *group, int v, int32_t sum, const int bits) {
+  const int offset = bits == 8 ? 128 * SIGNED8 : 0;
+  if (!m->asymmetric) return i_set(sum * ((1 << (bits - 1)) - offset));
+  return i_mul(i_sub(group->zero[v], i_set(offset)), i_set(sum));
+}
+
 INLINE void store_rows(const SqftMatrix *m, size_t tile, float *y, F f0, F f1) {
   size_t row = tile * 2 * LANES;
   if (row + 2 * LANES <= m->rows) {
@@ -242,8 +255,7 @@ INLINE void one_of(const SqftMatrix *m, const SqftInputs *x, float *y, size_t fi
   for (size_t tile = first; tile < last; tile++) {
     const uint8_t *p = sqft_fixed(m, tile);
     const uint8_t *narrow = (const uint8_t *)m + m->narrow + tile * m->groups;
-    Stream kept = {{0, 0}};
-    if (format == SQFT_MASK) kept.at[0] = kept.at[1] = sqft_kept(m, tile);
+    Stream kept = stream_of(m, tile, format);
     F f0 = f_zero(), f1 = f_zero();
     for (uint32_t g = 0; g < m->groups; g++, p += m->group_bytes) {
       const int8_t *q = x->codes + (size_t)g * m->span;
@@ -267,9 +279,8 @@ INLINE void one_of(const SqftMatrix *m, const SqftInputs *x, float *y, size_t fi
         }
         if (format == SQFT_MASK && bits == 8)
           mask8(p + head, &kept, q, steps, group.bytes[0], group.bytes[1], out);
-        I sum = i_set(x->sum[g]), offset = i_set(bits == 8 ? 128 * SIGNED8 : 0);
-        out[0] = i_sub(out[0], i_mul(i_sub(group.zero[0], offset), sum));
-        I other = i_mul(i_sub(group.zero[1], offset), sum);
+        I other = zeros_of(m, &group, 1, x->sum[g], bits);
+        out[0] = i_sub(out[0], zeros_of(m, &group, 0, x->sum[g], bits));
         out[1] = i_sub(out[1], bits == 4 ? i_high(other) : other);
       }
       F a = f_set(x->scale[g]);
@@ -357,19 +368,6 @@ INLINE const uint8_t *widened(const SqftMatrix *m, const uint8_t *p, Stream *kep
   if (format == SQFT_DENSE && bits == 8) return p;
   widen(p, kept, group, (int)m->span, wide, format, bits);
   return wide;
-}
-
-INLINE Stream stream_of(const SqftMatrix *m, size_t tile, const int format) {
-  Stream kept = {{0, 0}};
-  if (format == SQFT_MASK) kept.at[0] = kept.at[1] = sqft_kept(m, tile);
-  return kept;
-}
-
-/* What a group's sums of products are off by: the zero stands in every code. */
-INLINE I zeros_of(const SqftMatrix *m, const Group *group, int v, int32_t sum, const int bits) {
-  const int offset = bits == 8 ? 128 * SIGNED8 : 0;
-  if (!m->asymmetric) return i_set(sum * ((1 << (bits - 1)) - offset));
-  return i_mul(i_sub(group->zero[v], i_set(offset)), i_set(sum));
 }
 
 INLINE uint8_t *aligned(uint8_t *p) { return (uint8_t *)(((uintptr_t)p + 63) & ~(uintptr_t)63); }
