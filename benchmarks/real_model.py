@@ -5,12 +5,12 @@
 
 `recipes/smollm2.yaml` in the ways below, tuned alike from each seed. Of a row, in torch in float32:
 accuracy (of most likely choices, and with likelihoods by character) on held-out items, how often a
-paired test tells it from dense + LoRA, perplexity on the text, mean KL divergence and same top
-token against the dense base there, and bits a weight of the packed OpenVINO file (its entropy
-level) over all weights. ``--runs`` keeps what was trained, to go on from there. ``--deployed``
-exports QA-SparsePEFT of the first seed for every runtime too, and measures the files on this
-machine: accuracy, agreement with the dense base, size, tokens per second, time to first token and
-resident memory.
+paired test tells it from dense + LoRA, or from the row of ``--beside``, perplexity on the text,
+mean KL divergence and same top token against the dense base there, and bits a weight of the packed
+OpenVINO file (its entropy level) over all weights. ``--runs`` keeps what was trained, to go on from
+there. ``--deployed`` exports QA-SparsePEFT of the first seed for every runtime too, and measures
+the files on this machine: accuracy, agreement with the dense base, size, tokens per second, time to
+first token and resident memory.
 """
 
 import argparse
@@ -190,9 +190,9 @@ def file_row(row: dict[str, Any]) -> list[Any]:
     ]
 
 
-def row_of(name: str, runs: list[dict[str, Any]], lora: list[dict[str, Any]]) -> list[Any]:
+def row_of(name: str, runs: list[dict[str, Any]], beside: list[dict[str, Any]]) -> list[Any]:
     reached = [run["accuracy"] for run in runs]
-    told = sum(mcnemar(a["right"], b["right"]) < 0.05 for a, b in zip(runs, lora, strict=True))
+    told = sum(mcnemar(a["right"], b["right"]) < 0.05 for a, b in zip(runs, beside, strict=True))
     figures = ("accuracy_normalized", "perplexity", "kl_nats", "same_top", "bits_per_weight")
     return [
         *(name, mean(reached), stdev(reached) if len(reached) > 1 else 0.0),
@@ -208,20 +208,22 @@ def main() -> None:
     parser.add_argument("--sets", default="arc_easy", help="a task by name, or commonsense")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", choices=[DENSE, *ROWS], default=COMPARED)
+    parser.add_argument("--beside", choices=[DENSE, *ROWS], default=LORA, help="of paired tests")
     parser.add_argument("--set", nargs="+", default=[], help="such as adapt.steps=60")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "real_model")
     parser.add_argument("--deployed", action="store_true", help="every runtime's files too")
     arguments = parser.parse_args()
     experiment, rows, ratios, values = Experiment(arguments), [], {}, {}
-    lora = [experiment.figures(LORA, seed) for seed in arguments.seeds]
+    beside = [experiment.figures(arguments.beside, seed) for seed in arguments.seeds]
     for name in arguments.rows:
         runs = [experiment.figures(name, seed) for seed in arguments.seeds]
-        rows.append(row_of(name, runs, lora))
-        ratios[f"{name}: accuracy over {LORA}"] = spread(
-            [ours["accuracy"] / theirs["accuracy"] for ours, theirs in zip(runs, lora, strict=True)]
+        rows.append(row_of(name, runs, beside))
+        ratios[f"{name}: accuracy over {arguments.beside}"] = spread(
+            [a["accuracy"] / b["accuracy"] for a, b in zip(runs, beside, strict=True)]
         )
         values[name] = [{k: v for k, v in run.items() if k != "right"} for run in runs]
-    header = ["row", "accuracy %", "std dev", "told from LoRA", "acc_norm %", "perplexity"]
+    header = ["row", "accuracy %", "std dev", "told from it", "acc_norm %", "perplexity"]
+    print(f"paired tests against {arguments.beside}")
     table([*header, "KL nats", "same top %", "bits a weight"], rows)
     if arguments.deployed:
         values["deployed"] = experiment.deployed(arguments.seeds[0])
