@@ -12,6 +12,7 @@ import pytest
 from conftest import copy_run, small_recipe, start_run
 from sqft_export.errors import UserError
 from sqft_export.run.artifact import Store
+from sqft_export.run.device import CPU, fast_in_bfloat16
 from sqft_export.run.pipeline import _alone, plan_passes, run_recipe
 
 
@@ -78,7 +79,9 @@ def test_the_report_shows_every_row_with_every_number(tiny_run):
     for dense, packed in zip(dense_and_packed[::2], dense_and_packed[1::2], strict=True):
         assert packed["file_bytes"] < dense["file_bytes"]
         assert packed["accuracy"] == dense["accuracy"]
-    assert tuned["perplexity"] == merged["perplexity"]
+    # In bfloat16, where that is fast, torch's INT4 layout rounds the merged model's scales too.
+    rounding = 2**-9 if fast_in_bfloat16(CPU) else 0
+    assert tuned["perplexity"] == pytest.approx(merged["perplexity"], rel=rounding, abs=0)
     page = (folder / "index.html").read_text()
     assert page.count("<svg") == 6
     assert not re.findall(r'(?:src|href)="https?:', page)
