@@ -143,6 +143,7 @@ def test_scales_learn_by_the_derivative_of_the_formula():
     torch.testing.assert_close(shift.grad, twin.grad, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_inside_the_range_it_is_what_nncf_trains():
     """NNCF's FQ_LORA: the same grid points, the same gradients of adapter and scale."""
     quantize_functions = pytest.importorskip("nncf.torch.quantization.quantize_functions")

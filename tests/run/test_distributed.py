@@ -49,6 +49,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
     assert sum(line.startswith("{") for line in out.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_fsdp_spreads_the_weights_and_changes_no_gradient(tmp_path):
     """Base weights half on either process, gathered in forward and again in backward."""
     model = random_model(tmp_path / "model", intermediate_size=128, dtype="bfloat16")
