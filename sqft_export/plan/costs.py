@@ -18,7 +18,7 @@ from sqft_export.measure.agreement import COMPARED
 from sqft_export.measure.batches import CACHED, PASS_BYTES, ROWS
 from sqft_export.model.families import adapted
 from sqft_export.plan.layout import Layout, group_sizes
-from sqft_export.plan.speeds import Speeds, nearest_existing
+from sqft_export.plan.speeds import Speed, Speeds, nearest_existing
 from sqft_export.plan.workload import Workload
 from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import Recipe, Reconstruct
@@ -104,8 +104,8 @@ def predict_seconds(
     """Of every pass of the recipe; None where they depend on data that is not here."""
     found = dict[str, float | None]()
     for name, size in predict_bytes(recipe, layout).items():
-        work = _work(name, recipe, layout, workload)
         speed = machine.cpu if name in ON_CPU else machine.device
+        work = _work(name, recipe, layout, workload, speed)
         found[name] = None
         if work is not None:
             products = sum(flops / speed.of(dtype) for dtype, flops in work.flops.items())
@@ -180,7 +180,9 @@ DAY = 24 * 3600.0
 FEW_MINUTES = 30  # of a benchmark that is to fit a day
 
 
-def _work(name: str, recipe: Recipe, layout: Layout, workload: Workload) -> _Work | None:
+def _work(
+    name: str, recipe: Recipe, layout: Layout, workload: Workload, speed: Speed
+) -> _Work | None:
     forward = 2 * layout.weights  # of a token
     elements = ELEMENTWISE.get(name, 0) * layout.weights
     elements += ELEMENTWISE_OUTER.get(name, 0) * layout.others
@@ -199,7 +201,7 @@ def _work(name: str, recipe: Recipe, layout: Layout, workload: Workload) -> _Wor
     if name == "verify":
         return _Work({FLOAT32: _verified_tokens(recipe, workload) * forward}, elements)
     if name == "benchmark":
-        return _scoring(recipe, layout, workload)
+        return _scoring(recipe, layout, workload, speed)
     return _Work({}, elements, BLOCK_SECONDS.get(name, 0) * layout.blocks)
 
 
@@ -270,7 +272,7 @@ def _verified_tokens(recipe: Recipe, workload: Workload) -> float:
     return 3 * _runtimes(recipe) * checked.prompts * (length + checked.new_tokens)
 
 
-def _scoring(recipe: Recipe, layout: Layout, workload: Workload) -> _Work:
+def _scoring(recipe: Recipe, layout: Layout, workload: Workload, speed: Speed) -> _Work:
     """Every row scores the items and is timed, in processes of its own."""
     asked, weights = recipe.benchmark, layout.weights + layout.head
     items = asked.items if workload.test is None else workload.test
@@ -278,18 +280,21 @@ def _scoring(recipe: Recipe, layout: Layout, workload: Workload) -> _Work:
     scored += COMPARED if "dense" in asked.baselines else 0
     rounds = asked.rounds * (asked.repeats + 1)
     bits = 32 if recipe.quantize.method == "none" else max(4, recipe.quantize.bits)
-    flops = elements = seconds = 0.0
+    elements = seconds = 0.0
+    narrow = layout.width == 2 and speed.fast_in_bfloat16
+    dtypes = {"torch": "bfloat16" if narrow else FLOAT32, "runtime": FLOAT32}
+    flops = dict.fromkeys(dtypes.values(), 0.0)
     for kind, rows, read in (
-        ("torch", _torch_rows_asked(recipe), 4 * weights),
+        ("torch", _torch_rows_asked(recipe), (2 if narrow else 4) * weights),
         ("runtime", _runtimes(recipe), layout.weights * bits / 8 + 4 * layout.head),
     ):
-        flops += 2 * weights * rows * (scored + rounds * asked.prompt_tokens)
+        flops[dtypes[kind]] += 2 * weights * rows * (scored + rounds * asked.prompt_tokens)
         # A token alone is as fast as the weights are read.
         alone = rows * rounds * asked.new_tokens
         elements += alone * read / STEP_BYTES
         seconds += alone * TOKEN_SECONDS[kind] * layout.blocks
         seconds += rows * asked.rounds * ROW_SECONDS[kind]
-    return _Work({FLOAT32: flops}, elements, seconds)
+    return _Work(flops, elements, seconds)
 
 
 def _torch_rows_asked(recipe: Recipe) -> int:

@@ -32,7 +32,16 @@ class Speed:
 
     def of(self, precision: str) -> float:
         """Of products in a dtype, or in the faster one (auto)."""
-        return max(self.products.values()) if precision == "auto" else self.products[precision]
+        if precision == "auto":
+            precision = "bfloat16" if self.fast_in_bfloat16 else "float32"
+        return self.products[precision]
+
+    @property
+    def fast_in_bfloat16(self) -> bool:
+        """As the passes decide it, here of this model's widths."""
+        from sqft_export.run.device import FASTER
+
+        return self.products["bfloat16"] > FASTER * self.products["float32"]
 
 
 @dataclass(frozen=True)
