@@ -215,6 +215,21 @@ def test_precision_auto_is_foretold_at_the_faster_speed(odd):
     assert seconds("auto") == seconds("bfloat16") < seconds("float32")
 
 
+@pytest.mark.parametrize(("width", "faster"), [(2, True), (4, False)])
+def test_torch_rows_are_foretold_in_what_they_run_in(odd, width, faster):
+    """In bfloat16 where it is faster, but only of a model that is stored in 16 bits."""
+    slow, fast = (
+        Speed("cpu", {"float32": 1e9, "bfloat16": bfloat16}, 1e9) for bfloat16 in (1.1e9, 1e11)
+    )
+    recipe = small_recipe(model_path=odd)
+    layout = replace(layout_of(recipe, odd), width=width)
+    before, after = (
+        predict_seconds(recipe, layout, Speeds(cpu, cpu, 1e9), WORK)["benchmark"]
+        for cpu in (slow, fast)
+    )
+    assert (after < before) is faster
+
+
 def test_a_benchmark_by_minutes_is_foretold_by_them(odd):
     recipe = small_recipe("benchmark={minutes: 7}", model_path=odd)
     assert predict_seconds(recipe, layout_of(recipe, odd), MACHINE, WORK)["benchmark"] == 420
