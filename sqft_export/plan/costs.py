@@ -108,7 +108,7 @@ def predict_seconds(
         work = _work(name, recipe, layout, workload, speed)
         found[name] = None
         if work is not None:
-            products = sum(flops / speed.of(dtype) for dtype, flops in work.flops.items())
+            products = sum(flops / speed.products[dtype] for dtype, flops in work.flops.items())
             elementwise = work.elements / speed.elements
             fixed = FIXED_SECONDS.get(name, 1) + work.seconds
             found[name] = fixed + products + elementwise + size / machine.disk
@@ -151,18 +151,20 @@ ELEMENTWISE_OUTER = {"export-openvino": 50, "export-onnx": 11, "verify": 100}
 # A training step: passes over adapted weights, over logits, and over the hidden states of a block.
 STEP_WEIGHTS, STEP_LOGITS, STEP_HIDDEN = 4.0, 10.0, 60.0
 ADAM_WEIGHTS = 12.0  # a step of Adam: passes over all weights
-STEP_EFFICIENCY = 0.68  # of products in a step, of which many are narrow, over large ones
+# Of products in a step, of which many are narrow, over large ones.
+STEP_EFFICIENCY = {FLOAT32: 0.68, "bfloat16": 0.43}
 # Whatever the model: imports, tracing, a runtime's start.
 FIXED_SECONDS = {
     "sparsify": 5.0,
     "adapt": 5.0,
     "teacher": 5.0,
     "export-openvino": 4.0,
+    "export-gguf": 8.0,
     "verify": 9.0,
     "report": 1.5,
 }
 BLOCK_SECONDS = {"export-openvino": 0.45, "export-onnx": 0.2}  # a block is traced, or built
-CALL_SECONDS = 4e-3  # a block called with a calibration sample, over its products
+CALL_SECONDS = 1.5e-3  # a block called with a calibration sample, over products and weights read
 COLUMN_SECONDS = 2.2e-4  # a column that GPTQ or SparseGPT rounds, over its arithmetic
 # A row of a benchmark: its process starts and loads; a token alone goes through a block.
 ROW_SECONDS = {"torch": 13.0, "runtime": 6.0}
@@ -194,7 +196,7 @@ def _work(
     if name == "reconstruct":
         return _reconstruction(recipe.sparsify.reconstruct, recipe, layout, workload)
     if name in ("adapt", "teacher"):
-        return _training(recipe, layout, workload)
+        return _training(recipe, layout, workload, speed)
     if name in ("merge", "baselines"):
         rank = recipe.adapt.max_rank if recipe.adapt else 0
         return _Work({FLOAT32: 2 * rank * layout.weights}, elements)
@@ -217,8 +219,10 @@ def _calibrated(
     if method in ("gptq", "sparsegpt"):
         flops += _solver(layout, tokens)
         seconds = COLUMN_SECONDS * sum(inputs for _, inputs in layout.linears.values())
-    calls = 2 * recipe.calibration.samples * layout.blocks
-    return _Work({FLOAT32: flops}, elements, seconds + CALL_SECONDS * calls)
+    times = 2 * recipe.calibration.samples  # each block is called
+    elements += times * layout.weights * 4 / STEP_BYTES
+    seconds += times * layout.blocks * CALL_SECONDS
+    return _Work({FLOAT32: flops}, elements, seconds)
 
 
 def _reconstruction(
@@ -230,11 +234,13 @@ def _reconstruction(
     tokens = _calibration_tokens(recipe, workload)
     drawn = min(config.batch, recipe.calibration.samples) / recipe.calibration.samples
     flops = 2 * layout.weights * tokens * (3 * config.steps * drawn + 5)
-    return _Work({FLOAT32: flops / STEP_EFFICIENCY}, ADAM_WEIGHTS * config.steps * layout.weights)
+    return _Work(
+        {FLOAT32: flops / STEP_EFFICIENCY[FLOAT32]}, ADAM_WEIGHTS * config.steps * layout.weights
+    )
 
 
-def _training(recipe: Recipe, layout: Layout, workload: Workload) -> _Work | None:
-    config = recipe.training
+def _training(recipe: Recipe, layout: Layout, workload: Workload, speed: Speed) -> _Work | None:
+    config, dtype = recipe.training, speed.dtype(recipe.training.precision)
     if config.steps is None and workload.examples is None:
         return None
     steps = config.total_steps(workload.examples or 0)
@@ -250,8 +256,8 @@ def _training(recipe: Recipe, layout: Layout, workload: Workload) -> _Work | Non
     vocabulary, width = layout.embedding
     hidden = layout.blocks * width * tokens
     elements = STEP_WEIGHTS * inside + STEP_LOGITS * tokens * vocabulary
-    products *= steps / STEP_EFFICIENCY
-    return _Work({config.precision: products}, steps * (elements + STEP_HIDDEN * hidden))
+    products *= steps / STEP_EFFICIENCY[dtype]
+    return _Work({dtype: products}, steps * (elements + STEP_HIDDEN * hidden))
 
 
 def _calibration_tokens(recipe: Recipe, workload: Workload) -> float:
@@ -281,11 +287,11 @@ def _scoring(recipe: Recipe, layout: Layout, workload: Workload, speed: Speed) -
     rounds = asked.rounds * (asked.repeats + 1)
     bits = 32 if recipe.quantize.method == "none" else max(4, recipe.quantize.bits)
     elements = seconds = 0.0
-    narrow = layout.width == 2 and speed.fast_in_bfloat16
-    dtypes = {"torch": "bfloat16" if narrow else FLOAT32, "runtime": FLOAT32}
+    in_torch = speed.dtype("auto") if layout.width == 2 else FLOAT32
+    dtypes = {"torch": in_torch, "runtime": FLOAT32}
     flops = dict.fromkeys(dtypes.values(), 0.0)
     for kind, rows, read in (
-        ("torch", _torch_rows_asked(recipe), (2 if narrow else 4) * weights),
+        ("torch", _torch_rows_asked(recipe), (4 if in_torch == FLOAT32 else 2) * weights),
         ("runtime", _runtimes(recipe), layout.weights * bits / 8 + 4 * layout.head),
     ):
         flops[dtypes[kind]] += 2 * weights * rows * (scored + rounds * asked.prompt_tokens)

@@ -30,18 +30,14 @@ class Speed:
     elements: float
     memory: int | None = None
 
-    def of(self, precision: str) -> float:
-        """Of products in a dtype, or in the faster one (auto)."""
-        if precision == "auto":
-            precision = "bfloat16" if self.fast_in_bfloat16 else "float32"
-        return self.products[precision]
-
-    @property
-    def fast_in_bfloat16(self) -> bool:
-        """As the passes decide it, here of this model's widths."""
+    def dtype(self, precision: str) -> str:
+        """What ``adapt.precision`` comes to, as :func:`run.device.training_dtype` decides it."""
         from sqft_export.run.device import FASTER
 
-        return self.products["bfloat16"] > FASTER * self.products["float32"]
+        if precision != "auto":
+            return precision
+        faster = self.products["bfloat16"] > FASTER * self.products["float32"]
+        return "bfloat16" if faster else "float32"
 
 
 @dataclass(frozen=True)
