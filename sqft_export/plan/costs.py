@@ -144,20 +144,21 @@ ELEMENTWISE = {
     "export-openvino": 24,
     "export-onnx": 16,
     "export-gguf": 16,
-    "verify": 250,
+    "verify": 90,
 }
+DEPLOYED, DEPLOYED_SECONDS = 145, 1.5  # what every deployment adds to them in verify, and its start
 # The same over embedding and head, which runtimes and torch read as floats.
 ELEMENTWISE_OUTER = {"export-openvino": 50, "export-onnx": 11, "verify": 100}
 # A training step: passes over adapted weights, over logits, and over the hidden states of a block.
 STEP_WEIGHTS, STEP_LOGITS, STEP_HIDDEN = 4.0, 10.0, 60.0
 ADAM_WEIGHTS = 12.0  # a step of Adam: passes over all weights
-# Of products in a step, of which many are narrow, over large ones.
-STEP_EFFICIENCY = {FLOAT32: 0.68, "bfloat16": 0.43}
+STEP_EFFICIENCY = 0.5  # of products in a step, of which many are narrow, over large ones
 # Whatever the model: imports, tracing, a runtime's start.
 FIXED_SECONDS = {
     "sparsify": 5.0,
     "adapt": 5.0,
     "teacher": 5.0,
+    "merge": 2.0,
     "export-openvino": 4.0,
     "export-gguf": 8.0,
     "verify": 9.0,
@@ -201,7 +202,9 @@ def _work(
         rank = recipe.adapt.max_rank if recipe.adapt else 0
         return _Work({FLOAT32: 2 * rank * layout.weights}, elements)
     if name == "verify":
-        return _Work({FLOAT32: _verified_tokens(recipe, workload) * forward}, elements)
+        flops, made = _verified_tokens(recipe, workload) * forward, _runtimes(recipe)
+        elements += made * DEPLOYED * layout.weights
+        return _Work({FLOAT32: flops}, elements, made * DEPLOYED_SECONDS)
     if name == "benchmark":
         return _scoring(recipe, layout, workload, speed)
     return _Work({}, elements, BLOCK_SECONDS.get(name, 0) * layout.blocks)
@@ -234,13 +237,11 @@ def _reconstruction(
     tokens = _calibration_tokens(recipe, workload)
     drawn = min(config.batch, recipe.calibration.samples) / recipe.calibration.samples
     flops = 2 * layout.weights * tokens * (3 * config.steps * drawn + 5)
-    return _Work(
-        {FLOAT32: flops / STEP_EFFICIENCY[FLOAT32]}, ADAM_WEIGHTS * config.steps * layout.weights
-    )
+    return _Work({FLOAT32: flops / STEP_EFFICIENCY}, ADAM_WEIGHTS * config.steps * layout.weights)
 
 
 def _training(recipe: Recipe, layout: Layout, workload: Workload, speed: Speed) -> _Work | None:
-    config, dtype = recipe.training, speed.dtype(recipe.training.precision)
+    config = recipe.training
     if config.steps is None and workload.examples is None:
         return None
     steps = config.total_steps(workload.examples or 0)
@@ -256,8 +257,10 @@ def _training(recipe: Recipe, layout: Layout, workload: Workload, speed: Speed) 
     vocabulary, width = layout.embedding
     hidden = layout.blocks * width * tokens
     elements = STEP_WEIGHTS * inside + STEP_LOGITS * tokens * vocabulary
-    products *= steps / STEP_EFFICIENCY[dtype]
-    return _Work({dtype: products}, steps * (elements + STEP_HIDDEN * hidden))
+    products *= steps / STEP_EFFICIENCY
+    return _Work(
+        {speed.dtype(config.precision): products}, steps * (elements + STEP_HIDDEN * hidden)
+    )
 
 
 def _calibration_tokens(recipe: Recipe, workload: Workload) -> float:

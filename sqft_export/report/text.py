@@ -23,7 +23,7 @@ def plan_text(document: dict[str, Any]) -> str:
             f"  {step['pass']:16} {'cached' if step['cached'] else 'to run'} "
             f"{size_text(step['predicted_bytes']):>12} on disk"
             f"{size_text(step['predicted_memory_bytes']):>12} of memory"
-            f"  {_expected(step['predicted_seconds'])}"
+            f"  {_expected(step)}"
         )
     for name in ("disk", "memory", "device_memory"):
         if document[name] is None:
@@ -52,10 +52,13 @@ def plan_text(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _expected(seconds: float | None) -> str:
-    if seconds is None:
-        return "time depends on data that is not here"
-    return f"about {duration(seconds)}"
+def _expected(step: dict[str, Any]) -> str:
+    """Of a pass that was run, what it took beside what is foretold of another run."""
+    seconds, taken = step["predicted_seconds"], step["taken_seconds"]
+    told = "time depends on data that is not here"
+    if seconds is not None:
+        told = f"about {duration(seconds)}"
+    return told if taken is None else f"{told}, took {duration(taken)}"
 
 
 def deployments_text(document: dict[str, Any]) -> str:

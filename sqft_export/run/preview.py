@@ -54,6 +54,7 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
                 "cached": step.artifact is not None,
                 "predicted_bytes": written[step.name],
                 "predicted_seconds": seconds[step.name],
+                "taken_seconds": step.artifact.manifest["seconds"] if step.artifact else None,
                 "predicted_memory_bytes": int(memory[step.name]),
             }
             for step in steps

@@ -205,6 +205,16 @@ def test_an_accelerator_is_named_with_its_memory(odd, monkeypatch, tmp_path):
     assert "device memory" not in plan_text(slower)
 
 
+def test_what_passes_took_stands_beside_what_was_foretold(tiny_run, monkeypatch):
+    monkeypatch.setattr(preview, "measure_speeds", lambda *_: MACHINE)
+    root = tiny_run["merge"].path.parent
+    recipe = small_recipe("verify.prompts=4", f"name={root.name}")
+    text = plan_text(preview.preview(recipe, root.parent))
+    lines = {line.split()[0]: line for line in text.splitlines()[1:]}
+    assert "cached" in lines["adapt"] and ", took " in lines["adapt"]
+    assert "to run" in lines["verify"] and "took" not in lines["verify"]
+
+
 def test_precision_auto_is_foretold_at_the_faster_speed(odd):
     machine = Speeds(CPU, Speed("x", {"float32": 1e9, "bfloat16": 1e11}, 1e9), 1e9)
 
