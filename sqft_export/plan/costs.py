@@ -146,7 +146,7 @@ ELEMENTWISE = {
     "export-gguf": 16,
     "verify": 90,
 }
-DEPLOYED, DEPLOYED_SECONDS = 145, 1.5  # what every deployment adds to them in verify, and its start
+CHECKED_ELEMENTS, CHECKED_SECONDS = 145, 1.5  # more in verify, of every deployment
 # The same over embedding and head, which runtimes and torch read as floats.
 ELEMENTWISE_OUTER = {"export-openvino": 50, "export-onnx": 11, "verify": 100}
 # A training step: passes over adapted weights, over logits, and over the hidden states of a block.
@@ -203,8 +203,8 @@ def _work(
         return _Work({FLOAT32: 2 * rank * layout.weights}, elements)
     if name == "verify":
         flops, made = _verified_tokens(recipe, workload) * forward, _runtimes(recipe)
-        elements += made * DEPLOYED * layout.weights
-        return _Work({FLOAT32: flops}, elements, made * DEPLOYED_SECONDS)
+        elements += made * CHECKED_ELEMENTS * layout.weights
+        return _Work({FLOAT32: flops}, elements, made * CHECKED_SECONDS)
     if name == "benchmark":
         return _scoring(recipe, layout, workload, speed)
     return _Work({}, elements, BLOCK_SECONDS.get(name, 0) * layout.blocks)

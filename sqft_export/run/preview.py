@@ -24,7 +24,7 @@ from sqft_export.plan.speeds import Speeds, measure_speeds
 from sqft_export.plan.workload import workload_of
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.artifact import Store
-from sqft_export.run.pipeline import plan_passes
+from sqft_export.run.pipeline import Planned, plan_passes
 from sqft_export.targets.devices import why_not_run
 
 
@@ -50,12 +50,10 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
         "passes": [
             {
                 "pass": step.name,
-                "key": step.key[:16],
-                "cached": step.artifact is not None,
                 "predicted_bytes": written[step.name],
                 "predicted_seconds": seconds[step.name],
-                "taken_seconds": step.artifact.manifest["seconds"] if step.artifact else None,
                 "predicted_memory_bytes": int(memory[step.name]),
+                **_done(step),
             }
             for step in steps
         ],
@@ -68,6 +66,15 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
         "seconds": sum(taken or 0 for taken in to_run.values()),
         "within_a_day": ways_to_fit_a_day(recipe, to_run, workload),
         **_targets_text(recipe),
+    }
+
+
+def _done(step: Planned) -> dict[str, Any]:
+    made = step.artifact
+    return {
+        "key": step.key[:16],
+        "cached": made is not None,
+        "taken_seconds": made.manifest["seconds"] if made else None,
     }
 
 
