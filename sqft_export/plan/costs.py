@@ -148,7 +148,7 @@ ELEMENTWISE = {
 }
 CHECKED_ELEMENTS, CHECKED_SECONDS = 145, 1.5  # more in verify, of every deployment
 # The same over embedding and head, which runtimes and torch read as floats.
-ELEMENTWISE_OUTER = {"export-openvino": 50, "export-onnx": 11, "verify": 100}
+ELEMENTWISE_OUTER = {"export-openvino": 50, "export-onnx": 11, "export-gguf": 270, "verify": 100}
 # A training step: passes over adapted weights, over logits, and over the hidden states of a block.
 STEP_WEIGHTS, STEP_LOGITS, STEP_HIDDEN = 4.0, 10.0, 60.0
 ADAM_WEIGHTS = 12.0  # a step of Adam: passes over all weights
@@ -160,7 +160,6 @@ FIXED_SECONDS = {
     "teacher": 5.0,
     "merge": 2.0,
     "export-openvino": 4.0,
-    "export-gguf": 8.0,
     "verify": 9.0,
     "report": 1.5,
 }
@@ -189,6 +188,8 @@ def _work(
     forward = 2 * layout.weights  # of a token
     elements = ELEMENTWISE.get(name, 0) * layout.weights
     elements += ELEMENTWISE_OUTER.get(name, 0) * layout.others
+    if name == "export-gguf":  # packed, each tensor is gone through again
+        elements *= 1 + recipe.export.sparse_files
     if name in ("sparsify", "quantize"):
         work = _calibrated(name, recipe, layout, workload, elements)
         if name == "quantize" and (config := recipe.quantize.reconstruct):
