@@ -292,13 +292,12 @@ def _scoring(recipe: Recipe, layout: Layout, workload: Workload, speed: Speed) -
     bits = 32 if recipe.quantize.method == "none" else max(4, recipe.quantize.bits)
     elements = seconds = 0.0
     in_torch = speed.dtype("auto") if layout.width == 2 else FLOAT32
-    dtypes = {"torch": in_torch, "runtime": FLOAT32}
-    flops = dict.fromkeys(dtypes.values(), 0.0)
-    for kind, rows, read in (
-        ("torch", _torch_rows_asked(recipe), (4 if in_torch == FLOAT32 else 2) * weights),
-        ("runtime", _runtimes(recipe), layout.weights * bits / 8 + 4 * layout.head),
+    flops = {FLOAT32: 0.0, in_torch: 0.0}
+    for kind, dtype, rows, read in (
+        ("torch", in_torch, _torch_rows_asked(recipe), (4 if in_torch == FLOAT32 else 2) * weights),
+        ("runtime", FLOAT32, _runtimes(recipe), layout.weights * bits / 8 + 4 * layout.head),
     ):
-        flops[dtypes[kind]] += 2 * weights * rows * (scored + rounds * asked.prompt_tokens)
+        flops[dtype] += 2 * weights * rows * (scored + rounds * asked.prompt_tokens)
         # A token alone is as fast as the weights are read.
         alone = rows * rounds * asked.new_tokens
         elements += alone * read / STEP_BYTES

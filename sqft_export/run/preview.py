@@ -70,6 +70,7 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
 
 
 def _done(step: Planned) -> dict[str, Any]:
+    """Whether a pass was run already, by what key, and the seconds that it took."""
     made = step.artifact
     return {
         "key": step.key[:16],
