@@ -6,9 +6,9 @@
 One recipe, run to its benchmark with every structure: any mask, at most 32 of every 64 inputs, 2:4
 and 4:8 at 50 %, and the first two at 60 %. Perplexity and accuracy on the recipe's own test items,
 of the pruned model before tuning and of the merged one after; bytes of the OpenVINO files, dense
-and laid out for our kernels; time per output token on the runtime's kernels and on ours. Where a
-block does not divide the inputs of some Linears, those get any mask of the same sparsity. `--runs`
-keeps what was made, to go on from there.
+and laid out for our kernels; milliseconds per output token (median, and the 10th and 90th
+percentile) on the runtime's kernels and on ours. Where a block does not divide the inputs of some
+Linears, those get any mask of the same sparsity. `--runs` keeps what was made, to go on from there.
 """
 
 import argparse
@@ -57,7 +57,12 @@ def setting_of(structure: dict[str, Any], linears: dict[str, tuple[int, int]]) -
     return f"sparsify={json.dumps(section)}"
 
 
-def measured(rows: list[dict[str, Any]]) -> dict[str, float]:
+def time_of(row: dict[str, Any]) -> str:
+    token = row["tpot"]
+    return f"{token['median_ms']:.3g} ({token['p10_ms']:.3g} to {token['p90_ms']:.3g})"
+
+
+def measured(rows: list[dict[str, Any]]) -> dict[str, Any]:
     by_name = {row["name"]: row for row in rows}
     found = {
         "pruned perplexity": by_name["sparse"]["perplexity"],
@@ -65,11 +70,11 @@ def measured(rows: list[dict[str, Any]]) -> dict[str, float]:
         "tuned perplexity": by_name["merged"]["perplexity"],
         "tuned accuracy": by_name["merged"]["accuracy"],
         "MB dense": by_name[STOCK]["file_bytes"] / 1e6,
-        "TPOT stock": by_name[STOCK]["tpot"]["median_ms"],
+        "TPOT stock": time_of(by_name[STOCK]),
     }
     if OURS in by_name:
         found["MB sparse"] = by_name[OURS]["file_bytes"] / 1e6
-        found["TPOT sparse"] = by_name[OURS]["tpot"]["median_ms"]
+        found["TPOT sparse"] = time_of(by_name[OURS])
     return found
 
 
@@ -83,7 +88,7 @@ def main() -> None:
     plain = load_recipe(arguments.recipe, tuple(arguments.settings), arguments.model_path)
     folder = model_folder(plain, download=False)
     linears = layout_of(plain, folder).linears
-    values: dict[str, dict[str, float]] = {}
+    values: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         runs = arguments.runs or Path(scratch)
         for name, structure in STRUCTURES.items():

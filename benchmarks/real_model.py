@@ -5,12 +5,13 @@
 
 `recipes/smollm2.yaml` in the ways below, tuned alike from each seed. Of a row, in torch in float32:
 accuracy (of most likely choices, and with likelihoods by character) on held-out items, how often a
-paired test tells it from dense + LoRA, or from the row of ``--beside``, perplexity on the text,
-mean KL divergence and same top token against the dense base there, and bits a weight of the packed
-OpenVINO file (its entropy level) over all weights. ``--runs`` keeps what was trained, to go on from
-there. ``--deployed`` exports QA-SparsePEFT of the first seed for every runtime too, and measures
-the files on this machine: accuracy, agreement with the dense base, size, tokens per second, time to
-first token and resident memory.
+paired test tells it from dense + LoRA, or from the row of ``--beside``, the p-value of one paired
+permutation test of all seeds' answers to the same items, perplexity on the text, mean KL divergence
+and same top token against the dense base there, and bits a weight of the packed OpenVINO file (its
+entropy level) over all weights. ``--runs`` keeps what was trained, to go on from there.
+``--deployed`` exports QA-SparsePEFT of the first seed for every runtime too, and measures the files
+on this machine: accuracy, agreement with the dense base, size, tokens per second, time to first
+token and resident memory.
 """
 
 import argparse
@@ -21,8 +22,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 from document import finish, spread, table
+from scipy.stats import permutation_test
 from torch import Tensor
 
 from sqft_export.data.items import Data, Item, first_of_every_set, load_tokenizer, stop_ids
@@ -190,13 +193,23 @@ def file_row(row: dict[str, Any]) -> list[Any]:
     ]
 
 
+def p_value(runs: list[dict[str, Any]], beside: list[dict[str, Any]]) -> float:
+    """That both rows answer alike: an item's share of seeds, swapped between the rows."""
+    shares = [np.mean([run["right"] for run in row], axis=0) for row in (runs, beside)]
+    found = permutation_test(
+        shares, lambda a, b, axis: np.mean(a - b, axis=axis), permutation_type="samples", rng=0
+    )
+    return float(found.pvalue)
+
+
 def row_of(name: str, runs: list[dict[str, Any]], beside: list[dict[str, Any]]) -> list[Any]:
     reached = [run["accuracy"] for run in runs]
     told = sum(mcnemar(a["right"], b["right"]) < 0.05 for a, b in zip(runs, beside, strict=True))
+    tests = (f"{told} of {len(runs)}", p_value(runs, beside))
     figures = ("accuracy_normalized", "perplexity", "kl_nats", "same_top", "bits_per_weight")
     return [
         *(name, mean(reached), stdev(reached) if len(reached) > 1 else 0.0),
-        *(f"{told} of {len(runs)}", *(mean(run[figure] for run in runs) for figure in figures)),
+        *(*tests, *(mean(run[figure] for run in runs) for figure in figures)),
     ]
 
 
@@ -222,9 +235,9 @@ def main() -> None:
             [a["accuracy"] / b["accuracy"] for a, b in zip(runs, beside, strict=True)]
         )
         values[name] = [{k: v for k, v in run.items() if k != "right"} for run in runs]
-    header = ["row", "accuracy %", "std dev", "told from it", "acc_norm %", "perplexity"]
+    header = ["row", "accuracy %", "std dev", "told from it", "p, all seeds", "acc_norm %"]
     print(f"paired tests against {arguments.beside}")
-    table([*header, "KL nats", "same top %", "bits a weight"], rows)
+    table([*header, "perplexity", "KL nats", "same top %", "bits a weight"], rows)
     if arguments.deployed:
         values["deployed"] = experiment.deployed(arguments.seeds[0])
         header = ["files", "accuracy %", "same token %", "KL nats", "bits a weight", "MB"]
