@@ -19,6 +19,7 @@ from sqft_export.plan.layout import Layout, fallbacks, group_sizes, layout_of
 from sqft_export.plan.tokenizer import tokenizer_faults
 from sqft_export.recipe.schema import HUB, Amount, Dataset, Problems, Recipe, Text, matches
 from sqft_export.run.host import installed
+from sqft_export.sparsifiers import override_for
 from sqft_export.targets.devices import devices, why_not_run
 from sqft_export.targets.gguf.architectures import architecture_lacks
 from sqft_export.targets.gguf.blocks import why_no_blocks
@@ -127,20 +128,18 @@ def _override_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 
 def _pattern_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    amounts: list[tuple[str, Amount, tuple[str, ...]]]
-    amounts = [("sparsify", recipe.sparsify, ("*",))]
-    for number, override in enumerate(recipe.sparsify.overrides):
-        amounts.append((f"sparsify.overrides.{number}", override, override.modules))
-    for where, amount, modules in amounts:
+    sparsify = recipe.sparsify
+    for name, (_, inputs) in layout.linears.items():
+        override = override_for(sparsify, name)
+        amount: Amount = override or sparsify
         found = amount.n_of_m() or amount.at_most
-        field = "pattern" if amount.pattern else "at_most"
-        for name, (_, inputs) in layout.linears.items():
-            if found and inputs % found[1] and matches(name, modules):
-                said = amount.pattern or list(found)
-                yield (
-                    f"{where}.{field}: found {said}, but {name} has {inputs} inputs, "
-                    f"which {found[1]} does not divide"
-                )
+        if found and inputs % found[1]:
+            where = f"overrides.{sparsify.overrides.index(override)}." if override else ""
+            yield (
+                f"sparsify.{where}{'pattern' if amount.pattern else 'at_most'}: found "
+                f"{amount.pattern or list(found)}, but {name} has {inputs} inputs, "
+                f"which {found[1]} does not divide"
+            )
 
 
 def _group_size_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:

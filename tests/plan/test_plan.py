@@ -56,6 +56,20 @@ def test_a_pattern_that_does_not_divide_is_refused(odd):
         check_recipe(recipe, odd)
 
 
+@pytest.mark.parametrize("amount", ["sparsity: 0.5, at_most: [32, 64]", "pattern: '4:8'"])
+@pytest.mark.parametrize("instead", ["sparsity: 0.5", "skip: true", "pattern: '2:4'"])
+def test_what_an_override_prunes_otherwise_need_not_divide(odd, amount, instead):
+    section = f"{{method: wanda, {amount}, overrides: [{{modules: [down_proj], {instead}}}]}}"
+    check_recipe(small_recipe(f"sparsify={section}", model_path=odd), odd)
+
+
+def test_a_pattern_of_an_override_that_does_not_divide_is_refused_by_its_name(odd):
+    overrides = "[{modules: [q_proj], skip: true}, {modules: [down_proj], pattern: '4:8'}]"
+    section = f"{{method: wanda, sparsity: 0.5, overrides: {overrides}}}"
+    with pytest.raises(UserError, match=r"sparsify.overrides.1.pattern: found 4:8, but model"):
+        check_recipe(small_recipe(f"sparsify={section}", model_path=odd), odd)
+
+
 def test_a_target_that_is_not_installed_is_refused_with_what_to_install(odd, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
