@@ -38,14 +38,14 @@ def open_job(job: dict[str, Any]) -> Session:
     from sqft_export.adapters.files import Base
     from sqft_export.adapters.loading import load_adapted
     from sqft_export.targets.devices import find_device
-    from sqft_export.targets.torch import TorchSession
+    from sqft_export.targets.torch import TorchSession, fast_dtype
 
     masks, grids = (Path(job[k]) if job[k] else None for k in ("masks", "grids"))
     base = Base(Path(job["folder"]), masks, grids, job["unmerged"])
     torch.set_num_threads(job["threads"])
     name = find_device("torch", job["device"]).name
-    dtype = torch.float32 if name == "cpu" else torch.bfloat16
-    return TorchSession(load_adapted(base, Path(job["adapter"]), dtype).to(name), name)
+    model = load_adapted(base, Path(job["adapter"]), fast_dtype(base.folder, name))
+    return TorchSession(model.to(name), name)
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:

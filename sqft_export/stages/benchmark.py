@@ -50,7 +50,7 @@ CONSUMES: tuple[str, ...] = (
     "baselines",
 )
 READS: tuple[str, ...] = ("model", "test")
-VERSION = 8
+VERSION = 9
 RESUMES = False
 DISTRIBUTED = False
 

@@ -125,12 +125,22 @@ def load_lean_model(folder: Path) -> nn.Module:
     return model
 
 
-def _load_on_cpu(folder: Path) -> nn.Module:
-    """In bfloat16 where it is stored in 16 bits and that is faster here; else in float32, all of it
-    in memory if there is room."""
+def fast_dtype(folder: Path, device: str) -> torch.dtype:
+    """bfloat16 on an accelerator, and on the CPU where the model is of 16 bits and that is faster.
+
+    What a model is of, its norms say: Linears, an embedding and a head may be points of a grid.
+    """
     checkpoint = Checkpoint(folder)
-    narrow = checkpoint.dtype(checkpoint.outer_names()[0]).itemsize == 2
-    if narrow and fast_in_bfloat16(CPU):
+    norm = next(n for n in checkpoint.outer_names() if len(checkpoint.headers[n].shape) == 1)
+    narrow = checkpoint.dtype(norm).itemsize == 2
+    fast = device != "cpu" or (narrow and fast_in_bfloat16(CPU))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _load_on_cpu(folder: Path) -> nn.Module:
+    """As fast as it is here; in float32, all of it in memory if there is room."""
+    checkpoint = Checkpoint(folder)
+    if fast_dtype(folder, "cpu") == torch.bfloat16:
         return load_int4_model(folder, "cpu", torch.bfloat16)
     if float32_fits(sum(prod(shape) for shape in checkpoint.shapes.values())):
         return load_model(checkpoint)

@@ -79,8 +79,8 @@ def test_the_report_shows_every_row_with_every_number(tiny_run):
     for dense, packed in zip(dense_and_packed[::2], dense_and_packed[1::2], strict=True):
         assert packed["file_bytes"] < dense["file_bytes"]
         assert packed["accuracy"] == dense["accuracy"]
-    # In bfloat16, where that is fast, torch's INT4 layout rounds the merged model's scales too.
-    rounding = 2**-9 if fast_in_bfloat16(CPU) else 0
+    # In bfloat16, where that is fast, one has rounded weights, the other rounded scales.
+    rounding = 2**-7 if fast_in_bfloat16(CPU) else 0
     assert tuned["perplexity"] == pytest.approx(merged["perplexity"], rel=rounding, abs=0)
     page = (folder / "index.html").read_text()
     assert page.count("<svg") == 6

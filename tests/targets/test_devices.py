@@ -6,6 +6,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from conftest import SQFT, small_recipe
 from sqft_export.errors import UserError
@@ -78,6 +79,23 @@ def test_a_model_too_large_for_float32_runs_from_its_stored_weights(tiny_run, mo
     ids = np.random.RandomState(0).randint(5, 400, (2, 12))
     ours, theirs = lean.forward(ids), expected.forward(ids)
     assert np.abs(ours - theirs).max() < 1e-3 * theirs.std()
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("embedding", [torch.float32, torch.float16])
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_model_of_16_bits_is_scored_in_them_whatever_holds_its_embedding(
+    tiny_run, tmp_path, monkeypatch, stored, embedding, fast
+):
+    """A merged model's INT8 embedding is float32 points of its grid."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_run["sparsify"].path / "model", dtype=stored)
+    model.get_input_embeddings().to(embedding)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("sqft_export.targets.torch.fast_in_bfloat16", lambda device: fast)
+    session = target("torch").open_session(tmp_path, False, 2)
+    narrow = stored == torch.bfloat16 and fast
+    assert next(session.model.parameters()).dtype == (torch.bfloat16 if narrow else torch.float32)
+    assert session.forward(np.arange(5, 9)[None]).shape[:2] == (1, 4)
 
 
 def test_codes_that_torch_has_no_layout_for_are_dequantized_as_they_are_used():
