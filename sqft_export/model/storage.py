@@ -23,7 +23,7 @@ from sqft_export.errors import UserError
 from sqft_export.model.checkpoint import GPTQ, PACK_QUANTIZED, Checkpoint
 from sqft_export.model.existing import stored_grid
 from sqft_export.model.tensorfiles import TensorFiles, TensorWriter
-from sqft_export.numerics.affine import Grid, quantize
+from sqft_export.numerics.affine import Grid, quantize, settled
 from sqft_export.numerics.codes import Quantized
 from sqft_export.numerics.gptq_layout import from_gptq, from_pack_quantized
 from sqft_export.numerics.masks import bits_to_mask
@@ -131,7 +131,8 @@ def quantized_names(checkpoint: Checkpoint) -> list[str]:
 def read_quantized(checkpoint: Checkpoint, name: str) -> tuple[Tensor, Grid]:
     """Codes uint8 ``[out, in]`` and grid of one module of a quantized model.
 
-    :raises UserError: naming the module, if its layout is none that is taken.
+    :raises UserError: naming the module, if its layout is none that is taken, or a scale is no
+        number.
     """
     parts = next(
         (
@@ -149,11 +150,11 @@ def read_quantized(checkpoint: Checkpoint, name: str) -> tuple[Tensor, Grid]:
     stored = checkpoint.config.get("quantization_config", {})
     try:
         if parts == PACK_QUANTIZED:
-            return from_pack_quantized(tensors, stored_grid(stored).bits)
+            return settled(*from_pack_quantized(tensors, stored_grid(stored).bits))
         groups, inputs = tensors["scales"].shape[0], tensors["g_idx"].shape[0]
         bits = 32 * tensors["qweight"].shape[0] // inputs
         second = stored.get("checkpoint_format") == "gptq_v2"
-        return from_gptq(tensors, bits, inputs // groups, 0 if second else 1)
+        return settled(*from_gptq(tensors, bits, inputs // groups, 0 if second else 1))
     except ValueError as error:
         raise UserError(f"{checkpoint.folder}: {name}: {error}") from error
 

@@ -154,6 +154,21 @@ def stored(codes: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
     return codes + shift, Grid(grid.scale, grid.zero_point + shift, 4, grid.group_size)
 
 
+def settled(codes: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+    """Codes and grid that another tool made, with no scale that is zero: such a group is all zeros,
+    now at the smallest scale. No value changes.
+
+    :param codes: uint8 ``[out, in]``.
+    :raises ValueError: if scales are NaN or infinite as float16.
+    """
+    if count := int((~torch.isfinite(grid.scale)).sum()):
+        raise ValueError(f"{count} of {grid.scale.numel()} scales are NaN or infinite in float16")
+    empty = grid.scale == 0
+    scale = grid.scale.masked_fill(empty, SMALLEST_SCALE)
+    zero = grouped(codes, grid.group_size).where(~empty[:, :, None], grid.zero_point[:, :, None])
+    return zero.reshape(codes.shape), Grid(scale, grid.zero_point, grid.bits, grid.group_size)
+
+
 def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
     """The nearest grid point of every weight: float32 ``[out, in]``.
 

@@ -3,7 +3,8 @@
 The block is traced to OpenVINO and given to ``nncf.compress_weights`` with its own calibration
 inputs: AWQ, scale estimation, NNCF's GPTQ, and INT4/INT8 by sensitivity within the block. What
 NNCF stored is taken over as it is, scales and zero points included, except that every pruned
-weight goes (back) to its zero code: NNCF's GPTQ moves 1 to 3 % of them. Its symmetric scales may be
+weight goes (back) to its zero code: NNCF's GPTQ moves 1 to 3 % of them. A group that is pruned
+whole has a scale of zero there, and the smallest one here. Its symmetric scales may be
 negative, so that the largest weight of a group gets the longer side of the range.
 """
 
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sqft_export.errors import UserError
 from sqft_export.model.blocks import Block
-from sqft_export.numerics.affine import Grid, dequantize, quantize
+from sqft_export.numerics.affine import Grid, dequantize, quantize, settled
 from sqft_export.recipe.schema import Quantize
 
 NEEDS = "block"
@@ -45,7 +46,7 @@ def compress_block(
 
     :param mask_of: Linear -> bool ``[out, in]``, True = kept.
     :raises UserError: if AWQ had to put a multiplication into the graph, which codes and grids
-        alone can't carry.
+        alone can't carry, or a scale is no number.
     """
     import openvino as ov
 
@@ -66,6 +67,10 @@ def compress_block(
         quantized, bits = found[f"self.block.{path}"]
         codes, scale, zero_point = map(torch.from_numpy, quantized)
         grid = Grid(scale.half(), zero_point, bits, linear.in_features // scale.shape[1])
+        try:
+            codes, grid = settled(codes, grid)
+        except ValueError as error:
+            raise UserError(f"quantize.method: nncf: {name}: {error}") from error
         weight = _with_fractions(linear.weight, codes, grid)
         yield name, weight.masked_fill_(~mask_of(name), 0), grid
 

@@ -39,7 +39,7 @@ from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct")
 READS: tuple[str, ...] = ("model", "calibration")
-VERSION = 4
+VERSION = 5
 RESUMES = True  # at the block it was at, where blocks are reconstructed
 DISTRIBUTED = False
 BLOCKS = "blocks"

@@ -9,6 +9,7 @@ from sqft_export.numerics.affine import (
     fake_quantize_inside,
     fit_grid,
     quantize,
+    settled,
     stored,
 )
 from sqft_export.numerics.groups import fallback_group_size
@@ -127,3 +128,25 @@ def test_inside_is_where_the_code_was_not_clamped():
 )
 def test_group_size_that_does_not_divide_falls_back(inputs, asked, given):
     assert fallback_group_size(inputs, asked) == given
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), GRIDS)
+def test_a_scale_of_zero_becomes_a_group_of_zeros_of_the_same_values(bits, symmetric):
+    grid = fit_grid(weights(), bits, 32, symmetric)
+    codes = quantize(weights(), grid)
+    grid.scale[2, 1] = 0
+    ours, held = settled(codes, grid)
+    assert torch.equal(dequantize(ours, held), dequantize(codes, grid))
+    assert (held.scale > 0).all()
+    assert (fake_quantize(dequantize(ours, held), held) == dequantize(codes, grid)).all()
+    untouched = torch.ones(6, 128, dtype=torch.bool)
+    untouched[2, 32:64] = False
+    assert torch.equal(ours[untouched], codes[untouched])
+
+
+@pytest.mark.parametrize("scale", [torch.nan, torch.inf])
+def test_a_scale_that_is_no_number_is_refused(scale):
+    grid = fit_grid(weights(), 4, 32, True)
+    grid.scale[2, 1] = scale
+    with pytest.raises(ValueError, match="1 of 24 scales are NaN or infinite in float16"):
+        settled(quantize(weights(), grid), grid)

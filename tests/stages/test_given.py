@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import TINY, small_recipe
 from sqft_export.errors import UserError
@@ -16,6 +17,7 @@ from sqft_export.plan.checks import check_recipe
 from sqft_export.run.artifact import Artifact
 from sqft_export.run.pipeline import run_recipe
 
+LAYER = "model.layers.1.mlp.up_proj"
 GIVEN = ("sparsify={method: given}", "quantize.method=given", "adapt.steps=2")
 
 
@@ -93,3 +95,27 @@ def test_given_codes_need_a_quantized_model(random_llama):
     recipe = small_recipe("quantize.method=given", model_path=random_llama)
     with pytest.raises(UserError, match="found given, but the model is not quantized"):
         check_recipe(recipe, random_llama)
+
+
+def with_scale(base: Path, folder: Path, scale: float) -> Path:
+    """A quantized model, one group of whose weights has another scale."""
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{LAYER}.scales"][1, 2] = scale
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_group_at_scale_zero_is_trained_as_zeros(tiny_run, tmp_path):
+    """Tools that scale by the largest weight store a group of zeros so; 0 / 0 would be the loss."""
+    base = with_scale(tiny_run["merge"].path / "model", tmp_path / "base", 0)
+    run = next_round(base, tmp_path / "runs")
+    assert all(check["passed"] for check in run["verify"].metrics["checks"])
+    codes, grid = layers(run["merge"].path / "model")[LAYER]
+    assert not dequantize(codes, grid)[2, 64:128].any()
+
+
+def test_a_scale_that_is_no_number_is_named(tiny_run, tmp_path):
+    base = with_scale(tiny_run["merge"].path / "model", tmp_path / "base", float("inf"))
+    with pytest.raises(UserError, match=rf"{LAYER}: 1 of \d+ scales are NaN or infinite"):
+        next_round(base, tmp_path / "runs")

@@ -77,6 +77,20 @@ def test_codes_are_the_quantizers_own(base, tmp_path, settings):
     check_codes(run)
 
 
+def test_a_group_that_is_pruned_whole_has_a_scale_in_nncf_too(base, tmp_path):
+    """Its scale is zero there; 0 / 0 was what every block after it saw."""
+    odd = shutil.copytree(base, tmp_path / "odd")
+    tensors = load_file(odd / "model.safetensors")
+    tensors[f"{LAYER}.weight"][3, 32:64] *= 1e-6
+    save_file(tensors, odd / "model.safetensors", {"format": "pt"})
+    nncf = "quantize={method: nncf, bits: 4, group_size: 32}"
+    run = compressed(odd, tmp_path / "runs", "export.targets=[onnx]", nncf)
+    assert all_passed(run)
+    check_codes(run)
+    grids = load_grids(run["quantize"].path)
+    assert all(grid.scale.isfinite().all() and grid.scale.all() for grid in grids.values())
+
+
 @pytest.mark.parametrize("sparsify", [UNPRUNED, "sparsify={method: wanda, sparsity: 0.5}"])
 def test_floats_are_the_sparsifiers_own(base, tmp_path, sparsify):
     run = compressed(base, tmp_path, sparsify, "quantize.method=none")
