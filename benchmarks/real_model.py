@@ -75,7 +75,7 @@ ALTERED = {
     "trainable scales": ("adapt.trainable_scales=true",),
     "rate 1e-3": ("adapt.learning_rate=1e-3",),
     "fixed ranks": ("adapt.elastic=false", "search.strategy=maximal"),
-    "SparseGPT": ("sparsify.method=sparsegpt",),
+    "Wanda": ("sparsify.method=wanda",),
     "allocation": ("sparsify.allocation=output-error",),
     "NNCF": ("quantize.method=nncf",),
 }
