@@ -223,10 +223,14 @@ def _calibrated(
     if method in ("gptq", "sparsegpt"):
         flops += _solver(layout, tokens)
         seconds = COLUMN_SECONDS * sum(inputs for _, inputs in layout.linears.values())
-    times = 2 * recipe.calibration.samples  # each block is called
-    elements += times * layout.weights * 4 / STEP_BYTES
-    seconds += times * layout.blocks * CALL_SECONDS
-    return _Work({FLOAT32: flops}, elements, seconds)
+    work = _Work({FLOAT32: flops}, elements, seconds)
+    return work + _calls(2 * recipe.calibration.samples, layout)
+
+
+def _calls(times: int, layout: Layout) -> _Work:
+    """Every block called so often with one sample, over products: its weights are read."""
+    elements = times * layout.weights * 4 / STEP_BYTES
+    return _Work({}, elements, times * layout.blocks * CALL_SECONDS)
 
 
 def _reconstruction(
@@ -238,7 +242,8 @@ def _reconstruction(
     tokens = _calibration_tokens(recipe, workload)
     drawn = min(config.batch, recipe.calibration.samples) / recipe.calibration.samples
     flops = 2 * layout.weights * tokens * (3 * config.steps * drawn + 5)
-    return _Work({FLOAT32: flops / STEP_EFFICIENCY}, ADAM_WEIGHTS * config.steps * layout.weights)
+    work = _Work({FLOAT32: flops / STEP_EFFICIENCY}, ADAM_WEIGHTS * config.steps * layout.weights)
+    return work + _calls(5 * recipe.calibration.samples, layout)
 
 
 def _training(recipe: Recipe, layout: Layout, workload: Workload, speed: Speed) -> _Work | None:
