@@ -185,9 +185,11 @@ class Experiment:
 
 
 def file_row(row: dict[str, Any]) -> list[Any]:
-    beside = row["beside_dense"]
+    near = [row.get(other, {}) for other in ("beside_dense", "beside_merged")]
     return [
-        *(row["name"], 100 * row["accuracy"], 100 * beside["agreement"], beside["kl_nats"]),
+        *(row["name"], 100 * row["accuracy"]),
+        *(100 * found["agreement"] if found else "" for found in near),
+        *(found.get("kl_nats", "") for found in near),
         *(row["bits_per_weight"], row["file_bytes"] / 1e6, 1000 / row["tpot"]["median_ms"]),
         *(row["ttft"]["median_ms"], row["steady_memory_bytes"] / 1e6),
     ]
@@ -240,9 +242,10 @@ def main() -> None:
     table([*header, "perplexity", "KL nats", "same top %", "bits a weight"], rows)
     if arguments.deployed:
         values["deployed"] = experiment.deployed(arguments.seeds[0])
-        header = ["files", "accuracy %", "same token %", "KL nats", "bits a weight", "MB"]
+        header = ["files", "accuracy %", "same % as dense", "as merged", "KL to dense"]
         files = [file_row(row) for row in values["deployed"]]
-        table([*header, "tokens/s", "TTFT ms", "memory MB"], files)
+        header += ["to merged", "bits a weight", "MB", "tokens/s", "TTFT ms", "memory MB"]
+        table(header, files)
     finish("real_model", ratios, values)
 
 

@@ -48,23 +48,27 @@ def agreement(first: np.ndarray, found: np.ndarray) -> dict[str, Any]:
 
 
 class Beside:
-    """Asks models in turn for their distributions, and holds each to the first one's.
+    """Asks models in turn for their distributions, and holds each to those of some before it.
 
     :param scratch: folder for the file that a worker writes.
     """
 
     def __init__(self, scratch: Path, items: list[Item]):
         self.file, self.ids = scratch / "distributions.npy", sequences_of(items)
-        self.first: np.ndarray | None = None
+        self.known: dict[str, np.ndarray] = {}
 
     def asked(self) -> dict[str, Any]:
         """Of a worker, see ``measure/worker.py``."""
         return {"distributions": {"file": str(self.file), "ids": self.ids}}
 
-    def found(self) -> dict[str, Any]:
-        """:func:`agreement` of the model that was asked last."""
+    def found(self, name: str | None = None) -> dict[str, dict[str, Any]]:
+        """:func:`agreement` of the model that was asked last with every one that has a name.
+
+        :param name: of this one, unless there is one of that name: itself and the next are held
+            to it.
+        """
         distributions = np.load(self.file, mmap_mode="r")
         self.file.unlink()  # it stays mapped
-        if self.first is None:
-            self.first = distributions
-        return agreement(self.first, distributions)
+        if name:
+            self.known.setdefault(name, distributions)
+        return {known: agreement(first, distributions) for known, first in self.known.items()}

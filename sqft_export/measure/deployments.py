@@ -329,7 +329,7 @@ def answers(
                 | accuracy_row(judged, result, first_right)
                 | {"items": [answer_entry(answer) for answer in judged]}
             )
-            agreements.append({"folder": name} | beside.found())
+            agreements.append({"folder": name} | beside.found("first")["first"])
     return {"accuracy": rows, "agreement": agreements[1:]}
 
 

@@ -22,6 +22,7 @@ COLUMNS = (
     ("same token", lambda r: _beside(r, lambda b: f"{100 * b['agreement']:.1f} %")),
     ("KL nats", lambda r: _beside(r, lambda b: f"{b['kl_nats']:.2g}")),
     ("perplexity", lambda r: f"{r['perplexity']:.3f}"),
+    ("KL to merged", lambda r: _beside(r, lambda b: f"{b['kl_nats']:.2g}", "beside_merged")),
     ("sparsity", lambda r: f"{100 * r['sparsity']:.1f} %"),
     ("files", lambda r: f"{r['file_bytes'] / 1e6:.2f} MB"),
     ("bits a weight", lambda r: f"{r['bits_per_weight']:.2f}"),
@@ -35,9 +36,11 @@ def _latency(spread: dict[str, float]) -> str:
     return f"{spread['median_ms']:.2f} ({spread['p10_ms']:.2f} to {spread['p90_ms']:.2f})"
 
 
-def _beside(row: dict[str, Any], cell: Callable[[dict[str, Any]], str]) -> str | None:
-    """Of how near a row is to the dense base, where that was asked."""
-    return cell(row["beside_dense"]) if "beside_dense" in row else None
+def _beside(
+    row: dict[str, Any], cell: Callable[[dict[str, Any]], str], what: str = "beside_dense"
+) -> str | None:
+    """Of how near a row is to the dense base or to the merged model, where that was asked."""
+    return cell(row[what]) if what in row else None
 
 
 def cells(rows: list[dict[str, Any]]) -> list[list[str]]:

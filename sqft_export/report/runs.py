@@ -64,6 +64,7 @@ class _Row(BaseModel):
     # Not there where they were not asked for, but then not null either.
     recovery: _Amount = 1.0
     beside_dense: _Beside = _Beside(agreement=1.0, kl_nats=0.0)
+    beside_merged: _Beside = _Beside(agreement=1.0, kl_nats=0.0)
 
     @model_validator(mode="after")
     def _held(self) -> Self:

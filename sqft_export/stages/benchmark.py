@@ -50,7 +50,7 @@ CONSUMES: tuple[str, ...] = (
     "baselines",
 )
 READS: tuple[str, ...] = ("model", "test")
-VERSION = 9
+VERSION = 10
 RESUMES = False
 DISTRIBUTED = False
 
@@ -59,6 +59,8 @@ ANSWERS = ("answers", "likelihoods", "ttft_samples", "tpot_samples")
 PILOT = 8  # items of every set that the others are reckoned from
 LOST = 1000  # a perplexity at which a model guesses
 DENSE = "dense base"
+# Rows whose distributions those after them are held to, and what that is called in a row.
+REFERENCES = {DENSE: "beside_dense", "merged": "beside_merged"}
 
 
 def options(recipe: Recipe) -> dict:
@@ -241,11 +243,11 @@ def _measured(
     # lm-eval's tasks are not what minutes are shared out for: they come on top, at the end.
     by_lm_eval = _asked_of_lm_eval(recipe)
     once = {"questions": questions(recipe, first, stop)} | ({} if minutes else by_lm_eval)
-    beside = Beside(context.folder, items) if table[0].name == DENSE else None
+    beside = Beside(context.folder, items) if REFERENCES.keys() & found.keys() else None
     for row in table:
         found[row.name].append(ask(row, timed | once | (beside.asked() if beside else {})))
         if beside:
-            found[row.name][0]["beside_dense"] = beside.found()
+            found[row.name][0] |= beside.found(REFERENCES.get(row.name))
     for number in range(1, rounds):
         for row in table if number % 2 == 0 else table[::-1]:
             found[row.name].append(ask(row, timed))

@@ -10,6 +10,7 @@ from sqft_export.measure.likelihood import log_softmax
 from sqft_export.report.document import cells
 
 COLUMNS = ("of dense", "same token", "KL nats")
+TO_MERGED = "KL to merged"
 
 
 def results(tiny_run) -> dict[str, dict]:
@@ -26,6 +27,11 @@ def test_the_dense_base_is_itself_and_what_is_merged_diverges_alike_everywhere(t
     assert away["sparse"] > 0.01 and away["merged"] > 0.01
     for name in ("OpenVINO", "OpenVINO, packed", "ONNX Runtime", "llama.cpp"):
         assert away[name] == pytest.approx(away["merged"], rel=0.1), name
+        # The runtime's own rounding is little beside what tuning moved.
+        assert 0 <= rows[name]["beside_merged"]["kl_nats"] < 0.1 * away[name], name
+        assert rows[name]["beside_merged"]["agreement"] > rows[name]["beside_dense"]["agreement"]
+    assert rows["merged"]["beside_merged"]["kl_nats"] == 0
+    assert "beside_merged" not in rows["tuned, unmerged"]
     for row in rows.values():
         assert row["recovery"] == pytest.approx(row["accuracy"] / dense["accuracy"])
         beside = row["beside_dense"]
@@ -36,17 +42,17 @@ def test_the_dense_base_is_itself_and_what_is_merged_diverges_alike_everywhere(t
 def test_a_report_has_them_and_says_what_they_are(tiny_run):
     folder = tiny_run["report"].path
     header = (folder / "report.md").read_text().splitlines()[2]
-    assert all(f"| {column} |" in header for column in COLUMNS)
-    assert (
-        "held-out tokens after which both hold the same next token"
-        in (folder / "index.html").read_text()
-    )
+    assert all(f"| {column} |" in header for column in (*COLUMNS, TO_MERGED))
+    page = (folder / "index.html").read_text()
+    assert "held-out tokens after which both hold the same next token" in page
+    assert "mean divergence from the merged model in torch after" in page
 
 
 def test_a_table_without_a_dense_base_has_no_such_columns(tiny_run):
     rows = list(results(tiny_run).values())[1:]
     bare = [{k: v for k, v in r.items() if k not in ("recovery", "beside_dense")} for r in rows]
     assert not set(cells(bare)[0]) & set(COLUMNS)
+    assert TO_MERGED in cells(bare)[0]
     assert set(cells(rows)[0]) >= set(COLUMNS)
     mixed = cells([rows[0], bare[1]])  # of reports from before and after they were there
     place = mixed[0].index("KL nats")

@@ -85,6 +85,7 @@ def test_runs_that_do_not_compare_are_told(tiny_run, tmp_path):
         ("recovery", "all"),
         ("beside_dense", None),
         ("beside_dense", {"agreement": 0.5, "kl_nats": [0.1]}),
+        ("beside_merged", {"agreement": 1.5, "kl_nats": 0.1}),
         ("beside_dense", {"agreement": 1.5, "kl_nats": 0.1}),
         ("accuracy", True),
     ],
