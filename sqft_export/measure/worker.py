@@ -37,6 +37,7 @@ def open_job(job: dict[str, Any]) -> Session:
 
     from sqft_export.adapters.files import Base
     from sqft_export.adapters.loading import load_adapted
+    from sqft_export.model.checkpoint import Checkpoint
     from sqft_export.targets.devices import find_device
     from sqft_export.targets.torch import TorchSession, fast_dtype
 
@@ -44,8 +45,8 @@ def open_job(job: dict[str, Any]) -> Session:
     base = Base(Path(job["folder"]), masks, grids, job["unmerged"])
     torch.set_num_threads(job["threads"])
     name = find_device("torch", job["device"]).name
-    model = load_adapted(base, Path(job["adapter"]), fast_dtype(base.folder, name))
-    return TorchSession(model.to(name), name)
+    dtype = fast_dtype(Checkpoint(base.folder), name)
+    return TorchSession(load_adapted(base, Path(job["adapter"]), dtype).to(name), name)
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:

@@ -164,9 +164,11 @@ def settled(codes: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
     if count := int((~torch.isfinite(grid.scale)).sum()):
         raise ValueError(f"{count} of {grid.scale.numel()} scales are NaN or infinite in float16")
     empty = grid.scale == 0
+    if not empty.any():
+        return codes, grid
     scale = grid.scale.masked_fill(empty, SMALLEST_SCALE)
-    zero = grouped(codes, grid.group_size).where(~empty[:, :, None], grid.zero_point[:, :, None])
-    return zero.reshape(codes.shape), Grid(scale, grid.zero_point, grid.bits, grid.group_size)
+    held = grouped(codes, grid.group_size).where(~empty[:, :, None], grid.zero_point[:, :, None])
+    return held.reshape(codes.shape), Grid(scale, grid.zero_point, grid.bits, grid.group_size)
 
 
 def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:

@@ -125,12 +125,11 @@ def load_lean_model(folder: Path) -> nn.Module:
     return model
 
 
-def fast_dtype(folder: Path, device: str) -> torch.dtype:
+def fast_dtype(checkpoint: Checkpoint, device: str) -> torch.dtype:
     """bfloat16 on an accelerator, and on the CPU where the model is of 16 bits and that is faster.
 
     What a model is of, its norms say: Linears, an embedding and a head may be points of a grid.
     """
-    checkpoint = Checkpoint(folder)
     norm = next(n for n in checkpoint.outer_names() if len(checkpoint.headers[n].shape) == 1)
     narrow = checkpoint.dtype(norm).itemsize == 2
     fast = device != "cpu" or (narrow and fast_in_bfloat16(CPU))
@@ -140,7 +139,7 @@ def fast_dtype(folder: Path, device: str) -> torch.dtype:
 def _load_on_cpu(folder: Path) -> nn.Module:
     """As fast as it is here; in float32, all of it in memory if there is room."""
     checkpoint = Checkpoint(folder)
-    if fast_dtype(folder, "cpu") == torch.bfloat16:
+    if fast_dtype(checkpoint, "cpu") == torch.bfloat16:
         return load_int4_model(folder, "cpu", torch.bfloat16)
     if float32_fits(sum(prod(shape) for shape in checkpoint.shapes.values())):
         return load_model(checkpoint)
