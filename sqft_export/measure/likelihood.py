@@ -11,7 +11,8 @@ from sqft_export.measure.decode import generate
 from sqft_export.targets import Session
 
 PART = 64  # distributions at once in float64
-LIKE = 4  # tokens by which continuations of a batch may differ in length
+LIKE = 8  # tokens by which continuations of a batch may differ in length
+ALIKE = 2  # by which those of one pass may, and it is not worth another pass
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -115,11 +116,20 @@ def _score_forked(session: Session, groups: list[tuple[list[int], list[Scored]]]
 
 
 def _score_rest(session: Session, mask: np.ndarray, owners: np.ndarray, rows: list[Scored]) -> None:
-    session.select(owners)
-    rest = padded([row.target[:-1] for row in rows], "right")
-    logits = session.forward(rest.ids, np.concatenate([mask, rest.mask], axis=1))
-    for one, row in zip(logits, rows, strict=True):
-        row.add(one[: len(row.target) - 1])
+    """What follows the prompts; where filling up costs, in passes that half of the rows end with
+    and the others go on without them."""
+    start = 0
+    while rows:
+        session.select(owners)
+        lengths = sorted(len(row.target) - 1 for row in rows)
+        half, longest = lengths[len(lengths) // 2], lengths[-1]
+        stop = half if session.fills_up and longest - half > ALIKE else longest
+        part = padded([row.target[start:-1][: stop - start] for row in rows], "right")
+        mask = np.concatenate([mask, part.mask], axis=1)
+        for one, real, row in zip(session.forward(part.ids, mask), part.mask, rows, strict=True):
+            row.add(one[real == 1])
+        owners = np.array([n for n, row in enumerate(rows) if len(row.target) - 1 > stop], int)
+        mask, rows, start = mask[owners], [rows[n] for n in owners], stop
 
 
 def _summary(found: list[tuple[float, int]], targets: list[list[int]]) -> dict[str, float]:

@@ -22,11 +22,13 @@ class Session(Protocol):
     padding: left or right, where prompts shorter than others of a batch are filled up.
     vocabulary: how many logits a token has.
     all_logits: those of every token are computed, however few are asked for.
+    fills_up: what fills up rows that follow a cache is computed like their tokens.
     """
 
     padding: str
     vocabulary: int
     all_logits: bool
+    fills_up: bool
 
     def reset(self) -> None:
         """Forget the cache."""

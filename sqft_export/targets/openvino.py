@@ -350,6 +350,7 @@ class OpenVinoSession(Session):
     """A stateful IR; the cache lives in the runtime."""
 
     padding = "left"
+    fills_up = True
 
     def __init__(self, compiled: Any):
         self.compiled = compiled

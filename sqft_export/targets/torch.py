@@ -150,6 +150,7 @@ class TorchSession(Session):
     """A Hugging Face causal LM and its cache."""
 
     padding = "left"
+    fills_up = True
 
     def __init__(self, model: nn.Module, device: str = "cpu"):
         self.model, self.device = model, device

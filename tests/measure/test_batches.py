@@ -180,3 +180,21 @@ def test_prompts_are_filled_up_on_the_side_that_is_asked_for():
     assert right.ids.tolist() == [[5, 0, 0], [6, 7, 8]] and right.ends.tolist() == [0, 2]
     assert left.mask.tolist() == [[0, 0, 1], [1, 1, 1]]
     assert right.mask.tolist() == [[1, 0, 0], [1, 1, 1]]
+
+
+def test_continuations_that_have_ended_are_not_filled_up(random_llama, monkeypatch):
+    session = target("torch").open_session(random_llama, True, None)
+    lengths = [1, 2, 2, 3, 3, 4, 9, 20]
+    contexts = [[5 + n, 9, 30 + n] for n in range(8)]
+    choices = [(c, [40 + n] * (1 + n)) for c in contexts for n in lengths]
+    fed: list[int] = []
+    forward = session.forward
+
+    def counted(ids, mask=None, last=None):
+        fed.append(ids.size)
+        return forward(ids, mask, last)
+
+    monkeypatch.setattr(session, "forward", counted)
+    log_likelihoods(session, *map(list, zip(*choices, strict=True)))
+    wanted, filled_up = 8 * sum(lengths), 8 * len(lengths) * max(lengths)
+    assert wanted <= sum(fed[1:]) < (wanted + filled_up) / 2

@@ -32,6 +32,7 @@ class GgufSession(Session):
 
     padding = "right"
     all_logits = False
+    fills_up = False
 
     def __init__(self, model: Opened, exact: bool, threads: int | None):
         self.model, self.exact = model, exact

@@ -64,7 +64,7 @@ class OnnxSession(Session):
         self.wants_positions = "position_ids" in inputs
         self.caches = [name for name in inputs if name.startswith("past_")]
         self.presents = [re.sub("^past_key_values", "present", name) for name in self.caches]
-        self.padding = "right" if fused else "left"
+        self.padding, self.fills_up = ("right", False) if fused else ("left", True)
         self.vocabulary = next(o.shape[2] for o in session.get_outputs() if o.name == "logits")
         self.reset()
 
