@@ -104,14 +104,10 @@ def predict_seconds(
     """Of every pass of the recipe; None where they depend on data that is not here."""
     found = dict[str, float | None]()
     for name, size in predict_bytes(recipe, layout).items():
-        speed = machine.cpu if name in ON_CPU else machine.device
-        work = _work(name, recipe, layout, workload, speed)
-        found[name] = None
-        if work is not None:
-            products = sum(flops / speed.products[dtype] for dtype, flops in work.flops.items())
-            elementwise = work.elements / speed.elements
-            fixed = FIXED_SECONDS.get(name, 1) + work.seconds
-            found[name] = fixed + products + elementwise + size / machine.disk
+        computed = _seconds(name, recipe, layout, workload, machine)
+        written = size / machine.disk
+        fixed = FIXED_SECONDS.get(name, 1) + written
+        found[name] = None if computed is None else fixed + computed
     if "benchmark" in found and (minutes := recipe.benchmark.minutes):
         found["benchmark"] = 60 * minutes
     return found
@@ -131,24 +127,34 @@ class _Work:
         flops = {d: self.flops.get(d, 0) + other.flops.get(d, 0) for d in dtypes}
         return _Work(flops, self.elements + other.elements, self.seconds + other.seconds)
 
+    def on(self, speed: Speed) -> float:
+        """Seconds it takes there."""
+        products = sum(flops / speed.products[dtype] for dtype, flops in self.flops.items())
+        return self.seconds + products + self.elements / speed.elements
 
-# What never runs on an accelerator.
+
+# Of these nothing runs on an accelerator.
 ON_CPU = ("merge", "baselines", "export-openvino", "export-onnx", "export-gguf", "report")
 # Elementwise passes over every decoder weight, in float32, that a pass comes to.
 ELEMENTWISE = {
-    "sparsify": 45,
-    "quantize": 110,
-    "search": 90,
-    "merge": 8,
-    "baselines": 8,
-    "export-openvino": 24,
-    "export-onnx": 16,
-    "export-gguf": 16,
-    "verify": 90,
+    "sparsify": 100,
+    "quantize": 60,
+    "adapt": 28,
+    "teacher": 28,
+    "search": 65,
+    "merge": 24,
+    "baselines": 24,
+    "export-openvino": 6.6,
+    "export-onnx": 9.9,
+    "export-gguf": 12.6,
+    "verify": 14,
 }
-CHECKED_ELEMENTS, CHECKED_SECONDS = 145, 1.5  # more in verify, of every deployment
 # The same over embedding and head, which runtimes and torch read as floats.
-ELEMENTWISE_OUTER = {"export-openvino": 50, "export-onnx": 11, "export-gguf": 270, "verify": 100}
+ELEMENTWISE_OUTER = {"export-openvino": 77, "export-onnx": 30, "verify": 21}
+# What verify does more of every deployment: passes over decoder weights and the others, seconds of
+# it and of each of its blocks. A packed one is inflated and asked once.
+CHECKED_ELEMENTS, CHECKED_OUTER, CHECKED_SECONDS, CHECKED_BLOCK = 16, 64, 3.0, 0.35
+CHECKED_PACKED = 0.3
 # A training step: passes over adapted weights, over logits, and over the hidden states of a block.
 STEP_WEIGHTS, STEP_LOGITS, STEP_HIDDEN = 4.0, 10.0, 60.0
 ADAM_WEIGHTS = 12.0  # a step of Adam: passes over all weights
@@ -156,19 +162,21 @@ STEP_EFFICIENCY = 0.5  # of products in a step, of which many are narrow, over l
 # Whatever the model: imports, tracing, a runtime's start.
 FIXED_SECONDS = {
     "sparsify": 5.0,
-    "adapt": 5.0,
-    "teacher": 5.0,
-    "merge": 2.0,
+    "adapt": 4.0,
+    "teacher": 4.0,
+    "search": 2.0,
+    "merge": 1.5,
     "export-openvino": 4.0,
     "verify": 9.0,
     "report": 1.5,
 }
 BLOCK_SECONDS = {"export-openvino": 0.45, "export-onnx": 0.2}  # a block is traced, or built
+WORD_SECONDS = {"export-gguf": 6e-5}  # a word of the vocabulary is told
 CALL_SECONDS = 1.5e-3  # a block called with a calibration sample, over products and weights read
-COLUMN_SECONDS = 2.2e-4  # a column that GPTQ or SparseGPT rounds, over its arithmetic
+COLUMN_SECONDS = {"gptq": 2.2e-4, "sparsegpt": 1.2e-4}  # a column, over its arithmetic
 # A row of a benchmark: its process starts and loads; a token alone goes through a block.
-ROW_SECONDS = {"torch": 13.0, "runtime": 6.0}
-TOKEN_SECONDS = {"torch": 1.3e-3, "runtime": 2e-4}
+ROW_SECONDS = {"torch": 13.0, "runtime": 2.3}
+TOKEN_SECONDS = {"torch": 8e-4, "runtime": 2e-4}
 STEP_BYTES = 12.0  # of memory that a multiply-add over an element moves
 PADDED = 1.3  # tokens of a batch with those that fill it up
 DECODED = 2.0  # a token that is generated in a batch, over one of a prompt
@@ -182,33 +190,44 @@ DAY = 24 * 3600.0
 FEW_MINUTES = 30  # of a benchmark that is to fit a day
 
 
-def _work(
-    name: str, recipe: Recipe, layout: Layout, workload: Workload, speed: Speed
-) -> _Work | None:
-    forward = 2 * layout.weights  # of a token
+def _seconds(
+    name: str, recipe: Recipe, layout: Layout, workload: Workload, machine: Speeds
+) -> float | None:
+    """Of what is counted, where it is done: files by one thread of the CPU, runtimes and digests by
+    all of them."""
     elements = ELEMENTWISE.get(name, 0) * layout.weights
     elements += ELEMENTWISE_OUTER.get(name, 0) * layout.others
-    if name == "export-gguf":  # packed, each tensor is gone through again
-        elements *= 1 + recipe.export.sparse_files
     if name in ("sparsify", "quantize"):
         work = _calibrated(name, recipe, layout, workload, elements)
         if name == "quantize" and (config := recipe.quantize.reconstruct):
             work += _reconstruction(config, recipe, layout, workload)
-        return work
+        return work.on(machine.device)
     if name == "reconstruct":
-        return _reconstruction(recipe.sparsify.reconstruct, recipe, layout, workload)
+        work = _reconstruction(recipe.sparsify.reconstruct, recipe, layout, workload)
+        return work.on(machine.device)
     if name in ("adapt", "teacher"):
-        return _training(recipe, layout, workload, speed)
+        training = _training(recipe, layout, workload, machine.device)
+        loaded = _Work({}, elements)
+        return (training + loaded).on(machine.device) if training else None
+    if name == "search":
+        evaluated = _evaluations(recipe, layout, workload).on(machine.device)
+        return _Work({}, elements).on(machine.cpu) + evaluated
+    if name == "verify":
+        return _verified(recipe, layout, workload, elements, machine)
+    if name == "benchmark":
+        return _scoring(recipe, layout, workload, machine)
     if name in ("merge", "baselines"):
         rank = recipe.adapt.max_rank if recipe.adapt else 0
-        return _Work({FLOAT32: 2 * rank * layout.weights}, elements)
-    if name == "verify":
-        flops, made = _verified_tokens(recipe, workload) * forward, _runtimes(recipe)
-        elements += made * CHECKED_ELEMENTS * layout.weights
-        return _Work({FLOAT32: flops}, elements, made * CHECKED_SECONDS)
-    if name == "benchmark":
-        return _scoring(recipe, layout, workload, speed)
-    return _Work({}, elements, BLOCK_SECONDS.get(name, 0) * layout.blocks)
+        return _Work({FLOAT32: 2 * rank * layout.weights}, elements).on(machine.cpu)
+    return _exported(name, recipe, layout, elements).on(machine.alone)
+
+
+def _exported(name: str, recipe: Recipe, layout: Layout, elements: float) -> _Work:
+    words, _ = layout.embedding
+    seconds = BLOCK_SECONDS.get(name, 0) * layout.blocks + WORD_SECONDS.get(name, 0) * words
+    # Packed, each of its tensors is gone through again.
+    times = 1 + (name == "export-gguf" and recipe.export.sparse_files)
+    return _Work({}, times * elements, times * seconds)
 
 
 def _calibrated(
@@ -220,9 +239,10 @@ def _calibrated(
         return _Work({}, elements)
     tokens = _calibration_tokens(recipe, workload)
     flops, seconds = 4 * layout.weights * tokens, 0.0
-    if method in ("gptq", "sparsegpt"):
+    if method in COLUMN_SECONDS:
         flops += _solver(layout, tokens)
-        seconds = COLUMN_SECONDS * sum(inputs for _, inputs in layout.linears.values())
+        columns = sum(inputs for _, inputs in layout.linears.values())
+        seconds = COLUMN_SECONDS[method] * columns
     work = _Work({FLOAT32: flops}, elements, seconds)
     return work + _calls(2 * recipe.calibration.samples, layout)
 
@@ -281,34 +301,70 @@ def _runtimes(recipe: Recipe) -> int:
     return len(export.targets) * (1 + export.sparse_files) + export.sparse_execution
 
 
-def _verified_tokens(recipe: Recipe, workload: Workload) -> float:
-    checked = recipe.verify
+def _verified(
+    recipe: Recipe, layout: Layout, workload: Workload, elements: float, machine: Speeds
+) -> float:
+    """Every deployment is read back, and says in both of its modes what torch says too."""
+    checked, export = recipe.verify, recipe.export
+    made = len(export.targets) * (1 + CHECKED_PACKED * export.sparse_files)
+    made += export.sparse_execution
     length = workload.prompt or min(workload.scored, recipe.task.sequence_length)
-    return 3 * _runtimes(recipe) * checked.prompts * (length + checked.new_tokens)
+    forward = 2 * layout.weights * made * checked.prompts * (length + checked.new_tokens)
+    elements += made * CHECKED_ELEMENTS * layout.weights + made * CHECKED_OUTER * layout.others
+    seconds = made * (CHECKED_SECONDS + CHECKED_BLOCK * layout.blocks)
+    read_back = _Work({}, elements, seconds).on(machine.alone)
+    in_runtimes = _Work({FLOAT32: 2 * forward}).on(machine.cpu)
+    return read_back + in_runtimes + _Work({FLOAT32: forward}).on(machine.device)
 
 
-def _scoring(recipe: Recipe, layout: Layout, workload: Workload, speed: Speed) -> _Work:
+def _scored_tokens(items: float, workload: Workload) -> float:
+    """That go through a model for the answers to so many items, those that fill up a batch too."""
+    return items * PADDED * (workload.scored + workload.prompt + DECODED * workload.answer)
+
+
+def _evaluations(recipe: Recipe, layout: Layout, workload: Workload) -> _Work:
+    """Of a search, each through the weights that its ranks make, as a step of training does."""
+    if not recipe.search.evaluates:
+        return _Work()
+    search, weights = recipe.search, layout.weights + layout.head
+    flops = 2 * weights * _scored_tokens(search.items, workload)
+    elements = STEP_WEIGHTS * layout.weights * _batches(search.items, workload)
+    return _Work({FLOAT32: search.budget * flops}, search.budget * elements)
+
+
+def _batches(items: float, workload: Workload) -> float:
+    """Times that a model is called to answer so many items."""
+    return items / ROWS * (1 + workload.answer)
+
+
+def _scoring(recipe: Recipe, layout: Layout, workload: Workload, machine: Speeds) -> float:
     """Every row scores the items and is timed, in processes of its own."""
     asked, weights = recipe.benchmark, layout.weights + layout.head
     items = asked.items if workload.test is None else workload.test
-    scored = items * PADDED * (workload.scored + workload.prompt + DECODED * workload.answer)
+    scored = _scored_tokens(items, workload)
     scored += COMPARED if "dense" in asked.baselines else 0
     rounds = asked.rounds * (asked.repeats + 1)
     bits = 32 if recipe.quantize.method == "none" else max(4, recipe.quantize.bits)
-    elements = seconds = 0.0
-    in_torch = speed.dtype("auto") if layout.width == 2 else FLOAT32
-    flops = {FLOAT32: 0.0, in_torch: 0.0}
-    for kind, dtype, rows, read in (
-        ("torch", in_torch, _torch_rows_asked(recipe), (4 if in_torch == FLOAT32 else 2) * weights),
-        ("runtime", FLOAT32, _runtimes(recipe), layout.weights * bits / 8 + 4 * layout.head),
+    in_torch = machine.device.dtype("auto") if layout.width == 2 else FLOAT32
+    width = 4 if in_torch == FLOAT32 else 2
+    alone = rounds * asked.new_tokens
+    taken = 0.0
+    for kind, speed, dtype, rows, read in (
+        ("torch", machine.device, in_torch, _torch_rows_asked(recipe), width * weights),
+        (
+            *("runtime", machine.cpu, FLOAT32, _runtimes(recipe)),
+            layout.weights * bits / 8 + 4 * layout.head,
+        ),
     ):
-        flops[dtype] += 2 * weights * rows * (scored + rounds * asked.prompt_tokens)
+        flops = 2 * weights * (scored + rounds * asked.prompt_tokens)
         # A token alone is as fast as the weights are read.
-        alone = rows * rounds * asked.new_tokens
-        elements += alone * read / STEP_BYTES
-        seconds += alone * TOKEN_SECONDS[kind] * layout.blocks
-        seconds += rows * asked.rounds * ROW_SECONDS[kind]
-    return _Work(flops, elements, seconds)
+        elements = alone * read / STEP_BYTES
+        fixed = alone * TOKEN_SECONDS[kind] * layout.blocks + asked.rounds * ROW_SECONDS[kind]
+        taken += rows * _Work({dtype: flops}, elements, fixed).on(speed)
+    if recipe.adapt and "adapted" in asked.baselines:  # makes its weights in every call
+        calls = alone + rounds + _batches(items, workload)
+        taken += _Work({}, STEP_WEIGHTS * layout.weights * calls).on(machine.device)
+    return taken
 
 
 def _torch_rows_asked(recipe: Recipe) -> int:
@@ -430,7 +486,7 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
         "merge": 4 * largest + 2**29,
         "export-openvino": deployed,
         "export-onnx": MAPPED + 2 * largest + outer,
-        "export-gguf": MAPPED + 2 * largest + outer,
+        "export-gguf": MAPPED + largest,
         "verify": LOGITS + 2 * deployed + _in_llama_cpp(recipe, whole),
         "benchmark": max(deployed, in_float) + PASS_BYTES + _cached(recipe, layout, workload),
     }

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,10 +43,11 @@ class Speed:
 @dataclass(frozen=True)
 class Speeds:
     """cpu: what runtimes run on. device: what torch computes on, the same where there is no other.
-    disk: bytes a second."""
+    alone: one thread of the CPU, as what reads and writes files works. disk: bytes a second."""
 
     cpu: Speed
     device: Speed
+    alone: Speed
     disk: float
 
 
@@ -63,7 +64,8 @@ def measure_speeds(layout: Layout, setting: str) -> Speeds:
         disk = _disk_speed()
     except OSError:  # full, or not ours to write to
         disk = USUAL_DISK
-    return Speeds(cpu, cpu if device == CPU else _speed_of(layout, device), disk)
+    alone = replace(cpu, elements=_one_thread())
+    return Speeds(cpu, cpu if device == CPU else _speed_of(layout, device), alone, disk)
 
 
 def _speed_of(layout: Layout, device: "torch.device") -> Speed:
@@ -78,13 +80,33 @@ def _speed_of(layout: Layout, device: "torch.device") -> Speed:
         right = torch.randn(outputs, inputs, device=device, dtype=dtype)
         taken = seconds_of(lambda a=left, b=right: a @ b.T, device, MEASURED_SECONDS / 2)  # type: ignore[misc]
         products[str(dtype).removeprefix("torch.")] = 2 * TOKENS * inputs * outputs / taken
+    return Speed(device_name(device), products, _elements(device), device_memory(device))
+
+
+def _elements(device: "torch.device") -> float:
+    import torch
+
+    from sqft_export.run.device import seconds_of
+
     values = torch.randn(2**24, device=device)
     result = torch.empty_like(values)  # a fresh one would be placed in memory each time
     taken = seconds_of(
         lambda: torch.mul(values, 1.5, out=result).add_(values), device, MEASURED_SECONDS
     )
-    memory = device_memory(device)
-    return Speed(device_name(device), products, values.numel() / taken, memory)
+    return values.numel() / taken
+
+
+def _one_thread() -> float:
+    import torch
+
+    from sqft_export.run.device import CPU
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _elements(CPU)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _disk_speed() -> float:

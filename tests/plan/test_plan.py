@@ -27,7 +27,7 @@ from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets import target
 
 CPU = Speed("cpu", {"float32": 1e11, "bfloat16": 1e11}, 1e9)
-MACHINE = Speeds(CPU, CPU, 1e9)
+MACHINE = Speeds(CPU, CPU, CPU, 1e9)
 WORK = Workload(examples=None, example=80, test=None, scored=160, prompt=40, answer=40)
 
 
@@ -124,6 +124,47 @@ def test_training_through_the_grid_is_foretold_of_quantize(odd):
         assert {n for n in before if after[n] != before[n]} == {"quantize"}
 
 
+def test_an_accelerator_speeds_up_what_torch_computes_alone(odd):
+    """Files, digests and runtimes stay on the CPU: of `verify` a third of the products moves."""
+    fast = Speed("cuda", {"float32": 1e15, "bfloat16": 1e15}, 1e15)
+    recipe = small_recipe(model_path=odd)
+    layout = layout_of(recipe, odd)
+    slow, fast = (
+        predict_seconds(recipe, layout, Speeds(CPU, device, CPU, 1e9), WORK)
+        for device in (CPU, fast)
+    )
+    moved = {name for name in slow if fast[name] < slow[name]}
+    assert moved == {"sparsify", "quantize", "adapt", "verify", "benchmark", "teacher"}
+    for name in ("verify", "benchmark"):
+        assert fast[name] > slow[name] / 2
+
+
+@pytest.mark.parametrize("strategy", ["lowest-loss", "hill-climb", "evolutionary"])
+def test_evaluations_of_a_search_are_foretold(odd, strategy):
+    def seconds(*settings: str) -> float:
+        recipe = small_recipe(*settings, model_path=odd)
+        return predict_seconds(recipe, layout_of(recipe, odd), MACHINE, WORK)["search"]
+
+    few, many, longer = (
+        seconds(f"search={{strategy: {strategy}, budget: {budget}, items: {items}}}")
+        for budget, items in ((2, 64), (20, 64), (20, 128))
+    )
+    assert seconds("search={strategy: median}") < few < many < longer
+
+
+def test_a_row_that_makes_its_weights_in_every_call_is_foretold(odd):
+    """``tuned, unmerged`` takes longer than another row in torch."""
+    both, other = (
+        small_recipe(f"benchmark.baselines={rows}", model_path=odd)
+        for rows in ("[adapted]", "[sparse]")
+    )
+    layout = layout_of(both, odd)
+    adapted, sparse = (
+        predict_seconds(recipe, layout, MACHINE, WORK)["benchmark"] for recipe in (both, other)
+    )
+    assert adapted > sparse
+
+
 def test_steps_of_epochs_are_counted_from_the_data(odd):
     recipe = small_recipe("adapt.steps=null", "adapt.epochs=2", model_path=odd)
     layout = layout_of(recipe, odd)
@@ -207,7 +248,7 @@ def test_what_takes_more_than_a_day_is_told_with_settings_that_do_not(odd):
 
 def test_an_accelerator_is_named_with_its_memory(odd, monkeypatch, tmp_path):
     gpu = Speed("cuda (a card)", {"float32": 2e13, "bfloat16": 1e14}, 1e11, memory=2**33)
-    monkeypatch.setattr(preview, "measure_speeds", lambda *_: Speeds(CPU, gpu, 1e9))
+    monkeypatch.setattr(preview, "measure_speeds", lambda *_: Speeds(CPU, gpu, CPU, 1e9))
     recipe = small_recipe(model_path=odd)
     document = preview.preview(recipe, tmp_path)
     text = plan_text(document)
@@ -230,7 +271,8 @@ def test_what_passes_took_stands_beside_what_was_foretold(tiny_run, monkeypatch)
 
 
 def test_precision_auto_is_foretold_at_the_faster_speed(odd):
-    machine = Speeds(CPU, Speed("x", {"float32": 1e9, "bfloat16": 1e11}, 1e9), 1e9)
+    slow = Speed("x", {"float32": 1e9, "bfloat16": 1e11}, 1e9)
+    machine = Speeds(CPU, slow, CPU, 1e9)
 
     def seconds(precision: str) -> float:
         recipe = small_recipe(f"adapt.precision={precision}", model_path=odd)
@@ -248,7 +290,7 @@ def test_torch_rows_are_foretold_in_what_they_run_in(odd, width, faster):
     recipe = small_recipe(model_path=odd)
     layout = replace(layout_of(recipe, odd), width=width)
     before, after = (
-        predict_seconds(recipe, layout, Speeds(cpu, cpu, 1e9), WORK)["benchmark"]
+        predict_seconds(recipe, layout, Speeds(cpu, cpu, cpu, 1e9), WORK)["benchmark"]
         for cpu in (slow, fast)
     )
     assert (after < before) is faster
