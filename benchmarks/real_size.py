@@ -5,7 +5,7 @@
 A checkpoint of the true width with random weights and as many blocks as asked for goes through all
 passes of the recipe `mistral`, with few calibration samples, prompts and steps; each pass in a
 process of its own, whose peak is what the kernel reports of it and its children. Seconds and memory
-of 32 blocks are the same plus 24 blocks' share, found from a second run with half the blocks.
+of 32 blocks are the same plus 24 blocks' share, found from a run with half the blocks before it.
 `--runs` keeps what was made and measured; with it, a second call only compares again.
 """
 
@@ -15,7 +15,6 @@ import resource
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from document import finish, in_a_process, spread, table
 from shapes import SMALL, WIDE, write_checkpoint
@@ -102,44 +101,51 @@ def main() -> None:
         report(root, SMALL if arguments.small else WIDE, arguments.blocks, arguments.device)
 
 
-def report(root: Path, shape: dict[str, int], blocks: int, device: str) -> None:
-    measured = {blocks // 2: measure(root, shape, blocks // 2, device)}
-    # Before the run, as `plan` does.
+def predict(
+    root: Path, shape: dict[str, int], blocks: int, device: str
+) -> dict[str, tuple[float, float]]:
+    """Pass -> seconds and bytes, as `plan` says them before a run."""
     model = model_at(root, shape, blocks)
     recipe = recipe_of(model, device)
-    layout = layout_of(recipe, model)
-    machine = measure_speeds(layout, recipe.device)
-    workload = workload_of(recipe, model)
-    seconds = predict_seconds(recipe, layout, machine, workload)
+    layout, workload = layout_of(recipe, model), workload_of(recipe, model)
+    seconds = predict_seconds(recipe, layout, measure_speeds(layout, recipe.device), workload)
     memory = predict_memory(recipe, layout, workload)
-    measured[blocks] = measure(root, shape, blocks, device)
-    rows, ratios, values = [], {}, {}
+    return {name: (seconds[name] or 0, memory[name]) for name in seconds}
+
+
+def report(root: Path, shape: dict[str, int], blocks: int, device: str) -> None:
+    """Half of the blocks first: what is stopped then has said something."""
+    half, measured = blocks // 2, {}
+    for count in (half, blocks):
+        predicted = predict(root, shape, count, device)
+        measured[count] = measure(root, shape, count, device)
+        print(f"{count} blocks")
+        compare(measured[count], predicted)
+    rows, whole = [], {}
     for name, found in measured[blocks].items():
-        half, told = measured[blocks // 2][name], seconds[name] or 0
-        grown = {key: (found[key] - half[key]) / (blocks - blocks // 2) for key in found}
-        whole = {key: found[key] + (WHOLE - blocks) * grown[key] for key in found}
-        row: dict[str, Any] = {"measured": found, "predicted": [told, memory[name]], "of_32": whole}
-        values[name] = row
-        ratios[f"{name} seconds"] = spread([told / found["seconds"]])
-        ratios[f"{name} memory"] = spread([memory[name] / found["peak"]])
-        rows.append(
-            [
-                name,
-                found["seconds"],
-                told,
-                told / found["seconds"],
-                found["seconds"] / layout.weights * 1e9,
-                found["peak"] / GIB,
-                memory[name] / GIB,
-                memory[name] / found["peak"],
-                whole["seconds"],
-                whole["peak"] / GIB,
-            ]
-        )
-    print(f"{blocks} blocks, {layout.weights:,} decoder weights, {layout.others:,} others")
-    header = ["pass", "s", "predicted", "ratio", "s/billion", "peak GiB", "predicted", "ratio"]
-    table([*header, f"s of {WHOLE}", f"GiB of {WHOLE}"], rows)
+        grown = {k: (v - measured[half][name][k]) / (blocks - half) for k, v in found.items()}
+        whole[name] = {k: v + (WHOLE - blocks) * grown[k] for k, v in found.items()}
+        rows.append([name, whole[name]["seconds"], whole[name]["peak"] / GIB])
+    print(f"{WHOLE} blocks, by what half of the {blocks} take")
+    table(["pass", "s", "peak GiB"], rows)
+    ratios = {}
+    for name, (seconds, memory) in predicted.items():
+        ratios[f"{name} seconds"] = spread([seconds / measured[blocks][name]["seconds"]])
+        ratios[f"{name} memory"] = spread([memory / measured[blocks][name]["peak"]])
+    values = {"measured": measured, "predicted": predicted, f"of {WHOLE}": whole}
     finish("real_size", ratios, values)
+
+
+def compare(
+    measured: dict[str, dict[str, float]], predicted: dict[str, tuple[float, float]]
+) -> None:
+    rows = []
+    for name, found in measured.items():
+        seconds, memory = predicted[name]
+        times = [found["seconds"], seconds, seconds / found["seconds"]]
+        sizes = [found["peak"] / GIB, memory / GIB, memory / found["peak"]]
+        rows.append([name, *times, *sizes])
+    table(["pass", "s", "predicted", "ratio", "peak GiB", "predicted", "ratio"], rows)
 
 
 if __name__ == "__main__":
