@@ -50,7 +50,7 @@ CONSUMES: tuple[str, ...] = (
     "baselines",
 )
 READS: tuple[str, ...] = ("model", "test")
-VERSION = 10
+VERSION = 11
 RESUMES = False
 DISTRIBUTED = False
 
