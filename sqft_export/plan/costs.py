@@ -137,23 +137,23 @@ class _Work:
 ON_CPU = ("merge", "baselines", "export-openvino", "export-onnx", "export-gguf", "report")
 # Elementwise passes over every decoder weight, in float32, that a pass comes to.
 ELEMENTWISE = {
-    "sparsify": 100,
-    "quantize": 60,
-    "adapt": 28,
-    "teacher": 28,
-    "search": 65,
-    "merge": 24,
-    "baselines": 24,
-    "export-openvino": 6.6,
-    "export-onnx": 9.9,
-    "export-gguf": 12.6,
-    "verify": 14,
+    "sparsify": 95,
+    "quantize": 52,
+    "adapt": 24,
+    "teacher": 24,
+    "search": 52,
+    "merge": 22,
+    "baselines": 22,
+    "export-openvino": 6,
+    "export-onnx": 9,
+    "export-gguf": 10,
+    "verify": 12,
 }
 # The same over embedding and head, which runtimes and torch read as floats.
-ELEMENTWISE_OUTER = {"export-openvino": 77, "export-onnx": 30, "verify": 21}
+ELEMENTWISE_OUTER = {"export-openvino": 67, "export-onnx": 26, "verify": 18}
 # What verify does more of every deployment: passes over decoder weights and the others, seconds of
 # it and of each of its blocks. A packed one is inflated and asked once.
-CHECKED_ELEMENTS, CHECKED_OUTER, CHECKED_SECONDS, CHECKED_BLOCK = 16, 64, 3.0, 0.35
+CHECKED_ELEMENTS, CHECKED_OUTER, CHECKED_SECONDS, CHECKED_BLOCK = 14, 56, 3.0, 0.35
 CHECKED_PACKED = 0.3
 # A training step: passes over adapted weights, over logits, and over the hidden states of a block.
 STEP_WEIGHTS, STEP_LOGITS, STEP_HIDDEN = 4.0, 10.0, 60.0
@@ -171,7 +171,7 @@ FIXED_SECONDS = {
     "report": 1.5,
 }
 BLOCK_SECONDS = {"export-openvino": 0.45, "export-onnx": 0.2}  # a block is traced, or built
-WORD_SECONDS = {"export-gguf": 6e-5}  # a word of the vocabulary is told
+WORD_SECONDS = {"export-gguf": 5e-5}  # a word of the vocabulary is told
 CALL_SECONDS = 1.5e-3  # a block called with a calibration sample, over products and weights read
 COLUMN_SECONDS = {"gptq": 2.2e-4, "sparsegpt": 1.2e-4}  # a column, over its arithmetic
 # A row of a benchmark: its process starts and loads; a token alone goes through a block.
