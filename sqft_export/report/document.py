@@ -1,7 +1,6 @@
 """What a report says: ``report.json``, and the cells of its table."""
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 from sqft_export.recipe.schema import Recipe
@@ -19,10 +18,10 @@ COLUMNS = (
     ("model", lambda r: r["name"]),
     ("accuracy", accuracy_text),
     ("of dense", lambda r: f"{100 * r['recovery']:.1f} %" if "recovery" in r else None),
-    ("same token", lambda r: _beside(r, lambda b: f"{100 * b['agreement']:.1f} %")),
-    ("KL nats", lambda r: _beside(r, lambda b: f"{b['kl_nats']:.2g}")),
+    ("same token", lambda r: _agreement(r)),
+    ("KL nats", lambda r: _divergence(r, "beside_dense")),
+    ("KL to merged", lambda r: _divergence(r, "beside_merged")),
     ("perplexity", lambda r: f"{r['perplexity']:.3f}"),
-    ("KL to merged", lambda r: _beside(r, lambda b: f"{b['kl_nats']:.2g}", "beside_merged")),
     ("sparsity", lambda r: f"{100 * r['sparsity']:.1f} %"),
     ("files", lambda r: f"{r['file_bytes'] / 1e6:.2f} MB"),
     ("bits a weight", lambda r: f"{r['bits_per_weight']:.2f}"),
@@ -36,11 +35,12 @@ def _latency(spread: dict[str, float]) -> str:
     return f"{spread['median_ms']:.2f} ({spread['p10_ms']:.2f} to {spread['p90_ms']:.2f})"
 
 
-def _beside(
-    row: dict[str, Any], cell: Callable[[dict[str, Any]], str], what: str = "beside_dense"
-) -> str | None:
-    """Of how near a row is to the dense base or to the merged model, where that was asked."""
-    return cell(row[what]) if what in row else None
+def _agreement(row: dict[str, Any]) -> str | None:
+    return f"{100 * row['beside_dense']['agreement']:.1f} %" if "beside_dense" in row else None
+
+
+def _divergence(row: dict[str, Any], of: str) -> str | None:
+    return f"{row[of]['kl_nats']:.2g}" if of in row else None
 
 
 def cells(rows: list[dict[str, Any]]) -> list[list[str]]:

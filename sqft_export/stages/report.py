@@ -26,7 +26,7 @@ CONSUMES: tuple[str, ...] = (
     "benchmark",
 )
 READS: tuple[str, ...] = ()
-VERSION = 11
+VERSION = 12
 RESUMES = False
 DISTRIBUTED = False
 
