@@ -105,8 +105,7 @@ def predict_seconds(
     found = dict[str, float | None]()
     for name, size in predict_bytes(recipe, layout).items():
         computed = _seconds(name, recipe, layout, workload, machine)
-        written = size / machine.disk
-        fixed = FIXED_SECONDS.get(name, 1) + written
+        fixed = FIXED_SECONDS.get(name, 1) + size / machine.disk
         found[name] = None if computed is None else fixed + computed
     if "benchmark" in found and (minutes := recipe.benchmark.minutes):
         found["benchmark"] = 60 * minutes
@@ -347,14 +346,12 @@ def _scoring(recipe: Recipe, layout: Layout, workload: Workload, machine: Speeds
     bits = 32 if recipe.quantize.method == "none" else max(4, recipe.quantize.bits)
     in_torch = machine.device.dtype("auto") if layout.width == 2 else FLOAT32
     width = 4 if in_torch == FLOAT32 else 2
+    stored = layout.weights * bits / 8 + 4 * layout.head
     alone = rounds * asked.new_tokens
     taken = 0.0
     for kind, speed, dtype, rows, read in (
         ("torch", machine.device, in_torch, _torch_rows_asked(recipe), width * weights),
-        (
-            *("runtime", machine.cpu, FLOAT32, _runtimes(recipe)),
-            layout.weights * bits / 8 + 4 * layout.head,
-        ),
+        ("runtime", machine.cpu, FLOAT32, _runtimes(recipe), stored),
     ):
         flops = 2 * weights * (scored + rounds * asked.prompt_tokens)
         # A token alone is as fast as the weights are read.
