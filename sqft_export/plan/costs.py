@@ -169,7 +169,7 @@ FIXED_SECONDS = {
     "verify": 9.0,
     "report": 1.5,
 }
-BLOCK_SECONDS = {"export-openvino": 0.45, "export-onnx": 0.2}  # a block is traced, or built
+BLOCK_SECONDS = {"export-openvino": 0.45, "export-onnx": 0.15}  # a block is traced, or built
 WORD_SECONDS = {"export-gguf": 5e-5}  # a word of the vocabulary is told
 CALL_SECONDS = 1.5e-3  # a block called with a calibration sample, over products and weights read
 COLUMN_SECONDS = {"gptq": 2.2e-4, "sparsegpt": 1.2e-4}  # a column, over its arithmetic
