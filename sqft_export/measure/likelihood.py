@@ -121,14 +121,14 @@ def _score_rest(session: Session, mask: np.ndarray, owners: np.ndarray, rows: li
     start = 0
     while rows:
         session.select(owners)
-        lengths = sorted(len(row.target) - 1 for row in rows)
-        half, longest = lengths[len(lengths) // 2], lengths[-1]
+        lengths = np.array([len(row.target) - 1 for row in rows])
+        half, longest = np.sort(lengths)[[len(lengths) // 2, -1]]
         stop = half if session.fills_up and longest - half > ALIKE else longest
         part = padded([row.target[start:-1][: stop - start] for row in rows], "right")
         mask = np.concatenate([mask, part.mask], axis=1)
         for one, real, row in zip(session.forward(part.ids, mask), part.mask, rows, strict=True):
             row.add(one[real == 1])
-        owners = np.array([n for n, row in enumerate(rows) if len(row.target) - 1 > stop], int)
+        owners = np.flatnonzero(lengths > stop)
         mask, rows, start = mask[owners], [rows[n] for n in owners], stop
 
 

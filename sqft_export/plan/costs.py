@@ -294,19 +294,17 @@ def _calibration_tokens(recipe: Recipe, workload: Workload) -> float:
     return recipe.calibration.samples * (min(workload.example, longest) if of_task else longest)
 
 
-def _runtimes(recipe: Recipe) -> int:
-    """Deployments that are made."""
+def _runtimes(recipe: Recipe, packed: float = 1) -> float:
+    """Deployments that are made, a packed one counting for so much."""
     export = recipe.export
-    return len(export.targets) * (1 + export.sparse_files) + export.sparse_execution
+    return len(export.targets) * (1 + packed * export.sparse_files) + export.sparse_execution
 
 
 def _verified(
     recipe: Recipe, layout: Layout, workload: Workload, elements: float, machine: Speeds
 ) -> float:
     """Every deployment is read back, and says in both of its modes what torch says too."""
-    checked, export = recipe.verify, recipe.export
-    made = len(export.targets) * (1 + CHECKED_PACKED * export.sparse_files)
-    made += export.sparse_execution
+    checked, made = recipe.verify, _runtimes(recipe, CHECKED_PACKED)
     length = workload.prompt or min(workload.scored, recipe.task.sequence_length)
     forward = 2 * layout.weights * made * checked.prompts * (length + checked.new_tokens)
     elements += made * CHECKED_ELEMENTS * layout.weights + made * CHECKED_OUTER * layout.others

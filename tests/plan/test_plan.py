@@ -126,12 +126,12 @@ def test_training_through_the_grid_is_foretold_of_quantize(odd):
 
 def test_an_accelerator_speeds_up_what_torch_computes_alone(odd):
     """Files, digests and runtimes stay on the CPU: of `verify` a third of the products moves."""
-    fast = Speed("cuda", {"float32": 1e15, "bfloat16": 1e15}, 1e15)
+    gpu = Speed("cuda", {"float32": 1e15, "bfloat16": 1e15}, 1e15)
     recipe = small_recipe(model_path=odd)
     layout = layout_of(recipe, odd)
     slow, fast = (
         predict_seconds(recipe, layout, Speeds(CPU, device, CPU, 1e9), WORK)
-        for device in (CPU, fast)
+        for device in (CPU, gpu)
     )
     moved = {name for name in slow if fast[name] < slow[name]}
     assert moved == {"sparsify", "quantize", "adapt", "verify", "benchmark", "teacher"}
@@ -271,8 +271,8 @@ def test_what_passes_took_stands_beside_what_was_foretold(tiny_run, monkeypatch)
 
 
 def test_precision_auto_is_foretold_at_the_faster_speed(odd):
-    slow = Speed("x", {"float32": 1e9, "bfloat16": 1e11}, 1e9)
-    machine = Speeds(CPU, slow, CPU, 1e9)
+    device = Speed("x", {"float32": 1e9, "bfloat16": 1e11}, 1e9)
+    machine = Speeds(CPU, device, CPU, 1e9)
 
     def seconds(precision: str) -> float:
         recipe = small_recipe(f"adapt.precision={precision}", model_path=odd)
