@@ -108,7 +108,9 @@ def predict(
     model = model_at(root, shape, blocks)
     recipe = recipe_of(model, device)
     layout, workload = layout_of(recipe, model), workload_of(recipe, model)
-    seconds = predict_seconds(recipe, layout, measure_speeds(layout, recipe.device), workload)
+    speeds = measure_speeds(layout, recipe.device)
+    print("plan measures", speeds)
+    seconds = predict_seconds(recipe, layout, speeds, workload)
     memory = predict_memory(recipe, layout, workload)
     return {name: (seconds[name] or 0, memory[name]) for name in seconds}
 

@@ -195,14 +195,17 @@ def _weight_constants(graph: ov.Model) -> dict[str, Any]:
 
 
 def _low_bits(values: np.ndarray, bits: int, signed: bool) -> Any:
-    """An OpenVINO Constant of 4- or 8-bit integers of the shape of ``values``."""
+    """An OpenVINO Constant of 4- or 8-bit integers of the shape of ``values``.
+
+    :param values: uint8 codes; signed ones are stored less their middle.
+    """
     kind = {
         (4, True): ov.Type.i4,
         (4, False): ov.Type.u4,
         (8, True): ov.Type.i8,
         (8, False): ov.Type.u8,
     }[bits, signed]
-    stored = values.astype(np.uint8) if bits == 8 else values.astype(np.uint8) & 15
+    stored = values ^ (1 << (bits - 1)) if signed else values  # its highest bit turned over
     if bits == 8:
         stored = stored.view(np.int8) if signed else stored
         return ops.constant(np.ascontiguousarray(stored))
@@ -224,8 +227,7 @@ def _place(
     shape = [outputs, inputs] if groups == 1 else [outputs, groups, inputs // groups]
     scale_shape = [outputs, 1] if groups == 1 else [outputs, groups, 1]
     signed = zero_point is None
-    shift = 2 ** (bits - 1) if signed else 0
-    weight = _low_bits(codes.reshape(shape).astype(np.int16) - shift, bits, signed)
+    weight = _low_bits(codes.reshape(shape), bits, signed)
     weight.set_friendly_name(f"{name}.weight")
     node = ops.convert(weight, "f16")
     if zero_point is not None:
@@ -241,15 +243,14 @@ def _place(
 
 
 def _codes_of(constant: Any) -> np.ndarray:
-    """Integers of a 4- or 8-bit Constant, int16 in its shape."""
+    """What :func:`_low_bits` was given of a Constant, uint8 in its shape; a copy, since the graph's
+    own memory goes with it."""
     kind, shape = constant.get_element_type(), list(constant.get_output_shape(0))
+    turned = {ov.Type.i8: 0x80, ov.Type.i4: 0x88}.get(kind, 0)
+    stored = np.frombuffer(constant.get_tensor_view().data, np.uint8).reshape(1, -1) ^ turned
     if kind in (ov.Type.i8, ov.Type.u8):
-        return constant.data.astype(np.int16)
-    packed = np.frombuffer(constant.get_tensor_view().data, np.uint8).reshape(-1)
-    values = unpack_nibbles(packed.reshape(1, -1), int(np.prod(shape)))[0].astype(np.int16)
-    if kind == ov.Type.i4:
-        values = np.where(values > 7, values - 16, values)
-    return values.reshape(shape)
+        return stored.reshape(shape)
+    return unpack_nibbles(stored, int(np.prod(shape)))[0].reshape(shape)
 
 
 def codes_and_grids(graph: Any) -> Iterator[tuple[str, Quantized, int]]:
@@ -267,17 +268,14 @@ def codes_and_grids(graph: Any) -> Iterator[tuple[str, Quantized, int]]:
             continue
         weight = constants[key.removesuffix("/scale")]
         scale = scale_node.data.reshape(weight.get_output_shape(0)[0], -1)
-        values = _codes_of(weight).reshape(scale.shape[0], -1)
+        codes = _codes_of(weight).reshape(scale.shape[0], -1)
         bits = 4 if weight.get_element_type() in (ov.Type.i4, ov.Type.u4) else 8
         zero_node = constants.get(key.removesuffix("scale") + "zero_point")
         if zero_node is None:
-            middle = 2 ** (bits - 1)
-            values = values + middle
-            zero = np.full(scale.shape, middle, np.uint8)
+            zero = np.full(scale.shape, 2 ** (bits - 1), np.uint8)
         else:
-            zero = _codes_of(zero_node).reshape(scale.shape).astype(np.uint8)
-        name = key.removesuffix(".weight/scale")
-        yield name, Quantized(values.astype(np.uint8), scale.copy(), zero), bits
+            zero = _codes_of(zero_node).reshape(scale.shape)
+        yield key.removesuffix(".weight/scale"), Quantized(codes, scale.copy(), zero), bits
     yield from _laid_out(graph)
 
 

@@ -6,15 +6,20 @@ compute    what each runtime makes of its file: logits and tokens in its exact m
            divergence of its default mode
 """
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sqft_export.errors import CertificateError
 from sqft_export.numerics.codes import Quantized
+from sqft_export.run.threads import in_order
 
+_Item = TypeVar("_Item")
 Part = Literal["fidelity", "storage", "compute"]
 NAMED = 4  # offenders that a line names
 
@@ -43,6 +48,16 @@ class Check:
         self.differing += differing
         if differing and len(self.where) < NAMED:
             self.where.append(where)
+
+    def empty(self) -> "Check":
+        """The same line with nothing compared."""
+        return replace(self, compared=0, differing=0, where=[])
+
+    def add(self, other: "Check") -> None:
+        """What another one of this line counted."""
+        self.compared += other.compared
+        self.differing += other.differing
+        self.where = [*self.where, *other.where][:NAMED]
 
     def count(self, differs: Tensor | np.ndarray, where: str) -> None:
         """Add an array that is True where something differs."""
@@ -86,6 +101,28 @@ class Check:
             f"{self.part}: {self.name}: {self.differing:g} {self.unit} differ of "
             f"{self.compared}{where}"
         )
+
+
+def side_by_side(count: Callable[..., None], items: Iterable[_Item], *lines: Check | None) -> None:
+    """Call ``count(item, *lines)`` for every item, several at once, each on lines of its own; what
+    they counted is added in the order of the items.
+
+    torch works on each in one thread: teams of several would wait for each other's processors.
+    """
+
+    def alone(item: _Item) -> list[Check | None]:
+        own = [line and line.empty() for line in lines]
+        count(item, *own)
+        return own
+
+    threads = torch.get_num_threads()
+    try:
+        counted = in_order(alone, items, partial(torch.set_num_threads, 1))
+        for line, part in (pair for own in counted for pair in zip(lines, own, strict=True)):
+            if line and part:
+                line.add(part)
+    finally:
+        torch.set_num_threads(threads)  # also of threads that come later
 
 
 class Certificate:

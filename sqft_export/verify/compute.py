@@ -35,19 +35,20 @@ def check_compute(
             compressed = target(name).compressed_kernels(folder, subject.scratch)
             for layer in subject.quantized:
                 kernels.count(np.array([layer not in compressed]), layer)
+        said: list[list[int]] = [[] for _ in asked.prompts]
         if why_not_exact(name, subject.merged.parameters) is None:
             tolerance = asked.tolerance
             if name == "gguf" and reads_a_table(subject.merged.config["model_type"]):
                 tolerance = max(tolerance, GELU_TABLE)
             exact = target(name).open_session(folder, True, None)
-            _check_exact(certificate, asked, label, exact, reference, tolerance)
+            said = _check_exact(certificate, asked, label, exact, reference, tolerance)
             del exact
         if why_not_run(name, subject.adapter is not None):
             continue  # verify says so
         session = target(name).open_session(folder, False, None)
         defaults[label] = _prompt_logits(session, asked.prompts)
         most = min(asked.divergence, GGUF_DIVERGENCE) if name == "gguf" else asked.divergence
-        _check_default(certificate, asked, label, defaults[label], reference, most)
+        _check_default(certificate, asked, label, defaults[label], said, reference, most)
     packed = subject.exports[name] / PACKED
     if packed.is_dir():
         title = f"logits: {name} dense and packed, as deployed"
@@ -89,25 +90,31 @@ def _check_exact(
     session: Session,
     reference: Reference,
     tolerance: float,
-) -> None:
-    """Logits over every prompt, and the tokens that follow: each the likeliest in torch."""
+) -> list[list[int]]:
+    """Logits over every prompt, and the tokens that follow: each the likeliest in torch.
+
+    :return: those tokens.
+    """
     both = f"merged in torch and {label}"
     title = f"logits: {both}"
     logits = certificate.start("compute", title, "standard deviations", tolerance)
     tokens = certificate.start("compute", f"greedy tokens: {both}", "tokens")
+    said: list[list[int]] = []
     for start in range(0, len(asked.prompts), BATCH):
         prompts = asked.prompts[start : start + BATCH]
-        said = generate(session, prompts, asked.new_tokens, stop=[])
-        ours = reference.logits([p + s for p, s in zip(prompts, said, strict=True)])
+        answers = generate(session, prompts, asked.new_tokens, stop=[])
+        ours = reference.logits([p + s for p, s in zip(prompts, answers, strict=True)])
         theirs = _prompt_logits(session, prompts)
         for number, (prompt, answer, one, other) in enumerate(
-            zip(prompts, said, ours, theirs, strict=True), start
+            zip(prompts, answers, ours, theirs, strict=True), start
         ):
             of_prompt = one[: len(prompt)]
             worst = np.abs(of_prompt - other).max() / of_prompt.std()
             logits.worst(float(worst), of_prompt.size, f"prompt {number}")
             likeliest = one[len(prompt) - 1 : -1].argmax(axis=-1)
             tokens.count(likeliest != np.array(answer), f"prompt {number}")
+        said += answers
+    return said
 
 
 def _check_default(
@@ -115,19 +122,22 @@ def _check_default(
     asked: Asked,
     label: str,
     default: list[np.ndarray],
+    said: list[list[int]],
     reference: Reference,
     allowed: float,
 ) -> None:
-    """Mean KL divergence of the runtime's default mode from torch, in nats a token."""
-    prompts, total, tokens = asked.prompts, 0.0, 0
+    """Mean KL divergence of the runtime's default mode from torch, in nats a token.
+
+    :param said: what follows the prompts in exact mode, for which torch was asked already.
+    """
+    total, tokens = 0.0, 0
     title = f"divergence of {label} in its default mode"
     check = certificate.start("compute", title, "nats a token", allowed)
-    for start in range(0, len(prompts), BATCH):
-        chosen = prompts[start : start + BATCH]
-        for ours, theirs in zip(
-            reference.logits(chosen), default[start : start + BATCH], strict=True
-        ):
-            one, other = log_softmax(ours), log_softmax(theirs)
+    for start in range(0, len(asked.prompts), BATCH):
+        part = slice(start, start + BATCH)
+        whole = [p + s for p, s in zip(asked.prompts[part], said[part], strict=True)]
+        for ours, theirs in zip(reference.logits(whole), default[part], strict=True):
+            one, other = log_softmax(ours[: len(theirs)]), log_softmax(theirs)
             total += float((np.exp(one) * (one - other)).sum())
-            tokens += len(ours)
+            tokens += len(one)
     check.worst(total / tokens, tokens, label)

@@ -10,8 +10,8 @@ from sqft_export.data.items import load_tokenizer
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.floats import Reference
 from sqft_export.model.storage import grid_arrays, load_grids, quantized_arrays, read_quantized
-from sqft_export.numerics.affine import dequantize, quantize, stored
-from sqft_export.verify.certificate import Certificate, Check
+from sqft_export.numerics.affine import Grid, dequantize, quantize, stored
+from sqft_export.verify.certificate import Certificate, Check, side_by_side
 from sqft_export.verify.subject import Subject
 
 # Weights that are merged into 16-bit floats are rounded once; what that does to logits, in their
@@ -26,13 +26,16 @@ def check_fidelity(certificate: Certificate, subject: Subject, reference: Refere
     forward = f"the {subject.before} forward"
     weights = certificate.start("fidelity", f"weights of {forward}, merged", "rows")
     others = certificate.start("fidelity", "embeddings, norms, biases, merged", "rows")
-    for name, rows in evidence.rows.items():
-        found = _merged_rows(subject, name, evidence.dtypes[name])
+
+    def count(name: str, weights: Check, others: Check) -> None:
+        rows, found = evidence.rows[name], _merged_rows(subject, name, evidence.dtypes[name])
         check = weights if name in subject.merged.linears or ".lora_" in name else others
         differs = np.ones(rows.shape, bool)
         if found is not None and found.shape == rows.shape:
             differs = found != rows
         check.count(differs, name)
+
+    side_by_side(count, evidence.rows, weights, others)
     for name in subject.merged.linears.keys() - evidence.rows.keys():
         weights.count(np.ones(1, bool), f"{name} was not seen in {forward}")
     if subject.before == "compressed":
@@ -48,10 +51,14 @@ def _check_codes(certificate: Certificate, subject: Subject) -> None:
     made, folder = Checkpoint(subject.passes["quantize"]), subject.passes["quantize"].parent
     title = "codes, scales, zero points: quantize and merged"
     check = certificate.start("fidelity", title, "numbers")
-    for name, grid in load_grids(folder).items():
+
+    def count(found: tuple[str, Grid], check: Check) -> None:
+        name, grid = found
         codes = quantize(made.tensor(f"{name}.weight").float(), grid)
         merged = quantized_arrays(subject.merged, subject.merged.stored_name(name))
         check.compare(grid_arrays(*stored(codes, grid)), merged, name)
+
+    side_by_side(count, load_grids(folder).items(), check)
 
 
 def _merged_rows(subject: Subject, name: str, dtype: str) -> np.ndarray | None:
@@ -80,30 +87,33 @@ def _zeros(certificate: Certificate, name: str) -> Check:
 
 
 def _check_zeros(certificate: Certificate, subject: Subject, evidence: Evidence) -> None:
-    """Every pruned position, pass by pass; one layer is in memory."""
+    """Every pruned position, pass by pass, layer by layer."""
     if not subject.pruned:
         return
-    passes = [
-        (Checkpoint(folder), _zeros(certificate, name)) for name, folder in subject.passes.items()
-    ]
-    merged = None
+    passes = {name: Checkpoint(folder) for name, folder in subject.passes.items()}
+    of_passes = [_zeros(certificate, name) for name in passes]
+    after: list[Check] = []
     if not subject.dense_update:  # which gives pruned positions up
-        in_forward = _zeros(certificate, f"the {subject.before} forward")
-        merged = _zeros(certificate, "the merged model")
+        names = f"the {subject.before} forward", "the merged model"
+        after = [_zeros(certificate, name) for name in names]
     quantized = set(subject.quantized)
-    for linear in sorted(subject.pruned):
+
+    def count(linear: str, *lines: Check) -> None:
         dropped = subject.dropped(linear, subject.merged.linears[linear])
-        for checkpoint, check in passes:
+        for checkpoint, check in zip(passes.values(), lines, strict=False):
             weight = checkpoint.tensor(f"{linear}.weight")
             check.count_zeros(dropped, (weight != 0).numpy(), linear)
-        if merged is None:
-            continue
+        if not after:
+            return
+        in_forward, merged = lines[len(passes) :]
         positions, kept = evidence.pruned.get(linear, (0, 0))
         in_forward.compared += positions
         in_forward.blame(linear, kept)
         found = _weight(subject.merged, linear, quantized)
         assert found is not None
         merged.count_zeros(dropped, (found != 0).numpy(), linear)
+
+    side_by_side(count, sorted(subject.pruned), *of_passes, *after)
 
 
 def _check_logits(

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from sqft_export.model.storage import quantized_arrays
+from sqft_export.numerics.codes import Quantized
 from sqft_export.packed.container import PackedFile
 from sqft_export.packed.folders import PACKED, packed_file
 from sqft_export.run.artifact import sha256_of
 from sqft_export.targets import target
 from sqft_export.targets.tokenizers import IdsOf, read_ids
-from sqft_export.verify.certificate import Certificate
+from sqft_export.verify.certificate import Certificate, Check, side_by_side
 from sqft_export.verify.subject import Subject
 
 
@@ -36,13 +37,17 @@ def _check_codes(
     if subject.pruned:
         zeros = certificate.start("storage", f"pruned positions zero in {label}", "positions")
     missing = set(subject.quantized)
-    for layer, written in target(name).read_back(folder):
+
+    def count(found: tuple[str, Quantized], same: Check, zeros: Check | None) -> None:
+        layer, written = found
         missing.discard(layer)
         stored = subject.merged.stored_name(layer)
         same.compare(quantized_arrays(subject.merged, stored), written, layer)
         if zeros is not None:
             dropped = subject.dropped(layer, written.codes.shape)
             zeros.count_zeros(dropped, written.steps != 0, layer)
+
+    side_by_side(count, target(name).read_back(folder), same, zeros)
     for layer in missing:  # counts whole
         shape = quantized_arrays(subject.merged, layer).codes.shape
         same.count(np.ones(shape, bool), f"{layer} is not there")
@@ -60,17 +65,21 @@ def _check_floats(
     shapes = merged.shapes
     missing = {key for key in shapes if key.removesuffix(".weight") not in quantized}
     vectors: list[bytes] = []
-    for module, array in target(name).read_floats(folder):
+
+    def count(found: tuple[str, np.ndarray], check: Check, zeros: Check | None) -> None:
+        module, array = found
         key = f"{merged.stored_name(module)}.weight"
         if not module or key not in shapes or len(shapes[key]) != 2:
             vectors.append(np.ascontiguousarray(array, np.float32).tobytes())
-            continue
+            return
         expected = merged.tensor(key).float().numpy()
         same = expected.shape == array.shape
         check.count(expected != array if same else np.ones(expected.shape, bool), key)
         missing.discard(key)
         if zeros is not None:
             zeros.count_zeros(subject.dropped(module, array.shape), array != 0, module)
+
+    side_by_side(count, target(name).read_floats(folder), check, zeros)
     everything = b"".join(vectors)
     for key in sorted(missing):
         expected = merged.tensor(key).float().numpy()

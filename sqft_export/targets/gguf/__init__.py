@@ -280,7 +280,7 @@ def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
 def _floats(tensor: Any) -> np.ndarray:
     if tensor.tensor_type.name == "BF16":
         return (tensor.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return tensor.data.astype(np.float32)
+    return tensor.data.astype(np.float32, copy=False)
 
 
 def metadata(folder: Path) -> dict[str, str]:

@@ -8,12 +8,14 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from sqft_export.errors import UserError
 from sqft_export.packed.loaders import dense_gguf
 from sqft_export.run.host import allowed_processors
+from sqft_export.run.threads import in_order
 from sqft_export.targets import Session
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER
@@ -182,9 +184,13 @@ def write_float32(file: Path, out: Path, adapter: Path | None = None) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor in reader.tensors:
-        values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+
+    def floats(tensor: Any) -> np.ndarray:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         if f"{tensor.name}.lora_a" in added:
             values = values + added[f"{tensor.name}.lora_b"] @ added[f"{tensor.name}.lora_a"]
+        return values
+
+    for values in in_order(floats, reader.tensors):
         writer.write_tensor_data(values)
     writer.close()
