@@ -11,6 +11,7 @@ ROWS = 64  # of a batch
 CACHED = 2**14  # tokens whose cache a batch may take
 SCORED = 2**9  # tokens of a pass: enough to be fast, few enough to be of like lengths
 PASS_BYTES = 2**28  # of one pass
+MORE = 64  # tokens that take as long as another pass
 
 
 def batches(
@@ -75,9 +76,34 @@ def padded(sequences: list[list[int]], side: str) -> Batch:
 
 
 def last_logits(session: Session, batch: Batch) -> np.ndarray:
-    """Logits ``[batch, vocabulary]`` after the last token of every sequence, on an empty cache."""
+    """Logits ``[batch, vocabulary]`` after the last token of every sequence, on an empty cache.
+
+    Where shorter ones are filled up on the left, they join when they begin: what is cached before
+    that is another one's, and their mask hides it.
+    """
     session.reset()
-    length = batch.ids.shape[1]
-    last = int(length - batch.ends.min())
-    logits = session.forward(batch.ids, batch.mask, last)
+    length, firsts = batch.ids.shape[1], batch.mask.argmax(axis=1)
+    last, start = int(length - batch.ends.min()), 0
+    before = np.empty(0, np.int64)
+    for stop in _stops(firsts, length) if session.padding == "left" else [length]:
+        rows = np.flatnonzero(firsts < stop)
+        if start:
+            session.select(np.searchsorted(before, rows).clip(max=len(before) - 1))
+        logits = session.forward(batch.ids[rows, start:stop], batch.mask[rows, :stop], last)
+        start, before = stop, rows
     return logits[np.arange(len(logits)), batch.ends - (length - last)]
+
+
+def _stops(firsts: np.ndarray, length: int) -> list[int]:
+    """Where the passes over a batch end, each over those rows that have begun before its end.
+
+    :param firsts: int64 ``[batch]``, where each row begins; one begins at 0.
+    """
+    columns = [*np.unique(firsts).tolist(), length]
+    cost, way = [0] * len(columns), [list[int]()] * len(columns)
+    for end, stop in enumerate(columns[1:], 1):
+        rows = int((firsts < stop).sum())
+        costs = [cost[begin] + MORE + rows * (stop - columns[begin]) for begin in range(end)]
+        best = int(np.argmin(costs))
+        cost[end], way[end] = costs[best], [*way[best], stop]
+    return way[-1]

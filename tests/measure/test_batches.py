@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sqft_export.measure import batches as rooms
 from sqft_export.measure import decode
-from sqft_export.measure.batches import batches, by_length, padded
+from sqft_export.measure.batches import batches, by_length, last_logits, padded
 from sqft_export.measure.decode import generate
 from sqft_export.measure.likelihood import log_likelihoods, log_softmax
 from sqft_export.recipe.schema import Export
@@ -137,14 +137,66 @@ def test_the_last_rows_of_batches_go_on_together(random_llama, monkeypatch):
     assert taken < 0.6 * (len(passes) - taken)
 
 
-def test_a_cache_that_was_taken_apart_is_not_continued(tiny_run):
-    folder = tiny_run["export-onnx"].path / "model"
-    session = target("onnx").open_session(folder, True, 2)
-    ids = np.random.RandomState(0).randint(5, 400, (2, 4))
-    session.forward(ids)
-    session.forward(ids[:, :2])
-    with pytest.raises(ValueError, match="reset it first"):
-        session.forward(ids[:, :1])
+def test_rows_that_were_filled_up_go_on(session):
+    random = np.random.RandomState(0)
+    prompts = [random.randint(5, 400, size).tolist() for size in (4, 7)]
+    parts = [[[11, 12, 13], [21]], [[14], [22]], [[15, 16], [23, 24, 25]]]
+    batch = padded(prompts, session.padding)
+    last_logits(session, batch)
+    mask = batch.mask
+    for part in parts:
+        filled_up = padded(part, "right")
+        mask = np.concatenate([mask, filled_up.mask], axis=1)
+        found = session.forward(filled_up.ids, mask)
+    for row, prompt in enumerate(prompts):
+        session.reset()
+        whole = np.array([prompt + [token for part in parts for token in part[row]]])
+        count = len(parts[-1][row])
+        alone = session.forward(whole)[0, -count:]
+        np.testing.assert_allclose(found[row, :count], alone, atol=1e-3 * alone.std())
+
+
+def test_prompts_that_are_filled_up_on_the_left_join_when_they_begin(session, monkeypatch):
+    random = np.random.RandomState(0)
+    lengths = (3, 40, 4, 20, 3, 18, 6, 2)
+    prompts = [random.randint(5, 400, size).tolist() for size in lengths]
+    alone = []
+    for prompt in prompts:
+        session.reset()
+        alone.append(session.forward(np.array([prompt]))[0, -1])
+    fed: list[int] = []
+    forward = session.forward
+
+    def counted(ids, mask=None, last=None):
+        fed.append(ids.size)
+        return forward(ids, mask, last)
+
+    monkeypatch.setattr(session, "forward", counted)
+    monkeypatch.setattr(rooms, "MORE", 10)
+    batch = padded(prompts, session.padding)
+    found = last_logits(session, batch)
+    np.testing.assert_allclose(found, alone, atol=1e-3 * np.std(alone))
+    if session.padding == "left":
+        assert len(fed) > 1 and sum(fed) + 10 * len(fed) < batch.ids.size + 10
+        assert fed[0] == 1 * (40 - 20)
+    # The cache is that of a batch whose rows begin where they do.
+    chosen = found.argmax(axis=-1)
+    mask = np.concatenate([batch.mask, np.ones((len(prompts), 1), np.int64)], axis=1)
+    after = forward(chosen.reshape(-1, 1), mask, 1)[:, -1]
+    for prompt, token, logits in zip(prompts, chosen, after, strict=True):
+        session.reset()
+        expected = forward(np.array([[*prompt, token]]))[0, -1]
+        np.testing.assert_allclose(logits, expected, atol=1e-3 * expected.std())
+
+
+@given(st.lists(st.integers(0, 500), max_size=64))
+def test_passes_over_a_batch_take_no_longer_than_one(firsts):
+    begins, length = np.array([0, *firsts]), 501
+    stops = rooms._stops(begins, length)
+    assert stops == sorted(set(stops)) and stops[-1] == length
+    passes = zip([0, *stops], stops, strict=False)
+    tokens = sum((begins < stop).sum() * (stop - start) for start, stop in passes)
+    assert tokens + rooms.MORE * len(stops) <= len(begins) * length + rooms.MORE
 
 
 class _Sizes:

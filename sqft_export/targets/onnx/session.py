@@ -50,10 +50,11 @@ class OnnxSession(Session):
     """A decoder graph with its cache as inputs and outputs, kept in the runtime's memory.
 
     The fused attention fills up on the right, and takes several tokens after a cache for one row
-    at a time alone.
+    alone: those of more rows go one after the other.
     """
 
     all_logits = True
+    fills_up = True
 
     def __init__(self, session: Any, decoder: dict[str, Any], fused: bool, adapter: Any = None):
         self.session, self.decoder, self.adapter = session, decoder, adapter
@@ -64,7 +65,7 @@ class OnnxSession(Session):
         self.wants_positions = "position_ids" in inputs
         self.caches = [name for name in inputs if name.startswith("past_")]
         self.presents = [re.sub("^past_key_values", "present", name) for name in self.caches]
-        self.padding, self.fills_up = ("right", False) if fused else ("left", True)
+        self.padding = "right" if fused else "left"
         self.vocabulary = next(o.shape[2] for o in session.get_outputs() if o.name == "logits")
         self.reset()
 
@@ -87,31 +88,23 @@ class OnnxSession(Session):
         self, ids: np.ndarray, mask: np.ndarray | None = None, last: int | None = None
     ) -> np.ndarray:
         batch, length = ids.shape
-        if self.past is None and self.length:
-            raise ValueError("this cache can't be continued; reset it first")
         self.length += length
         if mask is None:
             mask = np.ones((batch, self.length), np.int64)
         if self.padding == "right" and self.past and length > 1 and batch > 1:
-            logits = self._one_by_one(ids, mask)
+            logits = self._token_by_token(ids, mask)
         else:
             logits = self._run(ids, mask)
         return logits[:, -(last or length) :]
 
-    def _one_by_one(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Each row after its own part of the cache; the cache can't be continued then."""
-        whole, found = self.past or [], []
-        before = self.length - ids.shape[1]
-        for row in range(len(ids)):
-            cached, real = int(mask[row, :before].sum()), int(mask[row, before:].sum())
-            self.past = [
-                ort.OrtValue.ortvalue_from_numpy(cache.numpy()[row : row + 1, :, :cached].copy())
-                for cache in whole
-            ]
-            logits = self._run(ids[row : row + 1, :real], np.ones((1, cached + real), np.int64))
-            found.append(np.pad(logits, ((0, 0), (0, ids.shape[1] - real), (0, 0))))
-        self.past = None
-        return np.concatenate(found)
+    def _token_by_token(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """What fills a row up is written behind its last token, where the next one will be."""
+        before, steps = self.length - ids.shape[1], []
+        for column in range(ids.shape[1]):
+            seen = mask[:, : before + column + 1].copy()
+            seen[:, -1] = 1
+            steps.append(self._run(ids[:, [column]], seen))
+        return np.concatenate(steps, axis=1)
 
     def _run(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         batch, length = ids.shape
