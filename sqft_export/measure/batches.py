@@ -54,12 +54,10 @@ class Batch:
     """Sequences side by side.
 
     ids: int64 ``[batch, length]``. mask: int64 of that shape, 0 where filled up.
-    ends: int64 ``[batch]``, where each one's last token is.
     """
 
     ids: np.ndarray
     mask: np.ndarray
-    ends: np.ndarray
 
 
 def padded(sequences: list[list[int]], side: str) -> Batch:
@@ -71,8 +69,7 @@ def padded(sequences: list[list[int]], side: str) -> Batch:
         count = len(sequence)
         place = slice(longest - count, None) if side == "left" else slice(count)
         ids[row, place], mask[row, place] = sequence, 1
-    ends = np.array([longest - 1 if side == "left" else len(s) - 1 for s in sequences])
-    return Batch(ids, mask, ends)
+    return Batch(ids, mask)
 
 
 def last_logits(session: Session, batch: Batch) -> np.ndarray:
@@ -83,15 +80,14 @@ def last_logits(session: Session, batch: Batch) -> np.ndarray:
     """
     session.reset()
     length, firsts = batch.ids.shape[1], batch.mask.argmax(axis=1)
-    last, start = int(length - batch.ends.min()), 0
-    before = np.empty(0, np.int64)
+    start, before = 0, np.empty(0, np.int64)
     for stop in _stops(firsts, length) if session.padding == "left" else [length]:
         rows = np.flatnonzero(firsts < stop)
         if start:
             session.select(np.searchsorted(before, rows).clip(max=len(before) - 1))
-        logits = session.forward(batch.ids[rows, start:stop], batch.mask[rows, :stop], last)
+        logits = session.forward(batch.ids[rows, start:stop], batch.mask[rows, :stop], 1)
         start, before = stop, rows
-    return logits[np.arange(len(logits)), batch.ends - (length - last)]
+    return logits[:, -1]
 
 
 def _stops(firsts: np.ndarray, length: int) -> list[int]:

@@ -45,7 +45,8 @@ class Session(Protocol):
         The batch must stay the same between two resets, but for :meth:`select`.
 
         :param mask: int64 ``[batch, cached + n]``, 0 where a prompt is filled up.
-        :param last: logits of so many last tokens alone; None: of all.
+        :param last: logits of so many last tokens of each row alone, what fills it up not counted;
+            None: of all.
         """
 
     def likeliest(self, ids: np.ndarray) -> np.ndarray:
@@ -104,6 +105,15 @@ class Target(Runner, Protocol):
 def positions_of(mask: np.ndarray, length: int) -> np.ndarray:
     """int64 ``[batch, length]``: positions of the last ``length`` tokens, filling not counted."""
     return np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -length:]
+
+
+def last_columns(mask: np.ndarray, last: int) -> np.ndarray:
+    """int64 ``[batch, last]``: where the last tokens of every row are.
+
+    :param mask: int64 ``[batch, n]``, 0 where it is filled up, on either side.
+    """
+    ends = mask.shape[1] - mask[:, ::-1].argmax(axis=1)
+    return np.maximum(ends[:, None] + np.arange(-last, 0), 0)
 
 
 def runner(name: str) -> Runner:

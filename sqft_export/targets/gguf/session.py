@@ -16,7 +16,7 @@ from sqft_export.errors import UserError
 from sqft_export.packed.loaders import dense_gguf
 from sqft_export.run.host import allowed_processors
 from sqft_export.run.threads import in_order
-from sqft_export.targets import Session
+from sqft_export.targets import Session, last_columns
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER
 from sqft_export.targets.gguf.bindings import PASS, SEQUENCES, Opened, Token, open_model
@@ -69,13 +69,14 @@ class GgufSession(Session):
     ) -> np.ndarray:
         batch, length = ids.shape
         kept = np.ones(ids.shape, bool) if mask is None else mask[:, -length:] == 1
+        columns = last_columns(kept, last) if last else np.tile(np.arange(length), (batch, 1))
         wanted = np.zeros(ids.shape, bool)
-        wanted[:, length - (last or length) :] = True
-        logits = np.zeros((batch, last or length, self.vocabulary), np.float32)
+        np.put_along_axis(wanted, columns, True, axis=1)
+        logits = np.zeros((*columns.shape, self.vocabulary), np.float32)
         for places in self._passes(ids, kept, wanted):
             for index, (row, column) in enumerate(places):
                 if wanted[row, column]:
-                    logits[row, column - length] = self.cache.logits(index)
+                    logits[row, column - columns[row, 0]] = self.cache.logits(index)
         return logits
 
     def likeliest(self, ids: np.ndarray) -> np.ndarray:
@@ -122,11 +123,12 @@ class GgufSession(Session):
             raise UserError(f"llama.cpp can't continue: llama_decode says {failed}")
 
     def _make_room(self, more: int) -> None:
-        """A cache that holds what will follow; what was in the last one is read again."""
+        """A cache that holds what will follow, and as much again: what was in the last one is read
+        anew, which takes as long as it did."""
         needed = sum(map(len, self.histories)) + more
         if needed <= self.cells:
             return
-        while self.cells < needed:
+        while self.cells < 2 * needed:
             self.cells *= 2
         self.cache.close()
         self.cache = self.model.cache(self.cells, self.threads, self.exact)

@@ -9,7 +9,7 @@ import onnxruntime as ort
 
 from sqft_export.errors import UserError
 from sqft_export.packed.loaders import load_onnx
-from sqft_export.targets import Session, positions_of
+from sqft_export.targets import Session, last_columns, positions_of
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER, GENAI_CONFIG, GRAPHS
 from sqft_export.textfiles import read_json
@@ -95,7 +95,10 @@ class OnnxSession(Session):
             logits = self._token_by_token(ids, mask)
         else:
             logits = self._run(ids, mask)
-        return logits[:, -(last or length) :]
+        if not last:
+            return logits
+        columns = last_columns(mask[:, -length:], last)
+        return np.take_along_axis(logits, columns[:, :, None], axis=1)
 
     def _token_by_token(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """What fills a row up is written behind its last token, where the next one will be."""
