@@ -109,7 +109,10 @@ def predict(
     recipe = recipe_of(model, device)
     layout, workload = layout_of(recipe, model), workload_of(recipe, model)
     speeds = measure_speeds(layout, recipe.device)
-    print("plan measures", speeds)
+    for speed in {speed.name: speed for speed in (speeds.cpu, speeds.device)}.values():
+        products = ", ".join(f"{rate / 1e9:.0f} in {d}" for d, rate in speed.products.items())
+        print(f"{speed.name}: GFLOP/s {products}; 1e9 elements/s {speed.elements / 1e9:.2f}")
+    print(f"one thread: 1e9 elements/s {speeds.alone.elements / 1e9:.2f}")
     seconds = predict_seconds(recipe, layout, speeds, workload)
     memory = predict_memory(recipe, layout, workload)
     return {name: (seconds[name] or 0, memory[name]) for name in seconds}

@@ -143,16 +143,17 @@ ELEMENTWISE = {
     "search": 52,
     "merge": 22,
     "baselines": 22,
-    "export-openvino": 6,
-    "export-onnx": 9,
-    "export-gguf": 10,
-    "verify": 12,
+    "verify": 28,
 }
-# The same over embedding and head, which runtimes and torch read as floats.
-ELEMENTWISE_OUTER = {"export-openvino": 67, "export-onnx": 26, "verify": 18}
-# What verify does more of every deployment: passes over decoder weights and the others, seconds of
-# it and of each of its blocks. A packed one is inflated and asked once.
-CHECKED_ELEMENTS, CHECKED_OUTER, CHECKED_SECONDS, CHECKED_BLOCK = 14, 56, 3.0, 0.35
+# Passes by one thread, as exporters and runtimes go through what they write and load; and the same
+# over embedding and head, which they and torch read as floats.
+ALONE = {"export-openvino": 15, "export-onnx": 22, "export-gguf": 25}
+ALONE_OUTER = {"export-openvino": 165, "export-onnx": 64, "verify": 24}
+# What verify does more of every deployment: passes of all threads and of one over decoder weights,
+# of one over the others; seconds of it and of each of its blocks. A packed one is inflated and
+# asked once.
+CHECKED, CHECKED_ALONE, CHECKED_OUTER = 10, 20, 73
+CHECKED_SECONDS, CHECKED_BLOCK = 3.0, 0.35
 CHECKED_PACKED = 0.3
 # A training step: passes over adapted weights, over logits, and over the hidden states of a block.
 STEP_WEIGHTS, STEP_LOGITS, STEP_HIDDEN = 4.0, 10.0, 60.0
@@ -195,7 +196,6 @@ def _seconds(
     """Of what is counted, where it is done: files by one thread of the CPU, runtimes and digests by
     all of them."""
     elements = ELEMENTWISE.get(name, 0) * layout.weights
-    elements += ELEMENTWISE_OUTER.get(name, 0) * layout.others
     if name in ("sparsify", "quantize"):
         work = _calibrated(name, recipe, layout, workload, elements)
         if name == "quantize" and (config := recipe.quantize.reconstruct):
@@ -212,17 +212,18 @@ def _seconds(
         evaluated = _evaluations(recipe, layout, workload).on(machine.device)
         return _Work({}, elements).on(machine.cpu) + evaluated
     if name == "verify":
-        return _verified(recipe, layout, workload, elements, machine)
+        return _verified(recipe, layout, workload, machine)
     if name == "benchmark":
         return _scoring(recipe, layout, workload, machine)
     if name in ("merge", "baselines"):
         rank = recipe.adapt.max_rank if recipe.adapt else 0
         return _Work({FLOAT32: 2 * rank * layout.weights}, elements).on(machine.cpu)
-    return _exported(name, recipe, layout, elements).on(machine.alone)
+    return _exported(name, recipe, layout).on(machine.alone)
 
 
-def _exported(name: str, recipe: Recipe, layout: Layout, elements: float) -> _Work:
+def _exported(name: str, recipe: Recipe, layout: Layout) -> _Work:
     words, _ = layout.embedding
+    elements = ALONE.get(name, 0) * layout.weights + ALONE_OUTER.get(name, 0) * layout.others
     seconds = BLOCK_SECONDS.get(name, 0) * layout.blocks + WORD_SECONDS.get(name, 0) * words
     # Packed, each of its tensors is gone through again.
     times = 1 + (name == "export-gguf" and recipe.export.sparse_files)
@@ -300,18 +301,21 @@ def _runtimes(recipe: Recipe, packed: float = 1) -> float:
     return len(export.targets) * (1 + packed * export.sparse_files) + export.sparse_execution
 
 
-def _verified(
-    recipe: Recipe, layout: Layout, workload: Workload, elements: float, machine: Speeds
-) -> float:
-    """Every deployment is read back, and says in both of its modes what torch says too."""
+def _verified(recipe: Recipe, layout: Layout, workload: Workload, machine: Speeds) -> float:
+    """Every deployment is read back, and says in both of its modes what torch, asked once, says."""
     checked, made = recipe.verify, _runtimes(recipe, CHECKED_PACKED)
-    length = workload.prompt or min(workload.scored, recipe.task.sequence_length)
-    forward = 2 * layout.weights * made * checked.prompts * (length + checked.new_tokens)
-    elements += made * CHECKED_ELEMENTS * layout.weights + made * CHECKED_OUTER * layout.others
+    # Of a text window, a quarter is the prompt.
+    length = workload.prompt or min(workload.scored, recipe.task.sequence_length) / 4
+    forward = 2 * layout.weights * checked.prompts * (length + checked.new_tokens)
+    compared = (ELEMENTWISE["verify"] + made * CHECKED) * layout.weights
+    loaded = made * CHECKED_ALONE * layout.weights
+    loaded += (ALONE_OUTER["verify"] + made * CHECKED_OUTER) * layout.others
     seconds = made * (CHECKED_SECONDS + CHECKED_BLOCK * layout.blocks)
-    read_back = _Work({}, elements, seconds).on(machine.alone)
-    in_runtimes = _Work({FLOAT32: 2 * forward}).on(machine.cpu)
-    return read_back + in_runtimes + _Work({FLOAT32: forward}).on(machine.device)
+    return (
+        _Work({FLOAT32: 2 * made * forward}, compared).on(machine.cpu)
+        + _Work({}, loaded, seconds).on(machine.alone)
+        + _Work({FLOAT32: forward}).on(machine.device)
+    )
 
 
 def _scored_tokens(items: float, workload: Workload) -> float:

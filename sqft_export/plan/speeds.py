@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 MEASURED_SECONDS = 1.0  # of each speed
 TOKENS = 512  # rows of the products that are measured
+IN_CACHE = 2**16  # elements of two tensors that fit the cache of one core
 USUAL_DISK = 5e8  # bytes a second, where it can't be measured
 
 
@@ -43,7 +44,8 @@ class Speed:
 @dataclass(frozen=True)
 class Speeds:
     """cpu: what runtimes run on. device: what torch computes on, the same where there is no other.
-    alone: one thread of the CPU, as what reads and writes files works. disk: bytes a second."""
+    alone: one thread of the CPU in its own cache, whose speed is that of what goes through files
+    alone more than memory's is. disk: bytes a second."""
 
     cpu: Speed
     device: Speed
@@ -83,12 +85,13 @@ def _speed_of(layout: Layout, device: "torch.device") -> Speed:
     return Speed(device_name(device), products, _elements(device), device_memory(device))
 
 
-def _elements(device: "torch.device") -> float:
+def _elements(device: "torch.device", count: int = 2**24) -> float:
+    """:param count: of a tensor; as many as are larger than every cache."""
     import torch
 
     from sqft_export.run.device import seconds_of
 
-    values = torch.randn(2**24, device=device)
+    values = torch.randn(count, device=device)
     result = torch.empty_like(values)  # a fresh one would be placed in memory each time
     taken = seconds_of(
         lambda: torch.mul(values, 1.5, out=result).add_(values), device, MEASURED_SECONDS
@@ -104,7 +107,7 @@ def _one_thread() -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _elements(CPU)
+        return _elements(CPU, IN_CACHE)
     finally:
         torch.set_num_threads(threads)
 
