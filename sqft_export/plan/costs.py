@@ -200,7 +200,8 @@ def _seconds(
         work = _calibrated(name, recipe, layout, workload, elements)
         if name == "quantize" and (config := recipe.quantize.reconstruct):
             work += _reconstruction(config, recipe, layout, workload)
-        return work.on(machine.device)
+        on_cpu = name == "quantize" and recipe.quantize.method == "nncf"
+        return work.on(machine.cpu if on_cpu else machine.device)
     if name == "reconstruct":
         work = _reconstruction(recipe.sparsify.reconstruct, recipe, layout, workload)
         return work.on(machine.device)

@@ -97,20 +97,27 @@ def test_logits_of_the_last_tokens_are_the_last_logits(session):
     np.testing.assert_allclose(last, every[:, -2:], atol=1e-4 * every.std())
 
 
-def test_rows_that_have_ended_are_not_computed(random_llama, monkeypatch):
-    session = target("torch").open_session(random_llama, True, None)
-    seen: list[int] = []
+def watched(session, monkeypatch) -> list[tuple[int, int]]:
+    """Rows and tokens of every pass from now on."""
+    passes: list[tuple[int, int]] = []
     forward = session.forward
 
     def counted(ids, mask=None, last=None):
-        seen.append(len(ids))
+        passes.append(ids.shape)
         return forward(ids, mask, last)
 
+    monkeypatch.setattr(session, "forward", counted)
+    return passes
+
+
+def test_rows_that_have_ended_are_not_computed(random_llama, monkeypatch):
+    session = target("torch").open_session(random_llama, True, None)
     prompts = [[5 + n, 9 + n, 30 + n] for n in range(8)]
     free = generate(session, prompts, 10, stop=[])
-    monkeypatch.setattr(session, "forward", counted)
+    passes = watched(session, monkeypatch)
     generate(session, prompts, 10, stop=[said[2] for said in free[:6]])
-    assert seen[0] == 8 and min(seen) < 8 * (1 - decode.DONE) + 1
+    rows = [rows for rows, _ in passes]
+    assert rows[0] == 8 and min(rows) < 8 * (1 - decode.DONE) + 1
 
 
 def test_the_last_rows_of_batches_go_on_together(random_llama, monkeypatch):
@@ -120,14 +127,7 @@ def test_the_last_rows_of_batches_go_on_together(random_llama, monkeypatch):
     long = {token for said in free[::8] for token in said}  # one of every batch goes on
     stop = list({token for said in free for token in said} - long)
     assert sum(not set(said) & set(stop) for said in free) <= 8
-    passes: list[int] = []
-    forward = session.forward
-
-    def counted(ids, mask=None, last=None):
-        passes.append(len(ids))
-        return forward(ids, mask, last)
-
-    monkeypatch.setattr(session, "forward", counted)
+    passes = watched(session, monkeypatch)
     monkeypatch.setattr(decode, "CACHED", 8 * (3 + 40))  # eight rows a batch
     monkeypatch.setattr(decode, "FEW", 0.5)
     together = generate(session, prompts, 40, stop)
@@ -164,21 +164,15 @@ def test_prompts_that_are_filled_up_on_the_left_join_when_they_begin(session, mo
     for prompt in prompts:
         session.reset()
         alone.append(session.forward(np.array([prompt]))[0, -1])
-    fed: list[int] = []
-    forward = session.forward
-
-    def counted(ids, mask=None, last=None):
-        fed.append(ids.size)
-        return forward(ids, mask, last)
-
-    monkeypatch.setattr(session, "forward", counted)
+    passes, forward = watched(session, monkeypatch), session.forward
     monkeypatch.setattr(rooms, "MORE", 10)
     batch = padded(prompts, session.padding)
     found = last_logits(session, batch)
     np.testing.assert_allclose(found, alone, atol=1e-3 * np.std(alone))
     if session.padding == "left":
-        assert len(fed) > 1 and sum(fed) + 10 * len(fed) < batch.ids.size + 10
-        assert fed[0] == 1 * (40 - 20)
+        tokens = sum(rows * length for rows, length in passes)
+        assert len(passes) > 1 and tokens + 10 * len(passes) < batch.ids.size + 10
+        assert passes[0] == (1, 40 - 20)
     # The cache is that of a batch whose rows begin where they do.
     chosen = found.argmax(axis=-1)
     mask = np.concatenate([batch.mask, np.ones((len(prompts), 1), np.int64)], axis=1)
@@ -239,14 +233,8 @@ def test_continuations_that_have_ended_are_not_filled_up(random_llama, monkeypat
     lengths = [1, 2, 2, 3, 3, 4, 9, 20]
     contexts = [[5 + n, 9, 30 + n] for n in range(8)]
     choices = [(c, [40 + n] * (1 + n)) for c in contexts for n in lengths]
-    fed: list[int] = []
-    forward = session.forward
-
-    def counted(ids, mask=None, last=None):
-        fed.append(ids.size)
-        return forward(ids, mask, last)
-
-    monkeypatch.setattr(session, "forward", counted)
+    passes = watched(session, monkeypatch)
     log_likelihoods(session, *map(list, zip(*choices, strict=True)))
     wanted, filled_up = 8 * sum(lengths), 8 * len(lengths) * max(lengths)
-    assert wanted <= sum(fed[1:]) < (wanted + filled_up) / 2
+    fed = sum(rows * length for rows, length in passes[1:])
+    assert wanted <= fed < (wanted + filled_up) / 2

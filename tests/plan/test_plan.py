@@ -125,7 +125,7 @@ def test_training_through_the_grid_is_foretold_of_quantize(odd):
 
 
 def test_an_accelerator_speeds_up_what_torch_computes_alone(odd):
-    """Files, digests and runtimes stay on the CPU: of `verify` a third of the products moves."""
+    """Files, digests and runtimes stay on the CPU: of `verify` moves what torch is asked."""
     gpu = Speed("cuda", {"float32": 1e15, "bfloat16": 1e15}, 1e15)
     recipe = small_recipe(model_path=odd)
     layout = layout_of(recipe, odd)
@@ -137,6 +137,19 @@ def test_an_accelerator_speeds_up_what_torch_computes_alone(odd):
     assert moved == {"sparsify", "quantize", "adapt", "verify", "benchmark", "teacher"}
     for name in ("verify", "benchmark"):
         assert fast[name] > slow[name] / 2
+
+
+def test_nncf_is_foretold_on_the_cpu_wherever_torch_computes(odd):
+    device = replace(CPU, name="cuda", elements=100 * CPU.elements)
+    machine = Speeds(CPU, device, CPU, 1e9)
+    taken = {}
+    for method in ("rtn", "nncf"):
+        recipe = small_recipe(f"quantize.method={method}", model_path=odd)
+        layout = layout_of(recipe, odd)
+        both = (predict_seconds(recipe, layout, m, WORK)["quantize"] for m in (MACHINE, machine))
+        taken[method] = list(both)
+    assert taken["nncf"][0] == taken["nncf"][1]
+    assert taken["rtn"][0] > taken["rtn"][1]
 
 
 @pytest.mark.parametrize("strategy", ["lowest-loss", "hill-climb", "evolutionary"])
