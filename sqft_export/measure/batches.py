@@ -11,7 +11,6 @@ ROWS = 64  # of a batch
 CACHED = 2**14  # tokens whose cache a batch may take
 SCORED = 2**9  # tokens of a pass: enough to be fast, few enough to be of like lengths
 PASS_BYTES = 2**28  # of one pass
-MORE = 64  # tokens that take as long as another pass
 
 
 def batches(
@@ -81,7 +80,8 @@ def last_logits(session: Session, batch: Batch) -> np.ndarray:
     session.reset()
     length, firsts = batch.ids.shape[1], batch.mask.argmax(axis=1)
     start, before = 0, np.empty(0, np.int64)
-    for stop in _stops(firsts, length) if session.padding == "left" else [length]:
+    joining = session.padding == "left"
+    for stop in _stops(firsts, length, session.pass_tokens) if joining else [length]:
         rows = np.flatnonzero(firsts < stop)
         if start:
             session.select(np.searchsorted(before, rows).clip(max=len(before) - 1))
@@ -90,16 +90,18 @@ def last_logits(session: Session, batch: Batch) -> np.ndarray:
     return logits[:, -1]
 
 
-def _stops(firsts: np.ndarray, length: int) -> list[int]:
-    """Where the passes over a batch end, each over those rows that have begun before its end.
+def _stops(firsts: np.ndarray, length: int, pass_tokens: int) -> list[int]:
+    """Where the passes over a batch end, each over those rows that have begun before its end, for
+    the least tokens in all.
 
     :param firsts: int64 ``[batch]``, where each row begins; one begins at 0.
+    :param pass_tokens: that a pass counts as, beside its own.
     """
     columns = [*np.unique(firsts).tolist(), length]
     cost, way = [0] * len(columns), [list[int]()] * len(columns)
     for end, stop in enumerate(columns[1:], 1):
         rows = int((firsts < stop).sum())
-        costs = [cost[begin] + MORE + rows * (stop - columns[begin]) for begin in range(end)]
+        costs = [cost[begin] + pass_tokens + rows * (stop - columns[begin]) for begin in range(end)]
         best = int(np.argmin(costs))
         cost[end], way[end] = costs[best], [*way[best], stop]
     return way[-1]

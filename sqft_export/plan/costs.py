@@ -22,7 +22,8 @@ from sqft_export.plan.speeds import Speed, Speeds, nearest_existing
 from sqft_export.plan.workload import Workload
 from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import Recipe, Reconstruct
-from sqft_export.run.host import FLOAT32_ROOM, size_text
+from sqft_export.run.host import FLOAT32_ROOM, allowed_processors, size_text
+from sqft_export.run.threads import MOST
 
 
 def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
@@ -147,12 +148,12 @@ ELEMENTWISE = {
 }
 # Passes by one thread, as exporters and runtimes go through what they write and load; and the same
 # over embedding and head, which they and torch read as floats.
-ALONE = {"export-openvino": 15, "export-onnx": 22, "export-gguf": 25}
-ALONE_OUTER = {"export-openvino": 165, "export-onnx": 64, "verify": 24}
+ALONE = {"export-openvino": 12, "export-onnx": 19, "export-gguf": 21}
+ALONE_OUTER = {"export-openvino": 125, "export-onnx": 48, "verify": 20}
 # What verify does more of every deployment: passes of all threads and of one over decoder weights,
 # of one over the others; seconds of it and of each of its blocks. A packed one is inflated and
 # asked once.
-CHECKED, CHECKED_ALONE, CHECKED_OUTER = 10, 20, 73
+CHECKED, CHECKED_ALONE, CHECKED_OUTER = 10, 18, 62
 CHECKED_SECONDS, CHECKED_BLOCK = 3.0, 0.35
 CHECKED_PACKED = 0.3
 # A training step: passes over adapted weights, over logits, and over the hidden states of a block.
@@ -185,7 +186,7 @@ KEPT, KEPT_LOGITS = 1.0, 3.0  # times an input or output of a Linear and the log
 KEYS = 0.5  # of the width of a model, a key or a value; fewer heads share them
 MAPPED = 2**28  # bytes of files that a pass has mapped and the system has not taken back
 FIXED_MEMORY = 0.65 * GIB
-LOGITS = 2**27  # bytes of what search keeps and verify compares
+LOGITS = 2**27  # bytes of what search keeps
 DAY = 24 * 3600.0
 FEW_MINUTES = 30  # of a benchmark that is to fit a day
 
@@ -304,10 +305,8 @@ def _runtimes(recipe: Recipe, packed: float = 1) -> float:
 
 def _verified(recipe: Recipe, layout: Layout, workload: Workload, machine: Speeds) -> float:
     """Every deployment is read back, and says in both of its modes what torch, asked once, says."""
-    checked, made = recipe.verify, _runtimes(recipe, CHECKED_PACKED)
-    # Of a text window, a quarter is the prompt.
-    length = workload.prompt or min(workload.scored, recipe.task.sequence_length) / 4
-    forward = 2 * layout.weights * checked.prompts * (length + checked.new_tokens)
+    made = _runtimes(recipe, CHECKED_PACKED)
+    forward = 2 * layout.weights * _checked_tokens(recipe, workload)
     compared = (ELEMENTWISE["verify"] + made * CHECKED) * layout.weights
     loaded = made * CHECKED_ALONE * layout.weights
     loaded += (ALONE_OUTER["verify"] + made * CHECKED_OUTER) * layout.others
@@ -317,6 +316,12 @@ def _verified(recipe: Recipe, layout: Layout, workload: Workload, machine: Speed
         + _Work({}, loaded, seconds).on(machine.alone)
         + _Work({FLOAT32: forward}).on(machine.device)
     )
+
+
+def _checked_tokens(recipe: Recipe, workload: Workload) -> float:
+    """Of the prompts of verify and what follows them; of a text window, a quarter is the prompt."""
+    length = workload.prompt or min(workload.scored, recipe.task.sequence_length) / 4
+    return recipe.verify.prompts * (length + recipe.verify.new_tokens)
 
 
 def _scored_tokens(items: float, workload: Workload) -> float:
@@ -438,6 +443,13 @@ def _in_llama_cpp(recipe: Recipe, weights: int) -> float:
     return 4 * weights if "gguf" in recipe.export.targets and fits else 0
 
 
+def _compared(recipe: Recipe, layout: Layout, workload: Workload) -> float:
+    """Bytes of layers at once, and of the logits of torch and of a runtime in both of its modes."""
+    layers = min(MOST, allowed_processors()) * max(map(prod, layout.linears.values()))
+    vocabulary, _ = layout.embedding
+    return 4 * layers + 3 * 4 * vocabulary * _checked_tokens(recipe, workload)
+
+
 def _cached(recipe: Recipe, layout: Layout, workload: Workload) -> float:
     """Bytes of the keys and values of a batch, in float32."""
     _, width = layout.embedding
@@ -487,7 +499,7 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
         "export-openvino": deployed,
         "export-onnx": MAPPED + 2 * largest + outer,
         "export-gguf": MAPPED + largest,
-        "verify": LOGITS + 2 * deployed + _in_llama_cpp(recipe, whole),
+        "verify": _compared(recipe, layout, workload) + 2 * deployed + _in_llama_cpp(recipe, whole),
         "benchmark": max(deployed, in_float) + PASS_BYTES + _cached(recipe, layout, workload),
     }
     of_pass["baselines"] = of_pass["merge"]

@@ -23,12 +23,14 @@ class Session(Protocol):
     vocabulary: how many logits a token has.
     all_logits: those of every token are computed, however few are asked for.
     fills_up: what fills up rows that follow a cache is computed like their tokens.
+    pass_tokens: so many take as long as another pass.
     """
 
     padding: str
     vocabulary: int
     all_logits: bool
     fills_up: bool
+    pass_tokens: int = 64
 
     def reset(self) -> None:
         """Forget the cache."""

@@ -25,6 +25,7 @@ from sqft_export.targets import Session, positions_of
 from sqft_export.targets.devices import find_device
 
 PACKED_GROUPS = (32, 64, 128, 256)
+ACCELERATED = 2048  # tokens that take an accelerator as long as another pass
 TILES = {"cpu": 2, "cuda": 8}  # of 16 inputs each, which a block of it is deep
 
 
@@ -154,6 +155,8 @@ class TorchSession(Session):
 
     def __init__(self, model: nn.Module, device: str = "cpu"):
         self.model, self.device = model, device
+        if device != "cpu":
+            self.pass_tokens = ACCELERATED
         own: Any = getattr(model, "get_base_model", lambda: model)()  # within peft's
         self.accepted = inspect.signature(own.forward).parameters
         self.vocabulary: int = own.config.get_text_config().vocab_size

@@ -165,7 +165,7 @@ def test_prompts_that_are_filled_up_on_the_left_join_when_they_begin(session, mo
         session.reset()
         alone.append(session.forward(np.array([prompt]))[0, -1])
     passes, forward = watched(session, monkeypatch), session.forward
-    monkeypatch.setattr(rooms, "MORE", 10)
+    monkeypatch.setattr(session, "pass_tokens", 10)
     batch = padded(prompts, session.padding)
     found = last_logits(session, batch)
     np.testing.assert_allclose(found, alone, atol=1e-3 * np.std(alone))
@@ -183,14 +183,14 @@ def test_prompts_that_are_filled_up_on_the_left_join_when_they_begin(session, mo
         np.testing.assert_allclose(logits, expected, atol=1e-3 * expected.std())
 
 
-@given(st.lists(st.integers(0, 500), max_size=64))
-def test_passes_over_a_batch_take_no_longer_than_one(firsts):
+@given(st.lists(st.integers(0, 500), max_size=64), st.integers(0, 2048))
+def test_passes_over_a_batch_take_no_longer_than_one(firsts, pass_tokens):
     begins, length = np.array([0, *firsts]), 501
-    stops = rooms._stops(begins, length)
+    stops = rooms._stops(begins, length, pass_tokens)
     assert stops == sorted(set(stops)) and stops[-1] == length
     passes = zip([0, *stops], stops, strict=False)
     tokens = sum((begins < stop).sum() * (stop - start) for start, stop in passes)
-    assert tokens + rooms.MORE * len(stops) <= len(begins) * length + rooms.MORE
+    assert tokens + pass_tokens * len(stops) <= len(begins) * length + pass_tokens
 
 
 class _Sizes:
