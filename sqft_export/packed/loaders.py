@@ -8,7 +8,7 @@ same kernels, the same results.
 
 import ctypes
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -172,10 +172,16 @@ def _inflate_copy(folder: Path, packed: Path, copy: Path) -> None:
             raise DamagedError(f"{packed}: what it holds is not the file that was packed")
 
 
-def load_onnx(folder: str | Path, options: Any = None, providers: Any = None) -> Any:
+def load_onnx(
+    folder: str | Path,
+    options: Any = None,
+    providers: Any = None,
+    edit: Callable[[bytes], bytes] | None = None,
+) -> Any:
     """An ``onnxruntime.InferenceSession``.
 
     :param options: ``SessionOptions``; None for the defaults.
+    :param edit: of the graph, whose weights are outside of it; the file stays as it is.
     :raises UserError: if the weights are damaged, the runtime can't load the graph, or there is no
         room to inflate them.
     """
@@ -183,10 +189,14 @@ def load_onnx(folder: str | Path, options: Any = None, providers: Any = None) ->
 
     graph, _ = graph_and_weights(Path(folder))
     check_seal(Path(folder), whole=False)
+    options, providers = options or ort.SessionOptions(), providers or ["CPUExecutionProvider"]
     with _read_by("ONNX Runtime", Path(folder)), _dense(Path(folder)) as dense:
-        return ort.InferenceSession(
-            str(dense / graph.name), options, providers=providers or ["CPUExecutionProvider"]
+        if edit is None:
+            return ort.InferenceSession(str(dense / graph.name), options, providers=providers)
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(dense)
         )
+        return ort.InferenceSession(edit(graph.read_bytes()), options, providers=providers)
 
 
 def load_onnx_genai(folder: str | Path, trust_custom_ops: bool = False) -> Any:

@@ -156,6 +156,38 @@ def test_rows_that_were_filled_up_go_on(session):
         np.testing.assert_allclose(found[row, :count], alone, atol=1e-3 * alone.std())
 
 
+def test_prompts_that_are_filled_up_on_the_right_go_in_parts_of_like_lengths(tiny_run, monkeypatch):
+    session = target("onnx").open_session(tiny_run["export-onnx"].path / "model", True, 2)
+    random = np.random.RandomState(0)
+    lengths = (3, 40, 4, 20, 3, 39, 6, 2)
+    prompts = [random.randint(5, 400, size).tolist() for size in lengths]
+    passes, run = [], session._run
+
+    def counted(ids, mask, wanted):
+        passes.append(ids.shape)
+        return run(ids, mask, wanted)
+
+    monkeypatch.setattr(session, "_run", counted)
+    found = last_logits(session, padded(prompts, "right"))
+    assert passes == [(2, 40), (1, 20), (4, 6), (1, 2)]
+    for prompt, logits in zip(prompts, found, strict=True):
+        session.reset()
+        alone = session.forward(np.array([prompt]))[0, -1]
+        np.testing.assert_allclose(logits, alone, atol=1e-3 * alone.std())
+
+
+def test_a_cache_that_outgrows_its_room_goes_on(tiny_run, monkeypatch):
+    session = target("onnx").open_session(tiny_run["export-onnx"].path / "model", True, 2)
+    prompts = questions(2)[0][::4]
+    roomy = generate(session, prompts, 20, stop=[])
+    stop = roomy[0][6]  # rows are selected before, with and after a cache grows
+    few = generate(session, prompts, 20, stop=[stop])
+    monkeypatch.setattr("sqft_export.targets.onnx.session.ROOM", 2)
+    assert generate(session, prompts, 20, stop=[]) == roomy
+    assert session.past[0].shape()[2] < max(map(len, prompts)) + 20 + 64
+    assert generate(session, prompts, 20, stop=[stop]) == few
+
+
 def test_prompts_that_are_filled_up_on_the_left_join_when_they_begin(session, monkeypatch):
     random = np.random.RandomState(0)
     lengths = (3, 40, 4, 20, 3, 18, 6, 2)

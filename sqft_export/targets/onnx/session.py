@@ -17,6 +17,9 @@ from sqft_export.textfiles import read_json
 ADAPTER_FILE = "adapter.onnx_adapter"
 FUSED = b"GroupQueryAttention"
 CPU_PROVIDER = "CPUExecutionProvider"
+HEADS = ("MatMulNBits", "MatMul", "Gemm")
+WANTED = "wanted_logits"
+ROOM = 64  # tokens that a cache is given room for at first; then twice as many, and so on
 EXACT_ACCURACY = 1  # float32 activations; as deployed they are int8
 
 
@@ -34,27 +37,64 @@ def decoder_of(folder: Path) -> dict[str, Any]:
     return decoder
 
 
-def with_accuracy(folder: Path, level: int) -> bytes:
-    """The graph, its weights still outside, with another accuracy level on every MatMulNBits."""
-    import onnx
-
-    model = onnx.load(folder / GRAPHS["onnx"], load_external_data=False)
-    for node in model.graph.node:
+def set_accuracy(graph: Any, level: int) -> None:
+    """The same accuracy level on every MatMulNBits."""
+    for node in graph.node:
         for attribute in node.attribute:
             if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
                 attribute.i = level
-    return model.SerializeToString()
+
+
+def _ask_for_logits(graph: Any) -> None:
+    """An input more: of which tokens of every row logits are wanted, int64 ``[batch, n, 1]``."""
+    from onnx import TensorProto, helper
+
+    makers = {name: node for node in graph.node for name in node.output}
+    head = makers["logits"]
+    while head.op_type not in HEADS:
+        head = makers[head.input[0]]
+    wanted = f"{head.input[0]}/wanted"
+    gather = helper.make_node("GatherND", [head.input[0], WANTED], [wanted], batch_dims=1)
+    head.input[0] = wanted
+    graph.node.insert(list(graph.node).index(head), gather)
+    shape = ["batch_size", WANTED, 1]
+    graph.input.append(helper.make_tensor_value_info(WANTED, TensorProto.INT64, shape))
+    logits = next(output for output in graph.output if output.name == "logits")
+    logits.type.tensor_type.shape.dim[1].dim_param = WANTED
+
+
+def _of_like_lengths(lengths: np.ndarray, pass_tokens: int) -> list[np.ndarray]:
+    """Rows in parts, the longest first; what fills a part up takes no longer than one more pass.
+
+    :param lengths: int64 ``[batch]``.
+    """
+    parts: list[list[int]] = []
+    longest = spare = 0
+    for row in np.argsort(-lengths, kind="stable").tolist():
+        spare += longest - lengths[row]
+        if not parts or spare > pass_tokens:
+            parts, longest, spare = [*parts, []], lengths[row], 0
+        parts[-1].append(row)
+    return [np.array(part) for part in parts]
+
+
+def _empty(cache: Any, rows: int, tokens: int) -> np.ndarray:
+    """Memory for a cache ``[rows, heads, tokens, head_size]`` of the heads of another one."""
+    _, heads, _, size = cache.shape()
+    return np.zeros((rows, heads, tokens, size), np.float32)
 
 
 class OnnxSession(Session):
     """A decoder graph with its cache as inputs and outputs, kept in the runtime's memory.
 
-    The fused attention fills up on the right, and takes several tokens after a cache for one row
-    alone: those of more rows go one after the other.
+    The fused attention fills up on the right: prompts go in parts of like lengths, whose caches are
+    joined. It writes to a cache that has room where it lies. Several tokens after a cache it takes
+    for one row alone: those of more rows go one after the other.
     """
 
-    all_logits = True
+    all_logits = False
     fills_up = True
+    pass_tokens = 8
 
     def __init__(self, session: Any, decoder: dict[str, Any], fused: bool, adapter: Any = None):
         self.session, self.decoder, self.adapter = session, decoder, adapter
@@ -66,23 +106,22 @@ class OnnxSession(Session):
         self.caches = [name for name in inputs if name.startswith("past_")]
         self.presents = [re.sub("^past_key_values", "present", name) for name in self.caches]
         self.padding = "right" if fused else "left"
+        on_cpu = session.get_providers()[0] == CPU_PROVIDER
+        self.in_place = fused and on_cpu and adapter is None  # bound outputs take no adapter
         self.vocabulary = next(o.shape[2] for o in session.get_outputs() if o.name == "logits")
         self.reset()
 
     def reset(self) -> None:
         self.past: list[Any] | None = None
-        self.length = 0
+        self.rows: np.ndarray | None = None  # of the cache, that go on
+        self.length, self.room = 0, ROOM
 
     def _empty_cache(self, batch: int) -> list[Any]:
         shape = (batch, self.decoder["num_key_value_heads"], 0, self.decoder["head_size"])
         return [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for _ in self.caches]
 
     def select(self, rows: np.ndarray) -> None:
-        assert self.past is not None
-        self.past = [
-            ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(cache.numpy()[rows]))
-            for cache in self.past
-        ]
+        self.rows = rows if self.rows is None else self.rows[rows]
 
     def forward(
         self, ids: np.ndarray, mask: np.ndarray | None = None, last: int | None = None
@@ -91,39 +130,96 @@ class OnnxSession(Session):
         self.length += length
         if mask is None:
             mask = np.ones((batch, self.length), np.int64)
-        if self.padding == "right" and self.past and length > 1 and batch > 1:
-            logits = self._token_by_token(ids, mask)
-        else:
-            logits = self._run(ids, mask)
-        if not last:
-            return logits
-        # By whole rows: taken along an axis, every number would be looked up.
-        return logits[np.arange(batch)[:, None], last_columns(mask[:, -length:], last)]
+        wanted = np.tile(np.arange(length), (batch, 1))
+        if last:
+            wanted = last_columns(mask[:, -length:], last)
+        if self.padding == "right" and batch > 1:
+            if not self.past and last:
+                return self._in_parts(ids, mask, wanted)
+            if self.past and length > 1:
+                return self._token_by_token(ids, mask, wanted)
+        return self._run(ids, mask, wanted)
 
-    def _token_by_token(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def likeliest(self, ids: np.ndarray) -> np.ndarray:
+        """By the logits of every token, which the graph computes where it is deployed."""
+        return self.forward(ids)[:, -1].argmax(axis=-1).astype(np.int64)
+
+    def _in_parts(self, ids: np.ndarray, mask: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """Prompts by their lengths, so that little of what fills them up is computed."""
+        lengths = mask.sum(axis=1)
+        parts = _of_like_lengths(lengths, self.pass_tokens)
+        if len(parts) == 1:
+            return self._run(ids, mask, wanted)
+        whole: list[np.ndarray] = []
+        logits = np.empty((*wanted.shape, self.vocabulary), np.float32)
+        capacity = ids.shape[1] + (ROOM if self.in_place else 0)
+        for rows in parts:
+            longest, self.past = lengths[rows].max(), None
+            logits[rows] = self._run(ids[rows, :longest], mask[rows, :longest], wanted[rows])
+            assert self.past is not None
+            whole = whole or [_empty(part, len(ids), capacity) for part in self.past]
+            for joined, part in zip(whole, self.past, strict=True):
+                joined[rows, :, :longest] = part.numpy()
+        self.past = [ort.OrtValue.ortvalue_from_numpy(joined) for joined in whole]
+        return logits
+
+    def _token_by_token(self, ids: np.ndarray, mask: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         """What fills a row up is written behind its last token, where the next one will be."""
-        before, steps = self.length - ids.shape[1], []
+        before = self.length - ids.shape[1]
+        logits = np.empty((*wanted.shape, self.vocabulary), np.float32)
         for column in range(ids.shape[1]):
             seen = mask[:, : before + column + 1].copy()
             seen[:, -1] = 1
-            steps.append(self._run(ids[:, [column]], seen))
-        return np.concatenate(steps, axis=1)
+            step = self._run(ids[:, [column]], seen, np.zeros((len(ids), 1), np.int64))
+            at = np.nonzero(wanted == column)
+            logits[at] = step[at[0], 0]
+        return logits
 
-    def _run(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    def _run(self, ids: np.ndarray, mask: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         batch, length = ids.shape
-        arrays = {"input_ids": ids, "attention_mask": mask}
+        arrays = {"input_ids": ids, "attention_mask": mask, WANTED: wanted[..., None]}
         if self.wants_positions:
             arrays["position_ids"] = positions_of(mask, length)
         feeds = {
             name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
             for name, array in arrays.items()
         }
+        if self.past:
+            self._make_ready(mask.shape[1] - length, mask.shape[1])
+            if self.in_place:
+                return self._run_in_place(feeds)
         past = self.past or self._empty_cache(batch)
         feeds |= dict(zip(self.caches, past, strict=True))
         logits, *self.past = self.session.run_with_ort_values(
             ["logits", *self.presents], feeds, self.options
         )
         return logits.numpy()
+
+    def _make_ready(self, cached: int, tokens: int) -> None:
+        """Of the cache the rows that go on, with room for so many tokens where it is written to."""
+        assert self.past is not None
+        batch, _, capacity, _ = self.past[0].shape()
+        if self.in_place and capacity < tokens:
+            capacity, self.room = tokens + self.room, 2 * self.room
+        elif self.rows is None:
+            return
+        rows = np.arange(batch) if self.rows is None else self.rows
+        copies = [_empty(cache, len(rows), capacity) for cache in self.past]
+        for copy, cache in zip(copies, self.past, strict=True):
+            copy[:, :, :cached] = cache.numpy()[rows, :, :cached]
+        self.past, self.rows = [ort.OrtValue.ortvalue_from_numpy(copy) for copy in copies], None
+
+    def _run_in_place(self, feeds: dict[str, Any]) -> np.ndarray:
+        assert self.past is not None
+        binding = self.session.io_binding()
+        binding.bind_output("logits")
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, present, cache in zip(self.caches, self.presents, self.past, strict=True):
+            binding.bind_ortvalue_input(name, cache)
+            binding.bind_ortvalue_output(present, cache)
+        self.session.run_with_iobinding(binding, self.options)
+        return binding.get_outputs()[0].numpy()
 
 
 def open_session(
@@ -135,19 +231,22 @@ def open_session(
     :param threads: of the CPU.
     :raises UserError: if the device is not here.
     """
+    import onnx
+
     provider = CPU_PROVIDER if device == "cpu" else find_device("onnx", device).name
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if threads:
         options.intra_op_num_threads = threads
-    if exact:
-        model = with_accuracy(folder, EXACT_ACCURACY)
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(folder)
-        )
-        session = ort.InferenceSession(model, options, providers=[provider])
-    else:
-        session = load_onnx(folder, options, [provider])
+
+    def edit(graph: bytes) -> bytes:
+        model = onnx.load_from_string(graph)
+        _ask_for_logits(model.graph)
+        if exact:
+            set_accuracy(model.graph, EXACT_ACCURACY)
+        return model.SerializeToString()
+
+    session = load_onnx(folder, options, [provider], edit)
     if session.get_providers()[0] != provider:  # the runtime goes on without, telling a log alone
         raise UserError(f"{folder}: {provider} could not be started; see ONNX Runtime's log")
     adapter = None
