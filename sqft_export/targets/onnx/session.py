@@ -204,10 +204,11 @@ class OnnxSession(Session):
         elif self.rows is None:
             return
         rows = np.arange(batch) if self.rows is None else self.rows
-        copies = [_empty(cache, len(rows), capacity) for cache in self.past]
-        for copy, cache in zip(copies, self.past, strict=True):
+        for index, cache in enumerate(self.past):  # one at a time: two whole caches take room
+            copy = _empty(cache, len(rows), capacity)
             copy[:, :, :cached] = cache.numpy()[rows, :, :cached]
-        self.past, self.rows = [ort.OrtValue.ortvalue_from_numpy(copy) for copy in copies], None
+            self.past[index] = ort.OrtValue.ortvalue_from_numpy(copy)
+        self.rows = None
 
     def _run_in_place(self, feeds: dict[str, Any]) -> np.ndarray:
         assert self.past is not None
