@@ -4,8 +4,8 @@
 
 A checkpoint of the true width with random weights and as many blocks as asked for goes through all
 passes of the recipe `mistral`, with few calibration samples, prompts and steps; each pass in a
-process of its own, whose peak is what the kernel reports of it and its children. Seconds and memory
-of 32 blocks are the same plus 24 blocks' share, found from a run with half the blocks before it.
+process of its own, whose peak is what the kernel reports of it and its children. A quarter of the
+blocks goes before, and what each of the others adds gives seconds and memory of 32.
 `--runs` keeps what was made and measured; with it, a second call only compares again.
 """
 
@@ -119,19 +119,19 @@ def predict(
 
 
 def report(root: Path, shape: dict[str, int], blocks: int, device: str) -> None:
-    """Half of the blocks first: what is stopped then has said something."""
-    half, measured = blocks // 2, {}
-    for count in (half, blocks):
+    """A quarter of the blocks first: what is stopped then has said something."""
+    few, measured = max(blocks // 4, 1), {}
+    for count in (few, blocks):
         predicted = predict(root, shape, count, device)
         measured[count] = measure(root, shape, count, device)
         print(f"{count} blocks")
         compare(measured[count], predicted)
     rows, whole = [], {}
     for name, found in measured[blocks].items():
-        grown = {k: (v - measured[half][name][k]) / (blocks - half) for k, v in found.items()}
+        grown = {k: (v - measured[few][name][k]) / (blocks - few) for k, v in found.items()}
         whole[name] = {k: v + (WHOLE - blocks) * grown[k] for k, v in found.items()}
         rows.append([name, whole[name]["seconds"], whole[name]["peak"] / GIB])
-    print(f"{WHOLE} blocks, by what half of the {blocks} take")
+    print(f"{WHOLE} blocks, by what {few} and {blocks} take")
     table(["pass", "s", "peak GiB"], rows)
     ratios = {}
     for name, (seconds, memory) in predicted.items():

@@ -7,7 +7,7 @@ it keeps in memory are constants; `benchmarks/real_size.py` compares what they f
 """
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -107,10 +107,17 @@ def predict_seconds(
     for name, size in predict_bytes(recipe, layout).items():
         computed = _seconds(name, recipe, layout, workload, machine)
         fixed = FIXED_SECONDS.get(name, 1) + size / machine.disk
+        if machine.device != machine.cpu and not on_cpu(name, recipe):
+            fixed += ACCELERATOR_SECONDS
         found[name] = None if computed is None else fixed + computed
     if "benchmark" in found and (minutes := recipe.benchmark.minutes):
         found["benchmark"] = 60 * minutes
     return found
+
+
+def on_cpu(name: str, recipe: Recipe) -> bool:
+    """Whether nothing of a pass runs on an accelerator."""
+    return name in ON_CPU or (name == "quantize" and recipe.quantize.method == "nncf")
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,6 @@ class _Work:
         return self.seconds + products + self.elements / speed.elements
 
 
-# Of these nothing runs on an accelerator.
 ON_CPU = ("merge", "baselines", "export-openvino", "export-onnx", "export-gguf", "report")
 # Elementwise passes over every decoder weight, in float32, that a pass comes to.
 ELEMENTWISE = {
@@ -146,10 +152,11 @@ ELEMENTWISE = {
     "baselines": 22,
     "verify": 28,
 }
-# Passes by one thread, as exporters and runtimes go through what they write and load; and the same
-# over embedding and head, which they and torch read as floats.
+# Passes of exporters and runtimes over what they write and load, and the same over embedding and
+# head, which they and torch read as floats; by one thread, but for a share that all take part in.
 ALONE = {"export-openvino": 12, "export-onnx": 19, "export-gguf": 21}
 ALONE_OUTER = {"export-openvino": 125, "export-onnx": 48, "verify": 20}
+SHARED = {"export-openvino": 0.5, "export-onnx": 0.5, "verify": 0.5}
 # What verify does more of every deployment: passes of all threads and of one over decoder weights,
 # of one over the others; seconds of it and of each of its blocks. A packed one is inflated and
 # asked once.
@@ -169,8 +176,8 @@ FIXED_SECONDS = {
     "merge": 1.5,
     "export-openvino": 4.0,
     "verify": 9.0,
-    "report": 1.5,
 }
+ACCELERATOR_SECONDS = 1.5  # it starts, and its kernels are loaded
 BLOCK_SECONDS = {"export-openvino": 0.45, "export-onnx": 0.15}  # a block is traced, or built
 WORD_SECONDS = {"export-gguf": 5e-5}  # a word of the vocabulary is told
 CALL_SECONDS = 1.5e-3  # a block called with a calibration sample, over products and weights read
@@ -201,8 +208,7 @@ def _seconds(
         work = _calibrated(name, recipe, layout, workload, elements)
         if name == "quantize" and (config := recipe.quantize.reconstruct):
             work += _reconstruction(config, recipe, layout, workload)
-        on_cpu = name == "quantize" and recipe.quantize.method == "nncf"
-        return work.on(machine.cpu if on_cpu else machine.device)
+        return work.on(machine.cpu if on_cpu(name, recipe) else machine.device)
     if name == "reconstruct":
         work = _reconstruction(recipe.sparsify.reconstruct, recipe, layout, workload)
         return work.on(machine.device)
@@ -220,7 +226,14 @@ def _seconds(
     if name in ("merge", "baselines"):
         rank = recipe.adapt.max_rank if recipe.adapt else 0
         return _Work({FLOAT32: 2 * rank * layout.weights}, elements).on(machine.cpu)
-    return _exported(name, recipe, layout).on(machine.alone)
+    return _gone_through(name, _exported(name, recipe, layout), machine)
+
+
+def _gone_through(name: str, work: _Work, machine: Speeds) -> float:
+    """Seconds of an exporter or a runtime, which goes through a part of it with one thread."""
+    together = _Work({}, SHARED.get(name, 0) * work.elements)
+    alone = replace(work, elements=work.elements - together.elements)
+    return alone.on(machine.alone) + together.on(machine.cpu)
 
 
 def _exported(name: str, recipe: Recipe, layout: Layout) -> _Work:
@@ -313,7 +326,7 @@ def _verified(recipe: Recipe, layout: Layout, workload: Workload, machine: Speed
     seconds = made * (CHECKED_SECONDS + CHECKED_BLOCK * layout.blocks)
     return (
         _Work({FLOAT32: 2 * made * forward}, compared).on(machine.cpu)
-        + _Work({}, loaded, seconds).on(machine.alone)
+        + _gone_through("verify", _Work({}, loaded, seconds), machine)
         + _Work({FLOAT32: forward}).on(machine.device)
     )
 

@@ -11,9 +11,9 @@ from sqft_export.numerics.codes import FLOAT16_BITS
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.costs import (
     FIXED_MEMORY,
-    ON_CPU,
     disk_bytes,
     free_memory,
+    on_cpu,
     predict_bytes,
     predict_memory,
     predict_seconds,
@@ -61,7 +61,7 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
         "group_size_fallback": fallbacks(recipe, layout),
         "disk": {"needed_bytes": needed, "free_bytes": free},
         "memory": _needed(memory, wanted, free_memory()),
-        "device_memory": _device_memory(machine, memory, wanted),
+        "device_memory": _device_memory(recipe, machine, memory, wanted),
         "machine": asdict(machine),
         "seconds": sum(taken or 0 for taken in to_run.values()),
         "within_a_day": ways_to_fit_a_day(recipe, to_run, workload),
@@ -85,7 +85,7 @@ def _needed(memory: dict[str, float], wanted: list[str], free: int) -> dict[str,
 
 
 def _device_memory(
-    machine: Speeds, memory: dict[str, float], wanted: list[str]
+    recipe: Recipe, machine: Speeds, memory: dict[str, float], wanted: list[str]
 ) -> dict[str, int] | None:
     """Bytes that passes need on the accelerator, and that are free there; None where there is none.
 
@@ -93,7 +93,7 @@ def _device_memory(
     """
     if machine.device.memory is None:
         return None
-    there = {name: memory[name] - FIXED_MEMORY for name in wanted if name not in ON_CPU}
+    there = {name: memory[name] - FIXED_MEMORY for name in wanted if not on_cpu(name, recipe)}
     return _needed(there, list(there), machine.device.memory)
 
 

@@ -27,6 +27,7 @@ from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets import target
 
 CPU = Speed("cpu", {"float32": 1e11, "bfloat16": 1e11}, 1e9)
+SLOW = Speed("cpu", {"float32": 1e7, "bfloat16": 1e7}, 1e6)  # a start counts for little there
 MACHINE = Speeds(CPU, CPU, CPU, 1e9)
 WORK = Workload(examples=None, example=80, test=None, scored=160, prompt=40, answer=40)
 
@@ -130,8 +131,8 @@ def test_an_accelerator_speeds_up_what_torch_computes_alone(odd):
     recipe = small_recipe(model_path=odd)
     layout = layout_of(recipe, odd)
     slow, fast = (
-        predict_seconds(recipe, layout, Speeds(CPU, device, CPU, 1e9), WORK)
-        for device in (CPU, gpu)
+        predict_seconds(recipe, layout, Speeds(SLOW, device, SLOW, 1e9), WORK)
+        for device in (SLOW, gpu)
     )
     moved = {name for name in slow if fast[name] < slow[name]}
     assert moved == {"sparsify", "quantize", "adapt", "verify", "benchmark", "teacher"}
@@ -140,13 +141,13 @@ def test_an_accelerator_speeds_up_what_torch_computes_alone(odd):
 
 
 def test_nncf_is_foretold_on_the_cpu_wherever_torch_computes(odd):
-    device = replace(CPU, name="cuda", elements=100 * CPU.elements)
-    machine = Speeds(CPU, device, CPU, 1e9)
+    device = replace(SLOW, name="cuda", elements=100 * SLOW.elements)
+    cpu, machine = Speeds(SLOW, SLOW, SLOW, 1e9), Speeds(SLOW, device, SLOW, 1e9)
     taken = {}
     for method in ("rtn", "nncf"):
         recipe = small_recipe(f"quantize.method={method}", model_path=odd)
         layout = layout_of(recipe, odd)
-        both = (predict_seconds(recipe, layout, m, WORK)["quantize"] for m in (MACHINE, machine))
+        both = (predict_seconds(recipe, layout, m, WORK)["quantize"] for m in (cpu, machine))
         taken[method] = list(both)
     assert taken["nncf"][0] == taken["nncf"][1]
     assert taken["rtn"][0] > taken["rtn"][1]
@@ -261,13 +262,13 @@ def test_what_takes_more_than_a_day_is_told_with_settings_that_do_not(odd):
 
 def test_an_accelerator_is_named_with_its_memory(odd, monkeypatch, tmp_path):
     gpu = Speed("cuda (a card)", {"float32": 2e13, "bfloat16": 1e14}, 1e11, memory=2**33)
-    monkeypatch.setattr(preview, "measure_speeds", lambda *_: Speeds(CPU, gpu, CPU, 1e9))
+    monkeypatch.setattr(preview, "measure_speeds", lambda *_: Speeds(SLOW, gpu, SLOW, 1e9))
     recipe = small_recipe(model_path=odd)
     document = preview.preview(recipe, tmp_path)
     text = plan_text(document)
     assert "times for cuda (a card): 20000 GFLOP/s in float32, 100000 in bfloat16" in text
     assert "device memory" in text and "8.0 GiB free" in text
-    monkeypatch.setattr(preview, "measure_speeds", lambda *_: MACHINE)
+    monkeypatch.setattr(preview, "measure_speeds", lambda *_: Speeds(SLOW, SLOW, SLOW, 1e9))
     slower = preview.preview(recipe, tmp_path)
     assert slower["seconds"] > document["seconds"]
     assert "device memory" not in plan_text(slower)
