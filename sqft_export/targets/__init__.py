@@ -109,11 +109,14 @@ def positions_of(mask: np.ndarray, length: int) -> np.ndarray:
     return np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -length:]
 
 
-def last_columns(mask: np.ndarray, last: int) -> np.ndarray:
+def last_columns(mask: np.ndarray, last: int | None) -> np.ndarray:
     """int64 ``[batch, last]``: where the last tokens of every row are.
 
     :param mask: int64 ``[batch, n]``, 0 where it is filled up, on either side.
+    :param last: None: all columns, filled up or not.
     """
+    if not last:
+        return np.tile(np.arange(mask.shape[1]), (len(mask), 1))
     ends = mask.shape[1] - mask[:, ::-1].argmax(axis=1)
     return np.maximum(ends[:, None] + np.arange(-last, 0), 0)
 

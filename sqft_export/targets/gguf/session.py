@@ -67,9 +67,8 @@ class GgufSession(Session):
     def forward(
         self, ids: np.ndarray, mask: np.ndarray | None = None, last: int | None = None
     ) -> np.ndarray:
-        batch, length = ids.shape
-        kept = np.ones(ids.shape, bool) if mask is None else mask[:, -length:] == 1
-        columns = last_columns(kept, last) if last else np.tile(np.arange(length), (batch, 1))
+        kept = np.ones(ids.shape, bool) if mask is None else mask[:, -ids.shape[1] :] == 1
+        columns = last_columns(kept, last)
         wanted = np.zeros(ids.shape, bool)
         np.put_along_axis(wanted, columns, True, axis=1)
         logits = np.zeros((*columns.shape, self.vocabulary), np.float32)

@@ -78,12 +78,6 @@ def _of_like_lengths(lengths: np.ndarray, pass_tokens: int) -> list[np.ndarray]:
     return [np.array(part) for part in parts]
 
 
-def _empty(cache: Any, rows: int, tokens: int) -> np.ndarray:
-    """Memory for a cache ``[rows, heads, tokens, head_size]`` of the heads of another one."""
-    _, heads, _, size = cache.shape()
-    return np.zeros((rows, heads, tokens, size), np.float32)
-
-
 class OnnxSession(Session):
     """A decoder graph with its cache as inputs and outputs, kept in the runtime's memory.
 
@@ -116,9 +110,10 @@ class OnnxSession(Session):
         self.rows: np.ndarray | None = None  # of the cache, that go on
         self.length, self.room = 0, ROOM
 
-    def _empty_cache(self, batch: int) -> list[Any]:
-        shape = (batch, self.decoder["num_key_value_heads"], 0, self.decoder["head_size"])
-        return [ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for _ in self.caches]
+    def _room_for(self, batch: int, tokens: int) -> np.ndarray:
+        """Zeros for the keys or the values of a layer: ``[batch, heads, tokens, head_size]``."""
+        heads, size = self.decoder["num_key_value_heads"], self.decoder["head_size"]
+        return np.zeros((batch, heads, tokens, size), np.float32)
 
     def select(self, rows: np.ndarray) -> None:
         self.rows = rows if self.rows is None else self.rows[rows]
@@ -130,9 +125,7 @@ class OnnxSession(Session):
         self.length += length
         if mask is None:
             mask = np.ones((batch, self.length), np.int64)
-        wanted = np.tile(np.arange(length), (batch, 1))
-        if last:
-            wanted = last_columns(mask[:, -length:], last)
+        wanted = last_columns(mask[:, -length:], last)
         if self.padding == "right" and batch > 1:
             if not self.past and last:
                 return self._in_parts(ids, mask, wanted)
@@ -150,14 +143,13 @@ class OnnxSession(Session):
         parts = _of_like_lengths(lengths, self.pass_tokens)
         if len(parts) == 1:
             return self._run(ids, mask, wanted)
-        whole: list[np.ndarray] = []
+        capacity = ids.shape[1] + (self.room if self.in_place else 0)
+        whole = [self._room_for(len(ids), capacity) for _ in self.caches]
         logits = np.empty((*wanted.shape, self.vocabulary), np.float32)
-        capacity = ids.shape[1] + (ROOM if self.in_place else 0)
         for rows in parts:
             longest, self.past = lengths[rows].max(), None
             logits[rows] = self._run(ids[rows, :longest], mask[rows, :longest], wanted[rows])
             assert self.past is not None
-            whole = whole or [_empty(part, len(ids), capacity) for part in self.past]
             for joined, part in zip(whole, self.past, strict=True):
                 joined[rows, :, :longest] = part.numpy()
         self.past = [ort.OrtValue.ortvalue_from_numpy(joined) for joined in whole]
@@ -188,7 +180,9 @@ class OnnxSession(Session):
             self._make_ready(mask.shape[1] - length, mask.shape[1])
             if self.in_place:
                 return self._run_in_place(feeds)
-        past = self.past or self._empty_cache(batch)
+        past = self.past or [
+            ort.OrtValue.ortvalue_from_numpy(self._room_for(batch, 0)) for _ in self.caches
+        ]
         feeds |= dict(zip(self.caches, past, strict=True))
         logits, *self.past = self.session.run_with_ort_values(
             ["logits", *self.presents], feeds, self.options
@@ -205,7 +199,7 @@ class OnnxSession(Session):
             return
         rows = np.arange(batch) if self.rows is None else self.rows
         for index, cache in enumerate(self.past):  # one at a time: two whole caches take room
-            copy = _empty(cache, len(rows), capacity)
+            copy = self._room_for(len(rows), capacity)
             copy[:, :, :cached] = cache.numpy()[rows, :, :cached]
             self.past[index] = ort.OrtValue.ortvalue_from_numpy(copy)
         self.rows = None
