@@ -156,6 +156,21 @@ def test_rows_that_were_filled_up_go_on(session):
         np.testing.assert_allclose(found[row, :count], alone, atol=1e-3 * alone.std())
 
 
+def test_onnx_runs_the_graph_as_it_is_deployed_until_logits_of_some_tokens_are_asked_for(tiny_run):
+    session = target("onnx").open_session(tiny_run["export-onnx"].path / "model", False, 2)
+    deployed = {i.name for i in session.session.get_inputs()}
+    ids = np.array([[5, 6, 7, 8]])
+    whole = session.forward(ids)
+    session.likeliest(np.array([[9]]))
+    assert {i.name for i in session.session.get_inputs()} == deployed
+
+    session.reset()
+    session.forward(ids[:, :2])
+    last = session.forward(ids[:, 2:], last=1)  # another graph, the same cache
+    assert {i.name for i in session.session.get_inputs()} == deployed | {"wanted_logits"}
+    np.testing.assert_allclose(last, whole[:, -1:], atol=1e-3 * whole.std())
+
+
 def test_prompts_that_are_filled_up_on_the_right_go_in_parts_of_like_lengths(tiny_run, monkeypatch):
     session = target("onnx").open_session(tiny_run["export-onnx"].path / "model", True, 2)
     random = np.random.RandomState(0)

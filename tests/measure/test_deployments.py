@@ -150,7 +150,7 @@ def test_measuring_imports_no_torch(folders):
         f"target('onnx').open_session(Path({folders[1]!r}), False, 1)\n"
         f"target('openvino').open_session(Path({folders[0]!r}), False, 1)\n"
         f"deployments.questions_of(Path({folders[0]!r}), None, None, Path('README.md'), 2)\n"
-        "heavy = {'torch', 'transformers', 'peft', 'nncf', 'onnx_ir'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'peft', 'nncf', 'onnx'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     done = subprocess.run(

@@ -1,6 +1,8 @@
 """A decoder graph in ONNX Runtime, as deployed or in float32 throughout."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,17 @@ def _ask_for_logits(graph: Any) -> None:
     logits.type.tensor_type.shape.dim[1].dim_param = WANTED
 
 
+def _edited(wanted_logits: bool, exact: bool, graph: bytes) -> bytes:
+    import onnx
+
+    model = onnx.load_from_string(graph)
+    if wanted_logits:
+        _ask_for_logits(model.graph)
+    if exact:
+        set_accuracy(model.graph, EXACT_ACCURACY)
+    return model.SerializeToString()
+
+
 def _of_like_lengths(lengths: np.ndarray, pass_tokens: int) -> list[np.ndarray]:
     """Rows in parts, the longest first; what fills a part up takes no longer than one more pass.
 
@@ -84,25 +97,37 @@ class OnnxSession(Session):
     The fused attention fills up on the right: prompts go in parts of like lengths, whose caches are
     joined. It writes to a cache that has room where it lies. Several tokens after a cache it takes
     for one row alone: those of more rows go one after the other.
+
+    :param load: the graph in the runtime; asked for logits of some tokens alone, with
+        ``wanted_logits``. As deployed it gives those of all, and so it stays until then.
     """
 
     all_logits = False
     fills_up = True
     pass_tokens = 8
 
-    def __init__(self, session: Any, decoder: dict[str, Any], fused: bool, adapter: Any = None):
-        self.session, self.decoder, self.adapter = session, decoder, adapter
+    def __init__(
+        self,
+        load: Callable[[bool], Any],
+        decoder: dict[str, Any],
+        fused: bool,
+        adapter: Any = None,
+    ):
+        self.load, self.session, self.decoder, self.adapter = load, load(False), decoder, adapter
         self.options = ort.RunOptions()
         if adapter is not None:
             self.options.add_active_adapter(adapter)
-        inputs = [i.name for i in session.get_inputs()]
+        inputs = [i.name for i in self.session.get_inputs()]
         self.wants_positions = "position_ids" in inputs
         self.caches = [name for name in inputs if name.startswith("past_")]
         self.presents = [re.sub("^past_key_values", "present", name) for name in self.caches]
         self.padding = "right" if fused else "left"
-        on_cpu = session.get_providers()[0] == CPU_PROVIDER
+        on_cpu = self.session.get_providers()[0] == CPU_PROVIDER
         self.in_place = fused and on_cpu and adapter is None  # bound outputs take no adapter
-        self.vocabulary = next(o.shape[2] for o in session.get_outputs() if o.name == "logits")
+        self.vocabulary = next(
+            output.shape[2] for output in self.session.get_outputs() if output.name == "logits"
+        )
+        self.is_asked = False
         self.reset()
 
     def reset(self) -> None:
@@ -123,6 +148,9 @@ class OnnxSession(Session):
     ) -> np.ndarray:
         batch, length = ids.shape
         self.length += length
+        if last and not self.is_asked:
+            self.session = None  # not beside the other
+            self.session, self.is_asked = self.load(True), True
         if mask is None:
             mask = np.ones((batch, self.length), np.int64)
         wanted = last_columns(mask[:, -length:], last)
@@ -134,7 +162,7 @@ class OnnxSession(Session):
         return self._run(ids, mask, wanted)
 
     def likeliest(self, ids: np.ndarray) -> np.ndarray:
-        """By the logits of every token, which the graph computes where it is deployed."""
+        """By the logits of every token, as where it is deployed."""
         return self.forward(ids)[:, -1].argmax(axis=-1).astype(np.int64)
 
     def _in_parts(self, ids: np.ndarray, mask: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -169,7 +197,9 @@ class OnnxSession(Session):
 
     def _run(self, ids: np.ndarray, mask: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         batch, length = ids.shape
-        arrays = {"input_ids": ids, "attention_mask": mask, WANTED: wanted[..., None]}
+        arrays = {"input_ids": ids, "attention_mask": mask}
+        if self.is_asked:
+            arrays[WANTED] = wanted[..., None]
         if self.wants_positions:
             arrays["position_ids"] = positions_of(mask, length)
         feeds = {
@@ -226,27 +256,22 @@ def open_session(
     :param threads: of the CPU.
     :raises UserError: if the device is not here.
     """
-    import onnx
-
     provider = CPU_PROVIDER if device == "cpu" else find_device("onnx", device).name
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if threads:
-        options.intra_op_num_threads = threads
 
-    def edit(graph: bytes) -> bytes:
-        model = onnx.load_from_string(graph)
-        _ask_for_logits(model.graph)
-        if exact:
-            set_accuracy(model.graph, EXACT_ACCURACY)
-        return model.SerializeToString()
+    def load(wanted_logits: bool) -> Any:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads:
+            options.intra_op_num_threads = threads
+        edit = partial(_edited, wanted_logits, exact) if wanted_logits or exact else None
+        session = load_onnx(folder, options, [provider], edit)
+        if session.get_providers()[0] != provider:  # the runtime goes on without, and logs it alone
+            raise UserError(f"{folder}: {provider} could not be started; see ONNX Runtime's log")
+        return session
 
-    session = load_onnx(folder, options, [provider], edit)
-    if session.get_providers()[0] != provider:  # the runtime goes on without, telling a log alone
-        raise UserError(f"{folder}: {provider} could not be started; see ONNX Runtime's log")
     adapter = None
     if (file := folder / ADAPTER_FOLDER / ADAPTER_FILE).is_file():
         adapter = ort.LoraAdapter()
         adapter.Load(str(file))
     fused = FUSED in (folder / GRAPHS["onnx"]).read_bytes()
-    return OnnxSession(session, decoder_of(folder), fused, adapter)
+    return OnnxSession(load, decoder_of(folder), fused, adapter)
