@@ -20,8 +20,9 @@ from document import finish, in_a_process, spread, table
 from shapes import SMALL, WIDE, write_checkpoint
 
 from sqft_export.measure.worker import peak_memory
-from sqft_export.plan.costs import predict_memory, predict_seconds
 from sqft_export.plan.layout import layout_of
+from sqft_export.plan.memory import predict_memory
+from sqft_export.plan.seconds import predict_seconds
 from sqft_export.plan.speeds import measure_speeds
 from sqft_export.plan.workload import workload_of
 from sqft_export.recipe.load import load_recipe

@@ -126,11 +126,3 @@ def _disk_speed() -> float:
             scratch.flush()
 
         return len(block) / seconds_of(write, CPU, MEASURED_SECONDS)
-
-
-def nearest_existing(folder: Path) -> Path:
-    """A folder, or the nearest above it that is there."""
-    place = folder.resolve()
-    while not place.exists():
-        place = place.parent
-    return place

@@ -77,3 +77,16 @@ def _generated(items: Sequence[Item], most: int) -> tuple[float, float]:
     share = len(asked) / len(items)
     answer = mean(min(len(item.target), most) for item in asked)
     return share * mean(len(item.prompt) for item in asked), share * (answer + most) / 2
+
+
+def calibration_tokens(recipe: Recipe, workload: Workload) -> float:
+    """Of all calibration samples."""
+    longest = recipe.calibration.sequence_length
+    of_task = recipe.calibration.source == "task"
+    return recipe.calibration.samples * (min(workload.example, longest) if of_task else longest)
+
+
+def checked_tokens(recipe: Recipe, workload: Workload) -> float:
+    """Of the prompts of verify and what follows them; of a text window, a quarter is the prompt."""
+    length = workload.prompt or min(workload.scored, recipe.task.sequence_length) / 4
+    return recipe.verify.prompts * (length + recipe.verify.new_tokens)

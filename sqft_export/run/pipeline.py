@@ -13,8 +13,9 @@ from typing import IO, Any
 from sqft_export.errors import HostError, UserError
 from sqft_export.model.hub import model_folder
 from sqft_export.plan.checks import check_recipe
-from sqft_export.plan.costs import check_disk, check_memory
+from sqft_export.plan.disk import check_disk
 from sqft_export.plan.layout import Layout
+from sqft_export.plan.memory import check_memory
 from sqft_export.plan.workload import workload_of
 from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import Recipe

@@ -9,17 +9,10 @@ from sqft_export.kernels.library import kernels_here
 from sqft_export.model.hub import model_folder
 from sqft_export.numerics.codes import FLOAT16_BITS
 from sqft_export.plan.checks import check_recipe
-from sqft_export.plan.costs import (
-    FIXED_MEMORY,
-    disk_bytes,
-    free_memory,
-    on_cpu,
-    predict_bytes,
-    predict_memory,
-    predict_seconds,
-    ways_to_fit_a_day,
-)
+from sqft_export.plan.disk import disk_bytes, predict_bytes
 from sqft_export.plan.layout import fallbacks
+from sqft_export.plan.memory import FIXED_MEMORY, free_memory, predict_memory
+from sqft_export.plan.seconds import on_cpu, predict_seconds, ways_to_fit_a_day
 from sqft_export.plan.speeds import Speeds, measure_speeds
 from sqft_export.plan.workload import workload_of
 from sqft_export.recipe.schema import Recipe

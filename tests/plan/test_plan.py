@@ -8,16 +8,12 @@ from sqft_export.data.items import Item, count_examples
 from sqft_export.errors import UserError
 from sqft_export.measure.likelihood import log_likelihoods
 from sqft_export.model.hub import model_folder
-from sqft_export.plan import costs
+from sqft_export.plan import disk, memory
 from sqft_export.plan.checks import check_recipe
-from sqft_export.plan.costs import (
-    check_disk,
-    predict_bytes,
-    predict_memory,
-    predict_seconds,
-    ways_to_fit_a_day,
-)
+from sqft_export.plan.disk import check_disk, predict_bytes
 from sqft_export.plan.layout import fallbacks, layout_of
+from sqft_export.plan.memory import predict_memory
+from sqft_export.plan.seconds import predict_seconds, ways_to_fit_a_day
 from sqft_export.plan.speeds import Speed, Speeds
 from sqft_export.plan.workload import Workload, tokens_of, workload_of
 from sqft_export.recipe.passes import pass_names
@@ -83,13 +79,13 @@ def test_a_target_that_is_not_installed_is_refused_with_what_to_install(odd, mon
 def test_too_little_disk_is_refused_with_bytes(odd, monkeypatch, tmp_path):
     recipe = small_recipe(model_path=odd)
     layout = check_recipe(recipe, odd)
-    monkeypatch.setattr(costs, "disk_bytes", lambda *_: (5 * 2**30, 2**30))
+    monkeypatch.setattr(disk, "disk_bytes", lambda *_: (5 * 2**30, 2**30))
     with pytest.raises(UserError, match=r"5.0 GiB needed in .*, 1.0 GiB free"):
         check_disk(recipe, layout, tmp_path, pass_names(recipe))
 
 
 def test_too_little_memory_is_refused_with_the_pass_and_bytes(odd, monkeypatch, tmp_path):
-    monkeypatch.setattr(costs, "free_memory", lambda: 2**29)
+    monkeypatch.setattr(memory, "free_memory", lambda: 2**29)
     with pytest.raises(UserError, match=r"memory: \w+ needs \d+\.\d GiB, 512.0 MiB are free"):
         run_recipe(small_recipe(model_path=odd), tmp_path)
     assert not list(tmp_path.glob("sparsify*"))

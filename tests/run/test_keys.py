@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY, small_recipe
 from sqft_export.errors import HostError
 from sqft_export.model.hub import _is_whole
-from sqft_export.plan import costs
+from sqft_export.plan import disk
 from sqft_export.run.artifact import Store
 from sqft_export.run.pipeline import needed_passes, plan_passes, run_recipe
 
@@ -73,7 +73,7 @@ def test_every_file_of_the_base_counts(tmp_path, name):
 
 def test_a_cached_run_needs_no_disk(tiny_run, monkeypatch):
     root = tiny_run["merge"].path.parent
-    monkeypatch.setattr(costs.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
     assert run_recipe(small_recipe(), root)["report"].key == tiny_run["report"].key
     with pytest.raises(HostError, match=r"disk: .* needed in .*, 0 .*free"):
         run_recipe(small_recipe("quantize.bits=8"), root)

@@ -1,0 +1,89 @@
+"""Bytes that a pass will write, from shapes and bit widths, and whether the disk has them."""
+
+import shutil
+from math import prod
+from pathlib import Path
+
+from sqft_export.errors import HostError
+from sqft_export.model.families import adapted
+from sqft_export.plan.layout import Layout, group_sizes
+from sqft_export.recipe.passes import pass_names
+from sqft_export.recipe.schema import Recipe
+from sqft_export.run.host import size_text
+
+
+def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
+    """Bytes that each pass will write, from shapes and bit widths."""
+    stored = (layout.weights + layout.others) * layout.width
+    masks = layout.weights // 8
+    groups = group_sizes(recipe, layout)
+    scales = sum(prod(shape) // groups[name] for name, shape in layout.linears.items())
+    adapter = adapter_bytes(recipe, layout)
+    quantized = recipe.quantize.method != "none"
+    # A scale is two bytes, a zero point at most one.
+    codes = layout.weights * max(4, recipe.quantize.bits) // 8 + 3 * scales if quantized else 0
+    merged = codes + layout.others * layout.width if quantized else stored
+    deployed = codes + 4 * layout.others if quantized else 4 * (layout.weights + layout.others)
+    if recipe.export.sparse_files:
+        deployed *= 2  # at most: a packed copy is never larger
+    predicted = {
+        "sparsify": stored + masks,
+        "reconstruct": 2 * stored,  # blocks that are done, and the whole of them
+        "quantize": stored * (3 if recipe.quantize.reconstruct else 1) + 3 * scales,
+        "adapt": adapter,
+        "search": adapter,
+        "merge": merged + masks,
+        "export-openvino": deployed,
+        "export-onnx": deployed,
+        "export-gguf": deployed,
+        "teacher": stored,
+        "baselines": merged,
+    }
+    return {name: predicted.get(name, 2**20) for name in pass_names(recipe)}
+
+
+def adapter_bytes(recipe: Recipe, layout: Layout) -> int:
+    if recipe.adapt is None:
+        return 0
+    targets, _ = adapted(layout.family, recipe.adapt.target_modules, None)
+    linears = [sum(s) for n, s in layout.linears.items() if n.rsplit(".", 1)[1] in targets]
+    return 4 * recipe.adapt.max_rank * sum(linears)
+
+
+def check_disk(recipe: Recipe, layout: Layout, root: Path, passes: list[str]) -> None:
+    """Refuse passes that the disk can't hold.
+
+    :raises HostError: with bytes needed and free.
+    """
+    needed, free = disk_bytes(recipe, layout, root, passes)
+    if free < needed:
+        raise HostError(
+            f"{recipe.file}: disk: {size_text(needed)} needed in {root}, {size_text(free)} free"
+        )
+
+
+def disk_bytes(recipe: Recipe, layout: Layout, root: Path, passes: list[str]) -> tuple[int, int]:
+    """Bytes that passes need at most, scratch included, and bytes free."""
+    written = predict_bytes(recipe, layout)
+    # An exporter's traced copy in float32, and what verify and benchmark inflate, come and go.
+    scratch = {
+        **{
+            f"export-{name}": 4 * (layout.weights + layout.others) for name in recipe.export.targets
+        },
+        "verify": 2
+        * max((written.get(f"export-{n}", 0) for n in recipe.export.targets), default=0),
+    }
+    scratch["benchmark"] = scratch["verify"]
+    if "gguf" in recipe.export.targets:  # its numbers as float32
+        scratch["verify"] += 4 * (layout.weights + layout.others)
+    transient = max((scratch.get(name, 0) for name in passes), default=0)
+    needed = sum(written.get(name, 0) for name in passes) + transient
+    return needed, shutil.disk_usage(_nearest_existing(root)).free
+
+
+def _nearest_existing(folder: Path) -> Path:
+    """A folder, or the nearest above it that is there."""
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    return place
