@@ -5,6 +5,12 @@ from typing import Any
 from sqft_export.run.host import size_text
 from sqft_export.run.progress import duration
 
+# How plan knows lengths where not by the model's tokenizer.
+LENGTHS = {
+    "words": "lengths in words, digits and marks: the model's tokenizer is not on this machine",
+    "longest": "lengths as long as is allowed: the data is not on this machine",
+}
+
 
 def accuracy_text(row: dict[str, Any]) -> str:
     """In percent, with its interval where it has one."""
@@ -40,6 +46,8 @@ def plan_text(document: dict[str, Any]) -> str:
         f"  times for {device['name']}: {float32:.0f} GFLOP/s in float32, {bfloat16:.0f} in "
         f"bfloat16; {machine['disk'] / 1e6:.0f} MB/s of disk"
     )
+    if counted := LENGTHS.get(document["lengths_counted"]):
+        lines.append(f"  {counted}")
     lines.append(f"  the whole takes about {duration(document['seconds'])} here")
     if document["within_a_day"]:
         lines.append(f"  within a day: {document['within_a_day']}")

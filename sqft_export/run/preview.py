@@ -56,6 +56,7 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
         "memory": _needed(memory, wanted, free_memory()),
         "device_memory": _device_memory(recipe, machine, memory, wanted),
         "machine": asdict(machine),
+        "lengths_counted": workload.counted,
         "seconds": sum(taken or 0 for taken in to_run.values()),
         "within_a_day": ways_to_fit_a_day(recipe, to_run, workload),
         **_targets_text(recipe),

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from conftest import random_model, small_recipe
+from conftest import ROOT, random_model, small_recipe
 from sqft_export.data.items import Item, count_examples
 from sqft_export.errors import UserError
 from sqft_export.measure.likelihood import log_likelihoods
@@ -16,6 +16,7 @@ from sqft_export.plan.memory import predict_memory
 from sqft_export.plan.seconds import predict_seconds, ways_to_fit_a_day
 from sqft_export.plan.speeds import Speed, Speeds
 from sqft_export.plan.workload import Workload, tokens_of, workload_of
+from sqft_export.recipe.load import load_recipe
 from sqft_export.recipe.passes import pass_names
 from sqft_export.report.text import plan_text
 from sqft_export.run import preview
@@ -243,6 +244,19 @@ def test_a_workload_is_counted_from_the_data(odd):
     )
     work = workload_of(text, odd)
     assert (work.example, work.prompt, work.answer) == (64, 0, 0)
+
+
+def test_where_the_tokenizer_is_not_here_words_are_counted(tmp_path):
+    """`make plan MODEL=mistral` comes before the download of the model, its data is in data/."""
+    recipe = load_recipe(ROOT / "recipes" / "mistral.yaml")
+    work = workload_of(recipe, None)
+    assert work.counted == "words" and work.examples == 7473
+    # What SmolLM2's tokenizer of 49,152 tokens makes of the same items.
+    assert work.example == pytest.approx(182.6, rel=0.1)
+    assert work.prompt == pytest.approx(68.7, rel=0.1)
+    assert "lengths in words" in plan_text(preview.preview(recipe, tmp_path))
+    hub = load_recipe(ROOT / "recipes" / "mistral.yaml", ("task.folder=null",))
+    assert workload_of(hub, None).example == 512
 
 
 def test_what_takes_more_than_a_day_is_told_with_settings_that_do_not(odd):
