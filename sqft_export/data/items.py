@@ -22,6 +22,8 @@ from sqft_export.recipe.templates import fill_template
 from sqft_export.textfiles import read_json
 
 Found = tuple[str, Scoring, Record]  # its set, how it is scored, and itself
+# transformers warns once of more tokens than a model reads; texts are cut after they are tokenized.
+TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def load_tokenizer(folder: Path) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is None and (ends := end_tokens(folder)):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+    tokenizer.deprecation_warnings[TOO_LONG] = True
     return tokenizer
 
 
