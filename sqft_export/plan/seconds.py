@@ -34,13 +34,13 @@ ELEMENTWISE = {
 # Passes of exporters and runtimes over what they write and load, and the same over embedding and
 # head, which they and torch read as floats; by one thread, but for a share that all take part in.
 ALONE = {"export-openvino": 12, "export-onnx": 19, "export-gguf": 21}
-ALONE_OUTER = {"export-openvino": 125, "export-onnx": 48, "verify": 20}
-SHARED = {"export-openvino": 0.5, "export-onnx": 0.5, "verify": 0.5}
+ALONE_OUTER = {"export-openvino": 105, "export-onnx": 48, "verify": 20}
+SHARED = {"export-openvino": 0.4, "export-onnx": 0.5, "verify": 0.5}
 # What verify does more of every deployment: passes of all threads and of one over decoder weights,
 # of one over the others; seconds of it and of each of its blocks. A packed one is inflated and
 # asked once.
 CHECKED, CHECKED_ALONE, CHECKED_OUTER = 10, 18, 62
-CHECKED_SECONDS, CHECKED_BLOCK = 3.0, 0.35
+CHECKED_SECONDS, CHECKED_BLOCK = 1.5, 0.35
 CHECKED_PACKED = 0.3
 # A training step: passes over adapted weights, over logits, and over the hidden states of a block.
 STEP_WEIGHTS, STEP_LOGITS, STEP_HIDDEN = 4.0, 10.0, 60.0
@@ -54,16 +54,17 @@ FIXED_SECONDS = {
     "teacher": 4.0,
     "search": 2.0,
     "merge": 1.5,
-    "export-openvino": 4.0,
-    "verify": 9.0,
+    "verify": 4.0,
 }
 ACCELERATOR_SECONDS = 1.5  # it starts, and its kernels are loaded
-BLOCK_SECONDS = {"export-openvino": 0.45, "export-onnx": 0.15}  # a block is traced, or built
+BLOCK_SECONDS = {"export-openvino": 0.45, "export-onnx": 0.12}  # a block is traced, or built
 WORD_SECONDS = {"export-gguf": 5e-5}  # a word of the vocabulary is told
 CALL_SECONDS = 1.5e-3  # a block called with a calibration sample, over products and weights read
 COLUMN_SECONDS = {"gptq": 2.2e-4, "sparsegpt": 1.2e-4}  # a column, over its arithmetic
-# A row of a benchmark: its process starts and loads; a token alone goes through a block.
-ROW_SECONDS = {"torch": 13.0, "runtime": 2.3}
+# A row of a benchmark: its process starts, a runtime's goes through the weights with one thread,
+# and distributions are held to those of others; a token alone goes through a block.
+ROW_SECONDS = {"torch": 6.4, "runtime": 0.5}
+ROW_LOADED, ROW_BESIDE = 3, 90
 TOKEN_SECONDS = {"torch": 8e-4, "runtime": 2e-4}
 STEP_BYTES = 12.0  # of memory that a multiply-add over an element moves
 PADDED = 1.3  # tokens of a batch with those that fill it up
@@ -265,28 +266,30 @@ def _scoring(recipe: Recipe, layout: Layout, workload: Workload, machine: Speeds
     """Every row scores the items and is timed, in processes of its own."""
     asked, weights = recipe.benchmark, layout.weights + layout.head
     items = asked.items if workload.test is None else workload.test
-    scored = _scored_tokens(items, workload)
-    scored += COMPARED if "dense" in asked.baselines else 0
+    compared = COMPARED if {"dense", "merged"} & set(asked.baselines) else 0
+    scored = _scored_tokens(items, workload) + compared
     rounds = asked.rounds * (asked.repeats + 1)
     bits = 32 if recipe.quantize.method == "none" else max(4, recipe.quantize.bits)
     in_torch = machine.device.dtype("auto") if layout.width == 2 else FLOAT32
     width = 4 if in_torch == FLOAT32 else 2
     stored = layout.weights * bits / 8 + 4 * layout.head
-    alone = rounds * asked.new_tokens
+    alone, rows = rounds * asked.new_tokens, _torch_rows_asked(recipe)
     taken = 0.0
-    for kind, speed, dtype, rows, read in (
-        ("torch", machine.device, in_torch, _torch_rows_asked(recipe), width * weights),
+    for kind, speed, dtype, count, read in (
+        ("torch", machine.device, in_torch, rows, width * weights),
         ("runtime", machine.cpu, FLOAT32, _runtimes(recipe), stored),
     ):
         flops = 2 * weights * (scored + rounds * asked.prompt_tokens)
         # A token alone is as fast as the weights are read.
         elements = alone * read / STEP_BYTES
         fixed = alone * TOKEN_SECONDS[kind] * layout.blocks + asked.rounds * ROW_SECONDS[kind]
-        taken += rows * _Work({dtype: flops}, elements, fixed).on(speed)
+        taken += count * _Work({dtype: flops}, elements, fixed).on(speed)
     if recipe.adapt and "adapted" in asked.baselines:  # makes its weights in every call
         calls = alone + rounds + _batches(items, workload)
         taken += _Work({}, STEP_WEIGHTS * layout.weights * calls).on(machine.device)
-    return taken
+    beside = (rows + _runtimes(recipe)) * ROW_BESIDE * compared * layout.embedding[0]
+    loaded = asked.rounds * _runtimes(recipe) * ROW_LOADED * layout.weights
+    return taken + _Work({}, beside).on(machine.cpu) + _Work({}, loaded).on(machine.alone)
 
 
 def _torch_rows_asked(recipe: Recipe) -> int:
