@@ -98,8 +98,9 @@ class OnnxSession(Session):
     joined. It writes to a cache that has room where it lies. Several tokens after a cache it takes
     for one row alone: those of more rows go one after the other.
 
-    :param load: the graph in the runtime; asked for logits of some tokens alone, with
-        ``wanted_logits``. As deployed it gives those of all, and so it stays until then.
+    :param load: the graph in the runtime; told to, with ``wanted_logits``.
+    :param asked: with them from the start; else as deployed, with logits of every token, until
+        those of some alone are asked for.
     """
 
     all_logits = False
@@ -111,9 +112,11 @@ class OnnxSession(Session):
         load: Callable[[bool], Any],
         decoder: dict[str, Any],
         fused: bool,
+        asked: bool,
         adapter: Any = None,
     ):
-        self.load, self.session, self.decoder, self.adapter = load, load(False), decoder, adapter
+        self.load, self.session, self.asked = load, load(asked), asked
+        self.decoder, self.adapter = decoder, adapter
         self.options = ort.RunOptions()
         if adapter is not None:
             self.options.add_active_adapter(adapter)
@@ -127,7 +130,6 @@ class OnnxSession(Session):
         self.vocabulary = next(
             output.shape[2] for output in self.session.get_outputs() if output.name == "logits"
         )
-        self.is_asked = False
         self.reset()
 
     def reset(self) -> None:
@@ -148,9 +150,9 @@ class OnnxSession(Session):
     ) -> np.ndarray:
         batch, length = ids.shape
         self.length += length
-        if last and not self.is_asked:
+        if last and not self.asked:
             self.session = None  # not beside the other
-            self.session, self.is_asked = self.load(True), True
+            self.session, self.asked = self.load(True), True
         if mask is None:
             mask = np.ones((batch, self.length), np.int64)
         wanted = last_columns(mask[:, -length:], last)
@@ -198,7 +200,7 @@ class OnnxSession(Session):
     def _run(self, ids: np.ndarray, mask: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         batch, length = ids.shape
         arrays = {"input_ids": ids, "attention_mask": mask}
-        if self.is_asked:
+        if self.asked:
             arrays[WANTED] = wanted[..., None]
         if self.wants_positions:
             arrays["position_ids"] = positions_of(mask, length)
@@ -274,4 +276,4 @@ def open_session(
         adapter = ort.LoraAdapter()
         adapter.Load(str(file))
     fused = FUSED in (folder / GRAPHS["onnx"]).read_bytes()
-    return OnnxSession(load, decoder_of(folder), fused, adapter)
+    return OnnxSession(load, decoder_of(folder), fused, exact, adapter)
