@@ -43,6 +43,7 @@ def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
 
 
 def adapter_bytes(recipe: Recipe, layout: Layout) -> int:
+    """Of the low-rank matrices at their largest rank, in float32."""
     if recipe.adapt is None:
         return 0
     targets, _ = adapted(layout.family, recipe.adapt.target_modules, None)

@@ -273,11 +273,12 @@ def _scoring(recipe: Recipe, layout: Layout, workload: Workload, machine: Speeds
     in_torch = machine.device.dtype("auto") if layout.width == 2 else FLOAT32
     width = 4 if in_torch == FLOAT32 else 2
     stored = layout.weights * bits / 8 + 4 * layout.head
-    alone, rows = rounds * asked.new_tokens, _torch_rows_asked(recipe)
+    rows, runtimes = _torch_rows_asked(recipe), _runtimes(recipe)
+    alone = rounds * asked.new_tokens
     taken = 0.0
     for kind, speed, dtype, count, read in (
         ("torch", machine.device, in_torch, rows, width * weights),
-        ("runtime", machine.cpu, FLOAT32, _runtimes(recipe), stored),
+        ("runtime", machine.cpu, FLOAT32, runtimes, stored),
     ):
         flops = 2 * weights * (scored + rounds * asked.prompt_tokens)
         # A token alone is as fast as the weights are read.
@@ -287,8 +288,8 @@ def _scoring(recipe: Recipe, layout: Layout, workload: Workload, machine: Speeds
     if recipe.adapt and "adapted" in asked.baselines:  # makes its weights in every call
         calls = alone + rounds + _batches(items, workload)
         taken += _Work({}, STEP_WEIGHTS * layout.weights * calls).on(machine.device)
-    beside = (rows + _runtimes(recipe)) * ROW_BESIDE * compared * layout.embedding[0]
-    loaded = asked.rounds * _runtimes(recipe) * ROW_LOADED * layout.weights
+    beside = (rows + runtimes) * ROW_BESIDE * compared * layout.embedding[0]
+    loaded = asked.rounds * runtimes * ROW_LOADED * layout.weights
     return taken + _Work({}, beside).on(machine.cpu) + _Work({}, loaded).on(machine.alone)
 
 

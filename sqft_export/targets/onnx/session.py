@@ -65,12 +65,11 @@ def _ask_for_logits(graph: Any) -> None:
     logits.type.tensor_type.shape.dim[1].dim_param = WANTED
 
 
-def _edited(wanted_logits: bool, exact: bool, graph: bytes) -> bytes:
+def _edited(exact: bool, graph: bytes) -> bytes:
     import onnx
 
     model = onnx.load_from_string(graph)
-    if wanted_logits:
-        _ask_for_logits(model.graph)
+    _ask_for_logits(model.graph)
     if exact:
         set_accuracy(model.graph, EXACT_ACCURACY)
     return model.SerializeToString()
@@ -265,7 +264,7 @@ def open_session(
         options.log_severity_level = 3
         if threads:
             options.intra_op_num_threads = threads
-        edit = partial(_edited, wanted_logits, exact) if wanted_logits or exact else None
+        edit = partial(_edited, exact) if wanted_logits else None
         session = load_onnx(folder, options, [provider], edit)
         if session.get_providers()[0] != provider:  # the runtime goes on without, and logs it alone
             raise UserError(f"{folder}: {provider} could not be started; see ONNX Runtime's log")
@@ -276,4 +275,5 @@ def open_session(
         adapter = ort.LoraAdapter()
         adapter.Load(str(file))
     fused = FUSED in (folder / GRAPHS["onnx"]).read_bytes()
+    # An exact one is edited in any case, and so asked from the start.
     return OnnxSession(load, decoder_of(folder), fused, exact, adapter)
