@@ -28,6 +28,12 @@ class CertificateError(UserError):
     code = 5
 
 
+class GateError(UserError):
+    """A pass cost more than the recipe's ``gates`` allow."""
+
+    code = 6
+
+
 def one_line(error: Exception, longest: int = 300) -> str:
     """What a library says, on one line and cut."""
     return " ".join(str(error).split())[:longest]

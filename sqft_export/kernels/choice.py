@@ -3,13 +3,23 @@
 A product is measured in OpenVINO itself, as the runtime's own and as ours, over copies of the
 weights that are as cold as they will be: as many bytes as the model has, 64 MiB at most. What was
 found is kept for this user and machine, not beside the deployment: it is a fact of shapes and
-processor, holds for every model of such shapes, and a deployment stays as it was sealed.
+processor, holds for every model of such shapes, and a deployment stays as it was sealed. It is
+kept for 30 days, and for an hour where other processes used the processors meanwhile.
+
+Kernels round activations differently, so another choice can give other tokens. The environment
+variable ``SQFT_EXPORT_EXECUTION`` (sparse, dense or stock) takes the place of every ``auto``, so
+that two machines run the same kernels.
+
+    python -m sqft_export.kernels.choice            # what is kept, and until when
+    python -m sqft_export.kernels.choice --clear    # forget it
 """
 
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,7 +48,10 @@ ONE, SEVERAL = 1, 32  # tokens: decoding, and a prompt
 SLOWER = 1.1  # times the runtime's own prompt that is not worth a faster token
 ROUNDS = 5
 COLD_BYTES = 2**26
-MEASURED_AS = 2
+MEASURED_AS = 3
+PINNED = "SQFT_EXPORT_EXECUTION"
+QUIET_SECONDS, BUSY_SECONDS = 30 * 24 * 3600.0, 3600.0  # that a measurement is kept
+BUSY_PROCESSORS = 0.25  # used by other processes while kernels were measured
 
 
 @dataclass(frozen=True)
@@ -66,10 +79,16 @@ class Shape:
 
 @dataclass(frozen=True)
 class Choice:
-    """seconds: of a product, by form and number of tokens."""
+    """seconds: of a product, by form and number of tokens. until: when it is to be measured again,
+    in seconds since 1970."""
 
     form: str
     seconds: dict[str, dict[str, float]]
+    until: float = 0.0
+
+    def is_current(self) -> bool:
+        """Whether it is not out of date; one from the future is of a clock that was set back."""
+        return 0 <= self.until - time.time() <= QUIET_SECONDS
 
     def gain(self) -> float:
         """Times as fast as the runtime's own kernel, one token."""
@@ -102,6 +121,7 @@ class Chooser:
         return known.form
 
     def _measured(self, matrix: Matrix, kept: Kept) -> Choice:
+        before = _processor_seconds()
         size = max(1, len(matrix.codes))
         copies = max(1, min(self.model_bytes, COLD_BYTES) // size)
         models = {STOCK: stock_model(matrix, copies)}
@@ -113,7 +133,55 @@ class Chooser:
                 models[form], held = made
                 holders.append(held)
         seconds = _timed(models, matrix.inputs, copies)
-        return Choice(fastest(seconds), seconds)
+        busy = used_meanwhile(before, _processor_seconds()) > BUSY_PROCESSORS
+        until = time.time() + (BUSY_SECONDS if busy else QUIET_SECONDS)
+        return Choice(fastest(seconds), seconds, until)
+
+
+@dataclass(frozen=True)
+class ProcessorSeconds:
+    """at: of a clock. busy: of all processors that this process may run on. own: of this process
+    alone."""
+
+    at: float
+    busy: float
+    own: float
+
+
+def _processor_seconds() -> ProcessorSeconds:
+    import psutil
+
+    every = psutil.cpu_times(percpu=True)
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(every))
+    idle = ("idle", "iowait", "guest", "guest_nice")  # guests are in user's time already
+    busy = sum(
+        seconds
+        for number, times in enumerate(every)
+        if number in allowed
+        for kind, seconds in times._asdict().items()
+        if kind not in idle
+    )
+    mine = psutil.Process().cpu_times()
+    return ProcessorSeconds(time.monotonic(), busy, mine.user + mine.system)
+
+
+def used_meanwhile(before: ProcessorSeconds, after: ProcessorSeconds) -> float:
+    """Processors that other processes used between two moments, on average."""
+    others = after.busy - before.busy - (after.own - before.own)
+    return max(0.0, others) / max(after.at - before.at, 1e-9)
+
+
+def pinned_execution() -> str | None:
+    """The kernel that the environment sets in place of ``auto``, or None.
+
+    :raises UserError: if that is no kernel.
+    """
+    found = os.environ.get(PINNED, "").strip()
+    if found in ("", "auto"):
+        return None
+    if found not in FORMS:
+        raise UserError(f"{PINNED}: found {found!r}; allowed are auto, {', '.join(FORMS)}")
+    return found
 
 
 def stock_model(matrix: Matrix, copies: int) -> Any:
@@ -200,13 +268,15 @@ def _timed(models: dict[str, Any], inputs: int, copies: int) -> dict[str, dict[s
 
 @functools.cache
 def machine_key() -> str:
-    """What else the speed depends on: processor, its allowed number, kernels, runtime."""
+    """What else the speed depends on: processor, its allowed number, kernels, runtime, and the
+    version of this package."""
     import openvino as ov
 
     from sqft_export.measure.machine import machine_facts
 
     facts = [machine_facts()["processor"], allowed_processors(), kernels_used().name]
-    return json.dumps([MEASURED_AS, ov.__version__, *facts])
+    version = importlib.metadata.version("sqft-export")
+    return json.dumps([MEASURED_AS, version, ov.__version__, *facts])
 
 
 def cache_file() -> Path:
@@ -232,7 +302,9 @@ class Remembered:
         return hashlib.sha256(machine_key().encode()).hexdigest()[:16]
 
     def get(self, shape: Shape) -> Choice | None:
-        return self.known.get(json.dumps(asdict(shape)))
+        """What was found, if it is not out of date."""
+        found = self.known.get(json.dumps(asdict(shape)))
+        return found if found and found.is_current() else None
 
     def put(self, shape: Shape, choice: Choice) -> None:
         """Kept where that is possible; a read-only home means measuring again."""
@@ -245,3 +317,20 @@ class Remembered:
             partial.replace(self.file)
         except OSError:
             return
+
+
+def _show_or_clear(arguments: list[str]) -> None:
+    """The command ``python -m sqft_export.kernels.choice``."""
+    file = cache_file()
+    if arguments == ["--clear"]:
+        file.unlink(missing_ok=True)
+        print(f"{file}: cleared; kernels are measured again")
+        return
+    for shape, known in Remembered().known.items():
+        until = time.strftime("%Y-%m-%d %H:%M", time.localtime(known.until))
+        print(f"{known.form:6} until {until}  {shape}")
+    print(f"{file}; --clear forgets it, {PINNED} pins a kernel")
+
+
+if __name__ == "__main__":
+    _show_or_clear(sys.argv[1:])

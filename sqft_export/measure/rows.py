@@ -12,6 +12,7 @@ from sqft_export.targets.folder import kind_of
 # Targets, and how rows of their deployments begin.
 TITLES = {"openvino": "OpenVINO", "onnx": "ONNX Runtime", "gguf": "llama.cpp"}
 DEPLOYED = tuple(TITLES.values())
+DENSE = "dense base"
 MADE = ("merged", *DEPLOYED)  # rows of a model that is to live on the target
 MODEL_FILES = (
     *("*.safetensors", "*.bin", "*.xml", "*.onnx", "*.data", "*.onnx_adapter", "*.gguf"),

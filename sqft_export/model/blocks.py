@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sqft_export.errors import UserError
 from sqft_export.model.architecture import empty_model, transformers_config
 from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.coverage import check_finite, check_sum, count_tokens, no_tokens
 from sqft_export.numerics.hessian import inverse_factor
 from sqft_export.run.device import CPU
 
@@ -42,6 +43,10 @@ class Inputs:
         self._ready: set[str] = set()  # owners whose sum was turned into what is taken
 
     @property
+    def has_hessian(self) -> bool:
+        return self.needs in ("hessian", "factor")
+
+    @property
     def collector(self) -> Collector | None:
         return None if self.needs in ("nothing", "block") else self._add
 
@@ -60,22 +65,42 @@ class Inputs:
             self._sums[name].addmm_(x.T, x)
 
     def take(self, name: str) -> Tensor | None:
-        """What was gathered for one Linear, which is then forgotten; None if nothing is needed."""
+        """What was gathered for one Linear, which is then forgotten; None if nothing is needed.
+
+        :raises UserError: naming the Linear, if it saw no token, or its inputs are NaN, infinite or
+            all zero.
+        """
         if self.collector is None:
             return None
-        self._last = None
+        if name not in self._owner:
+            raise no_tokens(name)
+        if self._last is not None:  # the first of a block
+            self._check_sums()
         owner = self._owner.pop(name)
         total = self._sums[owner]
         if owner not in self._ready:
             self._ready.add(owner)
-            if self.needs == "norms":
-                total.sqrt_()
-            elif self.needs == "factor":
-                inverse_factor(total, self.damping)
+            self._finish(name, total)
         if owner not in self._owner.values():
             self._ready.remove(owner)
             del self._sums[owner]
         return total
+
+    def _check_sums(self) -> None:
+        """Check every sum once, in the order of the calls, so that the first fault is named."""
+        self._last = None
+        for owner, total in self._sums.items():
+            check_sum(owner, total.diagonal() if total.dim() == 2 else total)
+
+    def _finish(self, name: str, total: Tensor) -> None:
+        """Turn a sum, in place, into what is taken."""
+        if self.needs == "norms":
+            total.sqrt_()
+        elif self.needs == "factor":
+            try:
+                inverse_factor(total, self.damping)
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from error
 
     def forget(self) -> None:
         """What was gathered and not taken."""
@@ -212,11 +237,37 @@ def output_of(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tens
     return output[0] if isinstance(output, tuple) else output
 
 
-def _advance(block: Block) -> list[Tensor]:
-    """The block's outputs, each in place of its input."""
-    for index, (hidden, kwargs) in enumerate(block.calls):
-        block.calls[index] = (output_of(block.module, hidden, kwargs), kwargs)
-    return [hidden for hidden, _ in block.calls]
+def _advance(block: Block, tokens: dict[str, int]) -> list[Tensor]:
+    """The block's outputs, each in place of its input.
+
+    :param tokens: filled with the tokens that each Linear saw, if the block is called at all.
+    :raises UserError: naming the block whose output is not finite, or the Linear without a token.
+    """
+    if not block.calls:
+        return []
+    with count_tokens(block.linears) as seen:
+        for index, (hidden, kwargs) in enumerate(block.calls):
+            block.calls[index] = (output_of(block.module, hidden, kwargs), kwargs)
+    outputs = [hidden for hidden, _ in block.calls]
+    check_finite(f"output of block {block.index}", outputs)
+    for name, count in seen.items():
+        if not count:
+            raise no_tokens(name)
+    tokens |= seen
+    return outputs
+
+
+def _linears_of(module: nn.Module, prefix: str) -> dict[str, nn.Linear]:
+    """Full name -> Linear of a block, the widest first."""
+    children = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)]
+    children.sort(key=lambda child: -child[1].in_features)
+    return {f"{prefix}.{name}": linear for name, linear in children}
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
 
 
 @torch.no_grad()
@@ -226,6 +277,7 @@ def walk(
     collector: Collector | None,
     device: torch.device = CPU,
     known: Collection[int] = (),
+    tokens: dict[str, int] | None = None,
 ) -> Iterator[Block]:
     """Yield every block after its inputs were collected; change its weights before resuming.
 
@@ -235,28 +287,25 @@ def walk(
     :param collector: called with ``(name, inputs float32 [1, length, in])`` for every Linear and
         sample.
     :param known: numbers of blocks whose inputs nobody will take.
+    :param tokens: filled with the calibration tokens that each Linear saw.
     :raises UserError: naming the file and the tensor that is missing or has NaN or infinite
-        weights.
+        weights; the block whose calibration activations are; or the Linear that saw no token.
     """
     config = transformers_config(checkpoint.config, checkpoint.where)
     model = empty_model(config, checkpoint.family.attention)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(device))
+    _move_buffers(model, device)
     _check_complete(model, checkpoint)
     samples = [sample.to(device) for sample in samples or []]
     hidden, keywords = _first_inputs(model, checkpoint, samples, device)
+    check_finite("inputs of block 0", hidden)
     layers = model.get_submodule(checkpoint.family.blocks)
     for index in range(checkpoint.blocks):
         prefix = f"{checkpoint.family.blocks}.{index}"
         _fill(model, checkpoint, checkpoint.block_names(index), device)
-        module = layers[index]
-        children = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)]
-        children.sort(key=lambda child: -child[1].in_features)
-        linears = {f"{prefix}.{name}": linear for name, linear in children}
-        block = Block(index, module, linears, list(zip(hidden, keywords[index], strict=True)))
+        module, calls = layers[index], list(zip(hidden, keywords[index], strict=True))
+        block = Block(index, module, _linears_of(module, prefix), calls)
         if collector and index not in known:
             _collect(block, collector)
         yield block
-        hidden = _advance(block)
+        hidden = _advance(block, {} if tokens is None else tokens)
         module.to("meta")

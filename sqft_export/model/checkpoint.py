@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqft_export.errors import UserError
 from sqft_export.model.architecture import family_of, shapes_of
@@ -18,6 +18,9 @@ from sqft_export.model.companions import own_file
 from sqft_export.model.families import Family
 from sqft_export.model.tensorfiles import TORCH_NAMES, TensorFiles, TensorInfo
 from sqft_export.textfiles import read_json
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +176,11 @@ class Checkpoint(TensorFiles):
     def linears(self) -> dict[str, tuple[int, int]]:
         """Every decoder Linear: name -> (outputs, inputs)."""
         return decoder_linears(self.shapes, self.family.blocks)
+
+    @property
+    def float_dtype(self) -> "torch.dtype":
+        """The dtype of its embedding: what its weights have where they are not quantized."""
+        return self.dtype(f"{self.family.embedding}.weight")
 
     @property
     def parameters(self) -> int:

@@ -1,4 +1,4 @@
-"""Float models of quantized checkpoints: whole, on disk, or the weights of one module at a time."""
+"""Float models of quantized checkpoints: whole, or the weights of one module at a time."""
 
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
@@ -6,13 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.hooks import attach_align_device_hook
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sqft_export.errors import UserError
 from sqft_export.model.architecture import empty_model, transformers_config
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.model.companions import copy_companions, float_config, write_config
 from sqft_export.model.storage import plain_names, quantized_names, read_quantized
 from sqft_export.numerics.affine import dequantize
 from sqft_export.run.device import CPU
@@ -48,6 +46,16 @@ class _Weights(Mapping[str, Tensor]):
         return len(self.checkpoint.shapes)
 
 
+def streamed_model(
+    checkpoint: Checkpoint, weights: Mapping[str, Tensor], device: torch.device
+) -> nn.Module:
+    """A model that reads the weights of a module when it is called, and forgets them after."""
+    config = transformers_config(checkpoint.config, checkpoint.where)
+    model = empty_model(config, checkpoint.family.attention)
+    attach_align_device_hook(model, device, offload=True, weights_map=weights)
+    return model
+
+
 class Reference:
     """What a merged model computes in torch, in float32, one module's weights in memory.
 
@@ -58,10 +66,7 @@ class Reference:
 
     def __init__(self, folder: Path, updates: LowRank | None = None, device: torch.device = CPU):
         weights = _Weights(folder, updates or {})
-        checkpoint = weights.checkpoint
-        config = transformers_config(checkpoint.config, checkpoint.where)
-        self.model = empty_model(config, checkpoint.family.attention)
-        attach_align_device_hook(self.model, device, offload=True, weights_map=weights)
+        self.model = streamed_model(weights.checkpoint, weights, device)
         self.device = device
         self.kept: dict[str, list[np.ndarray]] = {}
 
@@ -128,13 +133,3 @@ def load_model(
         generation = model.generation_config.from_pretrained(checkpoint.folder)
         model.generation_config = generation
     return model.eval()
-
-
-def write_float_checkpoint(
-    source: Checkpoint, folder: Path, dtype: torch.dtype = torch.float32
-) -> None:
-    """A plain Hugging Face folder of a packed model, such as exporters trace."""
-    copy_companions(source.folder, folder)
-    write_config(folder, float_config(source.config, str(dtype).removeprefix("torch.")))
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in float_tensors(source)}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -196,6 +196,11 @@ def model_facts(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
+def dtype_that_holds(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """``dtype``, or float32 where a weight would be infinite in it."""
+    return dtype if bool(torch.isfinite(weight.to(dtype)).all()) else torch.float32
+
+
 def plain_names(checkpoint: Checkpoint) -> list[str]:
     """Tensors stored as they are: all but the codes and grids of packed Linears."""
     inside = tuple(f"{name}." for name in checkpoint.quantized_linears)

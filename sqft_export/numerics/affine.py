@@ -50,8 +50,12 @@ class Grid:
         return Grid(self.scale.cpu(), self.zero_point.cpu(), self.bits, self.group_size)
 
     def moved(self, shift: Tensor, scale_bits: int = FLOAT16_BITS) -> "Grid":
-        """Its scales moved by ``exp(shift)`` (float32 ``[out, groups]``), rounded as stored."""
-        scale = _shortened((self.scale.float() * shift.exp()).half(), scale_bits)
+        """Its scales times ``exp(shift)`` (float32 ``[out, groups]``), rounded as they are stored.
+
+        No scale leaves the range of normal float16 numbers, and none changes its sign.
+        """
+        scale = self.scale.float() * shift.exp()
+        scale = torch.copysign(_stored_scale(scale.abs(), scale_bits), scale)
         return Grid(scale, self.zero_point, self.bits, self.group_size)
 
     def rows(self, rows: slice) -> "Grid":
@@ -63,14 +67,18 @@ def grouped(weight: Tensor, group_size: int) -> Tensor:
     return weight.reshape(weight.shape[0], -1, group_size)
 
 
-def _shortened(scale: Tensor, bits: int) -> Tensor:
-    """Positive float16 numbers to so many significant bits, half to even."""
+def _stored_scale(scale: Tensor, bits: int) -> Tensor:
+    """Positive float32 scales as files hold them: normal float16 numbers of so many significant
+    bits, rounded half to even."""
+    largest = torch.finfo(torch.float16).max
+    half = scale.clamp_min(SMALLEST_SCALE).clamp_max(largest).to(torch.float16)
     if bits == FLOAT16_BITS:
-        return scale
+        return half
     cut = FLOAT16_BITS - bits
-    stored = scale.view(torch.int16)
-    nearest = stored + (2 ** (cut - 1) - 1) + (stored >> cut & 1)
-    return (nearest >> cut << cut).view(torch.float16)
+    pattern = half.view(torch.int16)
+    nearest = pattern + (2 ** (cut - 1) - 1) + (pattern >> cut & 1)
+    most = int(torch.tensor(largest, dtype=torch.float16).view(torch.int16))
+    return (nearest.clamp_max(most) >> cut << cut).view(torch.float16)
 
 
 def _candidate(
@@ -79,9 +87,7 @@ def _candidate(
     """float16 scale and uint8 zero point for the range ``[low, high] * shrink``."""
     highest = 2**bits - 1
     width = 2 * torch.maximum(-low, high) if symmetric else high - low
-    scale = (width * shrink / highest).clamp_min(SMALLEST_SCALE)
-    scale = scale.clamp_max(torch.finfo(torch.float16).max).to(torch.float16)
-    scale = _shortened(scale, scale_bits)
+    scale = _stored_scale(width * shrink / highest, scale_bits)
     if symmetric:
         zero_point = torch.full_like(scale, 2 ** (bits - 1))
     else:

@@ -1,5 +1,6 @@
 """The second-order view that GPTQ and SparseGPT share."""
 
+import math
 import warnings
 
 import torch
@@ -31,8 +32,12 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     :param hessian: ``X^T X`` over calibration tokens, float32 ``[in, in]``, overwritten. An input
         that was never active constrains nothing and gets a diagonal of its own.
     :return: ``hessian``.
+    :raises ValueError: if it is not finite, or no damping that float32 holds makes it positive
+        definite.
     """
     diagonal = hessian.diagonal()
+    if not bool(torch.isfinite(diagonal).all()):  # |H_ij|^2 <= H_ii H_jj: the diagonal tells
+        raise ValueError("its Hessian has NaN or infinite entries")
     diagonal.add_(diagonal == 0)
     step = float(damping * diagonal.mean())
     _reverse(hessian)
@@ -41,6 +46,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     diagonal.add_(step)
     while not solve(hessian):
         step *= 10
+        if not math.isfinite(float(diagonal.new_tensor(step))):
+            raise ValueError("its Hessian is not positive definite at any damping")
         warnings.warn(f"Hessian not positive definite: damping raised to {step:.3g}", stacklevel=2)
         diagonal.copy_(original + step)
     _reverse(hessian)

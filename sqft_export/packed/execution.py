@@ -1,6 +1,7 @@
 """A deployment whose products run on our kernels: straight from mask and kept codes, or dense.
 
-auto    of every product the fastest kernel here, measured once (kernels/choice.py)
+auto    of every product the fastest kernel here, measured once (kernels/choice.py), unless
+        SQFT_EXPORT_EXECUTION names one of the others
 sparse  the format that zeros make smallest
 dense   our dense format
 stock   the runtime's own kernels; weights are inflated for them
@@ -15,7 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from sqft_export.errors import UserError
-from sqft_export.kernels.choice import STOCK, Chooser, Remembered, Shape
+from sqft_export.kernels.choice import STOCK, Chooser, Remembered, Shape, pinned_execution
 from sqft_export.kernels.extension import kernels_used, why_not
 from sqft_export.kernels.ir import Graph, Read, is_specialized, matrix_of
 from sqft_export.kernels.library import count_kept
@@ -29,17 +30,21 @@ Execution = Literal["auto", "sparse", "dense", "stock"]
 
 
 def checked_execution(execution: str) -> str:
-    """:raises UserError: if it is none."""
+    """The kernels to run on: in place of ``auto`` those that the environment pins, if any.
+
+    :raises UserError: if there are no such kernels.
+    """
     if execution not in get_args(Execution):
         raise UserError(
             f"execution: found {execution!r}; allowed are {', '.join(get_args(Execution))}"
         )
-    return execution
+    return (pinned_execution() or execution) if execution == "auto" else execution
 
 
 def execution_here(execution: str) -> str:
-    """What is asked for, or ``stock`` with a line of notice where the kernels are missing."""
-    if checked_execution(execution) == STOCK:
+    """The same, or ``stock`` with a line of notice where the kernels are missing."""
+    execution = checked_execution(execution)
+    if execution == STOCK:
         return STOCK
     if missing := why_not():
         print(f"notice: no sparse execution here, on dense kernels: {missing}", file=sys.stderr)
@@ -134,7 +139,7 @@ def specialize(folder: Path, out: Path, execution: str = "sparse") -> dict[str, 
     """
     if runtime_of(folder) != "openvino":
         raise UserError(f"{folder}: is for {runtime_of(folder)}; OpenVINO deployments run on them")
-    checked_execution(execution)
+    execution = checked_execution(execution)
     kernels_used()
     made = rewritten(folder, execution)
     if made is None:

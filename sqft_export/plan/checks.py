@@ -15,6 +15,7 @@ from sqft_export.model.architecture import transformers_config
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.existing import stored_grid
 from sqft_export.model.families import adapted, builder_lacks, rank_groups
+from sqft_export.plan.gates import gate_faults
 from sqft_export.plan.layout import Layout, fallbacks, group_sizes, layout_of
 from sqft_export.plan.tokenizer import tokenizer_faults
 from sqft_export.recipe.schema import HUB, Amount, Dataset, Problems, Recipe, Text, matches
@@ -80,8 +81,10 @@ def _read_all(task: Dataset, folder: Path, recipe: Recipe) -> None:
 
 def _calibration_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     source = recipe.calibration.source
+    if source == "task" or not recipe.calibrates:
+        return
     path = recipe.resolve(source)
-    if source == "task" or (path.is_file() and path.suffix in (".txt", ".jsonl")):
+    if path.is_file() and path.suffix in (".txt", ".jsonl"):
         return
     if not source.startswith(HUB) and not path.is_dir():
         yield (
@@ -369,4 +372,5 @@ CHECKS: tuple[FaultFinder, ...] = (
     _accelerator_faults,
     _device_faults,
     _lm_eval_faults,
+    gate_faults,
 )

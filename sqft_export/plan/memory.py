@@ -30,16 +30,16 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
     widest = max(inputs for _, inputs in layout.linears.values())
     activations = 4 * calibration_tokens(recipe, workload) * widest
     outer, whole = 4 * layout.others, layout.weights + layout.others
-    gptq = recipe.quantize.method == "gptq"
+    quantize, gptq = recipe.quantize, recipe.quantize.method == "gptq"
     exported = max((written[f"export-{name}"] for name in recipe.export.targets), default=0)
     deployed = exported / (1 + recipe.export.sparse_files)
     loaded = layout.width * whole + layout.weights / 8
     in_float = _torch_rows(recipe, layout)
     of_pass = {
-        "sparsify": MAPPED + block + 3 * largest + activations,
+        "sparsify": MAPPED + block + 3 * largest + activations * recipe.sparsify.calibrates,
         "reconstruct": _reconstruction_bytes(recipe.sparsify.reconstruct, recipe, layout, workload),
         "quantize": max(
-            MAPPED + block + 2 * largest + 4 * widest**2 * gptq + activations,
+            MAPPED + block + 2 * largest + 4 * widest**2 * gptq + activations * quantize.calibrates,
             _reconstruction_bytes(recipe.quantize.reconstruct, recipe, layout, workload),
         ),
         # The tuned model runs once, for what it computed with: a weight at a time is digested.

@@ -228,6 +228,11 @@ class Sparsify(Amount):
     def allocated(self) -> bool:
         return self.allocation == "output-error"
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether pruning looks at calibration data."""
+        return self.method in ("wanda", "sparsegpt") or self.allocated
+
 
 class Nncf(Section):
     """What NNCF does to find codes and grid (its weight compression, a block at a time)."""
@@ -295,6 +300,11 @@ class Quantize(Section):
                 f"reconstruct: method {self.method} rounds nothing; it goes with gptq, rtn and nncf"
             )
         return self
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether rounding looks at calibration data."""
+        return self.method in ("gptq", "nncf") or self.reconstruct is not None
 
 
 class Distill(Section):
@@ -513,6 +523,25 @@ class Benchmark(Section):
         return self
 
 
+class Gates(Section):
+    """What a run may cost on held-out data before it stops; docs/reliability.md has the defaults
+    that warn."""
+
+    kl: float | None = Field(
+        None,
+        gt=0,
+        description="largest KL divergence of a pass from the one before, in nats per token; null: "
+        "a warning above 1. A pass that trains is stopped where its perplexity rose as well",
+    )
+    accuracy_drop: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="most points of accuracy that the merged model or a deployment may lose to the "
+        "dense base; null: a warning above 5 that a paired test tells from chance",
+    )
+
+
 class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     seed: int = Field(42, ge=0, lt=2**32)
@@ -531,6 +560,7 @@ class Recipe(Section):
     export: Export = Export()
     verify: Verify = Verify()
     benchmark: Benchmark = Benchmark()
+    gates: Gates = Gates()
     _file: Path = pydantic.PrivateAttr(default=Path())
     _overrides: tuple[str, ...] = pydantic.PrivateAttr(default=())
 
@@ -588,6 +618,12 @@ class Recipe(Section):
     def merges_densely(self) -> bool:
         """Pruned positions are given up to the adapter's update."""
         return self.adapt is not None and self.adapt.merge_dense
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether any pass looks at calibration data."""
+        sparsify = self.sparsify
+        return bool(sparsify.calibrates or sparsify.reconstruct or self.quantize.calibrates)
 
     @property
     def set_aside(self) -> int:

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from sqft_export.measure.quality import quality_file, read_quality
 from sqft_export.recipe.schema import Recipe
 from sqft_export.report.text import accuracy_text
 from sqft_export.report.verdict import verdict
@@ -70,7 +71,12 @@ def by_lm_eval(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 def _passes(inputs: dict[str, Artifact]) -> list[dict[str, Any]]:
     return [
-        {"pass": name, "key": artifact.key[:16], "seconds": artifact.manifest["seconds"]}
+        {
+            "pass": name,
+            "key": artifact.key[:16],
+            "seconds": artifact.manifest["seconds"],
+            "quality": read_quality(quality_file(artifact.path.parent, name, artifact.key)),
+        }
         for name, artifact in inputs.items()
     ]
 

@@ -19,9 +19,22 @@ def verdict(rows: list[ReportRow], measure: str) -> str | None:
     if dense is None or not deployed:
         return None
     best = min(deployed, key=_tpot)
+    first = f"{best['name']}, the fastest deployment: {_bought(best, dense)}."
+    lora, at_chance = by_name.get("dense + LoRA"), dense.get("at_chance", False)
+    if at_chance and lora is None:
+        return f"{first} It has {accuracy_text(best)} {measure}; {chance_text(dense)}."
+    cost = f"{first} It cost: {_cost(best, lora or dense, measure)}"
+    return f"{cost}; {chance_text(dense)}." if at_chance else f"{cost}."
+
+
+def chance_text(dense: ReportRow) -> str:
+    """Why a dense base at chance is no measure of what was kept."""
+    nothing = "the dense base knows nothing about this task"
+    if dense["interval"] is None or dense["chance"] is None:
+        return f"{nothing}: its perplexity is {dense['perplexity']:.0f}"
     return (
-        f"{best['name']}, the fastest deployment: {_bought(best, dense)}. It cost: "
-        f"{_cost(best, by_name.get('dense + LoRA', dense), measure)}."
+        f"{nothing}: its {accuracy_text(dense)} is not significantly above chance, "
+        f"{100 * dense['chance']:.1f} %"
     )
 
 

@@ -46,7 +46,9 @@ def digests(recipe: Recipe, folder: Path | None, online: bool = False) -> dict[s
 
     config = recipe.calibration
     calibration: Any
-    if config.source.startswith(HUB):
+    if not recipe.calibrates:
+        calibration = None  # no pass reads it; it may be missing
+    elif config.source.startswith(HUB):
         name = config.source.removeprefix(HUB)
         calibration = [config.source, dataset_revision(name, config.revision, online)]
     elif config.source == "task":

@@ -21,6 +21,7 @@ from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.artifact import Artifact, Store, environment, key_of, read_artifact
 from sqft_export.run.digests import digests
+from sqft_export.run.gates import QualityGates
 from sqft_export.run.host import lacking
 from sqft_export.run.launcher import process_rank
 from sqft_export.run.progress import Start, reporting, silent
@@ -225,16 +226,19 @@ def run_recipe(recipe: Recipe, root: Path, last: tuple[str, ...] = ()) -> dict[s
     if process_rank():
         return _follow(recipe, folder, layout, store, last)
     artifacts: dict[str, Artifact] = {}
+    gates = QualityGates(recipe, folder, root)
     with _alone(root), _quiet(root / "log.txt") as terminal, reporting(terminal) as reporter:
         for step in _affordable(recipe, folder, layout, store, last):
+            warnings = list[str]()
             if step.artifact is not None:
                 artifacts[step.name] = step.artifact
                 reporter.say(f"{step.name:16} cached{_elsewhere(step.artifact)}")
-                continue
-            start = reporter.start_of(step.name)
-            made = _run_pass(step, recipe, folder, artifacts, store, start)
-            artifacts[step.name] = made
-            reporter.say(f"{step.name:16} {made.manifest['seconds']:.1f} s")
-            for warning in made.metrics.get("warnings", []):
+            else:
+                start = reporter.start_of(step.name)
+                made = _run_pass(step, recipe, folder, artifacts, store, start)
+                artifacts[step.name] = made
+                reporter.say(f"{step.name:16} {made.manifest['seconds']:.1f} s")
+                warnings = made.metrics.get("warnings", [])
+            for warning in (*warnings, *gates.check(step.name, artifacts)):
                 reporter.say(f"warning: {warning}")
     return artifacts

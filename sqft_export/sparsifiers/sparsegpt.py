@@ -2,7 +2,8 @@
 
 In every block of columns the weights of lowest ``w^2 / U_cc^2`` go, ``U`` being the upper Cholesky
 factor of the inverse Hessian; the columns to the right absorb the error. Each output row drops
-its share within every block, so that rows and column blocks are equally sparse.
+its share within every block, so that rows and column blocks are equally sparse. An N:M mask is
+chosen every M columns, on weights that have absorbed the errors of all columns before them.
 """
 
 import torch
@@ -21,20 +22,21 @@ def compress(weight: Tensor, pruning: Pruning, factor: Tensor) -> tuple[Tensor, 
     """
     work = weight.T.contiguous()  # one input column of all rows lies in one piece
     masks = []
-    in_features = weight.shape[1]
-    block = pruning.block
+    in_features, block = weight.shape[1], pruning.block
     chunk = _COLUMNS_AT_ONCE // block * block or block
+    chosen_at_once = block if pruning.n_of_m else chunk
     for start in range(0, in_features, chunk):
         stop = min(start + chunk, in_features)
-        scores = (work[start:stop].T / factor.diagonal()[start:stop]).square()
-        mask = pruning.mask_of_columns(scores, start)
-        masks.append(mask)
-        dropped = (~mask).T.to(weight.dtype)
         errors = weight.new_empty(stop - start, weight.shape[0])
-        for column in range(start, stop):
-            error = errors[column - start]
-            torch.div(work[column] * dropped[column - start], factor[column, column], out=error)
-            work[column:stop].addr_(factor[column, column:stop], error, alpha=-1)
+        for first in range(start, stop, chosen_at_once):
+            last = min(first + chosen_at_once, stop)
+            scores = (work[first:last].T / factor.diagonal()[first:last]).square()
+            masks.append(pruning.mask_of_columns(scores, first))
+            dropped = (~masks[-1]).T.to(weight.dtype)
+            for column in range(first, last):
+                error = errors[column - start]
+                torch.div(work[column] * dropped[column - first], factor[column, column], out=error)
+                work[column:stop].addr_(factor[column, column:stop], error, alpha=-1)
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     mask = torch.cat(masks, dim=1)
     return work.T.masked_fill_(~mask, 0), mask

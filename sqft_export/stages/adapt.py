@@ -13,7 +13,7 @@ from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "teacher")
 READS: tuple[str, ...] = ("model", "train")
-VERSION = 4
+VERSION = 5
 RESUMES = True
 DISTRIBUTED = True
 

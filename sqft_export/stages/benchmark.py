@@ -15,8 +15,10 @@ from typing import Any
 from sqft_export.data.items import Data, Item, first_of_every_set, load_tokenizer, stop_ids
 from sqft_export.data.scoring import Judged, judge, questions
 from sqft_export.measure.agreement import Beside
+from sqft_export.measure.chance import GUESSING_PERPLEXITY, chance_accuracy, is_at_chance
 from sqft_export.measure.machine import machine_facts
 from sqft_export.measure.rows import (
+    DENSE,
     MADE,
     TITLES,
     Row,
@@ -30,6 +32,7 @@ from sqft_export.measure.worker import in_a_process
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.packed.folders import PACKED, SPARSE
 from sqft_export.recipe.schema import Recipe
+from sqft_export.report.verdict import chance_text
 from sqft_export.run.artifact import digest_of, key_of
 from sqft_export.run.device import device_of
 from sqft_export.run.host import allowed_processors
@@ -50,15 +53,13 @@ CONSUMES: tuple[str, ...] = (
     "baselines",
 )
 READS: tuple[str, ...] = ("model", "test")
-VERSION = 11
+VERSION = 12
 RESUMES = False
 DISTRIBUTED = False
 
 
 ANSWERS = ("answers", "likelihoods", "ttft_samples", "tpot_samples")
 PILOT = 8  # items of every set that the others are reckoned from
-LOST = 1000  # a perplexity at which a model guesses
-DENSE = "dense base"
 # Rows whose distributions those after them are held to, and what that is called in a row.
 REFERENCES = {DENSE: "beside_dense", "merged": "beside_merged"}
 
@@ -183,9 +184,7 @@ def run(context: Context) -> dict:
                 log.write(json.dumps(entry) + "\n")
     weights = Checkpoint(context.model).parameters
     results = [_described(row, weights) | _found(row.name, judged, runs[row.name]) for row in table]
-    if table[0].name == DENSE and results[0]["accuracy"]:
-        for result in results:
-            result["recovery"] = result["accuracy"] / results[0]["accuracy"]
+    _add_shares_of_dense(results, chance_accuracy(items))
     document = {
         "settings": _settings(recipe, items),
         "machine": machine_facts(),
@@ -193,6 +192,19 @@ def run(context: Context) -> dict:
     }
     (context.folder / "results.json").write_text(json.dumps(document, indent=2) + "\n")
     return {"rows": len(results), "warnings": _warnings(results, recipe.adapt is not None)}
+
+
+def _add_shares_of_dense(results: list[dict[str, Any]], chance: float | None) -> None:
+    """Accuracy as a share of the dense base's, unless that one knows nothing about the task."""
+    dense = results[0]
+    if dense["name"] != DENSE:
+        return
+    dense["chance"] = chance
+    dense["at_chance"] = is_at_chance(dense)
+    if dense["at_chance"] or not dense["accuracy"]:
+        return
+    for result in results:
+        result["recovery"] = result["accuracy"] / dense["accuracy"]
 
 
 def _found(
@@ -281,11 +293,15 @@ def _warnings(results: list[dict[str, Any]], was_tuned: bool) -> list[str]:
                     "adapt.learning_rate"
                 )
     for row in results:
-        if row["name"] == DENSE and row["perplexity"] > LOST:
+        if row["name"] != DENSE:
+            continue
+        if row["perplexity"] > GUESSING_PERPLEXITY:
             found.append(
                 f"the dense base has a perplexity of {row['perplexity']:.0f} on the answers: it "
                 "does not know this task or this text; look at the tokenizer and the prompts"
             )
+        elif row.get("at_chance"):
+            found.append(f"{chance_text(row)}; look at the tokenizer and the prompts")
     return found
 
 

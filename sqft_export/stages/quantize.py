@@ -12,10 +12,12 @@ from sqft_export.data.calibration import calibration_options, calibration_tensor
 from sqft_export.model.blocks import Block, Inputs, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config, write_config
+from sqft_export.model.coverage import coverage_warnings
 from sqft_export.model.reconstruction import Reconstructed, reconstruct
 from sqft_export.model.storage import (
     HELD_BYTES,
     GridWriter,
+    dtype_that_holds,
     mask_for,
     plain_names,
     quantized_names,
@@ -33,13 +35,13 @@ from sqft_export.numerics.affine import (
 )
 from sqft_export.numerics.groups import fallback_group_size
 from sqft_export.quantizers import BlockQuantizer, Quantizer, quantizer
-from sqft_export.recipe.schema import Recipe
+from sqft_export.recipe.schema import Quantize, Recipe
 from sqft_export.run.device import device_name, device_of
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct")
 READS: tuple[str, ...] = ("model", "calibration")
-VERSION = 5
+VERSION = 6
 RESUMES = True  # at the block it was at, where blocks are reconstructed
 DISTRIBUTED = False
 BLOCKS = "blocks"
@@ -112,8 +114,10 @@ def _existing_codes(context: Context, grids: GridWriter, weights: TensorWriter) 
         weights.add(name, tensor)
     for name in names:
         codes, grid = read_quantized(base, name)
+        weight = dequantize(codes, grid)
         grids.add(name, grid)
-        weights.add(f"{name}.weight", stored_as(dequantize(codes, grid), grid, torch.float16))
+        dtype = dtype_that_holds(weight, base.float_dtype)
+        weights.add(f"{name}.weight", stored_as(weight, grid, dtype))
         advance()
     return {"warnings": []}
 
@@ -134,7 +138,7 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> dic
     method = quantizer(config.method)
     advance = context.start(checkpoint.blocks)
     inputs = Inputs(method.NEEDS, config.damping)
-    held, errors = list[str](), list[tuple[float, float]]()
+    held, errors, tokens = list[str](), list[tuple[float, float]](), dict[str, int]()
     copy_companions(checkpoint.folder, weights.folder)
     write_config(weights.folder, checkpoint.config)
 
@@ -144,7 +148,7 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> dic
         key = f"{name}.weight"
         weights.add(key, stored_as(weight, grid, checkpoint.dtype(key)))
 
-    for theirs, block in _walked(context, checkpoint, inputs):
+    for theirs, block in _walked(context, checkpoint, inputs, tokens):
         rest = set(checkpoint.block_names(block.index))
         quantized = _quantized(context, method, block, inputs)
         if theirs:
@@ -162,24 +166,32 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> dic
         advance()
     for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
         if config.embedding_bits and tensor.dim() == 2:
-            whole = fit_grid(
-                tensor.float(), config.embedding_bits, tensor.shape[1], config.symmetric
-            )
-            add(name.removesuffix(".weight"), tensor.float(), whole)
+            add(name.removesuffix(".weight"), tensor.float(), _row_grid(tensor.float(), config))
         else:
             weights.add(name, tensor)
-    return {"warnings": held} | ({"block_errors": errors} if errors else {})
+    held += coverage_warnings(tokens, checkpoint.linears, inputs.has_hessian)
+    metrics = {"warnings": held, "calibration_tokens": tokens}
+    return metrics | ({"block_errors": errors} if errors else {})
+
+
+def _row_grid(weight: Tensor, config: Quantize) -> Grid:
+    """The grid of embedding or head: one scale per row."""
+    assert config.embedding_bits
+    return fit_grid(weight, config.embedding_bits, weight.shape[1], config.symmetric)
 
 
 def _walked(
-    context: Context, checkpoint: Checkpoint, inputs: Inputs
+    context: Context, checkpoint: Checkpoint, inputs: Inputs, tokens: dict[str, int]
 ) -> Iterator[tuple[Block | None, Block]]:
-    """Blocks to compress, and the dense ones that they shall come back to, if any."""
+    """Blocks to compress, and the dense ones that they shall come back to, if any.
+
+    :param tokens: filled with the calibration tokens that each Linear saw.
+    """
     device, samples = _device(context), None
-    if inputs.needs != "nothing" or context.recipe.quantize.reconstruct:
+    if context.recipe.quantize.calibrates:
         samples = calibration_tensors(context.recipe, context.model)
     known = [i for i in range(checkpoint.blocks) if _kept_block(context, i).is_file()]
-    ours = walk(checkpoint, samples, inputs.collector, device, known)
+    ours = walk(checkpoint, samples, inputs.collector, device, known, tokens)
     if not context.recipe.quantize.reconstruct:
         return ((None, block) for block in ours)
     return zip(walk(Checkpoint(context.model), samples, None, device), ours, strict=True)

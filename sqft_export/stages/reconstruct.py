@@ -10,6 +10,7 @@ from sqft_export.data.calibration import calibration_options, calibration_tensor
 from sqft_export.model.blocks import Block, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, write_config
+from sqft_export.model.coverage import coverage_warnings
 from sqft_export.model.reconstruction import Reconstructed, reconstruct
 from sqft_export.model.storage import HELD_BYTES, mask_for
 from sqft_export.model.tensorfiles import TensorFiles, TensorWriter
@@ -19,7 +20,7 @@ from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify",)
 READS: tuple[str, ...] = ("model", "calibration")
-VERSION = 2
+VERSION = 3
 RESUMES = True
 DISTRIBUTED = False
 BLOCKS = "blocks"
@@ -43,9 +44,9 @@ def run(context: Context) -> dict:
     done = context.folder / BLOCKS
     done.mkdir(exist_ok=True)
     advance = context.start(sparse.blocks)
-    errors = []
-    both = zip(walk(dense, samples, None, device), walk(sparse, samples, None, device), strict=True)
-    for theirs, ours in both:
+    errors, tokens = [], dict[str, int]()
+    compressed = walk(sparse, samples, None, device, tokens=tokens)
+    for theirs, ours in zip(walk(dense, samples, None, device), compressed, strict=True):
         file = done / f"{ours.index}.safetensors"
         if not file.is_file():
             dtypes = {name: sparse.dtype(f"{name}.weight") for name in ours.linears}
@@ -57,7 +58,12 @@ def run(context: Context) -> dict:
         advance()
     _assemble(sparse, done, context.folder / "model")
     shutil.rmtree(done)
-    return {"block_errors": errors, "device": device_name(device)}
+    return {
+        "block_errors": errors,
+        "device": device_name(device),
+        "calibration_tokens": tokens,
+        "warnings": coverage_warnings(tokens, sparse.linears, has_hessian=False),
+    }
 
 
 def _reconstructed(context: Context, theirs: Block, ours: Block) -> Reconstructed:

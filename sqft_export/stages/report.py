@@ -26,7 +26,7 @@ CONSUMES: tuple[str, ...] = (
     "benchmark",
 )
 READS: tuple[str, ...] = ()
-VERSION = 12
+VERSION = 13
 RESUMES = False
 DISTRIBUTED = False
 

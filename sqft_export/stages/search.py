@@ -28,7 +28,7 @@ from sqft_export.targets.torch import TorchSession
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "adapt")
 READS: tuple[str, ...] = ("model", "train")
-VERSION = 3
+VERSION = 4
 RESUMES = True
 DISTRIBUTED = False
 EVALUATIONS = "evaluations.jsonl"

@@ -8,9 +8,16 @@ from torch import Tensor
 from sqft_export.data.calibration import calibration_options, calibration_tensors
 from sqft_export.model.blocks import Inputs, walk
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.model.companions import copy_companions, write_config
-from sqft_export.model.floats import write_float_checkpoint
-from sqft_export.model.storage import HELD_BYTES, mask_writer, read_quantized
+from sqft_export.model.companions import copy_companions, float_config, write_config
+from sqft_export.model.coverage import coverage_warnings
+from sqft_export.model.storage import (
+    HELD_BYTES,
+    dtype_that_holds,
+    mask_writer,
+    plain_names,
+    quantized_names,
+    read_quantized,
+)
 from sqft_export.model.tensorfiles import TensorWriter
 from sqft_export.numerics.affine import dequantize
 from sqft_export.numerics.masks import mask_to_bits
@@ -22,7 +29,7 @@ from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ()
 READS: tuple[str, ...] = ("model", "calibration")
-VERSION = 3
+VERSION = 4
 RESUMES = False
 DISTRIBUTED = False
 
@@ -66,19 +73,19 @@ def run(context: Context) -> dict:
     if checkpoint.quantized_linears:
         return _existing_mask(context, checkpoint)
     method, device = sparsifier(config.method), device_of(context.recipe.device)
-    samples = (
-        calibration_tensors(context.recipe, context.model)
-        if method.NEEDS != "nothing" or config.allocated
-        else None
-    )
-    prunings = _prunings(context, checkpoint, samples, device)
+    samples, tokens = None, dict[str, int]()
+    if config.calibrates:
+        samples = calibration_tensors(context.recipe, context.model)
+    prunings = _prunings(context, checkpoint, samples, device, tokens)
     inputs = Inputs(method.NEEDS)
+    if inputs.collector is None:
+        samples = None  # the allocation alone looked at them
     advance = context.start(checkpoint.blocks)
     copy_companions(context.model, context.folder / "model")
     write_config(context.folder / "model", checkpoint.config)
     model_writer = TensorWriter(context.folder / "model", shard_bytes=HELD_BYTES)
     with model_writer as writer, _Masks(context.folder) as masks:
-        for block in walk(checkpoint, samples, inputs.collector, device):
+        for block in walk(checkpoint, samples, inputs.collector, device, tokens=tokens):
             rest = set(checkpoint.block_names(block.index))
             for name, linear in block.linears.items():
                 weight, mask = _compress(method, linear.weight, prunings[name], inputs.take(name))
@@ -92,13 +99,25 @@ def run(context: Context) -> dict:
             advance()
         for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
             writer.add(name, tensor)
-    return {"sparsity": masks.sparsity(), "device": device_name(device)}
+    return {
+        "sparsity": masks.sparsity(),
+        "device": device_name(device),
+        "calibration_tokens": tokens,
+        "warnings": coverage_warnings(tokens, checkpoint.linears, inputs.has_hessian),
+    }
 
 
 def _prunings(
-    context: Context, checkpoint: Checkpoint, samples: list[Tensor] | None, device: torch.device
+    context: Context,
+    checkpoint: Checkpoint,
+    samples: list[Tensor] | None,
+    device: torch.device,
+    tokens: dict[str, int],
 ) -> dict[str, Pruning | None]:
-    """The pruning of every Linear, from the recipe or by the output error that it costs."""
+    """The pruning of every Linear, from the recipe or by the output error that it costs.
+
+    :param tokens: filled with what each Linear saw, where that is measured.
+    """
     config = context.recipe.sparsify
     prunings = {name: pruning_of(config, name) for name in checkpoint.linears}
     if not config.allocated:
@@ -107,7 +126,7 @@ def _prunings(
     free = [name for name in prunings if override_for(config, name) is None]
     inputs, curves = Inputs("norms"), dict[str, Curve]()
     advance = context.start(checkpoint.blocks)
-    for block in walk(checkpoint, samples, inputs.collector, device):
+    for block in walk(checkpoint, samples, inputs.collector, device, tokens=tokens):
         for name, linear in block.linears.items():
             norms = inputs.take(name)
             if name in free:
@@ -118,12 +137,25 @@ def _prunings(
 
 
 def _existing_mask(context: Context, checkpoint: Checkpoint) -> dict:
-    """The mask of a quantized checkpoint: where its code is not the zero point."""
-    advance = context.start(len(checkpoint.quantized_linears))
-    write_float_checkpoint(checkpoint, context.folder / "model", torch.float16)
-    with _Masks(context.folder) as masks:
-        for name in checkpoint.quantized_linears:
-            masks.add(name, dequantize(*read_quantized(checkpoint, name)) != 0)
+    """The mask of a quantized checkpoint: where its code is not the zero point.
+
+    Its float model is written a tensor at a time; stored floats keep their dtype.
+    """
+    names, dtype = quantized_names(checkpoint), checkpoint.float_dtype
+    linears, keys = set(checkpoint.quantized_linears), {f"{name}.weight" for name in names}
+    advance = context.start(len(names))
+    model = context.folder / "model"
+    copy_companions(checkpoint.folder, model)
+    write_config(model, float_config(checkpoint.config, str(dtype).removeprefix("torch.")))
+    model_writer = TensorWriter(model, shard_bytes=HELD_BYTES)
+    with model_writer as writer, _Masks(context.folder) as masks:
+        for key, tensor in checkpoint.tensors(n for n in plain_names(checkpoint) if n not in keys):
+            writer.add(key, tensor)
+        for name in names:
+            weight = dequantize(*read_quantized(checkpoint, name))
+            if name in linears:
+                masks.add(name, weight != 0)
+            writer.add(f"{name}.weight", weight.to(dtype_that_holds(weight, dtype)))
             advance()
     return {"sparsity": masks.sparsity()}
 

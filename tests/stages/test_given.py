@@ -119,3 +119,25 @@ def test_a_scale_that_is_no_number_is_named(tiny_run, tmp_path):
     base = with_scale(tiny_run["merge"].path / "model", tmp_path / "base", float("inf"))
     with pytest.raises(UserError, match=rf"{LAYER}: 1 of \d+ scales are NaN or infinite"):
         next_round(base, tmp_path / "runs")
+
+
+def test_the_floats_of_a_quantized_model_keep_their_dtype(tiny_run, tmp_path, monkeypatch):
+    """A norm of 1e5 is a bfloat16 and no float16; the whole model is never held."""
+    base = shutil.copytree(tiny_run["merge"].path / "model", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    floats = {name: t.bfloat16() for name, t in tensors.items() if t.dtype == torch.float32}
+    floats |= {name: t.bfloat16() for name, t in tensors.items() if name.endswith("norm.weight")}
+    floats["model.norm.weight"][0] = 1e5
+    save_file(tensors | floats, base / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("sqft_export.stages.sparsify.HELD_BYTES", 2**16)
+    made = run_recipe(small_recipe(*GIVEN, model_path=base), tmp_path / "runs", ("quantize",))
+    for name in ("sparsify", "quantize"):
+        written = Checkpoint(made[name].path / "model")
+        dtype = Checkpoint(base).float_dtype
+        assert written.tensor("model.norm.weight")[0] == torch.tensor(1e5).bfloat16()
+        assert written.dtype(f"{LAYER}.weight") == dtype
+        assert not any(key.endswith("qweight") for key in written.headers)
+    assert len(Checkpoint(made["sparsify"].path / "model").shards) > 1
+    dense = Checkpoint(made["sparsify"].path / "model").tensor(f"{LAYER}.weight").float()
+    codes, grid = read_quantized(Checkpoint(base), LAYER)
+    assert torch.equal(dense, dequantize(codes, grid).to(dtype).float())

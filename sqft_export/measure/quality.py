@@ -1,0 +1,162 @@
+"""KL divergence and perplexity of the model that a pass leaves, on a small held-out sample.
+
+Every model runs in float32 with one module's weights in memory. The sample is a few test items. The
+distributions that predict the tokens of their targets are compared.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sqft_export.adapters.files import Base, read_low_rank
+from sqft_export.adapters.loading import Layers
+from sqft_export.data.items import load_tokenizer, sampled
+from sqft_export.errors import DamagedError
+from sqft_export.measure.agreement import agreement
+from sqft_export.measure.likelihood import log_softmax
+from sqft_export.model.floats import streamed_model
+from sqft_export.numerics.affine import fake_quantize
+from sqft_export.recipe.schema import Recipe
+from sqft_export.run.artifact import SEAL, key_of
+
+SAMPLED_ITEMS = 8
+TARGET_TOKENS = 64  # of an item, at most
+SEQUENCE_TOKENS = 256  # of an item with its prompt, whose first tokens go
+
+
+@dataclass(frozen=True)
+class SampledItem:
+    """ids: a prompt and its target, cut. count: how many of the last ids are the target."""
+
+    ids: list[int]
+    count: int
+
+
+@dataclass(frozen=True)
+class PassModel:
+    """The model that a pass leaves.
+
+    base: its weights, masks and grids. adapter: folder of what tuning adds to it, or None.
+    """
+
+    base: Base
+    adapter: Path | None = None
+
+
+def held_out_sample(recipe: Recipe, model: Path) -> list[SampledItem]:
+    """A few items of the test split, evenly spread, tokenized by the base model's tokenizer."""
+    tokenizer = load_tokenizer(model)
+    _, items = sampled(recipe, tokenizer, "test", SAMPLED_ITEMS)
+    found = []
+    for item in items[:SAMPLED_ITEMS]:
+        target = item.target[:TARGET_TOKENS]
+        found.append(SampledItem((item.prompt + target)[-SEQUENCE_TOKENS:], len(target)))
+    return found
+
+
+class _EffectiveWeights(Mapping[str, Tensor]):
+    """Every weight that a model computes with, in float32, read on access."""
+
+    def __init__(self, model: PassModel):
+        self.layers = Layers(model.base, model.adapter)
+        self.checkpoint = self.layers.checkpoint
+        beside = model.adapter if model.base.unmerged else None
+        self.beside = read_low_rank(beside) if beside else {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        module, _, parameter = name.rpartition(".")
+        module = self.checkpoint.stored_name(module)
+        if parameter != "weight" or module not in self.layers.names:
+            weight = self.checkpoint.tensor(f"{module}.{parameter}").float()
+            grid = self.layers.grids.get(module) if parameter == "weight" else None
+            return fake_quantize(weight, grid) if grid else weight
+        layer, update = self.layers.layer(module)
+        weight = layer.effective_weight(update)
+        if module in self.beside:
+            lora_a, lora_b = map(torch.from_numpy, self.beside[module])
+            weight = weight + lora_b @ lora_a
+        return weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checkpoint.shapes)
+
+    def __len__(self) -> int:
+        return len(self.checkpoint.shapes)
+
+
+@torch.no_grad()
+def target_distributions(
+    model: PassModel, sample: list[SampledItem], device: torch.device
+) -> np.ndarray:
+    """Logarithms of the distributions that predict the targets: float32 ``[tokens, vocabulary]``.
+
+    Shorter items are padded on the right, where a causal model does not look.
+    """
+    weights = _EffectiveWeights(model)
+    streamed = streamed_model(weights.checkpoint, weights, device)
+    ids = torch.zeros(len(sample), max(len(item.ids) for item in sample), dtype=torch.int64)
+    for row, item in zip(ids, sample, strict=True):
+        row[: len(item.ids)] = torch.tensor(item.ids)
+    logits = streamed(input_ids=ids.to(device), use_cache=False).logits
+    rows = []
+    for one, item in zip(logits, sample, strict=True):
+        last = len(item.ids) - 1  # the token after the last id is not in the sample
+        rows.append(log_softmax(one[last - item.count : last].cpu().numpy()).astype(np.float32))
+    return np.concatenate(rows)
+
+
+def perplexity_of(distributions: np.ndarray, sample: list[SampledItem]) -> float:
+    """Perplexity of the targets; infinite or NaN where the model's distributions are."""
+    targets = [token for item in sample for token in item.ids[-item.count :]]
+    mean = float(distributions[np.arange(len(targets)), targets].astype(np.float64).mean())
+    return math.exp(-mean) if mean > -700 else math.nan if math.isnan(mean) else math.inf
+
+
+def compare_quality(
+    before: np.ndarray, after: np.ndarray, sample: list[SampledItem]
+) -> dict[str, Any]:
+    """KL divergence from the model before in nats per token, and both perplexities."""
+    found = agreement(before, after)
+    return {
+        "items": len(sample),
+        "tokens": found["tokens"],
+        "kl_nats": found["kl_nats"],
+        "agreement": found["agreement"],
+        "perplexity": perplexity_of(after, sample),
+        "perplexity_before": perplexity_of(before, sample),
+    }
+
+
+def quality_file(root: Path, name: str, key: str) -> Path:
+    return root / f"quality-{name}-{key[:16]}.json"
+
+
+def write_quality(file: Path, record: dict[str, Any]) -> None:
+    """Write a record with its seal, then move it into place."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(record | {SEAL: key_of(record)}, indent=2) + "\n")
+    partial.rename(file)
+
+
+def read_quality(file: Path) -> dict[str, Any] | None:
+    """Read a record; None if the file is missing.
+
+    :raises DamagedError: if it is not as it was written.
+    """
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text())
+        seal = record.pop(SEAL)
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError):
+        record, seal = {}, None
+    if seal != key_of(record):
+        raise DamagedError(f"{file}: its seal is broken; delete it and run again")
+    return record

@@ -1,0 +1,22 @@
+"""Faults of gates: a gate needs the rows of the benchmark that it compares."""
+
+from collections.abc import Iterator
+
+from sqft_export.plan.layout import Layout
+from sqft_export.recipe.schema import Recipe
+
+
+def gate_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    baselines = recipe.benchmark.baselines
+    if recipe.gates.accuracy_drop is None:
+        return
+    if "dense" not in baselines:
+        yield (
+            f"gates.accuracy_drop: found {recipe.gates.accuracy_drop:g}, but benchmark.baselines "
+            f"is {list(baselines)}; the drop is from the row dense, add it"
+        )
+    elif not recipe.export.targets and (recipe.unmerged or "merged" not in baselines):
+        yield (
+            f"gates.accuracy_drop: found {recipe.gates.accuracy_drop:g}, but the benchmark has "
+            "no row of a merged model or deployment; add a target to export.targets"
+        )

@@ -1,0 +1,165 @@
+"""Quality gates: measure the cost of each pass on held-out data, and stop where it is too high.
+
+After every pass that changes the model, its KL divergence from the model before and its perplexity
+are measured and kept beside the artifact, in ``quality-<pass>-<key>.json``. The accuracy that a
+run costs is judged at the benchmark. Deployments are left out here: ``verify.divergence`` bounds
+the rounding of a runtime.
+"""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqft_export.adapters.files import Base
+from sqft_export.data.items import data_files
+from sqft_export.errors import GateError
+from sqft_export.measure.quality import (
+    PassModel,
+    SampledItem,
+    compare_quality,
+    held_out_sample,
+    quality_file,
+    read_quality,
+    target_distributions,
+    write_quality,
+)
+from sqft_export.measure.rows import DENSE, MADE
+from sqft_export.recipe.schema import Recipe
+from sqft_export.run.artifact import Artifact, digest_of, key_of
+from sqft_export.run.device import device_of
+
+# Passes that leave a model, in their order; the first one is compared with the base model.
+MEASURED = ("sparsify", "reconstruct", "quantize", "search", "merge")
+TASK_TRAINED = ("reconstruct", "search")
+MEASURED_VERSION = 1  # raised when the code changes what is measured
+NOTABLE_KL = 1.0  # nats per token
+NOTABLE_PERPLEXITY = 2.0  # times the one before
+NOTABLE_DROP = 5.0  # points of accuracy
+BASE = "the base model"
+
+
+def model_after(name: str, recipe: Recipe, base: Path, made: dict[str, Artifact]) -> PassModel:
+    """The model that a pass leaves; that of the base folder for ``BASE``."""
+    path = {other: artifact.path for other, artifact in made.items()}
+    if name == BASE:
+        return PassModel(Base(base, None, base))
+    if name == "merge":
+        model = path["merge"] / "model"
+        adapter = path["merge"] / "adapter" if recipe.unmerged else None
+        return PassModel(Base(model, None, model, recipe.unmerged), adapter)
+    if name != "search":
+        return PassModel(Base(path[name] / "model", None, path[name]))
+    before = [path[n] / "model" for n in ("sparsify", "reconstruct", "quantize") if n in path]
+    grids = path["search"] if recipe.training.trainable_scales else path.get("quantize")
+    masks = path.get("sparsify") if recipe.training.masked else None
+    started = Base([base, *before][-1], masks, grids, recipe.unmerged)
+    return PassModel(started, path["search"] / "adapter")
+
+
+class QualityGates:
+    """Measures each finished pass, and stops the run if it costs more than the recipe allows.
+
+    :param model: folder of the base model. :param root: of the run's artifacts.
+    """
+
+    def __init__(self, recipe: Recipe, model: Path, root: Path):
+        self.recipe, self.model, self.root = recipe, model, root
+        self._sample: list[SampledItem] = []
+        self._kept: tuple[str, np.ndarray] | None = None  # of the model that was measured last
+
+    def check(self, name: str, made: dict[str, Artifact]) -> list[str]:
+        """Warnings about a pass that is done.
+
+        :param made: artifacts of this and all earlier passes.
+        :raises GateError: naming the pass, if it costs more than ``gates`` allow.
+        """
+        if name == "benchmark":
+            return self._accuracy_warnings(made[name])
+        if name not in MEASURED:
+            return []
+        file = quality_file(self.root, name, made[name].key)
+        record = read_quality(file)
+        if record is None or record.get("data") != self._data:
+            record = self._measured(name, made) | {"data": self._data}
+            write_quality(file, record)
+        return self._judged(name, record)
+
+    @cached_property
+    def _data(self) -> str:
+        """Digest of the sample's source and of the method; a record of another one is outdated."""
+        task = self.recipe.task.model_dump(exclude={"train", "test", "text", "folder"})
+        files = [digest_of(file) for file in data_files(self.recipe, "test")]
+        return key_of({"version": MEASURED_VERSION, "task": task, "test": files})
+
+    def _measured(self, name: str, made: dict[str, Artifact]) -> dict[str, Any]:
+        earlier = [other for other in MEASURED[: MEASURED.index(name)] if other in made]
+        before = [BASE, *earlier][-1]
+        if self._kept is None or self._kept[0] != before:
+            self._kept = before, self._distributions(before, made)
+        after = self._distributions(name, made)
+        found = compare_quality(self._kept[1], after, self._sample)
+        self._kept = name, after
+        return {"pass": name, "before": before} | found
+
+    def _distributions(self, name: str, made: dict[str, Artifact]) -> np.ndarray:
+        if not self._sample:
+            self._sample = held_out_sample(self.recipe, self.model)
+        model = model_after(name, self.recipe, self.model, made)
+        return target_distributions(model, self._sample, device_of(self.recipe.device))
+
+    def _judged(self, name: str, record: dict[str, Any]) -> list[str]:
+        divergence, limit = record["kl_nats"], self.recipe.gates.kl
+        text = (
+            f"{name}: KL divergence from {record['before']} is {divergence:.4g} nats per token, "
+            f"perplexity {record['perplexity']:.4g} after {record['perplexity_before']:.4g}, on "
+            f"{record['tokens']} held-out tokens"
+        )
+        # Training moves a model on purpose; there perplexity tells better from worse.
+        worse = not record["perplexity"] <= record["perplexity_before"]
+        trains = name in TASK_TRAINED or (name == "quantize" and self.recipe.quantize.reconstruct)
+        if limit is not None:
+            if not divergence <= limit and (worse or not trains):
+                raise GateError(f"{text}; gates.kl allows {limit:g}. {_way_out(name)}")
+            return []
+        much = not record["perplexity"] <= NOTABLE_PERPLEXITY * record["perplexity_before"]
+        if much or (not trains and not divergence <= NOTABLE_KL):
+            return [f"{text}; notable are {NOTABLE_KL:g} nats and a perplexity twice as high"]
+        return []
+
+    def _accuracy_warnings(self, benchmark: Artifact) -> list[str]:
+        """Accuracy of the merged model and of deployments, compared with the dense base's."""
+        rows = json.loads((benchmark.path / "results.json").read_text())["rows"]
+        dense = [row["accuracy"] for row in rows if row["name"] == DENSE]
+        limit, warnings = self.recipe.gates.accuracy_drop, list[str]()
+        for row in (row for row in rows if dense and row["name"].startswith(MADE)):
+            drop = 100 * (dense[0] - row["accuracy"])
+            text = (
+                f"benchmark: {row['name']} answers {100 * row['accuracy']:.1f} % right, {drop:.1f} "
+                f"points below the dense base's {100 * dense[0]:.1f} %"
+            )
+            if limit is not None and drop > limit:
+                raise GateError(f"{text}; gates.accuracy_drop allows {limit:g}. {_way_out(DENSE)}")
+            if limit is None and drop > NOTABLE_DROP and not _may_be_chance(row):
+                warnings.append(text)
+        return warnings[:1]
+
+
+def _may_be_chance(row: dict[str, Any]) -> bool:
+    """Whether a paired test does not tell the row and the first one apart."""
+    p_value = row.get("p_same_as_first")
+    return p_value is not None and p_value >= 0.05
+
+
+def _way_out(name: str) -> str:
+    settings = {
+        "sparsify": "Lower sparsify.sparsity, try sparsify.reconstruct",
+        "quantize": "Raise quantize.bits, lower quantize.group_size",
+        "search": "Look at adapt.learning_rate",
+        "reconstruct": "Look at sparsify.reconstruct.learning_rate",
+        "merge": "Look at adapt.merge_dense",
+    }
+    first = settings.get(name, "Lower sparsify.sparsity, raise quantize.bits, train longer")
+    return f"{first}, or raise the gate; passes that are done are kept"
