@@ -13,6 +13,7 @@ import click
 import typer
 
 from sqft_export.errors import UserError
+from sqft_export.run.processors import wait_briefly
 
 app = typer.Typer(
     help="Compile a language model and a task into a sparse, low-precision deployment.",
@@ -36,6 +37,14 @@ LARGEST_OPTION = 2**20
 Items = Annotated[
     int, typer.Option(min=1, max=LARGEST_OPTION, help="of the task or windows of the text")
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=4096,
+        help="threads that compute; else OMP_NUM_THREADS, else as many as processors are free",
+    ),
+]
 Device = Annotated[
     str, typer.Option("--device", help="cpu, gpu or npu; `list targets` says which are here")
 ]
@@ -58,14 +67,17 @@ def run(
     overrides: Overrides = None,
     model_path: ModelPath = None,
     runs: Runs = Path("runs"),
+    threads: Threads = None,
     json_only: Json = False,
 ) -> None:
     """Run a recipe to its report; passes already done are skipped."""
     from sqft_export.recipe.load import load_recipe
     from sqft_export.run.launcher import process_rank
-    from sqft_export.run.pipeline import run_recipe
 
     loaded = load_recipe(recipe, tuple(overrides or ()), model_path)
+    _set_threads(threads, runs / loaded.name)
+    from sqft_export.run.pipeline import run_recipe
+
     artifacts = run_recipe(loaded, runs / loaded.name)
     if process_rank():
         return
@@ -82,14 +94,18 @@ def plan_command(
     overrides: Overrides = None,
     model_path: ModelPath = None,
     runs: Runs = Path("runs"),
+    threads: Threads = None,
     json_only: Json = False,
 ) -> None:
     """Check a recipe and show its passes, what is cached, and what each will cost here."""
     from sqft_export.recipe.load import load_recipe
     from sqft_export.report.text import plan_text
+
+    loaded = load_recipe(recipe, tuple(overrides or ()), model_path)
+    _set_threads(threads, runs / loaded.name)
     from sqft_export.run.preview import preview
 
-    document = preview(load_recipe(recipe, tuple(overrides or ()), model_path), runs)
+    document = preview(loaded, runs)
     print(json.dumps(document) if json_only else plan_text(document))
 
 
@@ -102,16 +118,19 @@ def export(
     ] = None,
     model_path: ModelPath = None,
     runs: Runs = Path("runs"),
+    threads: Threads = None,
 ) -> None:
     """Write the deployment folders of a recipe; what was trained is not trained again."""
     from sqft_export.recipe.load import load_recipe
-    from sqft_export.run.pipeline import run_recipe
 
     settings = [f"export.targets=[{only}]"] if only else []
     loaded = load_recipe(recipe, (*(overrides or ()), *settings), model_path)
     last = tuple(f"export-{target}" for target in loaded.export.targets)
     if not last:
         raise UserError(f"{loaded.file}: export.targets: is empty; name one with --only")
+    _set_threads(threads, runs / loaded.name)
+    from sqft_export.run.pipeline import run_recipe
+
     artifacts = run_recipe(loaded, runs / loaded.name, last)
     for name in last:
         print(artifacts[name].path / "model")
@@ -167,8 +186,7 @@ def benchmark_command(
 
     lengths, batches = _numbers(prompt_tokens, "--prompt-tokens"), _numbers(batch, "--batch")
     stay = _numbers(cpus, "--cpus", least=0) if cpus else None
-    for folder in folders:
-        _require_folder(folder)
+    _check_before_measuring(folders)
     ways = tuple(dict.fromkeys(execution.split(",")))
     settings = DeviceSettings(lengths, new_tokens, batches, rounds, threads, stay, device, ways)
     questions = questions_of(folders[0], task, data, text, items)
@@ -245,12 +263,10 @@ def sweep(
     overrides: Overrides = None,
     model_path: ModelPath = None,
     runs: Runs = Path("runs"),
+    threads: Threads = None,
 ) -> None:
     """Run a recipe with every combination of values, then compare; done passes are shared."""
-    from sqft_export.model.hub import model_folder
-    from sqft_export.plan.checks import check_recipe
     from sqft_export.recipe.load import load_recipe
-    from sqft_export.run.pipeline import run_recipe
 
     axes = []
     for setting in over:
@@ -260,6 +276,11 @@ def sweep(
         axes.append([f"{path}={value}" for value in values.split(",")])
     chosen = [(*(overrides or ()), *settings) for settings in itertools.product(*axes)]
     recipes = [load_recipe(recipe, settings, model_path) for settings in chosen]
+    _set_threads(threads, runs / recipes[0].name)
+    from sqft_export.model.hub import model_folder
+    from sqft_export.plan.checks import check_recipe
+    from sqft_export.run.pipeline import run_recipe
+
     for one in recipes:  # all of them before the first runs
         check_recipe(one, model_folder(one, download=False))
     reports = []
@@ -320,11 +341,13 @@ def specialize_command(
 @app.command("verify")
 def verify_command(
     folder: Annotated[Path, typer.Argument(help="a run, such as runs/tiny, or a deployment")],
+    threads: Threads = None,
     json_only: Json = False,
 ) -> None:
     """Derive every digest and line of a certificate again, from the files alone."""
     import tempfile
 
+    _set_threads(threads)
     from sqft_export.packed.seal import sealed_or_refused
     from sqft_export.targets.folder import GRAPHS
     from sqft_export.verify.certify import certify_again
@@ -346,6 +369,38 @@ def verify_command(
             found = f"{check.differing:.3g} of {check.compared:,} {check.unit}"
             print(f"  {state}  {check.part:8}  {check.name}: {found}")
     certificate.require()
+
+
+def _set_threads(threads: int | None, root: Path | None = None) -> None:
+    """Set how many threads compute, and say so where the machine is busy; torch counts them as it
+    is imported.
+
+    :param root: of a run that may have been interrupted.
+    """
+    from sqft_export.run.launcher import process_count
+    from sqft_export.run.processors import set_threads
+
+    if threads is None and process_count() > 1:  # a launcher shares the processors out
+        return
+    if said := set_threads(threads, root):
+        print(said, file=sys.stderr)
+
+
+def _check_before_measuring(folders: list[Path]) -> None:
+    """Say so where the machine is busy.
+
+    :raises UserError: if there is no such folder.
+    """
+    import time
+
+    from sqft_export.run.processors import SAMPLE_SECONDS, busy_text, sample, used_by_others
+
+    for folder in folders:
+        _require_folder(folder)
+    before = sample()
+    time.sleep(SAMPLE_SECONDS)
+    if found := busy_text(used_by_others(before)):
+        print(f"machine: {found}; latencies are longer than on a quiet one", file=sys.stderr)
 
 
 def _require_folder(folder: Path) -> None:
@@ -407,6 +462,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     signal.signal(signal.SIGTERM, _terminate)
+    wait_briefly()
     sys.exit(_run())
 
 

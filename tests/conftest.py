@@ -15,6 +15,10 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     share = processors[int(mine.removeprefix("gw")) :: int(count)]
     os.sched_setaffinity(0, share or processors)
 
+if hasattr(os, "sched_getaffinity"):
+    # Commands that tests start compute with as many threads as tests do, however busy it is.
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

@@ -27,7 +27,7 @@ ORDER = [
         "model.memory",
         "model.companions",
     },
-    {"model.tensorfiles"},
+    {"model.tensorfiles", "run.processors"},
     {"model.families", "model.existing"},
     {"model.architecture"},
     {"model.checkpoint", "model.hub"},

@@ -5,9 +5,11 @@ import random
 from torch import nn
 
 from sqft_export.adapters.files import PREFIX
-from sqft_export.adapters.linear import CompressedLinear, ElasticLoraLinear, Update
+from sqft_export.adapters.linear import CompressedLinear, ElasticLoraLinear, Update, WeightCache
 from sqft_export.model.families import Family, adapted, rank_groups
 from sqft_export.recipe.schema import Adapt
+from sqft_export.run.device import device_memory
+from sqft_export.run.host import FLOAT32_ROOM, float32_fits
 
 
 def draw_ranks(groups: list[str], ranks: tuple[int, ...], seed: int, step: int) -> dict[str, int]:
@@ -48,6 +50,30 @@ def set_ranks(
     for group, names in groups.items():
         for name in names:
             layers[name].active_rank = ranks[group]
+
+
+def cache_effective_weights(model: nn.Module) -> bool:
+    """Let every compressed Linear keep its effective weight between forwards without gradient.
+
+    The weights are one more set, of at most 4 bytes each.
+
+    :return: False, and nothing is cached, where free memory does not hold them.
+    """
+    layers = [m for m in model.modules() if isinstance(m, CompressedLinear) and not m.settled]
+    weights = sum(layer.weight.numel() for layer in layers)
+    free = device_memory(layers[0].weight.device) if layers else None
+    fits = float32_fits(weights) if free is None else 4 * weights <= FLOAT32_ROOM * free
+    if fits:
+        for layer in layers:
+            layer.cache = WeightCache()
+    return fits
+
+
+def drop_effective_weights(model: nn.Module) -> None:
+    """Free what :func:`cache_effective_weights` let a model keep, and keep no more."""
+    for module in model.modules():
+        if isinstance(module, CompressedLinear):
+            module.cache = None
 
 
 def compressed_layers(model: nn.Module) -> dict[str, tuple[CompressedLinear, Update | None]]:

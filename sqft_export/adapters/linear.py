@@ -18,7 +18,8 @@ Two of the four pipelines leave the adapter unmerged: ``y = x FQ(W_base)^T + dro
 alpha / max_rank``, plain LoRA beside a sparse or quantized base.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,6 +54,37 @@ class Merged(NamedTuple):
     grid: Grid | None
 
 
+class WeightCache:
+    """The last effective weight of a layer, valid while the tensors that it is made from stand.
+
+    A tensor stands while it is the same memory at the same version; a change in place raises the
+    version. The cache holds the old tensors, so that no new one is placed at their addresses.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.key: Any = None
+        self.held: list[Tensor] = []
+        self.weight: Tensor | None = None
+
+    def weight_of(
+        self, sources: Iterable[Tensor | None], facts: tuple[Any, ...], make: Callable[[], Tensor]
+    ) -> Tensor:
+        """The cached weight, or that of ``make`` where a source or a fact is another one.
+
+        :param facts: numbers that the weight depends on too.
+        """
+        tensors = [None if source is None else source.detach() for source in sources]
+        key = facts, [t if t is None else (t.data_ptr(), t._version, t.shape) for t in tensors]
+        if self.weight is None or key != self.key:
+            self.clear()  # first, so that one weight is in memory
+            self.weight = make()
+            self.key, self.held = key, [t for t in tensors if t is not None]
+        return self.weight
+
+
 class CompressedLinear(nn.Linear):
     """A frozen Linear with its mask bits and grid.
 
@@ -60,8 +92,10 @@ class CompressedLinear(nn.Linear):
     mask_bits: uint8 ``[out, ceil(in / 8)]``, or None: nothing is pruned or masked.
     grid: or None: the weight is used as it is.
     unmerged: an adapter on it works beside it.
+    cache: of the effective weight, for forwards without gradient; None: there is none.
     """
 
+    cache: WeightCache | None
     mask_bits: Tensor | None
     scale: Tensor | None
     zero_point: Tensor | None
@@ -81,7 +115,7 @@ class CompressedLinear(nn.Linear):
         new.register_buffer("scale", grid.scale if grid else None, persistent=False)
         new.register_buffer("zero_point", grid.zero_point if grid else None, persistent=False)
         new.bits, new.unmerged = grid.bits if grid else None, unmerged
-        new.settled = False
+        new.settled, new.cache = False, None
         return new.requires_grad_(False)
 
     @property
@@ -119,6 +153,29 @@ class CompressedLinear(nn.Linear):
         scaling = update[2] if update else 0.0
         return fused.effective_weight(self.base_at(shift), product(update), scaling, dtype)
 
+    @property
+    def caches(self) -> bool:
+        """Whether a forward now takes its weight from the cache; never one in training."""
+        return self.cache is not None and not self.training and not torch.is_grad_enabled()
+
+    def cached_weight(
+        self, update: Update | None, shift: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """:meth:`effective_weight`, computed anew only after a change of what it is made from."""
+        assert self.cache is not None
+        lora_a, lora_b, scaling = update or (None, None, 0.0)
+        base = (self.weight, self.mask_bits, self.scale, self.zero_point)
+        return self.cache.weight_of(
+            (*base, lora_a, lora_b, shift),
+            (dtype, scaling),
+            lambda: self.effective_weight(update, shift, dtype),
+        )
+
+    def _apply(self, fn, recurse=True):  # a move to another device or dtype
+        if self.cache is not None:
+            self.cache.clear()
+        return super()._apply(fn, recurse)
+
     @torch.no_grad()
     def settle(self, dtype: torch.dtype) -> None:
         """Keep the weight as forward multiplies with it: no adapter will enter it.
@@ -142,8 +199,12 @@ class CompressedLinear(nn.Linear):
         return Merged(to_gptq(codes, grid), int(np.count_nonzero(steps == 0)), grid)
 
     def forward(self, x: Tensor) -> Tensor:
-        settled = self.settled or (self.grid is None and self.weight.dtype == x.dtype)
-        weight = self.weight if settled else self.effective_weight(None, None, x.dtype)
+        if self.settled or (self.grid is None and self.weight.dtype == x.dtype):
+            weight = self.weight
+        elif self.caches:
+            weight = self.cached_weight(None, None, x.dtype)
+        else:
+            weight = self.effective_weight(None, None, x.dtype)
         return self.with_bias(nn.functional.linear(x, weight.to(x.dtype)))
 
     def with_bias(self, y: Tensor) -> Tensor:
@@ -215,8 +276,11 @@ class ElasticLoraLinear(PeftLinear):
         if base.unmerged:
             low = nn.functional.linear(dropout(x), lora_a.to(x.dtype))
             return base(x) + nn.functional.linear(low, lora_b.to(x.dtype)) * scaling
+        shift = self.lora_shift.get(PEFT_NAME, None)
+        if base.caches:
+            weight = base.cached_weight((lora_a, lora_b, scaling), shift, x.dtype)
+            return base.with_bias(nn.functional.linear(x, weight))
         # Dropout acts on the adapter alone: whole input columns of A, the same for all tokens of
         # a step, since the update is one matrix that goes through the grid.
         lora_a = lora_a * dropout(lora_a.new_ones(self.in_features))
-        shift = self.lora_shift.get(PEFT_NAME, None)
         return base.with_bias(_Adapted.apply(x, lora_a, lora_b, shift, base, scaling))

@@ -4,7 +4,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,30 +66,32 @@ class _Callback(TrainerCallback):
 class Pace:
     """Tokens that this process trained on, and how fast.
 
-    tokens, padded: of the step at hand, without and with what fills its batches up.
+    counts, padded: tokens of the batches of the step at hand, without and with padding. Counts stay
+    on the batch's device until the step has ended: to read one is to wait for an accelerator.
     began: when the first step had ended, which warms up and is left out; None before.
     trained, last: tokens since then, and when the last step ended.
     """
 
-    tokens: int = 0
+    counts: list[Tensor] = field(default_factory=list)
     padded: int = 0
     began: float | None = None
     trained: int = 0
     last: float = 0.0
 
     def add(self, attention_mask: Tensor) -> None:
-        self.tokens += int(attention_mask.sum())
+        self.counts.append(attention_mask.sum())
         self.padded += attention_mask.numel()
 
     def end_step(self) -> dict[str, int]:
         """What is logged of the step."""
+        tokens = int(torch.stack(self.counts).sum())
         self.last = time.monotonic()
         if self.began is None:
             self.began = self.last
         else:
-            self.trained += self.tokens
-        found = {"tokens": self.tokens, "padded": self.padded}
-        self.tokens = self.padded = 0
+            self.trained += tokens
+        found = {"tokens": tokens, "padded": self.padded}
+        self.counts, self.padded = [], 0
         return found
 
     @property

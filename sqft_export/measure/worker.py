@@ -21,6 +21,7 @@ from sqft_export.measure.decode import measure_latency, profile
 from sqft_export.measure.likelihood import distributions, score
 from sqft_export.measure.machine import energy_joules, memory_now, peak_memory
 from sqft_export.run.host import die_with_parent
+from sqft_export.run.processors import deployed_environment
 from sqft_export.targets import Session, runner
 
 
@@ -35,6 +36,7 @@ def open_job(job: dict[str, Any]) -> Session:
         return runner(job["kind"]).open_session(folder, False, threads, device)
     import torch
 
+    from sqft_export.adapters.elastic import cache_effective_weights
     from sqft_export.adapters.files import Base
     from sqft_export.adapters.loading import load_adapted
     from sqft_export.model.checkpoint import Checkpoint
@@ -46,7 +48,9 @@ def open_job(job: dict[str, Any]) -> Session:
     torch.set_num_threads(job["threads"])
     name = find_device("torch", job["device"]).name
     dtype = fast_dtype(Checkpoint(base.folder), name)
-    return TorchSession(load_adapted(base, Path(job["adapter"]), dtype).to(name), name)
+    model = load_adapted(base, Path(job["adapter"]), dtype).to(name)
+    cache_effective_weights(model)
+    return TorchSession(model, name)
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +105,7 @@ def in_a_process(job: dict[str, Any], scratch: Path | None = None) -> dict[str, 
         command = [sys.executable, "-P", "-m", "sqft_export.measure.worker"]
         done = subprocess.run(
             [*command, str(job_file), str(result_file)],
-            env=os.environ | {"TMPDIR": folder},
+            env=deployed_environment() | {"TMPDIR": folder},
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",

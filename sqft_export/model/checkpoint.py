@@ -147,13 +147,13 @@ class Checkpoint(TensorFiles):
                     f"{', '.join(TORCH_NAMES)}"
                 )
 
-    @property
+    @cached_property
     def quantized_linears(self) -> list[str]:
         """The Linears stored as codes."""
         ends = (f".{GPTQ[0]}", f".{PACK_QUANTIZED[0]}")
         return [name.rpartition(".")[0] for name in self.headers if name.endswith(ends)]
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight and its shape; of a Linear stored as codes that of ``[out, in]``."""
         parts = (*GPTQ, *PACK_QUANTIZED)
@@ -172,22 +172,22 @@ class Checkpoint(TensorFiles):
                 shapes[f"{name}.weight"] = (outputs, inputs)
         return shapes
 
-    @property
+    @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Every decoder Linear: name -> (outputs, inputs)."""
         return decoder_linears(self.shapes, self.family.blocks)
 
-    @property
+    @cached_property
     def float_dtype(self) -> "torch.dtype":
         """The dtype of its embedding: what its weights have where they are not quantized."""
         return self.dtype(f"{self.family.embedding}.weight")
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Weights in all; a matrix that embedding and head share counts once."""
         return sum(prod(shape) for shape in self.shapes.values())
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """Number of decoder blocks."""
         return count_blocks(self.headers, self.family.blocks)

@@ -25,7 +25,7 @@ from sqft_export.model.existing import stored_grid
 from sqft_export.model.tensorfiles import TensorFiles, TensorWriter
 from sqft_export.numerics.affine import Grid, quantize, settled
 from sqft_export.numerics.codes import Quantized
-from sqft_export.numerics.gptq_layout import from_gptq, from_pack_quantized
+from sqft_export.numerics.gptq_layout import from_gptq, from_pack_quantized, grid_from_gptq
 from sqft_export.numerics.masks import bits_to_mask
 
 MASKS, GRIDS = "masks", "grids"  # stems of their files
@@ -134,29 +134,56 @@ def read_quantized(checkpoint: Checkpoint, name: str) -> tuple[Tensor, Grid]:
     :raises UserError: naming the module, if its layout is none that is taken, or a scale is no
         number.
     """
-    parts = next(
-        (
-            layout
-            for layout in (GPTQ, PACK_QUANTIZED)
-            if f"{name}.{layout[0]}" in checkpoint.headers
-        ),
-        None,
-    )
+    parts = _layout_of(checkpoint, name)
     if parts is None:
         grid = load_grids(checkpoint.folder)[name]
         return quantize(checkpoint.tensor(f"{name}.weight"), grid), grid
-    keys = [f"{name}.{part}" for part in parts]
-    tensors = {key.rsplit(".", 1)[1]: tensor for key, tensor in checkpoint.tensors(keys)}
-    stored = checkpoint.config.get("quantization_config", {})
+    tensors = _parts(checkpoint, name, parts)
     try:
         if parts == PACK_QUANTIZED:
-            return settled(*from_pack_quantized(tensors, stored_grid(stored).bits))
-        groups, inputs = tensors["scales"].shape[0], tensors["g_idx"].shape[0]
-        bits = 32 * tensors["qweight"].shape[0] // inputs
-        second = stored.get("checkpoint_format") == "gptq_v2"
-        return settled(*from_gptq(tensors, bits, inputs // groups, 0 if second else 1))
+            bits = stored_grid(checkpoint.config.get("quantization_config", {})).bits
+            return settled(*from_pack_quantized(tensors, bits))
+        return settled(*from_gptq(tensors, *_gptq_sizes(checkpoint, name)))
     except ValueError as error:
         raise UserError(f"{checkpoint.folder}: {name}: {error}") from error
+
+
+def read_grid(checkpoint: Checkpoint, name: str) -> Grid:
+    """The grid of :func:`read_quantized`, scales as they are stored.
+
+    Of the GPTQ layout the codes are not read.
+    """
+    parts = _layout_of(checkpoint, name)
+    if parts is None:
+        return load_grids(checkpoint.folder)[name]
+    if parts == PACK_QUANTIZED:
+        return read_quantized(checkpoint, name)[1]
+    try:
+        tensors = _parts(checkpoint, name, GPTQ[1:])
+        return grid_from_gptq(tensors, *_gptq_sizes(checkpoint, name))
+    except ValueError as error:
+        raise UserError(f"{checkpoint.folder}: {name}: {error}") from error
+
+
+def _layout_of(checkpoint: Checkpoint, name: str) -> tuple[str, ...] | None:
+    """The parts that a module's codes are stored as; None where it is stored as floats."""
+    layouts = (GPTQ, PACK_QUANTIZED)
+    return next((x for x in layouts if f"{name}.{x[0]}" in checkpoint.headers), None)
+
+
+def _parts(checkpoint: Checkpoint, name: str, parts: tuple[str, ...]) -> dict[str, Tensor]:
+    """Some tensors of a module, by the last part of their names."""
+    keys = [f"{name}.{part}" for part in parts]
+    return {key.rsplit(".", 1)[1]: tensor for key, tensor in checkpoint.tensors(keys)}
+
+
+def _gptq_sizes(checkpoint: Checkpoint, name: str) -> tuple[int, int, int]:
+    """Bits, group size, and what was taken from zero points before they were stored."""
+    shapes = {part: checkpoint.headers[f"{name}.{part}"].shape for part in GPTQ}
+    inputs, groups = shapes["g_idx"][0], shapes["scales"][0]
+    stored = checkpoint.config.get("quantization_config", {})
+    second = stored.get("checkpoint_format") == "gptq_v2"
+    return 32 * shapes["qweight"][0] // inputs, inputs // groups, 0 if second else 1
 
 
 def quantized_arrays(checkpoint: Checkpoint, name: str) -> Quantized:
@@ -169,13 +196,30 @@ def grid_arrays(codes: Tensor, grid: Grid) -> Quantized:
     return Quantized(codes.numpy(), grid.scale.numpy(), grid.zero_point.numpy())
 
 
-def model_facts(checkpoint: Checkpoint) -> dict[str, str]:
+def model_facts(checkpoint: Checkpoint, sparsity: float | None = None) -> dict[str, str]:
     """What a deployment says of the model it was made from.
 
     weights_sha256: of all tensors in the order of their names, as they are stored.
+
+    :param sparsity: share of zeros in the Linears where it is known; None: it is counted.
     """
     quantization = checkpoint.config.get("quantization_config", {})
     known = {key: str(quantization[key]) for key in ("bits", "group_size", "sym") if quantization}
+    sparsity = _count_zeros(checkpoint) if sparsity is None else sparsity
+    digest = hashlib.sha256()
+    for name, tensor in checkpoint.tensors(sorted(checkpoint.headers)):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return {
+        "model_type": checkpoint.config["model_type"],
+        **known,
+        "sparsity": f"{sparsity:.6f}",
+        "weights_sha256": digest.hexdigest(),
+    }
+
+
+def _count_zeros(checkpoint: Checkpoint) -> float:
+    """Share of zeros in the decoder Linears."""
     zeros = count = 0
     quantized = set(quantized_names(checkpoint))
     for name in checkpoint.linears:
@@ -184,16 +228,7 @@ def model_facts(checkpoint: Checkpoint) -> dict[str, str]:
             weight = checkpoint.tensor(f"{name}.weight").float().numpy()
         zeros += int(np.count_nonzero(weight == 0))
         count += weight.size
-    digest = hashlib.sha256()
-    for name, tensor in checkpoint.tensors(sorted(checkpoint.headers)):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-    return {
-        "model_type": checkpoint.config["model_type"],
-        **known,
-        "sparsity": f"{zeros / count:.6f}",
-        "weights_sha256": digest.hexdigest(),
-    }
+    return zeros / count
 
 
 def dtype_that_holds(weight: Tensor, dtype: torch.dtype) -> torch.dtype:

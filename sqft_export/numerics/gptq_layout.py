@@ -52,15 +52,25 @@ def from_gptq(
         the layout (``checkpoint_format: gptq_v2``) 0.
     :raises ValueError: if ``g_idx`` is not ``column // group_size`` (``desc_act`` checkpoints).
     """
-    g_idx, scales = tensors["g_idx"], tensors["scales"]
-    in_features, out_features = g_idx.shape[0], scales.shape[1]
-    if not torch.equal(g_idx, (torch.arange(in_features) // group_size).to(g_idx.dtype)):
-        raise ValueError("g_idx is not in column order (desc_act=true); this layout is not taken")
+    grid = grid_from_gptq(tensors, bits, group_size, stored_minus)
+    in_features = tensors["g_idx"].shape[0]
     # Words are transposed, not codes: an eighth as many.
-    codes = _unpack_int32(tensors["qweight"].T, bits)[:, :in_features].contiguous()
-    zeros = _unpack_int32(tensors["qzeros"], bits)[:, :out_features].T.contiguous()
+    return _unpack_int32(tensors["qweight"].T, bits)[:, :in_features].contiguous(), grid
+
+
+def grid_from_gptq(
+    tensors: dict[str, Tensor], bits: int, group_size: int, stored_minus: int = 1
+) -> Grid:
+    """The grid of :func:`from_gptq`; ``qweight`` is not read.
+
+    :raises ValueError: as that.
+    """
+    g_idx, scales = tensors["g_idx"], tensors["scales"]
+    if not torch.equal(g_idx, (torch.arange(len(g_idx)) // group_size).to(g_idx.dtype)):
+        raise ValueError("g_idx is not in column order (desc_act=true); this layout is not taken")
+    zeros = _unpack_int32(tensors["qzeros"], bits)[:, : scales.shape[1]].T.contiguous()
     zero_point = (zeros + stored_minus) & (2**bits - 1)
-    return codes, Grid(scales.T.contiguous(), zero_point, bits, group_size)
+    return Grid(scales.T.contiguous(), zero_point, bits, group_size)
 
 
 def from_pack_quantized(tensors: dict[str, Tensor], bits: int) -> tuple[Tensor, Grid]:

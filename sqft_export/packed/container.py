@@ -32,6 +32,7 @@ from sqft_export.numerics.codes import round_up
 from sqft_export.packed import blocks
 from sqft_export.packed.inflate import Bytes, DenseFile, Memory, deflate, inflate
 from sqft_export.run.host import allowed_processors
+from sqft_export.run.threads import in_order
 
 MAGIC = b"SQFTPACK"
 FORMAT = 1
@@ -147,6 +148,13 @@ def _digest(data: Any) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
+def _compress(frame: memoryview) -> bytes:
+    """A zstd frame; a compressor serves one thread at a time."""
+    import zstandard
+
+    return zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(frame)
+
+
 class Writer:
     """Writes a packed file: regions in order, header last, one rename.
 
@@ -162,10 +170,8 @@ class Writer:
     def piece(self, data: Bytes) -> Piece:
         stored, frames = np.ascontiguousarray(data).data, None
         if self.entropy and len(data):
-            import zstandard
-
-            compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
-            parts = [compressor.compress(stored[i : i + FRAME]) for i in range(0, len(data), FRAME)]
+            frames_of = (stored[i : i + FRAME] for i in range(0, len(data), FRAME))
+            parts = list(in_order(_compress, frames_of))
             if sum(map(len, parts)) < len(data):
                 stored, frames = memoryview(b"".join(parts)), tuple(map(len, parts))
         at = _aligned(self.stream.tell())

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
+from functools import partial
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from sqft_export.compiled import built_library
+from sqft_export.run.threads import in_order
 
 CHUNK = 2**20  # elements inflated by one call; kept codes of a chunk start on a byte
 Bytes = np.ndarray  # uint8 [n]
@@ -103,7 +105,7 @@ def _inflate_numpy(
     chosen = chosen[:count].astype(bool)
     kind = {4: np.uint8, 8: np.uint8, 16: np.uint16, 32: np.uint32}[bits]
     if group:
-        dense = fill[np.arange(first, first + count) // group].astype(kind)
+        dense = _fills_in(fill, group, first, count).astype(kind)
     else:
         dense = np.full(count, fill[0], kind)
     if bits == 4:
@@ -209,22 +211,40 @@ def _checked_sizes(
 def deflate(
     bits: int, elements: int, dense: Bytes, fill: np.ndarray, group: int
 ) -> tuple[Bytes, Bytes]:
-    """Mask and kept codes of a tensor's dense bytes: the inverse of :func:`inflate`."""
-    kind = {4: np.uint8, 8: np.uint8, 16: np.uint16, 32: np.uint32}[bits]
-    masks, kept = [], []
-    for first in range(0, elements, CHUNK):
-        count = min(CHUNK, elements - first)
-        part = dense[first * bits // 8 : -(-(first + count) * bits // 8)]
-        if bits == 4:
-            codes = np.stack([part & 15, part >> 4], axis=1).reshape(-1)[:count]
-        else:
-            codes = part.view(kind)
-        fills = fill[np.arange(first, first + count) // group] if group else fill[0]
-        chosen = codes != fills
-        masks.append(np.packbits(chosen, bitorder="little"))
-        codes = codes[chosen]
-        if bits == 4:
-            codes = np.concatenate([codes, np.zeros(len(codes) % 2, np.uint8)])
-            codes = codes[0::2] | (codes[1::2] << 4)
-        kept.append(codes.view(np.uint8))
+    """Mask and kept codes of a tensor's dense bytes: the inverse of :func:`inflate`.
+
+    Chunks are independent and go to all processors; their bytes are joined in order.
+    """
+    work = partial(_deflate_chunk, bits, elements, dense, fill, group)
+    nothing = np.empty(0, np.uint8)
+    masks, kept = [nothing], [nothing]
+    for mask, codes in in_order(work, range(0, elements, CHUNK)):
+        masks.append(mask)
+        kept.append(codes)
     return np.concatenate(masks), np.concatenate(kept)
+
+
+def _deflate_chunk(
+    bits: int, elements: int, dense: Bytes, fill: np.ndarray, group: int, first: int
+) -> tuple[Bytes, Bytes]:
+    """Mask and kept codes of the chunk that begins with element ``first``."""
+    kind = {4: np.uint8, 8: np.uint8, 16: np.uint16, 32: np.uint32}[bits]
+    count = min(CHUNK, elements - first)
+    part = dense[first * bits // 8 : -(-(first + count) * bits // 8)]
+    if bits == 4:
+        codes = np.stack([part & 15, part >> 4], axis=1).reshape(-1)[:count]
+    else:
+        codes = part.view(kind)
+    chosen = codes != (_fills_in(fill, group, first, count) if group else fill[0])
+    codes = codes[chosen]
+    if bits == 4:
+        codes = np.concatenate([codes, np.zeros(len(codes) % 2, np.uint8)])
+        codes = codes[0::2] | (codes[1::2] << 4)
+    return np.packbits(chosen, bitorder="little"), codes.view(np.uint8)
+
+
+def _fills_in(fill: np.ndarray, group: int, first: int, count: int) -> np.ndarray:
+    """The fill of each of ``count`` elements from ``first`` on, ``group`` of which share one."""
+    start = first // group
+    repeated = np.repeat(fill[start : -(-(first + count) // group)], group)
+    return repeated[first - start * group :][:count]

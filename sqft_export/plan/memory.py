@@ -34,7 +34,10 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
     exported = max((written[f"export-{name}"] for name in recipe.export.targets), default=0)
     deployed = exported / (1 + recipe.export.sparse_files)
     loaded = layout.width * whole + layout.weights / 8
-    in_float = _torch_rows(recipe, layout)
+    # The tuned model runs once, for what it computed with: a weight at a time is digested.
+    tuned = loaded + outer + 3 * largest + 2 * adapter_bytes(recipe, layout)
+    cached = tuned + _cached_weights(layout, LOGITS + tuned)
+    in_float = max(_torch_rows(recipe, layout), cached * _has_tuned_row(recipe))
     of_pass = {
         "sparsify": MAPPED + block + 3 * largest + activations * recipe.sparsify.calibrates,
         "reconstruct": _reconstruction_bytes(recipe.sparsify.reconstruct, recipe, layout, workload),
@@ -42,8 +45,7 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
             MAPPED + block + 2 * largest + 4 * widest**2 * gptq + activations * quantize.calibrates,
             _reconstruction_bytes(recipe.quantize.reconstruct, recipe, layout, workload),
         ),
-        # The tuned model runs once, for what it computed with: a weight at a time is digested.
-        "search": LOGITS + loaded + outer + 3 * largest + 2 * adapter_bytes(recipe, layout),
+        "search": LOGITS + (cached if recipe.search.evaluates else tuned),
         "merge": 4 * largest + 2**29,
         "export-openvino": deployed,
         "export-onnx": MAPPED + 2 * largest + outer,
@@ -107,6 +109,19 @@ def _torch_rows(recipe: Recipe, layout: Layout) -> float:
     if not recipe.benchmark.baselines:
         return 0
     return 4 * whole if 4 * whole <= FLOAT32_ROOM * free_memory() else layout.width * whole
+
+
+def _has_tuned_row(recipe: Recipe) -> bool:
+    return recipe.adapt is not None and "adapted" in recipe.benchmark.baselines
+
+
+def _cached_weights(layout: Layout, taken: float) -> float:
+    """Bytes of the effective weights that a tuned, unmerged model keeps where memory holds them.
+
+    :param taken: bytes of all else, so that the cache never exceeds what is free.
+    """
+    size = 4 * layout.weights
+    return size if size <= FLOAT32_ROOM * (free_memory() - FIXED_MEMORY - taken) else 0
 
 
 def _in_llama_cpp(recipe: Recipe, weights: int) -> float:

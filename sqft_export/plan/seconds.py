@@ -17,6 +17,7 @@ from sqft_export.plan.layout import Layout
 from sqft_export.plan.speeds import Speed, Speeds
 from sqft_export.plan.workload import Workload, calibration_tokens, checked_tokens
 from sqft_export.recipe.schema import Recipe, Reconstruct
+from sqft_export.run.host import float32_fits
 
 FLOAT32 = "float32"
 ON_CPU = ("merge", "baselines", "export-openvino", "export-onnx", "export-gguf", "report")
@@ -248,13 +249,18 @@ def _scored_tokens(items: float, workload: Workload) -> float:
 
 
 def _evaluations(recipe: Recipe, layout: Layout, workload: Workload) -> _Work:
-    """Of a search, each through the weights that its ranks make, as a step of training does."""
+    """Of a search, each through the weights that its ranks make."""
     if not recipe.search.evaluates:
         return _Work()
     search, weights = recipe.search, layout.weights + layout.head
     flops = 2 * weights * _scored_tokens(search.items, workload)
-    elements = STEP_WEIGHTS * layout.weights * _batches(search.items, workload)
+    elements = STEP_WEIGHTS * layout.weights * _makes(layout, _batches(search.items, workload))
     return _Work({FLOAT32: search.budget * flops}, search.budget * elements)
+
+
+def _makes(layout: Layout, calls: float) -> float:
+    """Times that a tuned, unmerged model makes its weights in so many calls at the same ranks."""
+    return min(1, calls) if float32_fits(layout.weights) else calls
 
 
 def _batches(items: float, workload: Workload) -> float:
@@ -285,9 +291,10 @@ def _scoring(recipe: Recipe, layout: Layout, workload: Workload, machine: Speeds
         elements = alone * read / STEP_BYTES
         fixed = alone * TOKEN_SECONDS[kind] * layout.blocks + asked.rounds * ROW_SECONDS[kind]
         taken += count * _Work({dtype: flops}, elements, fixed).on(speed)
-    if recipe.adapt and "adapted" in asked.baselines:  # makes its weights in every call
-        calls = alone + rounds + _batches(items, workload)
-        taken += _Work({}, STEP_WEIGHTS * layout.weights * calls).on(machine.device)
+    if recipe.adapt and "adapted" in asked.baselines:
+        calls = (alone + rounds + _batches(items, workload)) / asked.rounds
+        made = asked.rounds * _makes(layout, calls)
+        taken += _Work({}, STEP_WEIGHTS * layout.weights * made).on(machine.device)
     beside = (rows + runtimes) * ROW_BESIDE * compared * layout.embedding[0]
     loaded = asked.rounds * runtimes * ROW_LOADED * layout.weights
     return taken + _Work({}, beside).on(machine.cpu) + _Work({}, loaded).on(machine.alone)

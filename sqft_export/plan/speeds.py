@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqft_export.plan.layout import Layout
+from sqft_export.run.processors import sample, used_by_others
 
 if TYPE_CHECKING:
     import torch
@@ -45,12 +46,14 @@ class Speed:
 class Speeds:
     """cpu: what runtimes run on. device: what torch computes on, the same where there is no other.
     alone: one thread of the CPU in its own cache, whose speed is that of what goes through files
-    alone more than memory's is. disk: bytes a second."""
+    alone more than memory's is. disk: bytes a second. others: processors that other processes used
+    meanwhile: on a busy machine all speeds are lower than on a quiet one."""
 
     cpu: Speed
     device: Speed
     alone: Speed
     disk: float
+    others: float = 0.0
 
 
 def measure_speeds(layout: Layout, setting: str) -> Speeds:
@@ -60,14 +63,15 @@ def measure_speeds(layout: Layout, setting: str) -> Speeds:
     """
     from sqft_export.run.device import CPU, device_of
 
-    device = device_of(setting)
+    device, before = device_of(setting), sample()
     cpu = _speed_of(layout, CPU)
     try:
         disk = _disk_speed()
     except OSError:  # full, or not ours to write to
         disk = USUAL_DISK
     alone = replace(cpu, elements=_one_thread())
-    return Speeds(cpu, cpu if device == CPU else _speed_of(layout, device), alone, disk)
+    fastest = cpu if device == CPU else _speed_of(layout, device)
+    return Speeds(cpu, fastest, alone, disk, used_by_others(before))
 
 
 def _speed_of(layout: Layout, device: "torch.device") -> Speed:

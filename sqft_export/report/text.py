@@ -3,6 +3,7 @@
 from typing import Any
 
 from sqft_export.run.host import size_text
+from sqft_export.run.processors import busy_text
 from sqft_export.run.progress import duration
 
 # How plan knows lengths where not by the model's tokenizer.
@@ -39,13 +40,8 @@ def plan_text(document: dict[str, Any]) -> str:
         lines.append(
             f"  {name.replace('_', ' ')} {size_text(needed)} needed, {size_text(free)} free{short}"
         )
-    machine, asked = document["machine"], document["group_size"]
-    device = machine["device"]
-    float32, bfloat16 = (device["products"][name] / 1e9 for name in ("float32", "bfloat16"))
-    lines.append(
-        f"  times for {device['name']}: {float32:.0f} GFLOP/s in float32, {bfloat16:.0f} in "
-        f"bfloat16; {machine['disk'] / 1e6:.0f} MB/s of disk"
-    )
+    asked = document["group_size"]
+    lines += _speed_lines(document["machine"])
     if counted := LENGTHS.get(document["lengths_counted"]):
         lines.append(f"  {counted}")
     lines.append(f"  the whole takes about {duration(document['seconds'])} here")
@@ -58,6 +54,19 @@ def plan_text(document: dict[str, Any]) -> str:
     for name, size in document["group_size_fallback"].items():
         lines.append(f"  {name}: group_size {asked} does not divide its inputs; {size} is used")
     return "\n".join(lines)
+
+
+def _speed_lines(machine: dict[str, Any]) -> list[str]:
+    """How fast this machine is, and whether it was busy as that was measured."""
+    device = machine["device"]
+    float32, bfloat16 = (device["products"][name] / 1e9 for name in ("float32", "bfloat16"))
+    lines = [
+        f"  times for {device['name']}: {float32:.0f} GFLOP/s in float32, {bfloat16:.0f} in "
+        f"bfloat16; {machine['disk'] / 1e6:.0f} MB/s of disk"
+    ]
+    if busy := busy_text(machine["others"]):
+        lines.append(f"  measured on a busy machine: {busy}; a quiet machine takes less time")
+    return lines
 
 
 def _expected(step: dict[str, Any]) -> str:

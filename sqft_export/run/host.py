@@ -13,6 +13,7 @@ from pathlib import Path
 from sqft_export.errors import HostError
 
 PR_SET_PDEATHSIG = 1
+THREADS = "SQFT_EXPORT_THREADS"  # set by --threads, for this process and its children
 FLOAT32_ROOM = 0.5  # share of the free memory that float32 weights may take
 
 
@@ -32,10 +33,14 @@ def installed(module: str) -> bool:
 
 
 def allowed_processors() -> int:
-    """Processors this process may run on: fewer than there are under taskset or in a container."""
+    """Processors this process may run on: fewer than there are under taskset or in a container, or
+    where ``--threads`` says so."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    limit = os.environ.get(THREADS, "")
+    return min(count, max(1, int(limit))) if limit.isdecimal() else count
 
 
 def processor_name() -> str:

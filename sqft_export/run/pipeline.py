@@ -23,7 +23,14 @@ from sqft_export.run.artifact import Artifact, Store, environment, key_of, read_
 from sqft_export.run.digests import digests
 from sqft_export.run.gates import QualityGates
 from sqft_export.run.host import lacking
-from sqft_export.run.launcher import process_rank
+from sqft_export.run.launcher import process_count, process_rank
+from sqft_export.run.processors import (
+    THREADS_FILE,
+    Sample,
+    busy_text,
+    sample,
+    used_by_others,
+)
 from sqft_export.run.progress import Start, reporting, silent
 from sqft_export.stages import Context, stage_of
 
@@ -214,6 +221,12 @@ def _run_pass(
         raise
 
 
+def _busy(before: Sample | None) -> str:
+    """Says so where a pass shared the machine; processes of a launcher are no others."""
+    found = busy_text(used_by_others(before)) if process_count() == 1 else None
+    return f" (busy machine: {found})" if found else ""
+
+
 def run_recipe(recipe: Recipe, root: Path, last: tuple[str, ...] = ()) -> dict[str, Artifact]:
     """Run or skip every pass; returns the artifacts by pass name.
 
@@ -228,16 +241,21 @@ def run_recipe(recipe: Recipe, root: Path, last: tuple[str, ...] = ()) -> dict[s
     artifacts: dict[str, Artifact] = {}
     gates = QualityGates(recipe, folder, root)
     with _alone(root), _quiet(root / "log.txt") as terminal, reporting(terminal) as reporter:
+        with _own(root / THREADS_FILE) as file:
+            file.truncate(0)
+            file.write(str(environment()["threads"]))
         for step in _affordable(recipe, folder, layout, store, last):
             warnings = list[str]()
             if step.artifact is not None:
                 artifacts[step.name] = step.artifact
                 reporter.say(f"{step.name:16} cached{_elsewhere(step.artifact)}")
             else:
-                start = reporter.start_of(step.name)
+                start, before = reporter.start_of(step.name), sample()
                 made = _run_pass(step, recipe, folder, artifacts, store, start)
                 artifacts[step.name] = made
-                reporter.say(f"{step.name:16} {made.manifest['seconds']:.1f} s")
+                line = f"{step.name:16} {made.manifest['seconds']:.1f} s{_busy(before)}"
+                reporter.say(line)
+                print(line, flush=True)  # in the log
                 warnings = made.metrics.get("warnings", [])
             for warning in (*warnings, *gates.check(step.name, artifacts)):
                 reporter.say(f"warning: {warning}")

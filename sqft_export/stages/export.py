@@ -36,7 +36,8 @@ def run(context: Context) -> dict:
     folder.mkdir()
     runtime = context.name.removeprefix("export-")
     merge = context.inputs["merge"]
-    target(runtime).export(merge.path / "model", folder, context.recipe.export)
+    merged, facts = merge.path / "model", merge.metrics["facts"]
+    target(runtime).export(merged, folder, context.recipe.export, facts)
     if context.recipe.unmerged:
         target(runtime).add_adapter(folder, merge.path / "adapter")
     origin = origin_of(context.recipe, context.model, context.lineage)

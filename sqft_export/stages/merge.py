@@ -4,14 +4,15 @@ import shutil
 
 from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
-from sqft_export.model.storage import MASKS
+from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.storage import MASKS, model_facts
 from sqft_export.recipe.schema import Recipe
 from sqft_export.report.provenance import model_card, origin_of
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "search")
 READS: tuple[str, ...] = ()
-VERSION = 4
+VERSION = 5
 RESUMES = False
 DISTRIBUTED = False
 HOW_TO_LOAD = (
@@ -25,7 +26,10 @@ def options(recipe: Recipe) -> dict:
 
 
 def run(context: Context) -> dict:
-    """Writes ``model/`` and a copy of the mask; the adapter too where it stays unmerged."""
+    """Writes ``model/`` and a copy of the mask; the adapter too where it stays unmerged.
+
+    ``facts`` in its metrics are what every export says of the model.
+    """
     searched = context.path("search")
     adapter = searched / "adapter" if searched else None
     if adapter and context.recipe.unmerged:
@@ -44,4 +48,5 @@ def run(context: Context) -> dict:
             f"merge_dense: a dense update was merged; {sparsity['all']:.1%} of the weights are "
             f"zero, {before:.1%} were before"
         )
-    return {"sparsity": sparsity, "warnings": warnings}
+    facts = model_facts(Checkpoint(context.folder / "model"), sparsity["all"])
+    return {"sparsity": sparsity, "facts": facts, "warnings": warnings}

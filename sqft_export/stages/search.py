@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from sqft_export.adapters.elastic import compressed_layers, elastic_layers, groups_of, set_ranks
+from sqft_export.adapters.elastic import (
+    cache_effective_weights,
+    compressed_layers,
+    drop_effective_weights,
+    elastic_layers,
+    groups_of,
+    set_ranks,
+)
 from sqft_export.adapters.evidence import CAPTURED, Evidence, capture
 from sqft_export.adapters.files import read_training_log, write_sub_adapter
 from sqft_export.adapters.loading import load_adapted, peft_config
@@ -131,7 +138,10 @@ def _choose(
         known = Score(entry["accuracy"], entry["likelihood"], -entry["parameters"])
         space.seen[space.key(entry["ranks"])] = known
     space.score = validation.score
-    return search(space), validation.known()
+    cache_effective_weights(model)
+    chosen = search(space)
+    drop_effective_weights(model)
+    return chosen, validation.known()
 
 
 def _capture(context: Context, model: nn.Module) -> Evidence:

@@ -74,10 +74,14 @@ class Runner(Protocol):
 class Target(Runner, Protocol):
     """What a target that models are exported to offers as well."""
 
-    def export(self, merged: Path, folder: Path, options: Export) -> None:
+    def export(
+        self, merged: Path, folder: Path, options: Export, facts: dict[str, str] | None = None
+    ) -> None:
         """Write the deployment folder of a merged model.
 
         :param merged: Hugging Face folder, packed in the GPTQ layout or plain.
+        :param facts: what the deployment says of it (``model.storage.model_facts``); None: they are
+            read from the folder.
         """
 
     def add_adapter(self, folder: Path, adapter: Path) -> None:

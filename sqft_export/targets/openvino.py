@@ -47,7 +47,9 @@ EXACT = {
 }
 
 
-def export(merged: Path, folder: Path, options: Export) -> None:
+def export(
+    merged: Path, folder: Path, options: Export, facts: dict[str, str] | None = None
+) -> None:
     """Write the deployment folder of a merged model: IR, tokenizer IR, configs.
 
     :param merged: Hugging Face folder, packed in the GPTQ layout or plain.
@@ -56,7 +58,7 @@ def export(merged: Path, folder: Path, options: Export) -> None:
     from sqft_export.model.storage import model_facts
 
     checkpoint = Checkpoint(merged)
-    facts = model_facts(checkpoint)  # before the graph is in memory
+    facts = facts or model_facts(checkpoint)  # before the graph is in memory
     traced = folder / "traced"
     _trace(checkpoint, traced)
     graph = ov.Core().read_model(traced / MODEL)

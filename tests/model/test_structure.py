@@ -4,6 +4,7 @@ import pytest
 
 from sqft_export.errors import UserError
 from sqft_export.model.architecture import family_of, shapes_of
+from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.families import adapted
 
 SIZES = {
@@ -54,3 +55,10 @@ def test_adapters_go_where_the_recipe_says_else_where_the_family_does():
     assert adapted(family, ("q_proj", "up_proj"), None) == (("q_proj", "up_proj"), (("q_proj",),))
     assert adapted(family, ("up_proj",), None) == (("up_proj",), ())
     assert adapted(family, ("q_proj",), ()) == (("q_proj",), ())
+
+
+def test_headers_of_a_checkpoint_are_gone_through_once(random_llama):
+    """What is derived from them is the same object each time; a pass asks for it in loops."""
+    checkpoint = Checkpoint(random_llama)
+    for name in ("quantized_linears", "shapes", "linears", "parameters", "blocks"):
+        assert getattr(checkpoint, name) is getattr(checkpoint, name), name

@@ -318,6 +318,14 @@ def test_llama_cpp_chooses_the_likeliest_itself(exported):
     np.testing.assert_array_equal(session.likeliest(ids), expected)
 
 
+def test_logits_of_a_token_are_an_array_as_long_as_the_vocabulary(exported):
+    session = target("gguf").open_session(exported, False, 1)
+    logits = session.forward(np.array([PROMPTS[3]]), None, 1)[0, 0]
+    found = session.cache.logits(len(PROMPTS[3]) - 1)
+    assert isinstance(found, np.ndarray) and found.dtype == np.float32
+    assert np.array_equal(found, logits) and len(found) == session.vocabulary
+
+
 def test_a_packed_file_is_loaded_as_it_was(tiny_run, exported):
     packed = tiny_run["export-gguf"].path / "packed"
     assert (packed / "model.gguf.sqft").stat().st_size < (exported / "model.gguf").stat().st_size

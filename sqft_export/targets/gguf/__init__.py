@@ -72,7 +72,9 @@ class _Tensor:
     make: Callable[[], np.ndarray]
 
 
-def export(merged: Path, folder: Path, options: Export) -> None:
+def export(
+    merged: Path, folder: Path, options: Export, facts: dict[str, str] | None = None
+) -> None:
     """Write the deployment folder of a merged model: ``model.gguf``, configs and tokenizer beside.
 
     :param merged: Hugging Face folder, packed in the GPTQ layout or plain.
@@ -98,7 +100,7 @@ def export(merged: Path, folder: Path, options: Export) -> None:
         write_tokenizer(writer, merged, rows)
     except NotExpressible as error:
         raise UserError(f"{merged}: its tokenizer can't be told to llama.cpp: {error}") from error
-    for key, value in model_facts(checkpoint).items():
+    for key, value in (facts or model_facts(checkpoint)).items():
         writer.add_string(f"{_PREFIX}{key}", value)
     tensors = list(_tensors(checkpoint, names, config))
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[tensors[0].kind]])
@@ -143,9 +145,9 @@ def _tensors(checkpoint: "Checkpoint", names: Names, config: dict[str, Any]) -> 
 
 
 def _codes_tensor(checkpoint: "Checkpoint", names: Names, module: str) -> _Tensor:
-    from sqft_export.model.storage import quantized_arrays, read_quantized
+    from sqft_export.model.storage import quantized_arrays, read_grid
 
-    _, grid = read_quantized(checkpoint, module)
+    grid = read_grid(checkpoint, module)
     rows, inputs = checkpoint.shapes[f"{module}.weight"]
     kind = block_type(grid.bits, grid.symmetric)
     if kind is None:

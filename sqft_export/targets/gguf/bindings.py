@@ -39,8 +39,9 @@ class Cache(Protocol):
     def decode(self, tokens: list[Token]) -> int:
         """What ``llama_decode`` returns: 0 where all is well."""
 
-    def logits(self, index: int) -> Any:
-        """After the token at a place of the last pass, float32 ``[vocabulary]``."""
+    def logits(self, index: int) -> np.ndarray:
+        """After the token at a place of the last pass, float32 ``[vocabulary]``; the next pass may
+        overwrite it."""
 
     def likeliest(self, index: int) -> int: ...
 
@@ -74,7 +75,8 @@ class CyllamaModel:
 
         params = llama_cpp.LlamaContextParams()
         _set(params, cells, threads, exact)
-        return _CyllamaCache(llama_cpp.LlamaContext(model=self.model, params=params))
+        context = llama_cpp.LlamaContext(model=self.model, params=params)
+        return _CyllamaCache(context, self.vocabulary)
 
 
 def _set(params: Any, cells: int, threads: int, exact: bool) -> None:
@@ -89,10 +91,10 @@ def _set(params: Any, cells: int, threads: int, exact: bool) -> None:
 
 
 class _CyllamaCache:
-    def __init__(self, context: Any):
+    def __init__(self, context: Any, vocabulary: int):
         from cyllama.llama import llama_cpp
 
-        self.context = context
+        self.context, self.vocabulary = context, vocabulary
         self.sampler = llama_cpp.LlamaSampler(llama_cpp.LlamaSamplerChainParams())
         self.sampler.add_greedy()
 
@@ -113,8 +115,9 @@ class _CyllamaCache:
             batch.add(token.id, token.position, [token.sequence], token.asked)
         return self.context.decode(batch)
 
-    def logits(self, index: int) -> Any:
-        return self.context.get_logits_ith(index)
+    def logits(self, index: int) -> np.ndarray:
+        # cyllama has no pointer to them: it makes a list, which is read in one pass.
+        return np.fromiter(self.context.get_logits_ith(index), np.float32, self.vocabulary)
 
     def likeliest(self, index: int) -> int:
         # Taking logits out of it as a list costs more than they do.
@@ -209,7 +212,7 @@ class _LlamaCppCache:
         import llama_cpp
 
         found = llama_cpp.llama_get_logits_ith(self.context, index)
-        return np.ctypeslib.as_array(found, (self.model.vocabulary,)).copy()
+        return np.ctypeslib.as_array(found, (self.model.vocabulary,))
 
     def likeliest(self, index: int) -> int:
         return int(self.logits(index).argmax())

@@ -38,7 +38,9 @@ TOKENIZER_FILES = (
 )
 
 
-def export(merged: Path, folder: Path, options: Export) -> None:
+def export(
+    merged: Path, folder: Path, options: Export, facts: dict[str, str] | None = None
+) -> None:
     """Write the deployment folder of a merged model: graph, external data, GenAI config."""
     import onnx
 
@@ -54,7 +56,7 @@ def export(merged: Path, folder: Path, options: Export) -> None:
     with ExternalData(folder / DATA) as data:
         model = graph.build(weights, folder, data)
     _fix_cache_sizes(model.graph, decoder_of(folder))
-    for key, value in model_facts(weights.checkpoint).items():
+    for key, value in (facts or model_facts(weights.checkpoint)).items():
         model.metadata_props.add(key=f"sqft_export.{key}", value=value)
     onnx.save(model, folder / MODEL)
     for pattern in TOKENIZER_FILES:

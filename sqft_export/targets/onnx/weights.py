@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +102,16 @@ class Weights:
     """The matrices of a merged model, read one at a time."""
 
     def __init__(self, merged: Path):
-        from sqft_export.model.storage import quantized_names, read_quantized
+        from sqft_export.model.storage import quantized_names, read_grid, read_quantized
 
         self.checkpoint = Checkpoint(merged)
         self.quantized = set(quantized_names(self.checkpoint))
         self.head = self.checkpoint.family.head
         if self.checkpoint.stored_name(self.head) in self.quantized:
             self.quantized.add(self.head)
-        self._read = read_quantized
+        # The last one is kept: one Linear may feed several products, one after the other.
+        self._read = lru_cache(maxsize=1)(partial(read_quantized, self.checkpoint))
+        self._grid = partial(read_grid, self.checkpoint)
 
     @cached_property
     def linears(self) -> set[str]:
@@ -120,7 +122,7 @@ class Weights:
 
     def codes(self, part: Rows) -> tuple[np.ndarray, Grid]:
         """Codes uint8 ``[out, in]`` and grid of some rows."""
-        codes, grid = self._read(self.checkpoint, self.checkpoint.stored_name(part.linear))
+        codes, grid = self._read(self.checkpoint.stored_name(part.linear))
         return codes[part.rows].numpy(), grid.rows(part.rows)
 
     def floats(self, parts: list[Rows]) -> np.ndarray:
@@ -133,7 +135,7 @@ class Weights:
 
     def kind(self, part: Rows) -> tuple[int, int, bool]:
         """Bits, group size and symmetry; what one MatMulNBits has one of."""
-        grid = self.codes(part)[1]
+        grid = self._grid(self.checkpoint.stored_name(part.linear)).rows(part.rows)
         return grid.bits, grid.group_size, grid.symmetric
 
 
