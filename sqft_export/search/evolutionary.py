@@ -1,19 +1,21 @@
-"""NSGA-II over accuracy and adapter size (optuna's), from the median and the two extremes."""
+"""NSGA-II (optuna) over accuracy and adapter size, started at the median and both extremes."""
 
-from sqft_export.search import Ranks, Space, maximal, median, minimal
+from sqft_export.search.rules import pick_maximal, pick_median, pick_minimal
+from sqft_export.search.space import Ranks, Space
 
 POPULATION = 10
-TRIALS_PER_EVALUATION = 5  # a configuration met again costs nothing, but there must be an end
+TRIALS_PER_EVALUATION = 5  # a repeated configuration costs nothing; this bounds the trials
 
 
 def search(space: Space) -> Ranks:
+    """Return the best configuration that NSGA-II evaluates within the budget."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=space.seed)
     study = optuna.create_study(directions=["maximize", "maximize"], sampler=sampler)
-    for start in (median, maximal, minimal):
-        study.enqueue_trial(start.search(space))
+    for pick in (pick_median, pick_maximal, pick_minimal):
+        study.enqueue_trial(pick(space))
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
         ranks = {g: trial.suggest_categorical(g, list(space.ranks)) for g in space.groups}

@@ -1,12 +1,13 @@
-"""From the median on to the best neighbour, one rank up or down in a group, while it is better."""
+"""Hill climbing from the median: move to the best neighbour while it improves the score."""
 
 from collections.abc import Iterator
 
-from sqft_export.search import Ranks, Space, median
+from sqft_export.search.rules import pick_median
+from sqft_export.search.space import Ranks, Space
 
 
 def neighbours(space: Space, ranks: Ranks) -> Iterator[Ranks]:
-    """All configurations one step away in one group."""
+    """Yield the configurations that differ by one rank step in one group."""
     for group, rank in ranks.items():
         place = space.ranks.index(rank)
         for other in (place - 1, place + 1):
@@ -15,7 +16,8 @@ def neighbours(space: Space, ranks: Ranks) -> Iterator[Ranks]:
 
 
 def search(space: Space) -> Ranks:
-    current = median.search(space)
+    """Return the best configuration on the path to a local maximum."""
+    current = pick_median(space)
     score = space.evaluate(current)
     while score is not None and not space.spent:
         around = [(space.evaluate(ranks), ranks) for ranks in neighbours(space, current)]

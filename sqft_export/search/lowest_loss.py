@@ -1,15 +1,18 @@
-"""The best of the median, the most frequent and the five drawn at the lowest training losses.
+"""Evaluate the median, the most frequent and the five draws with the lowest training losses.
 
-NNCF's choice for its downstream NLS example; there on the test task, here on the validation split.
+NNCF's downstream NLS example selects from the same candidates, on the test task. Here the
+validation split decides.
 """
 
-from sqft_export.search import Ranks, Space, frequent, median
+from sqft_export.search.rules import pick_median, pick_most_frequent
+from sqft_export.search.space import Ranks, Space
 
-DRAWN = 5
+LOWEST_LOSS_DRAWS = 5
 
 
 def search(space: Space) -> Ranks:
-    lowest = sorted(space.log, key=lambda step: step["loss"])[:DRAWN]
-    for ranks in (median.search(space), frequent.search(space), *(s["ranks"] for s in lowest)):
+    """Return the candidate with the highest score."""
+    lowest = sorted(space.log, key=lambda step: step["loss"])[:LOWEST_LOSS_DRAWS]
+    for ranks in (pick_median(space), pick_most_frequent(space), *(s["ranks"] for s in lowest)):
         space.evaluate(ranks)
     return space.best()

@@ -29,7 +29,8 @@ from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.storage import GridWriter, load_grids
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.device import device_name, device_of
-from sqft_export.search import Ranks, Score, Space, strategy
+from sqft_export.search import STRATEGIES
+from sqft_export.search.space import Ranks, Score, Space
 from sqft_export.stages import Context
 from sqft_export.targets.torch import TorchSession
 
@@ -130,7 +131,7 @@ def _choose(
     )
     if not groups:
         return {}, []
-    search = strategy(recipe.search.strategy).search
+    search = STRATEGIES[recipe.search.strategy]
     if not recipe.search.evaluates:
         return search(space), []
     validation = _Validation(context, model, groups)

@@ -8,7 +8,9 @@ from conftest import random_model, small_recipe
 from sqft_export.data.items import Data, load_tokenizer
 from sqft_export.errors import UserError
 from sqft_export.run.pipeline import run_recipe
-from sqft_export.search import Score, Space, frequent, median, strategy
+from sqft_export.search import STRATEGIES
+from sqft_export.search.rules import pick_median, pick_most_frequent
+from sqft_export.search.space import Score, Space
 
 GROUPS = ["0.q", "1.q", "2.q"]
 RANKS = (32, 24, 16)
@@ -34,7 +36,7 @@ def space(budget: int = 30, **changes) -> Space:
 @pytest.mark.parametrize("name", ["lowest-loss", "hill-climb", "evolutionary"])
 def test_strategies_that_evaluate_find_the_peak(name):
     found = space()
-    assert strategy(name).search(found) == PEAK
+    assert STRATEGIES[name](found) == PEAK
     assert 0 < len(found.seen) <= 27
 
 
@@ -42,7 +44,7 @@ def test_strategies_that_evaluate_find_the_peak(name):
 @pytest.mark.parametrize("budget", [1, 4])
 def test_the_budget_is_kept_and_the_best_seen_returned(name, budget):
     found = space(budget)
-    chosen = strategy(name).search(found)
+    chosen = STRATEGIES[name](found)
     assert len(found.seen) == budget
     assert found.seen[found.key(chosen)] == max(found.seen.values())
 
@@ -55,16 +57,16 @@ def test_what_was_evaluated_is_not_evaluated_again(name):
         asked.append(tuple(ranks.values()))
         return landscape(ranks)
 
-    strategy(name).search(space(score=score))
+    STRATEGIES[name](space(score=score))
     assert len(asked) == len(set(asked))
 
 
 def test_rules_that_evaluate_nothing():
-    assert median.search(space()) == dict.fromkeys(GROUPS, 24)
-    assert frequent.search(space()) == {"0.q": 16, "1.q": 24, "2.q": 16}
-    assert strategy("given").search(space()) == PEAK
-    assert strategy("maximal").search(space()) == dict.fromkeys(GROUPS, 32)
-    assert strategy("minimal").search(space()) == dict.fromkeys(GROUPS, 16)
+    assert pick_median(space()) == dict.fromkeys(GROUPS, 24)
+    assert pick_most_frequent(space()) == {"0.q": 16, "1.q": 24, "2.q": 16}
+    assert STRATEGIES["given"](space()) == PEAK
+    assert STRATEGIES["maximal"](space()) == dict.fromkeys(GROUPS, 32)
+    assert STRATEGIES["minimal"](space()) == dict.fromkeys(GROUPS, 16)
 
 
 def test_search_scores_on_training_items_that_training_never_saw(tmp_path):

@@ -1,7 +1,0 @@
-"""The highest rank for every group."""
-
-from sqft_export.search import Ranks, Space
-
-
-def search(space: Space) -> Ranks:
-    return dict.fromkeys(space.groups, max(space.ranks))
