@@ -8,11 +8,12 @@ from sqft_export.kernels.extension import why_not
 from sqft_export.kernels.library import kernels_here
 from sqft_export.model.hub import model_folder
 from sqft_export.numerics.codes import FLOAT16_BITS
+from sqft_export.plan.budget import settings_for_a_day
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.disk import disk_bytes, predict_bytes
 from sqft_export.plan.layout import fallbacks
 from sqft_export.plan.memory import FIXED_MEMORY, free_memory, predict_memory
-from sqft_export.plan.seconds import on_cpu, predict_seconds, ways_to_fit_a_day
+from sqft_export.plan.seconds import predict_seconds, runs_on_cpu
 from sqft_export.plan.speeds import Speeds, measure_speeds
 from sqft_export.plan.workload import workload_of
 from sqft_export.recipe.schema import Recipe
@@ -58,7 +59,7 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
         "machine": asdict(machine),
         "lengths_counted": workload.counted,
         "seconds": sum(taken or 0 for taken in to_run.values()),
-        "within_a_day": ways_to_fit_a_day(recipe, to_run, workload),
+        "within_a_day": settings_for_a_day(recipe, to_run, workload),
         **_targets_text(recipe),
     }
 
@@ -87,7 +88,7 @@ def _device_memory(
     """
     if machine.device.memory is None:
         return None
-    there = {name: memory[name] - FIXED_MEMORY for name in wanted if not on_cpu(name, recipe)}
+    there = {name: memory[name] - FIXED_MEMORY for name in wanted if not runs_on_cpu(name, recipe)}
     return _needed(there, list(there), machine.device.memory)
 
 

@@ -9,11 +9,12 @@ from sqft_export.errors import UserError
 from sqft_export.measure.likelihood import log_likelihoods
 from sqft_export.model.hub import model_folder
 from sqft_export.plan import disk, memory
+from sqft_export.plan.budget import settings_for_a_day
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.disk import check_disk, predict_bytes
 from sqft_export.plan.layout import fallbacks, layout_of
 from sqft_export.plan.memory import predict_memory
-from sqft_export.plan.seconds import predict_seconds, ways_to_fit_a_day
+from sqft_export.plan.seconds import predict_seconds
 from sqft_export.plan.speeds import Speed, Speeds
 from sqft_export.plan.workload import Workload, tokens_of, workload_of
 from sqft_export.recipe.load import load_recipe
@@ -262,12 +263,12 @@ def test_where_the_tokenizer_is_not_here_words_are_counted(tmp_path):
 def test_what_takes_more_than_a_day_is_told_with_settings_that_do_not(odd):
     recipe = small_recipe("adapt.steps=1000", model_path=odd)
     quick = {"adapt": 3600.0, "benchmark": 3600.0}
-    assert ways_to_fit_a_day(recipe, quick, WORK) is None
+    assert settings_for_a_day(recipe, quick, WORK) is None
     slow = {"sparsify": 3600.0, "adapt": 40 * 3600.0, "benchmark": 5 * 3600.0}
-    assert ways_to_fit_a_day(recipe, slow, WORK) == (
+    assert settings_for_a_day(recipe, slow, WORK) == (
         "benchmark.minutes=30 adapt.epochs=null adapt.steps=562"
     )
-    assert "accelerator" in ways_to_fit_a_day(recipe, slow | {"sparsify": 90000.0}, WORK)
+    assert "accelerator" in settings_for_a_day(recipe, slow | {"sparsify": 90000.0}, WORK)
 
 
 def test_an_accelerator_is_named_with_its_memory(odd, monkeypatch, tmp_path):
