@@ -139,12 +139,12 @@ def export(
 @app.command("list")
 def list_command(
     what: Annotated[
-        Literal["targets", "recipes", "families", "methods"],
+        Literal["targets", "recipes", "families", "methods", "fields"],
         typer.Argument(help="targets: runtimes and devices of this machine"),
     ],
     json_only: Json = False,
 ) -> None:
-    """Show what there is: targets here, recipes, model families, methods of every pass."""
+    """List targets of this machine, recipes, model families, methods, or fields of a recipe."""
     from sqft_export.plan.catalog import CATALOG
 
     entries = CATALOG[what]()

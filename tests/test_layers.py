@@ -17,7 +17,7 @@ ORDER = [
     {"numerics.gptq_layout"},
     {"recipe.templates"},
     {"recipe.schema"},
-    {"recipe.load", "recipe.passes"},
+    {"recipe.load", "recipe.passes", "recipe.fields"},
     {"run.host", "run.device", "run.progress"},
     {
         "run.artifact",

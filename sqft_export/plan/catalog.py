@@ -61,9 +61,18 @@ def _methods() -> Entries:
     ]
 
 
+def _fields() -> Entries:
+    """Return every field of a recipe: what is allowed, its default, its meaning."""
+    from sqft_export.recipe.fields import recipe_fields
+
+    shown = ("field", "default", "allowed", "about")
+    return [{name: getattr(row, name) for name in shown} for row in recipe_fields()]
+
+
 CATALOG: dict[str, Callable[[], Entries]] = {
     "targets": _targets,
     "recipes": _recipes,
     "families": _families,
     "methods": _methods,
+    "fields": _fields,
 }
