@@ -1,4 +1,4 @@
-"""The packed weight file, ``<weights>.sqft``; its layout is documented in docs/reference/sparse-format.md.
+"""The packed weight file, ``<weights>.sqft``, as docs/reference/sparse-format.md describes it.
 
     8 bytes    magic SQFTPACK
     8 bytes    length of the header
