@@ -1,12 +1,12 @@
-"""What an interrupted training goes on from: safetensors and JSON, no pickle.
+"""Checkpoints that an interrupted training resumes from: safetensors and JSON, no pickle.
 
     adapter_model.safetensors      the adapter, by peft
     optimizer.safetensors, .json   moments by parameter and name; settings of the groups, schedule
     random-<process>.safetensors, .json   Python's, numpy's and torch's generators
     trainer_state.json             the Trainer's own
 
-Under FSDP the optimizer is spread over the processes and goes through torch's distributed
-checkpoints, which pickle their index; only the run that wrote one reads it.
+Under FSDP the optimizer is sharded over the processes and is saved by torch's distributed
+checkpoints, which pickle their index. Only the run that wrote such a checkpoint reads it.
 """
 
 import json
@@ -35,7 +35,7 @@ def _read(folder: Path, stem: str) -> tuple[dict[str, torch.Tensor], Any]:
 
 
 class PlainCheckpointTrainer(Trainer):
-    """A Trainer whose checkpoints hold no pickle."""
+    """A Trainer whose checkpoints contain no pickle."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)

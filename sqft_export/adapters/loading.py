@@ -1,4 +1,4 @@
-"""A base with its Linears replaced: a layer at a time, or whole, with and without an adapter."""
+"""Load a base with its Linears replaced by ours: one layer, or the whole model with adapters."""
 
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ from sqft_export.recipe.schema import Recipe
 
 
 class Layers:
-    """The decoder Linears of a base and what an adapter adds to each, read one at a time.
+    """Reads the decoder Linears of a base and their adapter updates, one at a time.
 
-    :param adapter: folder in peft's format; None: nothing is added.
+    :param adapter: folder in peft's format; None adds nothing.
     """
 
     def __init__(self, base: Base, adapter: Path | None = None):
@@ -42,7 +42,7 @@ class Layers:
         self.adapted = set(self.adapter.linears) if self.adapter else set()
 
     def layer(self, name: str) -> tuple[CompressedLinear, Update | None]:
-        """The Linear without its bias, and the update that enters its weight, if any."""
+        """Return the Linear without its bias, and the update of its weight or None."""
         if name in self.quantized_linears:
             weight = dequantize(*read_quantized(self.checkpoint, name))
         else:
@@ -57,13 +57,14 @@ class Layers:
 
 
 def load_compressed(base: Base, dtype: torch.dtype) -> nn.Module:
-    """A model whose decoder Linears are :class:`CompressedLinear`.
+    """Return a model whose decoder Linears are :class:`CompressedLinear`.
 
-    The Linears keep the checkpoint's dtype; all else is in ``dtype``, the dtype of activations.
+    The Linears keep the checkpoint's dtype. All other parameters are in ``dtype``, the dtype of
+    activations.
     """
     checkpoint = Checkpoint(base.folder)
     linears = checkpoint.linears
-    # Weights stay mapped from their files, in their own dtype, until they are looked at.
+    # Weights stay mapped from their files, in the stored dtype, until they are used.
     model = load_model(checkpoint, None)
     mask_bits = load_mask_bits(base.masks)
     grid_of = load_grids(base.grids)
@@ -73,7 +74,7 @@ def load_compressed(base: Base, dtype: torch.dtype) -> nn.Module:
             model.get_submodule(name), mask_bits.get(name), grid_of.get(name), base.unmerged
         )
         setattr(model.get_submodule(parent), child, linear)
-    for name in grid_of.keys() - linears.keys():  # embedding and head: not trained, only rounded
+    for name in grid_of.keys() - linears.keys():  # embedding and head are rounded, not trained
         weight = model.get_submodule(name).weight
         weight.data = fake_quantize(weight.data, grid_of[name])
     for module in model.modules():
@@ -93,10 +94,10 @@ def add_adapters(
     """
     names = [n for n, m in model.named_modules() if isinstance(m, CompressedLinear)]
     ends = {name.rsplit(".", 1)[1] for name in names}
-    if strangers := sorted(set(target_modules) - ends):
+    if unknown := sorted(set(target_modules) - ends):
         raise UserError(
-            f"adapt.target_modules: found {', '.join(strangers)}, which no decoder Linear is "
-            f"called; allowed are {', '.join(sorted(ends))}"
+            f"adapt.target_modules: found {', '.join(unknown)}, which is the name of no decoder "
+            f"Linear; allowed are {', '.join(sorted(ends))}"
         )
     config = LoraConfig(
         r=rank,
@@ -120,7 +121,7 @@ def _settled(model: PeftModel) -> PeftModel:
 
 
 def load_adapted(base: Base, adapter: Path, dtype: torch.dtype) -> nn.Module:
-    """A trained model: its base and an adapter folder written by adapt or search."""
+    """Load a base with an adapter folder that adapt or search wrote."""
     config = LoraConfig.from_pretrained(adapter)
     config.inference_mode = False
     config._register_custom_module({CompressedLinear: ElasticLoraLinear})
@@ -134,7 +135,7 @@ def load_adapted(base: Base, adapter: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def new_adapter(recipe: Recipe, base: Base, dtype: torch.dtype) -> PeftModel:
-    """A model with a fresh super-adapter, seeded; activations in ``dtype``."""
+    """Return a model with a new, seeded super-adapter; activations in ``dtype``."""
     config = recipe.training
     model = load_compressed(base, dtype)
     torch.manual_seed(recipe.seed)
@@ -144,5 +145,5 @@ def new_adapter(recipe: Recipe, base: Base, dtype: torch.dtype) -> PeftModel:
 
 
 def peft_config(model: nn.Module) -> dict[str, Any]:
-    """The adapter's config as peft writes it."""
+    """Return the adapter's config as peft writes it."""
     return model.peft_config[PEFT_NAME].to_dict()  # type: ignore[union-attr, operator, index]

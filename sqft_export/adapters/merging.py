@@ -1,4 +1,4 @@
-"""A merged model on disk, written a layer at a time."""
+"""Write a merged model to disk, one layer at a time."""
 
 from math import prod
 from pathlib import Path
@@ -12,12 +12,14 @@ from sqft_export.model.storage import GridWriter, quantization_config
 from sqft_export.model.tensorfiles import TensorWriter
 from sqft_export.numerics.affine import Grid, fake_quantize
 
-_SHARD_BYTES = 2**28  # what is held in memory before it is written
+_SHARD_BYTES = 2**28  # held in memory before a shard is written
 
 
 @torch.no_grad()
 def write_merged(layers: Layers, folder: Path) -> dict[str, float]:
-    """A plain Hugging Face folder, GPTQ layout where a layer has a grid; a layer is in memory.
+    """Write a plain Hugging Face folder, in the GPTQ layout where a layer has a grid.
+
+    One layer is in memory at a time.
 
     :return: share of zero weights per Linear, and over all of them (``all``).
     """
@@ -30,7 +32,7 @@ def write_merged(layers: Layers, folder: Path) -> dict[str, float]:
     with TensorWriter(folder, shard_bytes=_SHARD_BYTES) as writer:
         for name, tensor in float_tensors(base, without=weights):
             grid = layers.grids.get(name.removesuffix(".weight"))
-            # What a stock reader takes is what runs: points of the grid, exact in float32.
+            # Stock readers then compute with the same numbers: grid points are exact in float32.
             writer.add(name, tensor if grid is None else fake_quantize(tensor.float(), grid))
         for name in layers.names:
             layer, update = layers.layer(name)
@@ -50,7 +52,7 @@ def write_merged(layers: Layers, folder: Path) -> dict[str, float]:
 
 
 def _write_outer_grids(layers: Layers, folder: Path) -> None:
-    """Grids of what is no decoder Linear: embedding and head where these are quantized."""
+    """Write the grids of embedding and head where these are quantized."""
     outer = {name: grid for name, grid in layers.grids.items() if name not in layers.names}
     if outer:
         with GridWriter(folder) as writer:

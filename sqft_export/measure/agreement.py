@@ -1,4 +1,4 @@
-"""How near a model's next-token distributions are to another one's; needs no torch."""
+"""Compare next-token distributions of two models: top-1 agreement and KL divergence. No torch."""
 
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,11 @@ from sqft_export.data.items import Item
 from sqft_export.measure.likelihood import PART
 from sqft_export.measure.statistics import wilson
 
-COMPARED = 512  # a distribution over 128k tokens is half a megabyte
+COMPARED = 512  # tokens; a distribution over 128k tokens takes half a megabyte
 
 
 def sequences_of(items: list[Item]) -> list[list[int]]:
-    """Items from all parts of what is asked, as sequences of tokens; cut where there are enough."""
+    """Return token sequences of evenly spread items, together at most ``COMPARED`` tokens."""
     sequences, left = [], COMPARED
     every = max(1, sum(len(item.ids) for item in items) // COMPARED)
     for item in items[::every]:
@@ -25,12 +25,12 @@ def sequences_of(items: list[Item]) -> list[list[int]]:
 
 
 def agreement(first: np.ndarray, found: np.ndarray) -> dict[str, Any]:
-    """Next-token distributions (logarithms, ``[tokens, vocab]``) beside those of another model.
+    """Compare the log-probabilities ``[tokens, vocab]`` of two models.
 
-    Two vocabularies may differ in what fills them up; the tokens of both are compared.
+    Padded vocabularies may differ in size; the tokens that both have are compared.
 
-    :return: ``agreement``, the share of tokens after which both have the same most likely next one,
-        with its interval; ``kl_nats``, the mean Kullback-Leibler divergence from ``first``.
+    :return: ``agreement``, the share of positions with the same argmax, and its interval ``low`` to
+        ``high``; ``kl_nats``, the mean KL divergence from ``first`` in nats per token.
     """
     common, tokens, same, away = min(first.shape[1], found.shape[1]), len(first), 0, 0.0
     for start in range(0, tokens, PART):
@@ -48,9 +48,10 @@ def agreement(first: np.ndarray, found: np.ndarray) -> dict[str, Any]:
 
 
 class Beside:
-    """Asks models in turn for their distributions, and holds each to those of some before it.
+    """Compares the distributions of each model with those of named reference models before it.
 
     :param scratch: folder for the file that a worker writes.
+    :param items: items whose tokens are compared.
     """
 
     def __init__(self, scratch: Path, items: list[Item]):
@@ -58,17 +59,17 @@ class Beside:
         self.known: dict[str, np.ndarray] = {}
 
     def asked(self) -> dict[str, Any]:
-        """Of a worker, see ``measure/worker.py``."""
+        """Return the part of a worker's job that requests distributions (``measure/worker.py``)."""
         return {"distributions": {"file": str(self.file), "ids": self.ids}}
 
     def found(self, name: str | None = None) -> dict[str, dict[str, Any]]:
-        """:func:`agreement` of the model that was asked last with every one that has a name.
+        """Return :func:`agreement` of the last model with every reference model.
 
-        :param name: of this one, unless there is one of that name: itself and the next are held
-            to it.
+        :param name: store this model's distributions as a reference under that name, unless the
+            name is taken.
         """
         distributions = np.load(self.file, mmap_mode="r")
-        self.file.unlink()  # it stays mapped
+        self.file.unlink()  # the array stays mapped
         if name:
             self.known.setdefault(name, distributions)
         return {known: agreement(first, distributions) for known, first in self.known.items()}

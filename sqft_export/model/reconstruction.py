@@ -1,14 +1,16 @@
 """Reconstruction of compressed weights, a block at a time (arXiv 2312.15230, 2510.14444).
 
-What pruning and rounding left of a decoder block is trained until the block gives the dense
-block's output on the calibration activations again: least mean squared error over the kept weights
-of its Linears, and over their scales where they are on a grid (the gradient passes rounding
-straight through, as in adapters/linear.py). Pruned positions stay zero. Each block is given what
-the reconstructed ones before it give, so that it makes up for their errors too. Norms and biases
-stay as they are.
+The kept weights of a pruned and rounded decoder block are trained to reproduce the dense block's
+outputs on the calibration activations (least mean squared error). Scales are trained too where the
+weights are on a grid; the gradient passes rounding straight through, as in adapters/linear.py.
+Pruned positions stay zero, norms and biases stay unchanged. The inputs of a block are the outputs
+of the reconstructed blocks before it, so that it also corrects their errors.
 
-Unless the recipe gives a learning rate, a step is a share of the root mean square of its row's
-weights: that differs tenfold from one model to the next, and by as much between rows of one Linear.
+Example: block 3 of the dense model maps ``x`` to ``y``. Blocks 0 to 2 are reconstructed and turn
+the same sample into ``x'``. Block 3 is trained so that it maps ``x'`` to ``y``.
+
+The recipe may give a learning rate. Otherwise the first step of a weight is a share of the root
+mean square of its row, which differs tenfold between models and between rows of one Linear.
 """
 
 import json
@@ -28,12 +30,13 @@ from sqft_export.numerics.affine import Grid, grouped
 from sqft_export.numerics.codes import FLOAT16_BITS
 from sqft_export.recipe.schema import Reconstruct
 
-STEP, SCALE_STEP = 0.01, 0.003  # at first, as a share of a row's weights and of a scale
-SMALL = 1e-20  # of Adam: gradients are per step, and small
+FIRST_WEIGHT_STEP = 0.01  # share of the root mean square of a row
+FIRST_SCALE_STEP = 0.003  # share of a scale
+ADAM_EPSILON = 1e-20  # gradients of a mean over many outputs are far below the usual 1e-8
 
 
 def outputs_of(block: Block) -> Iterator[Tensor]:
-    """What a block gives for each of its calls, ``[1, length, hidden]``."""
+    """Yield the output of every call of a block, ``[1, length, hidden]``."""
     for hidden, kwargs in block.calls:
         yield output_of(block.module, hidden, kwargs)
 
@@ -41,9 +44,9 @@ def outputs_of(block: Block) -> Iterator[Tensor]:
 @torch.no_grad()
 @parametrize.cached()
 def relative_error(block: Block, targets: list[Tensor]) -> float:
-    """Squared error of a block's outputs over the targets' square.
+    """Return the squared error of a block's outputs divided by the targets' squares.
 
-    Weights are made once, and not for every sample.
+    The parametrized weights are computed once for all samples.
     """
     error = sum(
         float((ours - theirs).square().sum())
@@ -52,17 +55,17 @@ def relative_error(block: Block, targets: list[Tensor]) -> float:
     return error / sum(float(target.square().sum()) for target in targets)
 
 
-def together(block: Block, chosen: list[int]) -> list[list[int]]:
-    """Calls that can be one: those whose keywords hold for any number of rows."""
-    joined = [i for i in chosen if all(map(_broadcasts, block.calls[i][1].values()))]
-    alone = [[index] for index in chosen if index not in joined]
-    return [joined, *alone] if joined else alone
+def group_batchable(block: Block, chosen: list[int]) -> list[list[int]]:
+    """Group calls that can run as one batch: their keyword arguments broadcast over rows."""
+    batch = [i for i in chosen if all(map(_broadcasts, block.calls[i][1].values()))]
+    single = [[index] for index in chosen if index not in batch]
+    return [batch, *single] if batch else single
 
 
-def joined_outputs(block: Block, group: list[int]) -> list[Tensor]:
-    """What a block gives for some of its calls, run as one: ``[length, hidden]`` each.
+def run_batched(block: Block, group: list[int]) -> list[Tensor]:
+    """Run some calls of a block as one batch and return ``[length, hidden]`` for each.
 
-    Short ones are filled up on the right, where a causal model's tokens before do not look.
+    Samples are padded on the right, which earlier tokens of a causal model do not attend to.
     """
     hidden = [block.calls[index][0][0] for index in group]
     longest = max(group, key=lambda index: block.calls[index][0].shape[1])
@@ -77,8 +80,8 @@ def _broadcasts(value: Any) -> bool:
     return not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] == 1
 
 
-def _drawn(count: int, config: Reconstruct, seed: int) -> Iterator[list[int]]:
-    """Samples of every step, each as often as any other."""
+def _draw_samples(count: int, config: Reconstruct, seed: int) -> Iterator[list[int]]:
+    """Yield the sample indices of every step; all samples are drawn equally often."""
     order = torch.Generator().manual_seed(seed)
     size, left = min(config.batch, count), list[int]()
     for _ in range(config.steps):
@@ -89,18 +92,18 @@ def _drawn(count: int, config: Reconstruct, seed: int) -> Iterator[list[int]]:
 
 
 def _backward(block: Block, targets: list[Tensor], chosen: list[int]) -> None:
-    """Gradients of the mean squared error over some samples."""
+    """Accumulate gradients of the mean squared error over some samples."""
     numbers = sum(targets[index].numel() for index in chosen)
-    for group in together(block, chosen):
-        outputs = zip(joined_outputs(block, group), group, strict=True)
+    for group in group_batchable(block, chosen):
+        outputs = zip(run_batched(block, group), group, strict=True)
         errors = [(ours - targets[index][0]).square().sum() for ours, index in outputs]
         (torch.stack(errors).sum() / numbers).backward()
 
 
-class _Rounded(torch.autograd.Function):
-    """Grid points of a weight ``[out, in]``.
+class _RoundToGrid(torch.autograd.Function):
+    """Round a weight ``[out, in]`` to its grid, with a straight-through gradient.
 
-    shift: float32 ``[out, groups]``, logarithm of what the grid's scales were moved by.
+    shift: float32 ``[out, groups]``, logarithm of the factor on the grid's scales.
     """
 
     @staticmethod
@@ -117,10 +120,11 @@ class _Rounded(torch.autograd.Function):
         return back.passed, grouped(back.moved, ctx.grid.group_size).sum(dim=2), None
 
 
-class _Trained(nn.Module):
-    """A Linear's weight as it is trained: in units of a first step, pruned positions held at zero.
+class _TrainedWeight(nn.Module):
+    """Parametrization of a Linear's weight in units of the first step; pruned positions stay zero.
 
-    unit: float32, that step. mask: bool ``[out, in]``, True = kept. grid: or None.
+    unit: float32, the first step, scalar or ``[out, 1]``. mask: bool ``[out, in]``, True = kept.
+    grid: the grid that the weight is rounded to, or None.
     """
 
     def __init__(self, unit: Tensor, mask: Tensor, grid: Grid | None, scale_bits: int):
@@ -139,33 +143,39 @@ class _Trained(nn.Module):
         weight = self.latent(relative)
         if self.grid is None:
             return weight
-        return _Rounded.apply(weight, self.shift, self.moved())
+        return _RoundToGrid.apply(weight, self.shift, self.current_grid())
 
-    def moved(self) -> Grid | None:
-        """The grid, its scales as they would be stored now."""
+    def current_grid(self) -> Grid | None:
+        """Return the grid with its scales as they would be stored now."""
         return self.grid.moved(self.shift.detach(), self.scale_bits) if self.grid else None
 
 
 def _first_step(weight: Tensor, mask: Tensor, rate: float | None) -> Tensor:
-    """A learning rate, or what it is for each row, ``[out, 1]``."""
+    """Return the first step: the given learning rate, or one per row ``[out, 1]``."""
     if rate is not None:
         return torch.tensor(rate, device=weight.device)
     square = weight.square().sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)
-    return torch.where(square > 0, STEP * square.sqrt(), 1)  # 0 / 0 where nothing is kept
+    return torch.where(
+        square > 0, FIRST_WEIGHT_STEP * square.sqrt(), 1
+    )  # 0 / 0 where nothing is kept
 
 
 class Reconstructed(NamedTuple):
-    """weights: Linear -> float32 ``[out, in]``. grids: Linear -> what its codes are on; empty where
-    nothing is rounded. errors: relative ones, before and after."""
+    """Trained weights of one block.
+
+    weights: Linear -> float32 ``[out, in]``.
+    grids: Linear -> the grid of its codes; empty where nothing is rounded.
+    errors: relative errors of the block's outputs before and after the training.
+    """
 
     weights: dict[str, Tensor]
     grids: dict[str, Grid]
     errors: tuple[float, float]
 
-    def keep(self, file: Path, dtypes: dict[str, torch.dtype] | None = None) -> None:
-        """A file that is there is whole.
+    def save(self, file: Path, dtypes: dict[str, torch.dtype] | None = None) -> None:
+        """Write a safetensors file; it gets its name only when it is complete.
 
-        :param dtypes: Linear -> what its weight is stored in; None: float32.
+        :param dtypes: Linear -> dtype of the stored weight; None stores float32.
         """
         tensors = {}
         for name, weight in self.weights.items():
@@ -180,7 +190,8 @@ class Reconstructed(NamedTuple):
         partial.rename(file)
 
     @classmethod
-    def kept(cls, file: Path) -> "Reconstructed":
+    def load(cls, file: Path) -> "Reconstructed":
+        """Read a file that :meth:`save` wrote."""
         with safe_open(file, framework="pt") as tensors:
             take, facts = tensors.get_tensor, tensors.metadata()
             ends = (key.rpartition(".") for key in tensors.keys())  # noqa: SIM118
@@ -201,12 +212,13 @@ def reconstruct(
     grids: dict[str, Grid] | None = None,
     scale_bits: int = FLOAT16_BITS,
 ) -> Reconstructed:
-    """Train a block's kept weights; its Linears then have what it computes with.
+    """Train a block's kept weights; afterwards its Linears hold the weights it computes with.
 
-    :param theirs: the dense block, with inputs of its own.
+    :param theirs: the dense block, with its own inputs.
+    :param ours: the compressed block, with the outputs of the reconstructed blocks as inputs.
     :param masks: Linear -> bool ``[out, in]``, True = kept.
-    :param seed: of the order in which samples are drawn.
-    :param grids: Linear -> what its weight is rounded to; None: nothing is.
+    :param seed: seed of the order in which samples are drawn.
+    :param grids: Linear -> grid that its weight is rounded to; None rounds nothing.
     :param scale_bits: significant bits of the scales.
     """
     with torch.no_grad():
@@ -214,29 +226,32 @@ def reconstruct(
     linears = {name: ours.linears[name] for name in masks}
     for name, linear in linears.items():
         unit = _first_step(linear.weight, masks[name], config.learning_rate)
-        trained = _Trained(unit, masks[name], grids[name] if grids else None, scale_bits)
+        trained = _TrainedWeight(unit, masks[name], grids[name] if grids else None, scale_bits)
         parametrize.register_parametrization(linear, "weight", trained)
     before = relative_error(ours, targets)
     _train(ours, targets, list(linears.values()), config, seed)
     after = relative_error(ours, targets)
-    settled = {name: _settled(linear) for name, linear in linears.items()}
-    weights = {name: weight for name, (weight, _) in settled.items()}
-    moved = {name: grid for name, (_, grid) in settled.items() if grid}
-    return Reconstructed(weights, moved, (before, after))
+    trained_pairs = {name: _unparametrize(linear) for name, linear in linears.items()}
+    weights = {name: weight for name, (weight, _) in trained_pairs.items()}
+    final_grids = {name: grid for name, (_, grid) in trained_pairs.items() if grid}
+    return Reconstructed(weights, final_grids, (before, after))
 
 
 @torch.enable_grad()
 def _train(
     block: Block, targets: list[Tensor], linears: list[nn.Linear], config: Reconstruct, seed: int
 ) -> None:
-    """:param targets: the dense block's outputs, ``[1, length, hidden]``."""
+    """Run the optimizer steps.
+
+    :param targets: outputs of the dense block, ``[1, length, hidden]`` each.
+    """
     held = [linear.parametrizations["weight"] for linear in linears]
     weights = [one.original.requires_grad_() for one in held]
     scales = [scale for one in held for scale in one[0].parameters()]
-    rates = [{"params": weights}, {"params": scales, "lr": SCALE_STEP}]
-    adam = torch.optim.Adam(rates, 1.0, eps=SMALL)
+    rates = [{"params": weights}, {"params": scales, "lr": FIRST_SCALE_STEP}]
+    adam = torch.optim.Adam(rates, 1.0, eps=ADAM_EPSILON)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, config.steps)
-    for chosen in _drawn(len(targets), config, seed):
+    for chosen in _draw_samples(len(targets), config, seed):
         adam.zero_grad()
         _backward(block, targets, chosen)
         adam.step()
@@ -244,10 +259,10 @@ def _train(
 
 
 @torch.no_grad()
-def _settled(linear: nn.Linear) -> tuple[Tensor, Grid | None]:
-    """What was trained; the Linear is a plain one again, with what it computed with last."""
+def _unparametrize(linear: nn.Linear) -> tuple[Tensor, Grid | None]:
+    """Return the trained weight and grid; the Linear becomes plain and keeps its last weight."""
     held = linear.parametrizations["weight"]
-    result = held[0].latent(held.original), held[0].moved()
+    result = held[0].latent(held.original), held[0].current_grid()
     parametrize.remove_parametrizations(linear, "weight")
     linear.weight.requires_grad_(False).grad = None
     return result

@@ -1,10 +1,10 @@
-"""Codes as steps of their scale; numpy alone, for devices without torch."""
+"""Quantized weights in numpy, for devices without torch."""
 
 from typing import NamedTuple
 
 import numpy as np
 
-FLOAT16_BITS = 11  # significant
+FLOAT16_BITS = 11  # significant bits of a float16
 
 
 class Quantized(NamedTuple):
@@ -20,8 +20,10 @@ class Quantized(NamedTuple):
     zero_point: np.ndarray
 
     def in_groups(self, groups: int) -> "Quantized":
-        """The same weight on as many groups, the numbers of each said again for all of its parts;
-        itself where they are no parts of its own."""
+        """Repeat scales and zero points so that there are ``groups`` groups per row.
+
+        Returns self if ``groups`` is not a multiple of the current number.
+        """
         times, rest = divmod(groups, self.scale.shape[1])
         if times == 1 or rest:
             return self
@@ -30,11 +32,12 @@ class Quantized(NamedTuple):
 
     @property
     def steps(self) -> np.ndarray:
+        """Codes minus zero points, int16 ``[out, in]``."""
         return codes_to_steps(self.codes, self.zero_point)
 
 
 def codes_to_steps(codes: np.ndarray, zero_point: np.ndarray) -> np.ndarray:
-    """``q - z``, int16 ``[out, in]``: 0 where the weight is zero.
+    """Return ``q - z``, int16 ``[out, in]``; 0 where the weight is zero.
 
     :param codes: uint8 ``[out, in]``.
     :param zero_point: uint8 ``[out, groups]``; the last group of a row may be short.
@@ -45,5 +48,5 @@ def codes_to_steps(codes: np.ndarray, zero_point: np.ndarray) -> np.ndarray:
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple that is not below ``value``."""
+    """Return the smallest multiple of ``multiple`` that is at least ``value``."""
     return -(-value // multiple) * multiple

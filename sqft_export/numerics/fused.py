@@ -1,11 +1,11 @@
-"""The effective weight of an adapted Linear, in one pass over memory where it is compiled.
+"""The effective weight of an adapted Linear, computed in one pass over memory by compiled C.
 
     effective = FQ( W + U * scaling * M )        passed = G * inside * M
 
-``U`` is the update ``B A``, ``M`` the mask, ``G`` the gradient of the effective weight, ``inside``
-where the code is not clamped. All arithmetic is float32, in the order of these formulas. What the
-library (fused.c, on the CPU) and torch (any device) give is equal bit for bit; without a compiler
-it is torch everywhere.
+``U`` is the update ``B A``, ``M`` the mask and ``G`` the gradient of the effective weight.
+``inside`` is 1 where the code is not clamped. All arithmetic is float32, in the order of these
+formulas. The library (fused.c, CPU) and torch (any device) give the same bits. Without a compiler
+torch computes everywhere.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class _Work(ctypes.Structure):
-    """``Work`` of fused.c."""
+    """The struct ``Work`` of fused.c."""
 
     _fields_ = (
         *((n, ctypes.c_void_p) for n in ("weight", "update", "mask", "scale", "zero", "effective")),
@@ -37,9 +37,10 @@ class _Work(ctypes.Structure):
 
 
 class Frozen(NamedTuple):
-    """What an update enters.
+    """The frozen part of an adapted Linear.
 
-    weight: float ``[out, in]``. mask_bits: uint8 ``[out, ceil(in / 8)]``, or None. grid: or None.
+    weight: float ``[out, in]``. mask_bits: uint8 ``[out, ceil(in / 8)]``, or None. grid: the grid
+    of the effective weight, or None.
     """
 
     weight: Tensor
@@ -48,8 +49,11 @@ class Frozen(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """effective: ``[out, in]`` in the gradient's dtype. passed: float32, the gradient of the
-    update. moved: float32, the gradient of the logarithm of each weight's scale; or None."""
+    """Results of the backward pass, each ``[out, in]``.
+
+    effective: the effective weight in the gradient's dtype. passed: float32, gradient of the
+    update. moved: float32, gradient of the logarithm of each weight's scale; or None.
+    """
 
     effective: Tensor
     passed: Tensor
@@ -64,7 +68,7 @@ def _library() -> Any:
 
 @functools.cache
 def _parallel() -> ctypes.c_void_p | None:
-    """``GOMP_parallel`` of the OpenMP that torch runs on: its threads are awake already."""
+    """Return ``GOMP_parallel`` of torch's OpenMP, whose threads are running already."""
     for file in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
         if file.suffix in (".so", ".dylib"):
             found = getattr(ctypes.CDLL(str(file)), "GOMP_parallel", None)
@@ -102,9 +106,9 @@ def _run(work: _Work, grid: Grid | None) -> None:
 
 
 def adapted_weight(base: Frozen, update: Tensor | None, scaling: float) -> Tensor:
-    """``W + U * scaling * M``, float32 ``[out, in]``.
+    """Return ``W + U * scaling * M``, float32 ``[out, in]``.
 
-    :param update: float32, overwritten; None: there is none.
+    :param update: float32 ``[out, in]``, overwritten; None for a Linear without an adapter.
     """
     weight = base.weight.float()
     if update is None:
@@ -118,9 +122,9 @@ def adapted_weight(base: Frozen, update: Tensor | None, scaling: float) -> Tenso
 def effective_weight(
     base: Frozen, update: Tensor | None, scaling: float, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """``[out, in]`` in ``dtype``, the dtype of the product.
+    """Return the effective weight ``[out, in]`` in ``dtype``, the dtype of the product.
 
-    :param update: float32, overwritten; None: there is none.
+    :param update: float32 ``[out, in]``, overwritten; None for a Linear without an adapter.
     """
     if not _compiled(base, update, dtype):
         adapted = adapted_weight(base, update, scaling)
@@ -136,11 +140,11 @@ def effective_weight(
 def backward(
     base: Frozen, update: Tensor, scaling: float, gradient: Tensor, scales: bool
 ) -> Backward:
-    """The effective weight again, and what passes back through it.
+    """Recompute the effective weight and return the gradients that pass through it.
 
-    :param update: float32, overwritten.
-    :param gradient: of the effective weight, ``[out, in]``, overwritten if it is float32.
-    :param scales: the gradient of the scales is asked for as well; only with a grid.
+    :param update: float32 ``[out, in]``, overwritten.
+    :param gradient: gradient of the effective weight, ``[out, in]``, overwritten if it is float32.
+    :param scales: also return the gradient of the scales; needs a grid.
     """
     if not _compiled(base, update, gradient.dtype) or not gradient.is_contiguous():
         return _backward_in_torch(base, update, scaling, gradient, scales)

@@ -1,12 +1,12 @@
-"""Which group size a layer gets; apart from the grid so that `plan` needs no torch."""
+"""The group size of a layer; a module without torch, since plan needs none."""
 
 
 def fallback_group_size(in_features: int, group_size: int | None) -> int:
-    """The group size a layer really gets.
+    """Return the group size that a layer gets.
 
-    ``group_size`` where it divides ``in_features``; else the largest smaller power of two from 16
-    up that does; else ``in_features``, one group per row (per channel). None asks for the latter.
-    Both runtimes keep compressed kernels for all three.
+    ``group_size`` if it divides ``in_features``. Otherwise the largest smaller power of two, at
+    least 16, that does. Otherwise, and for None, ``in_features``: one group per row (per channel).
+    All runtimes have compressed kernels for the three cases.
     """
     if group_size is None:
         return in_features

@@ -10,23 +10,23 @@ import math
 import torch
 from torch import Tensor
 
-_ROWS_AT_ONCE = 1024  # what selecting takes beside the scores themselves
+_SELECTED_ROWS = 1024  # rows per selection, which bounds its scratch memory
 
 
 def drop_lowest(scores: Tensor, count: int) -> Tensor:
-    """Mask that drops the ``count`` lowest scores of every row; ties go to the lower column.
+    """Return a mask without the ``count`` lowest scores per row; ties drop the lower column.
 
     :param scores: ``[rows, columns]``, any float dtype.
     :return: bool ``[rows, columns]``, True = kept.
     """
     mask = torch.ones_like(scores, dtype=torch.bool)
-    for start in range(0, len(scores) if count else 0, _ROWS_AT_ONCE):
-        rows = scores[start : start + _ROWS_AT_ONCE]
+    for start in range(0, len(scores) if count else 0, _SELECTED_ROWS):
+        rows = scores[start : start + _SELECTED_ROWS]
         # Selecting the count-th score is linear in the columns, sorting them is not.
         threshold = rows.kthvalue(count, dim=1, keepdim=True).values
         below, tied = rows < threshold, rows == threshold
         wanted = count - below.sum(dim=1, keepdim=True)
-        mask[start : start + _ROWS_AT_ONCE] = ~(below | (tied & (tied.cumsum(dim=1) <= wanted)))
+        mask[start : start + _SELECTED_ROWS] = ~(below | (tied & (tied.cumsum(dim=1) <= wanted)))
     return mask
 
 
@@ -40,7 +40,7 @@ def drop_share(scores: Tensor, sparsity: float) -> Tensor:
 
 
 def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
-    """N:M mask: of every ``m`` consecutive columns the ``n`` highest scores are kept.
+    """Return an N:M mask: the ``n`` highest scores of every ``m`` consecutive columns are kept.
 
     :raises ValueError: if ``m`` does not divide the number of columns.
     """
@@ -50,9 +50,9 @@ def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 def keep_at_most(scores: Tensor, n: int, m: int) -> Tensor:
-    """Scores with all but the ``n`` highest of every ``m`` consecutive columns lowered to -inf.
+    """Lower all scores but the ``n`` highest of every ``m`` consecutive columns to -inf.
 
-    What is dropped next is dropped of those first, so that no block keeps more.
+    A mask made from these scores drops the lowered ones first, so that no ``m`` columns keep more.
 
     :raises ValueError: if ``m`` does not divide the number of columns.
     """
@@ -60,7 +60,7 @@ def keep_at_most(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 def mask_to_bits(mask: Tensor) -> Tensor:
-    """Eight weights a byte, lowest column in the lowest bit: uint8 ``[out, ceil(in / 8)]``."""
+    """Pack a mask, lowest column in the lowest bit: uint8 ``[out, ceil(in / 8)]``."""
     out_features, in_features = mask.shape
     padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -in_features % 8))
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)

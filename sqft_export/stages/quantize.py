@@ -217,8 +217,8 @@ def _reconstructed(
             grids[name] = grid
             masks[name] = mask_for(sparsified, name, weight)
         seed, scale_bits = context.recipe.seed + block.index, context.recipe.scale_bits
-        reconstruct(theirs, block, masks, config, seed, grids, scale_bits).keep(file)
-    return Reconstructed.kept(file)
+        reconstruct(theirs, block, masks, config, seed, grids, scale_bits).save(file)
+    return Reconstructed.load(file)
 
 
 def _quantized(

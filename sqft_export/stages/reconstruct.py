@@ -50,8 +50,8 @@ def run(context: Context) -> dict:
         file = done / f"{ours.index}.safetensors"
         if not file.is_file():
             dtypes = {name: sparse.dtype(f"{name}.weight") for name in ours.linears}
-            _reconstructed(context, theirs, ours).keep(file, dtypes)
-        made = Reconstructed.kept(file)
+            _reconstructed(context, theirs, ours).save(file, dtypes)
+        made = Reconstructed.load(file)
         for name, linear in ours.linears.items():  # as stored: what the blocks after it shall see
             linear.weight.copy_(made.weights[name])
         errors.append(made.errors)

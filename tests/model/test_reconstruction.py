@@ -117,10 +117,10 @@ def test_samples_go_through_a_block_together_as_alone(tmp_path, kind):
     samples = [torch.tensor(ids[at : at + 12 - at]) for at in range(6)]
     for block in walk(Checkpoint(model), samples, None):
         alone = list(reconstruction.outputs_of(block))
-        groups = reconstruction.together(block, list(range(6)))
+        groups = reconstruction.group_batchable(block, list(range(6)))
         assert sorted(i for group in groups for i in group) == list(range(6))
         for group in groups:
-            joined = reconstruction.joined_outputs(block, group)
+            joined = reconstruction.run_batched(block, group)
             for index, ours in zip(group, joined, strict=True):
                 assert torch.allclose(ours, alone[index][0], atol=1e-5)
         assert len(groups) == (6 if kind == "bloom" else 1)  # whose alibi has a row a head
