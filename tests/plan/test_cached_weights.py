@@ -4,7 +4,7 @@ import pytest
 
 from conftest import small_recipe
 from sqft_export.model.hub import model_folder
-from sqft_export.plan import memory, seconds
+from sqft_export.plan import memory, work
 from sqft_export.plan.layout import layout_of
 from sqft_export.plan.memory import predict_memory
 from sqft_export.plan.seconds import predict_seconds
@@ -39,7 +39,7 @@ def test_an_evaluation_makes_its_weights_once_where_they_are_kept(planned, monke
     machine = Speeds(SLOW, SLOW, SLOW, 1e9)
     taken = {}
     for fits in (True, False):
-        monkeypatch.setattr(seconds, "float32_fits", lambda weights, fits=fits: fits)
+        monkeypatch.setattr(work, "float32_fits", lambda weights, fits=fits: fits)
         taken[fits] = predict_seconds(recipe, layout, machine, WORK)
     assert taken[True]["search"] < taken[False]["search"]
     assert taken[True]["benchmark"] < taken[False]["benchmark"]
