@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import click
 import typer
 
-from sqft_export.errors import UserError
+from sqft_export.errors import UserError, one_line
 from sqft_export.run.processors import wait_briefly
 
 app = typer.Typer(
@@ -349,15 +349,16 @@ def verify_command(
 
     _set_threads(threads)
     from sqft_export.packed.seal import sealed_or_refused
-    from sqft_export.targets.folder import GRAPHS
-    from sqft_export.verify.certify import certify_again
+    from sqft_export.targets.folder import is_deployment
 
     _require_folder(folder)
-    if any((folder / graph).is_file() for graph in GRAPHS.values()):
+    if is_deployment(folder):
         files = sealed_or_refused(folder)["files"]
         done: dict[str, Any] = {"folder": str(folder), "files": len(files)}
         print(json.dumps(done) if json_only else f"{folder}: {len(files)} files as sealed")
         return
+    from sqft_export.verify.certify import certify_again  # imports torch
+
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         artifacts, certificate = certify_again(folder, Path(scratch))
     if json_only:
@@ -404,8 +405,12 @@ def _check_before_measuring(folders: list[Path]) -> None:
 
 
 def _require_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
+    try:
+        found = folder.is_dir()
+    except OSError:  # its name is too long
+        found = False
+    if not found:
+        raise UserError(f"{one_line(folder)}: no such folder")
 
 
 class _Terminated(BaseException):

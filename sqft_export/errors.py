@@ -1,5 +1,13 @@
 """The exceptions a user is meant to read."""
 
+MAX_MESSAGE_CHARACTERS = 5000  # of one message, whatever a file holds
+
+
+def one_line(text: object, longest: int = 300) -> str:
+    """A text from outside, such as a library's message, on one line and cut."""
+    shown = " ".join(str(text).split())
+    return shown if len(shown) <= longest else f"{shown[:longest]}..."
+
 
 class UserError(Exception):
     """Something the user can put right: says where, what was found, and the way out.
@@ -8,6 +16,11 @@ class UserError(Exception):
     """
 
     code = 2
+
+    def __init__(self, message: str = "") -> None:
+        more = len(message) - MAX_MESSAGE_CHARACTERS
+        cut = f"{message[:MAX_MESSAGE_CHARACTERS]}... and {more:,} characters more"
+        super().__init__(cut if more > 0 else message)
 
 
 class HostError(UserError):
@@ -32,8 +45,3 @@ class GateError(UserError):
     """A pass cost more than the recipe's ``gates`` allow."""
 
     code = 6
-
-
-def one_line(error: Exception, longest: int = 300) -> str:
-    """What a library says, on one line and cut."""
-    return " ".join(str(error).split())[:longest]

@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +15,17 @@ from typer.testing import CliRunner
 from conftest import small_recipe
 from sqft_export import cli
 from sqft_export.errors import UserError
-from sqft_export.packed.folders import unpack
+from sqft_export.packed.execution import specialize
+from sqft_export.packed.folders import pack, unpack
 from sqft_export.packed.loaders import load_gguf, load_onnx, load_openvino
+from sqft_export.packed.seal import sealed_or_refused
 from sqft_export.plan.checks import check_recipe
 from sqft_export.report.runs import compare_runs
 from sqft_export.targets.folder import runtime_of
 from sqft_export.targets.inspect import inspect_folder
 
 SCREEN = 6000  # characters
+WRITING = ("pack", "specialize")
 SECONDS = 10  # of what reads a model of a few megabytes, on a busy machine
 VALUES: list = [None, True, -1, 0, 1, 2**40, 2**70, 1e30, float("nan"), "", "x", "../x", "\x00"]
 VALUES += [[], {}, [1], ["x"], {"a": 1}, [[]], "9" * 400, "/dev/zero", 0.5, -0.0, "float16"]
@@ -110,12 +115,26 @@ def unpack_beside(folder: Path) -> None:
     unpack(folder, folder.parent / "plain")
 
 
+def pack_beside(folder: Path) -> None:
+    """What was packed can be unpacked."""
+    pack(folder, folder.parent / "packed")
+    unpack(folder.parent / "packed", folder.parent / "plain")
+
+
+def specialize_beside(folder: Path) -> None:
+    specialize(folder, folder.parent / "sparse")
+
+
 LOADERS = {"openvino": load_openvino, "onnx": load_onnx, "gguf": load_gguf}
 DEPLOYMENTS = {
     "inspect": ("model", inspect_folder),
     "inspect packed": ("packed", inspect_folder),
     "load": ("packed", lambda folder: LOADERS[runtime_of(folder)](folder)),
     "unpack": ("packed", unpack_beside),
+    "pack": ("model", pack_beside),
+    "specialize": ("model", specialize_beside),
+    "verify": ("model", sealed_or_refused),
+    "verify packed": ("packed", sealed_or_refused),
 }
 
 
@@ -197,3 +216,28 @@ def test_command_lines_end_in_a_result_or_a_message(tmp_path, monkeypatch):
 def test_two_thousand_command_lines_end_in_a_result_or_a_message(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command_lines(range(1000, 3000))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "form"), [("openvino", "model"), ("onnx", "model"), ("gguf", "packed")]
+)
+def test_files_that_are_none_are_refused_in_bounded_memory_and_time(
+    tiny_run, tmp_path, runtime, form
+):
+    """Pipes, devices, links in circles, folders and files of 48 GiB in place of each file."""
+    source = tiny_run[f"export-{runtime}"].path / form
+    script = Path(__file__).parent / "hostile_commands.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(source), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and len(lines) > 40, (lines[-1:], done.stderr[-2000:])
+    for case, found in zip(lines[::2], lines[1::2], strict=True):
+        assert found["code"] in (2, 4) or case["case"][1] == "folder", (case, found)
+        assert found["code"] in (0, 2, 3, 4) and found["seconds"] < SECONDS, (case, found)
+        assert found["left"] == (found["code"] == 0 and case["case"][3] in WRITING), (case, found)
+        assert found["said"].count("\n") <= 1 and len(found["said"]) < SCREEN, (case, found)

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "sqft_export"
 # whole room (its files are plugs) may import within itself.
 ORDER = [
     {"errors"},
+    {"untrusted"},
     {"textfiles", "compiled"},
     {"numerics.codes", "numerics.groups", "numerics.nibbles", "numerics.hessian", "numerics.masks"},
     {"numerics.affine"},
@@ -27,7 +28,7 @@ ORDER = [
         "model.memory",
         "model.companions",
     },
-    {"model.tensorfiles", "run.processors"},
+    {"model.tensorfiles", "run.processors", "targets.genai_config"},
     {"model.families", "model.existing"},
     {"model.architecture"},
     {"model.checkpoint", "model.hub"},
@@ -38,12 +39,12 @@ ORDER = [
     {"data.datasets"},
     {"data.items"},
     {"data.calibration", "data.scoring"},
-    {"packed.inflate", "packed.blocks"},
+    {"packed.inflate", "packed.blocks", "packed.gguf_file"},
     {"packed.container"},
-    {"packed.regions"},
+    {"packed.streaming"},
     {"measure.machine", "kernels.library"},
     {"kernels.ir", "kernels.extension"},
-    {"kernels.build"},
+    {"kernels.build", "packed.regions"},
     {"kernels.rewrite"},
     {"kernels.choice"},
     {"packed.seal"},
@@ -235,7 +236,23 @@ def test_functions_are_short_and_flat():
     assert not long and not deep, (long, deep)
 
 
+def test_no_code_of_a_model_folder_is_loaded():
+    """transformers asks on the terminal where a call does not say."""
+    silent = []
+    for module, tree in MODULES.items():
+        for node in ast.walk(tree):
+            named = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            if not named or not isinstance(node.func.value, ast.Name):
+                continue
+            loads = node.func.attr in ("from_pretrained", "from_config")
+            if loads and node.func.value.id.startswith("Auto"):
+                given = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+                silent += [module] if given.get("trust_remote_code") is not False else []
+    assert not silent
+
+
 def test_artifact_needs_the_standard_library_alone():
-    assert imports_of(MODULES["run.artifact"]) == {"errors", "run.host"}
+    assert imports_of(MODULES["run.artifact"]) == {"errors", "run.host", "untrusted"}
+    assert imports_of(MODULES["untrusted"]) == {"errors"}
     names = {n.module for n in ast.walk(MODULES["run.artifact"]) if isinstance(n, ast.ImportFrom)}
     assert not names & {"numpy", "torch", "safetensors"}

@@ -30,6 +30,8 @@ from sqft_export.adapters.files import PREFIX
 from sqft_export.adapters.linear import CompressedLinear, ElasticLoraLinear
 from sqft_export.model.storage import MASKS, load_mask
 from sqft_export.model.tensorfiles import TensorFiles
+from sqft_export.textfiles import read_json
+from sqft_export.untrusted import MAX_JSON_BYTES
 
 EVIDENCE = "trained"  # stem of the files
 CAPTURED = 8  # sequences that a model is run on
@@ -78,7 +80,7 @@ class Evidence:
     @classmethod
     def read(cls, folder: Path) -> "Evidence":
         tensors = load_file(folder / f"{EVIDENCE}.safetensors")
-        document = json.loads((folder / f"{EVIDENCE}.json").read_text())
+        document = read_json(folder / f"{EVIDENCE}.json", MAX_JSON_BYTES)
         rows = {k.removeprefix("rows."): t.numpy() for k, t in tensors.items() if k[:5] == "rows."}
         sequences = [[i for i in row if i >= 0] for row in tensors["ids"].tolist()]
         pruned = {name: (positions, kept) for name, (positions, kept) in document["pruned"].items()}

@@ -17,6 +17,7 @@ import numpy as np
 
 from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.run.launcher import process_rank
+from sqft_export.textfiles import read_json
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -50,7 +51,7 @@ class AdapterFiles:
 
     def __init__(self, folder: Path):
         self.tensors = TensorFiles(folder, TENSORS)
-        self.config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        self.config: dict[str, Any] = read_json(folder / CONFIG)
 
     @property
     def linears(self) -> list[str]:

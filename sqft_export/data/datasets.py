@@ -243,7 +243,7 @@ def _same_name(path: Path, name: str) -> bool:
 
 def local_file(folder: Path, name: str, split: str) -> Path | None:
     """The file of a set's split: ``<set>/<split>.json`` or ``.jsonl``, or ``<set>.json``."""
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if not _same_name(path, name):
             continue
         if path.is_file() and path.suffix in SUFFIXES:

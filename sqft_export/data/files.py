@@ -1,11 +1,19 @@
 """Data files as people have them: text and JSON lines, or one message that says what is wrong."""
 
-import json
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sqft_export.errors import UserError
-from sqft_export.textfiles import decoded
+from sqft_export.textfiles import decoded, decoded_line
+from sqft_export.untrusted import (
+    MAX_LINE_BYTES,
+    MAX_TEXT_BYTES,
+    open_regular,
+    parse_json,
+    read_bounded,
+)
 
 Fields = dict[str, Any]
 # First bytes of what is no text, and what it is called.
@@ -17,14 +25,15 @@ def read_text(file: Path) -> str:
 
     :raises UserError: naming the file and the first byte that is no text.
     """
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: can't be read: {error.strerror}") from error
+    content = read_bounded(file, MAX_TEXT_BYTES)
+    _check_is_text(content, file)
+    return decoded(content, file)
+
+
+def _check_is_text(content: bytes, file: Path) -> None:
     for magic, name in BINARY.items():
         if content.startswith(magic):
             raise UserError(f"{file}: is {name}; text in UTF-8, .json or .jsonl is read")
-    return decoded(content, file)
 
 
 def read_rows(file: Path) -> list[Fields]:
@@ -38,14 +47,13 @@ def read_rows(file: Path) -> list[Fields]:
 
 def numbered_rows(file: Path) -> list[tuple[int, Fields]]:
     """The same with the line of each, in a list its place."""
-    text = read_text(file)
     found: list[tuple[int, Any]]
     if file.suffix == ".json":
-        document = _parse(text, file, 1)
+        document = parse_json(read_text(file), f"{file}:1")
         found = list(enumerate(document if isinstance(document, list) else [document], start=1))
     else:
-        lines = enumerate(text.split("\n"), start=1)
-        found = [(number, _parse(line, file, number)) for number, line in lines if line.strip()]
+        lines = ((number, line) for number, line in _lines(file) if line.strip())
+        found = [(number, parse_json(line, f"{file}:{number}")) for number, line in lines]
     for number, row in found:
         if not isinstance(row, dict):
             raise UserError(f"{file}:{number}: expected an object, found {type(row).__name__}")
@@ -54,10 +62,20 @@ def numbered_rows(file: Path) -> list[tuple[int, Fields]]:
     return found
 
 
-def _parse(text: str, file: Path, number: int) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise UserError(f"{file}:{number}: is nested too deeply") from error
-    except ValueError as error:
-        raise UserError(f"{file}:{number}: not JSON: {error}") from error
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of every line, one in memory at a time.
+
+    :raises UserError: naming the file and the line that is no text or too long.
+    """
+    with open_regular(file) as stream:
+        start = 0
+        for number in itertools.count(1):
+            content = stream.readline(MAX_LINE_BYTES + 1)
+            if not content:
+                return
+            if number == 1:
+                _check_is_text(content, file)
+            if len(content) > MAX_LINE_BYTES:
+                raise UserError(f"{file}:{number}: has more than {MAX_LINE_BYTES:,} bytes")
+            yield number, decoded_line(content, file, start)
+            start += len(content)

@@ -68,7 +68,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder; where it names no end token, the model's is its own."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.eos_token_id is None and (ends := end_tokens(folder)):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     tokenizer.deprecation_warnings[TOO_LONG] = True

@@ -145,6 +145,9 @@ class SqftMatMul : public ov::op::Op {
     OPENVINO_ASSERT(get_input_size() == 2, "SqftMatMul takes two inputs");
     OPENVINO_ASSERT(activations_ == "int8" || activations_ == "f32",
                     "SqftMatMul: activations: found ", activations_, "; int8 or f32 is expected");
+    const auto type = get_input_element_type(0);
+    OPENVINO_ASSERT(type.is_dynamic() || type == ov::element::f32,
+                    "SqftMatMul: activations of type ", type, "; f32 is expected");
     auto shape = get_input_partial_shape(0);
     if (shape.rank().is_static()) {
       OPENVINO_ASSERT(shape.size() >= 1, "SqftMatMul: a scalar can't be multiplied");
@@ -167,23 +170,29 @@ class SqftMatMul : public ov::op::Op {
 
   bool evaluate(ov::TensorVector &out, const ov::TensorVector &in) const override {
     static const SqftKernels *const kernels = sqft_kernels(nullptr);
+    OPENVINO_ASSERT(in.size() == 2 && in[0].get_element_type() == ov::element::f32,
+                    "SqftMatMul: activations are not f32");
     const auto *stored = static_cast<const uint8_t *>(in[1].data());
     std::call_once(ready_->once, [&] {
       ready_->bytes = prepared(stored, in[1].get_byte_size(), kernels->lanes);
     });
     const auto *m = matrix_of(ready_->bytes.get());
     auto shape = in[0].get_shape();
-    OPENVINO_ASSERT(shape.back() == m->inputs && rows_ == m->rows,
+    OPENVINO_ASSERT(!shape.empty() && shape.back() == m->inputs && rows_ == m->rows,
                     "SqftMatMul: the weights are of another shape");
     shape.back() = m->rows;
     out[0].set_shape(shape);
     const auto *x = static_cast<const float *>(in[0].data());
     auto *y = static_cast<float *>(out[0].data());
     const size_t tokens = in[0].get_size() / m->inputs;
-    if (activations_ == "f32")
-      over_tiles(m, [&](size_t first, size_t last) { sqft_exact(m, x, tokens, y, first, last); });
-    else if (tokens)
-      rounded(kernels, m, x, tokens, y);
+    // A thread that waits for others would take up work of another request, which uses the same
+    // scratch memory of the thread.
+    tbb::this_task_arena::isolate([&] {
+      if (activations_ == "f32")
+        over_tiles(m, [&](size_t first, size_t last) { sqft_exact(m, x, tokens, y, first, last); });
+      else if (tokens)
+        rounded(kernels, m, x, tokens, y);
+    });
     return true;
   }
 

@@ -44,11 +44,13 @@ from sqft_export.run.host import installed
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import (
     GRAPHS,
+    check_files,
     context_of,
     kind_of,
     number_in_config,
     vocabulary_of,
 )
+from sqft_export.untrusted import MAX_IR_BYTES, read_bounded
 
 UNCERTAIN = "its interval holds 1: not told apart"
 FEWEST = 5  # rounds that an interval of ratios says something after
@@ -125,8 +127,9 @@ def _each_way(folders: list[Path], settings: DeviceSettings) -> dict[str, Measur
         kernels_used()
     found = {}
     for name, folder in zip(names_of(folders), folders, strict=True):
+        check_files(folder)
         own = kind_of(folder) != "openvino" or is_specialized(
-            (folder / GRAPHS["openvino"]).read_bytes()
+            read_bounded(folder / GRAPHS["openvino"], MAX_IR_BYTES)
         )
         for way in [STOCK] if own else ways:
             label = name if own or ways == [STOCK] else f"{name}, {way}"

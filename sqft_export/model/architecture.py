@@ -98,7 +98,10 @@ def empty_model(config: Any, attention: str | None = None) -> Any:
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attention
+            config,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            trust_remote_code=False,
         )
     return model.eval().requires_grad_(False)
 

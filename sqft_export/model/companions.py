@@ -1,7 +1,7 @@
 """What lies beside a model's weights: configs, tokenizer, chat template; files of the folder alone.
 
-A folder may come from anywhere, so nothing is followed out of it: no link, device or pipe. The
-hub's own cache keeps its files in a folder beside its snapshots and links to them; that is let.
+A folder may come from anywhere, so nothing is followed out of it: no link, device or pipe
+(``untrusted.py``).
 """
 
 import json
@@ -9,13 +9,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sqft_export.errors import UserError
+from sqft_export.errors import UserError, one_line
+from sqft_export.untrusted import MAX_JSON_BYTES, fault_of_file, path_inside
 
 # Everything that makes a folder loadable beside its weights.
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
 # What other programs leave there, which would be followed or is not about this model.
 STRANGERS = ("adapter_config.json", "manifest.json", "provenance.json")
-LARGEST_COMPANION = 2**28  # bytes; vocabularies of a million words have a tenth
 
 
 def own_file(folder: Path, name: str) -> Path:
@@ -25,18 +25,11 @@ def own_file(folder: Path, name: str) -> Path:
     """
     file = folder / name
     if Path(name).name != name:
-        raise UserError(f"{folder}: names {name!r}; a file of the folder itself is expected")
-    home = folder.resolve()
-    if home.parent.name == "snapshots":  # of the hub's cache
-        home = home.parent.parent
-    real = file.resolve()
-    if not real.is_relative_to(home):
-        raise UserError(
-            f"{file}: is a link to {real}, outside the folder; put the file there itself"
-        )
-    if not real.is_file():
-        kind = "a folder" if real.is_dir() else "no regular file" if real.exists() else "missing"
-        raise UserError(f"{file}: is {kind}; a file is expected")
+        shown = one_line(repr(name))
+        raise UserError(f"{folder}: names {shown}; a file of the folder itself is expected")
+    path_inside(folder, file)
+    if fault := fault_of_file(file):
+        raise UserError(f"{one_line(file)}: {fault}")
     return file
 
 
@@ -51,8 +44,8 @@ def companions(folder: Path) -> list[Path]:
         if name in STRANGERS or name.endswith(".safetensors.index.json"):
             continue
         file = own_file(folder, name)
-        if (size := file.stat().st_size) > LARGEST_COMPANION:
-            raise UserError(f"{file}: has {size:,} bytes, at most {LARGEST_COMPANION:,} are taken")
+        if (size := file.stat().st_size) > MAX_JSON_BYTES:
+            raise UserError(f"{file}: has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
         found.append(file)
     return found
 

@@ -9,9 +9,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqft_export.errors import UserError
+from sqft_export.errors import UserError, one_line
 from sqft_export.model.companions import own_file
 from sqft_export.textfiles import read_json
+from sqft_export.untrusted import MAX_JSON_BYTES, open_regular, parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -53,16 +54,16 @@ def read_headers(file: Path) -> dict[str, TensorInfo]:
     :raises UserError: naming the file, and the tensor, if it is cut short or its header is not one.
     """
     size = file.stat().st_size
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if length > min(size - 8, LARGEST_HEADER):
             raise UserError(f"{file}: not a whole safetensors file")
         header = stream.read(length)
     try:
-        entries = json.loads(header)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: its header is not JSON") from error
+        entries = parse_json(header, "header")
+    except UserError as error:
+        raise UserError(f"{file}: its header is not JSON ({error})") from error
     if not isinstance(entries, dict):
         raise UserError(f"{file}: its header is a {type(entries).__name__}, not an object")
     entries.pop("__metadata__", None)
@@ -80,14 +81,16 @@ def _info(file: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int
     def numbers(key: str) -> list[int]:
         found = entry.get(key) if isinstance(entry, dict) else None
         whole = isinstance(found, list) and all(type(n) is int and n >= 0 for n in found)
+        shown = one_line(repr(found), 80)
         if found is None or not whole or max(found, default=0) > LARGEST_AXIS:
-            raise UserError(f"{file}: {name}: {key}: found {found!r}, expected a list of sizes")
+            raise UserError(f"{file}: {name}: {key}: found {shown}, expected a list of sizes")
         return found
 
     shape, offsets = numbers("shape"), numbers("data_offsets")
     if (dtype := entry.get("dtype")) not in DTYPE_BYTES:
+        shown = one_line(repr(dtype), 80)
         raise UserError(
-            f"{file}: {name}: dtype {dtype!r} is not known; read are {', '.join(TORCH_NAMES)}"
+            f"{file}: {name}: dtype {shown} is not known; read are {', '.join(TORCH_NAMES)}"
         )
     info = TensorInfo(file.name, name, dtype, tuple(shape))
     if len(offsets) != 2 or offsets[1] - offsets[0] != info.bytes:
@@ -139,7 +142,7 @@ class TensorFiles:
         if not (self.folder / index_name(self.stem)).is_file():
             return [f"{self.stem}.safetensors"]
         index = own_file(self.folder, index_name(self.stem))
-        files = read_json(index).get("weight_map")
+        files = read_json(index, MAX_JSON_BYTES).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
             raise UserError(f"{index}: weight_map: expected names of tensors and of their files")
         return sorted(set(files.values()))

@@ -27,12 +27,13 @@ import pydantic
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field
 
-from sqft_export.errors import DamagedError, UserError
+from sqft_export.errors import DamagedError, UserError, one_line
 from sqft_export.numerics.codes import round_up
 from sqft_export.packed import blocks
 from sqft_export.packed.inflate import Bytes, DenseFile, Memory, deflate, inflate
 from sqft_export.run.host import allowed_processors
 from sqft_export.run.threads import in_order
+from sqft_export.untrusted import open_regular, parse_json
 
 MAGIC = b"SQFTPACK"
 FORMAT = 1
@@ -40,8 +41,10 @@ ALIGNMENT = 64
 FRAME = 2**20  # bytes of a piece that are compressed together
 RAW_BYTES = 2**26  # of one raw region, so that threads share a long one
 LARGEST = 2**48
+MAX_HEADER_BYTES = 2**27
 MOST_REGIONS = 50_000
-INFLATION = 256  # times its own size that a file may stand for; sparse INT4 stands for four
+MAX_GROUP = 2**22  # elements that share a zero point, where not all of a tensor do
+INFLATION = 256  # times its stored bytes that a file may stand for; sparse INT4 stands for four
 ZSTD_LEVEL = 6
 Count = Annotated[int, Field(ge=0, lt=LARGEST)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
@@ -276,12 +279,12 @@ class PackedFile:
     def __init__(self, file: Path):
         """:raises UserError: if it is damaged, or of another version."""
         self.file = file
-        self._stream = file.open("rb")
+        self._stream = open_regular(file)
         try:
             self._map: Any = mmap.mmap(self._stream.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError as error:  # an empty file can't be mapped
             self._stream.close()
-            raise self._damaged("is empty") from error
+            raise self.damaged("is empty") from error
         self.content = np.frombuffer(self._map, np.uint8)
         self._checked: dict[int, Bytes] = {}  # raw regions that were read
         self.header, self.payload = self._read_header()
@@ -291,49 +294,64 @@ class PackedFile:
         return self
 
     def __exit__(self, *failure: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
         # The map goes with the last array on it, which a traceback may still hold.
         del self.content, self.payload, self._map, self._checked
         self._stream.close()
 
-    def _damaged(self, what: str) -> DamagedError:
+    def damaged(self, what: str) -> DamagedError:
+        """The error for this file, with the way out."""
         return DamagedError(f"{self.file}: {what}; copy or pack it again")
 
     def _read_header(self) -> tuple[Header, Bytes]:
         content = self.content
         if content[:8].tobytes() != MAGIC:
-            raise self._damaged("not a packed weight file")
+            raise self.damaged("not a packed weight file")
         length = int.from_bytes(content[8:16].tobytes(), "little")
         if length > len(content) - 32:
-            raise self._damaged("is cut short")
+            raise self.damaged("is cut short")
+        if length > MAX_HEADER_BYTES:
+            raise self.damaged(f"its header has {length} bytes, at most {MAX_HEADER_BYTES}")
         text = content[16 : 16 + length].tobytes()
         digest = content[16 + length : 32 + length].tobytes()
         if xxhash.xxh3_128_digest(text) != digest:
-            raise self._damaged("its header is damaged")
+            raise self.damaged("its header is damaged")
+        return self._header_of(text), content[_aligned(32 + length) :]
+
+    def _header_of(self, text: bytes) -> Header:
         try:
-            document = json.loads(text)
-            if isinstance(document, dict) and document.get("version") != FORMAT:
-                raise UserError(
-                    f"{self.file}: version {document.get('version')!r}, this program reads {FORMAT}"
-                )
-            header = Header.model_validate(document)
-        except (ValueError, RecursionError, pydantic.ValidationError) as error:
-            raise self._damaged(f"its header is not one ({error})") from error
-        return header, content[_aligned(32 + length) :]
+            document = parse_json(text, "JSON", finite=True)
+        except UserError as error:
+            raise self.damaged(f"its header is not one ({error})") from error
+        found = document if isinstance(document, dict) else {}
+        if "version" in found and found["version"] != FORMAT:
+            shown = one_line(repr(found["version"]), 80)
+            raise UserError(f"{self.file}: version {shown}, this program reads {FORMAT}")
+        regions = found.get("regions")
+        if isinstance(regions, list) and len(regions) > MOST_REGIONS:
+            raise self.damaged(f"{len(regions)} regions, at most {MOST_REGIONS}")
+        try:
+            return Header.model_validate(document)
+        except pydantic.ValidationError as error:
+            raise self.damaged(f"its header is not one ({_first_fault(error)})") from error
 
     def _check_layout(self) -> None:
         """Every size and offset against those it must fit, before anything is allocated."""
-        if len(self.header.regions) > MOST_REGIONS:
-            raise self._damaged(f"{len(self.header.regions)} regions, at most {MOST_REGIONS}")
-        if self.header.size > INFLATION * len(self.content):
-            raise self._damaged(f"claims to stand for {self.header.size} bytes")
+        stored = sum(piece.size for piece in self._pieces())
+        head = len(self.content) - len(self.payload)
+        if self.header.size > INFLATION * (stored + head):  # a hole in the file stores nothing
+            raise self.damaged(f"claims to stand for {self.header.size} bytes")
         raw = [r for r in self.header.regions if isinstance(r, Raw)]
         self._raw_starts, self._raw = [r.at for r in raw], raw
         end = 0
         for region in self.header.regions:
             if region.size == 0 and len(self.header.regions) > 1:
-                raise self._damaged(f"an empty region at byte {end}")
+                raise self.damaged(f"an empty region at byte {end}")
             if region.at != end:
-                raise self._damaged(f"regions do not follow each other at byte {end}")
+                raise self.damaged(f"regions do not follow each other at byte {end}")
             end += region.size
             if isinstance(region, Raw):
                 self._check_piece(region.data, region.size)
@@ -342,13 +360,32 @@ class PackedFile:
             else:
                 self._check_sparse(region)
         if end != self.header.size:
-            raise self._damaged(f"regions cover {end} of {self.header.size} bytes")
+            raise self.damaged(f"regions cover {end} of {self.header.size} bytes")
+        self._check_sharing()
+
+    def _pieces(self) -> Iterator[Piece]:
+        for region in self.header.regions:
+            if isinstance(region, Raw):
+                yield region.data
+                continue
+            if isinstance(region, Blocks):
+                yield region.scales
+            yield region.mask
+            yield region.kept
+
+    def _check_sharing(self) -> None:
+        """No bytes belong to two pieces, which would let a small file stand for a large one."""
+        end = 0
+        for piece in sorted(self._pieces(), key=lambda piece: (piece.at, piece.size)):
+            if piece.size and piece.at < end:
+                raise self.damaged(f"two pieces share byte {piece.at} of the payload")
+            end = max(end, piece.at + piece.size)
 
     def _check_blocks(self, region: Blocks) -> None:
         count, rest = divmod(region.elements, blocks.BLOCK)
         whole = not rest and count % region.repeat == 0
         if not whole or region.size != count * blocks.block_bytes(region.bits, region.floats):
-            raise self._damaged(f"{region.name}: size and number of elements do not fit")
+            raise self.damaged(f"{region.name}: size and number of elements do not fit")
         self._check_piece(region.scales, count // region.repeat * 2 * region.floats)
         self._check_mask(region, region.elements * region.bits // 8)
 
@@ -357,35 +394,37 @@ class PackedFile:
         self._check_piece(region.mask, -(-region.elements // 8))
         # At most all elements are kept, and every chunk may end in a half byte.
         if region.kept.bytes > size:
-            raise self._damaged(f"{region.name}: more kept codes than elements")
+            raise self.damaged(f"{region.name}: more kept codes than elements")
         self._check_piece(region.kept, region.kept.bytes)
 
     def _check_sparse(self, region: Sparse) -> None:
         if region.size != -(-region.elements * region.bits // 8):
-            raise self._damaged(f"{region.name}: size and number of elements do not fit")
+            raise self.damaged(f"{region.name}: size and number of elements do not fit")
         self._check_mask(region, region.size)
         zeros = region.fill
         if isinstance(zeros, int):
             if region.group or zeros >= 2**region.bits:
-                raise self._damaged(f"{region.name}: fill {zeros} is none of its elements")
+                raise self.damaged(f"{region.name}: fill {zeros} is none of its elements")
             return
         if not region.group or zeros.rows * zeros.per_row * region.group < region.elements:
-            raise self._damaged(f"{region.name}: fewer zero points than groups")
+            raise self.damaged(f"{region.name}: fewer zero points than groups")
+        if MAX_GROUP < region.group < region.elements:
+            raise self.damaged(f"{region.name}: groups of {region.group} elements")
         if zeros.row_bytes < -(-zeros.per_row * zeros.bits // 8) or zeros.bits > region.bits:
-            raise self._damaged(f"{region.name}: its zero points do not fit")
+            raise self.damaged(f"{region.name}: its zero points do not fit")
         end = zeros.at + zeros.rows * zeros.row_bytes
         before = bisect.bisect_right(self._raw_starts, zeros.at) - 1
         if before < 0 or end > self._raw[before].at + self._raw[before].size:
-            raise self._damaged(f"{region.name}: its zero points are not in one raw region")
+            raise self.damaged(f"{region.name}: its zero points are not in one raw region")
 
     def _check_piece(self, piece: Piece, expected: int) -> None:
         if piece.bytes != expected or piece.at + piece.size > len(self.payload):
-            raise self._damaged("a piece is cut short or of the wrong size")
+            raise self.damaged("a piece is cut short or of the wrong size")
         if piece.frames is None:
             if piece.size != piece.bytes:
-                raise self._damaged("a piece is of the wrong size")
+                raise self.damaged("a piece is of the wrong size")
         elif sum(piece.frames) != piece.size or len(piece.frames) != -(-piece.bytes // FRAME):
-            raise self._damaged("frames do not fill their piece")
+            raise self.damaged("frames do not fill their piece")
 
     def inflate(self, out: Bytes | None = None, threads: int | None = None) -> Bytes:
         """The dense file's bytes; every piece checked against its digest.
@@ -404,19 +443,8 @@ class PackedFile:
         """
         out = self.inflate(out)
         if hashlib.sha256(out.data).hexdigest() != self.header.sha256:
-            raise self._damaged("what it holds is not the file that was packed")
+            raise self.damaged("what it holds is not the file that was packed")
         return out
-
-    def check_whole(self) -> None:
-        """The dense file's digest, a region at a time in memory.
-
-        :raises DamagedError: if what is held is not the file that was packed.
-        """
-        digest = hashlib.sha256()
-        for region in self.header.regions:
-            digest.update(np.ascontiguousarray(self.read(region.at, region.size)).data)
-        if digest.hexdigest() != self.header.sha256:
-            raise self._damaged("what it holds is not the file that was packed")
 
     def inflate_file(self, file: Path, threads: int | None = None) -> None:
         """The dense file itself; a chunk a thread is in memory.
@@ -452,7 +480,7 @@ class PackedFile:
     def _read_over(self, at: int, size: int) -> Bytes:
         """The same over several regions."""
         if at < 0 or at + size > self.header.size:
-            raise self._damaged(f"has no bytes {at} to {at + size}")
+            raise self.damaged(f"has no bytes {at} to {at + size}")
         parts, end = [], at + size
         for region in self.header.regions:
             first, last = max(at, region.at), min(end, region.at + region.size)
@@ -489,12 +517,12 @@ class PackedFile:
             region, tasks = started
             for task in tasks:
                 task.result()
-            self._forget(region.mask)
-            self._forget(region.kept)
+            self.forget(region.mask)
+            self.forget(region.kept)
 
     def _copy(self, region: Raw, out: Memory | DenseFile) -> None:
         out.write(region.at, self._bytes(region.data, f"byte {region.at}"))
-        self._forget(region.data)
+        self.forget(region.data)
 
     def _inflate(
         self,
@@ -512,7 +540,7 @@ class PackedFile:
                 region.bits, region.elements, mask, kept, fill, region.group, out, at, pool
             )
         except ValueError as error:
-            raise self._damaged(f"{region.name}: {error}") from error
+            raise self.damaged(f"{region.name}: {error}") from error
 
     def _inflate_blocks(
         self, region: Blocks, out: Memory | DenseFile, at: int, pool: Executor
@@ -527,14 +555,14 @@ class PackedFile:
         try:
             tasks = inflate(region.bits, region.elements, mask, kept, fills, group, codes, 0, pool)
         except ValueError as error:
-            raise self._damaged(f"{region.name}: {error}") from error
+            raise self.damaged(f"{region.name}: {error}") from error
         for task in tasks:
             task.result()
         out.write(at, blocks.joined(numbers, codes.array, region.repeat, region.bits))
         for piece in pieces:
-            self._forget(piece)
+            self.forget(piece)
 
-    def _forget(self, piece: Piece) -> None:
+    def forget(self, piece: Piece) -> None:
         """Take a piece's pages out of this process; the system may keep them cached."""
         start = len(self.content) - len(self.payload) + piece.at
         first = round_up(start, mmap.PAGESIZE)
@@ -542,15 +570,23 @@ class PackedFile:
         if length > 0 and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, first, length)
 
-    def _bytes(self, piece: Piece, name: str, pool: Executor | None = None) -> Bytes:
+    def stored_bytes(self, piece: Piece, name: str) -> Bytes:
+        """A piece as it is stored, checked against its digest.
+
+        :raises DamagedError: if it is damaged.
+        """
         stored = self.payload[piece.at : piece.at + piece.size]
         if _digest(stored) != piece.xxh3_128:
-            raise self._damaged(f"{name}: is damaged")
+            raise self.damaged(f"{name}: is damaged")
+        return stored
+
+    def _bytes(self, piece: Piece, name: str, pool: Executor | None = None) -> Bytes:
+        stored = self.stored_bytes(piece, name)
         if piece.frames is None:
             return stored
         out = np.empty(piece.bytes, np.uint8)
         tasks = list(self._frames(piece, stored, out))
-        for _ in (pool.map if pool else map)(lambda task: self._decompress(name, *task), tasks):
+        for _ in (pool.map if pool else map)(lambda task: self.decompress(name, *task), tasks):
             pass
         return out
 
@@ -561,16 +597,28 @@ class PackedFile:
             yield stored[at : at + size], out[index * FRAME : (index + 1) * FRAME]
             at += size
 
-    def _decompress(self, name: str, frame: Bytes, out: Bytes) -> None:
+    def decompress(self, name: str, frame: Bytes, out: Bytes) -> None:
+        """Decompress one frame of a piece into ``out``, whose length it must have.
+
+        :raises DamagedError: if it is damaged or has another length.
+        """
         import zstandard
 
         try:
             if zstandard.frame_content_size(frame.data) != len(out):
-                raise self._damaged(f"{name}: a frame is of the wrong size")
+                raise self.damaged(f"{name}: a frame is of the wrong size")
             data = zstandard.ZstdDecompressor().decompress(frame.data, max_output_size=len(out))
         except zstandard.ZstdError as error:
-            raise self._damaged(f"{name}: {error}") from error
+            raise self.damaged(f"{name}: {error}") from error
         out[:] = np.frombuffer(data, np.uint8)
+
+
+def _first_fault(error: pydantic.ValidationError) -> str:
+    """The first of the faults of a header, and how many there are."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    place = ".".join(map(str, found[0]["loc"]))
+    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    return one_line(f"{place}: {found[0]['msg']}") + more
 
 
 def fills_of(fill: int | ZeroPoints, dense: Callable[[int, int], Bytes]) -> np.ndarray:

@@ -18,13 +18,14 @@ import numpy as np
 from sqft_export.errors import UserError
 from sqft_export.kernels.choice import STOCK, Chooser, Remembered, Shape, pinned_execution
 from sqft_export.kernels.extension import kernels_used, why_not
-from sqft_export.kernels.ir import Graph, Read, is_specialized, matrix_of
+from sqft_export.kernels.ir import Read, matrix_of, read_graph
 from sqft_export.kernels.library import count_kept
 from sqft_export.kernels.rewrite import Rewritten, rewrite
 from sqft_export.packed.container import PackedFile
-from sqft_export.packed.folders import copy_of, packed_file
+from sqft_export.packed.folders import copy_of, dense_size, map_weights, packed_file
 from sqft_export.packed.seal import PROVENANCE, read_seal, write_seal
-from sqft_export.targets.folder import GRAPHS, WEIGHT_FILES, runtime_of
+from sqft_export.packed.streaming import check_whole
+from sqft_export.targets.folder import GRAPHS, WEIGHT_FILES, check_files, runtime_of
 
 Execution = Literal["auto", "sparse", "dense", "stock"]
 
@@ -58,15 +59,11 @@ def weights_of(folder: Path) -> Iterator[Read]:
     packed = packed_file(folder)
     if packed is not None:
         with PackedFile(packed) as opened:
-            opened.check_whole()
+            check_whole(opened)
             yield opened.read
         return
     file = folder / WEIGHT_FILES["openvino"]
-    if not file.is_file():
-        raise UserError(f"{file}: is missing")
-    if not file.stat().st_size:
-        raise UserError(f"{file}: is empty")
-    content = np.memmap(file, np.uint8, mode="r")
+    content = map_weights(file)
 
     def read(at: int, size: int) -> np.ndarray:
         if at < 0 or at + size > len(content):
@@ -85,17 +82,16 @@ def rewritten(
     :param allocate: see :func:`rewrite`.
     :raises UserError: if the deployment can't be read.
     """
-    file = folder / GRAPHS["openvino"]
-    text = file.read_bytes()
-    if is_specialized(text):
+    graph = read_graph(folder / GRAPHS["openvino"])
+    if graph.is_specialized:
         raise UserError(f"{folder}: is specialized already")
-    graph = Graph(text, str(file))
     products = graph.products()
     if not products:
         return None
     choose: Any = lambda *_: execution  # noqa: E731
     if execution == "auto":
         choose = Chooser(sum(product.codes.size for product in products))
+    graph.check_places(dense_size(folder))
     with weights_of(folder) as read:
         made = rewrite(graph, read, choose, kernels_used(), allocate)
     return made if set(made.forms.values()) != {STOCK} else None
@@ -107,9 +103,9 @@ def kernels_of(folder: Path) -> dict[str, tuple[str, float | None]]:
 
     :raises UserError: if the deployment can't be read.
     """
-    file = folder / GRAPHS["openvino"]
-    graph = Graph(file.read_bytes(), str(file))
+    graph = read_graph(folder / GRAPHS["openvino"])
     found: dict[str, tuple[str, float | None]] = {}
+    graph.check_places(dense_size(folder))
     with weights_of(folder) as read:
         for name, form in graph.specialized(read):
             found[name] = (form, None)
@@ -141,6 +137,7 @@ def specialize(folder: Path, out: Path, execution: str = "sparse") -> dict[str, 
         raise UserError(f"{folder}: is for {runtime_of(folder)}; OpenVINO deployments run on them")
     execution = checked_execution(execution)
     kernels_used()
+    check_files(folder)
     made = rewritten(folder, execution)
     if made is None:
         raise NothingSpecialized(

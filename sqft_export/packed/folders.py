@@ -3,6 +3,7 @@
 A packed folder has ``<weights>.sqft`` in place of ``<weights>``, everything else as it was.
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ import numpy as np
 from sqft_export.errors import DamagedError, UserError
 from sqft_export.packed.container import PackedFile, Writer, fills_of
 from sqft_export.packed.inflate import Memory
-from sqft_export.packed.regions import StoredBlocks, gguf_regions, regions_of
+from sqft_export.packed.regions import StoredBlocks, regions_of
 from sqft_export.run.artifact import sha256_of
 from sqft_export.run.host import require_space
-from sqft_export.targets.folder import SUFFIX, graph_and_weights
+from sqft_export.targets.folder import SUFFIX, check_files, graph_and_weights
+from sqft_export.untrusted import fault_of_file, files_inside, real_path
 
 # Folders beside a deployment's own, in the artifact of an export.
 PACKED = "packed"
@@ -31,6 +33,29 @@ def packed_file(folder: Path) -> Path | None:
     return packed if packed.is_file() else None
 
 
+def map_weights(file: Path) -> np.ndarray:
+    """uint8 of a weight file, mapped.
+
+    :raises UserError: if it is missing, empty or no regular file.
+    """
+    if fault := fault_of_file(file):
+        raise UserError(f"{file}: {fault if os.path.lexists(file) else 'is missing'}")
+    if not file.stat().st_size:
+        raise UserError(f"{file}: is empty")
+    return np.memmap(file, np.uint8, mode="r")
+
+
+def dense_size(folder: Path) -> int:
+    """Bytes of the dense weight file of a deployment, whether it is there or packed.
+
+    :raises UserError: if neither is.
+    """
+    if packed := packed_file(folder):
+        with PackedFile(packed) as opened:
+            return opened.header.size
+    return len(map_weights(graph_and_weights(folder)[1]))
+
+
 def pack(folder: Path, out: Path, entropy: bool = False) -> dict[str, Any]:
     """Write ``out``, a packed copy of a deployment.
 
@@ -40,8 +65,9 @@ def pack(folder: Path, out: Path, entropy: bool = False) -> dict[str, Any]:
         it, if ``out`` exists or lies within, or if nothing would be saved.
     """
     graph, weights = graph_and_weights(folder)
-    if not weights.is_file():
+    if not os.path.lexists(weights):
         raise UserError(f"{weights}: is missing; a dense deployment is expected")
+    check_files(folder)
     with copy_of(folder, out, [weights]) as partial:
         sizes = _pack_weights(graph, weights, partial / (weights.name + SUFFIX), entropy)
         if sizes["packed_bytes"] >= sizes["dense_bytes"]:
@@ -57,9 +83,8 @@ class NothingSaved(UserError):
 
 
 def _pack_weights(graph: Path, weights: Path, packed: Path, entropy: bool) -> dict[str, Any]:
-    dense = np.memmap(weights, np.uint8, mode="r")
+    dense, found = map_weights(weights), regions_of(graph, weights)
     writer, end = Writer(packed, entropy), 0
-    found = gguf_regions(weights) if graph == weights else regions_of(graph, weights)
     for region in found:
         writer.raw(end, dense[end : region.at])
         end = region.at + region.size
@@ -79,6 +104,7 @@ def _pack_weights(graph: Path, weights: Path, packed: Path, entropy: bool) -> di
         )
     writer.raw(end, dense[end:])
     header = writer.finish(weights.name, len(dense), sha256_of(weights))
+    PackedFile(packed).close()  # refuses what could not be unpacked again
     return {
         "dense_bytes": len(dense),
         "packed_bytes": packed.stat().st_size,
@@ -107,24 +133,6 @@ def unpack(folder: Path, out: Path) -> dict[str, Any]:
     return {"dense_bytes": header.size, "packed_bytes": packed.stat().st_size}
 
 
-def _own_files(folder: Path) -> list[Path]:
-    """Files of a deployment.
-
-    :raises UserError: naming one that is a link out of it, or no regular file.
-    """
-    home, found = folder.resolve(), []
-    for path in sorted(folder.rglob("*")):
-        real = path.resolve()
-        if not real.is_relative_to(home):
-            raise UserError(f"{path}: is a link to {real}, outside the folder")
-        if real.is_dir():
-            continue
-        if not real.is_file():
-            raise UserError(f"{path}: is no regular file")
-        found.append(path)
-    return found
-
-
 def _copy(files: list[Path], folder: Path, out: Path) -> None:
     for file in files:
         place = out / file.relative_to(folder)
@@ -138,7 +146,7 @@ def copy_of(folder: Path, out: Path, without: list[Path]) -> Iterator[Path]:
 
     :raises UserError: if ``out`` exists or lies within, or the folder holds what is no file of it.
     """
-    files = [file for file in _own_files(folder) if file not in without]
+    files = [file for file in files_inside(folder) if file not in without]
     with _fresh(out, folder) as partial:
         _copy(files, folder, partial)
         yield partial
@@ -149,7 +157,7 @@ def _fresh(out: Path, source: Path) -> Iterator[Path]:
     """An empty folder that becomes ``out`` once it is whole, and is gone if it never is."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: exists already")
-    if out.resolve().is_relative_to(source.resolve()):
+    if real_path(out).is_relative_to(real_path(source)):
         raise UserError(f"{out}: lies within {source}, which is to be copied")
     partial = out.with_name(out.name + ".partial")
     if partial.exists():

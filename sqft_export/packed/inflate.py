@@ -154,6 +154,22 @@ def _chunk(
         assert taken >= 0  # sizes were checked against the mask
 
 
+def inflate_chunk(
+    bits: int, mask: Bytes, first: int, count: int, kept: Bytes, fill: np.ndarray, group: int
+) -> Bytes:
+    """Dense bytes of elements ``first`` to ``first + count``, whose kept codes ``kept`` are all.
+
+    :param first: a multiple of 8; ``mask`` and ``fill`` begin with element 0.
+    """
+    library = native()
+    if library is None:
+        return _inflate_numpy(bits, mask, first, count, kept, fill, group)
+    out = Memory(np.empty(-(-count * bits // 8), np.uint8))
+    before = -first * bits // 8
+    _chunk(bits, mask, first, count, kept, fill, group, out, before, library)
+    return out.array
+
+
 def inflate(
     bits: int,
     elements: int,

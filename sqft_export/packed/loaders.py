@@ -24,11 +24,13 @@ from sqft_export.kernels.library import HUGE_PAGE, in_huge_pages
 from sqft_export.kernels.rewrite import mark_resident
 from sqft_export.packed.container import PackedFile
 from sqft_export.packed.execution import checked_execution, execution_here, rewritten
-from sqft_export.packed.folders import packed_file
+from sqft_export.packed.folders import map_weights, packed_file
 from sqft_export.packed.seal import check_seal
 from sqft_export.run.artifact import sha256_of
 from sqft_export.run.host import installed, require_space
-from sqft_export.targets.folder import GRAPHS, check_genai_config, graph_and_weights
+from sqft_export.targets.folder import GRAPHS, graph_and_weights
+from sqft_export.targets.genai_config import check_genai_config
+from sqft_export.untrusted import MAX_IR_BYTES, MAX_ONNX_BYTES, files_inside, read_bounded
 
 
 @contextmanager
@@ -77,16 +79,17 @@ def _openvino_parts(folder: Path, execution: str) -> tuple[bytes, Any, list[str]
     :raises UserError: if the weights are damaged, or the folder is specialized and the kernels are
         missing.
     """
-    graph, weights = graph_and_weights(folder)
     check_seal(folder, whole=False)
-    text, memory = graph.read_bytes(), _RuntimeMemory()
+    file, weights = graph_and_weights(folder)
+    text, memory = read_bounded(file, MAX_IR_BYTES), _RuntimeMemory()
     if is_specialized(text):
         checked_execution(execution)
         extension = openvino_extension()
-        content = np.memmap(weights, np.uint8, mode="r")
+        content, graph = map_weights(weights), Graph(text, str(file))
+        graph.check_places(len(content))
         array = memory.allocate(len(content))
         array[:] = content
-        mark_resident(Graph(text, str(graph)), array, kernels_used())
+        mark_resident(graph, array, kernels_used())
         return text, memory.first(len(array)), [extension]
     execution = execution_here(execution)
     if execution != STOCK and (made := rewritten(folder, execution, memory.allocate)):
@@ -163,8 +166,8 @@ def _dense(folder: Path) -> Iterator[Path]:
 def _inflate_copy(folder: Path, packed: Path, copy: Path) -> None:
     with PackedFile(packed) as opened:
         require_space(copy, opened.header.size, "; TMPDIR names another directory")
-        for file in folder.iterdir():
-            if file.is_file() and file != packed:
+        for file in files_inside(folder):
+            if file.parent == folder and file != packed:
                 shutil.copy(file, copy)
         dense = copy / graph_and_weights(folder)[1].name
         opened.inflate_file(dense)
@@ -187,8 +190,8 @@ def load_onnx(
     """
     import onnxruntime as ort
 
-    graph, _ = graph_and_weights(Path(folder))
     check_seal(Path(folder), whole=False)
+    graph, _ = graph_and_weights(Path(folder))
     options, providers = options or ort.SessionOptions(), providers or ["CPUExecutionProvider"]
     with _read_by("ONNX Runtime", Path(folder)), _dense(Path(folder)) as dense:
         if edit is None:
@@ -196,7 +199,9 @@ def load_onnx(
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(dense)
         )
-        return ort.InferenceSession(edit(graph.read_bytes()), options, providers=providers)
+        return ort.InferenceSession(
+            edit(read_bounded(graph, MAX_ONNX_BYTES)), options, providers=providers
+        )
 
 
 def load_onnx_genai(folder: str | Path, trust_custom_ops: bool = False) -> Any:

@@ -4,16 +4,20 @@ Read from the graph alone, whoever wrote it: an OpenVINO IR, an ONNX model with 
 GGUF file, which is both.
 """
 
-import xml.etree.ElementTree as ElementTree
+import itertools
+import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 from sqft_export.errors import UserError, one_line
+from sqft_export.kernels.ir import Stored, read_graph
 from sqft_export.packed.blocks import BLOCK
-from sqft_export.packed.container import ZeroPoints
+from sqft_export.packed.container import LARGEST, MAX_GROUP, ZeroPoints
+from sqft_export.packed.gguf_file import read_gguf
+from sqft_export.untrusted import MAX_ONNX_BYTES, read_bounded
 
 SMALLEST = 1024  # bytes of a tensor worth a look
 # ggml's types: bits of a code and float16 numbers of a block; bits of a float.
@@ -51,148 +55,122 @@ class StoredBlocks:
     row: int
 
 
-def gguf_regions(file: Path) -> list[StoredTensor | StoredBlocks]:
-    """The same of a GGUF file, by offset; tensors of other types stay as they are.
+Region = StoredTensor | StoredBlocks
 
-    :raises UserError: if it is none.
-    """
-    import gguf
 
-    try:
-        tensors = sorted(gguf.GGUFReader(file).tensors, key=lambda tensor: tensor.data_offset)
-    except Exception as error:  # whatever its reader makes of a stranger's bytes
-        raise UserError(f"{file}: not a GGUF file: {one_line(error)}") from error
-    found: list[StoredTensor | StoredBlocks] = []
-    for tensor in tensors:
+def _of_gguf(file: Path) -> Iterator[Region]:
+    """Tensors of types that zeros make smaller; others stay as they are."""
+    for tensor in read_gguf(file).tensors:
         kind, at, size = tensor.tensor_type.name, int(tensor.data_offset), int(tensor.n_bytes)
-        if kind in GGUF_BLOCKS:
+        name, row = str(tensor.name), int(tensor.shape[0]) // BLOCK
+        if kind in GGUF_BLOCKS and row > 0 and size > 0:
             bits, floats = GGUF_BLOCKS[kind]
-            row = int(tensor.shape[0]) // BLOCK
-            found.append(StoredBlocks(tensor.name, at, size, bits, floats, row))
+            yield StoredBlocks(name, at, size, bits, floats, row)
         elif kind in GGUF_FLOATS and size >= SMALLEST:
             bits = GGUF_FLOATS[kind]
-            found.append(StoredTensor(tensor.name, at, size, bits, size * 8 // bits, 0, 0))
-    return found
+            yield StoredTensor(name, at, size, bits, size * 8 // bits, 0, 0)
 
 
-def regions_of(graph: Path, weights: Path) -> list[StoredTensor]:
+def regions_of(graph: Path, weights: Path) -> list[Region]:
     """Tensors in ``weights`` by offset, none over another; the first that claims a place counts.
 
     :raises UserError: if the graph is none, or speaks of bytes that the file has not.
     """
-    found = list(_of_ir(graph) if graph.suffix == ".xml" else _of_onnx(graph, weights.name))
+    found: list[Region]
+    if graph == weights:
+        found = list(_of_gguf(weights))
+    else:
+        found = list(_of_ir(graph) if graph.suffix == ".xml" else _of_onnx(graph, weights.name))
     _check_bounds(graph, found, weights.stat().st_size)
-    kept: list[StoredTensor] = []
+    kept: list[Region] = []
     for region in sorted(found, key=lambda r: (r.at, -r.size)):
-        if region.size >= SMALLEST and (not kept or region.at >= kept[-1].at + kept[-1].size):
+        large = isinstance(region, StoredBlocks) or region.size >= SMALLEST
+        if large and (not kept or region.at >= kept[-1].at + kept[-1].size):
             kept.append(region)
-    zeros = [r.fill for r in kept if isinstance(r.fill, ZeroPoints)]
-    places = [(z.at, z.at + z.rows * z.row_bytes) for z in zeros]
-    return [r for r in kept if not any(a < r.at + r.size and r.at < b for a, b in places)]
+    return _without_zero_points(kept)
 
 
-def _check_bounds(graph: Path, found: list[StoredTensor], size: int) -> None:
+def _without_zero_points(regions: list[Region]) -> list[Region]:
+    """Those in which no zero points of another lie, since these are stored raw."""
+    zeros = [r.fill for r in regions if isinstance(r, StoredTensor)]
+    places = sorted((z.at, z.at + z.rows * z.row_bytes) for z in zeros if isinstance(z, ZeroPoints))
+    starts = [start for start, _ in places]
+    ends = [0, *itertools.accumulate((end for _, end in places), max)]
+    return [r for r in regions if ends[bisect_left(starts, r.at + r.size)] <= r.at]
+
+
+def _check_bounds(graph: Path, found: list[Region], size: int) -> None:
     """:raises UserError: naming a tensor that the graph puts outside the file, or whose size is not
     that of its elements."""
     for tensor in found:
+        shown = one_line(tensor.name, 80)
         if tensor.at < 0 or tensor.size < 0 or tensor.at + tensor.size > size:
             end = tensor.at + tensor.size
             raise UserError(
-                f"{graph}: {tensor.name}: bytes {tensor.at} to {end} are not in a weight file of "
-                f"{size}"
+                f"{graph}: {shown}: bytes {tensor.at} to {end} are not in a weight file of {size}"
             )
+        if isinstance(tensor, StoredBlocks):
+            continue
         if tensor.size != -(-tensor.elements * tensor.bits // 8):
             raise UserError(
-                f"{graph}: {tensor.name}: {tensor.elements} elements of {tensor.bits} bits are not "
+                f"{graph}: {shown}: {tensor.elements} elements of {tensor.bits} bits are not "
                 f"{tensor.size} bytes"
             )
         zeros = tensor.fill
         if isinstance(zeros, ZeroPoints) and zeros.at + zeros.rows * zeros.row_bytes > size:
-            raise UserError(f"{graph}: {tensor.name}: its zero points are not in the weight file")
+            raise UserError(f"{graph}: {shown}: its zero points are not in the weight file")
 
 
-def _of_ir(graph: Path) -> Iterator[StoredTensor]:
-    try:
-        root = ElementTree.parse(graph).getroot()
-    except ElementTree.ParseError as error:
-        raise UserError(f"{graph}: not an IR: {error}") from error
-    layers = {layer.get("id"): layer for layer in root.iter("layer")}
-    sources: dict[tuple[str | None, str | None], Any] = {}
-    targets: dict[str | None, list[tuple[Any, str | None]]] = {}
-    for edge in root.iter("edge"):
-        source, target = layers[edge.get("from-layer")], layers[edge.get("to-layer")]
-        sources[edge.get("to-layer"), edge.get("to-port")] = source
-        targets.setdefault(edge.get("from-layer"), []).append((target, edge.get("to-port")))
-    for layer in layers.values():
-        if layer.get("type") != "Const":
-            continue
-        data = _constant(layer)
-        if data is None or data["bits"] is None:
-            continue
-        zeros = _subtracted(layer, sources, targets)
-        yield _region(layer.get("name") or "", data, zeros)
+def _of_ir(file: Path) -> Iterator[StoredTensor]:
+    graph = read_graph(file)
+    for constant in graph.constants():
+        if constant.kind in IR_BITS:
+            yield _region(graph.layer_name(constant), constant, graph.subtracted(constant))
 
 
-def _constant(layer: Any) -> dict[str, Any] | None:
-    data = layer.find("data")
-    if data is None or data.get("offset") is None:
-        return None
-    shape = [int(size) for size in (data.get("shape") or "").split(",") if size.strip()]
-    return {
-        "at": int(data.get("offset")),
-        "size": int(data.get("size")),
-        "bits": IR_BITS.get(data.get("element_type")),
-        "elements": prod(shape),
-    }
-
-
-def _subtracted(layer: Any, sources: Any, targets: Any) -> dict[str, Any] | None:
-    """The constant that is subtracted from this one, both converted first."""
-    converts = [t for t, _ in targets.get(layer.get("id"), []) if t.get("type") == "Convert"]
-    readers = [found for convert in converts for found in targets.get(convert.get("id"), [])]
-    for subtract, port in readers:
-        if subtract.get("type") == "Subtract" and port == "0":
-            other = sources.get((subtract.get("id"), "1"))
-            if other is not None and other.get("type") == "Convert":
-                other = sources.get((other.get("id"), "0"))
-            if other is not None and other.get("type") == "Const":
-                return _constant(other)
-    return None
-
-
-def _region(name: str, data: dict[str, Any], zeros: dict[str, Any] | None) -> StoredTensor:
+def _region(name: str, data: Stored, zeros: Stored | None) -> StoredTensor:
+    bits, elements = IR_BITS[data.kind], data.elements
     fill: int | ZeroPoints = 0
     group = 0
-    count = zeros["elements"] if zeros else 0
-    if zeros and count and zeros["bits"] in (4, 8) and data["elements"] % count == 0:
-        group = data["elements"] // count
-        fill = ZeroPoints(
-            at=zeros["at"], bits=zeros["bits"], rows=1, per_row=count, row_bytes=zeros["size"]
-        )
-    return StoredTensor(name, data["at"], data["size"], data["bits"], data["elements"], fill, group)
+    count = zeros.elements if zeros else 0
+    zero_bits: Any = IR_BITS.get(zeros.kind) if zeros else None
+    if zeros and count and elements % count == 0 and zero_bits in (4, 8) and zero_bits <= bits:
+        place = ZeroPoints(at=zeros.at, bits=zero_bits, rows=1, per_row=count, row_bytes=zeros.size)
+        if _serves(place, elements // count, elements):
+            group, fill = elements // count, place
+    return StoredTensor(name, data.at, data.size, bits, elements, fill, group)
+
+
+def _serves(zeros: ZeroPoints, group: int, elements: int) -> bool:
+    """Whether every group has its zero point, in groups that a container may have."""
+    enough = zeros.rows * zeros.per_row * group >= elements
+    within = zeros.per_row * zeros.bits <= 8 * zeros.row_bytes
+    return enough and within and (group <= MAX_GROUP or group >= elements)
 
 
 def _of_onnx(graph: Path, file: str) -> Iterator[StoredTensor]:
     import onnx
 
     try:
-        model = onnx.load(graph, load_external_data=False)
+        model = onnx.load_from_string(read_bounded(graph, MAX_ONNX_BYTES))
+    except UserError:
+        raise
     except Exception as error:  # protobuf's own
-        raise UserError(f"{graph}: not an ONNX model: {error}") from error
+        raise UserError(f"{graph}: not an ONNX model: {one_line(error)}") from error
     stored = {}
     for tensor in model.graph.initializer:
         where = {entry.key: entry.value for entry in tensor.external_data}
         if where.get("location") == file:
-            stored[tensor.name] = (tensor, int(where.get("offset", 0)), int(where["length"]))
+            at, size = (_number(graph, tensor.name, where, key) for key in ("offset", "length"))
+            stored[tensor.name] = (tensor, at, size)
     named = set()
     for node in model.graph.node:
-        if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
-            gather = node.op_type == "GatherBlockQuantized"
-            weight = node.input[0 if gather else 1]
-            if weight in stored and weight not in named:
+        if weight := _weight_of(node):
+            zeros = node.input[3] if len(node.input) > 3 else ""
+            found = _quantized(weight, stored, zeros, node)
+            if found and weight not in named:
                 named.add(weight)
-                zeros = node.input[3] if len(node.input) > 3 else ""
-                yield _quantized(weight, stored, zeros, node)
+                yield found
     floats = {
         onnx.TensorProto.FLOAT: 32,
         onnx.TensorProto.FLOAT16: 16,
@@ -204,20 +182,44 @@ def _of_onnx(graph: Path, file: str) -> Iterator[StoredTensor]:
             yield StoredTensor(name, at, size, bits, size * 8 // bits, 0, 0)
 
 
-def _quantized(name: str, stored: dict[str, Any], zeros: str, node: Any) -> StoredTensor:
+def _number(graph: Path, name: str, where: dict[str, str], key: str) -> int:
+    """:raises UserError: naming an offset or a length that is no number."""
+    found = where.get(key, "0" if key == "offset" else None)
+    if found is None or not re.fullmatch(r"-?[0-9]{1,18}", found):
+        raise UserError(
+            f"{graph}: {one_line(name, 80)}: {key}: found {one_line(repr(found), 80)}; a number of "
+            "bytes is expected"
+        )
+    return int(found)
+
+
+def _weight_of(node: Any) -> str:
+    """The quantized weight that a node reads; empty for other nodes."""
+    place = {"MatMulNBits": 1, "GatherBlockQuantized": 0}.get(node.op_type)
+    return node.input[place] if place is not None and len(node.input) > place else ""
+
+
+def _quantized(name: str, stored: dict[str, Any], zeros: str, node: Any) -> StoredTensor | None:
+    """A weight of 4 or 8 bits; None where it is another or its node does not say its blocks."""
     attributes = {a.name: a.i for a in node.attribute}
-    bits, block = attributes.get("bits", 4), attributes["block_size"]
+    bits, block = attributes.get("bits", 4), attributes.get("block_size", 0)
+    if name not in stored or bits not in (4, 8) or block < 1:
+        return None
     _, at, size = stored[name]
     elements = size * 8 // bits
     if zeros not in stored:
         return StoredTensor(name, at, size, bits, elements, 2 ** (bits - 1), 0)
     tensor, zeros_at, zeros_size = stored[zeros]
-    rows = attributes.get("N") or tensor.dims[0]
+    rows = attributes.get("N") or (tensor.dims[0] if tensor.dims else 0)
+    if not 0 < rows <= zeros_size < LARGEST or not 0 <= zeros_at < LARGEST:
+        return StoredTensor(name, at, size, bits, elements, 2 ** (bits - 1), 0)
     place = ZeroPoints(
         at=zeros_at,
         bits=bits,
         rows=rows,
-        per_row=elements // block // rows,
+        per_row=max(0, elements // block // rows),
         row_bytes=zeros_size // rows,
     )
+    if not _serves(place, block, elements):
+        return StoredTensor(name, at, size, bits, elements, 2 ** (bits - 1), 0)
     return StoredTensor(name, at, size, bits, elements, place, block)

@@ -3,14 +3,14 @@
 A check takes recipe and layout and yields what is wrong: field, what was found, what is allowed.
 """
 
-import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sqft_export.data.datasets import missing_sets, records
 from sqft_export.data.files import read_text
 from sqft_export.data.items import count_examples, data_files, problem_records
-from sqft_export.errors import UserError
+from sqft_export.errors import UserError, one_line
 from sqft_export.model.architecture import transformers_config
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.existing import stored_grid
@@ -25,6 +25,8 @@ from sqft_export.targets.devices import devices, why_not_run
 from sqft_export.targets.gguf.architectures import architecture_lacks
 from sqft_export.targets.gguf.blocks import why_no_blocks
 from sqft_export.targets.gguf.tokenizer import NotExpressible, read_vocabulary
+from sqft_export.textfiles import read_json
+from sqft_export.untrusted import entries_of, fault_of_file
 
 FaultFinder = Callable[[Recipe, Layout], Iterator[str]]
 PACKAGES = {
@@ -63,8 +65,9 @@ def _task_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
         return
     files = [(split, f) for split in ("train", "test") for f in data_files(recipe, split)]
     for split, file in files:
-        if not file.is_file():
-            yield f"task.{'text' if isinstance(task, Text) else split}: no such file: {file}"
+        if fault := fault_of_file(file):
+            found = fault if os.path.lexists(file) else "no such file"
+            yield f"task.{'text' if isinstance(task, Text) else split}: {found}: {file}"
         elif isinstance(task, Problems):
             for _ in problem_records(task, file):
                 pass
@@ -88,8 +91,8 @@ def _calibration_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
         return
     if not source.startswith(HUB) and not path.is_dir():
         yield (
-            f"calibration.source: found {source!r}; allowed are task, an existing .txt or .jsonl "
-            "file, an existing dataset folder, and hub:<dataset>"
+            f"calibration.source: found {one_line(repr(source))}; allowed are task, an existing "
+            ".txt or .jsonl file, an existing dataset folder, and hub:<dataset>"
         )
     elif not installed("datasets"):
         yield f"calibration.source: {source} {NEEDS_DATASETS}"
@@ -219,12 +222,11 @@ def _search_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     _, groups = adapted(layout.family, adapt.target_modules, adapt.elastic_groups)
     names = rank_groups(layout.linears, layout.family.blocks, groups if adapt.elastic else ())
     try:
-        ranks = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        yield f"search.configuration: {file} can't be read: {error}"
+        ranks = read_json(file, finite=True)
+    except UserError as error:
+        yield f"search.configuration: {error}"
         return
-    wrong = not isinstance(ranks, dict) or set(ranks) != set(names)
-    if wrong or any(rank not in adapt.ranks for rank in ranks.values()):
+    if set(ranks) != set(names) or any(rank not in adapt.ranks for rank in ranks.values()):
         yield (
             f"search.configuration: {file}: expected a rank of {list(adapt.ranks)} for each of "
             f"{', '.join(names)}"
@@ -233,8 +235,11 @@ def _search_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 def _readable_examples(recipe: Recipe) -> int | None:
     """Training items; None where they are on the hub, or their files are faults of their own."""
-    files = data_files(recipe, "train")
-    return count_examples(recipe) if all(file.is_file() for file in files) else None
+    files, task = data_files(recipe, "train"), recipe.task
+    folder = recipe.resolve(task.folder) if isinstance(task, Dataset) and task.folder else None
+    missing = isinstance(task, Dataset) and any(missing_sets(task, folder, ("train",)))
+    unread = missing or any(fault_of_file(file) for file in files)
+    return None if unread else count_examples(recipe)
 
 
 def _package_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
@@ -334,6 +339,10 @@ def _lm_eval_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     if folder and not folder.is_dir():
         yield f"benchmark.lm_eval_folder: no such folder: {folder}"
         return
+    for path in entries_of(folder) if folder else ():
+        if not path.is_dir() and (fault := fault_of_file(path)):
+            yield f"benchmark.lm_eval_folder: {one_line(path)}: {fault}"
+            return
     from sqft_export.measure.harness import unknown_tasks
 
     if strangers := unknown_tasks(asked.lm_eval, folder):

@@ -12,6 +12,7 @@ from sqft_export.model.companions import companions
 from sqft_export.plan.layout import Layout
 from sqft_export.recipe.schema import Recipe, Text
 from sqft_export.textfiles import read_json
+from sqft_export.untrusted import MAX_JSON_BYTES
 
 TEXT = "Once upon a time there was a little girl who liked to play in the park"
 SURVIVES = 0.9  # of a text: a few characters that a vocabulary lacks are let
@@ -31,7 +32,7 @@ def tokenizer_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
         )
         return
     if "tokenizer.json" in names:
-        read_json(layout.folder / "tokenizer.json")
+        read_json(layout.folder / "tokenizer.json", MAX_JSON_BYTES)
     if "generation_config.json" in names:
         yield from _generation_faults(layout.folder)
     try:

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -9,12 +10,15 @@ from typing import Any, get_args
 import pydantic
 from pydantic import BaseModel
 from ruamel.yaml import YAML
+from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError
 
 from sqft_export.errors import UserError, one_line
 from sqft_export.recipe.schema import TASK_KINDS, Recipe
 from sqft_export.textfiles import decoded
+from sqft_export.untrusted import fault_of_file, read_bounded, real_path
 
+MERGE = "tag:yaml.org,2002:merge"
 # A recipe has a page. What is larger is something else, or made to keep a reader busy.
 LARGEST_BYTES = 2**16
 MOST_VALUES = 10_000  # aliases counted as often as they stand for something
@@ -25,13 +29,24 @@ MOST_LINES = 20  # of a message
 SHOWN = 120  # characters of what was found
 
 
+class _Constructor(SafeConstructor):
+    """Refuses merge keys, which copy what they name: a few lines of them stand for billions."""
+
+    def flatten_mapping(self, node: Any) -> Any:
+        for key, _ in node.value:
+            if key.tag == MERGE:
+                problem = "merge keys (<<) are not read; write the settings out"
+                raise ConstructorError(problem=problem, problem_mark=key.start_mark)
+
+
 def _read_yaml(text: str, where: str) -> Any:
     yaml = YAML(typ="safe", pure=True)  # YAML 1.2: 1e-4 is a number, 2:4 is not
+    yaml.Constructor = _Constructor
     try:
         return yaml.load(text)
     except MarkedYAMLError as error:
         problem = f"{error.problem or error.context or 'damaged'} {error.problem_mark or ''}"
-        raise UserError(f"{where}: not valid YAML: {problem}") from error
+        raise UserError(f"{where}: not valid YAML: {one_line(problem)}") from error
     except RecursionError as error:
         raise UserError(f"{where}: not valid YAML: nested too deeply") from error
     except Exception as error:  # a parser of many kinds: bad dates, tags, escapes, characters
@@ -135,15 +150,15 @@ def _read(file: Path) -> str:
     :raises UserError: if it is none, or can't be read.
     """
     try:
-        if not file.is_file():
+        if not os.path.lexists(file):
             known = ", ".join(sorted(p.stem for p in file.parent.glob("*.yaml"))) or "none"
             raise UserError(f"{file}: no such recipe; recipes there: {known[:LONGEST_TEXT]}")
-        content = file.read_bytes()
+        size = 0 if fault_of_file(file) else file.stat().st_size
     except (OSError, ValueError) as error:
         raise UserError(f"{str(file)[:SHOWN]!r}: can't be read: {error}") from error
-    if len(content) > LARGEST_BYTES:
-        raise UserError(f"{file}: has {len(content)} bytes; a recipe has at most {LARGEST_BYTES}")
-    return decoded(content, file)
+    if size > LARGEST_BYTES:
+        raise UserError(f"{file}: has {size} bytes; a recipe has at most {LARGEST_BYTES}")
+    return decoded(read_bounded(file, LARGEST_BYTES), file)
 
 
 def load_recipe(
@@ -162,7 +177,7 @@ def load_recipe(
     for setting in overrides:
         _override(data, setting)
     if model_path is not None:
-        data["model"] = {"path": str(model_path.resolve())}
+        data["model"] = {"path": str(real_path(model_path))}
     _check_values(data, str(file))
     try:
         recipe = Recipe.model_validate(data)
@@ -170,6 +185,6 @@ def load_recipe(
         faults = list(dict.fromkeys(_explain(e, str(file)) for e in error.errors()))
         more = [f"... and {len(faults) - MOST_LINES} more"] if len(faults) > MOST_LINES else []
         raise UserError("\n".join([*faults[:MOST_LINES], *more])) from None
-    recipe._file = file.resolve()
+    recipe._file = real_path(file)
     recipe._overrides = overrides
     return recipe

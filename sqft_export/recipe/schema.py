@@ -6,19 +6,31 @@ folder of the embedded model.
 """
 
 import math
+import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sqft_export.numerics.codes import FLOAT16_BITS
 from sqft_export.recipe.templates import template_fault
+from sqft_export.untrusted import real_path
 
 BUILTIN = "builtin:"
 HUB = "hub:"
 OFFSET_BITS = 7  # of a scale whose product with any 4-bit zero point is a float16
+MAX_NAME_BYTES = 255  # of one name in a path, as file systems have it
+
+
+def _fits_a_file_system(path: str) -> str:
+    if any(len(os.fsencode(name)) > MAX_NAME_BYTES for name in path.split("/")):
+        raise ValueError(f"a name in it has more than {MAX_NAME_BYTES} bytes")
+    return path
+
+
+FileName = Annotated[str, Field(max_length=4000), AfterValidator(_fits_a_file_system)]
 
 
 class Section(BaseModel):
@@ -28,7 +40,7 @@ class Section(BaseModel):
 class Model(Section):
     """The base model: a local Hugging Face folder, or a model on the hub."""
 
-    path: str | None = Field(None, description="local folder, or builtin:tiny")
+    path: FileName | None = Field(None, description="local folder, or builtin:tiny")
     hub: str | None = Field(None, description="hub name, downloaded when the recipe runs")
     revision: str | None = Field(None, description="commit or tag on the hub")
     config: dict[str, Any] | None = Field(
@@ -46,8 +58,10 @@ class Problems(Section):
     """Prompt and answer pairs in jsonl, scored by exact match of the generated answer."""
 
     kind: Literal["problems"]
-    train: str = Field(description="jsonl of training items")
-    test: str = Field(description="jsonl of held-out items, read by benchmark and verify alone")
+    train: FileName = Field(description="jsonl of training items")
+    test: FileName = Field(
+        description="jsonl of held-out items, read by benchmark and verify alone"
+    )
     prompt: str = Field("{prompt}", description="template over the fields of an item")
     answer: str = Field("{answer}", description="template over the fields of an item")
     final: str | None = Field(
@@ -80,7 +94,7 @@ class Dataset(Section):
         "winogrande",
         "hellaswag",
     ]
-    folder: str | None = Field(
+    folder: FileName | None = Field(
         None, description="local folder with <set>/train.json and test.json; null: from the hub"
     )
     train_sets: tuple[str, ...] | None = Field(None, description="null: those of the name")
@@ -96,7 +110,7 @@ class Text(Section):
     """A plain text file; scored by perplexity and the share of tokens predicted right."""
 
     kind: Literal["text"]
-    text: str = Field(description="text file; its last part is held out")
+    text: FileName = Field(description="text file; its last part is held out")
     test_share: float = Field(0.1, gt=0, lt=1, description="share of the text that is held out")
     sequence_length: int = Field(256, ge=8, description="tokens per training and test window")
 
@@ -108,7 +122,7 @@ TASK_KINDS: dict[str, type[Section]] = {"problems": Problems, "dataset": Dataset
 class Calibration(Section):
     """The samples that sparsify and quantize see. Lengths may differ; nothing is padded."""
 
-    source: str = Field(
+    source: FileName = Field(
         "task",
         description="task: the training split; a .txt or .jsonl file; a local folder that the "
         "datasets library reads; or hub:<dataset> on the Hugging Face hub",
@@ -431,7 +445,7 @@ class Search(Section):
     ] = "median"
     budget: int = Field(20, ge=1, description="evaluations at most, of strategies that evaluate")
     items: int = Field(64, ge=1, description="training items set aside for them to be scored on")
-    configuration: str | None = Field(None, description="given: a search's configuration.json")
+    configuration: FileName | None = Field(None, description="given: a search's configuration.json")
 
     @model_validator(mode="after")
     def _given_fits(self):
@@ -514,7 +528,7 @@ class Benchmark(Section):
     lm_eval: tuple[str, ...] = Field(
         (), description="tasks of lm-eval that every row is scored on too (extra lm-eval)"
     )
-    lm_eval_folder: str | None = Field(None, description="of task files of your own")
+    lm_eval_folder: FileName | None = Field(None, description="of task files of your own")
 
     @model_validator(mode="after")
     def _one_measure(self):
@@ -588,7 +602,7 @@ class Recipe(Section):
         """A path of the recipe as one of this machine."""
         if path.startswith(BUILTIN):
             return Path(__file__).parent.parent / "builtin" / path.removeprefix(BUILTIN)
-        return (self._file.parent / path).resolve()
+        return real_path(self._file.parent / path)
 
     @property
     def lm_eval_folder(self) -> Path | None:

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from sqft_export.data.datasets import set_names
+from sqft_export.errors import one_line
 from sqft_export.recipe.schema import Dataset, Recipe
+from sqft_export.untrusted import fault_of_file, open_regular
 
 # Licences of named sets, as their publishers state them; others are to be looked up.
 LICENCES = {
@@ -17,15 +19,19 @@ LICENCES = {
     "hellaswag": "MIT",
 }
 UNKNOWN = "unknown"
+MAX_CARD_BYTES = 2**16  # of a model card; its head is read
 
 
 def base_licence(folder: Path) -> str:
     """What the base's own card says; unknown without one."""
     card = folder / "README.md"
-    if card.is_file():
-        for line in card.read_text(errors="replace").split("\n")[:60]:
-            if line.startswith("license:"):
-                return line.partition(":")[2].strip() or UNKNOWN
+    if fault_of_file(card):
+        return UNKNOWN
+    with open_regular(card) as stream:
+        text = stream.read(MAX_CARD_BYTES).decode(errors="replace")
+    for line in text.split("\n")[:60]:
+        if line.startswith("license:"):
+            return one_line(line.partition(":")[2]) or UNKNOWN
     return UNKNOWN
 
 

@@ -20,6 +20,7 @@ from sqft_export.report.text import markdown
 from sqft_export.report.verdict import choice
 from sqft_export.run.artifact import MANIFEST, check_artifact
 from sqft_export.textfiles import read_json
+from sqft_export.untrusted import MAX_JSON_BYTES
 
 REPORT = "report.json"
 _BEYOND = 1e-9
@@ -140,7 +141,7 @@ def read_run(folder: Path) -> Run:
     file = report_of(folder)
     if (file.parent / MANIFEST).is_file():
         check_artifact(file.parent)
-    document = read_json(file)
+    document = read_json(file, MAX_JSON_BYTES)
     _check_report(file, document)
     return Run(file.parent.name, document, dict(_flat(document["recipe"])))
 

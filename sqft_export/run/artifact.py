@@ -16,8 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqft_export.errors import DamagedError
+from sqft_export.errors import DamagedError, UserError, one_line
 from sqft_export.run.host import allowed_processors, processor_name
+from sqft_export.untrusted import (
+    MAX_JSON_BYTES,
+    entries_of,
+    fault_of_file,
+    open_regular,
+    parse_json,
+    path_inside,
+    read_bounded,
+)
 
 MANIFEST = "manifest.json"
 SEAL = "seal"  # SHA-256 of all else in it
@@ -44,7 +53,7 @@ class Artifact:
 
 
 def sha256_of(path: Path) -> str:
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -54,8 +63,32 @@ def key_of(facts: dict[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def files_of(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+def files_of(directory: Path, seal: str = MANIFEST) -> list[Path]:
+    """Regular files below a directory, sorted, without its own ``seal``."""
+    found = entries_of(directory)
+    return [p for p in found if p != directory / seal and fault_of_file(p) is None]
+
+
+def foreign_entries(directory: Path) -> list[str]:
+    """What no seal lists: links out, pipes, devices, links to nothing or to folders, empty folders.
+
+    :return: the name of each and what is wrong with it.
+    """
+    return [
+        f"{path.relative_to(directory)} {fault}"
+        for path in entries_of(directory)
+        if (fault := _fault_inside(directory, path))
+    ]
+
+
+def _fault_inside(directory: Path, path: Path) -> str | None:
+    if path.is_dir() and not path.is_symlink():
+        return "is an empty folder"
+    try:
+        path_inside(directory, path)
+    except UserError:
+        return "is a link out of the folder"
+    return fault_of_file(path)
 
 
 def digest_of(path: Path) -> str:
@@ -129,6 +162,7 @@ class Store:
     ) -> Artifact:
         """Write the manifest and rename the directory; from then on the artifact exists."""
         key = key_of(facts)
+        _remove_empty_folders(partial)
         manifest = {
             "stage": stage,
             "key": key,
@@ -152,6 +186,14 @@ class Store:
         return Artifact(path, manifest)
 
 
+def _remove_empty_folders(directory: Path) -> None:
+    """A seal lists files, and an empty folder in a sealed artifact counts as added."""
+    for path in entries_of(directory):
+        while path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+            path.rmdir()
+            path = path.parent
+
+
 # What a manifest holds, and of which type.
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "stage": str,
@@ -171,13 +213,13 @@ def read_artifact(path: Path) -> Artifact:
     """
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
+        manifest = parse_json(read_bounded(file, MAX_JSON_BYTES), str(file))
         wrong = [k for k, kind in FIELDS.items() if not isinstance(manifest[k], kind)]
         sealed = {k: v for k, v in manifest.items() if k != SEAL}
         if wrong or key_of(sealed) != manifest[SEAL]:
             raise ValueError(f"its seal is broken{': ' + ', '.join(wrong) if wrong else ''}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedError(f"{file} is damaged: {error}; {_way_out(path)}") from error
+    except (UserError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{file} is damaged: {one_line(error)}; {_way_out(path)}") from error
     return Artifact(path, manifest)
 
 
@@ -196,8 +238,8 @@ def check_artifact(path: Path, key: str | None = None) -> Artifact:
     if artifact.key != (key or key_of(artifact.manifest["facts"])):
         raise DamagedError(f"{path / MANIFEST} belongs to another key; {_way_out(path)}")
     found = {str(f.relative_to(path)) for f in files_of(path)}
-    if odd := sorted(found ^ set(listed)):
-        names = ", ".join(odd)
+    if odd := [*sorted(found ^ set(listed)), *foreign_entries(path)]:
+        names = one_line(", ".join(odd))
         raise DamagedError(f"{path} has missing or added files: {names}; {_way_out(path)}")
     for name, digest in listed.items():
         if sha256_of(path / name) != digest:

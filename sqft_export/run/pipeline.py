@@ -33,6 +33,7 @@ from sqft_export.run.processors import (
 )
 from sqft_export.run.progress import Start, reporting, silent
 from sqft_export.stages import Context, stage_of
+from sqft_export.untrusted import fault_of_file
 
 WAIT_SECONDS = 0.5
 
@@ -95,6 +96,8 @@ def _own(file: Path) -> IO[str]:
     """
     if file.is_symlink():
         raise UserError(f"{file}: is a link; a file of ours is written there")
+    if os.path.lexists(file) and (fault := fault_of_file(file)):
+        raise UserError(f"{file}: {fault}")
     return file.open("a")
 
 

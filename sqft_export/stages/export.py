@@ -15,7 +15,7 @@ from sqft_export.targets import target
 
 CONSUMES: tuple[str, ...] = ("merge",)
 READS: tuple[str, ...] = ()
-VERSION = 8
+VERSION = 9
 RESUMES = False
 DISTRIBUTED = False
 HOW_TO_LOAD = {

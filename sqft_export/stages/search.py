@@ -33,6 +33,7 @@ from sqft_export.search import STRATEGIES
 from sqft_export.search.space import Ranks, Score, Space
 from sqft_export.stages import Context
 from sqft_export.targets.torch import TorchSession
+from sqft_export.textfiles import read_json
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "adapt")
 READS: tuple[str, ...] = ("model", "train")
@@ -112,7 +113,7 @@ def _evaluation(line: str) -> dict[str, Any] | None:
 def _configuration(recipe: Recipe) -> Ranks:
     """The recipe's own ranks, which ``plan`` has checked; empty where it has none."""
     file = recipe.search.configuration
-    return json.loads(recipe.resolve(file).read_text()) if file else {}
+    return read_json(recipe.resolve(file), finite=True) if file else {}
 
 
 def _choose(

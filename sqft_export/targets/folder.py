@@ -1,10 +1,17 @@
 """Names of the files in a deployment folder, whoever writes or reads it; needs no runtime."""
 
+import os
 from pathlib import Path
-from typing import Any
 
-from sqft_export.errors import UserError
+from sqft_export.errors import UserError, one_line
 from sqft_export.textfiles import read_json
+from sqft_export.untrusted import (
+    MAX_IR_BYTES,
+    MAX_JSON_BYTES,
+    MAX_ONNX_BYTES,
+    fault_of_file,
+    files_inside,
+)
 
 GRAPHS = {"openvino": "openvino_model.xml", "onnx": "model.onnx", "gguf": "model.gguf"}
 # A GGUF file is graph and weights.
@@ -12,41 +19,45 @@ WEIGHT_FILES = GRAPHS | {"openvino": "openvino_model.bin", "onnx": "model.onnx.d
 SUFFIX = ".sqft"  # of a packed weight file, after the name of the dense one
 GENAI_CONFIG = "genai_config.json"  # of ONNX Runtime GenAI
 ADAPTER_FOLDER = "adapter"  # folder inside a deployment whose adapter is not merged
+# Bytes at most of files that a program reads whole; weights are mapped or streamed.
+LARGEST_READ_WHOLE = {
+    **dict.fromkeys((".json", ".jinja", ".txt", ".model"), MAX_JSON_BYTES),
+    ".xml": MAX_IR_BYTES,
+    ".onnx": MAX_ONNX_BYTES,
+}
 
 
-CUSTOM_LIBRARY = "custom_ops_library"
+def check_files(folder: Path) -> None:
+    """Refuse a deployment that a runtime can't open safely; runtimes open any path they find.
 
-
-def check_genai_config(folder: Path) -> None:
-    """Refuse a ``genai_config.json`` that has code of its folder run, or reads outside it.
-
-    :raises UserError: naming the entry.
+    :raises UserError: naming an entry that is a link out of the folder or no regular file, or a
+        file that is read whole and is too large for that.
     """
-    file = folder / GENAI_CONFIG
-    if not file.is_file():
-        raise UserError(f"{file}: is missing")
-    for path, value in _entries(read_json(file)):
-        if path.endswith(f".{CUSTOM_LIBRARY}") and value:
-            raise UserError(
-                f"{file}: {path}: {value!r} is a library that would be run; where you trust it, "
-                "pass trust_custom_ops=True"
-            )
-        if path.endswith(".filename") and Path(str(value)).name != value:
-            raise UserError(f"{file}: {path}: found {value!r}; a file of the folder is expected")
-
-
-def _entries(node: Any, path: str = "") -> list[tuple[str, Any]]:
-    if isinstance(node, dict):
-        return [e for key, value in node.items() for e in _entries(value, f"{path}.{key}")]
-    if isinstance(node, list):
-        return [e for value in node for e in _entries(value, path)]
-    return [(path, node)]
+    for file in files_inside(folder):
+        limit, size = LARGEST_READ_WHOLE.get(file.suffix), file.stat().st_size
+        if limit is not None and size > limit:
+            raise UserError(f"{file}: has {size:,} bytes; at most {limit:,} are read")
 
 
 def _has_graph(folder: Path, runtime: str) -> bool:
+    """Whether the graph's name is there; anything but a regular file under it is refused.
+
+    :raises UserError: if it is a pipe, a device or a link to nothing.
+    """
     graph = folder / GRAPHS[runtime]
-    packed = graph.with_name(graph.name + SUFFIX)
-    return graph.is_file() or (GRAPHS[runtime] == WEIGHT_FILES[runtime] and packed.is_file())
+    names = [graph]
+    if GRAPHS[runtime] == WEIGHT_FILES[runtime]:
+        names.append(graph.with_name(graph.name + SUFFIX))
+    there = [file for file in names if os.path.lexists(file)]
+    for file in there:
+        if fault := fault_of_file(file):
+            raise UserError(f"{file}: {fault}")
+    return bool(there)
+
+
+def is_deployment(folder: Path) -> bool:
+    """Whether a folder has a graph of any runtime in it, packed or not."""
+    return any(_has_graph(folder, runtime) for runtime in GRAPHS)
 
 
 def runtime_of(folder: Path) -> str:
@@ -68,8 +79,11 @@ def kind_of(folder: Path) -> str:
 
     :raises UserError: if the folder is neither.
     """
-    has_graph = any(_has_graph(folder, runtime) for runtime in GRAPHS)
-    if not has_graph and (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+    if (
+        not is_deployment(folder)
+        and (folder / "config.json").is_file()
+        and any(folder.glob("*.safetensors"))
+    ):
         return "torch"
     return runtime_of(folder)
 
@@ -93,7 +107,8 @@ def number_in_config(folder: Path, *names: str) -> int | None:
             found = document.get(name, inner.get(name) if isinstance(inner, dict) else None)
             found = found[0] if isinstance(found, list) and found else found
             if found is not None and (type(found) is not int or found < 0):
-                raise UserError(f"{file}: {name}: found {found!r}; a number is expected")
+                shown = one_line(repr(found))
+                raise UserError(f"{file}: {name}: found {shown}; a number is expected")
             if found is not None:
                 return found
     return None

@@ -19,6 +19,7 @@ import openvino as ov
 from openvino import opset13 as ops
 
 from sqft_export.adapters.files import read_low_rank
+from sqft_export.errors import UserError
 from sqft_export.kernels.choice import STOCK
 from sqft_export.kernels.ir import LOOKUP, OPERATOR
 from sqft_export.kernels.library import read_out
@@ -110,7 +111,7 @@ def _write_tokenizers(merged: Path, folder: Path) -> None:
     from openvino_tokenizers import convert_tokenizer
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(merged)
+    tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=False)
     tokenizer.save_pretrained(folder)
     encoder, decoder = convert_tokenizer(tokenizer, with_detokenizer=True)
     ov.save_model(encoder, folder / "openvino_tokenizer.xml")
@@ -333,8 +334,11 @@ def metadata(folder: Path) -> dict[str, str]:
 
 def _ask_for_last_logits(graph: Any) -> None:
     """An input more: of how many last tokens logits are wanted, as GenAI's pipelines want one."""
-    product = graph.output("logits").get_node().input_value(0).get_node()
+    product, passed = graph.output("logits").get_node().input_value(0).get_node(), set[str]()
     while product.get_type_name() not in ("MatMul", OPERATOR):
+        if product.get_name() in passed or not product.inputs():
+            raise UserError("the graph makes no logits by a MatMul")
+        passed.add(product.get_name())
         product = product.input_value(0).get_node()
     last = ops.parameter([1], np.int64, name=LAST)
     last.output(0).set_names({LAST})

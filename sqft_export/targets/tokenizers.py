@@ -6,14 +6,19 @@ from pathlib import Path
 from sqft_export.packed.loaders import dense_gguf
 from sqft_export.run.host import installed
 from sqft_export.targets.devices import llama_cpp_here
-from sqft_export.targets.folder import check_genai_config
+from sqft_export.targets.folder import check_files
+from sqft_export.targets.genai_config import check_genai_config
 from sqft_export.targets.gguf.bindings import open_model
 
 IdsOf = Callable[[str], list[int]]
 
 
 def read_ids(runtime: str, folder: Path) -> Iterator[tuple[str, IdsOf]]:
-    """Every tokenizer that users of a deployment have, and what makes ids of a text with it."""
+    """Every tokenizer that users of a deployment have, and what makes ids of a text with it.
+
+    :raises UserError: if the folder holds what a runtime can't open safely.
+    """
+    check_files(folder)
     if runtime == "openvino" and installed("openvino_genai"):
         import openvino_genai
 

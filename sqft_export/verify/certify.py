@@ -1,11 +1,12 @@
 """The whole certificate of a run, and of a run that is there again."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from sqft_export.errors import UserError
+from sqft_export.errors import DamagedError, UserError
 from sqft_export.run.artifact import MANIFEST, Artifact, Store, check_artifact, read_artifact
 from sqft_export.run.device import CPU
 from sqft_export.verify.certificate import Certificate
@@ -43,6 +44,18 @@ def certified_artifacts(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: (path / MANIFEST).stat().st_mtime, reverse=True)
 
 
+def _parents(artifact: Artifact) -> dict[str, str]:
+    """Stage and key of every artifact that one was made from.
+
+    :raises DamagedError: if a name could lead out of the run's folder.
+    """
+    found = artifact.manifest["facts"].get("parents")
+    names = found.items() if isinstance(found, dict) else [("", "")]
+    if not all(re.fullmatch(r"[a-z-]+", n) and re.fullmatch(r"[0-9a-f]{64}", k) for n, k in names):
+        raise DamagedError(f"{artifact.path / MANIFEST}: facts: parents: expected stages and keys")
+    return dict(names)
+
+
 def certify_again(root: Path, scratch: Path) -> tuple[list[Artifact], Certificate]:
     """Every digest and line of a finished run, derived from its files alone.
 
@@ -55,7 +68,7 @@ def certify_again(root: Path, scratch: Path) -> tuple[list[Artifact], Certificat
     store = Store(root)
     chain = {
         name: check_artifact(store.path_of(name, key), key)
-        for name, key in verified.manifest["facts"]["parents"].items()
+        for name, key in _parents(verified).items()
     }
     exports = {n.removeprefix("export-"): a.path for n, a in chain.items() if n[:7] == "export-"}
     subject = Subject(

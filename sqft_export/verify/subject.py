@@ -16,6 +16,8 @@ from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.storage import MASKS, load_mask, quantized_names
 from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.packed.folders import SPARSE
+from sqft_export.textfiles import read_json
+from sqft_export.untrusted import MAX_JSON_BYTES
 
 SUBJECT = "subject.json"
 BEFORE = ("sparsify", "reconstruct", "quantize")  # passes that write a model with the mask's zeros
@@ -43,7 +45,7 @@ class Asked:
 
     @classmethod
     def read(cls, folder: Path) -> "Asked":
-        document = json.loads((folder / SUBJECT).read_text())
+        document = read_json(folder / SUBJECT, MAX_JSON_BYTES)
         document["texts"] = [(text, ids) for text, ids in document["texts"]]
         return cls(**document)
 

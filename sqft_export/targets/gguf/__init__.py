@@ -17,6 +17,7 @@ from sqft_export.errors import UserError
 from sqft_export.model.memory import release_memory
 from sqft_export.numerics.codes import Quantized
 from sqft_export.packed.blocks import BLOCK, repeats
+from sqft_export.packed.gguf_file import read_gguf
 from sqft_export.packed.loaders import dense_gguf
 from sqft_export.recipe.schema import Export
 from sqft_export.targets.folder import ADAPTER_FOLDER, GRAPHS
@@ -221,9 +222,7 @@ def _reader(file: Path, stamp: tuple[int, ...]) -> Any:
 
     :param stamp: of the file; another one is read anew.
     """
-    import gguf
-
-    return gguf.GGUFReader(file)
+    return read_gguf(file)
 
 
 def _read(folder: Path) -> tuple[Any, Names]:

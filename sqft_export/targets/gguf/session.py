@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sqft_export.errors import UserError
+from sqft_export.packed.gguf_file import read_gguf
 from sqft_export.packed.loaders import dense_gguf
 from sqft_export.run.host import allowed_processors
 from sqft_export.run.threads import in_order
@@ -170,8 +171,8 @@ def write_float32(file: Path, out: Path, adapter: Path | None = None) -> None:
     """
     import gguf
 
-    reader = gguf.GGUFReader(file)
-    added = {t.name: t.data for t in gguf.GGUFReader(adapter).tensors} if adapter else {}
+    reader = read_gguf(file)
+    added = {t.name: t.data for t in read_gguf(adapter).tensors} if adapter else {}
     writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
     for key, field in reader.fields.items():
         if not key.startswith("GGUF.") and key != "general.architecture":

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sqft_export.errors import UserError, one_line
 from sqft_export.textfiles import read_json
+from sqft_export.untrusted import MAX_JSON_BYTES
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 SPACE = "\u2581"
@@ -55,7 +57,9 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise NotExpressible("it has no tokenizer.json")
-    document = read_json(file)
+    document = read_json(file, MAX_JSON_BYTES)
+    if fault := _fault_of_document(document):
+        raise UserError(f"{file}: {fault}")
     model = document["model"]
     if model["type"] != "BPE":
         raise NotExpressible(f"its model is {model['type']}; of merges alone (BPE) is known how")
@@ -76,10 +80,57 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     return Vocabulary("gpt2", _cut(document), names, types, merges, [], False)
 
 
+def _fault_of_document(document: dict[str, Any]) -> str | None:
+    """What is of a kind that no tokenizer has there; None where nothing is."""
+    model, added = document.get("model"), document.get("added_tokens")
+    if not isinstance(model, dict) or not isinstance(model.get("type"), str):
+        return "model: expected its type and vocabulary"
+    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        return "added_tokens: expected a list of objects"
+    if model["type"] != "BPE":
+        return None
+    vocabulary, merges = model.get("vocab"), model.get("merges")
+    if not isinstance(vocabulary, dict) or not isinstance(merges, list):
+        return "model: expected vocab, an object, and merges, a list"
+    tokens = [("model.vocab", name, number) for name, number in vocabulary.items()]
+    tokens += [("added_tokens", token.get("content"), token.get("id")) for token in added]
+    for where, name, number in tokens:
+        if not isinstance(name, str) or type(number) is not int or not 0 <= number < 2**31:
+            found = one_line(f"{name!r}: {number!r}", 80)
+            return f"{where}: found {found}; a token and its id are expected"
+    for number, merge in enumerate(merges):
+        if not _is_merge(merge):
+            found = one_line(repr(merge), 80)
+            return f"model.merges: {number}: found {found}; two tokens are expected"
+    if not tokens:
+        return "model.vocab: has no tokens"
+    return _fault_of_steps(document)
+
+
+def _is_merge(merge: Any) -> bool:
+    pair = isinstance(merge, list) and len(merge) == 2 and all(isinstance(m, str) for m in merge)
+    return isinstance(merge, str) or pair
+
+
+def _fault_of_steps(document: dict[str, Any]) -> str | None:
+    """The same of how a text is cut; each step is an object that says its type."""
+    for section, name in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
+        found = document.get(section)
+        steps: Any = [] if found is None else [found]
+        if isinstance(found, dict) and found.get("type") == "Sequence":
+            steps = found.get(name)
+        whole = isinstance(steps, list) and all(isinstance(step, dict) for step in steps)
+        if not whole or not all(isinstance(step.get("type"), str) for step in steps):
+            return f"{section}: expected steps that say their type"
+        if any(not isinstance(step.get("pattern", {}), dict) for step in steps):
+            return f"{section}: pattern: expected an object"
+    return None
+
+
 def _types(document: dict[str, Any], by_id: dict[int, str], rows: int, pieces: bool) -> list[int]:
     types = [_NORMAL if number in by_id else _UNUSED for number in range(rows)]
     for token in document["added_tokens"]:
-        types[token["id"]] = _CONTROL if token["special"] else _USER_DEFINED
+        types[token["id"]] = _CONTROL if token.get("special") else _USER_DEFINED
     if pieces:
         for number, name in by_id.items():
             if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
@@ -109,13 +160,14 @@ def _cut(document: dict[str, Any]) -> str:
         raise NotExpressible("its pre_tokenizer puts a blank before a text (add_prefix_space)")
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"]:
+    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
         return "smollm"
     if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
-        expression = steps[0]["pattern"].get("Regex", "")
-        if expression in CUTS and steps[0]["behavior"] in ("Isolated", "Removed"):
+        expression = str(steps[0].get("pattern", {}).get("Regex", ""))
+        if expression in CUTS and steps[0].get("behavior") in ("Isolated", "Removed"):
             return CUTS[expression]
-        raise NotExpressible(f"texts are cut by {expression!r}, which llama.cpp has no name for")
+        shown = one_line(repr(expression))
+        raise NotExpressible(f"texts are cut by {shown}, which llama.cpp has no name for")
     raise NotExpressible(f"its pre_tokenizer is {', '.join(kinds) or 'none'}")
 
 
@@ -127,7 +179,7 @@ def _check_pieces(document: dict[str, Any]) -> None:
         if not blank and not (step["type"] == "Prepend" and step.get("prepend") == SPACE):
             raise NotExpressible(f"its normalizer is {step['type']}")
     for step in _parts(document.get("pre_tokenizer"), "pretokenizers"):
-        blanks = step["type"] == "Split" and step["pattern"] == {"String": " "}
+        blanks = step["type"] == "Split" and step.get("pattern") == {"String": " "}
         if step["type"] != "Metaspace" and not blanks:
             raise NotExpressible(f"its pre_tokenizer is {step['type']}")
 
@@ -158,7 +210,8 @@ def write_tokenizer(writer: Any, folder: Path, rows: int) -> None:
     """
     from transformers import AutoTokenizer
 
-    found, tokenizer = read_vocabulary(folder, rows), AutoTokenizer.from_pretrained(folder)
+    found = read_vocabulary(folder, rows)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     writer.add_tokenizer_model(found.kind)
     writer.add_tokenizer_pre(found.cut)
     writer.add_token_list(found.tokens)

@@ -15,6 +15,7 @@ from sqft_export.targets import Session, last_columns, positions_of
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER, GENAI_CONFIG, GRAPHS
 from sqft_export.textfiles import read_json
+from sqft_export.untrusted import MAX_ONNX_BYTES, read_bounded
 
 ADAPTER_FILE = "adapter.onnx_adapter"
 FUSED = b"GroupQueryAttention"
@@ -52,9 +53,13 @@ def _ask_for_logits(graph: Any) -> None:
     from onnx import TensorProto, helper
 
     makers = {name: node for node in graph.node for name in node.output}
-    head = makers["logits"]
-    while head.op_type not in HEADS:
-        head = makers[head.input[0]]
+    head, passed = makers.get("logits"), set[str]()
+    while head is not None and head.op_type not in HEADS:
+        source = head.input[0] if head.input else ""
+        head = None if source in passed else makers.get(source)
+        passed.add(source)
+    if head is None:
+        raise UserError(f"the graph makes no logits by any of {', '.join(HEADS)}")
     wanted = f"{head.input[0]}/wanted"
     gather = helper.make_node("GatherND", [head.input[0], WANTED], [wanted], batch_dims=1)
     head.input[0] = wanted
@@ -274,6 +279,6 @@ def open_session(
     if (file := folder / ADAPTER_FOLDER / ADAPTER_FILE).is_file():
         adapter = ort.LoraAdapter()
         adapter.Load(str(file))
-    fused = FUSED in (folder / GRAPHS["onnx"]).read_bytes()
+    fused = FUSED in read_bounded(folder / GRAPHS["onnx"], MAX_ONNX_BYTES)
     # An exact one is edited in any case, and so asked from the start.
     return OnnxSession(load, decoder_of(folder), fused, exact, adapter)
