@@ -72,13 +72,15 @@ def run(
 ) -> None:
     """Run a recipe to its report; passes already done are skipped."""
     from sqft_export.recipe.load import load_recipe
+    from sqft_export.run.host import writing_to
     from sqft_export.run.launcher import process_rank
 
     loaded = load_recipe(recipe, tuple(overrides or ()), model_path)
     _set_threads(threads, runs / loaded.name)
     from sqft_export.run.pipeline import run_recipe
 
-    artifacts = run_recipe(loaded, runs / loaded.name)
+    with writing_to(runs):
+        artifacts = run_recipe(loaded, runs / loaded.name)
     if process_rank():
         return
     report = artifacts["report"].path
@@ -122,6 +124,7 @@ def export(
 ) -> None:
     """Write the deployment folders of a recipe; what was trained is not trained again."""
     from sqft_export.recipe.load import load_recipe
+    from sqft_export.run.host import writing_to
 
     settings = [f"export.targets=[{only}]"] if only else []
     loaded = load_recipe(recipe, (*(overrides or ()), *settings), model_path)
@@ -131,7 +134,8 @@ def export(
     _set_threads(threads, runs / loaded.name)
     from sqft_export.run.pipeline import run_recipe
 
-    artifacts = run_recipe(loaded, runs / loaded.name, last)
+    with writing_to(runs):
+        artifacts = run_recipe(loaded, runs / loaded.name, last)
     for name in last:
         print(artifacts[name].path / "model")
 
@@ -247,8 +251,10 @@ def compare(
 ) -> None:
     """Write one page over several runs."""
     from sqft_export.report.runs import compare_runs
+    from sqft_export.run.host import writing_to
 
-    compare_runs(folders, out)
+    with writing_to(out):
+        compare_runs(folders, out)
     print((out / "comparison.md").read_text())
     print(f"comparison: {out / 'index.html'}")
 
@@ -267,6 +273,7 @@ def sweep(
 ) -> None:
     """Run a recipe with every combination of values, then compare; done passes are shared."""
     from sqft_export.recipe.load import load_recipe
+    from sqft_export.run.host import writing_to
 
     axes = []
     for setting in over:
@@ -286,7 +293,8 @@ def sweep(
     reports = []
     for one, settings in zip(recipes, chosen, strict=True):
         print(" ".join(settings), file=sys.stderr)
-        reports.append(run_recipe(one, runs / one.name)["report"].path)
+        with writing_to(runs):
+            reports.append(run_recipe(one, runs / one.name)["report"].path)
     if len(reports) > 1:
         compare(reports, runs / recipes[0].name / "sweep")
     else:
@@ -303,16 +311,22 @@ def pack_command(
 ) -> None:
     """Write a copy of a deployment whose weight file zeros make smaller."""
     from sqft_export.packed.folders import pack
+    from sqft_export.run.host import writing_to
 
-    _say_packed(out, pack(folder, out, entropy))
+    with writing_to(out):
+        sizes = pack(folder, out, entropy)
+    _say_packed(out, sizes)
 
 
 @app.command("unpack")
 def unpack_command(folder: Deployment, out: Out) -> None:
     """Write the plain folder of a packed one, byte for byte as it was."""
     from sqft_export.packed.folders import unpack
+    from sqft_export.run.host import writing_to
 
-    _say_packed(out, unpack(folder, out))
+    with writing_to(out):
+        sizes = unpack(folder, out)
+    _say_packed(out, sizes)
 
 
 def _say_packed(out: Path, sizes: dict[str, Any]) -> None:
@@ -331,9 +345,11 @@ def specialize_command(
 ) -> None:
     """Write a copy of an OpenVINO deployment that runs on this package's kernels."""
     from sqft_export.packed.execution import specialize
+    from sqft_export.run.host import writing_to
 
     _require_folder(folder)
-    made = specialize(folder, out, execution)
+    with writing_to(out):
+        made = specialize(folder, out, execution)
     products = ", ".join(f"{count} {form}" for form, count in made["products"].items())
     print(f"{out}: weights {made['bytes']:,} bytes; products: {products}")
 
@@ -349,6 +365,7 @@ def verify_command(
 
     _set_threads(threads)
     from sqft_export.packed.seal import sealed_or_refused
+    from sqft_export.run.host import writing_to
     from sqft_export.targets.folder import is_deployment
 
     _require_folder(folder)
@@ -359,7 +376,9 @@ def verify_command(
         return
     from sqft_export.verify.certify import certify_again  # imports torch
 
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    # Not in the run: it may be read-only, or its disk full. TMPDIR names another place.
+    scratch_folder = tempfile.TemporaryDirectory(prefix="sqft-verify-")
+    with writing_to(Path(tempfile.gettempdir())), scratch_folder as scratch:
         artifacts, certificate = certify_again(folder, Path(scratch))
     if json_only:
         print(json.dumps(certificate.document()))
@@ -452,8 +471,12 @@ def _run() -> int:
         needs = f"{error.name} is not installed, which this command needs"
         return _say(f"{needs}; pip install 'sqft-export[all]'", 2)
     except (OSError, MemoryError) as error:
-        found = lacking(error, Path.cwd())
+        found = lacking(error, None)
         return _say(found or f"{getattr(error, 'filename', None) or ''}: {error}", 3)
+    except RuntimeError as error:  # of torch, which raises one for an accelerator's memory
+        if found := lacking(error, None):
+            return _say(found, 3)
+        raise
 
 
 def _say(message: str, code: int) -> int:

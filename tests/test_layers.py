@@ -18,8 +18,10 @@ ORDER = [
     {"numerics.gptq_layout"},
     {"recipe.templates"},
     {"recipe.schema"},
-    {"recipe.load", "recipe.passes", "recipe.fields"},
+    {"recipe.load", "recipe.passes", "recipe.fields", "recipe.view"},
+    {"run.limits"},
     {"run.host", "run.device", "run.progress"},
+    {"run.hashes", "run.precision"},
     {
         "run.artifact",
         "run.launcher",
@@ -252,7 +254,11 @@ def test_no_code_of_a_model_folder_is_loaded():
 
 
 def test_artifact_needs_the_standard_library_alone():
-    assert imports_of(MODULES["run.artifact"]) == {"errors", "run.host", "untrusted"}
+    hashing = {"errors", "run.hashes", "run.host", "untrusted"}
+    assert imports_of(MODULES["run.artifact"]) == hashing
     assert imports_of(MODULES["untrusted"]) == {"errors"}
+    assert imports_of(MODULES["run.hashes"]) == {"run.host"}
+    assert imports_of(MODULES["run.host"]) == {"errors", "run.limits"}
+    assert not imports_of(MODULES["run.limits"])
     names = {n.module for n in ast.walk(MODULES["run.artifact"]) if isinstance(n, ast.ImportFrom)}
     assert not names & {"numpy", "torch", "safetensors"}

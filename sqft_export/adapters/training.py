@@ -1,6 +1,7 @@
 """The training loop: transformers' Trainer, with the rank of every group drawn once a step."""
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from sqft_export.run.device import CPU, device_name, device_of, training_dtype
 from sqft_export.run.launcher import process_count, process_rank
 from sqft_export.run.progress import Advance, Start
 
+MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"  # read by the Trainer
 COMPLETE = "complete"  # written after a training checkpoint, so that a torn one is never resumed
 
 
@@ -177,7 +179,7 @@ class _Trainer(PlainCheckpointTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.pace.add(inputs["attention_mask"])
-        distill = self.config.distill
+        distill = None if self.teacher is None else self.config.distill
         if self.teacher is None or distill is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = inputs | {"output_hidden_states": bool(distill.layers)}
@@ -322,6 +324,7 @@ def _facts(
 def _arguments(
     config: Adapt, steps: int, seed: int, folder: Path, device: torch.device
 ) -> TrainingArguments:
+    os.environ[MIXED_PRECISION] = "no"  # whatever a launcher's config says: adapt.precision decides
     schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     return TrainingArguments(
         output_dir=str(folder),

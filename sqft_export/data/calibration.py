@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from sqft_export.data.files import numbered_rows, read_text
-from sqft_export.data.items import Data, Example, first_token, load_tokenizer, windows_of
+from sqft_export.data.items import (
+    TRAIN_FIELDS,
+    Data,
+    Example,
+    first_token,
+    load_tokenizer,
+    windows_of,
+)
 from sqft_export.errors import UserError
 from sqft_export.recipe.schema import HUB, Recipe
 from sqft_export.recipe.templates import text_field
@@ -18,9 +25,9 @@ SHORTEST = 16  # tokens of a dataset row that is calibrated on
 SHUFFLED_ROWS = 10_000
 
 
-def calibration_options(recipe: Recipe) -> dict[str, Any]:
-    """The settings that the samples depend on: what is set aside from the training data too."""
-    return recipe.calibration.model_dump() | {"set_aside": recipe.set_aside}
+def calibration_fields(recipe: Recipe) -> tuple[str, ...]:
+    """The recipe fields that the samples depend on: those of training data where they are of it."""
+    return ("calibration", "seed", *(TRAIN_FIELDS if recipe.calibration.source == "task" else ()))
 
 
 def calibration_samples(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
@@ -66,9 +73,10 @@ def _dataset_texts(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
     config = recipe.calibration
     name = config.source.removeprefix(HUB)
     where = name if config.source.startswith(HUB) else str(recipe.resolve(name))
+    revision = (recipe.revisions or {}).get(f"{HUB}{name}") or config.revision
     try:
         rows = datasets.load_dataset(
-            where, config.subset, split=config.split, revision=config.revision, streaming=True
+            where, config.subset, split=config.split, revision=revision, streaming=True
         )
         samples: list[list[int]] = []
         for row in rows.shuffle(seed=recipe.seed, buffer_size=SHUFFLED_ROWS):

@@ -283,9 +283,19 @@ def missing_sets(
             )
 
 
-def hub_rows(name: str, split: str, where: str) -> list[Fields]:
+def hub_datasets(task: Dataset) -> list[str]:
+    """Datasets on the hub that a task's sets are read from."""
+    names = dict.fromkeys((*set_names(task, "train"), *set_names(task, "test")))
+    sources = [SETS[name].hub for name in names] if task.folder is None else []
+    return [source[0] for source in sources if source]
+
+
+def hub_rows(
+    name: str, split: str, where: str, revisions: dict[str, str | None] | None = None
+) -> list[Fields]:
     """Rows of a set on the hub.
 
+    :param revisions: dataset -> commit that is read; of others the newest is.
     :raises UserError: if it can't be reached.
     """
     import datasets
@@ -294,7 +304,12 @@ def hub_rows(name: str, split: str, where: str) -> list[Fields]:
     assert source is not None
     dataset, subset, train, test = source
     try:
-        found = datasets.load_dataset(dataset, subset, split=train if split == "train" else test)
+        found = datasets.load_dataset(
+            dataset,
+            subset,
+            split=train if split == "train" else test,
+            revision=(revisions or {}).get(dataset),
+        )
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"{where}: task: {dataset} can't be read from the hub ({type(error).__name__}); "
@@ -304,15 +319,20 @@ def hub_rows(name: str, split: str, where: str) -> list[Fields]:
 
 
 def records(
-    task: Dataset, split: str, folder: Path | None, where: str
+    task: Dataset,
+    split: str,
+    folder: Path | None,
+    where: str,
+    revisions: dict[str, str | None] | None = None,
 ) -> Iterator[tuple[str, Scoring, Record]]:
     """Set, scoring and record of every item of a split, in the order of the sets.
 
+    :param revisions: see :func:`hub_rows`.
     :raises UserError: naming the file and the field that a row lacks.
     """
     for name in set_names(task, split):
         file = local_file(folder, name, split) if folder else None
-        rows = read_rows(file) if file else hub_rows(name, split, where)
+        rows = read_rows(file) if file else hub_rows(name, split, where, revisions)
         for number, row in enumerate(rows, start=1):
             try:
                 record = SETS[name].read(row, task.template)

@@ -21,6 +21,16 @@ from sqft_export.recipe.schema import Dataset, Problems, Recipe, Text
 from sqft_export.recipe.templates import fill_template
 from sqft_export.textfiles import read_json
 
+# What the examples and items of a split depend on, besides the content of its files.
+TASK_FIELDS = (
+    *("task.kind", "task.prompt", "task.answer", "task.name", "task.template"),
+    *("task.test_share", "task.sequence_length"),
+)
+TRAIN_FIELDS = (*TASK_FIELDS, "task.train_sets", "set_aside", "seed")
+TEST_FIELDS = (*TASK_FIELDS, "task.test_sets")
+TRAIN_FILES = ("task.train", "task.folder", "task.text")
+TEST_FILES = ("task.test", "task.folder", "task.text")
+
 Found = tuple[str, Scoring, Record]  # its set, how it is scored, and itself
 # transformers warns once of more tokens than a model reads; texts are cut after they are tokenized.
 TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
@@ -129,7 +139,7 @@ def _records(recipe: Recipe, split: str) -> Iterator[Found]:
     task = recipe.task
     if isinstance(task, Dataset):
         folder = recipe.resolve(task.folder) if task.folder else None
-        yield from records(task, split, folder, str(recipe.file))
+        yield from records(task, split, folder, str(recipe.file), recipe.revisions)
         return
     for file in data_files(recipe, split):
         assert isinstance(task, Problems)
@@ -178,15 +188,15 @@ def _set_aside(recipe: Recipe, count: int) -> list[int]:
 
     :raises UserError: if nothing would be left to train on.
     """
-    search = recipe.search
-    if not search.evaluates:
+    wanted = recipe.set_aside
+    if not wanted:
         return []
-    if search.items >= count:
+    if wanted >= count:
         raise UserError(
-            f"{recipe.file}: search.items: found {search.items}, but the training data has "
+            f"{recipe.file}: search.items: found {wanted}, but the training data has "
             f"{count} items in all"
         )
-    return sorted(random.Random(recipe.seed).sample(range(count), search.items))
+    return sorted(random.Random(recipe.seed).sample(range(count), wanted))
 
 
 class Examples(Sequence[Example]):

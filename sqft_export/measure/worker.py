@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from sqft_export.errors import UserError
+from sqft_export.errors import HostError, UserError
 from sqft_export.measure.decode import measure_latency, profile
 from sqft_export.measure.likelihood import distributions, score
 from sqft_export.measure.machine import energy_joules, memory_now, peak_memory
-from sqft_export.run.host import die_with_parent
+from sqft_export.run.host import die_with_parent, lacking
 from sqft_export.run.processors import deployed_environment
 from sqft_export.targets import Session, runner
 
@@ -33,6 +33,10 @@ def open_job(job: dict[str, Any]) -> Session:
 
             execution = job.get("execution", "stock")
             return openvino.open_session(folder, False, threads, device, execution)
+        if job["kind"] == "torch":
+            from sqft_export.targets import torch as in_torch
+
+            return in_torch.open_session(folder, False, threads, device, job.get("precision"))
         return runner(job["kind"]).open_session(folder, False, threads, device)
     import torch
 
@@ -47,7 +51,7 @@ def open_job(job: dict[str, Any]) -> Session:
     base = Base(Path(job["folder"]), masks, grids, job["unmerged"])
     torch.set_num_threads(job["threads"])
     name = find_device("torch", job["device"]).name
-    dtype = fast_dtype(Checkpoint(base.folder), name)
+    dtype = fast_dtype(Checkpoint(base.folder), name, job.get("precision"))
     model = load_adapted(base, Path(job["adapter"]), dtype).to(name)
     cache_effective_weights(model)
     return TorchSession(model, name)
@@ -112,7 +116,9 @@ def in_a_process(job: dict[str, Any], scratch: Path | None = None) -> dict[str, 
             check=False,
         )
         if done.returncode:
-            raise UserError(f"{job['folder']}: could not be measured:\n{_last_words(done)}")
+            said = _last_words(done)
+            kind = HostError if lacking(RuntimeError(said), None) else UserError
+            raise kind(f"{job['folder']}: could not be measured:\n{said}")
         return json.loads(result_file.read_text())
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from sqft_export.errors import HostError
 from sqft_export.model.families import adapted
+from sqft_export.model.hub import Download
 from sqft_export.plan.layout import Layout, group_sizes
 from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import Recipe
-from sqft_export.run.host import size_text
+from sqft_export.run.host import nearest_folder, size_text
 
 
 def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
@@ -51,16 +52,29 @@ def adapter_bytes(recipe: Recipe, layout: Layout) -> int:
     return 4 * recipe.adapt.max_rank * sum(linears)
 
 
-def check_disk(recipe: Recipe, layout: Layout, root: Path, passes: list[str]) -> None:
+def check_disk(
+    recipe: Recipe,
+    layout: Layout,
+    root: Path,
+    passes: list[str],
+    download: Download | None = None,
+) -> None:
     """Refuse passes that the disk can't hold.
 
+    :param download: of the base model; it counts where it goes to the same disk.
     :raises HostError: with bytes needed and free.
     """
     needed, free = disk_bytes(recipe, layout, root, passes)
+    if download and _same_disk(root, download.cache):
+        needed += download.bytes
     if free < needed:
         raise HostError(
             f"{recipe.file}: disk: {size_text(needed)} needed in {root}, {size_text(free)} free"
         )
+
+
+def _same_disk(*places: Path) -> bool:
+    return len({nearest_folder(place).stat().st_dev for place in places}) == 1
 
 
 def disk_bytes(recipe: Recipe, layout: Layout, root: Path, passes: list[str]) -> tuple[int, int]:
@@ -79,12 +93,4 @@ def disk_bytes(recipe: Recipe, layout: Layout, root: Path, passes: list[str]) ->
         scratch["verify"] += 4 * (layout.weights + layout.others)
     transient = max((scratch.get(name, 0) for name in passes), default=0)
     needed = sum(written.get(name, 0) for name in passes) + transient
-    return needed, shutil.disk_usage(_nearest_existing(root)).free
-
-
-def _nearest_existing(folder: Path) -> Path:
-    """A folder, or the nearest above it that is there."""
-    place = folder.resolve()
-    while not place.exists():
-        place = place.parent
-    return place
+    return needed, shutil.disk_usage(nearest_folder(root)).free

@@ -3,15 +3,16 @@ machine has them."""
 
 from math import prod
 
-import psutil
-
 from sqft_export.errors import HostError
 from sqft_export.measure.batches import CACHED, PASS_BYTES, ROWS
 from sqft_export.plan.disk import adapter_bytes, predict_bytes
 from sqft_export.plan.layout import Layout
 from sqft_export.plan.workload import Workload, calibration_tokens, checked_tokens
+from sqft_export.recipe.passes import runs_on_cpu
 from sqft_export.recipe.schema import Recipe, Reconstruct
+from sqft_export.run.device import device_memory, device_name, device_of
 from sqft_export.run.host import FLOAT32_ROOM, allowed_processors, size_text
+from sqft_export.run.limits import free_memory
 from sqft_export.run.threads import MOST
 
 LONG = 2.0  # times the mean, the longest batch of a training
@@ -64,13 +65,8 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
     return {name: FIXED_MEMORY + of_pass.get(name, 0) for name in written}
 
 
-def free_memory() -> int:
-    """Bytes that can be taken without swapping."""
-    return int(psutil.virtual_memory().available)
-
-
 def check_memory(recipe: Recipe, layout: Layout, workload: Workload, passes: list[str]) -> None:
-    """Refuse passes that this machine's free memory can't hold.
+    """Refuse passes that this machine's free memory, or its accelerator's, can't hold.
 
     :raises HostError: with the pass, bytes needed and free.
     """
@@ -80,11 +76,29 @@ def check_memory(recipe: Recipe, layout: Layout, workload: Workload, passes: lis
         for name, size in predict_memory(recipe, layout, workload).items()
         if name in passes
     }
+    _require_memory(recipe, "memory", needed, free)
+    device = device_of(recipe.device)
+    on_device = device_memory(device)
+    if on_device is not None:
+        there = accelerator_bytes(recipe, needed, list(needed))
+        _require_memory(recipe, f"memory of {device_name(device)}", there, on_device)
+
+
+def accelerator_bytes(
+    recipe: Recipe, memory: dict[str, float], passes: list[str]
+) -> dict[str, float]:
+    """Bytes that passes need on the accelerator: what they hold on the CPU without one, but for
+    imports."""
+    return {name: memory[name] - FIXED_MEMORY for name in passes if not runs_on_cpu(name, recipe)}
+
+
+def _require_memory(recipe: Recipe, place: str, needed: dict[str, float], free: int) -> None:
     worst = max(needed, key=needed.__getitem__, default=None)
     if worst is not None and needed[worst] > free:
+        way_out = "" if place == "memory" else "; device=cpu computes in the host's memory"
         raise HostError(
-            f"{recipe.file}: memory: {worst} needs {size_text(needed[worst])}, "
-            f"{size_text(free)} are free"
+            f"{recipe.file}: {place}: {worst} needs {size_text(needed[worst])}, "
+            f"{size_text(free)} are free{way_out}"
         )
 
 

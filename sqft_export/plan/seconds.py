@@ -14,6 +14,7 @@ from sqft_export.plan.layout import Layout
 from sqft_export.plan.speeds import Speed, Speeds
 from sqft_export.plan.work import BYTES_PER_ELEMENT, FLOAT32, Work
 from sqft_export.plan.workload import Workload, checked_tokens
+from sqft_export.recipe.passes import runs_on_cpu
 from sqft_export.recipe.schema import Recipe
 
 
@@ -76,15 +77,6 @@ def predict_seconds(
     if "benchmark" in found and (minutes := recipe.benchmark.minutes):
         found["benchmark"] = 60 * minutes
     return found
-
-
-def runs_on_cpu(name: str, recipe: Recipe) -> bool:
-    """Return whether nothing of a pass runs on an accelerator."""
-    if name in ("search", "verify", "benchmark"):  # torch's part of them does
-        return False
-    return PASS_COSTS[name].place != "device" or (
-        name == "quantize" and recipe.quantize.method == "nncf"
-    )
 
 
 def _speed(name: str, recipe: Recipe, machine: Speeds) -> Speed:

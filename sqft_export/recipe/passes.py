@@ -2,6 +2,13 @@
 
 from sqft_export.recipe.schema import Recipe
 
+ON_CPU = ("merge", "baselines", "export-openvino", "export-onnx", "export-gguf", "report")
+
+
+def runs_on_cpu(name: str, recipe: Recipe) -> bool:
+    """Whether nothing of a pass runs on an accelerator."""
+    return name in ON_CPU or (name == "quantize" and recipe.quantize.method == "nncf")
+
 
 def pass_names(recipe: Recipe) -> list[str]:
     """The passes of this recipe, in order; one is made from some of those before it alone."""

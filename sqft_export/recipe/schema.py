@@ -7,9 +7,10 @@ folder of the embedded model.
 
 import math
 import os
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -33,8 +34,36 @@ def _fits_a_file_system(path: str) -> str:
 FileName = Annotated[str, Field(max_length=4000), AfterValidator(_fits_a_file_system)]
 
 
+class UndeclaredFieldError(Exception):
+    """A pass reads a recipe field that it does not declare; see ``recipe/view.py``."""
+
+
+_Value = TypeVar("_Value")
+
+
+class Combined(Generic[_Value]):
+    """A property that combines fields of several sections. A view of the recipe may hold its value
+    in ``__dict__``, where Python looks first since this sets nothing."""
+
+    def __init__(self, compute: Callable[[Any], _Value]):
+        self.compute, self.__doc__ = compute, compute.__doc__
+
+    def __get__(self, section: Any, owner: type) -> _Value:
+        return self if section is None else self.compute(section)  # type: ignore[return-value]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, ignored_types=(Combined,)
+    )
+
+    if not TYPE_CHECKING:  # else every attribute would exist for mypy
+
+        def __getattr__(self, name: str) -> Any:
+            if name in type(self).model_fields:
+                place = f"{type(self).__name__}.{name}"
+                raise UndeclaredFieldError(f"{place} is read by a pass that does not declare it")
+            return super().__getattr__(name)
 
 
 class Model(Section):
@@ -577,6 +606,7 @@ class Recipe(Section):
     gates: Gates = Gates()
     _file: Path = pydantic.PrivateAttr(default=Path())
     _overrides: tuple[str, ...] = pydantic.PrivateAttr(default=())
+    _revisions: dict[str, str | None] | None = pydantic.PrivateAttr(default=None)
 
     @field_validator("adapt", mode="before")
     @classmethod
@@ -604,6 +634,13 @@ class Recipe(Section):
             return Path(__file__).parent.parent / "builtin" / path.removeprefix(BUILTIN)
         return real_path(self._file.parent / path)
 
+    # A view of the recipe holds values of these without the fields that they combine.
+
+    @Combined
+    def base_name(self) -> str:
+        """Name of the base model in model cards."""
+        return self.model.hub or Path(str(self.model.path)).name
+
     @property
     def lm_eval_folder(self) -> Path | None:
         """Where task files of the recipe's own are."""
@@ -616,20 +653,20 @@ class Recipe(Section):
         assert self.adapt is not None
         return self.adapt
 
-    @property
+    @Combined
     def scale_bits(self) -> int:
         """Significant bits of the scales: fewer where GGUF is to have a scale times its zero point
         as float16 too."""
-        offsets = "gguf" in self.export.targets and not self.quantize.symmetric
+        offsets = not self.quantize.symmetric and "gguf" in self.export.targets
         return OFFSET_BITS if offsets else FLOAT16_BITS
 
-    @property
+    @Combined
     def unmerged(self) -> bool:
         """There is an adapter, and it stays beside the base."""
         return self.adapt is not None and self.adapt.unmerged
 
-    @property
-    def merges_densely(self) -> bool:
+    @Combined
+    def dense_update(self) -> bool:
         """Pruned positions are given up to the adapter's update."""
         return self.adapt is not None and self.adapt.merge_dense
 
@@ -639,7 +676,7 @@ class Recipe(Section):
         sparsify = self.sparsify
         return bool(sparsify.calibrates or sparsify.reconstruct or self.quantize.calibrates)
 
-    @property
+    @Combined
     def set_aside(self) -> int:
         """Training items that are kept for search alone; nothing else sees them."""
         return self.search.items if self.search.evaluates else 0
@@ -647,6 +684,17 @@ class Recipe(Section):
     @property
     def file(self) -> Path:
         return self._file
+
+    @property
+    def revisions(self) -> dict[str, str | None] | None:
+        """Dataset on the hub -> commit that this run reads; None before ``pin_revisions``."""
+        return self._revisions
+
+    def at_revisions(self, revisions: dict[str, str | None]) -> "Recipe":
+        """This recipe, its datasets on the hub read at these commits."""
+        pinned = self.model_copy()
+        pinned._revisions = revisions
+        return pinned
 
     @property
     def overrides(self) -> tuple[str, ...]:

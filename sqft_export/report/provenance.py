@@ -20,6 +20,12 @@ LICENCES = {
 }
 UNKNOWN = "unknown"
 MAX_CARD_BYTES = 2**16  # of a model card; its head is read
+# The recipe fields that a card or an origin shows.
+PROVENANCE_FIELDS = (
+    *("name", "base_name", "model.revision", "task.kind", "task.name", "task.train_sets"),
+    *("sparsify.method", "quantize.method", "quantize.bits", "quantize.group_size"),
+    *("quantize.symmetric", "adapt.pipeline", "adapt.merge_dense"),
+)
 
 
 def base_licence(folder: Path) -> str:
@@ -45,7 +51,7 @@ def origin_of(recipe: Recipe, base: Path, lineage: dict[str, dict[str, Any]]) ->
         "made_by": {"sqft-export": importlib.metadata.version("sqft-export")},
         "recipe": recipe.name,
         "base": {
-            "model": recipe.model.hub or Path(str(recipe.model.path)).name,
+            "model": recipe.base_name,
             "revision": recipe.model.revision,
             "sha256": reads.get("model"),
             "license": base_licence(base),

@@ -12,12 +12,14 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sqft_export.errors import DamagedError, UserError, one_line
-from sqft_export.run.host import allowed_processors, processor_name
+from sqft_export.run.hashes import FileHashes
+from sqft_export.run.host import openmp_threads, processor_name
 from sqft_export.untrusted import (
     MAX_JSON_BYTES,
     entries_of,
@@ -91,11 +93,14 @@ def _fault_inside(directory: Path, path: Path) -> str | None:
     return fault_of_file(path)
 
 
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of a directory's files."""
+def digest_of(path: Path, hash_file: Callable[[Path], str] = sha256_of) -> str:
+    """SHA-256 of a file, or of the names and contents of a directory's files.
+
+    :param hash_file: SHA-256 of one file.
+    """
     if path.is_file():
-        return sha256_of(path)
-    names = {str(file.relative_to(path)): sha256_of(file) for file in files_of(path)}
+        return hash_file(path)
+    names = {str(file.relative_to(path)): hash_file(file) for file in files_of(path)}
     return key_of(names)
 
 
@@ -114,7 +119,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": processor_name(),
-        "threads": int(os.environ.get("OMP_NUM_THREADS") or allowed_processors()),
+        "threads": openmp_threads(),
         "versions": versions,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -125,6 +130,7 @@ class Store:
 
     def __init__(self, root: Path):
         self.root = root
+        self.hashes = FileHashes(root, sha256_of)
 
     def path_of(self, stage: str, key: str) -> Path:
         return self.root / f"{stage}-{key[:16]}"
@@ -140,7 +146,7 @@ class Store:
         path = self.path_of(stage, key)
         if not (path / MANIFEST).exists():
             return None
-        return check_artifact(path, key)
+        return check_artifact(path, key, self.hashes.sha256_of)
 
     def open_partial(self, stage: str, key: str, resumes: bool) -> Path:
         """The directory a stage works in; kept from an interrupted run if the stage resumes."""
@@ -170,7 +176,9 @@ class Store:
             "metrics": metrics,
             "seconds": round(seconds, 3),
             "environment": environment(),
-            "files": {str(f.relative_to(partial)): sha256_of(f) for f in files_of(partial)},
+            "files": {
+                str(f.relative_to(partial)): self.hashes.sha256_of(f) for f in files_of(partial)
+            },
         }
         manifest[SEAL] = key_of(manifest)
         temporary = partial / (MANIFEST + ".new")
@@ -183,6 +191,7 @@ class Store:
         if path.exists():  # a directory without a manifest: not an artifact
             shutil.rmtree(path)
         partial.rename(path)
+        self.hashes.save()
         return Artifact(path, manifest)
 
 
@@ -227,10 +236,13 @@ def _way_out(path: Path) -> str:
     return f"delete {path} and run again"
 
 
-def check_artifact(path: Path, key: str | None = None) -> Artifact:
+def check_artifact(
+    path: Path, key: str | None = None, hash_file: Callable[[Path], str] = sha256_of
+) -> Artifact:
     """Read a sealed artifact and compare every file with its digest.
 
     :param key: it must have; None: that of its own facts.
+    :param hash_file: SHA-256 of one file.
     :raises DamagedError: naming the file that is missing, added or changed since it was sealed.
     """
     artifact = read_artifact(path)
@@ -242,7 +254,7 @@ def check_artifact(path: Path, key: str | None = None) -> Artifact:
         names = one_line(", ".join(odd))
         raise DamagedError(f"{path} has missing or added files: {names}; {_way_out(path)}")
     for name, digest in listed.items():
-        if sha256_of(path / name) != digest:
+        if hash_file(path / name) != digest:
             raise DamagedError(
                 f"{path / name} is damaged: its SHA-256 is not {digest}; {_way_out(path)}"
             )

@@ -1,63 +1,121 @@
-"""Where a recipe's model and data are, and the digests that stand for them in keys."""
+"""What stands in keys for all that a pass reads besides the recipe: model, data, machine.
 
+model          weights, configs and tokenizer of the base
+train, test    files of a split, or commits of datasets on the hub
+calibration    the file, folder or commit that samples are from
+configuration  ranks that ``search.configuration`` gives
+lm_eval_tasks  task files of the recipe's own
+device         kind of the device that torch computes on
+processes      that train; each takes batches of its own
+precision      that torch's rows compute in on the CPU, where the model has 16 bits
+"""
+
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqft_export.data.datasets import SETS, set_names
+from sqft_export.data.datasets import SETS, hub_datasets, set_names
 from sqft_export.data.items import data_files
 from sqft_export.data.revisions import dataset_revision
 from sqft_export.model.companions import companions, own_file
 from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.recipe.schema import HUB, Dataset, Recipe
-from sqft_export.run.artifact import digest_of, key_of, sha256_of
+from sqft_export.run.artifact import Store, digest_of, key_of
+from sqft_export.run.device import device_of
+from sqft_export.run.launcher import process_count
+from sqft_export.run.precision import fast_precision
+from sqft_export.stages.search import given_ranks
 
 
-def model_digest(folder: Path) -> str:
+def model_digest(folder: Path, sha256_of: Callable[[Path], str]) -> str:
     """SHA-256 over the files of a model that passes read: weights, configs, tokenizer."""
     weights = TensorFiles(folder).shards
     names = [*(file.name for file in companions(folder)), *weights]
     return key_of({name: sha256_of(own_file(folder, name)) for name in names})
 
 
-def _hub_sets(recipe: Recipe, split: str, online: bool) -> dict[str, str | None]:
-    """Commits of the sets of a task that are read from the hub."""
-    task = recipe.task
-    if not isinstance(task, Dataset) or task.folder is not None:
-        return {}
-    sources = {name: SETS[name].hub for name in set_names(task, split)}
-    return {
-        name: dataset_revision(source[0], None, online)
-        for name, source in sources.items()
-        if source
-    }
+def pin_revisions(recipe: Recipe, online: bool) -> Recipe:
+    """The recipe with the commits of all datasets that it reads from the hub, for keys and reading.
 
-
-def digests(recipe: Recipe, folder: Path | None, online: bool = False) -> dict[str, Any]:
-    """What the names in a pass's ``READS`` mean in the facts of its artifact.
-
-    :param online: the hub may be asked for the commits of datasets that are read from it.
+    :param online: the hub may be asked; else those in the cache of this machine count.
     """
-    settings = recipe.task.model_dump(exclude={"train", "test", "text", "folder"})
+    if recipe.revisions is not None:
+        return recipe
+    task, calibration = recipe.task, recipe.calibration
+    found = {}
+    if isinstance(task, Dataset):
+        found = {name: dataset_revision(name, None, online) for name in hub_datasets(task)}
+    if calibration.source.startswith(HUB):  # by its source: it may have another revision
+        name = calibration.source.removeprefix(HUB)
+        found[calibration.source] = dataset_revision(name, calibration.revision, online)
+    return recipe.at_revisions(found)
 
-    def split(name: str) -> list[Any]:
-        revisions = _hub_sets(recipe, name, online)
-        files = [digest_of(file) for file in data_files(recipe, name)]
-        return [settings, *files, *([revisions] if revisions else [])]
 
-    config = recipe.calibration
-    calibration: Any
-    if not recipe.calibrates:
-        calibration = None  # no pass reads it; it may be missing
-    elif config.source.startswith(HUB):
-        name = config.source.removeprefix(HUB)
-        calibration = [config.source, dataset_revision(name, config.revision, online)]
-    elif config.source == "task":
-        calibration = split("train")
-    else:
-        calibration = digest_of(recipe.resolve(config.source))
-    return {
-        "model": model_digest(folder) if folder else key_of({"hub": recipe.model.model_dump()}),
-        "train": split("train"),
-        "calibration": [settings, calibration],
-        "test": split("test"),
-    }
+class Digests:
+    """Values by the names above, each worked out once.
+
+    :param folder: of the base model; None where it is on the hub alone.
+    :param store: of the run, which remembers the digests of files.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path | None, store: Store):
+        self.recipe, self.folder, self.store = recipe, folder, store
+        self._revisions = recipe.revisions or {}
+        self._sha256_of = store.hashes.sha256_of
+        self._found: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._found:
+            self._found[name] = getattr(self, f"_{name}")()
+        return self._found[name]
+
+    def _model(self) -> str:
+        if self.folder is None:
+            return key_of({"hub": self.recipe.model.model_dump()})
+        return model_digest(self.folder, self._sha256_of)
+
+    def _train(self) -> list[Any]:
+        return self._split("train")
+
+    def _test(self) -> list[Any]:
+        return self._split("test")
+
+    def _split(self, name: str) -> list[Any]:
+        revisions = self._hub_sets(name)
+        files = [digest_of(file, self._sha256_of) for file in data_files(self.recipe, name)]
+        return [*files, *([revisions] if revisions else [])]
+
+    def _hub_sets(self, split: str) -> dict[str, str | None]:
+        """Commits of the sets of a task that are read from the hub."""
+        task = self.recipe.task
+        if not isinstance(task, Dataset) or task.folder is not None:
+            return {}
+        sources = {name: SETS[name].hub for name in set_names(task, split)}
+        return {name: self._revisions.get(source[0]) for name, source in sources.items() if source}
+
+    def _calibration(self) -> Any:
+        config = self.recipe.calibration
+        if not self.recipe.calibrates:
+            return None  # no pass reads it; it may be missing
+        if config.source.startswith(HUB):
+            return [config.source, self._revisions[config.source]]
+        if config.source == "task":
+            return self["train"]
+        return digest_of(self.recipe.resolve(config.source), self._sha256_of)
+
+    def _configuration(self) -> dict[str, Any]:
+        return given_ranks(self.recipe)
+
+    def _lm_eval_tasks(self) -> str | None:
+        folder = self.recipe.lm_eval_folder
+        return digest_of(folder, self._sha256_of) if folder else None
+
+    def _device(self) -> str:
+        setting = self.recipe.device
+        return device_of(setting).type if setting == "auto" else setting
+
+    def _processes(self) -> int:
+        return process_count()
+
+    def _precision(self) -> str:
+        return fast_precision(self.store.root)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sqft_export.errors import HostError, UserError
-from sqft_export.model.hub import model_folder
+from sqft_export.model.hub import download_model, model_folder, planned_download
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.disk import check_disk
 from sqft_export.plan.layout import Layout
@@ -19,11 +19,20 @@ from sqft_export.plan.memory import check_memory
 from sqft_export.plan.workload import workload_of
 from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import Recipe
+from sqft_export.recipe.view import values_of, view_of
 from sqft_export.run.artifact import Artifact, Store, environment, key_of, read_artifact
-from sqft_export.run.digests import digests
+from sqft_export.run.digests import Digests, pin_revisions
 from sqft_export.run.gates import QualityGates
-from sqft_export.run.host import lacking
-from sqft_export.run.launcher import process_count, process_rank
+from sqft_export.run.host import lacking, out_of_memory, require_space
+from sqft_export.run.launcher import (
+    check_launcher,
+    first_process_presence,
+    first_process_works,
+    process_count,
+    process_rank,
+    wait_for_first,
+)
+from sqft_export.run.precision import resolve_precision
 from sqft_export.run.processors import (
     THREADS_FILE,
     Sample,
@@ -35,7 +44,17 @@ from sqft_export.run.progress import Start, reporting, silent
 from sqft_export.stages import Context, stage_of
 from sqft_export.untrusted import fault_of_file
 
-WAIT_SECONDS = 0.5
+# What takes less memory, by pass.
+LESS_MEMORY = {
+    "sparsify": "calibration.samples or calibration.sequence_length",
+    "reconstruct": "sparsify.reconstruct.batch or calibration.samples",
+    "quantize": "calibration.samples or calibration.sequence_length",
+    "adapt": "adapt.batch (and raise adapt.accumulation) or task.sequence_length, or set "
+    "adapt.gradient_checkpointing: true",
+    "verify": "verify.prompts",
+    "benchmark": "benchmark.items",
+}
+LESS_MEMORY["teacher"] = LESS_MEMORY["adapt"]
 
 
 @dataclass(frozen=True)
@@ -74,19 +93,27 @@ def plan_passes(
 
     :param online: the hub may be asked for commits of datasets.
     """
-    found = digests(recipe, folder, online)
+    recipe = resolve_precision(pin_revisions(recipe, online), store.root)
+    found = Digests(recipe, folder, store)
     planned: dict[str, Planned] = {}
     for name in needed_passes(recipe, last):
         stage = stage_of(name)
         facts = {
             "stage": name,
             "version": stage.VERSION,
-            "options": stage.options(recipe),
+            "options": values_of(recipe, stage.fields(recipe, name)),
             "reads": {source: found[source] for source in stage.READS},
             "parents": {p: planned[p].key for p in stage.CONSUMES if p in planned},
         }
         planned[name] = Planned(name, facts, store.find(name, key_of(facts)))
+    store.hashes.save()
     return list(planned.values())
+
+
+def _view_of(recipe: Recipe, name: str) -> Recipe:
+    """What a pass may read of the recipe."""
+    stage = stage_of(name)
+    return view_of(recipe, (*stage.fields(recipe, name), *stage.FREE))
 
 
 def _own(file: Path) -> IO[str]:
@@ -129,14 +156,15 @@ def _alone(root: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise UserError(f"{root}: another run is working here") from error
-        yield
+        with first_process_presence(root):
+            yield
 
 
 def _affordable(
     recipe: Recipe, folder: Path, layout: Layout, store: Store, last: tuple[str, ...]
 ) -> list[Planned]:
     """Every pass, once disk and memory are known to hold those that are to run."""
-    steps = plan_passes(recipe, folder, store, last, online=True)
+    steps = plan_passes(recipe, folder, store, last)
     wanted = [step.name for step in steps if step.artifact is None]
     check_disk(recipe, layout, store.root, wanted)
     if wanted:
@@ -147,24 +175,36 @@ def _affordable(
 def _follow(
     recipe: Recipe, folder: Path, layout: Layout, store: Store, last: tuple[str, ...]
 ) -> dict[str, Artifact]:
-    """What every process of a launcher but the first does: train along, else wait for the first.
+    """Train along as another process of a launcher than the first; else wait for the first.
 
     Should the first one fail, the launcher ends the others.
     """
     artifacts: dict[str, Artifact] = {}
     store.root.mkdir(parents=True, exist_ok=True)
-    with _quiet(store.root / f"log-{process_rank()}.txt"):
+    recipe = resolve_precision(recipe, store.root)
+    with _quiet(store.root / f"log-{process_rank()}.txt") as terminal:
         for step in _affordable(recipe, folder, layout, store, last):
-            stage = stage_of(step.name)
             sealed = store.path_of(step.name, step.key)
-            if stage.DISTRIBUTED and not sealed.exists():
-                inputs = {n: artifacts[n] for n in stage.CONSUMES if n in artifacts}
-                partial = store.partial_of(step.name, step.key)
-                stage.run(Context(step.name, recipe, folder, inputs, partial, silent))
-            while not sealed.exists():
-                time.sleep(WAIT_SECONDS)
+            if not sealed.exists():
+                said = f"process {process_rank()} of {process_count()} waits for the first one"
+                print(f"{step.name:16} {said}", file=terminal, flush=True)
+                _join(step, recipe, folder, artifacts, store)
             artifacts[step.name] = read_artifact(sealed)
     return artifacts
+
+
+def _join(
+    step: Planned, recipe: Recipe, folder: Path, artifacts: dict[str, Artifact], store: Store
+) -> None:
+    """Take part in a pass that several processes run, until the first one has sealed it."""
+    stage, sealed = stage_of(step.name), store.path_of(step.name, step.key)
+    wait_for_first(store.root, lambda: sealed.exists() or first_process_works(store.root))
+    if stage.DISTRIBUTED and not sealed.exists():
+        inputs = {n: artifacts[n] for n in stage.CONSUMES if n in artifacts}
+        partial = store.partial_of(step.name, step.key)
+        view, lineage = _view_of(recipe, step.name), {step.name: step.facts}
+        stage.run(Context(step.name, view, folder, inputs, partial, silent, lineage))
+    wait_for_first(store.root, sealed.exists)
 
 
 def _checked(recipe: Recipe, root: Path) -> tuple[Path, Layout]:
@@ -174,20 +214,28 @@ def _checked(recipe: Recipe, root: Path) -> tuple[Path, Layout]:
     """
     folder = model_folder(recipe, download=False)
     if folder is None:
-        if recipe.model.config:  # what it says is checked before gigabytes are fetched
-            check_disk(recipe, check_recipe(recipe, None), root, pass_names(recipe))
-        folder = model_folder(recipe, download=True)
-    assert folder is not None
+        folder = _fetched(recipe, root)
     return folder, check_recipe(recipe, folder)
 
 
-def _lineage(name: str, artifacts: dict[str, Artifact]) -> dict[str, dict[str, Any]]:
-    """Facts of the passes that one is made from, in the order they ran."""
-    wanted = set(stage_of(name).CONSUMES)
+def _fetched(recipe: Recipe, root: Path) -> Path:
+    """The base model from the hub, once recipe and disk are known to be fit for it."""
+    layout = check_recipe(recipe, None) if recipe.model.config else None
+    download = planned_download(recipe)
+    require_space(download.cache, download.bytes, f"; {download.hub} is downloaded there")
+    if layout:
+        check_disk(recipe, layout, root, pass_names(recipe), download)
+    return download_model(recipe, download)
+
+
+def _lineage(step: Planned, artifacts: dict[str, Artifact]) -> dict[str, dict[str, Any]]:
+    """Facts of the passes that one is made from, in the order they ran, and its own."""
+    wanted = set(stage_of(step.name).CONSUMES)
     for other in reversed(artifacts):
         if other in wanted:
             wanted |= set(stage_of(other).CONSUMES)
-    return {other: a.manifest["facts"] for other, a in artifacts.items() if other in wanted}
+    found = {other: a.manifest["facts"] for other, a in artifacts.items() if other in wanted}
+    return found | {step.name: step.facts}
 
 
 def _elsewhere(artifact: Artifact) -> str:
@@ -213,13 +261,15 @@ def _run_pass(
     partial = store.open_partial(step.name, step.key, stage.RESUMES)
     started = time.monotonic()
     try:
-        lineage = _lineage(step.name, artifacts)
-        metrics = stage.run(Context(step.name, recipe, folder, inputs, partial, start, lineage))
+        view, lineage = _view_of(recipe, step.name), _lineage(step, artifacts)
+        metrics = stage.run(Context(step.name, view, folder, inputs, partial, start, lineage))
         return store.seal(partial, step.name, step.facts, metrics, time.monotonic() - started)
     except Exception as error:
         if reason := lacking(error, partial):
+            lower = LESS_MEMORY.get(step.name) if out_of_memory(error) else None
+            way_out = f"; lower {lower}" if lower else ""
             raise HostError(
-                f"{step.name}: {reason}. The passes before it are kept; run again to go on"
+                f"{step.name}: {reason}{way_out}. The passes before it are kept; run again to go on"
             ) from error
         raise
 
@@ -237,8 +287,9 @@ def run_recipe(recipe: Recipe, root: Path, last: tuple[str, ...] = ()) -> dict[s
     :param last: passes to stop at; only these and what they are made from is run.
     :raises UserError: before any work if the recipe can't be run here.
     """
+    check_launcher()
     folder, layout = _checked(recipe, root)
-    store = Store(root)
+    recipe, store = pin_revisions(recipe, online=True), Store(root)
     if process_rank():
         return _follow(recipe, folder, layout, store, last)
     artifacts: dict[str, Artifact] = {}
@@ -247,6 +298,7 @@ def run_recipe(recipe: Recipe, root: Path, last: tuple[str, ...] = ()) -> dict[s
         with _own(root / THREADS_FILE) as file:
             file.truncate(0)
             file.write(str(environment()["threads"]))
+        recipe = resolve_precision(recipe, root)
         for step in _affordable(recipe, folder, layout, store, last):
             warnings = list[str]()
             if step.artifact is not None:

@@ -11,13 +11,15 @@ from sqft_export.numerics.codes import FLOAT16_BITS
 from sqft_export.plan.budget import settings_for_a_day
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.disk import disk_bytes, predict_bytes
-from sqft_export.plan.layout import fallbacks
-from sqft_export.plan.memory import FIXED_MEMORY, free_memory, predict_memory
-from sqft_export.plan.seconds import predict_seconds, runs_on_cpu
+from sqft_export.plan.layout import Layout, fallbacks
+from sqft_export.plan.memory import accelerator_bytes, predict_memory
+from sqft_export.plan.seconds import predict_seconds
 from sqft_export.plan.speeds import Speeds, measure_speeds
 from sqft_export.plan.workload import workload_of
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.artifact import Store
+from sqft_export.run.launcher import check_launcher
+from sqft_export.run.limits import free_memory
 from sqft_export.run.pipeline import Planned, plan_passes
 from sqft_export.targets.devices import why_not_run
 
@@ -28,14 +30,14 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
     :param runs: where artifacts are kept.
     :raises UserError: if the recipe can't be run here.
     """
-    folder = model_folder(recipe, download=False)
-    layout = check_recipe(recipe, folder)
+    folder, layout = _checked(recipe)
     machine, workload = measure_speeds(layout, recipe.device), workload_of(recipe, folder)
     written, memory = predict_bytes(recipe, layout), predict_memory(recipe, layout, workload)
     seconds = predict_seconds(recipe, layout, machine, workload)
     steps = plan_passes(recipe, folder, Store(runs / recipe.name))
     wanted = [step.name for step in steps if step.artifact is None]
     needed, free = disk_bytes(recipe, layout, runs, wanted)
+    needed += 0 if folder else (layout.weights + layout.others) * layout.width  # a download
     to_run = {name: seconds[name] for name in wanted}
     return {
         "recipe": recipe.name,
@@ -64,6 +66,16 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
     }
 
 
+def _checked(recipe: Recipe) -> tuple[Path | None, Layout]:
+    """The base model's folder, where it is on this machine, and its layout.
+
+    :raises UserError: if the recipe can't be run here.
+    """
+    check_launcher()
+    folder = model_folder(recipe, download=False)
+    return folder, check_recipe(recipe, folder)
+
+
 def _done(step: Planned) -> dict[str, Any]:
     """Whether a pass was run already, by what key, and the seconds that it took."""
     made = step.artifact
@@ -82,13 +94,10 @@ def _needed(memory: dict[str, float], wanted: list[str], free: int) -> dict[str,
 def _device_memory(
     recipe: Recipe, machine: Speeds, memory: dict[str, float], wanted: list[str]
 ) -> dict[str, int] | None:
-    """Bytes that passes need on the accelerator, and that are free there; None where there is none.
-
-    What they hold on the CPU is on the device then; imports are not.
-    """
+    """Bytes that passes need on the accelerator, and that are free; None where there is none."""
     if machine.device.memory is None:
         return None
-    there = {name: memory[name] - FIXED_MEMORY for name in wanted if not runs_on_cpu(name, recipe)}
+    there = accelerator_bytes(recipe, memory, wanted)
     return _needed(there, list(there), machine.device.memory)
 
 

@@ -5,25 +5,24 @@ from torch import nn
 from sqft_export.adapters.files import Base, write_training_log
 from sqft_export.adapters.loading import load_compressed
 from sqft_export.adapters.training import train_on_task, without_loss
-from sqft_export.data.items import load_tokenizer
-from sqft_export.recipe.schema import Recipe
+from sqft_export.data.items import TRAIN_FIELDS, TRAIN_FILES, load_tokenizer
+from sqft_export.recipe.schema import Adapt, Recipe
+from sqft_export.recipe.view import section_fields
 from sqft_export.run.device import device_of, training_dtype
 from sqft_export.run.launcher import process_rank
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "teacher")
-READS: tuple[str, ...] = ("model", "train")
+READS: tuple[str, ...] = ("model", "train", "device", "processes")
+SETTINGS = section_fields("adapt", Adapt, without=("save_steps",))
+FREE: tuple[str, ...] = ("device", "adapt.save_steps", *TRAIN_FILES)
 VERSION = 5
 RESUMES = True
 DISTRIBUTED = True
 
 
-def options(recipe: Recipe) -> dict:
-    return {
-        "adapt": recipe.training.model_dump(),
-        "seed": recipe.seed,
-        "set_aside": recipe.set_aside,
-    }
+def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
+    return (*SETTINGS, *TRAIN_FIELDS)
 
 
 def _teacher(context: Context) -> nn.Module | None:

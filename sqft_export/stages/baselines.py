@@ -3,17 +3,18 @@
 from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
 from sqft_export.recipe.schema import Recipe
-from sqft_export.stages import Context
+from sqft_export.stages import BASE_FIELDS, Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize")
 READS: tuple[str, ...] = ("model",)
+FREE: tuple[str, ...] = ()
 VERSION = 3
 RESUMES = False
 DISTRIBUTED = False
 
 
-def options(recipe: Recipe) -> dict:
-    return {}
+def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
+    return BASE_FIELDS
 
 
 def run(context: Context) -> dict:

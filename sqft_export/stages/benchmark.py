@@ -12,7 +12,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from sqft_export.data.items import Data, Item, first_of_every_set, load_tokenizer, stop_ids
+from sqft_export.data.items import (
+    TEST_FIELDS,
+    TEST_FILES,
+    Data,
+    Item,
+    first_of_every_set,
+    load_tokenizer,
+    stop_ids,
+)
 from sqft_export.data.scoring import Judged, judge, questions
 from sqft_export.measure.agreement import Beside
 from sqft_export.measure.chance import GUESSING_PERPLEXITY, chance_accuracy, is_at_chance
@@ -31,12 +39,13 @@ from sqft_export.measure.statistics import mcnemar
 from sqft_export.measure.worker import in_a_process
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.packed.folders import PACKED, SPARSE
-from sqft_export.recipe.schema import Recipe
+from sqft_export.recipe.schema import Benchmark, Recipe
+from sqft_export.recipe.view import section_fields
 from sqft_export.report.verdict import chance_text
-from sqft_export.run.artifact import digest_of, key_of
+from sqft_export.run.artifact import key_of
 from sqft_export.run.device import device_of
 from sqft_export.run.host import allowed_processors
-from sqft_export.stages import Context
+from sqft_export.stages import BASE_FIELDS, Context
 from sqft_export.targets.devices import DEVICE_KINDS, devices, why_not_run
 from sqft_export.targets.folder import ADAPTER_FOLDER
 
@@ -52,7 +61,12 @@ CONSUMES: tuple[str, ...] = (
     "teacher",
     "baselines",
 )
-READS: tuple[str, ...] = ("model", "test")
+READS: tuple[str, ...] = ("model", "test", "device", "precision", "lm_eval_tasks")
+SETTINGS = (
+    *section_fields("benchmark", Benchmark, without=("lm_eval_folder",)),
+    *("quantize.bits", "quantize.reconstruct", "unmerged"),  # which rows there are, their titles
+)
+FREE: tuple[str, ...] = ("device", "benchmark.lm_eval_folder", *TEST_FILES)
 VERSION = 12
 RESUMES = False
 DISTRIBUTED = False
@@ -64,12 +78,8 @@ PILOT = 8  # items of every set that the others are reckoned from
 REFERENCES = {DENSE: "beside_dense", "merged": "beside_merged"}
 
 
-def options(recipe: Recipe) -> dict:
-    folder = recipe.lm_eval_folder
-    return {
-        "benchmark": recipe.benchmark.model_dump(exclude={"lm_eval_folder"}),
-        "lm_eval_tasks": digest_of(folder) if folder else None,
-    }
+def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
+    return (*SETTINGS, *BASE_FIELDS, *TEST_FIELDS, "task.max_new_tokens", "task.final")
 
 
 def rows(context: Context) -> list[Row]:
@@ -163,6 +173,7 @@ def _job(context: Context, row: Row) -> dict[str, Any]:
         "threads": threads(context.recipe),
         "new_tokens": benchmark.new_tokens,
         "repeats": benchmark.repeats,
+        "precision": context.reads.get("precision"),
     }
 
 

@@ -9,12 +9,19 @@ from sqft_export.packed.execution import NothingSpecialized, specialize
 from sqft_export.packed.folders import PACKED, SPARSE, NothingSaved, pack
 from sqft_export.packed.seal import write_seal
 from sqft_export.recipe.schema import Recipe
-from sqft_export.report.provenance import model_card, origin_of
+from sqft_export.report.provenance import PROVENANCE_FIELDS, model_card, origin_of
 from sqft_export.stages import Context
 from sqft_export.targets import target
 
 CONSUMES: tuple[str, ...] = ("merge",)
-READS: tuple[str, ...] = ()
+READS: tuple[str, ...] = ("model",)
+COPIES = ("export.sparse_files", "export.entropy")
+OF_TARGET: dict[str, tuple[str, ...]] = {
+    "openvino": ("export.sparse_execution",),
+    "onnx": ("export.onnx_graph",),
+    "gguf": (),
+}
+FREE: tuple[str, ...] = ()
 VERSION = 9
 RESUMES = False
 DISTRIBUTED = False
@@ -25,8 +32,9 @@ HOW_TO_LOAD = {
 }
 
 
-def options(recipe: Recipe) -> dict:
-    return recipe.export.model_dump(exclude={"targets"})
+def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
+    """Those of every target, and of this one."""
+    return (*PROVENANCE_FIELDS, *COPIES, *OF_TARGET[name.removeprefix("export-")])
 
 
 def run(context: Context) -> dict:
@@ -52,7 +60,7 @@ def run(context: Context) -> dict:
             metrics["packed"] = packed
         except NothingSaved as error:
             metrics["warnings"] = [f"{context.name}: {error}"]
-    if context.recipe.export.sparse_execution and runtime == "openvino":
+    if runtime == "openvino" and context.recipe.export.sparse_execution:
         metrics["sparse"] = _specialized(context, folder)
     advance()
     return metrics

@@ -7,11 +7,12 @@ from sqft_export.adapters.merging import write_merged
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.storage import MASKS, model_facts
 from sqft_export.recipe.schema import Recipe
-from sqft_export.report.provenance import model_card, origin_of
-from sqft_export.stages import Context
+from sqft_export.report.provenance import PROVENANCE_FIELDS, model_card, origin_of
+from sqft_export.stages import BASE_FIELDS, Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "search")
-READS: tuple[str, ...] = ()
+READS: tuple[str, ...] = ("model",)  # whose bytes it hands over where no pass changes them
+FREE: tuple[str, ...] = ()
 VERSION = 5
 RESUMES = False
 DISTRIBUTED = False
@@ -21,8 +22,8 @@ HOW_TO_LOAD = (
 )
 
 
-def options(recipe: Recipe) -> dict:
-    return {}
+def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
+    return (*BASE_FIELDS, *PROVENANCE_FIELDS, "dense_update")
 
 
 def run(context: Context) -> dict:
@@ -42,7 +43,7 @@ def run(context: Context) -> dict:
     card = model_card(context.recipe, origin, sparsity["all"], HOW_TO_LOAD)
     (context.folder / "model" / "README.md").write_text(card)
     warnings = []
-    if context.recipe.merges_densely and sparsified:
+    if context.recipe.dense_update and sparsified:
         before = context.inputs["sparsify"].metrics["sparsity"]["all"]
         warnings.append(
             f"merge_dense: a dense update was merged; {sparsity['all']:.1%} of the weights are "

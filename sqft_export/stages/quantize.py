@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sqft_export.data.calibration import calibration_options, calibration_tensors
+from sqft_export.data.calibration import calibration_fields, calibration_tensors
+from sqft_export.data.items import TRAIN_FILES
 from sqft_export.model.blocks import Block, Inputs, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config, write_config
@@ -36,11 +37,15 @@ from sqft_export.numerics.affine import (
 from sqft_export.numerics.groups import fallback_group_size
 from sqft_export.quantizers import BlockQuantizer, Quantizer, quantizer
 from sqft_export.recipe.schema import Quantize, Recipe
+from sqft_export.recipe.view import section_fields
 from sqft_export.run.device import device_name, device_of
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct")
-READS: tuple[str, ...] = ("model", "calibration")
+READS: tuple[str, ...] = ("model", "calibration", "device")
+# What refuses a group size changes no result.
+SETTINGS = section_fields("quantize", Quantize, without=("group_size_fallback",))
+FREE: tuple[str, ...] = ("device", *TRAIN_FILES)
 VERSION = 6
 RESUMES = True  # at the block it was at, where blocks are reconstructed
 DISTRIBUTED = False
@@ -49,13 +54,10 @@ _ROWS_AT_ONCE = 1024
 NOTABLE = 0.01  # of the groups of a Linear
 
 
-def options(recipe: Recipe) -> dict:
-    return {
-        "quantize": recipe.quantize.model_dump(),
-        "calibration": calibration_options(recipe),
-        "seed": recipe.seed,
-        "scale_bits": recipe.scale_bits,
-    }
+def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
+    """Calibration counts where something is calibrated."""
+    calibrated = calibration_fields(recipe) if recipe.quantize.calibrates else ()
+    return (*SETTINGS, "scale_bits", *calibrated)
 
 
 def stored_as(weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,8 @@ A finished block is kept in ``blocks/``, from where an interrupted run goes on.
 import shutil
 from pathlib import Path
 
-from sqft_export.data.calibration import calibration_options, calibration_tensors
+from sqft_export.data.calibration import calibration_fields, calibration_tensors
+from sqft_export.data.items import TRAIN_FILES
 from sqft_export.model.blocks import Block, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, write_config
@@ -19,21 +20,16 @@ from sqft_export.run.device import device_name, device_of
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify",)
-READS: tuple[str, ...] = ("model", "calibration")
+READS: tuple[str, ...] = ("model", "calibration", "device")
+FREE: tuple[str, ...] = ("device", *TRAIN_FILES)
 VERSION = 3
 RESUMES = True
 DISTRIBUTED = False
 BLOCKS = "blocks"
 
 
-def options(recipe: Recipe) -> dict:
-    config = recipe.sparsify.reconstruct
-    assert config is not None
-    return {
-        "reconstruct": config.model_dump(),
-        "calibration": calibration_options(recipe),
-        "seed": recipe.seed,
-    }
+def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
+    return ("sparsify.reconstruct", "seed", *calibration_fields(recipe))
 
 
 def run(context: Context) -> dict:

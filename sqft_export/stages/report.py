@@ -26,13 +26,15 @@ CONSUMES: tuple[str, ...] = (
     "benchmark",
 )
 READS: tuple[str, ...] = ()
+FREE: tuple[str, ...] = ()
 VERSION = 13
 RESUMES = False
 DISTRIBUTED = False
 
 
-def options(recipe: Recipe) -> dict:
-    return {"recipe": recipe.model_dump(mode="json"), "overrides": list(recipe.overrides)}
+def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
+    """All: the report shows the recipe."""
+    return (*Recipe.model_fields, "overrides")
 
 
 def run(context: Context) -> dict:

@@ -22,7 +22,13 @@ from sqft_export.adapters.elastic import (
 from sqft_export.adapters.evidence import CAPTURED, Evidence, capture
 from sqft_export.adapters.files import read_training_log, write_sub_adapter
 from sqft_export.adapters.loading import load_adapted, peft_config
-from sqft_export.data.items import Data, load_tokenizer, stop_ids
+from sqft_export.data.items import (
+    TRAIN_FIELDS,
+    TRAIN_FILES,
+    Data,
+    load_tokenizer,
+    stop_ids,
+)
 from sqft_export.data.scoring import accuracy_of, judge, questions
 from sqft_export.measure.likelihood import score
 from sqft_export.model.checkpoint import Checkpoint
@@ -31,25 +37,27 @@ from sqft_export.recipe.schema import Recipe
 from sqft_export.run.device import device_name, device_of
 from sqft_export.search import STRATEGIES
 from sqft_export.search.space import Ranks, Score, Space
-from sqft_export.stages import Context
+from sqft_export.stages import BASE_FIELDS, Context
 from sqft_export.targets.torch import TorchSession
 from sqft_export.textfiles import read_json
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "adapt")
-READS: tuple[str, ...] = ("model", "train")
+READS: tuple[str, ...] = ("model", "train", "device", "configuration")
+SETTINGS = (
+    *("search.strategy", "adapt.ranks", "adapt.elastic", "adapt.elastic_groups"),
+    *("adapt.target_modules", *BASE_FIELDS),
+)
+FREE: tuple[str, ...] = ("device", "search.configuration", *TRAIN_FILES)
 VERSION = 4
 RESUMES = True
 DISTRIBUTED = False
 EVALUATIONS = "evaluations.jsonl"
 
 
-def options(recipe: Recipe) -> dict:
-    return {
-        "search": recipe.search.model_dump(exclude={"configuration"}),
-        "configuration": _configuration(recipe),
-        "adapt": recipe.training.model_dump(),
-        "seed": recipe.seed,
-    }
+def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
+    """What candidates are scored by counts where they are scored."""
+    scored = ("search.budget", "task.max_new_tokens", "task.final")
+    return (*SETTINGS, *TRAIN_FIELDS, *(scored if recipe.search.evaluates else ()))
 
 
 def _write_trained_grids(context: Context, model: nn.Module) -> None:
@@ -110,7 +118,7 @@ def _evaluation(line: str) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) and wanted <= entry.keys() else None
 
 
-def _configuration(recipe: Recipe) -> Ranks:
+def given_ranks(recipe: Recipe) -> Ranks:
     """The recipe's own ranks, which ``plan`` has checked; empty where it has none."""
     file = recipe.search.configuration
     return read_json(recipe.resolve(file), finite=True) if file else {}
@@ -125,9 +133,9 @@ def _choose(
         list(groups),
         tuple(sorted(recipe.training.ranks, reverse=True)),
         read_training_log(context.inputs["adapt"].path),
-        recipe.search.budget,
+        recipe.search.budget if recipe.search.evaluates else 0,
         recipe.seed,
-        _configuration(recipe),
+        given_ranks(recipe),
         lambda ranks: Score(0, 0, 0),
     )
     if not groups:

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sqft_export.data.calibration import calibration_options, calibration_tensors
+from sqft_export.data.calibration import calibration_fields, calibration_tensors
+from sqft_export.data.items import TRAIN_FILES
 from sqft_export.model.blocks import Inputs, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config, write_config
@@ -21,25 +22,25 @@ from sqft_export.model.storage import (
 from sqft_export.model.tensorfiles import TensorWriter
 from sqft_export.numerics.affine import dequantize
 from sqft_export.numerics.masks import mask_to_bits
-from sqft_export.recipe.schema import Recipe
+from sqft_export.recipe.schema import Recipe, Sparsify
+from sqft_export.recipe.view import section_fields
 from sqft_export.run.device import device_name, device_of
 from sqft_export.sparsifiers import Pruning, Sparsifier, override_for, pruning_of, sparsifier
 from sqft_export.sparsifiers.allocation import Curve, allocate, error_curve
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ()
-READS: tuple[str, ...] = ("model", "calibration")
+READS: tuple[str, ...] = ("model", "calibration", "device")
+SETTINGS = section_fields("sparsify", Sparsify, without=("reconstruct",))
+FREE: tuple[str, ...] = ("device", *TRAIN_FILES)
 VERSION = 4
 RESUMES = False
 DISTRIBUTED = False
 
 
-def options(recipe: Recipe) -> dict:
-    return {
-        "sparsify": recipe.sparsify.model_dump(exclude={"reconstruct"}),
-        "calibration": calibration_options(recipe),
-        "seed": recipe.seed,
-    }
+def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
+    """Calibration counts where something is calibrated."""
+    return (*SETTINGS, *(calibration_fields(recipe) if recipe.sparsify.calibrates else ()))
 
 
 class _Masks:

@@ -9,25 +9,24 @@ from sqft_export.adapters.files import Base
 from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
 from sqft_export.adapters.training import train_on_task
-from sqft_export.data.items import load_tokenizer
-from sqft_export.recipe.schema import Recipe
+from sqft_export.data.items import TRAIN_FIELDS, TRAIN_FILES, load_tokenizer
+from sqft_export.recipe.schema import Adapt, Recipe
+from sqft_export.recipe.view import section_fields
 from sqft_export.run.launcher import process_rank
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ()
-READS: tuple[str, ...] = ("model", "train")
+READS: tuple[str, ...] = ("model", "train", "device", "processes")
+_OF_COMPRESSED = ("pipeline", "merge_dense", "trainable_scales", "scale_learning_rate", "distill")
+SETTINGS = section_fields("adapt", Adapt, without=(*_OF_COMPRESSED, "elastic", "save_steps"))
+FREE: tuple[str, ...] = ("device", "adapt.save_steps", *TRAIN_FILES)
 VERSION = 4
 RESUMES = True
 DISTRIBUTED = True
 
 
-def options(recipe: Recipe) -> dict:
-    changes = {"pipeline", "merge_dense", "trainable_scales", "scale_learning_rate", "distill"}
-    return {
-        "adapt": recipe.training.model_dump(exclude=changes),
-        "seed": recipe.seed,
-        "set_aside": recipe.set_aside,
-    }
+def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
+    return (*SETTINGS, *TRAIN_FIELDS)
 
 
 def run(context: Context) -> dict:

@@ -12,10 +12,10 @@ import torch
 
 from sqft_export.adapters.evidence import CAPTURED, capture
 from sqft_export.adapters.loading import load_compressed
-from sqft_export.data.items import Data, load_tokenizer, sample_texts
+from sqft_export.data.items import TEST_FIELDS, TEST_FILES, Data, load_tokenizer, sample_texts
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.device import device_name, device_of
-from sqft_export.stages import Context
+from sqft_export.stages import BASE_FIELDS, Context
 from sqft_export.targets.devices import why_not_exact, why_not_run
 from sqft_export.verify.certify import certify
 from sqft_export.verify.subject import BEFORE, Asked, Subject
@@ -30,14 +30,15 @@ CONSUMES: tuple[str, ...] = (
     "export-onnx",
     "export-gguf",
 )
-READS: tuple[str, ...] = ("model", "test")
+READS: tuple[str, ...] = ("model", "test", "device")
+FREE: tuple[str, ...] = ("device", *TEST_FILES)
 VERSION = 4
 RESUMES = False
 DISTRIBUTED = False
 
 
-def options(recipe: Recipe) -> dict:
-    return {"verify": recipe.verify.model_dump(), "dense_update": recipe.merges_densely}
+def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
+    return ("verify", "dense_update", *BASE_FIELDS, *TEST_FIELDS)
 
 
 def _asked(context: Context) -> Asked:
@@ -97,7 +98,7 @@ def run(context: Context) -> dict:
         context.path("search") or _watched(context, asked),
         context.inputs["merge"].path,
         exports,
-        context.recipe.merges_densely,
+        context.recipe.dense_update,
         context.folder,
     )
     certificate = certify(subject, context.start(1 + len(exports)), device)

@@ -126,21 +126,23 @@ def load_lean_model(folder: Path) -> nn.Module:
     return model
 
 
-def fast_dtype(checkpoint: Checkpoint, device: str) -> torch.dtype:
+def fast_dtype(checkpoint: Checkpoint, device: str, precision: str | None = None) -> torch.dtype:
     """bfloat16 on an accelerator, and on the CPU where the model is of 16 bits and that is faster.
 
     What a model is of, its norms say: Linears, an embedding and a head may be points of a grid.
+
+    :param precision: the faster one on the CPU, as a run has decided; None: it is measured.
     """
     norm = next(n for n in checkpoint.outer_names() if len(checkpoint.headers[n].shape) == 1)
     narrow = checkpoint.dtype(norm).itemsize == 2
-    fast = device != "cpu" or (narrow and fast_in_bfloat16(CPU))
-    return torch.bfloat16 if fast else torch.float32
+    faster = precision == "bfloat16" if precision else narrow and fast_in_bfloat16(CPU)
+    return torch.bfloat16 if device != "cpu" or (narrow and faster) else torch.float32
 
 
-def _load_on_cpu(folder: Path) -> nn.Module:
+def _load_on_cpu(folder: Path, precision: str | None) -> nn.Module:
     """As fast as it is here; in float32, all of it in memory if there is room."""
     checkpoint = Checkpoint(folder)
-    if fast_dtype(checkpoint, "cpu") == torch.bfloat16:
+    if fast_dtype(checkpoint, "cpu", precision) == torch.bfloat16:
         return load_int4_model(folder, "cpu", torch.bfloat16)
     if float32_fits(sum(prod(shape) for shape in checkpoint.shapes.values())):
         return load_model(checkpoint)
@@ -192,17 +194,24 @@ class TorchSession(Session):
 
 
 def open_session(
-    folder: Path, exact: bool, threads: int | None, device: str = "cpu"
+    folder: Path,
+    exact: bool,
+    threads: int | None,
+    device: str = "cpu",
+    precision: str | None = None,
 ) -> TorchSession:
     """A merged or plain Hugging Face folder.
 
     :param exact: float32 throughout; else as fast as this machine has it.
     :param device: cpu; gpu: bfloat16, INT4 weights stay INT4.
+    :param precision: see :func:`fast_dtype`.
     :raises UserError: if the device is not here.
     """
     if threads:
         torch.set_num_threads(threads)
     if device == "cpu":
-        return TorchSession(load_model(Checkpoint(folder)) if exact else _load_on_cpu(folder))
+        return TorchSession(
+            load_model(Checkpoint(folder)) if exact else _load_on_cpu(folder, precision)
+        )
     name = find_device("torch", device).name
     return TorchSession(load_int4_model(folder, name, torch.bfloat16), name)

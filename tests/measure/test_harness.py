@@ -12,8 +12,8 @@ from sqft_export.data.scoring import accuracy_by_set, judge, questions
 from sqft_export.errors import UserError
 from sqft_export.measure.likelihood import score
 from sqft_export.plan.checks import check_recipe
-from sqft_export.run.pipeline import run_recipe
-from sqft_export.stages import benchmark
+from sqft_export.run.artifact import Store
+from sqft_export.run.pipeline import plan_passes, run_recipe
 from sqft_export.targets import target
 
 pytest.importorskip("lm_eval", reason="pip install 'sqft-export[lm-eval]'")
@@ -204,6 +204,11 @@ def test_what_a_recipe_asks_of_lm_eval_is_looked_up_before_any_work(tasks, tmp_p
 def test_an_edited_task_file_is_another_benchmark(tmp_path):
     (tmp_path / "mine.yaml").write_text("task: mine")
     recipe = small_recipe(f"benchmark.lm_eval_folder={tmp_path}")
-    before = benchmark.options(recipe)
+
+    def keys() -> dict[str, str]:
+        return {step.name: step.key for step in plan_passes(recipe, TINY, Store(tmp_path / "no"))}
+
+    before = keys()
     (tmp_path / "mine.yaml").write_text("task: mine\nnum_fewshot: 5")
-    assert benchmark.options(recipe) != before
+    after = keys()
+    assert {name for name in before if before[name] != after[name]} == {"benchmark", "report"}
