@@ -218,6 +218,8 @@ def _by_lm_eval(
     for folder in folders:
         model = SessionLM(folder, settings.threads, settings.device)
         found[str(folder)] = evaluate(model, tasks.split(","), include, items)
+        for warning in model.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
     return {"lm_eval": found}
 
 

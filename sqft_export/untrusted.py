@@ -9,6 +9,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -95,16 +96,24 @@ def read_bounded(file: Path, limit: int) -> bytes:
     return content
 
 
-def parse_json(text: str | bytes, where: str, finite: bool = False) -> Any:
+def parse_json(
+    text: str | bytes,
+    where: str,
+    finite: bool = False,
+    number: Callable[[str], Any] | None = None,
+) -> Any:
     """The value in a JSON text.
 
     :param where: names the text in messages.
     :param finite: refuse NaN and Infinity too, which are not JSON but commonly written.
+    :param number: converts the text of a number with a fraction or exponent; None: to a float.
     :raises UserError: if it is none, is nested too deeply or has a key twice.
     """
-    constant = _refuse_constant if finite else None
+    constant = _refuse_constant if finite else number
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=constant)
+        return json.loads(
+            text, object_pairs_hook=_unique, parse_constant=constant, parse_float=number
+        )
     except RecursionError as error:
         raise UserError(f"{where}: is nested too deeply") from error
     except ValueError as error:

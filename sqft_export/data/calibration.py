@@ -13,6 +13,7 @@ from sqft_export.data.items import (
     TRAIN_FIELDS,
     Data,
     Example,
+    encode,
     first_token,
     load_tokenizer,
     windows_of,
@@ -58,7 +59,7 @@ def _texts(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
     if file.suffix == ".jsonl":
         rows = numbered_rows(file)
         texts = [str(text_field(config.field, item, file, number)) for number, item in rows]
-        return [ids for ids in (tokenizer(text)["input_ids"] for text in texts) if ids]
+        return [ids for ids in encode(tokenizer, texts) if ids]
     ids = tokenizer(read_text(file), add_special_tokens=False)["input_ids"]
     return windows_of(ids, config.sequence_length, first_token(tokenizer))
 
@@ -85,7 +86,7 @@ def _dataset_texts(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
                     f"{recipe.file}: calibration.field: found {config.field!r}; rows of {where} "
                     f"have {', '.join(row)}"
                 )
-            ids = tokenizer(row[config.field])["input_ids"]
+            (ids,) = encode(tokenizer, [row[config.field]])
             if len(ids) >= SHORTEST:
                 samples.append(ids)
             if len(samples) == config.samples:

@@ -20,6 +20,20 @@ Fields = dict[str, Any]
 BINARY = {b"PAR1": "a parquet file", b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "gzipped"}
 
 
+class WrittenFloat(float):
+    """A number with a fraction or exponent whose text is the one in the file: 1.50 stays 1.50."""
+
+    def __new__(cls, text: str) -> "WrittenFloat":
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
 def read_text(file: Path) -> str:
     """UTF-8, with or without a byte order mark.
 
@@ -49,11 +63,14 @@ def numbered_rows(file: Path) -> list[tuple[int, Fields]]:
     """The same with the line of each, in a list its place."""
     found: list[tuple[int, Any]]
     if file.suffix == ".json":
-        document = parse_json(read_text(file), f"{file}:1")
+        document = parse_json(read_text(file), f"{file}:1", number=WrittenFloat)
         found = list(enumerate(document if isinstance(document, list) else [document], start=1))
     else:
         lines = ((number, line) for number, line in _lines(file) if line.strip())
-        found = [(number, parse_json(line, f"{file}:{number}")) for number, line in lines]
+        found = [
+            (number, parse_json(line, f"{file}:{number}", number=WrittenFloat))
+            for number, line in lines
+        ]
     for number, row in found:
         if not isinstance(row, dict):
             raise UserError(f"{file}:{number}: expected an object, found {type(row).__name__}")

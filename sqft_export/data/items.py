@@ -28,6 +28,7 @@ TASK_FIELDS = (
 )
 TRAIN_FIELDS = (*TASK_FIELDS, "task.train_sets", "set_aside", "seed")
 TEST_FIELDS = (*TASK_FIELDS, "task.test_sets")
+ANSWER_FIELDS = ("task.max_new_tokens", "task.stop", "task.final")
 TRAIN_FILES = ("task.train", "task.folder", "task.text")
 TEST_FILES = ("task.test", "task.folder", "task.text")
 
@@ -73,6 +74,11 @@ class Example:
     ids: list[int]
     skip: int
 
+    @property
+    def has_no_answer(self) -> bool:
+        """Whether nothing but the prompt was kept."""
+        return self.skip >= len(self.ids)
+
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder; where it names no end token, the model's is its own."""
@@ -83,6 +89,54 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
     tokenizer.deprecation_warnings[TOO_LONG] = True
     return tokenizer
+
+
+def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Ids of every text, as training, calibration, scoring and verify have them.
+
+    With the tokenizer's start token, once, also where a text begins with it already; without an end
+    token that is not in the text.
+    """
+    found = tokenizer(texts)["input_ids"] if texts else []
+    return [_as_written(tokenizer, *pair) for pair in zip(texts, found, strict=True)]
+
+
+def begins_twice(tokenizer: Any, text: str) -> bool:
+    """Whether the tokenizer adds a start token to a text that begins with one."""
+    return _is_doubled(tokenizer, tokenizer(text)["input_ids"]) and not _is_doubled(
+        tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"]
+    )
+
+
+def deployed_text(tokenizer: Any, text: str) -> str:
+    """What is given to a runtime, whose tokenizer adds a start token to every text."""
+    return text.removeprefix(tokenizer.bos_token) if begins_twice(tokenizer, text) else text
+
+
+def _is_doubled(tokenizer: Any, ids: list[int]) -> bool:
+    return len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
+
+
+def _as_written(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
+    doubled = _is_doubled(tokenizer, ids)
+    if not doubled and ids[-1:] != [tokenizer.eos_token_id]:
+        return ids
+    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if doubled:
+        return plain
+    end, start = tokenizer.eos_token_id, ids[0] == tokenizer.bos_token_id
+    added = _count_last(ids, end) - _count_last(plain, end)
+    return ids[: max(len(ids) - added, int(start))]
+
+
+def _count_last(ids: list[int], token: int) -> int:
+    """How many tokens at the end are a given one."""
+    return sum(1 for _ in itertools.takewhile(token.__eq__, reversed(ids)))
+
+
+def _ended(answer: list[int], end: int) -> list[int]:
+    """An answer with one end token after it, also where its text has one already."""
+    return answer if answer[-1:] == [end] else [*answer, end]
 
 
 def stop_ids(folder: Path, tokenizer: Any) -> list[int]:
@@ -150,7 +204,7 @@ def _records(recipe: Recipe, split: str) -> Iterator[Found]:
 def _pairs(tokenizer: Any, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
     """Ids of every prompt, and of its answer as they follow them; each text is tokenized once."""
     wanted = dict.fromkeys(text for prompt, answer in texts for text in (prompt, prompt + answer))
-    ids = dict(zip(wanted, tokenizer(list(wanted))["input_ids"], strict=True)) if wanted else {}
+    ids = dict(zip(wanted, encode(tokenizer, list(wanted)), strict=True))
     found = []
     for prompt, answer in texts:
         first, whole = ids[prompt], ids[prompt + answer]
@@ -161,7 +215,8 @@ def _pairs(tokenizer: Any, texts: list[tuple[str, str]]) -> list[tuple[list[int]
     return found
 
 
-def _items(tokenizer: Any, found: list[Found]) -> list[Item]:
+def to_items(tokenizer: Any, found: list[Found]) -> list[Item]:
+    """Records of a split as token ids."""
     texts = [pair for _, _, r in found for pair in ((r.prompt, r.answer), *r.choices)]
     pairs = iter(_pairs(tokenizer, texts))
     items = []
@@ -170,7 +225,7 @@ def _items(tokenizer: Any, found: list[Found]) -> list[Item]:
         items.append(
             Item(
                 prompt,
-                [*answer, tokenizer.eos_token_id],
+                _ended(answer, tokenizer.eos_token_id),
                 record.final,
                 source,
                 scoring,
@@ -237,7 +292,7 @@ class Examples(Sequence[Example]):
 
     def _tokenized(self, texts: list[tuple[str, str]]) -> list[Example]:
         end, pairs = self.tokenizer.eos_token_id, _pairs(self.tokenizer, texts)
-        return [Example([*prompt, *answer, end], len(prompt)) for prompt, answer in pairs]
+        return [Example(prompt + _ended(answer, end), len(prompt)) for prompt, answer in pairs]
 
 
 class Data:
@@ -263,7 +318,7 @@ class Data:
             return rest, chosen
         found = list(_records(self.recipe, "train"))
         aside = set(_set_aside(self.recipe, len(found)))
-        chosen = _items(tokenizer, [one for n, one in enumerate(found) if n in aside])
+        chosen = to_items(tokenizer, [one for n, one in enumerate(found) if n in aside])
         texts = [(r.prompt, r.answer) for n, (_, _, r) in enumerate(found) if n not in aside]
         return Examples(tokenizer, texts, task.sequence_length), chosen
 
@@ -283,7 +338,7 @@ class Data:
     def test(self) -> list[Item]:
         if isinstance(self.recipe.task, Text):
             return _text_items(self.recipe.task, self.recipe, self.tokenizer)[1]
-        return _items(self.tokenizer, list(_records(self.recipe, "test")))
+        return to_items(self.tokenizer, list(_records(self.recipe, "test")))
 
 
 def windows_of(ids: list[int], length: int, first: list[int]) -> list[list[int]]:
@@ -342,7 +397,31 @@ def sampled(
         return {"": len(items)}, items[:: max(1, len(items) // count)]
     found = list(_records(recipe, split))
     chosen = found[:: max(1, len(found) // count)]
-    return Counter(name for name, _, _ in found), _items(tokenizer, chosen)
+    return Counter(name for name, _, _ in found), to_items(tokenizer, chosen)
+
+
+def spread_records(recipe: Recipe, split: str, most: int | None) -> list[Found]:
+    """Records of a split, evenly spread; None: all."""
+    found = list(_records(recipe, split))
+    if most is None or len(found) <= most:
+        return found
+    return [found[at * len(found) // most] for at in range(most)]
+
+
+def train_records(recipe: Recipe) -> Iterator[Record]:
+    """Training items as prompt and answer."""
+    return (record for _, _, record in _records(recipe, "train"))
+
+
+def scored_items(recipe: Recipe, tokenizer: Any, count: int) -> list[Item]:
+    """The first ``count`` test items of every set."""
+    taken: Counter[str] = Counter()
+    chosen = []
+    for found in _records(recipe, "test"):
+        taken[found[0]] += 1
+        if taken[found[0]] <= count:
+            chosen.append(found)
+    return to_items(tokenizer, chosen)
 
 
 def held_out(recipe: Recipe, tokenizer: Any) -> list[Item]:

@@ -6,22 +6,31 @@ from typing import Any
 
 from sqft_export.data.datasets import number_of, plain_number
 from sqft_export.data.items import Item
+from sqft_export.data.stops import cut_at_stop, stop_pieces, stop_texts
 from sqft_export.recipe.schema import Dataset, Problems, Recipe, Text
 
-STOP_TEXT = "Question:"  # an answer ends where a model begins another question, as in lm-eval
 NUMBER = re.compile(r"-?\d+\.?\d*")
 NUMBER_TOLERANCE = 1e-3
 
 
-def questions(recipe: Recipe, items: list[Item], stop: list[int]) -> dict[str, Any]:
+def questions(
+    recipe: Recipe,
+    items: list[Item],
+    stop: list[int],
+    tokenizer: Any = None,
+    context: int | None = None,
+) -> dict[str, Any]:
     """What ``likelihood.score`` is asked about items, as plain JSON; no tokenizer is needed there.
 
     Items with choices are asked for the likelihood of each, others for a generated answer, plain
     text for neither.
 
     :param stop: ids that end an answer.
+    :param tokenizer: whose tokens the task's stop texts are made of; None: answers are cut there
+        when they are judged, and generated beyond.
+    :param context: most tokens of prompt and answer together; None: no limit.
     """
-    task = recipe.task
+    task, texts = recipe.task, stop_texts(recipe.task)
     generated = [i for i in items if i.text is not None and i.scoring != "choice"]
     return {
         "prompts": [item.prompt for item in items],
@@ -31,6 +40,9 @@ def questions(recipe: Recipe, items: list[Item], stop: list[int]) -> dict[str, A
         "continuations": [continuation for item in items for _, continuation in item.choices],
         "max_new_tokens": 0 if isinstance(task, Text) else task.max_new_tokens,
         "stop": stop,
+        "stop_texts": list(texts),
+        "stop_pieces": stop_pieces(tokenizer, texts) if generated else {},
+        "context": context,
     }
 
 
@@ -67,10 +79,25 @@ def judge(
             said = item.labels[best]
             judged.append(Judged(item, said, *right))
             continue
-        said = tokenizer.decode(next(answers), skip_special_tokens=True)
+        said = decode_answer(tokenizer, next(answers), recipe.task)
         same = is_right(recipe.task, said, item)
         judged.append(Judged(item, said, same, same))
     return judged
+
+
+def decode_answer(tokenizer: Any, ids: list[int], task: Problems | Dataset | Text) -> str:
+    """What a model said, up to the task's first stop text.
+
+    Only start, end and padding tokens are left out, and blanks stay as they are: an expected answer
+    may have other special tokens, or a blank before a mark.
+    """
+    silent = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    text = tokenizer.decode(
+        [token for token in ids if token not in silent],
+        skip_special_tokens=False,
+        clean_up_tokenization_spaces=False,
+    )
+    return cut_at_stop(text, stop_texts(task))
 
 
 def accuracy_of(judged: list[Judged], result: dict[str, Any]) -> float:
@@ -97,12 +124,13 @@ def accuracy_by_set(judged: list[Judged]) -> dict[str, dict[str, float]]:
 
 
 def is_right(task: Problems | Dataset | Text, said: str, item: Item) -> bool:
-    """Whether a generated answer is the expected one, by the item's way of scoring."""
+    """Whether a generated answer is the expected one up to its first stop text, by the item's way
+    of scoring."""
     assert item.text is not None
+    said = cut_at_stop(said, stop_texts(task))
     if item.scoring == "exact":
         final = task.final if isinstance(task, Problems) else None
         return final_answer(said, final) == final_answer(item.text, final)
-    said = said.split(STOP_TEXT)[0]
     if item.scoring == "mark":
         # lm-eval's strict match leaves commas, dollar signs and a full stop out, and no more.
         marked = re.search(r"#### (-?[0-9.,]+)", said)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from sqft_export.measure.batches import CACHED, batches, by_length, last_logits, padded
+from sqft_export.measure.stops import Stops
 from sqft_export.targets import Session
 
 DONE = 0.25  # share of a batch that has ended, and the others go on without it
@@ -30,15 +31,18 @@ def greedy(
 
 
 def generate(
-    session: Session, prompts: list[list[int]], new_tokens: int, stop: list[int]
+    session: Session, prompts: list[list[int]], new_tokens: int, stop: list[int] | Stops
 ) -> list[list[int]]:
-    """Greedy continuation of every prompt, up to ``new_tokens`` or before a ``stop`` id.
+    """Greedy continuation of every prompt, up to ``new_tokens``, before a stop id or after a stop
+    text; prompt and continuation never exceed the context of ``stop``.
 
     Prompts of like lengths go together; of a batch only those go on that have not ended, and the
     few that are left at last wait for those of the other batches, to go on together.
     """
+    stops = stop if isinstance(stop, Stops) else Stops(stop)
+    rooms = [stops.room(prompt, new_tokens) for prompt in prompts]
     said: list[list[int]] = [[] for _ in prompts]
-    waiting = list(range(len(prompts))) if new_tokens else []
+    waiting = [index for index, room in enumerate(rooms) if room]
     while waiting:
         lengths = [len(prompts[i]) + len(said[i]) for i in waiting]
         groups = list(batches(session, lengths, by_length(lengths), CACHED, new_tokens, 1))
@@ -47,7 +51,7 @@ def generate(
         waiting = [
             index
             for group in chosen
-            for index in _continue(session, prompts, said, group, new_tokens, stop, few)
+            for index in _continue(session, prompts, said, group, rooms, stops, few)
         ]
     return said
 
@@ -57,8 +61,8 @@ def _continue(
     prompts: list[list[int]],
     said: list[list[int]],
     group: list[int],
-    new_tokens: int,
-    stop: list[int],
+    rooms: list[int],
+    stops: Stops,
     few: float,
 ) -> list[int]:
     """Go on with a batch, adding to what each has ``said``; those that were left when they were so
@@ -69,10 +73,10 @@ def _continue(
     ended = np.zeros(len(group), bool)  # of every row of the cache
     while True:
         chosen = logits.argmax(axis=-1).astype(np.int64)
-        ended |= np.isin(chosen, stop)
+        ended |= np.isin(chosen, stops.ids)
         for row in np.flatnonzero(~ended):
             said[running[row]].append(int(chosen[row]))
-        ended |= [len(said[index]) == new_tokens for index in running]
+        ended |= [len(said[i]) == rooms[i] or stops.at_text(said[i]) for i in running]
         left = running[~ended]
         if len(left) <= few * len(group):
             return left.tolist()

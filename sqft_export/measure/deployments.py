@@ -239,19 +239,24 @@ class _Tokenizer:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise UserError(f"{folder}: no tokenizer.json, which a task or a text needs")
-        self.tokenizer = Tokenizer.from_file(str(file))
+        self.backend_tokenizer = Tokenizer.from_file(str(file))
+        self.pad_token_id = number_in_config(folder, "pad_token_id")
         self.eos_token_id = number_in_config(folder, "eos_token_id")
         self.bos_token_id = number_in_config(folder, "bos_token_id")
 
     def __call__(self, text: str | list[str], add_special_tokens: bool = True) -> dict[str, list]:
         """Ids of a text, or of each of several."""
         texts = [text] if isinstance(text, str) else text
-        found = self.tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+        found = self.backend_tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
         ids = [one.ids for one in found]
         return {"input_ids": ids[0] if isinstance(text, str) else ids}
 
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+    def decode(
+        self, ids: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> str:
+        """As transformers decodes; the tokenizers library cleans no blanks up."""
+        assert not clean_up_tokenization_spaces
+        return self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
 
 def questions_of(
@@ -287,9 +292,7 @@ def questions_of(
     chosen = [item for item in found if len(item.ids) <= context][:items]
     if not chosen:
         raise UserError(f"{folder}: no item fits into the model's {context} tokens")
-    asked = questions(recipe, chosen, stop_ids(folder, tokenizer))
-    room = context - max(len(item.prompt) for item in chosen)
-    asked["max_new_tokens"] = min(asked["max_new_tokens"], room)
+    asked = questions(recipe, chosen, stop_ids(folder, tokenizer), tokenizer, context_of(folder))
     return Questions(recipe, chosen, tokenizer, asked)
 
 

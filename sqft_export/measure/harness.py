@@ -17,9 +17,11 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from sqft_export.data.items import load_tokenizer, stop_ids
+from sqft_export.data.stops import cut_at_stop, stop_pieces
 from sqft_export.errors import UserError
 from sqft_export.measure.decode import generate
 from sqft_export.measure.likelihood import log_likelihoods
+from sqft_export.measure.stops import Stops
 from sqft_export.targets import Session, target
 from sqft_export.targets.folder import context_of, kind_of
 
@@ -34,6 +36,8 @@ class SessionLM(TemplateLM):
     :param threads: None: the runtime's choice.
     :param device: cpu, gpu or npu.
     :param session: the folder's, where it is open already.
+
+    ``warnings`` says where a task's answers and prompts did not fit into the context.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class SessionLM(TemplateLM):
         self.tokenizer = load_tokenizer(self.folder)
         self.stop = stop_ids(self.folder, self.tokenizer)
         self.max_length = context_of(self.folder) or USUAL_CONTEXT
+        self.warnings: list[str] = []
 
     @property
     def eot_token_id(self) -> int:
@@ -102,28 +107,58 @@ class SessionLM(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         answers = [""] * len(requests)
-        by_limit: dict[int, list[int]] = {}
+        alike: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         for index, request in enumerate(requests):
             asked = request.args[1]
             if asked.get("do_sample") or asked.get("temperature", 0) > 0:
                 raise UserError("lm-eval: the task samples its answers; greedy ones are given here")
             limit = asked.get("max_gen_toks", NEW_TOKENS)
-            by_limit.setdefault(limit, []).append(index)
-        for limit, indices in by_limit.items():
-            room = self.max_length - limit
-            prompts = [self.tok_encode(requests[i].args[0])[-room:] for i in indices]
-            said = generate(self.session, prompts, limit, self.stop)
+            alike.setdefault((limit, _until_texts(asked)), []).append(index)
+        for (limit, until), indices in alike.items():
+            stops = Stops(self.stop, until, self._pieces(until), self.max_length)
+            prompts = [self.tok_encode(requests[i].args[0]) for i in indices]
+            fitting, new_tokens = self._fit(prompts, limit)
+            said = generate(self.session, fitting, new_tokens, stops)
             for index, ids in zip(indices, said, strict=True):
-                text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                answers[index] = _until(text, requests[index].args[1].get("until") or [])
+                answers[index] = self._answer(ids, until)
         return answers
 
+    def _fit(self, prompts: list[list[int]], limit: int) -> tuple[list[list[int]], int]:
+        """Prompts cut so that the context holds them and their answers, and the longest answer.
 
-def _until(text: str, ends: list[str] | str) -> str:
-    for end in [ends] if isinstance(ends, str) else ends:
-        if end:
-            text = text.split(end)[0]
-    return text
+        Where both do not fit, the prompt keeps half of the context at least, and is cut in front,
+        as lm-eval's own models do.
+        """
+        half = self.max_length // 2
+        answers = [min(limit, max(self.max_length - len(prompt), half)) for prompt in prompts]
+        fitting = [p[-(self.max_length - n) :] for p, n in zip(prompts, answers, strict=True)]
+        short = sum(n < limit for n in answers)
+        cut = sum(len(one) < len(whole) for one, whole in zip(fitting, prompts, strict=True))
+        if short or cut:
+            self.warnings.append(
+                f"lm-eval: max_gen_toks: found {limit}, prompts of up to {max(map(len, prompts))} "
+                f"tokens and a context of {self.max_length}; of {len(prompts)} prompts {cut} were "
+                f"cut in front, and {short} have room for fewer new tokens, {min(answers)} at least"
+            )
+        return fitting, max(answers)
+
+    def _pieces(self, until: tuple[str, ...]) -> dict[int, str]:
+        return {int(token): text for token, text in stop_pieces(self.tokenizer, until).items()}
+
+    def _answer(self, ids: list[int], until: tuple[str, ...]) -> str:
+        """Text up to the first ``until``, without special tokens; one of them may be the end."""
+        added = self.tokenizer.get_added_vocab()
+        ends = [ids.index(added[text]) for text in until if added.get(text) in ids]
+        said = ids[: min(ends, default=len(ids))]
+        text = self.tokenizer.decode(
+            said, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return cut_at_stop(text, until)
+
+
+def _until_texts(asked: dict[str, Any]) -> tuple[str, ...]:
+    found = asked.get("until") or []
+    return tuple(text for text in ([found] if isinstance(found, str) else found) if text)
 
 
 def _tasks(tasks: Sequence[str], include: Path | None) -> TaskManager:

@@ -8,6 +8,7 @@ import numpy as np
 
 from sqft_export.measure.batches import SCORED, batches, by_length, last_logits, padded
 from sqft_export.measure.decode import generate
+from sqft_export.measure.stops import Stops
 from sqft_export.targets import Session
 
 PART = 64  # distributions at once in float64
@@ -155,9 +156,8 @@ def score(session: Session, questions: dict[str, Any]) -> dict[str, Any]:
     )
     result: dict[str, Any] = _summary(found[: len(prompts)], targets)
     result["likelihoods"] = [total for total, _ in found[len(prompts) :]]
-    result["answers"] = generate(
-        session, questions["asked"], questions["max_new_tokens"], questions["stop"]
-    )
+    stops = Stops.of_questions(questions)
+    result["answers"] = generate(session, questions["asked"], questions["max_new_tokens"], stops)
     return result
 
 

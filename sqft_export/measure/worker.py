@@ -84,7 +84,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     if "distributions" in job:
         np.save(job["distributions"]["file"], distributions(session, job["distributions"]["ids"]))
     if "lm_eval" in job:
-        result["lm_eval"] = _by_lm_eval(session, job)
+        result |= _by_lm_eval(session, job)
     return result
 
 
@@ -93,7 +93,9 @@ def _by_lm_eval(session: Session, job: dict[str, Any]) -> dict[str, Any]:
 
     asked, folder = job["lm_eval"], Path(job["folder"])
     include = Path(asked["folder"]) if asked["folder"] else None
-    return evaluate(SessionLM(folder, session=session), asked["tasks"], include, asked["items"])
+    model = SessionLM(folder, session=session)
+    found = evaluate(model, asked["tasks"], include, asked["items"])
+    return {"lm_eval": found, "lm_eval_warnings": model.warnings}
 
 
 def in_a_process(job: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from sqft_export.model.architecture import transformers_config
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.existing import stored_grid
 from sqft_export.model.families import adapted, builder_lacks, rank_groups
+from sqft_export.plan.answers import answer_faults, cut_answer_faults
+from sqft_export.plan.context import context_faults
 from sqft_export.plan.gates import gate_faults
 from sqft_export.plan.layout import Layout, fallbacks, group_sizes, layout_of
 from sqft_export.plan.tokenizer import tokenizer_faults
@@ -46,6 +48,8 @@ def check_recipe(recipe: Recipe, folder: Path | None) -> Layout:
     """
     layout = layout_of(recipe, folder)
     faults = [fault for check in CHECKS for fault in check(recipe, layout)]
+    if not faults:  # these read the data with the model's tokenizer
+        faults = [fault for check in DATA_CHECKS for fault in check(recipe, layout)]
     if faults:
         raise UserError("\n".join(f"{recipe.file}: {fault}" for fault in faults))
     return layout
@@ -383,3 +387,4 @@ CHECKS: tuple[FaultFinder, ...] = (
     _lm_eval_faults,
     gate_faults,
 )
+DATA_CHECKS: tuple[FaultFinder, ...] = (answer_faults, cut_answer_faults, context_faults)

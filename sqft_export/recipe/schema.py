@@ -16,7 +16,7 @@ import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sqft_export.numerics.codes import FLOAT16_BITS
-from sqft_export.recipe.templates import template_fault
+from sqft_export.recipe.templates import leading_text, template_fault
 from sqft_export.untrusted import real_path
 
 BUILTIN = "builtin:"
@@ -83,6 +83,22 @@ class Model(Section):
         return self
 
 
+# Texts that begin another item, by the template of a dataset's prompts.
+DATASET_STOPS = {
+    "question": ("Question:",),
+    "alpaca": ("### Instruction:",),
+    "phi3": ("<|end|>", "<|user|>"),
+}
+SHORTEST_LABEL = 5  # characters; "A:" may end a word of an answer
+StopTexts = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...] | None,
+    Field(
+        description="texts at which a generated answer ends, in every row; []: none; null: the "
+        "words that the prompt begins with, such as Question:"
+    ),
+]
+
+
 class Problems(Section):
     """Prompt and answer pairs in jsonl, scored by exact match of the generated answer."""
 
@@ -96,6 +112,7 @@ class Problems(Section):
     final: str | None = Field(
         None, description="mark before the final answer, as #### in GSM8K; None compares it all"
     )
+    stop: StopTexts = None
     max_new_tokens: int = Field(32, ge=1)
     sequence_length: int = Field(256, ge=8, description="longest training example in tokens")
 
@@ -105,6 +122,19 @@ class Problems(Section):
         if fault := template_fault(template):
             raise ValueError(fault)
         return template
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """``stop``, or the first line of every prompt: a model that goes on after its answer writes
+        it again. A label such as ``Question:`` stops everywhere; other lines may be part of an
+        answer, and stop at the beginning of a line only."""
+        if self.stop is not None:
+            return self.stop
+        line = leading_text(self.prompt).strip().split("\n")[0].rstrip()
+        if not line:
+            return ()
+        is_label = line.endswith(":") and len(line) >= SHORTEST_LABEL
+        return (line if is_label else f"\n{line}",)
 
 
 class Dataset(Section):
@@ -131,8 +161,14 @@ class Dataset(Section):
     template: Literal["question", "alpaca", "phi3"] = Field(
         "question", description="prompt of word problems and instructions"
     )
+    stop: StopTexts = None
     max_new_tokens: int = Field(256, ge=1, description="of answers that are generated")
     sequence_length: int = Field(512, ge=8, description="longest training example in tokens")
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """``stop``, or what the prompts of the template begin with."""
+        return DATASET_STOPS[self.template] if self.stop is None else self.stop
 
 
 class Text(Section):

@@ -36,6 +36,17 @@ def template_fault(template: str) -> str | None:
     return None
 
 
+def leading_text(template: str) -> str:
+    """The literal text of a template before its first field."""
+    parts = string.Formatter().parse(template)  # an escaped brace ends a part, too
+    leading = []
+    for literal, name, _, _ in parts:
+        leading.append(literal)
+        if name is not None:
+            break
+    return "".join(leading)
+
+
 def fill_template(template: str, item: dict[str, Any], file: Path, number: int) -> str:
     """
     :raises UserError: naming file, line and field if the item lacks it or it is no text.
@@ -54,7 +65,8 @@ def fill_template(template: str, item: dict[str, Any], file: Path, number: int) 
 
 
 def text_field(name: str, item: dict[str, Any], file: Path, number: int) -> str | int | float:
-    """A field of an item, such as ``text`` or ``messages[0][content]``.
+    """A field of an item, such as ``text`` or ``messages[0][content]``; ``true`` and ``false`` as
+    JSON writes them.
 
     :raises UserError: if there is none, or it is a list, an object or null.
     """
@@ -71,7 +83,7 @@ def text_field(name: str, item: dict[str, Any], file: Path, number: int) -> str 
     if not isinstance(value, _PLAIN):
         kind = "null" if value is None else f"a {type(value).__name__}"
         raise UserError(f"{file}:{number}: {name} is {kind}, not text")
-    return value
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def _has(value: Any, path: list[str]) -> str:

@@ -53,6 +53,7 @@ def plan_text(document: dict[str, Any]) -> str:
         lines.append(f"  sparse execution {document['sparse_execution']}")
     for name, size in document["group_size_fallback"].items():
         lines.append(f"  {name}: group_size {asked} does not divide its inputs; {size} is used")
+    lines += [f"  warning: {warning}" for warning in document["warnings"]]
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.disk import check_disk
 from sqft_export.plan.layout import Layout
 from sqft_export.plan.memory import check_memory
+from sqft_export.plan.warnings import plan_warnings
 from sqft_export.plan.workload import workload_of
 from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import Recipe
@@ -299,6 +300,8 @@ def run_recipe(recipe: Recipe, root: Path, last: tuple[str, ...] = ()) -> dict[s
             file.truncate(0)
             file.write(str(environment()["threads"]))
         recipe = resolve_precision(recipe, root)
+        for warning in plan_warnings(recipe, layout):
+            reporter.say(f"warning: {warning}")
         for step in _affordable(recipe, folder, layout, store, last):
             warnings = list[str]()
             if step.artifact is not None:

@@ -15,6 +15,7 @@ from sqft_export.plan.layout import Layout, fallbacks
 from sqft_export.plan.memory import accelerator_bytes, predict_memory
 from sqft_export.plan.seconds import predict_seconds
 from sqft_export.plan.speeds import Speeds, measure_speeds
+from sqft_export.plan.warnings import plan_warnings
 from sqft_export.plan.workload import workload_of
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.artifact import Store
@@ -63,6 +64,7 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
         "seconds": sum(taken or 0 for taken in to_run.values()),
         "within_a_day": settings_for_a_day(recipe, to_run, workload),
         **_targets_text(recipe),
+        **_notices(recipe, layout),
     }
 
 
@@ -99,6 +101,10 @@ def _device_memory(
         return None
     there = accelerator_bytes(recipe, memory, wanted)
     return _needed(there, list(there), machine.device.memory)
+
+
+def _notices(recipe: Recipe, layout: Layout) -> dict[str, Any]:
+    return {**_targets_text(recipe), "warnings": list(plan_warnings(recipe, layout))}
 
 
 def _targets_text(recipe: Recipe) -> dict[str, str | None]:

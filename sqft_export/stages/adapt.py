@@ -57,6 +57,7 @@ def run(context: Context) -> dict:
         "first_loss": log[0]["loss"],
         "last_loss": log[-1]["loss"],
         "truncated_examples": data.truncated,
+        "examples_without_answer": sum(example.has_no_answer for example in data.train),
         "left_out_examples": sum(without_loss(e, context.recipe.training) for e in data.train),
         **trained.facts,
     }

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from sqft_export.data.items import (
+    ANSWER_FIELDS,
     TEST_FIELDS,
     TEST_FILES,
     Data,
@@ -47,7 +48,7 @@ from sqft_export.run.device import device_of
 from sqft_export.run.host import allowed_processors
 from sqft_export.stages import BASE_FIELDS, Context
 from sqft_export.targets.devices import DEVICE_KINDS, devices, why_not_run
-from sqft_export.targets.folder import ADAPTER_FOLDER
+from sqft_export.targets.folder import ADAPTER_FOLDER, context_of
 
 CONSUMES: tuple[str, ...] = (
     "sparsify",
@@ -79,7 +80,7 @@ REFERENCES = {DENSE: "beside_dense", "merged": "beside_merged"}
 
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
-    return (*SETTINGS, *BASE_FIELDS, *TEST_FIELDS, "task.max_new_tokens", "task.final")
+    return (*SETTINGS, *BASE_FIELDS, *TEST_FIELDS, *ANSWER_FIELDS)
 
 
 def rows(context: Context) -> list[Row]:
@@ -249,7 +250,7 @@ def _measured(
     Rows take turns, and each round turns the order round, so that a slow moment of the machine
     hits all of them.
     """
-    recipe, stop, started = context.recipe, stop_ids(context.model, tokenizer), time.monotonic()
+    recipe, started = context.recipe, time.monotonic()
     rounds, minutes = recipe.benchmark.rounds, recipe.benchmark.minutes
     first = first_of_every_set(items, PILOT if minutes else recipe.benchmark.items)
     ids = [token for item in first for token in item.ids]
@@ -265,7 +266,7 @@ def _measured(
     timed = {"latency_prompt": prompt}
     # lm-eval's tasks are not what minutes are shared out for: they come on top, at the end.
     by_lm_eval = _asked_of_lm_eval(recipe)
-    once = {"questions": questions(recipe, first, stop)} | ({} if minutes else by_lm_eval)
+    once = {"questions": _questions(context, tokenizer, first)} | ({} if minutes else by_lm_eval)
     beside = Beside(context.folder, items) if REFERENCES.keys() & found.keys() else None
     for row in table:
         found[row.name].append(ask(row, timed | once | (beside.asked() if beside else {})))
@@ -276,10 +277,15 @@ def _measured(
             found[row.name].append(ask(row, timed))
     if minutes:
         first = _that_fit(items, found, 60 * minutes - (time.monotonic() - started))
-        asked = {"questions": questions(recipe, first, stop)} | by_lm_eval
+        asked = {"questions": _questions(context, tokenizer, first)} | by_lm_eval
         for row in table:
             found[row.name][0] |= ask(row, asked)
     return first, found
+
+
+def _questions(context: Context, tokenizer: Any, items: list[Item]) -> dict[str, Any]:
+    stop, most = stop_ids(context.model, tokenizer), context_of(context.model)
+    return questions(context.recipe, items, stop, tokenizer, most)
 
 
 def _that_fit(
@@ -303,6 +309,7 @@ def _warnings(results: list[dict[str, Any]], was_tuned: bool) -> list[str]:
                     f"{start['name']!r} before tuning {start[figure]:.4g}; look at "
                     "adapt.learning_rate"
                 )
+    found += dict.fromkeys(w for row in results for w in row.get("lm_eval_warnings", []))
     for row in results:
         if row["name"] != DENSE:
             continue

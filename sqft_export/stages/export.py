@@ -3,25 +3,27 @@
 from pathlib import Path
 from typing import Any
 
+from sqft_export.data.items import ANSWER_FIELDS, TRAIN_FIELDS, TRAIN_FILES, load_tokenizer
 from sqft_export.kernels.extension import why_not
 from sqft_export.model.checkpoint import file_bytes
 from sqft_export.packed.execution import NothingSpecialized, specialize
 from sqft_export.packed.folders import PACKED, SPARSE, NothingSaved, pack
 from sqft_export.packed.seal import write_seal
 from sqft_export.recipe.schema import Recipe
+from sqft_export.report.prompts import prompt_section
 from sqft_export.report.provenance import PROVENANCE_FIELDS, model_card, origin_of
 from sqft_export.stages import Context
 from sqft_export.targets import target
 
 CONSUMES: tuple[str, ...] = ("merge",)
-READS: tuple[str, ...] = ("model",)
+READS: tuple[str, ...] = ("model", "train")
 COPIES = ("export.sparse_files", "export.entropy")
 OF_TARGET: dict[str, tuple[str, ...]] = {
     "openvino": ("export.sparse_execution",),
     "onnx": ("export.onnx_graph",),
     "gguf": (),
 }
-FREE: tuple[str, ...] = ()
+FREE: tuple[str, ...] = TRAIN_FILES
 VERSION = 9
 RESUMES = False
 DISTRIBUTED = False
@@ -34,7 +36,13 @@ HOW_TO_LOAD = {
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     """Those of every target, and of this one."""
-    return (*PROVENANCE_FIELDS, *COPIES, *OF_TARGET[name.removeprefix("export-")])
+    return (
+        *PROVENANCE_FIELDS,
+        *TRAIN_FIELDS,
+        *ANSWER_FIELDS,
+        *COPIES,
+        *OF_TARGET[name.removeprefix("export-")],
+    )
 
 
 def run(context: Context) -> dict:
@@ -51,6 +59,7 @@ def run(context: Context) -> dict:
     origin = origin_of(context.recipe, context.model, context.lineage)
     sparsity = merge.metrics["sparsity"]["all"]
     card = model_card(context.recipe, origin, sparsity, HOW_TO_LOAD[runtime])
+    card += prompt_section(context.recipe, runtime, load_tokenizer(context.model))
     (folder / "README.md").write_text(card)
     write_seal(folder, origin)
     metrics: dict[str, Any] = {"bytes": file_bytes(folder)}

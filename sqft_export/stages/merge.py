@@ -4,15 +4,20 @@ import shutil
 
 from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
+from sqft_export.data.items import ANSWER_FIELDS, TRAIN_FIELDS, TRAIN_FILES, load_tokenizer
+from sqft_export.model.chat import set_template_aside, uses_template
 from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.endings import end_no_text
 from sqft_export.model.storage import MASKS, model_facts
 from sqft_export.recipe.schema import Recipe
+from sqft_export.report.prompts import prompt_section
 from sqft_export.report.provenance import PROVENANCE_FIELDS, model_card, origin_of
 from sqft_export.stages import BASE_FIELDS, Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "search")
-READS: tuple[str, ...] = ("model",)  # whose bytes it hands over where no pass changes them
-FREE: tuple[str, ...] = ()
+# The model's bytes are handed over where no pass changes them; the card shows a training item.
+READS: tuple[str, ...] = ("model", "train")
+FREE: tuple[str, ...] = TRAIN_FILES
 VERSION = 5
 RESUMES = False
 DISTRIBUTED = False
@@ -23,7 +28,7 @@ HOW_TO_LOAD = (
 
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
-    return (*BASE_FIELDS, *PROVENANCE_FIELDS, "dense_update")
+    return (*BASE_FIELDS, *PROVENANCE_FIELDS, *TRAIN_FIELDS, *ANSWER_FIELDS, "dense_update")
 
 
 def run(context: Context) -> dict:
@@ -39,8 +44,12 @@ def run(context: Context) -> dict:
         for file in sparsified.glob(f"{MASKS}*"):
             shutil.copyfile(file, context.folder / file.name)
     sparsity = write_merged(Layers(context.base(), adapter), context.folder / "model")
+    if not uses_template(context.recipe.task):
+        set_template_aside(context.folder / "model")
+    end_no_text(context.folder / "model")
     origin = origin_of(context.recipe, context.model, context.lineage)
     card = model_card(context.recipe, origin, sparsity["all"], HOW_TO_LOAD)
+    card += prompt_section(context.recipe, "torch", load_tokenizer(context.model))
     (context.folder / "model" / "README.md").write_text(card)
     warnings = []
     if context.recipe.dense_update and sparsified:

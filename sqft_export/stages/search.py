@@ -23,6 +23,7 @@ from sqft_export.adapters.evidence import CAPTURED, Evidence, capture
 from sqft_export.adapters.files import read_training_log, write_sub_adapter
 from sqft_export.adapters.loading import load_adapted, peft_config
 from sqft_export.data.items import (
+    ANSWER_FIELDS,
     TRAIN_FIELDS,
     TRAIN_FILES,
     Data,
@@ -38,6 +39,7 @@ from sqft_export.run.device import device_name, device_of
 from sqft_export.search import STRATEGIES
 from sqft_export.search.space import Ranks, Score, Space
 from sqft_export.stages import BASE_FIELDS, Context
+from sqft_export.targets.folder import context_of
 from sqft_export.targets.torch import TorchSession
 from sqft_export.textfiles import read_json
 
@@ -56,7 +58,7 @@ EVALUATIONS = "evaluations.jsonl"
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     """What candidates are scored by counts where they are scored."""
-    scored = ("search.budget", "task.max_new_tokens", "task.final")
+    scored = ("search.budget", *ANSWER_FIELDS)
     return (*SETTINGS, *TRAIN_FIELDS, *(scored if recipe.search.evaluates else ()))
 
 
@@ -80,7 +82,9 @@ class _Validation:
         self.tokenizer = load_tokenizer(context.model)
         self.items = Data(context.recipe, self.tokenizer).validation
         stop = stop_ids(context.model, self.tokenizer)
-        self.questions = questions(context.recipe, self.items, stop)
+        self.questions = questions(
+            context.recipe, self.items, stop, self.tokenizer, context_of(context.model)
+        )
         self.advance = context.start(context.recipe.search.budget)
         # A line that an interrupted run left half-written goes.
         self.file.write_text("".join(json.dumps(entry) + "\n" for entry in self.known()))

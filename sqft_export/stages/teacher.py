@@ -20,7 +20,7 @@ READS: tuple[str, ...] = ("model", "train", "device", "processes")
 _OF_COMPRESSED = ("pipeline", "merge_dense", "trainable_scales", "scale_learning_rate", "distill")
 SETTINGS = section_fields("adapt", Adapt, without=(*_OF_COMPRESSED, "elastic", "save_steps"))
 FREE: tuple[str, ...] = ("device", "adapt.save_steps", *TRAIN_FILES)
-VERSION = 4
+VERSION = 5
 RESUMES = True
 DISTRIBUTED = True
 

@@ -12,7 +12,15 @@ import torch
 
 from sqft_export.adapters.evidence import CAPTURED, capture
 from sqft_export.adapters.loading import load_compressed
-from sqft_export.data.items import TEST_FIELDS, TEST_FILES, Data, load_tokenizer, sample_texts
+from sqft_export.data.items import (
+    TEST_FIELDS,
+    TEST_FILES,
+    Data,
+    deployed_text,
+    encode,
+    load_tokenizer,
+    sample_texts,
+)
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.device import device_name, device_of
 from sqft_export.stages import BASE_FIELDS, Context
@@ -32,7 +40,7 @@ CONSUMES: tuple[str, ...] = (
 )
 READS: tuple[str, ...] = ("model", "test", "device")
 FREE: tuple[str, ...] = ("device", *TEST_FILES)
-VERSION = 4
+VERSION = 5
 RESUMES = False
 DISTRIBUTED = False
 
@@ -48,10 +56,11 @@ def _asked(context: Context) -> Asked:
         prompts = [item.prompt for item in items]
     else:  # A text window: its first quarter is the prompt.
         prompts = [item.prompt + item.target[: max(2, len(item.target) // 4)] for item in items]
-    texts = sample_texts(recipe, recipe.verify.prompts)
+    samples = sample_texts(recipe, recipe.verify.prompts)
+    texts = [deployed_text(tokenizer, text) for text in samples]
     return Asked(
         prompts,
-        [(text, tokenizer(text)["input_ids"]) for text in texts],
+        list(zip(texts, encode(tokenizer, texts), strict=True)),
         recipe.verify.new_tokens,
         recipe.verify.tolerance,
         recipe.verify.divergence,

@@ -14,6 +14,7 @@ from sqft_export.targets.devices import why_not_exact, why_not_run
 from sqft_export.targets.gguf.architectures import reads_a_table
 from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.subject import Asked, Subject
+from sqft_export.verify.text_answers import answer_by_ids, check_text_answer
 
 BATCH = 16  # prompts that go through the reference at once
 # llama.cpp's float16 table of GELU, in standard deviations of logits; with the same table in torch
@@ -49,6 +50,10 @@ def check_compute(
         defaults[label] = _prompt_logits(session, asked.prompts)
         most = min(asked.divergence, GGUF_DIVERGENCE) if name == "gguf" else asked.divergence
         _check_default(certificate, asked, label, defaults[label], said, reference, most)
+        if label == name:
+            answer = answer_by_ids(session, asked, folder)
+            del session
+            check_text_answer(certificate, asked, name, folder, answer)
     packed = subject.exports[name] / PACKED
     if packed.is_dir():
         title = f"logits: {name} dense and packed, as deployed"

@@ -212,3 +212,19 @@ def test_an_edited_task_file_is_another_benchmark(tmp_path):
     (tmp_path / "mine.yaml").write_text("task: mine\nnum_fewshot: 5")
     after = keys()
     assert {name for name in before if before[name] != after[name]} == {"benchmark", "report"}
+
+
+@pytest.mark.parametrize("limit", [16, 63, 64, 100, 32768])
+def test_prompt_and_answer_fit_into_the_context(tmp_path, limit):
+    from sqft_export.measure.harness import SessionLM
+
+    class Asked:
+        args = ("Tom has four pens and three blue boxes. " * 20, {"max_gen_toks": limit})
+
+    model = SessionLM(random_model(tmp_path / "model", max_position_embeddings=64))
+    fitting, new_tokens = model._fit([model.tok_encode(Asked.args[0])], limit)
+    assert len(fitting[0]) + new_tokens <= 64 and len(fitting[0]) >= 32
+    model.generate_until([Asked])
+    assert (
+        f"max_gen_toks: found {limit}" in model.warnings[0] and "context of 64" in model.warnings[0]
+    )

@@ -22,6 +22,7 @@ class Family:
     builder_ropes: scalings of rotary positions that the class computes as the model does.
     norm_offset: what the class adds to a norm's weight; graphs hold the sum.
     query_scaled: whether the class scales queries by head_size ** -0.5; graphs hold scaled biases.
+    learned_positions: whether every position has its own row, and there is none after the last.
     joined: Linear of a block that holds several -> what the builder calls its equal parts.
     """
 
@@ -37,6 +38,7 @@ class Family:
     builder_ropes: tuple[str, ...] = ("default",)
     norm_offset: float = 0.0
     query_scaled: bool = False
+    learned_positions: bool = False
     joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 

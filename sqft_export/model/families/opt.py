@@ -12,5 +12,6 @@ FAMILIES = (
         groups=(("q_proj", "k_proj", "v_proj"),),
         tied=True,
         query_scaled=True,
+        learned_positions=True,
     ),
 )

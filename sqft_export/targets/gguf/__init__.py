@@ -49,7 +49,7 @@ MODEL = GRAPHS["gguf"]
 _PREFIX = "sqft_export."
 MODEL_TYPE = f"{_PREFIX}model_type"
 # Beside the file, for programs that read configs: tokens and their end are in the file too.
-BESIDE = ("config.json", "generation_config.json", "tokenizer*", "chat_template*")
+BESIDE = ("config.json", "generation_config.json", "tokenizer*")
 
 
 # What readers are told of a file, by ggml's type of its first tensor; None is a numpy float.
@@ -84,6 +84,7 @@ def export(
     import gguf
 
     from sqft_export.model.architecture import transformers_config
+    from sqft_export.model.chat import remove_template
     from sqft_export.model.checkpoint import Checkpoint
     from sqft_export.model.storage import model_facts
 
@@ -109,6 +110,7 @@ def export(
     for pattern in BESIDE:
         for file in merged.glob(pattern):
             shutil.copyfile(file, folder / file.name)
+    remove_template(folder)
 
 
 def _write_tensors(writer: Any, tensors: list[_Tensor]) -> None:

@@ -34,7 +34,6 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "vocab.*",
     "merges.txt",
-    "chat_template*",
 )
 
 
@@ -44,6 +43,7 @@ def export(
     """Write the deployment folder of a merged model: graph, external data, GenAI config."""
     import onnx
 
+    from sqft_export.model.chat import remove_template
     from sqft_export.model.families import builder_lacks
     from sqft_export.model.storage import model_facts
     from sqft_export.targets.onnx import fused, standard
@@ -63,6 +63,7 @@ def export(
         for file in merged.glob(pattern):
             if not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
+    remove_template(folder)
 
 
 def _fix_cache_sizes(graph: Any, decoder: dict[str, Any]) -> None:

@@ -1,0 +1,36 @@
+"""Doubts about a recipe that do not stop a run; `plan` prints them, `run` before its first pass.
+
+A finder takes recipe and layout and yields one message per doubt: the field, the value, what helps.
+"""
+
+from collections.abc import Callable, Iterator
+
+from sqft_export.plan.answers import (
+    find_cut_answers,
+    find_doubled_start,
+    find_repeated_items,
+    find_unjudgeable_answers,
+)
+from sqft_export.plan.context import find_context_excess
+from sqft_export.plan.layout import Layout
+from sqft_export.plan.prompts import find_unused_template
+from sqft_export.plan.unusual import find_calibration_doubts, find_training_doubts
+from sqft_export.recipe.schema import Recipe
+
+WarningFinder = Callable[[Recipe, Layout], Iterator[str]]
+FINDERS: tuple[WarningFinder, ...] = (
+    find_unjudgeable_answers,
+    find_cut_answers,
+    find_repeated_items,
+    find_doubled_start,
+    find_context_excess,
+    find_unused_template,
+    find_training_doubts,
+    find_calibration_doubts,
+)
+
+
+def plan_warnings(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    """Every warning about a recipe that :func:`check_recipe` accepted, in the order of FINDERS."""
+    for find in FINDERS:
+        yield from find(recipe, layout)

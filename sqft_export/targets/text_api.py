@@ -1,0 +1,123 @@
+"""Runtimes as users ask them: a text goes in, and a text comes out, by the runtime's defaults.
+
+The lines are those of the model card (``report/prompts.py``): the runtime's own tokenizer, its chat
+template if it finds one, and greedy decoding.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqft_export.packed.loaders import dense_gguf
+from sqft_export.run.host import installed
+from sqft_export.targets.devices import llama_cpp_here
+from sqft_export.targets.genai_config import check_genai_config
+
+
+@dataclass(frozen=True)
+class TextApi:
+    """name: of the runtime.
+    answer: text and number of new tokens -> the answer as text.
+    answer_ids: the same of a prompt's ids; None where the interface takes texts only.
+    text_of: ids of an answer -> its text, by the runtime's tokenizer.
+    """
+
+    name: str
+    answer: Callable[[str, int], str]
+    answer_ids: Callable[[list[int], int], str] | None
+    text_of: Callable[[list[int]], str]
+
+
+@contextmanager
+def text_api(runtime: str, folder: Path) -> Iterator[TextApi | None]:
+    """The text interface of a deployment; None where its runtime is not here."""
+    if runtime == "openvino" and installed("openvino_genai"):
+        yield _openvino_api(folder)
+    elif runtime == "onnx" and installed("onnxruntime_genai"):
+        yield _onnx_api(folder)
+    elif runtime == "gguf" and llama_cpp_here():
+        with dense_gguf(folder) as file:
+            yield _cyllama_api(file) if installed("cyllama") else _llama_cpp_api(file)
+    else:
+        yield None
+
+
+def _openvino_api(folder: Path) -> TextApi:
+    import numpy as np
+    import openvino as ov
+    import openvino_genai
+
+    pipe = openvino_genai.LLMPipeline(str(folder), "CPU")
+    tokenizer = pipe.get_tokenizer()
+
+    def greedy(new_tokens: int) -> Any:
+        config = pipe.get_generation_config()
+        config.max_new_tokens, config.do_sample, config.repetition_penalty = new_tokens, False, 1.0
+        return config
+
+    def answer_ids(ids: list[int], new_tokens: int) -> str:
+        found = pipe.generate(ov.Tensor(np.array([ids], np.int64)), greedy(new_tokens))
+        return tokenizer.decode(found.tokens[0])
+
+    return TextApi(
+        "OpenVINO GenAI",
+        lambda text, new_tokens: str(pipe.generate(text, greedy(new_tokens))),
+        answer_ids,
+        lambda ids: tokenizer.decode(ids) if ids else "",
+    )
+
+
+def _onnx_api(folder: Path) -> TextApi:
+    import onnxruntime_genai
+
+    check_genai_config(folder)
+    model = onnxruntime_genai.Model(str(folder))
+    tokenizer = onnxruntime_genai.Tokenizer(model)
+    tokenizer.update_options(add_special_tokens="true")
+
+    def answer_ids(ids: list[int], new_tokens: int) -> str:
+        params = onnxruntime_genai.GeneratorParams(model)
+        params.set_search_options(
+            max_length=len(ids) + new_tokens, do_sample=False, repetition_penalty=1.0
+        )
+        generator = onnxruntime_genai.Generator(model, params)
+        generator.append_tokens(ids)
+        while not generator.is_done():
+            generator.generate_next_token()
+        return tokenizer.decode(generator.get_sequence(0)[len(ids) :])
+
+    return TextApi(
+        "ONNX Runtime GenAI",
+        lambda text, new_tokens: answer_ids([int(i) for i in tokenizer.encode(text)], new_tokens),
+        answer_ids,
+        lambda ids: tokenizer.decode(ids) if ids else "",
+    )
+
+
+def _cyllama_api(file: Path) -> TextApi:
+    import cyllama
+    from cyllama.api import GenerationConfig
+
+    def greedy(new_tokens: int) -> Any:
+        return GenerationConfig(temperature=0.0, max_tokens=new_tokens, n_gpu_layers=0)
+
+    llm = cyllama.LLM(str(file), config=greedy(1))
+    return TextApi(
+        "llama.cpp",
+        lambda text, new_tokens: str(llm(text, greedy(new_tokens))),
+        None,
+        lambda ids: "".join(llm.vocab.token_to_piece(token, 0, False) for token in ids),
+    )
+
+
+def _llama_cpp_api(file: Path) -> TextApi:
+    import llama_cpp
+
+    llm = llama_cpp.Llama(str(file), n_gpu_layers=0, verbose=False)
+
+    def answer(text: str, new_tokens: int) -> str:
+        return llm(text, max_tokens=new_tokens, temperature=0.0)["choices"][0]["text"]
+
+    return TextApi("llama.cpp", answer, None, lambda ids: llm.detokenize(ids).decode())
