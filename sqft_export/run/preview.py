@@ -45,13 +45,7 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
         "model": str(folder or f"{recipe.model.hub} (not on this machine)"),
         "weights": layout.weights + layout.others,
         "passes": [
-            {
-                "pass": step.name,
-                "predicted_bytes": written[step.name],
-                "predicted_seconds": seconds[step.name],
-                "predicted_memory_bytes": int(memory[step.name]),
-                **_done(step),
-            }
+            {"pass": step.name, **_predicted(step.name, written, seconds, memory), **_done(step)}
             for step in steps
         ],
         "group_size": recipe.quantize.group_size,
@@ -76,6 +70,19 @@ def _checked(recipe: Recipe) -> tuple[Path | None, Layout]:
     check_launcher()
     folder = model_folder(recipe, download=False)
     return folder, check_recipe(recipe, folder)
+
+
+def _predicted(
+    name: str,
+    written: dict[str, int],
+    seconds: dict[str, float | None],
+    memory: dict[str, float],
+) -> dict[str, Any]:
+    return {
+        "predicted_bytes": written[name],
+        "predicted_seconds": seconds[name],
+        "predicted_memory_bytes": int(memory[name]),
+    }
 
 
 def _done(step: Planned) -> dict[str, Any]:
