@@ -27,11 +27,13 @@ TORCH ?= torch==2.13.0+cpu
 else
 TORCH ?= torch==2.13.0
 endif
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# Only the CPU build is fetched from an index of its own; pip would prefer it to a build for GPUs.
+TORCH_INDEX ?= $(if $(findstring +cpu,$(TORCH)),https://download.pytorch.org/whl/cpu)
 
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/installed
+# The mark names the build of torch, so that another one is installed in its place.
+INSTALLED := $(VENV)/installed-$(shell echo '$(TORCH)' | tr -c 'A-Za-z0-9.+\n' _)
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: recipe sweep plan test test-slow lint format docs wheel clean
@@ -77,9 +79,11 @@ wheel: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt sqft_export/packed/unpack.c sqft_export/numerics/fused.c $(wildcard sqft_export/kernels/*.[ch]*)
 	@echo "installing into $(VENV) (once, a few minutes)"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --retries 1 --timeout 20 --no-deps --extra-index-url $(TORCH_INDEX) "$(TORCH)"
+	@test -e $@ || $(BIN)/pip uninstall --quiet --yes torch
+	$(PIP) --retries 1 --timeout 20 --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(PIP) --editable ".[dev]"
 	@$(BIN)/python -m sqft_export.kernels.build
+	@rm -f $(VENV)/installed*
 	@touch $@
 
 clean:

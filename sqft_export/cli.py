@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -72,6 +73,7 @@ def run(
 ) -> None:
     """Run a recipe to its report; passes already done are skipped."""
     from sqft_export.recipe.load import load_recipe
+    from sqft_export.report.terminal import run_text
     from sqft_export.run.host import writing_to
     from sqft_export.run.launcher import process_rank
 
@@ -84,10 +86,14 @@ def run(
     if process_rank():
         return
     report = artifacts["report"].path
+    document = json.loads((report / "report.json").read_text())
+    if sys.stdout.isatty() and not json_only:
+        print(run_text(document, artifacts, shutil.get_terminal_size().columns))
+        return
     if not json_only:
         print((report / "report.md").read_text())
         print(f"report: {report / 'index.html'}")
-    print(json.dumps(json.loads((report / "report.json").read_text())))
+    print(json.dumps(document))
 
 
 @app.command("plan")
@@ -275,14 +281,16 @@ def sweep(
 ) -> None:
     """Run a recipe with every combination of values, then compare; done passes are shared."""
     from sqft_export.recipe.load import load_recipe
+    from sqft_export.recipe.overrides import split_values
     from sqft_export.run.host import writing_to
 
     axes = []
     for setting in over:
         path, equals, values = setting.partition("=")
-        if not equals or not all(values.split(",")):
+        found = split_values(values)
+        if not equals or not all(found):
             raise UserError(f"--over {setting!r}: expected path=value,value")
-        axes.append([f"{path}={value}" for value in values.split(",")])
+        axes.append([f"{path}={value}" for value in found])
     chosen = [(*(overrides or ()), *settings) for settings in itertools.product(*axes)]
     recipes = [load_recipe(recipe, settings, model_path) for settings in chosen]
     _set_threads(threads, runs / recipes[0].name)

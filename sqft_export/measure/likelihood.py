@@ -93,27 +93,54 @@ def _score_alone(session: Session, pairs: list[tuple[list[int], Scored]]) -> Non
             row.add(one[start : start + len(row.target)])
 
 
-def _score_forked(session: Session, groups: list[tuple[list[int], list[Scored]]]) -> None:
+Forked = tuple[list[int], list[Scored]]  # a prompt and the targets that follow it
+
+
+def _score_forked(session: Session, groups: list[Forked]) -> None:
     """A pass over the prompts, then one over the targets that follow each."""
+    most = session.most_rows
+    groups = [
+        (prompt, rows[start : start + most])
+        for prompt, rows in groups
+        for start in range(0, len(rows), most)
+    ]
     lengths = [len(prompt) for prompt, _ in groups]
     longest = [max(len(row.target) for row in rows) for _, rows in groups]
     # Both the prompts of a batch and what follows them are filled up to the longest.
     order = sorted(range(len(groups)), key=lambda i: (longest[i] // LIKE, lengths[i]))
     after = max(
-        (len(rows) * most for (_, rows), most in zip(groups, longest, strict=True)), default=0
+        (len(rows) * tokens for (_, rows), tokens in zip(groups, longest, strict=True)), default=0
     )
     for indices in batches(session, lengths, order, SCORED, 0, after):
-        batch = padded([groups[i][0] for i in indices], session.padding)
-        for index, logits in zip(indices, last_logits(session, batch), strict=True):
-            for row in groups[index][1]:
-                row.add(logits[None])
-        owners, rows = [], []
-        for number, index in enumerate(indices):
-            going_on = [row for row in groups[index][1] if len(row.target) > 1]
-            owners += [number] * len(going_on)
-            rows += going_on
-        if rows:
-            _score_rest(session, batch.mask[owners], np.array(owners), rows)
+        for part in _split_by_rows([groups[i] for i in indices], most):
+            _score_batch(session, part)
+
+
+def _split_by_rows(groups: list[Forked], most: int) -> list[list[Forked]]:
+    """Consecutive parts of a batch, each with at most ``most`` targets."""
+    parts: list[list[Forked]] = []
+    count = most
+    for group in groups:
+        if count + len(group[1]) > most:
+            parts.append([])
+            count = 0
+        parts[-1].append(group)
+        count += len(group[1])
+    return parts
+
+
+def _score_batch(session: Session, groups: list[Forked]) -> None:
+    batch = padded([prompt for prompt, _ in groups], session.padding)
+    for (_, rows), logits in zip(groups, last_logits(session, batch), strict=True):
+        for row in rows:
+            row.add(logits[None])
+    owners, continued = [], []
+    for number, (_, rows) in enumerate(groups):
+        longer = [row for row in rows if len(row.target) > 1]
+        owners += [number] * len(longer)
+        continued += longer
+    if continued:
+        _score_rest(session, batch.mask[owners], np.array(owners), continued)
 
 
 def _score_rest(session: Session, mask: np.ndarray, owners: np.ndarray, rows: list[Scored]) -> None:

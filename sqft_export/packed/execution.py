@@ -25,6 +25,7 @@ from sqft_export.packed.container import PackedFile
 from sqft_export.packed.folders import copy_of, dense_size, map_weights, packed_file
 from sqft_export.packed.seal import PROVENANCE, read_seal, write_seal
 from sqft_export.packed.streaming import check_whole
+from sqft_export.packed.usage import rewrite_card
 from sqft_export.targets.folder import GRAPHS, WEIGHT_FILES, check_files, runtime_of
 
 Execution = Literal["auto", "sparse", "dense", "stock"]
@@ -149,6 +150,7 @@ def specialize(folder: Path, out: Path, execution: str = "sparse") -> dict[str, 
     with copy_of(folder, out, left_out) as partial:
         (partial / GRAPHS["openvino"]).write_bytes(made.text)
         made.weights.tofile(partial / weights.name)
+        rewrite_card(partial)
         if origin := read_seal(folder):
             write_seal(partial, {k: v for k, v in origin.items() if k != "files"})
     forms = list(made.forms.values())

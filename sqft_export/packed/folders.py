@@ -1,6 +1,7 @@
 """Pack a deployment folder and unpack it again; the graph is copied, weights come back the same.
 
-A packed folder has ``<weights>.sqft`` in place of ``<weights>``, everything else as it was.
+A packed folder has ``<weights>.sqft`` in place of ``<weights>``, and in its model card the code for
+a packed folder; everything else is as it was.
 """
 
 import os
@@ -16,6 +17,7 @@ from sqft_export.errors import DamagedError, UserError
 from sqft_export.packed.container import PackedFile, Writer, fills_of
 from sqft_export.packed.inflate import Memory
 from sqft_export.packed.regions import StoredBlocks, regions_of
+from sqft_export.packed.usage import rewrite_card
 from sqft_export.run.artifact import sha256_of
 from sqft_export.run.host import require_space
 from sqft_export.targets.folder import SUFFIX, check_files, graph_and_weights
@@ -75,6 +77,7 @@ def pack(folder: Path, out: Path, entropy: bool = False) -> dict[str, Any]:
                 f"{weights}: has {sizes['dense_bytes']:,} bytes, packed it would have "
                 f"{sizes['packed_bytes']:,}; it stays as it is"
             )
+        rewrite_card(partial)
     return sizes
 
 
@@ -130,6 +133,7 @@ def unpack(folder: Path, out: Path) -> dict[str, Any]:
             opened.inflate_file(partial / header.file)
             if sha256_of(partial / header.file) != header.sha256:
                 raise DamagedError(f"{packed}: what it holds is not the file that was packed")
+            rewrite_card(partial)
     return {"dense_bytes": header.size, "packed_bytes": packed.stat().st_size}
 
 

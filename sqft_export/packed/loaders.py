@@ -8,8 +8,9 @@ same kernels, the same results.
 
 import ctypes
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -216,8 +217,14 @@ def load_onnx_genai(folder: str | Path, trust_custom_ops: bool = False) -> Any:
     check_seal(Path(folder), whole=False)
     if not trust_custom_ops:
         check_genai_config(Path(folder))
-    with _read_by("ONNX Runtime GenAI", Path(folder)), _dense(Path(folder)) as dense:
-        return onnxruntime_genai.Model(str(dense))
+    with _read_by("ONNX Runtime GenAI", Path(folder)), ExitStack() as copies:
+        dense = copies.enter_context(_dense(Path(folder)))
+        model = onnxruntime_genai.Model(str(dense))
+        if dense != Path(folder):
+            # Tokenizer(model) reads its files from here later, so they live as long as the model.
+            graph_and_weights(dense)[1].unlink()
+            weakref.finalize(model, copies.pop_all().close)
+        return model
 
 
 @contextmanager

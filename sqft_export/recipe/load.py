@@ -14,6 +14,7 @@ from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError
 
 from sqft_export.errors import UserError, one_line
+from sqft_export.recipe.overrides import apply_overrides
 from sqft_export.recipe.schema import TASK_KINDS, Recipe
 from sqft_export.textfiles import decoded
 from sqft_export.untrusted import fault_of_file, read_bounded, real_path
@@ -92,21 +93,6 @@ def _check_values(data: Any, where: str) -> None:
             raise UserError(f"{where}: {path[:SHOWN]}: {fault}")
 
 
-def _override(data: dict[str, Any], setting: str) -> None:
-    """Apply ``a.b.c=value``, the value read as YAML."""
-    path, equals, text = setting.partition("=")
-    shown = repr(setting[:SHOWN])
-    if not equals:
-        raise UserError(f"override {shown}: expected path=value, as sparsify.sparsity=0.6")
-    *parents, last = path.split(".")
-    section = data
-    for name in parents:
-        section = section.setdefault(name, {})
-        if not isinstance(section, dict):
-            raise UserError(f"override {shown}: {name} is a value, not a section")
-    section[last] = _read_yaml(text, f"override {shown}")
-
-
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     """Names of the fields allowed beside the one at ``location``."""
     model: Any = Recipe
@@ -122,15 +108,31 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     return list(model.model_fields) if model else []
 
 
+def _path_of(location: tuple[int | str, ...]) -> str:
+    """A location as it is written in a recipe; pydantic puts a task's kind after ``task``."""
+    names = list(location)
+    if names[:1] == ["task"] and len(names) > 1 and names[1] in TASK_KINDS:
+        del names[1]
+    return ".".join(str(name)[:SHOWN] for name in names) or "recipe"
+
+
+def _unknown_key(location: tuple[int | str, ...]) -> str:
+    """What is allowed in place of a key: of its section, or with another kind of task."""
+    name, allowed = str(location[-1])[:SHOWN], _fields_at(location)
+    close = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    kinds = [k for k, kind in TASK_KINDS.items() if name in kind.model_fields]
+    if location[0] == "task" and len(location) == 3 and kinds:
+        hint = f"; kind {' and '.join(kinds)} has it"
+    return f"unknown key; allowed are {', '.join(allowed)}{hint}"
+
+
 def _explain(error: Any, where: str) -> str:
     """One validation error as: file, YAML path, what was found, what is allowed, a suggestion."""
     location = error["loc"]
-    path = ".".join(str(p)[:SHOWN] for p in location if p not in TASK_KINDS) or "recipe"
+    path = _path_of(location)
     if error["type"] == "extra_forbidden":
-        allowed = _fields_at(location)
-        close = difflib.get_close_matches(str(location[-1])[:SHOWN], allowed, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        return f"{where}: {path}: unknown key; allowed are {', '.join(allowed)}{hint}"
+        return f"{where}: {path}: {_unknown_key(location)}"
     if error["type"] == "missing":
         return f"{where}: {path}: is missing"
     message = error["msg"].removeprefix("Value error, ")
@@ -174,8 +176,7 @@ def load_recipe(
     if not isinstance(data, dict):
         raise UserError(f"{file}: a recipe is a mapping, found {type(data).__name__}")
     _check_values(data, str(file))  # before an override is set in what an alias stands for
-    for setting in overrides:
-        _override(data, setting)
+    apply_overrides(data, overrides, _read_yaml)
     if model_path is not None:
         data["model"] = {"path": str(real_path(model_path))}
     _check_values(data, str(file))

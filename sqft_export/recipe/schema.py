@@ -290,7 +290,10 @@ class Sparsify(Amount):
         if self.method in ("none", "given"):
             amounts = self.sparsity is not None or self.pattern or self.at_most
             if amounts or self.overrides or self.allocated:
-                raise ValueError(f"method {self.method} takes no amounts")
+                raise ValueError(
+                    f"method {self.method} takes no amounts; leave out sparsity, pattern, at_most, "
+                    "overrides and allocation"
+                )
             if self.reconstruct:
                 raise ValueError(
                     f"reconstruct: method {self.method} prunes nothing that a dense block is known "

@@ -1,6 +1,7 @@
 """What a report says: ``report.json``, and the cells of its table."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from sqft_export.measure.quality import quality_file, read_quality
@@ -15,21 +16,27 @@ MEASURES = {
     "dataset": "answered right",
     "text": "tokens predicted right",
 }
-COLUMNS = (
+# What a reader looks for first, then the details.
+MAIN = (
     ("model", lambda r: r["name"]),
     ("accuracy", accuracy_text),
+    ("tokens/s", lambda r: f"{1000 / r['tpot']['median_ms']:.0f}"),
+    ("TTFT ms", lambda r: f"{r['ttft']['median_ms']:.2f}"),
+    ("size MB", lambda r: f"{r['file_bytes'] / 1e6:.2f}"),
+    ("peak MiB", lambda r: f"{r['peak_memory_bytes'] / 2**20:.0f}"),
+)
+DETAILS = (
+    ("perplexity", lambda r: f"{r['perplexity']:.3f}"),
     ("of dense", lambda r: f"{100 * r['recovery']:.1f} %" if "recovery" in r else None),
     ("same token", lambda r: _agreement(r)),
     ("KL nats", lambda r: _divergence(r, "beside_dense")),
     ("KL to merged", lambda r: _divergence(r, "beside_merged")),
-    ("perplexity", lambda r: f"{r['perplexity']:.3f}"),
     ("sparsity", lambda r: f"{100 * r['sparsity']:.1f} %"),
-    ("files", lambda r: f"{r['file_bytes'] / 1e6:.2f} MB"),
-    ("bits a weight", lambda r: f"{r['bits_per_weight']:.2f}"),
-    ("TTFT ms", lambda r: _latency(r["ttft"])),
-    ("TPOT ms", lambda r: _latency(r["tpot"])),
-    ("peak memory", lambda r: f"{r['peak_memory_bytes'] / 2**20:.0f} MiB"),
+    ("bits per weight", lambda r: f"{r['bits_per_weight']:.2f}"),
+    ("TTFT ms (p10 to p90)", lambda r: _latency(r["ttft"])),
+    ("TPOT ms (p10 to p90)", lambda r: _latency(r["tpot"])),
 )
+Columns = tuple[tuple[str, Callable[[dict[str, Any]], str | None]], ...]
 
 
 def _latency(spread: dict[str, float]) -> str:
@@ -44,10 +51,10 @@ def _divergence(row: dict[str, Any], of: str) -> str | None:
     return f"{row[of]['kl_nats']:.2g}" if of in row else None
 
 
-def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+def cells(rows: list[dict[str, Any]], columns: Columns = (*MAIN, *DETAILS)) -> list[list[str]]:
     """The table of numbers, a header row first; no column that none of the rows has."""
-    columns = [(name, [cell(row) for row in rows]) for name, cell in COLUMNS]
-    kept = [[name, *found] for name, found in columns if any(c is not None for c in found)]
+    columns_of_cells = [(name, [cell(row) for row in rows]) for name, cell in columns]
+    kept = [[name, *found] for name, found in columns_of_cells if any(c is not None for c in found)]
     return [[cell or "" for cell in line] for line in zip(*kept, strict=True)]
 
 

@@ -49,11 +49,6 @@ def _legend_beside(axes: Any, **settings: Any) -> None:
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), **settings)
 
 
-def _slant(axes: Any) -> None:
-    for label in axes.get_xticklabels():
-        label.set(rotation=25, ha="right", rotation_mode="anchor")
-
-
 def search_front(front: list[dict], measure: str) -> str:
     """Accuracy against adapter parameters of all that search evaluated."""
 
@@ -69,18 +64,34 @@ def search_front(front: list[dict], measure: str) -> str:
     return _svg(draw)
 
 
-def accuracy_along_passes(rows: list[dict], measure: str) -> str:
-    def draw(axes: Any) -> None:
-        names = [row["name"] for row in rows]
-        bars = axes.bar(names, [100 * row["accuracy"] for row in rows], color=_colours(rows))
-        axes.bar_label(bars, fmt="%.1f", padding=2)
-        axes.set_ylabel(f"{measure}, %")
-        axes.set_ylim(0, 112)
-        axes.set_yticks(range(0, 101, 20))
-        axes.grid(axis="x", visible=False)
-        _slant(axes)
+def _bar_axes(axes: Any, names: list[str], unit: str) -> None:
+    """Names beside horizontal bars, the first row on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
+    axes.grid(axis="y", visible=False)
 
-    return _svg(draw, height=3.8)
+
+def _bars_height(rows: int, inches: float) -> float:
+    return 1.0 + inches * rows
+
+
+def accuracy_along_passes(rows: list[dict], measure: str) -> str:
+    """A bar for every row, with its 95 % interval where it has one."""
+
+    def draw(axes: Any) -> None:
+        for at, (row, colour) in enumerate(zip(rows, _colours(rows), strict=True)):
+            share, interval = 100 * row["accuracy"], row.get("interval")
+            error = None
+            if interval:
+                error = [[share - 100 * interval[0]], [100 * interval[1] - share]]
+            bar = axes.barh(at, share, color=colour, xerr=error, ecolor="black", capsize=3)
+            axes.bar_label(bar, fmt="%.1f", padding=4)
+        _bar_axes(axes, [row["name"] for row in rows], f"{measure}, % (95 % interval)")
+        axes.set_xlim(0, 115)
+        axes.set_xticks(range(0, 101, 20))
+
+    return _svg(draw, height=_bars_height(len(rows), 0.3))
 
 
 COSTS: dict[str, tuple[str, Callable[[dict], float]]] = {
@@ -126,8 +137,8 @@ def accuracy_against(rows: list[dict], measure: str, cost: str) -> str:
             colour, name = COLOURS[row["runtime"]], f"{number}  {row['name']}"
             axes.scatter(*point, color=colour, s=45, zorder=3, label=name)
         for (x, y), numbers in _clusters(axes, points):
-            # Below, where neither the line nor what costs more is.
-            place = {"xytext": (0, -8), "textcoords": "offset points", "ha": "center", "va": "top"}
+            # The line goes up to a point and right from it, so below it to the right is free.
+            place = {"xytext": (5, -5), "textcoords": "offset points", "ha": "left", "va": "top"}
             axes.annotate(in_ranges(numbers), (x, y), size=9, **place)
         _legend_beside(axes, fontsize=9)
 
@@ -138,16 +149,23 @@ MARKERS = {"torch": "o", "openvino": "s", "onnx": "^", "gguf": "D"}
 
 
 def runs_against(rows: list[dict], measure: str, cost: str) -> str:
-    """As :func:`accuracy_against` for rows with a ``run``: a colour a run, a shape a runtime."""
+    """As :func:`accuracy_against` for rows of several runs: a colour per run, a shape per runtime.
+
+    The legend has the runs' numbers (``run_number``); their names are below the picture.
+    """
 
     def draw(axes: Any) -> None:
         points = _plane(axes, rows, measure, cost)
-        colours = {run: f"C{i}" for i, run in enumerate(dict.fromkeys(r["run"] for r in rows))}
+        numbers = list(dict.fromkeys(row["run_number"] for row in rows))
+        colours = {number: f"C{at % 10}" for at, number in enumerate(numbers)}
         for (x, y), row in zip(points, rows, strict=True):
-            axes.scatter(x, y, color=colours[row["run"]], marker=MARKERS[row["runtime"]], s=45)
-        for run, colour in colours.items():
-            axes.scatter([], [], color=colour, marker="P", label=run)
-        for runtime, marker in MARKERS.items():
+            axes.scatter(
+                x, y, color=colours[row["run_number"]], marker=MARKERS[row["runtime"]], s=45
+            )
+        for number, colour in colours.items():
+            axes.scatter([], [], color=colour, marker="P", label=f"run {number}")
+        runtimes = {row["runtime"] for row in rows}
+        for runtime, marker in ((r, m) for r, m in MARKERS.items() if r in runtimes):
             axes.scatter([], [], color="#888888", marker=marker, label=runtime)
         _legend_beside(axes, fontsize=9)
 
@@ -164,7 +182,7 @@ def _clusters(axes: Any, points: list[Point]) -> list[tuple[Point, list[int]]]:
         x, y = axes.transLimits.transform(point)
         for other, numbers in clusters:
             there = axes.transLimits.transform(other)
-            if abs(there[0] - x) < 0.08 and abs(there[1] - y) < 0.06:
+            if abs(there[0] - x) < 0.12 and abs(there[1] - y) < 0.06:
                 numbers.append(number)
                 break
         else:
@@ -184,33 +202,29 @@ def in_ranges(numbers: list[int]) -> str:
 
 
 def latency_bars(rows: list[dict]) -> str:
+    """Time to first token above time per output token, for every row."""
+
     def draw(axes: Any) -> None:
-        positions = range(len(rows))
-        for offset, key, label, alpha in (
-            (-0.2, "ttft", "time to first token", 0.55),
-            (0.2, "tpot", "time per output token", 1.0),
-        ):
-            middle = [row[key]["median_ms"] for row in rows]
+        for offset, key, alpha in ((-0.2, "ttft", 0.55), (0.2, "tpot", 1.0)):
+            median = [row[key]["median_ms"] for row in rows]
             low = [row[key]["median_ms"] - row[key]["p10_ms"] for row in rows]
             high = [row[key]["p90_ms"] - row[key]["median_ms"] for row in rows]
-            axes.bar(
-                [p + offset for p in positions],
-                middle,
+            bars = axes.barh(
+                [at + offset for at in range(len(rows))],
+                median,
                 0.38,
-                yerr=[low, high],
+                xerr=[low, high],
                 color=_colours(rows),
                 alpha=alpha,
                 ecolor="#888888",
-                capsize=3,
-                label=label,
+                capsize=2,
             )
-        axes.set_xticks(list(positions), [row["name"] for row in rows])
-        _slant(axes)
-        axes.set_ylabel("ms (median, p10 to p90)")
-        axes.grid(axis="x", visible=False)
-        axes.legend(["time to first token (light)", "time per output token (full)"], frameon=False)
+            axes.bar_label(bars, fmt="%.2f", padding=4, size=8)
+        names = [row.get("label", row["name"]) for row in rows]
+        _bar_axes(axes, names, "ms (median, p10 to p90); light: first token, full: per token")
+        axes.margins(x=0.12)
 
-    return _svg(draw, height=3.8)
+    return _svg(draw, height=_bars_height(len(rows), 0.48))
 
 
 def sparsity_by_layer(layers: list[dict]) -> str:

@@ -1,6 +1,7 @@
 """Where a model is from, for its folder: facts, and a card in the Hugging Face form."""
 
 import importlib.metadata
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,11 @@ def _data_licences(recipe: Recipe) -> dict[str, str]:
     return {name: LICENCES.get(name, UNKNOWN) for name in set_names(recipe.task, "train")}
 
 
-def model_card(recipe: Recipe, origin: dict[str, Any], sparsity: float, how_to_load: str) -> str:
-    """README.md of a model folder."""
+def model_card(recipe: Recipe, origin: dict[str, Any], sparsity: float, usage: str) -> str:
+    """README.md of a model folder.
+
+    :param usage: a section with code that loads and runs it.
+    """
     base, quantize = origin["base"], recipe.quantize
     codes = "floats as stored"
     if quantize.method != "none":
@@ -99,7 +103,33 @@ def model_card(recipe: Recipe, origin: dict[str, Any], sparsity: float, how_to_l
         *("pipeline_tag: text-generation", "tags: [sqft, sparse, quantized]", "---", ""),
         *(f"# {recipe.name}", "", f"Made from {base['model']}{revision}.", ""),
         *("| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items())),
-        *("", "How to load it:", "", *(f"    {line}" for line in how_to_load.splitlines()), ""),
+        *("", usage),
+        *("## Where it is from", ""),
         "`provenance.json`, where there is one, lists passes, settings and every file's digest.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def merged_usage(recipe: Recipe, prompt: str) -> str:
+    """Return the section of a merged model's card with code to run inside its folder."""
+    in_gptq_layout = recipe.quantize.method != "none"
+    first = ["In this folder:", ""]
+    if in_gptq_layout:
+        first = [
+            "The weights are in the GPTQ layout, which transformers reads through gptqmodel. That "
+            "needs other versions",
+            "of torch and transformers than sqft_export, so use a Python environment of its own:",
+            *("", "```sh", "pip install gptqmodel optimum", "```", "", *first),
+        ]
+    peft = ['model = peft.PeftModel.from_pretrained(model, "../adapter")'] * recipe.unmerged
+    code = [
+        *(["import peft"] * recipe.unmerged),
+        *("from transformers import AutoModelForCausalLM, AutoTokenizer", ""),
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        'model = AutoModelForCausalLM.from_pretrained(".")',
+        *(*peft, f"prompt = {json.dumps(prompt, ensure_ascii=False)}"),
+        'batch = tokenizer(prompt, return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**batch, max_new_tokens=64)[0]))",
+    ]
+    lines = ["## How to run it", "", *first, "```python", *code, "```", ""]
+    return "\n".join(lines)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from sqft_export.errors import UserError
 from sqft_export.measure.rows import MADE
 from sqft_export.report import pictures
-from sqft_export.report.document import SCHEMA, cells
+from sqft_export.report.document import DETAILS, MAIN, SCHEMA, cells
 from sqft_export.report.html import render
 from sqft_export.report.text import markdown
 from sqft_export.report.verdict import choice
@@ -158,19 +158,36 @@ def differing(runs: list[Run]) -> list[str]:
     return [name for name in names if len({json.dumps(run.settings.get(name)) for run in runs}) > 1]
 
 
-def _named(runs: list[Run], fields: list[str]) -> list[str]:
-    """A short name of every run: its differing settings, or its place in the list."""
-    chosen = [f for f in fields if not f.startswith(("name", "model", "task.", "benchmark."))] or [
-        f for f in fields if f == "name"
-    ]
-    names = [
-        ", ".join(f"{f.rsplit('.', 1)[1] if '.' in f else f} {run.settings.get(f)}" for f in chosen)
-        for run in runs
-    ]
+# Settings that change what is measured of a model, or where; not the model.
+WITHOUT_EFFECT = ("name", "model.", "task.", "benchmark.", "verify.", "export.", "device")
+
+
+def _names_of(runs: list[Run], fields: list[str]) -> list[str]:
+    """A short name of every run: recipe or model where they differ, then settings where needed."""
+    names = ["" for _ in runs]
+    for source in (lambda run: str(run.settings.get("name")), _model_of):
+        found = [source(run) for run in runs]
+        if len(set(found)) > 1 and len(set(names)) < len(runs):
+            names = [f"{name} {more}".strip() for name, more in zip(names, found, strict=True)]
+    if len(set(names)) < len(runs):
+        chosen = [field for field in fields if not field.startswith(WITHOUT_EFFECT)]
+        settings = [_settings_text(run, chosen) for run in runs]
+        names = [", ".join(filter(None, pair)) for pair in zip(names, settings, strict=True)]
+    names = [name or str(run.settings.get("name")) for name, run in zip(names, runs, strict=True)]
     return [
-        name if name and names.count(name) == 1 else f"{name or 'run'} ({number})"
+        name if names.count(name) == 1 else f"{name} ({number})"
         for number, name in enumerate(names, 1)
     ]
+
+
+def _model_of(run: Run) -> str:
+    """The last part of the model's path, or of its name on the hub."""
+    found = run.settings.get("model.hub") or run.settings.get("model.path")
+    return str(found).rstrip("/").rpartition("/")[2]
+
+
+def _settings_text(run: Run, fields: list[str]) -> str:
+    return ", ".join(f"{field.rpartition('.')[2]} {run.settings.get(field)}" for field in fields)
 
 
 def comparison_of(runs: list[Run]) -> dict[str, Any]:
@@ -182,10 +199,12 @@ def comparison_of(runs: list[Run]) -> dict[str, Any]:
     if len(measures) > 1:
         raise UserError(f"compare: runs measure {' and '.join(sorted(measures))}; expected one")
     fields = differing(runs)
-    names = _named(runs, fields)
+    names = _names_of(runs, fields)
     rows = [
-        row | {"name": f"{name}: {row['name']}", "run": name}
-        for name, run in zip(names, runs, strict=True)
+        row
+        | {"name": f"{name}: {row['name']}", "run": name, "run_number": number}
+        | {"label": f"{number}: {row['name']}"}
+        for number, (name, run) in enumerate(zip(names, runs, strict=True), 1)
         for row in run.document["rows"]
         if row["name"].startswith(MADE)  # how they were made is in each run's own report
     ]
@@ -241,8 +260,9 @@ def compare_runs(folders: list[Path], out: Path) -> dict[str, Any]:
         ("Latency", pictures.latency_bars(rows)),
     ]
     table = cells(_marked(rows))
+    main, details = cells(_marked(rows), MAIN), cells(_marked(rows), (MAIN[0], *DETAILS))
     out.mkdir(parents=True, exist_ok=True)
-    page = render("comparison.html", document=document, table=table, pictures=drawn)
+    page = render("comparison.html", document=document, table=main, details=details, pictures=drawn)
     (out / "comparison.json").write_text(json.dumps(document, indent=2) + "\n")
     first = f"{document['choice']}." if document["choice"] else None
     (out / "comparison.md").write_text(markdown(table, first))

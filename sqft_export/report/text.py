@@ -126,13 +126,19 @@ def _latency_table(document: dict[str, Any]) -> list[str]:
         cells += [f"{row['peak_memory_bytes'] / 2**20:.0f}"]
         cells += [f"{joules:.2f}" if joules is not None else "not measurable here"]
         rows.append(cells)
-    return _aligned(rows)
+    return align_columns(rows)
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def align_columns(rows: list[list[str]]) -> list[str]:
+    """Rows as lines of text: the first column to the left, others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
         for row in rows
     ]
 

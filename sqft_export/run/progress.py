@@ -54,6 +54,8 @@ class Reporter:
             said,
             console=self.console,
             disable=not self.console.is_terminal,
+            redirect_stdout=False,  # else lines that libraries print break the bars
+            redirect_stderr=False,
         )
         self.running: _Pass | None = None
 

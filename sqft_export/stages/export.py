@@ -9,8 +9,9 @@ from sqft_export.model.checkpoint import file_bytes
 from sqft_export.packed.execution import NothingSpecialized, specialize
 from sqft_export.packed.folders import PACKED, SPARSE, NothingSaved, pack
 from sqft_export.packed.seal import write_seal
+from sqft_export.packed.usage import usage_section
 from sqft_export.recipe.schema import Recipe
-from sqft_export.report.prompts import prompt_section
+from sqft_export.report.prompts import example_prompt, prompt_section
 from sqft_export.report.provenance import PROVENANCE_FIELDS, model_card, origin_of
 from sqft_export.stages import Context
 from sqft_export.targets import target
@@ -27,11 +28,6 @@ FREE: tuple[str, ...] = TRAIN_FILES
 VERSION = 9
 RESUMES = False
 DISTRIBUTED = False
-HOW_TO_LOAD = {
-    "openvino": 'import openvino_genai\npipe = openvino_genai.LLMPipeline(folder, "CPU")',
-    "onnx": "import onnxruntime_genai\nmodel = onnxruntime_genai.Model(folder)",
-    "gguf": 'import cyllama  # or: llama-cli -m model.gguf\nllm = cyllama.LLM("model.gguf")',
-}
 
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
@@ -58,8 +54,10 @@ def run(context: Context) -> dict:
         target(runtime).add_adapter(folder, merge.path / "adapter")
     origin = origin_of(context.recipe, context.model, context.lineage)
     sparsity = merge.metrics["sparsity"]["all"]
-    card = model_card(context.recipe, origin, sparsity, HOW_TO_LOAD[runtime])
-    card += prompt_section(context.recipe, runtime, load_tokenizer(context.model))
+    tokenizer = load_tokenizer(context.model)
+    usage = usage_section(folder, example_prompt(context.recipe, tokenizer))
+    card = model_card(context.recipe, origin, sparsity, usage)
+    card += prompt_section(context.recipe, tokenizer)
     (folder / "README.md").write_text(card)
     write_seal(folder, origin)
     metrics: dict[str, Any] = {"bytes": file_bytes(folder)}

@@ -10,8 +10,8 @@ from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.endings import end_no_text
 from sqft_export.model.storage import MASKS, model_facts
 from sqft_export.recipe.schema import Recipe
-from sqft_export.report.prompts import prompt_section
-from sqft_export.report.provenance import PROVENANCE_FIELDS, model_card, origin_of
+from sqft_export.report.prompts import example_prompt, prompt_section
+from sqft_export.report.provenance import PROVENANCE_FIELDS, merged_usage, model_card, origin_of
 from sqft_export.stages import BASE_FIELDS, Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "search")
@@ -21,10 +21,6 @@ FREE: tuple[str, ...] = TRAIN_FILES
 VERSION = 5
 RESUMES = False
 DISTRIBUTED = False
-HOW_TO_LOAD = (
-    "from transformers import AutoModelForCausalLM\n"
-    "model = AutoModelForCausalLM.from_pretrained(folder)"
-)
 
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
@@ -48,8 +44,10 @@ def run(context: Context) -> dict:
         set_template_aside(context.folder / "model")
     end_no_text(context.folder / "model")
     origin = origin_of(context.recipe, context.model, context.lineage)
-    card = model_card(context.recipe, origin, sparsity["all"], HOW_TO_LOAD)
-    card += prompt_section(context.recipe, "torch", load_tokenizer(context.model))
+    tokenizer = load_tokenizer(context.model)
+    usage = merged_usage(context.recipe, example_prompt(context.recipe, tokenizer))
+    card = model_card(context.recipe, origin, sparsity["all"], usage)
+    card += prompt_section(context.recipe, tokenizer)
     (context.folder / "model" / "README.md").write_text(card)
     warnings = []
     if context.recipe.dense_update and sparsified:

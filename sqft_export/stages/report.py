@@ -5,7 +5,7 @@ import json
 from sqft_export.adapters.files import read_training_log
 from sqft_export.recipe.schema import Recipe
 from sqft_export.report import pictures
-from sqft_export.report.document import by_lm_eval, cells, report_of_run
+from sqft_export.report.document import DETAILS, MAIN, by_lm_eval, cells, report_of_run
 from sqft_export.report.html import render
 from sqft_export.report.text import markdown
 from sqft_export.stages import Context
@@ -41,9 +41,8 @@ def run(context: Context) -> dict:
     """Writes ``index.html``, its pictures as SVG files, ``report.md`` and ``report.json``."""
     document = report_of_run(context.recipe, context.inputs)
     rows, measure = document["rows"], document["measure"]
-    table = cells(rows)
     (context.folder / "report.json").write_text(json.dumps(document, indent=2) + "\n")
-    (context.folder / "report.md").write_text(markdown(table, document["verdict"]))
+    (context.folder / "report.md").write_text(markdown(cells(rows), document["verdict"]))
     drawn = [
         ("Accuracy along the passes", pictures.accuracy_along_passes(rows, measure)),
         ("Accuracy against file size", pictures.accuracy_against(rows, measure, "file_bytes")),
@@ -60,7 +59,8 @@ def run(context: Context) -> dict:
     page = render(
         "report.html",
         document=document,
-        table=table,
+        table=cells(rows, MAIN),
+        details=cells(rows, (MAIN[0], *DETAILS)),
         sets=[name for name in rows[0]["accuracy_by_set"] if name],
         lm_eval=by_lm_eval(rows),
         recipe=json.dumps(document["recipe"], indent=2),

@@ -24,6 +24,7 @@ class Session(Protocol):
     all_logits: those of every token are computed, however few are asked for.
     fills_up: what fills up rows that follow a cache is computed like their tokens.
     pass_tokens: so many take as long as another pass.
+    most_rows: the largest batch that the cache holds.
     """
 
     padding: str
@@ -31,6 +32,7 @@ class Session(Protocol):
     all_logits: bool
     fills_up: bool
     pass_tokens: int = 64
+    most_rows: int = 2**31
 
     def reset(self) -> None:
         """Forget the cache."""

@@ -1,6 +1,5 @@
 """What a deployment folder holds, read from its files; no torch."""
 
-import importlib.util
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,15 +7,11 @@ from typing import Any
 from sqft_export.errors import UserError, one_line
 from sqft_export.numerics.codes import Quantized
 from sqft_export.packed.seal import check_seal
+from sqft_export.packed.usage import loaders_of, why_no_loader
 from sqft_export.run.artifact import files_of, sha256_of
 from sqft_export.targets import target
-from sqft_export.targets.folder import runtime_of
+from sqft_export.targets.folder import SUFFIX, runtime_of
 
-LOADERS = {
-    "openvino": ("openvino", "openvino_genai", "optimum.intel"),
-    "onnx": ("onnxruntime", "onnxruntime_genai"),
-    "gguf": ("cyllama",),
-}
 _WEIGHTS, _GRAPH, _TOKENIZER = "weights", "graph", "tokenizer and configs"
 
 
@@ -49,7 +44,7 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
         "files": {str(f.relative_to(folder)): sha256_of(f) for f in files_of(folder)},
         "sealed": sealed,
         "says": says,
-        "loads_in": _runtimes(runtime),
+        "loads_in": _runtimes(folder),
     }
 
 
@@ -88,19 +83,21 @@ def _layer(name: str, quantized: Quantized) -> dict[str, Any]:
 def _kind(file: Path) -> str:
     if "tokenizer" in file.name:
         return _TOKENIZER
-    if file.suffix in (".bin", ".data", ".safetensors", ".onnx_adapter", ".gguf"):
+    if file.suffix in (".bin", ".data", ".safetensors", ".onnx_adapter", ".gguf", SUFFIX):
         return _WEIGHTS
     return _GRAPH if file.suffix in (".xml", ".onnx") else _TOKENIZER
 
 
-def _runtimes(name: str) -> list[dict[str, Any]]:
-    """Who loads such a folder, and whether it is installed here."""
+def _runtimes(folder: Path) -> list[dict[str, Any]]:
+    """Who loads such a folder, by what code, and why not here if so."""
     return [
         {
-            "runtime": module,
-            "installed": importlib.util.find_spec(module.partition(".")[0]) is not None,
+            "runtime": loader.runtime,
+            "code": loader.expression(folder),
+            "installed": (missing := why_no_loader(folder, loader)) is None,
+            "missing": missing,
         }
-        for module in LOADERS[name]
+        for loader in loaders_of(folder)
     ]
 
 
@@ -117,8 +114,10 @@ def inspection_text(found: dict[str, Any]) -> str:
     lines += [f"  {key}: {value}" for key, value in sorted(found["says"].items())]
     lines += [f"  {size:>14,} bytes {kind}" for kind, size in found["bytes"].items()]
     lines.append("  as sealed" if found["sealed"] else "  not sealed: no provenance.json")
-    loads = [r["runtime"] + ("" if r["installed"] else " (not here)") for r in found["loads_in"]]
-    lines.append(f"  loads in {', '.join(loads)}")
+    lines.append("  loads in")
+    for entry in found["loads_in"]:
+        here = "" if entry["installed"] else f"  # {entry['missing']}"
+        lines.append(f"    {entry['runtime']:16}  {entry['code']}{here}")
     if found["layers"]:
         lines.append(f"  {'layer':44} {'shape':>14} bits group  zeros")
     for layer in found["layers"]:

@@ -270,6 +270,7 @@ def test_models_nobody_here_made_pass_every_check(tmp_path, checkpoint):
         "benchmark.baselines=[]",
         "benchmark.items=4",
         f"verify.tokenizers={'reported' if checkpoint == ACROSS_WORDS else 'required'}",
+        f"task.text={SHARED / 'text' / 'ts_smallgpt.txt'}",
         name="stories",
         model_path=Path(SHARED / "checkpoints" / checkpoint),
     )

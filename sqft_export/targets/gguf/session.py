@@ -36,6 +36,7 @@ class GgufSession(Session):
     padding = "right"
     all_logits = False
     fills_up = False
+    most_rows = SEQUENCES
 
     def __init__(self, model: Opened, exact: bool, threads: int | None):
         self.model, self.exact = model, exact
@@ -51,7 +52,11 @@ class GgufSession(Session):
         self.sequences: list[int] = []  # llama.cpp's number of every row
 
     def select(self, rows: np.ndarray) -> None:
-        free = iter(sorted(set(range(SEQUENCES)) - set(self.sequences)))
+        _check_rows(len(rows))
+        kept = {self.sequences[row] for row in rows}
+        for sequence in set(self.sequences) - kept:
+            self.cache.forget(sequence)
+        free = iter(sorted(set(range(SEQUENCES)) - kept))
         chosen, taken = [], set[int]()
         for row in rows:
             sequence = self.sequences[row]
@@ -60,8 +65,6 @@ class GgufSession(Session):
                 self.cache.copy(self.sequences[row], sequence)
             taken.add(sequence)
             chosen.append(sequence)
-        for sequence in set(self.sequences) - taken:
-            self.cache.forget(sequence)
         self.histories = [list(self.histories[row]) for row in rows]
         self.sequences = chosen
 
@@ -101,10 +104,7 @@ class GgufSession(Session):
         if not self.sequences:
             self.sequences = list(range(len(ids)))
             self.histories = [[] for _ in ids]
-        if len(self.sequences) > SEQUENCES:
-            raise UserError(
-                f"llama.cpp keeps {SEQUENCES} sequences apart; found {len(self.sequences)}"
-            )
+        _check_rows(len(self.sequences))
         self._make_room(int(kept.sum()))
         places = [(int(row), int(column)) for row, column in np.argwhere(kept)]
         for start in range(0, len(places), PASS):
@@ -139,6 +139,11 @@ class GgufSession(Session):
         ]
         for start in range(0, len(known), PASS):
             self._decode(known[start : start + PASS])
+
+
+def _check_rows(count: int) -> None:
+    if count > SEQUENCES:
+        raise UserError(f"llama.cpp: found a batch of {count} rows; at most {SEQUENCES} fit")
 
 
 def open_session(

@@ -1,0 +1,237 @@
+"""How a deployment is loaded and run: the code that model cards and `inspect` print.
+
+A deployment has one of three forms, and each runtime loads some of them:
+
+plain        the files that the runtime's own users have
+packed       a packed weight file; it loads through this package
+specialized  an IR with products of this package's kernels
+"""
+
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqft_export.kernels.extension import why_not
+from sqft_export.kernels.ir import is_specialized
+from sqft_export.packed.seal import PROVENANCE, read_seal
+from sqft_export.run.artifact import sha256_of
+from sqft_export.targets.folder import (
+    ADAPTER_FOLDER,
+    GENAI_CONFIG,
+    GRAPHS,
+    SUFFIX,
+    WEIGHT_FILES,
+    context_of,
+    runtime_of,
+)
+
+CARD = "README.md"
+_NEW_TOKENS = 64
+LONGEST_SEQUENCE = 512  # tokens, prompt and answer, of the example for ONNX Runtime GenAI
+_SECTION = re.compile(r"^## How to run it\n.*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
+_JSON_STRING = r'"(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*"'
+_PROMPT = re.compile(rf"^prompt = ({_JSON_STRING})(?=  #|$)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A way to load a deployment in Python.
+
+    runtime: the package that computes.
+    code: an expression; ``{folder}`` is the folder's path inside a string.
+    needs: a file without which the runtime refuses the folder.
+    """
+
+    runtime: str
+    code: str
+    needs: str = ""
+
+    def expression(self, folder: Path | str) -> str:
+        return self.code.replace("{folder}", json.dumps(str(folder), ensure_ascii=False)[1:-1])
+
+    def missing(self) -> str | None:
+        """Why it does not run on this machine; None if it does."""
+        package = self.runtime.partition(".")[0]
+        return None if importlib.util.find_spec(package) else f"{package} is not installed"
+
+
+_OPENVINO_TOKENIZER = "openvino_tokenizer.xml"
+LOADERS: dict[tuple[str, str], tuple[Loader, ...]] = {
+    ("openvino", "plain"): (
+        Loader("openvino", 'openvino.Core().read_model("{folder}/openvino_model.xml")'),
+        Loader(
+            "openvino_genai", 'openvino_genai.LLMPipeline("{folder}", "CPU")', _OPENVINO_TOKENIZER
+        ),
+        Loader(
+            "optimum.intel",
+            'optimum.intel.OVModelForCausalLM.from_pretrained("{folder}")',
+            "config.json",
+        ),
+    ),
+    ("onnx", "plain"): (
+        Loader("onnxruntime", 'onnxruntime.InferenceSession("{folder}/model.onnx")'),
+        Loader("onnxruntime_genai", 'onnxruntime_genai.Model("{folder}")', GENAI_CONFIG),
+    ),
+    ("onnx", "packed"): (
+        Loader("onnxruntime", 'sqft_export.load_onnx("{folder}")'),
+        Loader("onnxruntime_genai", 'sqft_export.load_onnx_genai("{folder}")', GENAI_CONFIG),
+    ),
+    ("gguf", "plain"): (Loader("cyllama", 'cyllama.LLM("{folder}/model.gguf")'),),
+    ("gguf", "packed"): (Loader("cyllama", 'sqft_export.load_gguf("{folder}")'),),
+}
+for _form in ("packed", "specialized"):
+    LOADERS["openvino", _form] = (
+        Loader("openvino", 'sqft_export.load_openvino("{folder}")'),
+        Loader(
+            "openvino_genai", 'sqft_export.load_openvino_genai("{folder}")', _OPENVINO_TOKENIZER
+        ),
+    )
+
+
+def form_of(folder: Path) -> str:
+    """plain, packed or specialized.
+
+    :raises UserError: if the folder is no deployment.
+    """
+    runtime = runtime_of(folder)
+    if (folder / (WEIGHT_FILES[runtime] + SUFFIX)).is_file():
+        return "packed"
+    if runtime == "openvino" and is_specialized((folder / GRAPHS[runtime]).read_bytes()):
+        return "specialized"
+    return "plain"
+
+
+def loaders_of(folder: Path) -> list[Loader]:
+    """The runtimes that load a deployment, by the files that it has."""
+    found = LOADERS[runtime_of(folder), form_of(folder)]
+    return [loader for loader in found if (folder / loader.needs).exists()]
+
+
+def why_no_loader(folder: Path, loader: Loader) -> str | None:
+    """Why a loader does not run a deployment on this machine; None if it does."""
+    kernels = why_not() if form_of(folder) == "specialized" else None
+    return loader.missing() or kernels
+
+
+def usage_section(folder: Path, prompt: str) -> str:
+    """The section of a model card with code for this folder, to be run inside it.
+
+    :param prompt: the text, or template over the fields of an item, that the model answers.
+    """
+    form = form_of(folder)
+    runtime = runtime_of(folder)
+    question = json.dumps(prompt, ensure_ascii=False)
+    note = "  # replace each field in braces" if re.search(r"(?<!\{)\{\w", prompt) else ""
+    blocks = {"openvino": _openvino, "onnx": _onnx, "gguf": _gguf}[runtime](folder, form)
+    lines = [line.replace("{prompt}", f"prompt = {question}{note}") for line in blocks]
+    return "\n".join(["## How to run it", "", "In this folder:", "", *lines])
+
+
+def _python(*lines: str) -> list[str]:
+    return ["```python", *lines, "```", ""]
+
+
+def _openvino(folder: Path, form: str) -> list[str]:
+    imports, made, options = ["import openvino_genai"], [], ""
+    if (folder / ADAPTER_FOLDER).is_dir():
+        file = f'"{ADAPTER_FOLDER}/adapter_model.safetensors"'
+        made = [f"adapters = openvino_genai.AdapterConfig(openvino_genai.Adapter({file}))"]
+        options = ", adapters=adapters"
+    if form == "plain":
+        load = f'openvino_genai.LLMPipeline(".", "CPU"{options})'
+    elif form == "packed":
+        # The runtime adds an adapter to its own products only.
+        options = f', execution="stock"{options}' if options else ""
+        imports = [*(imports if options else []), "import sqft_export"]
+        load = f'sqft_export.load_openvino_genai("."{options})'
+    else:
+        imports.append("import sqft_export")
+        made.append("extensions = [sqft_export.openvino_extension()]")
+        load = f'openvino_genai.LLMPipeline(".", "CPU", extensions=extensions{options})'
+    answer = f"print(pipe.generate(prompt, max_new_tokens={_NEW_TOKENS}))"
+    return _python(*imports, "", *made, f"pipe = {load}", "{prompt}", answer)
+
+
+def _onnx(folder: Path, form: str) -> list[str]:
+    packed = form == "packed"
+    load = 'sqft_export.load_onnx_genai(".")' if packed else 'onnxruntime_genai.Model(".")'
+    longest = min(context_of(folder) or LONGEST_SEQUENCE, LONGEST_SEQUENCE)
+    adapter = []
+    if (folder / ADAPTER_FOLDER).is_dir():
+        adapter = [
+            "adapters = onnxruntime_genai.Adapters(model)",
+            f'adapters.load("{ADAPTER_FOLDER}/adapter.onnx_adapter", "tuned")',
+            'generator.set_active_adapter(adapters, "tuned")',
+        ]
+    return _python(
+        "import onnxruntime_genai",
+        *(["import sqft_export"] if packed else []),
+        "",
+        f"model = {load}",
+        "tokenizer = onnxruntime_genai.Tokenizer(model)",
+        'tokenizer.update_options(add_special_tokens="true")',
+        "params = onnxruntime_genai.GeneratorParams(model)",
+        f"params.set_search_options(max_length={longest})  # tokens of prompt and answer",
+        "generator = onnxruntime_genai.Generator(model, params)",
+        *adapter,
+        "{prompt}",
+        "generator.append_tokens(tokenizer.encode(prompt))",
+        "while not generator.is_done():",
+        "    generator.generate_next_token()",
+        "print(tokenizer.decode(generator.get_sequence(0)))",
+    )
+
+
+def _gguf(folder: Path, form: str) -> list[str]:
+    if form == "packed":
+        return [
+            *_python(
+                "import sqft_export",
+                "",
+                'model = sqft_export.load_gguf(".")  # cyllama\'s LlamaModel',
+            ),
+            "Every program that is built on llama.cpp reads the unpacked folder:",
+            "",
+            *("```sh", "sqft-export unpack . ../unpacked", "```", ""),
+            *_python(*_llama_cpp("../unpacked/model.gguf")),
+        ]
+    lines = _python(*_llama_cpp("model.gguf"))
+    if (folder / ADAPTER_FOLDER).is_dir():
+        file = f"{ADAPTER_FOLDER}/adapter.gguf"
+        lines += [f"This is the base alone; llama.cpp applies the adapter by `--lora {file}`.", ""]
+    return lines
+
+
+def _llama_cpp(file: str) -> list[str]:
+    return [
+        "import cyllama",
+        "",
+        f'llm = cyllama.LLM("{file}", temperature=0.0, max_tokens={_NEW_TOKENS})',
+        "{prompt}",
+        "print(llm(prompt))",
+    ]
+
+
+def rewrite_card(folder: Path) -> None:
+    """Replace the code of a copied model card by that for the copy's form.
+
+    The card's entry in the seal follows. A card without the section, or one that is not as it was
+    sealed, is left unchanged.
+    """
+    card = folder / CARD
+    text = card.read_bytes().decode(errors="surrogateescape") if card.is_file() else ""
+    section, prompt = _SECTION.search(text), _PROMPT.search(text)
+    if section is None or prompt is None:
+        return
+    origin = read_seal(folder)
+    listed = origin["files"].get(CARD) if origin else None
+    if listed and listed["sha256"] != sha256_of(card):
+        return
+    new = usage_section(folder, json.loads(prompt[1])) + "\n"
+    text = text[: section.start()] + new + text[section.end() :]
+    card.write_bytes(text.encode(errors="surrogateescape"))
+    if origin and listed:
+        listed |= {"bytes": card.stat().st_size, "sha256": sha256_of(card)}
+        (folder / PROVENANCE).write_text(json.dumps(origin, indent=2) + "\n")

@@ -1,0 +1,123 @@
+"""Settings of the command line, such as ``sparsify.sparsity=0.6``: to which field, and as what."""
+
+from collections.abc import Callable
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from sqft_export.errors import UserError
+from sqft_export.recipe.schema import TASK_KINDS, Recipe
+
+QUOTES = "\"'"
+NULLS = ("null", "Null", "NULL", "~")
+SHOWN_CHARACTERS = 120
+_OPEN, _CLOSE = "[{(", "]})"
+# Fields of a section that go with some of its methods only.
+_AMOUNTS = ("sparsity", "pattern", "at_most", "overrides", "allocation", "reconstruct")
+_UNUSED_BY: dict[tuple[str, str], tuple[str, ...]] = {
+    ("sparsify", "none"): _AMOUNTS,
+    ("sparsify", "given"): _AMOUNTS,
+    ("quantize", "none"): ("embedding_bits", "reconstruct", "nncf"),
+    ("quantize", "given"): ("embedding_bits", "reconstruct", "nncf"),
+    ("quantize", "gptq"): ("nncf",),
+    ("quantize", "rtn"): ("nncf",),
+}
+
+
+def apply_overrides(
+    data: dict[str, Any], settings: tuple[str, ...], read_yaml: Callable[[str, str], Any]
+) -> None:
+    """Apply ``a.b.c=value`` settings to the mapping of a recipe file, in order.
+
+    A method that is set takes away the file's fields that it has no use for, unless they are set
+    too.
+
+    :param read_yaml: text and a name for messages -> value.
+    :raises UserError: naming the setting that is none.
+    """
+    paths = [_apply(data, setting, read_yaml) for setting in settings]
+    for section in ("sparsify", "quantize"):
+        found = data.get(section)
+        if f"{section}.method" not in paths or not isinstance(found, dict):
+            continue
+        for field in _UNUSED_BY.get((section, str(found.get("method"))), ()):
+            if f"{section}.{field}" not in paths:
+                found.pop(field, None)
+
+
+def _apply(data: dict[str, Any], setting: str, read_yaml: Callable[[str, str], Any]) -> str:
+    """Apply one setting; returns its path."""
+    path, equals, text = setting.partition("=")
+    shown = repr(setting[:SHOWN_CHARACTERS])
+    if not equals:
+        raise UserError(f"override {shown}: expected path=value, as sparsify.sparsity=0.6")
+    *parents, last = path.split(".")
+    section = data
+    for name in parents:
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            raise UserError(f"override {shown}: {name} is a value, not a section")
+    annotation = _annotation_at(path, data)
+    section[last] = _value(text, annotation, f"override {shown}", read_yaml)
+    return path
+
+
+def _annotation_at(path: str, data: dict[str, Any]) -> Any:
+    """The type of the field at a dotted path; None where no recipe has it."""
+    annotation: Any = Recipe
+    for name in path.split("."):
+        sections = [t for t in _alternatives(annotation) if _is_section(t)]
+        if len(sections) > 1:  # a task, which is of one kind
+            task = data.get("task")
+            kind = str(task.get("kind")) if isinstance(task, dict) else ""
+            sections = [TASK_KINDS[kind]] if kind in TASK_KINDS else []
+        field = sections[0].model_fields.get(name) if sections else None
+        if field is None:
+            return None
+        annotation = field.annotation
+    return annotation
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the type itself."""
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _value(text: str, annotation: Any, where: str, read_yaml: Callable[[str, str], Any]) -> Any:
+    """A setting's value: YAML, but for text, which stands for itself unless it is in quotes."""
+    allowed = _alternatives(annotation)
+    word = text.strip()
+    is_null = not word or (word in NULLS and NoneType in allowed)
+    if str not in allowed or is_null:
+        return read_yaml(text, where)
+    if word[0] not in QUOTES:
+        return text
+    try:
+        found = read_yaml(text, where)
+    except UserError:  # such as "a" or "b"
+        return text
+    return found if isinstance(found, str) else text
+
+
+def split_values(text: str) -> list[str]:
+    """Split at the commas outside of brackets and quotes: ``[32,16],[16,8]`` is two values."""
+    values, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in QUOTES and not values[-1].strip(" [{(,:"):
+            quote = character
+        elif character in _OPEN:
+            depth += 1
+        elif character in _CLOSE:
+            depth -= 1
+        if character == "," and depth <= 0 and not quote:
+            values.append("")
+        else:
+            values[-1] += character
+    return values

@@ -1,0 +1,33 @@
+"""The recipe for a plain text takes a model of every family that the README lists."""
+
+import pytest
+
+from conftest import ROOT, random_model
+from sqft_export.model.families import FAMILIES
+from sqft_export.plan.checks import check_recipe
+from sqft_export.recipe.load import load_recipe
+
+CONFIGS = {
+    "phi3": {"original_max_position_embeddings": 256},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "opt": {"ffn_dim": 172},
+}
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_the_recipe_fits_every_family(tmp_path, model_type):
+    model = random_model(tmp_path, model_type=model_type, **CONFIGS.get(model_type, {}))
+    recipe = load_recipe(ROOT / "recipes" / "stories.yaml", (), model)
+    check_recipe(recipe, model)
+
+
+def test_no_recipe_reads_outside_of_the_repository():
+    for file in sorted((ROOT / "recipes").glob("*.yaml")):
+        assert "../.." not in file.read_text(), file
+
+
+def test_its_text_is_in_the_repository():
+    recipe = load_recipe(ROOT / "recipes" / "stories.yaml")
+    assert recipe.resolve(recipe.task.text).is_relative_to(ROOT / "data")
+    assert recipe.resolve(recipe.task.text).is_file()
