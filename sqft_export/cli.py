@@ -281,17 +281,9 @@ def sweep(
 ) -> None:
     """Run a recipe with every combination of values, then compare; done passes are shared."""
     from sqft_export.recipe.load import load_recipe
-    from sqft_export.recipe.overrides import split_values
     from sqft_export.run.host import writing_to
 
-    axes = []
-    for setting in over:
-        path, equals, values = setting.partition("=")
-        found = split_values(values)
-        if not equals or not all(found):
-            raise UserError(f"--over {setting!r}: expected path=value,value")
-        axes.append([f"{path}={value}" for value in found])
-    chosen = [(*(overrides or ()), *settings) for settings in itertools.product(*axes)]
+    chosen = [(*(overrides or ()), *settings) for settings in _combinations(over)]
     recipes = [load_recipe(recipe, settings, model_path) for settings in chosen]
     _set_threads(threads, runs / recipes[0].name)
     from sqft_export.model.hub import model_folder
@@ -309,6 +301,23 @@ def sweep(
         compare(reports, runs / recipes[0].name / "sweep")
     else:
         print(f"one combination, nothing to compare; report: {reports[0] / 'index.html'}")
+
+
+def _combinations(over: list[str]) -> list[tuple[str, ...]]:
+    """Return every combination of the values of ``--over path=value,value``.
+
+    :raises UserError: if an axis is not of that form.
+    """
+    from sqft_export.recipe.overrides import split_values
+
+    axes = []
+    for setting in over:
+        path, equals, values = setting.partition("=")
+        found = split_values(values)
+        if not equals or not all(found):
+            raise UserError(f"--over {setting!r}: expected path=value,value")
+        axes.append([f"{path}={value}" for value in found])
+    return list(itertools.product(*axes))
 
 
 @app.command("pack")

@@ -34,7 +34,12 @@ def write_seal(folder: Path, origin: dict[str, Any]) -> None:
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
         for file in files_of(folder, PROVENANCE)
     }
-    document = {k: v for k, v in origin.items() if k != SEAL} | {"files": files}
+    write_provenance(folder, origin | {"files": files})
+
+
+def write_provenance(folder: Path, document: dict[str, Any]) -> None:
+    """Write the provenance of a deployment with the seal of its content."""
+    document = {k: v for k, v in document.items() if k != SEAL}
     document[SEAL] = key_of(document)
     (folder / PROVENANCE).write_text(json.dumps(document, indent=2) + "\n")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sqft_export.kernels.extension import why_not
 from sqft_export.kernels.ir import is_specialized
-from sqft_export.packed.seal import PROVENANCE, read_seal
+from sqft_export.packed.seal import read_seal, write_provenance
 from sqft_export.run.artifact import sha256_of
 from sqft_export.targets.folder import (
     ADAPTER_FOLDER,
@@ -234,4 +234,4 @@ def rewrite_card(folder: Path) -> None:
     card.write_bytes(text.encode(errors="surrogateescape"))
     if origin and listed:
         listed |= {"bytes": card.stat().st_size, "sha256": sha256_of(card)}
-        (folder / PROVENANCE).write_text(json.dumps(origin, indent=2) + "\n")
+        write_provenance(folder, origin)

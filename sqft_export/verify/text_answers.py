@@ -10,7 +10,7 @@ from sqft_export.targets.tokenizers import read_ids
 from sqft_export.verify.certificate import Certificate, Check
 from sqft_export.verify.subject import Asked
 
-SHOWN_CHARACTERS = 60  # of an answer that differs
+ANSWER_CHARACTERS = 60  # of an answer that differs
 
 
 def answer_by_ids(session: Session, asked: Asked, folder: Path) -> list[int]:
@@ -44,7 +44,9 @@ def _compare(check: Check, asked: Asked, api: TextApi, answer: list[int]) -> Non
     check.compared = 1
     if found in (expected, by_ids):
         return
-    check.blame(f"{found[:SHOWN_CHARACTERS]!r} where {expected[:SHOWN_CHARACTERS]!r} was scored", 1)
+    check.blame(
+        f"{found[:ANSWER_CHARACTERS]!r} where {expected[:ANSWER_CHARACTERS]!r} was scored", 1
+    )
 
 
 def _allow_other_ids(check: Check, asked: Asked, runtime: str, folder: Path) -> None:
