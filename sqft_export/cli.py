@@ -143,7 +143,8 @@ def export(
     with writing_to(runs):
         artifacts = run_recipe(loaded, runs / loaded.name, last)
     for name in last:
-        print(artifacts[name].path / "model")
+        if name in artifacts:
+            print(artifacts[name].path / "model")
 
 
 @app.command("list")

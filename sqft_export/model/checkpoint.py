@@ -165,12 +165,20 @@ class Checkpoint(TensorFiles):
         for name in self.quantized_linears:
             if f"{name}.scales" in self.headers:
                 outputs = self.headers[f"{name}.scales"].shape[1]
-                shapes[f"{name}.weight"] = (outputs, self.headers[f"{name}.g_idx"].shape[0])
+                shapes[f"{name}.weight"] = (outputs, self._gptq_inputs(name))
             else:  # weight_shape is data; eight codes lie in a word, or four
                 outputs, words = self.headers[f"{name}.weight_packed"].shape
                 inputs = self.expected.get(f"{name}.weight", (outputs, 8 * words))[1]
                 shapes[f"{name}.weight"] = (outputs, inputs)
         return shapes
+
+    def _gptq_inputs(self, name: str) -> int:
+        """Inputs of a Linear in the GPTQ layout; old checkpoints in column order have no g_idx."""
+        if order := self.headers.get(f"{name}.g_idx"):
+            return order.shape[0]
+        words = self.headers[f"{name}.qweight"].shape[0]
+        bits = self.stored_config.get("quantization_config", {}).get("bits") or 4
+        return self.expected.get(f"{name}.weight", (0, words * 32 // bits))[1]
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+GPTQ_BITS = (4, 8)
+
 
 class StoredGrid(NamedTuple):
     """bits, group_size (-1: a whole row), symmetry; refused: why it is not taken, else None."""
@@ -22,6 +24,8 @@ def stored_grid(config: dict[str, Any]) -> StoredGrid:
             refused = "desc_act is true: its columns are out of order and are not taken"
         elif layout not in ("gptq", "gptq_v2"):
             refused = f"checkpoint_format {layout!r}; gptq and gptq_v2 are taken"
+        elif config.get("bits") not in GPTQ_BITS:
+            refused = f"a GPTQ checkpoint of {config.get('bits')} bits; 4 and 8 bits are taken"
         sizes = config.get("bits", 0), config.get("group_size", 0), config.get("sym", True)
         return StoredGrid(*sizes, refused)
     if method == "compressed-tensors":

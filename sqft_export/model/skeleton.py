@@ -11,6 +11,7 @@ from torch import nn
 
 from sqft_export.model.architecture import empty_model, transformers_config
 from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.contexts import deployed_config
 
 PLAIN_ATTENTION = "eager"
 
@@ -35,7 +36,8 @@ def skeleton(checkpoint: Checkpoint, attention: str | None = None) -> nn.Module:
     :param attention: its implementation; None for the family's.
     """
     folder = checkpoint.folder
-    config = transformers_config(checkpoint.config, checkpoint.where)
+    made = transformers_config(checkpoint.config, checkpoint.where)
+    config = type(made).from_dict(deployed_config(made.to_dict()))
     model = empty_model(config, attention or checkpoint.family.attention)
     blocks = f"{checkpoint.family.blocks}."
     places: dict[str, int] = {}

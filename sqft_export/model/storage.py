@@ -172,18 +172,28 @@ def _layout_of(checkpoint: Checkpoint, name: str) -> tuple[str, ...] | None:
 
 
 def _parts(checkpoint: Checkpoint, name: str, parts: tuple[str, ...]) -> dict[str, Tensor]:
-    """Some tensors of a module, by the last part of their names."""
-    keys = [f"{name}.{part}" for part in parts]
-    return {key.rsplit(".", 1)[1]: tensor for key, tensor in checkpoint.tensors(keys)}
+    """Return some tensors of a module by the last part of their names.
+
+    Old GPTQ checkpoints have no ``g_idx``; their columns are in order.
+    """
+    keys = [f"{name}.{part}" for part in parts if f"{name}.{part}" in checkpoint.headers]
+    found = {key.rsplit(".", 1)[1]: tensor for key, tensor in checkpoint.tensors(keys)}
+    if "g_idx" in parts and "g_idx" not in found:
+        _, inputs = checkpoint.shapes[f"{name}.weight"]
+        groups = checkpoint.headers[f"{name}.scales"].shape[0]
+        found["g_idx"] = (torch.arange(inputs) // (inputs // groups)).to(torch.int32)
+    return found
 
 
 def _gptq_sizes(checkpoint: Checkpoint, name: str) -> tuple[int, int, int]:
     """Bits, group size, and what was taken from zero points before they were stored."""
-    shapes = {part: checkpoint.headers[f"{name}.{part}"].shape for part in GPTQ}
-    inputs, groups = shapes["g_idx"][0], shapes["scales"][0]
+    words, groups = (
+        checkpoint.headers[f"{name}.{part}"].shape[0] for part in ("qweight", "scales")
+    )
+    inputs = checkpoint.shapes[f"{name}.weight"][1]
     stored = checkpoint.config.get("quantization_config", {})
     second = stored.get("checkpoint_format") == "gptq_v2"
-    return 32 * shapes["qweight"][0] // inputs, inputs // groups, 0 if second else 1
+    return 32 * words // inputs, inputs // groups, 0 if second else 1
 
 
 def quantized_arrays(checkpoint: Checkpoint, name: str) -> Quantized:

@@ -13,30 +13,27 @@ from sqft_export.data.items import count_examples, data_files, problem_records
 from sqft_export.errors import UserError, one_line
 from sqft_export.model.architecture import transformers_config
 from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.contexts import deployed_config
 from sqft_export.model.existing import stored_grid
 from sqft_export.model.families import adapted, builder_lacks, rank_groups
 from sqft_export.plan.answers import answer_faults, cut_answer_faults
 from sqft_export.plan.context import context_faults
+from sqft_export.plan.exporters import PACKAGES as TARGET_PACKAGES
+from sqft_export.plan.exporters import drop_unsupported, target_faults
 from sqft_export.plan.gates import gate_faults
 from sqft_export.plan.layout import Layout, fallbacks, group_sizes, layout_of
+from sqft_export.plan.readers import token_faults
 from sqft_export.plan.tokenizer import tokenizer_faults
 from sqft_export.recipe.schema import HUB, Amount, Dataset, Problems, Recipe, Text, matches
 from sqft_export.run.host import installed
 from sqft_export.sparsifiers import override_for
 from sqft_export.targets.devices import devices, why_not_run
-from sqft_export.targets.gguf.architectures import architecture_lacks
 from sqft_export.targets.gguf.blocks import why_no_blocks
-from sqft_export.targets.gguf.tokenizer import NotExpressible, read_vocabulary
 from sqft_export.textfiles import read_json
 from sqft_export.untrusted import entries_of, fault_of_file
 
 FaultFinder = Callable[[Recipe, Layout], Iterator[str]]
-PACKAGES = {
-    "openvino": ("openvino", "openvino_tokenizers", "optimum.intel"),
-    "onnx": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir"),
-    "gguf": ("gguf",),
-    "nncf": ("nncf", "openvino"),
-}
+PACKAGES = TARGET_PACKAGES | {"nncf": ("nncf", "openvino")}
 NEEDS_DATASETS = "needs the datasets library: pip install 'sqft-export[datasets]'"
 
 
@@ -47,9 +44,10 @@ def check_recipe(recipe: Recipe, folder: Path | None) -> Layout:
         allowed.
     """
     layout = layout_of(recipe, folder)
-    faults = [fault for check in CHECKS for fault in check(recipe, layout)]
+    kept = drop_unsupported(recipe, layout)
+    faults = [fault for check in CHECKS for fault in check(kept, layout)]
     if not faults:  # these read the data with the model's tokenizer
-        faults = [fault for check in DATA_CHECKS for fault in check(recipe, layout)]
+        faults = [fault for check in DATA_CHECKS for fault in check(kept, layout)]
     if faults:
         raise UserError("\n".join(f"{recipe.file}: {fault}" for fault in faults))
     return layout
@@ -261,7 +259,8 @@ def _package_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 def _graph_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     fused = "onnx" in recipe.export.targets and recipe.export.onnx_graph == "fused"
-    if fused and (lacks := builder_lacks(layout.family, layout.config)):
+    config = transformers_config(layout.config, "config.json").to_dict() if fused else {}
+    if fused and (lacks := builder_lacks(layout.family, deployed_config(config))):
         yield (
             f"export.onnx_graph: found fused, but ONNX Runtime GenAI's builder {lacks}; use "
             "standard, or auto"
@@ -269,21 +268,11 @@ def _graph_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 
 def _gguf_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    """What llama.cpp has no words or blocks for."""
-    if "gguf" not in recipe.export.targets or not installed("transformers"):
+    """What llama.cpp has no blocks for."""
+    if "gguf" not in recipe.export.targets:
         return
-    for fault in (*_gguf_model_faults(layout), *_gguf_grid_faults(recipe, layout)):
+    for fault in _gguf_grid_faults(recipe, layout):
         yield f"export.targets: found gguf, but {fault}; or leave gguf out"
-
-
-def _gguf_model_faults(layout: Layout) -> Iterator[str]:
-    if lacks := architecture_lacks(transformers_config(layout.config, "config.json").to_dict()):
-        yield lacks
-    elif layout.folder is not None:
-        try:
-            read_vocabulary(layout.folder, layout.embedding[0])
-        except NotExpressible as error:
-            yield f"its tokenizer can't be told to llama.cpp: {error}"
 
 
 def _gguf_grid_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
@@ -380,7 +369,9 @@ CHECKS: tuple[FaultFinder, ...] = (
     _search_faults,
     _package_faults,
     _graph_faults,
+    target_faults,
     _gguf_faults,
+    token_faults,
     _row_faults,
     _accelerator_faults,
     _device_faults,

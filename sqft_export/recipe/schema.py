@@ -534,6 +534,11 @@ class Export(Section):
         "MatMulNBits, which onnx.checker and OpenVINO read too; auto: fused where GenAI's builder "
         "knows the model",
     )
+    on_unsupported: Literal["skip", "error"] = Field(
+        "skip",
+        description="a target that the model cannot have: skip it where another target works, with "
+        "a notice and a line in the report; or refuse the recipe",
+    )
     sparse_files: bool = Field(
         False, description="a packed copy of every deployment too, which zeros make smaller"
     )
@@ -565,10 +570,11 @@ class Verify(Section):
         gt=0,
         description="largest mean KL divergence of a runtime's default mode, in nats a token",
     )
-    tokenizers: Literal["required", "reported"] = Field(
-        "required",
-        description="a runtime's own tokenizer must give the ids that were trained with; reported: "
-        "it is compared, and may differ, where texts are tokenized by transformers",
+    tokenizers: Literal["auto", "required", "reported"] = Field(
+        "auto",
+        description="required: a runtime's own tokenizer must give the ids that were trained with; "
+        "reported: it is compared, and may differ; auto: reported for a runtime whose tokenizer is "
+        "known to differ before training, which plan says, else required",
     )
 
 
@@ -646,6 +652,7 @@ class Recipe(Section):
     _file: Path = pydantic.PrivateAttr(default=Path())
     _overrides: tuple[str, ...] = pydantic.PrivateAttr(default=())
     _revisions: dict[str, str | None] | None = pydantic.PrivateAttr(default=None)
+    _skipped: dict[str, str] = pydantic.PrivateAttr(default_factory=dict)
 
     @field_validator("adapt", mode="before")
     @classmethod
@@ -734,6 +741,22 @@ class Recipe(Section):
         pinned = self.model_copy()
         pinned._revisions = revisions
         return pinned
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Targets that were left out because the model cannot have them, and why."""
+        return self._skipped
+
+    def without_targets(self, reasons: dict[str, str]) -> "Recipe":
+        """The same recipe without some targets.
+
+        :param reasons: target -> why it is left out.
+        """
+        kept = tuple(name for name in self.export.targets if name not in reasons)
+        export = self.export.model_copy(update={"targets": kept})
+        recipe = self.model_copy(update={"export": export})
+        recipe._skipped = dict(reasons)
+        return recipe
 
     @property
     def overrides(self) -> tuple[str, ...]:

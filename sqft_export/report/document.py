@@ -138,6 +138,7 @@ def report_of_run(recipe: Recipe, inputs: dict[str, Artifact]) -> dict[str, Any]
         "sparse_execution": _sparse_execution(inputs, benchmark["rows"]),
         "search": inputs["search"].metrics if "search" in inputs else None,
         "adapt": inputs["adapt"].metrics if "adapt" in inputs else None,
+        "skipped": [{"target": name, "reason": why} for name, why in recipe.skipped.items()],
         "warnings": [w for a in inputs.values() for w in a.metrics.get("warnings", [])],
         "machine": benchmark["machine"],
         "overrides": list(recipe.overrides),

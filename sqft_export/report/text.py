@@ -151,3 +151,9 @@ def markdown(table: list[list[str]], first: str | None) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in table]
     before = [first, ""] if first else []
     return "\n".join([*before, lines[0], "|" + " --- |" * len(table[0]), *lines[1:]]) + "\n"
+
+
+def skipped_lines(skipped: list[dict[str, str]]) -> str:
+    """A line for every target that the model cannot have, as Markdown; nothing without one."""
+    lines = [f"- {one['target']} is skipped: {one['reason']}" for one in skipped]
+    return "\n".join(["", *lines, ""]) if lines else ""

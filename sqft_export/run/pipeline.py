@@ -14,6 +14,7 @@ from sqft_export.errors import HostError, UserError
 from sqft_export.model.hub import download_model, model_folder, planned_download
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.disk import check_disk
+from sqft_export.plan.exporters import drop_unsupported
 from sqft_export.plan.layout import Layout
 from sqft_export.plan.memory import check_memory
 from sqft_export.plan.warnings import plan_warnings
@@ -208,15 +209,17 @@ def _join(
     wait_for_first(store.root, sealed.exists)
 
 
-def _checked(recipe: Recipe, root: Path) -> tuple[Path, Layout]:
-    """The base model's folder, fetched if need be, and its layout.
+def _checked(recipe: Recipe, root: Path) -> tuple[Recipe, Path, Layout]:
+    """The recipe without targets that the model cannot have, the base model's folder, fetched if
+    need be, and its layout.
 
     :raises UserError: if the recipe can't be run here.
     """
     folder = model_folder(recipe, download=False)
     if folder is None:
         folder = _fetched(recipe, root)
-    return folder, check_recipe(recipe, folder)
+    layout = check_recipe(recipe, folder)
+    return drop_unsupported(recipe, layout), folder, layout
 
 
 def _fetched(recipe: Recipe, root: Path) -> Path:
@@ -289,7 +292,7 @@ def run_recipe(recipe: Recipe, root: Path, last: tuple[str, ...] = ()) -> dict[s
     :raises UserError: before any work if the recipe can't be run here.
     """
     check_launcher()
-    folder, layout = _checked(recipe, root)
+    recipe, folder, layout = _checked(recipe, root)
     recipe, store = pin_revisions(recipe, online=True), Store(root)
     if process_rank():
         return _follow(recipe, folder, layout, store, last)

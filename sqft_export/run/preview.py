@@ -11,6 +11,7 @@ from sqft_export.numerics.codes import FLOAT16_BITS
 from sqft_export.plan.budget import settings_for_a_day
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.disk import disk_bytes, predict_bytes
+from sqft_export.plan.exporters import drop_unsupported
 from sqft_export.plan.layout import Layout, fallbacks
 from sqft_export.plan.memory import accelerator_bytes, predict_memory
 from sqft_export.plan.seconds import predict_seconds
@@ -31,7 +32,7 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
     :param runs: where artifacts are kept.
     :raises UserError: if the recipe can't be run here.
     """
-    folder, layout = _checked(recipe)
+    recipe, folder, layout = _checked(recipe)
     machine, workload = measure_speeds(layout, recipe.device), workload_of(recipe, folder)
     written, memory = predict_bytes(recipe, layout), predict_memory(recipe, layout, workload)
     seconds = predict_seconds(recipe, layout, machine, workload)
@@ -62,14 +63,17 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
     }
 
 
-def _checked(recipe: Recipe) -> tuple[Path | None, Layout]:
-    """The base model's folder, where it is on this machine, and its layout.
+def _checked(recipe: Recipe) -> tuple[Recipe, Path | None, Layout]:
+    """Return the recipe without unsupported targets, the base model's folder, and its layout.
+
+    The folder is None if the model is not on this machine.
 
     :raises UserError: if the recipe can't be run here.
     """
     check_launcher()
     folder = model_folder(recipe, download=False)
-    return folder, check_recipe(recipe, folder)
+    layout = check_recipe(recipe, folder)
+    return drop_unsupported(recipe, layout), folder, layout
 
 
 def _predicted(

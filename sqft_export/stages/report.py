@@ -7,7 +7,7 @@ from sqft_export.recipe.schema import Recipe
 from sqft_export.report import pictures
 from sqft_export.report.document import DETAILS, MAIN, by_lm_eval, cells, report_of_run
 from sqft_export.report.html import render
-from sqft_export.report.text import markdown
+from sqft_export.report.text import markdown, skipped_lines
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = (
@@ -34,7 +34,7 @@ DISTRIBUTED = False
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     """All: the report shows the recipe."""
-    return (*Recipe.model_fields, "overrides")
+    return (*Recipe.model_fields, "overrides", "skipped")
 
 
 def run(context: Context) -> dict:
@@ -42,7 +42,8 @@ def run(context: Context) -> dict:
     document = report_of_run(context.recipe, context.inputs)
     rows, measure = document["rows"], document["measure"]
     (context.folder / "report.json").write_text(json.dumps(document, indent=2) + "\n")
-    (context.folder / "report.md").write_text(markdown(cells(rows), document["verdict"]))
+    text = markdown(cells(rows), document["verdict"]) + skipped_lines(document["skipped"])
+    (context.folder / "report.md").write_text(text)
     drawn = [
         ("Accuracy along the passes", pictures.accuracy_along_passes(rows, measure)),
         ("Accuracy against file size", pictures.accuracy_against(rows, measure, "file_bytes")),

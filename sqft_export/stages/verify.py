@@ -21,11 +21,15 @@ from sqft_export.data.items import (
     load_tokenizer,
     sample_texts,
 )
+from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.plan.readers import differing_texts
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.device import device_name, device_of
 from sqft_export.stages import BASE_FIELDS, Context
 from sqft_export.targets.devices import why_not_exact, why_not_run
+from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.certify import certify
+from sqft_export.verify.storage import TOKEN_IDS
 from sqft_export.verify.subject import BEFORE, Asked, Subject
 
 CONSUMES: tuple[str, ...] = (
@@ -64,8 +68,18 @@ def _asked(context: Context) -> Asked:
         recipe.verify.new_tokens,
         recipe.verify.tolerance,
         recipe.verify.divergence,
-        recipe.verify.tokenizers == "required",
+        recipe.verify.tokenizers != "reported",
+        _reported_readers(recipe, context.model),
     )
+
+
+def _reported_readers(recipe: Recipe, model: Path) -> list[str]:
+    """Runtimes whose own tokenizer differs from the base's, whatever was trained."""
+    if recipe.verify.tokenizers != "auto":
+        return []
+    checkpoint = Checkpoint(model)
+    rows = checkpoint.shapes[f"{checkpoint.family.embedding}.weight"][0]
+    return list(differing_texts(recipe, model, rows))
 
 
 def _watched(context: Context, asked: Asked) -> Path:
@@ -84,6 +98,16 @@ def _unchecked(subject: Subject, name: str) -> Iterator[str]:
         yield f"{name} was not compared with torch in float32: {exact}"
     if default := why_not_run(name, subject.adapter is not None):
         yield f"{name} was not run as deployed: {default}"
+
+
+def _tokenizer_warnings(certificate: Certificate) -> Iterator[str]:
+    """Deployed tokenizers that differ, where the recipe lets them."""
+    for check in certificate.checks:
+        if check.name.startswith(TOKEN_IDS) and check.differing and check.passed:
+            yield (
+                f"{check}; texts that are tokenized by transformers are not affected; "
+                "verify.tokenizers=required makes this an error"
+            )
 
 
 def run(context: Context) -> dict:
@@ -117,5 +141,8 @@ def run(context: Context) -> dict:
     return {
         "checks": certificate.rows(),
         "device": device_name(device),
-        "warnings": [warning for name in exports for warning in _unchecked(subject, name)],
+        "warnings": [
+            *(warning for name in exports for warning in _unchecked(subject, name)),
+            *_tokenizer_warnings(certificate),
+        ],
     }

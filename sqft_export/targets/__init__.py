@@ -97,7 +97,8 @@ class Target(Runner, Protocol):
 
     def read_floats(self, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
         """Every float constant of the written file, one at a time, float32: a matrix by its module
-        ``[out, in]``, others, which graphs call otherwise, by an empty name."""
+        ``[out, in]``, others by the name of their tensor where the graph has one, else by an empty
+        name."""
 
     def metadata(self, folder: Path) -> dict[str, str]:
         """What the graph says of the model it was made from."""

@@ -31,6 +31,7 @@ from sqft_export.recipe.schema import Export
 from sqft_export.targets import Session, positions_of
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER, GRAPHS
+from sqft_export.targets.tokenizers import write_openvino_tokenizers
 
 if TYPE_CHECKING:
     from sqft_export.model.checkpoint import Checkpoint
@@ -70,7 +71,7 @@ def export(
     for file in traced.glob("*.json"):
         shutil.copyfile(file, folder / file.name)
     del graph
-    _write_tokenizers(merged, folder)
+    write_openvino_tokenizers(merged, folder)
     shutil.rmtree(traced)
 
 
@@ -104,23 +105,6 @@ def _place_weights(graph: ov.Model, checkpoint: "Checkpoint") -> None:
         elif len(constant.get_output_shape(0)) == 2:
             _place_floats(constant, name, checkpoint.tensor(f"{name}.weight"))
         release_memory()
-
-
-def _write_tokenizers(merged: Path, folder: Path) -> None:
-    """The tokenizer as transformers has it, and as two graphs."""
-    from openvino_tokenizers import convert_tokenizer
-    from transformers import AutoTokenizer
-
-    from sqft_export.model.chat import remove_template
-
-    tokenizer = AutoTokenizer.from_pretrained(merged, trust_remote_code=False)
-    if tokenizer.chat_template:
-        tokenizer.chat_template = None  # GenAI would apply it to every text
-    tokenizer.save_pretrained(folder)
-    remove_template(folder)
-    encoder, decoder = convert_tokenizer(tokenizer, with_detokenizer=True)
-    ov.save_model(encoder, folder / "openvino_tokenizer.xml")
-    ov.save_model(decoder, folder / "openvino_detokenizer.xml")
 
 
 def _lift_bound(model_type: str) -> None:
@@ -316,7 +300,7 @@ def _floats_of(constant: Any) -> np.ndarray:
 
 
 def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """A matrix ``[out, in]`` by its module; vectors and scalars by an empty name."""
+    """A matrix ``[out, in]`` by its module; vectors and scalars by what they are used for."""
     end = ".weight"
     for node in load_openvino(folder, execution=STOCK).get_ops():
         floats = (ov.Type.f32, ov.Type.f16, ov.Type.bf16)
@@ -326,7 +310,20 @@ def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
         if name.endswith(end) and values.ndim == 2:
             yield name.removeprefix("self.").removesuffix(end), values
         elif not name.endswith(".weight/scale"):
-            yield "", values
+            yield _vector_name(node), values
+
+
+def _vector_name(constant: Any) -> str:
+    """``<module>.weight`` of a factor and ``<module>.bias`` of a summand, by the operation that
+    takes it; an empty name where that is neither."""
+    parts = {"Multiply": "weight", "Add": "bias"}
+    for consumer in (port.get_node() for port in constant.output(0).get_target_inputs()):
+        if consumer.get_type_name() == "Convert":
+            return _vector_name(consumer)
+        module, _, operation = consumer.get_friendly_name().partition("/")
+        if consumer.get_type_name() in parts and operation.startswith("aten::"):
+            return f"{module.removeprefix('__module.')}.{parts[consumer.get_type_name()]}"
+    return ""
 
 
 def metadata(folder: Path) -> dict[str, str]:
@@ -398,6 +395,16 @@ class OpenVinoSession(Session):
         return logits.copy()
 
 
+def _require_state(graph: ov.Model, folder: Path) -> None:
+    """:raises UserError: if the graph keeps no cache, so that every token would stand alone."""
+    if all(node.get_type_name() != "ReadValue" for node in graph.get_ops()):
+        raise UserError(
+            f"{folder / MODEL}: has no ReadValue, so it keeps no key-value cache, which sessions "
+            "need; optimum-cli export openvino --task text-generation-with-past writes one that "
+            "does, without --disable-stateful"
+        )
+
+
 def open_session(
     folder: Path,
     exact: bool,
@@ -419,6 +426,7 @@ def open_session(
         settings["INFERENCE_NUM_THREADS"] = threads
     core, adapter = ov.Core(), folder / ADAPTER_FOLDER / ADAPTER_FILE
     graph = load_openvino(folder, core, execution)
+    _require_state(graph, folder)
     for node in graph.get_ops() if exact else ():
         if node.get_type_name() == OPERATOR:
             node.set_attribute("activations", "f32")

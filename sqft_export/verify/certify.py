@@ -12,6 +12,7 @@ from sqft_export.run.device import CPU
 from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.compute import check_compute
 from sqft_export.verify.fidelity import check_fidelity, reference_of
+from sqft_export.verify.lengths import check_lengths
 from sqft_export.verify.storage import check_storage
 from sqft_export.verify.subject import BEFORE, Asked, Subject
 
@@ -29,6 +30,7 @@ def certify(
     for name in subject.exports:
         check_storage(certificate, subject, name)
         check_compute(certificate, subject, name, reference)
+        check_lengths(certificate, subject, name, reference)
         advance()
     return certificate
 

@@ -38,16 +38,14 @@ def check_compute(
                 kernels.count(np.array([layer not in compressed]), layer)
         said: list[list[int]] = [[] for _ in asked.prompts]
         if why_not_exact(name, subject.merged.parameters) is None:
-            tolerance = asked.tolerance
-            if name == "gguf" and reads_a_table(subject.merged.config["model_type"]):
-                tolerance = max(tolerance, GELU_TABLE)
+            tolerance = logit_tolerance(subject, name)
             exact = target(name).open_session(folder, True, None)
             said = _check_exact(certificate, asked, label, exact, reference, tolerance)
             del exact
         if why_not_run(name, subject.adapter is not None):
             continue  # verify says so
         session = target(name).open_session(folder, False, None)
-        defaults[label] = _prompt_logits(session, asked.prompts)
+        defaults[label] = prompt_logits(session, asked.prompts)
         most = min(asked.divergence, GGUF_DIVERGENCE) if name == "gguf" else asked.divergence
         _check_default(certificate, asked, label, defaults[label], said, reference, most)
         if label == name:
@@ -59,13 +57,20 @@ def check_compute(
         title = f"logits: {name} dense and packed, as deployed"
         same = certificate.start("compute", title, "standard deviations")
         session = target(name).open_session(packed, False, None)
-        others = _prompt_logits(session, asked.prompts)
+        others = prompt_logits(session, asked.prompts)
         for number, (ours, theirs) in enumerate(zip(defaults[name], others, strict=True)):
             worst = np.abs(ours - theirs).max() / ours.std()
             same.worst(float(worst), ours.size, f"prompt {number}")
 
 
-def _prompt_logits(session: Session, prompts: list[list[int]]) -> list[np.ndarray]:
+def logit_tolerance(subject: Subject, name: str) -> float:
+    """The allowed difference of logits of a target in exact mode, in their standard deviations."""
+    if name == "gguf" and reads_a_table(subject.merged.config["model_type"]):
+        return max(subject.asked.tolerance, GELU_TABLE)
+    return subject.asked.tolerance
+
+
+def prompt_logits(session: Session, prompts: list[list[int]]) -> list[np.ndarray]:
     """``[length, vocabulary]`` of every prompt, its last token by a step from the cache."""
     found: list[np.ndarray] = [np.empty(0)] * len(prompts)
     lengths = [len(prompt) for prompt in prompts]
@@ -109,7 +114,7 @@ def _check_exact(
         prompts = asked.prompts[start : start + BATCH]
         answers = generate(session, prompts, asked.new_tokens, stop=[])
         ours = reference.logits([p + s for p, s in zip(prompts, answers, strict=True)])
-        theirs = _prompt_logits(session, prompts)
+        theirs = prompt_logits(session, prompts)
         for number, (prompt, answer, one, other) in enumerate(
             zip(prompts, answers, ours, theirs, strict=True), start
         ):

@@ -11,9 +11,11 @@ from sqft_export.packed.container import PackedFile
 from sqft_export.packed.folders import PACKED, packed_file
 from sqft_export.run.artifact import sha256_of
 from sqft_export.targets import target
-from sqft_export.targets.tokenizers import IdsOf, read_ids
+from sqft_export.targets.tokenizers import ids_or_none, read_ids
 from sqft_export.verify.certificate import Certificate, Check, side_by_side
 from sqft_export.verify.subject import Subject
+
+TOKEN_IDS = "token ids: base and"
 
 
 def check_storage(certificate: Certificate, subject: Subject, name: str) -> None:
@@ -56,7 +58,8 @@ def _check_codes(
 def _check_floats(
     certificate: Certificate, subject: Subject, name: str, label: str, folder: Path
 ) -> None:
-    """Matrices by name, vectors (norms, biases) by what they hold: graphs call those otherwise."""
+    """Matrices and vectors (norms, biases) by name; a vector that the graph has no name for, as one
+    of several that were joined, by what it holds."""
     merged, quantized = subject.merged, set(subject.quantized)
     check = certificate.start("storage", f"float weights: merged and {label}", "numbers")
     zeros = None
@@ -64,13 +67,14 @@ def _check_floats(
         zeros = certificate.start("storage", f"pruned floats zero in {label}", "positions")
     shapes = merged.shapes
     missing = {key for key in shapes if key.removesuffix(".weight") not in quantized}
-    vectors: list[bytes] = []
+    vectors: list[tuple[str | None, bytes]] = []
 
     def count(found: tuple[str, np.ndarray], check: Check, zeros: Check | None) -> None:
         module, array = found
         key = f"{merged.stored_name(module)}.weight"
         if not module or key not in shapes or len(shapes[key]) != 2:
-            vectors.append(np.ascontiguousarray(array, np.float32).tobytes())
+            held = np.ascontiguousarray(array, np.float32).tobytes()
+            vectors.append((_vector_key(module, shapes), held))
             return
         expected = merged.tensor(key).float().numpy()
         same = expected.shape == array.shape
@@ -80,12 +84,20 @@ def _check_floats(
             zeros.count_zeros(subject.dropped(module, array.shape), array != 0, module)
 
     side_by_side(count, target(name).read_floats(folder), check, zeros)
-    everything = b"".join(vectors)
+    everything = b"".join(held for _, held in vectors)
     for key in sorted(missing):
         expected = merged.tensor(key).float().numpy()
+        named = [held for name, held in vectors if name == key]
         forms = _forms(subject, expected) if expected.ndim == 1 else []
-        there = _is_neutral(expected) or any(form.tobytes() in everything for form in forms)
-        check.count(np.full(expected.shape, not there), key)
+        there = any(f.tobytes() in (named or everything) for f in forms)
+        check.count(np.full(expected.shape, not (there or _is_neutral(expected))), key)
+
+
+def _vector_key(name: str, shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """The vector of the model that a graph's name ends with; None where it ends with none."""
+    parts = name.split(".")
+    ends = (".".join(parts[start:]) for start in range(len(parts)))
+    return next((end for end in ends if len(shapes.get(end, ())) == 1), None)
 
 
 def _forms(subject: Subject, vector: np.ndarray) -> list[np.ndarray]:
@@ -108,19 +120,12 @@ def _is_neutral(values: np.ndarray) -> bool:
 def _check_tokenizers(certificate: Certificate, subject: Subject, name: str, folder: Path) -> None:
     """Ids of the deployed tokenizers and those the model was trained with."""
     for reader, ids_of in read_ids(name, folder):
-        check = certificate.start("storage", f"token ids: base and {reader}", "texts")
+        check = certificate.start("storage", f"{TOKEN_IDS} {reader}", "texts")
         for text, ids in subject.asked.texts:
-            check.count(np.array([_ids(ids_of, text) != ids]), repr(text[:40]))
-        if not subject.asked.tokenizers_required:
+            check.count(np.array([ids_or_none(ids_of, text) != ids]), repr(text[:40]))
+        asked = subject.asked
+        if not asked.tokenizers_required or reader in asked.readers_reported:
             check.allowed = check.compared
-
-
-def _ids(ids_of: IdsOf, text: str) -> list[int] | None:
-    """None where the tokenizer fails on a text: it gives other ids, then."""
-    try:
-        return ids_of(text)
-    except RuntimeError:
-        return None
 
 
 def _check_packed(certificate: Certificate, subject: Subject, name: str) -> None:

@@ -31,6 +31,7 @@ class Asked:
     new_tokens: greedy ones after each prompt.
     tolerance: of logits, in standard deviations; divergence: of default modes, in nats a token.
     tokenizers_required: those of the runtimes must give the same ids.
+    readers_reported: runtimes whose tokenizers may differ all the same.
     """
 
     prompts: list[list[int]]
@@ -39,6 +40,7 @@ class Asked:
     tolerance: float
     divergence: float
     tokenizers_required: bool
+    readers_reported: list[str] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
         (folder / SUBJECT).write_text(json.dumps(asdict(self)) + "\n")

@@ -20,6 +20,7 @@ class Family:
     tied: whether embedding and head are one where ``config.json`` does not say.
     builder: what ONNX Runtime GenAI's model builder calls its class, None where it has none.
     builder_ropes: scalings of rotary positions that the class computes as the model does.
+    rope_builders: scaling of rotary positions -> the builder's class for it, where it is another.
     norm_offset: what the class adds to a norm's weight; graphs hold the sum.
     query_scaled: whether the class scales queries by head_size ** -0.5; graphs hold scaled biases.
     learned_positions: whether every position has its own row, and there is none after the last.
@@ -36,6 +37,7 @@ class Family:
     tied: bool = False
     builder: str | None = None
     builder_ropes: tuple[str, ...] = ("default",)
+    rope_builders: dict[str, str] = field(default_factory=dict)
     norm_offset: float = 0.0
     query_scaled: bool = False
     learned_positions: bool = False
@@ -53,15 +55,32 @@ def _load() -> dict[str, Family]:
 FAMILIES = _load()
 
 
+def rope_type(config: dict[str, Any]) -> str:
+    """The scaling of rotary positions; that of full attention, where layers differ.
+
+    :param config: of transformers' class, with what ``config.json`` leaves to it.
+    """
+    rope = config.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
+    return str(rope.get("rope_type") or "default")
+
+
 def builder_lacks(family: Family, config: dict[str, Any]) -> str | None:
-    """Why ONNX Runtime GenAI's builder is not used for a model; None where it is."""
+    """Why ONNX Runtime GenAI's builder is not used for a model; None where it is.
+
+    :param config: of transformers' class, with what ``config.json`` leaves to it.
+    """
     if family.builder is None:
         return f"is not used for {', '.join(family.model_types)}"
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope = scaling.get("rope_type") or scaling.get("type") or "default"
-    if rope not in family.builder_ropes:
-        return f"does not compute rope_scaling {rope} as the model does"
+    if (rope := rope_type(config)) not in family.builder_ropes:
+        return f"does not compute rope_type {rope} as the model does"
     return None
+
+
+def builder_class(family: Family, config: dict[str, Any]) -> str:
+    """The class of ONNX Runtime GenAI's builder for a model that it has one for."""
+    assert family.builder
+    return family.rope_builders.get(rope_type(config), family.builder)
 
 
 def adapted(

@@ -27,6 +27,7 @@ FAMILIES = (
         groups=(("qkv_proj",),),
         builder="Phi3MiniModel",
         builder_ropes=("default", "longrope"),
+        rope_builders={"longrope": "Phi3MiniLongRoPEModel"},
         joined={"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")},
     ),
 )

@@ -24,6 +24,7 @@ from sqft_export.targets.folder import ADAPTER_FOLDER, GRAPHS
 from sqft_export.targets.gguf.architectures import (
     Names,
     architecture_lacks,
+    context_of_file,
     factors_of,
     naming_of,
     write_keys,
@@ -31,6 +32,7 @@ from sqft_export.targets.gguf.architectures import (
 from sqft_export.targets.gguf.blocks import BLOCK_TYPES, block_type, from_blocks, to_blocks
 from sqft_export.targets.gguf.session import ADAPTER_FILE, open_session
 from sqft_export.targets.gguf.tokenizer import NotExpressible, write_tokenizer
+from sqft_export.textfiles import read_json
 
 if TYPE_CHECKING:
     from sqft_export.model.checkpoint import Checkpoint
@@ -111,6 +113,16 @@ def export(
         for file in merged.glob(pattern):
             shutil.copyfile(file, folder / file.name)
     remove_template(folder)
+    _cap_context(folder, config)
+
+
+def _cap_context(folder: Path, config: dict[str, Any]) -> None:
+    """Write the context of the file into the config in the same folder, where it is shorter."""
+    from sqft_export.model.companions import write_config
+
+    stored, context = read_json(folder / "config.json"), context_of_file(config)
+    if stored.get("max_position_embeddings", context) > context:
+        write_config(folder, stored | {"max_position_embeddings": context})
 
 
 def _write_tensors(writer: Any, tensors: list[_Tensor]) -> None:
@@ -175,24 +187,21 @@ def _float_tensor(checkpoint: "Checkpoint", names: Names, key: str) -> _Tensor:
     shape = checkpoint.shapes[key]
     offset = checkpoint.family.norm_offset if "norm" in module else 0.0
     narrow = len(shape) > 1 and checkpoint.headers[key].dtype in ("BF16",)
+    halves = len(shape) > 1 and checkpoint.headers[key].dtype == "F16"
+    dtype = np.float16 if halves else np.float32  # of float64, which is rounded
 
     def make() -> np.ndarray:
         tensor = checkpoint.tensor(key)
         if narrow:
             return names.there(module, tensor.view(torch.int16).numpy()).view(np.uint8)
         if len(shape) > 1:
-            return names.there(module, tensor.numpy())
+            return names.there(module, tensor.numpy().astype(dtype, copy=False))
         return names.there(module, tensor.float().numpy()) + np.float32(offset)
 
     name = f"{names.tensor_of(module)}.{part}"
     if narrow:
         return _Tensor(name, (shape[0], 2 * shape[1]), np.uint8, "BF16", make)
-    dtype = np.float32 if len(shape) == 1 else _dtype(checkpoint.headers[key].dtype)
     return _Tensor(name, shape, dtype, None, make)
-
-
-def _dtype(name: str) -> Any:
-    return {"F16": np.float16, "F32": np.float32}[name]
 
 
 def add_adapter(folder: Path, adapter: Path) -> None:
@@ -265,10 +274,10 @@ def _longest_groups(found: Quantized) -> Quantized:
 
 
 def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """A matrix ``[out, in]`` by its module; vectors by an empty name, rows in our order."""
+    """A matrix ``[out, in]`` by its module; vectors by their tensor, rows in our order."""
     reader, names = _read(folder)
     for tensor in reader.tensors:
-        stem, _, _ = tensor.name.rpartition(".")
+        stem, _, part = tensor.name.rpartition(".")
         module = names.module_of(stem)
         if tensor.tensor_type.name in BLOCK_TYPES:
             continue
@@ -277,7 +286,7 @@ def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
             yield "", values
             continue
         values = names.back(module, values)
-        yield module if values.ndim == 2 else "", values
+        yield module if values.ndim == 2 else f"{module}.{part}", values
 
 
 def _floats(tensor: Any) -> np.ndarray:

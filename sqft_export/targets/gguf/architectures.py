@@ -129,6 +129,8 @@ ARCHITECTURES = {
 }
 
 
+# Model types that llama.cpp itself does not compute.
+WITHOUT_ARCHITECTURE = ("opt",)
 # What no family has otherwise there; Gemma 2 caps its logits.
 _ONLY = {"use_sliding_window": False, "apply_residual_connection_post_layernorm": False}
 
@@ -146,8 +148,11 @@ def architecture_lacks(config: dict[str, Any]) -> str | None:
     """
     model_type = config["model_type"]
     known = ARCHITECTURES.get(model_type)
+    if known is None and model_type in WITHOUT_ARCHITECTURE:
+        return f"llama.cpp has no architecture for {model_type}"
     if known is None:
-        return f"llama.cpp has no architecture for {model_type}; it has {', '.join(ARCHITECTURES)}"
+        written = ", ".join(ARCHITECTURES)
+        return f"this package can't write {model_type} as GGUF yet; it writes {written}"
     activation = config.get("hidden_act") or config.get("hidden_activation")
     if known.activations and activation and activation not in known.activations:
         return f"llama.cpp computes {known.activations[0]} for {model_type}, not {activation}"
@@ -284,7 +289,7 @@ def write_keys(writer: Any, config: dict[str, Any]) -> None:
     heads = naming_of(config).heads
     width, count = config["hidden_size"], heads["num_attention_heads"]
     blocks = config.get("num_hidden_layers") or config["n_layer"]
-    writer.add_context_length(_context(config))
+    writer.add_context_length(context_of_file(config))
     writer.add_embedding_length(width)
     writer.add_block_count(blocks)
     inside = None if model_type == "bloom" else config.get("intermediate_size")
@@ -308,7 +313,7 @@ def write_keys(writer: Any, config: dict[str, Any]) -> None:
         _write_gemma(writer, config)
 
 
-def _context(config: dict[str, Any]) -> int:
+def context_of_file(config: dict[str, Any]) -> int:
     """Tokens that llama.cpp attends over as the model does: it has no sliding window for all."""
     length = config.get("max_position_embeddings") or config.get("seq_length") or 2048
     window = None if config["model_type"].startswith("gemma") else config.get("sliding_window")

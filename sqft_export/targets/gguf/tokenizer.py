@@ -52,7 +52,9 @@ class NotExpressible(Exception):
 
 
 def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
-    """:param rows: of the embedding; those without a token are said to be unused.
+    """Read a tokenizer as llama.cpp has it, without tokens that the embedding has no row for.
+
+    :param rows: of the embedding; those without a token are said to be unused.
     :raises NotExpressible: saying what llama.cpp lacks.
     """
     file = folder / "tokenizer.json"
@@ -65,11 +67,12 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     if model["type"] != "BPE":
         raise NotExpressible(f"its model is {model['type']}; of merges alone (BPE) is known how")
     tokens = {**model["vocab"], **{t["content"]: t["id"] for t in document["added_tokens"]}}
-    by_id = {number: token for token, number in tokens.items()}
-    if max(by_id) >= rows:
-        raise NotExpressible(f"it has token {max(by_id)}; the embedding has {rows} rows")
+    by_id = {number: token for token, number in tokens.items() if number < rows}
+    document["added_tokens"] = [t for t in document["added_tokens"] if t["id"] < rows]
     pieces = bool(model.get("byte_fallback"))
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    beyond = {token for token, number in tokens.items() if number >= rows}
+    merges = [m for m in merges if not beyond or m.replace(" ", "") not in beyond]
     types = _types(document, by_id, rows, pieces)
     names = [by_id.get(number, f"[PAD{number}]") for number in range(rows)]
     if pieces:
@@ -229,7 +232,7 @@ def write_tokenizer(writer: Any, folder: Path, rows: int) -> None:
         "pad": tokenizer.pad_token_id,
     }
     for name, number in special.items():
-        if number is not None:
+        if number is not None and number < rows:
             getattr(writer, f"add_{name}_token_id")(number)
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(bool(ids) and ids[0] == special["bos"])

@@ -43,14 +43,18 @@ def export(
     """Write the deployment folder of a merged model: graph, external data, GenAI config."""
     import onnx
 
+    from sqft_export.model.architecture import transformers_config
     from sqft_export.model.chat import remove_template
+    from sqft_export.model.contexts import deployed_config
     from sqft_export.model.families import builder_lacks
     from sqft_export.model.storage import model_facts
     from sqft_export.targets.onnx import fused, standard
     from sqft_export.targets.onnx.weights import ExternalData, Weights
 
     weights = Weights(merged)
-    built = builder_lacks(weights.checkpoint.family, weights.checkpoint.config) is None
+    checkpoint = weights.checkpoint
+    config = deployed_config(transformers_config(checkpoint.config, checkpoint.where).to_dict())
+    built = builder_lacks(checkpoint.family, config) is None
     is_fused = built if options.onnx_graph == "auto" else options.onnx_graph == "fused"
     graph: Any = fused if is_fused else standard
     with ExternalData(folder / DATA) as data:
@@ -97,7 +101,7 @@ def read_back(folder: Path) -> Iterator[tuple[str, Quantized]]:
 
 
 def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """A matrix ``[out, in]`` by its module; vectors and scalars by an empty name."""
+    """A matrix ``[out, in]`` by its module; vectors and scalars by their initializer."""
     import onnx
 
     from sqft_export.targets.onnx.weights import read_float_weights

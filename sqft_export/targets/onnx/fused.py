@@ -17,8 +17,10 @@ import onnx
 import onnx_ir as ir
 from onnx import helper, numpy_helper
 
+from sqft_export.model.architecture import transformers_config
 from sqft_export.model.companions import copy_companions, float_config, write_config
-from sqft_export.model.families import Family
+from sqft_export.model.contexts import deployed_config, partial_rotary, window_layers
+from sqft_export.model.families import Family, builder_class
 from sqft_export.model.skeleton import skeleton
 from sqft_export.targets.folder import GENAI_CONFIG
 from sqft_export.targets.onnx.weights import (
@@ -32,10 +34,11 @@ from sqft_export.targets.onnx.weights import (
     set_nodes,
 )
 
-# GroupQueryAttention on CPU rotates only heads whose size is a multiple of this.
+# GroupQueryAttention on CPU rotates only a multiple of so many columns of a head.
 FUSED_ROTARY_STEP = 16
 EMBEDDING_NODE = "/model/embed_tokens/Gather"
 JOINED = ("q_proj", "k_proj", "v_proj")
+SIZED_CACHE = "sliding_window_cache"  # attribute of GroupQueryAttention
 
 
 def build(weights: Weights, folder: Path, data: ExternalData) -> onnx.ModelProto:
@@ -43,24 +46,32 @@ def build(weights: Weights, folder: Path, data: ExternalData) -> onnx.ModelProto
     checkpoint = weights.checkpoint
     configs, built = folder / "configs", folder / "built"
     copy_companions(checkpoint.folder, configs)
-    write_config(configs, float_config(checkpoint.config, "float32"))
+    config = deployed_config(transformers_config(checkpoint.config, checkpoint.where).to_dict())
+    write_config(configs, float_config(config, "float32"))
     built.mkdir()
-    model = _without_weights(weights, configs, built)
+    model = _without_weights(weights, configs, built, builder_class(checkpoint.family, config))
     _place_products(model.graph, weights, data)
     _place_embedding(model.graph, weights, data)
-    _window(model.graph, checkpoint.config)
-    decoder = json.loads((built / GENAI_CONFIG).read_text())
-    if decoder["model"]["decoder"]["head_size"] % FUSED_ROTARY_STEP:
-        _rotary_outside(model, decoder["model"]["decoder"])
-        (built / GENAI_CONFIG).write_text(json.dumps(decoder, indent=4) + "\n")
-    for file in built.iterdir():
-        shutil.copyfile(file, folder / file.name)
+    document = json.loads((built / GENAI_CONFIG).read_text())
+    decoder = document["model"]["decoder"]
+    was_sized = _window(model.graph, window_layers(config))
+    if was_sized:
+        decoder.pop("sliding_window", None)
+    rotary = int(decoder["head_size"] * partial_rotary(config))
+    rotates_outside = rotary % FUSED_ROTARY_STEP != 0
+    if rotates_outside:
+        _rotary_outside(model, decoder, rotary)
+    if was_sized or rotates_outside:
+        (built / GENAI_CONFIG).write_text(json.dumps(document, indent=4) + "\n")
+    shutil.copytree(built, folder, dirs_exist_ok=True)  # several chat templates are in a folder
     for transient in (configs, built, folder / "cache"):
         shutil.rmtree(transient, ignore_errors=True)
     return model
 
 
-def _without_weights(weights: Weights, configs: Path, built: Path) -> onnx.ModelProto:
+def _without_weights(
+    weights: Weights, configs: Path, built: Path, class_name: str
+) -> onnx.ModelProto:
     """The builder's graph of an empty model; initializers of matrices are left out of it."""
     from onnxruntime_genai.models import builder
 
@@ -70,11 +81,13 @@ def _without_weights(weights: Weights, configs: Path, built: Path) -> onnx.Model
     details = options.pop("hf_details")
     empty = skeleton(weights.checkpoint)
 
-    class Graph(getattr(builder, weights.checkpoint.family.builder)):  # type: ignore[misc]
+    class Graph(getattr(builder, class_name)):  # type: ignore[misc]
         def load_weights(self, input_path):
             return empty
 
     config, extra = details["hf_config"], details["extra_kwargs"]
+    if rope := getattr(config, "rope_parameters", None):
+        rope["type"] = rope["rope_type"]  # where the class of longrope looks
     graph = Graph(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", arguments[-1], options)
     graph.make_model(str(configs))
     graph.make_genai_config(config, extra, str(built))
@@ -164,24 +177,37 @@ def _place_embedding(graph: Any, weights: Weights, data: ExternalData) -> None:
         node.input[0] = data.add(graph, name, weights.floats([Rows(family.embedding)]))
 
 
-def _window(graph: Any, config: dict[str, Any]) -> None:
-    """Sliding-window attention, which the builder leaves out of Mistral and Qwen2."""
-    window = config.get("sliding_window")
-    if not window or config.get("use_sliding_window") is False:
-        return
-    kinds = config.get("layer_types") or ["sliding_attention"] * config["num_hidden_layers"]
+def _window(graph: Any, windows: list[int]) -> bool:
+    """Set the sliding window of every attention, which the builder leaves out of Mistral.
+
+    The builder marks windowed layers of Qwen for a cache of the window's size. That cache exists in
+    ONNX Runtime GenAI alone, so it is turned off.
+
+    :param windows: of every layer; 0 for full attention.
+    :return: whether such a cache was turned off.
+    """
     attention = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
-    for node, kind in zip(attention, kinds, strict=True):
-        for attribute in node.attribute:
-            if attribute.name == "local_window_size" and kind == "sliding_attention":
-                attribute.i = window
+    was_sized = False
+    for node, window in zip(attention, windows, strict=True):
+        attributes = [a for a in node.attribute if a.name != SIZED_CACHE]
+        was_sized = was_sized or len(attributes) < len(node.attribute)
+        for attribute in attributes:
+            if attribute.name == "local_window_size":
+                attribute.i = window or -1
+        kept = [onnx.AttributeProto.FromString(a.SerializeToString()) for a in attributes]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    return was_sized
 
 
-def _rotary_outside(model: Any, decoder: dict[str, Any]) -> None:
+def _rotary_outside(model: Any, decoder: dict[str, Any], rotary: int) -> None:
     """Rotate queries and keys before each GroupQueryAttention instead of in it.
 
     Adds ``position_ids`` to the graph's inputs and to the GenAI config.
+
+    :param rotary: columns of a head that are rotated.
     """
+    partial = {} if rotary == decoder["head_size"] else {"rotary_embedding_dim": rotary}
     graph, sizes = model.graph, head_rows(decoder)
     heads = decoder["num_attention_heads"], decoder["num_key_value_heads"]
     ids = next(i for i in graph.input if i.name == "input_ids")
@@ -204,6 +230,7 @@ def _rotary_outside(model: Any, decoder: dict[str, Any]) -> None:
                         [f"{part}/rotated"],
                         domain="com.microsoft",
                         num_heads=count,
+                        **partial,
                     )
                 )
             inputs = [f"{q}/rotated", f"{k}/rotated", v, *node.input[3:7]]

@@ -22,6 +22,7 @@ FUSED = b"GroupQueryAttention"
 CPU_PROVIDER = "CPUExecutionProvider"
 HEADS = ("MatMulNBits", "MatMul", "Gemm")
 WANTED = "wanted_logits"
+CACHE_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 ROOM = 64  # tokens that a cache is given room for at first; then twice as many, and so on
 EXACT_ACCURACY = 1  # float32 activations; as deployed they are int8
 
@@ -125,6 +126,7 @@ class OnnxSession(Session):
         if adapter is not None:
             self.options.add_active_adapter(adapter)
         inputs = [i.name for i in self.session.get_inputs()]
+        self.cache_dtype = cache_dtype(self.session)
         self.wants_positions = "position_ids" in inputs
         self.caches = [name for name in inputs if name.startswith("past_")]
         self.presents = [re.sub("^past_key_values", "present", name) for name in self.caches]
@@ -144,7 +146,7 @@ class OnnxSession(Session):
     def _room_for(self, batch: int, tokens: int) -> np.ndarray:
         """Zeros for the keys or the values of a layer: ``[batch, heads, tokens, head_size]``."""
         heads, size = self.decoder["num_key_value_heads"], self.decoder["head_size"]
-        return np.zeros((batch, heads, tokens, size), np.float32)
+        return np.zeros((batch, heads, tokens, size), self.cache_dtype)
 
     def select(self, rows: np.ndarray) -> None:
         self.rows = rows if self.rows is None else self.rows[rows]
@@ -223,7 +225,7 @@ class OnnxSession(Session):
         logits, *self.past = self.session.run_with_ort_values(
             ["logits", *self.presents], feeds, self.options
         )
-        return logits.numpy()
+        return logits.numpy().astype(np.float32, copy=False)
 
     def _make_ready(self, cached: int, tokens: int) -> None:
         """Of the cache the rows that go on, with room for so many tokens where it is written to."""
@@ -250,7 +252,28 @@ class OnnxSession(Session):
             binding.bind_ortvalue_input(name, cache)
             binding.bind_ortvalue_output(present, cache)
         self.session.run_with_iobinding(binding, self.options)
-        return binding.get_outputs()[0].numpy()
+        return binding.get_outputs()[0].numpy().astype(np.float32, copy=False)
+
+
+def cache_dtype(session: Any) -> Any:
+    """The dtype of a graph's key-value cache.
+
+    :raises UserError: naming the input, if numpy has no such type or there is no cache.
+    """
+    caches = [i for i in session.get_inputs() if i.name.startswith("past_")]
+    if not caches:
+        raise UserError("the graph has no past_key_values inputs; sessions need a key-value cache")
+    if caches[0].type not in CACHE_DTYPES:
+        raise UserError(
+            f"{caches[0].name} is {caches[0].type}; allowed are {', '.join(CACHE_DTYPES)}"
+        )
+    return CACHE_DTYPES[caches[0].type]
+
+
+def has_half_cache(session: Any) -> bool:
+    """Whether the key-value cache of a graph is float16."""
+    inputs = session.get_inputs()
+    return any(i.name.startswith("past_") and i.type == "tensor(float16)" for i in inputs)
 
 
 def open_session(
@@ -271,6 +294,10 @@ def open_session(
             options.intra_op_num_threads = threads
         edit = partial(_edited, exact) if wanted_logits else None
         session = load_onnx(folder, options, [provider], edit)
+        if provider == CPU_PROVIDER and has_half_cache(session):
+            # GenAI's builder names sizes wrongly there: a reused buffer would be too small.
+            options.enable_mem_reuse = False
+            session = load_onnx(folder, options, [provider], edit)
         if session.get_providers()[0] != provider:  # the runtime goes on without, and logs it alone
             raise UserError(f"{folder}: {provider} could not be started; see ONNX Runtime's log")
         return session

@@ -291,7 +291,7 @@ def _reader(model: Any, folder: Path) -> Callable[[str], np.ndarray]:
 
 
 def read_float_weights(model: Any, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """By module, a matrix ``[out, in]``; other float initializers by an empty name."""
+    """By module, a matrix ``[out, in]``; other float initializers by their name."""
     array = _reader(model, folder)
     matrices = set()
     for node in model.graph.node:
@@ -310,7 +310,7 @@ def read_float_weights(model: Any, folder: Path) -> Iterator[tuple[str, np.ndarr
         if tensor.data_type != onnx.TensorProto.FLOAT or name in matrices or scale:
             continue
         matrix = name.endswith(end) and len(tensor.dims) == 2
-        yield name.removesuffix(end) if matrix else "", array(name)
+        yield name.removesuffix(end) if matrix else name, array(name)
 
 
 def _split_rows(node: Any, joined: Quantized, model: Any) -> Iterator[tuple[Rows, Quantized]]:

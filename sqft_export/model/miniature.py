@@ -1,0 +1,84 @@
+"""A random model of a config's structure, small enough to be exported and run in seconds.
+
+Everything that decides how a graph is made stays: model type, kinds of layers, windows, rotary
+scalings, head size, biases, norms. Widths, the vocabulary and the number of layers shrink.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sqft_export.model.architecture import empty_model
+from sqft_export.model.companions import COMPANIONS
+
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+_HEADS = ("num_attention_heads", "n_head")
+_WIDTHS = ("hidden_size", "n_embd", "word_embed_proj_dim")
+_GROUPS = ("num_key_value_heads", "num_kv_heads")
+_INNER = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "block_ff_dim")
+_SPREAD = 0.2  # standard deviation of weights: logits differ where a graph does
+TOKENIZER = Path(__file__).parent.parent / "builtin" / "tiny"  # of the embedded model
+_VOCABULARY = 416  # tokens of the embedded tokenizer
+_TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+
+
+def shrink_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a model with the same structure and small widths.
+
+    One layer of every kind is kept, and at least two.
+
+    :param config: of transformers' class, as a dict.
+    """
+    small = dict(config)
+    layers = next(config[name] for name in _LAYERS if name in config)
+    lists = {k: v for k, v in config.items() if "layer" in k and isinstance(v, list)}
+    lists = {name: values for name, values in lists.items() if len(values) == layers}
+    kept = _one_of_every_kind(list(zip(*lists.values(), strict=True)) or [()] * layers)
+    small |= {name: [values[i] for i in kept] for name, values in lists.items()}
+    small |= {name: len(kept) for name in _LAYERS if name in config}
+    name = next(name for name in _HEADS if name in config)
+    heads = config[name]
+    groups = {key: config[key] for key in _GROUPS if config.get(key)}
+    few = 4 if any(1 < count < heads for count in groups.values()) else 2
+    widths = {key: config[key] // heads * few for key in _WIDTHS if config.get(key)}
+    small |= widths | {key: few for key in _HEADS if key in config}
+    small |= {key: few if n == heads else min(2, n) for key, n in groups.items()}
+    small |= {key: 2 * max(widths.values()) for key in _INNER if config.get(key)}
+    small |= {key: value for key, value in _TOKENS.items() if key in config}
+    return small | {"vocab_size": _VOCABULARY, "dtype": "float32"}
+
+
+def _one_of_every_kind(kinds: list[tuple[Any, ...]]) -> list[int]:
+    """Indices of the first layer of every kind, in order; of two layers at least."""
+    first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
+    found = sorted(first.values())
+    return found if len(found) > 1 or len(kinds) == 1 else [0, 1]
+
+
+def write_miniature(config: Any, folder: Path) -> None:
+    """Write a random model of a shrunk config as a Hugging Face folder.
+
+    Its tokenizer is the embedded model's.
+
+    :param config: transformers' config of the whole model.
+    :raises Exception: whatever transformers raises where the small sizes do not fit each other.
+    """
+    import torch
+    from torch import nn
+
+    made = type(config).from_dict(shrink_config(config.to_dict()))
+    made.architectures = config.architectures
+    model = empty_model(made)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in list(model.named_parameters()):
+        parent, _, child = name.rpartition(".")
+        value = _SPREAD * torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 1 and child == "weight":
+            value = 1 + value / 2
+        model.get_submodule(parent)._parameters[child] = nn.Parameter(value, requires_grad=False)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    for pattern in COMPANIONS:
+        for file in TOKENIZER.glob(pattern):
+            if file.name.startswith(("tokenizer", "special_tokens")):
+                shutil.copyfile(file, folder / file.name)

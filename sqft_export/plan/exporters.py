@@ -1,0 +1,235 @@
+"""Whether every target can have the model: asked of its exporter before any work.
+
+A listed family is tested with every target, so that its config decides. A model of another type is
+rehearsed: a random miniature of its config is exported, run, and compared with torch.
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+import io
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sqft_export.errors import one_line
+from sqft_export.model.architecture import transformers_config
+from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.contexts import context_length, deployed_config
+from sqft_export.model.families import FAMILIES, builder_lacks, rope_type
+from sqft_export.model.miniature import write_miniature
+from sqft_export.plan.layout import Layout
+from sqft_export.plan.readers import conversion_failure
+from sqft_export.recipe.schema import Export, Recipe
+from sqft_export.run.host import installed
+from sqft_export.targets import target
+from sqft_export.targets.gguf.architectures import architecture_lacks
+from sqft_export.targets.gguf.tokenizer import NotExpressible, read_vocabulary
+from sqft_export.verify.lengths import LONGEST_VERIFIED, unverified_lengths
+
+PACKAGES = {
+    "openvino": ("openvino", "openvino_tokenizers", "optimum.intel"),
+    "onnx": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir"),
+    "gguf": ("gguf",),
+}
+TASK = "text-generation-with-past"
+_REHEARSED_TOKENS = 24
+_ALIKE = 1e-2  # of logits, in their standard deviations: rounding is far below, another graph above
+_COLORS = re.compile(r"\x1b?\[\d+m")
+
+
+def target_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    """Targets that the model cannot have, where these are not skipped."""
+    for name, reason in unsupported_targets(recipe, layout).items():
+        others = ", ".join(other for other in recipe.export.targets if other != name)
+        way_out = f"export.targets=[{others}]" if others else "another target"
+        yield f"export.targets: found {name}, but {reason}; use {way_out}, or leave {name} out"
+
+
+def drop_unsupported(recipe: Recipe, layout: Layout) -> Recipe:
+    """The recipe without targets that the model cannot have, if another one works.
+
+    With ``export.on_unsupported: error``, or where no target works, nothing is dropped;
+    :func:`target_faults` then refuses the recipe.
+    """
+    reasons = unsupported_targets(recipe, layout)
+    works = len(reasons) < len(recipe.export.targets)
+    if not reasons or not works or recipe.export.on_unsupported == "error":
+        return recipe
+    return recipe.without_targets(reasons)
+
+
+def find_skipped_targets(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    """Targets that were dropped, with the reason."""
+    for name, reason in recipe.skipped.items():
+        yield (
+            f"export.targets: {name} is skipped: {reason}; export.on_unsupported=error refuses the "
+            "recipe instead"
+        )
+
+
+def find_caps(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    """Where a deployment computes less than the model, or stores another dtype."""
+    if recipe.export.targets and installed("transformers"):
+        config = transformers_config(layout.config, "config.json").to_dict()
+        if rope_type(config) == "dynamic":
+            yield (
+                "model: rope_type dynamic: deployments compute as the model up to "
+                f"{context_length(config)} tokens (max_position_embeddings), which is their context"
+            )
+        for length in unverified_lengths(config):
+            yield (
+                f"verify: texts of more than {length.tokens} tokens ({length.what}) are not "
+                f"compared with torch; the longest text has {LONGEST_VERIFIED}"
+            )
+    if "gguf" in recipe.export.targets and layout.width == 8:
+        yield "model: weights are float64; GGUF stores those that are not quantized as float32"
+
+
+def unsupported_targets(recipe: Recipe, layout: Layout) -> dict[str, str]:
+    """Target -> why the model cannot have it. A target whose packages are missing is left out."""
+    wanted = [name for name in recipe.export.targets if _is_installed(name)]
+    if not wanted or not installed("transformers"):
+        return {}
+    config = transformers_config(layout.config, "config.json").to_dict()
+    found = {name: _REASONS[name](recipe, layout, config) for name in wanted}
+    found = {name: reason or conversion_failure(name, layout) for name, reason in found.items()}
+    return {name: reason for name, reason in found.items() if reason}
+
+
+def _is_installed(name: str) -> bool:
+    return all(installed(package) for package in PACKAGES[name])
+
+
+def _openvino_lacks(recipe: Recipe, layout: Layout, config: dict[str, Any]) -> str | None:
+    model_type = config["model_type"]
+    if reason := _optimum_lacks(model_type):
+        return reason
+    return None if model_type in FAMILIES else _rehearsal_lacks("openvino", recipe, layout)
+
+
+@functools.cache
+def _optimum_lacks(model_type: str) -> str | None:
+    """Whether optimum-intel has the model type, for this version of transformers."""
+    from optimum.exporters.openvino import model_configs
+    from optimum.exporters.tasks import TasksManager
+    from packaging.version import Version
+
+    assert model_configs  # fills the manager's table
+    try:
+        table = TasksManager.get_supported_tasks_for_model_type(
+            model_type, "openvino", library_name="transformers"
+        )
+    except KeyError:
+        table = {}
+    if TASK not in table:
+        return f"optimum-intel has no OpenVINO export for {model_type}"
+    if model_type in FAMILIES:  # its bounds are lifted where it is exported
+        return None
+    made, here = table[TASK].func, importlib.metadata.version("transformers")
+    least = str(getattr(made, "MIN_TRANSFORMERS_VERSION", None) or here)
+    most = str(getattr(made, "MAX_TRANSFORMERS_VERSION", None) or here)
+    if Version(least) <= Version(here) <= Version(most):
+        return None
+    bound = f"up to {most}" if Version(here) > Version(most) else f"from {least} on"
+    return f"optimum-intel exports {model_type} with transformers {bound}; {here} is installed"
+
+
+def _onnx_lacks(recipe: Recipe, layout: Layout, config: dict[str, Any]) -> str | None:
+    config, graph = deployed_config(config), recipe.export.onnx_graph
+    lacks = builder_lacks(layout.family, config)
+    if graph == "fused" or (graph == "auto" and lacks is None):
+        return None  # what the builder lacks is a fault of export.onnx_graph
+    if rope_type(config) == "longrope":
+        way_out = "" if lacks else "; export.onnx_graph=fused has it"
+        return f"torch's exporter can't trace rope_type longrope in a standard graph{way_out}"
+    if config["model_type"] in FAMILIES:
+        return None
+    return _rehearsal_lacks("onnx", recipe, layout)
+
+
+def _gguf_lacks(recipe: Recipe, layout: Layout, config: dict[str, Any]) -> str | None:
+    if lacks := architecture_lacks(config):
+        return lacks
+    if layout.folder is None:
+        return None
+    try:
+        read_vocabulary(layout.folder, layout.embedding[0])
+    except NotExpressible as error:
+        return f"its tokenizer can't be written for llama.cpp: {error}"
+    return None
+
+
+_REASONS = {"openvino": _openvino_lacks, "onnx": _onnx_lacks, "gguf": _gguf_lacks}
+
+
+def _rehearsal_lacks(name: str, recipe: Recipe, layout: Layout) -> str | None:
+    plain = {k: v for k, v in layout.config.items() if k != "quantization_config"}
+    return rehearse(name, json.dumps(plain, sort_keys=True), recipe.export.onnx_graph)
+
+
+@functools.cache
+def rehearse(name: str, config: str, onnx_graph: Any) -> str | None:
+    """Export a random miniature of a config, run it, and compare its logits with torch.
+
+    :param config: JSON of ``config.json``.
+    :return: why the target cannot have such a model; None where it can, or where no miniature can
+        be made.
+    """
+    made = transformers_config(json.loads(config), "config.json")
+    with tempfile.TemporaryDirectory(prefix="sqft-") as scratch, _silence():
+        model, deployed = Path(scratch) / "model", Path(scratch) / "deployed"
+        deployed.mkdir()
+        try:
+            write_miniature(made, model)
+            Checkpoint(model).check()
+        except Exception:  # its small sizes do not fit each other: nothing was learnt
+            return None
+        try:
+            target(name).export(model, deployed, Export(onnx_graph=onnx_graph))
+            difference = _logit_difference(name, model, deployed)
+        except Exception as error:  # whatever tracers and runtimes raise
+            return f"the export of a small {made.model_type} model fails: {_cause_of(error)}"
+    if difference < _ALIKE:
+        return None
+    return (
+        f"a small {made.model_type} model computes other logits there than in torch (up to "
+        f"{difference:.2g} standard deviations)"
+    )
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep libraries from printing: nothing that they say is about the user's model."""
+    level, nowhere = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _logit_difference(name: str, model: Path, deployed: Path) -> float:
+    """The largest difference of logits from torch, in their standard deviations."""
+    ids = np.random.RandomState(0).randint(5, 400, (1, _REHEARSED_TOKENS))
+    sessions = target("torch"), target(name)
+    ours, theirs = (
+        session.open_session(folder, True, None).forward(ids)
+        for session, folder in zip(sessions, (model, deployed), strict=True)
+    )
+    return float(np.abs(ours - theirs).max() / ours.std())
+
+
+def _cause_of(error: BaseException) -> str:
+    """The first cause of an error, on one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = _COLORS.sub("", one_line(Exception(str(error)), 160))
+    return f"{type(error).__name__}: {text}"

@@ -1,0 +1,111 @@
+"""Whether the tokenizers of the requested runtimes make the ids that the model is trained with."""
+
+import functools
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sqft_export.data.items import HARD_TEXTS, data_files, load_tokenizer, sample_texts
+from sqft_export.errors import one_line
+from sqft_export.model.companions import companions
+from sqft_export.plan.layout import Layout
+from sqft_export.recipe.schema import Recipe
+from sqft_export.run.host import installed
+from sqft_export.targets.devices import llama_cpp_here
+from sqft_export.targets.tokenizers import tokenize_as_deployed
+
+_NAMED = 2  # texts that a message names
+RUNTIMES = {
+    "openvino": ("openvino_genai", "openvino_tokenizers"),
+    "onnx": ("onnxruntime_genai", "onnx"),
+    "gguf": ("gguf",),
+}
+
+
+def token_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    """Tokenizers that differ where ``verify.tokenizers`` says that none may."""
+    if recipe.verify.tokenizers == "required" and layout.folder is not None:
+        for reader, texts in differing_texts(recipe, layout.folder, layout.embedding[0]).items():
+            yield (
+                f"verify.tokenizers: found required, but {_difference(reader, texts)}; auto and "
+                "reported let it differ"
+            )
+
+
+def find_token_differences(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    """Tokenizers that differ where they may."""
+    if recipe.verify.tokenizers != "required" and layout.folder is not None:
+        for reader, texts in differing_texts(recipe, layout.folder, layout.embedding[0]).items():
+            yield (
+                f"export.targets: {_difference(reader, texts)}; texts that are tokenized by "
+                "transformers are not affected; verify.tokenizers=required refuses the recipe"
+            )
+
+
+def _difference(reader: str, texts: list[str]) -> str:
+    first = ", ".join(repr(text[:40]) for text in texts[:_NAMED])
+    return f"the tokenizer of {reader} makes other ids of {len(texts)} texts ({first})"
+
+
+def conversion_failure(name: str, layout: Layout) -> str | None:
+    """Why a target's tokenizer can't be made of the model's; None where it can."""
+    if layout.folder is None or not _is_readable(name) or _loaded(layout.folder) is None:
+        return None
+    found = _tokenized(name, layout.folder, _stamp(layout.folder), HARD_TEXTS, layout.embedding[0])
+    return f"its tokenizer can't be converted: {found}" if isinstance(found, str) else None
+
+
+def differing_texts(recipe: Recipe, folder: Path, rows: int) -> dict[str, list[str]]:
+    """Tokenizer of a runtime -> the texts that it makes other ids of; nothing where all are equal.
+
+    Faults of the data and of the model's own tokenizer are found elsewhere.
+
+    :param folder: of the base model.
+    :param rows: of its embedding.
+    """
+    tokenizer = _loaded(folder)
+    if tokenizer is None or not all(file.is_file() for file in data_files(recipe, "test")):
+        return {}
+    texts = sample_texts(recipe, recipe.verify.prompts)
+    expected = [tokenizer(text)["input_ids"] for text in texts]
+    found: dict[str, list[str]] = {}
+    for name in filter(_is_readable, recipe.export.targets):
+        ids_of = _tokenized(name, folder, _stamp(folder), tuple(texts), rows)
+        for reader, ids in ids_of.items() if isinstance(ids_of, dict) else ():
+            pairs = zip(texts, ids, expected, strict=True)
+            if differing := [text for text, one, other in pairs if one != other]:
+                found[reader] = differing
+    return found
+
+
+def _is_readable(name: str) -> bool:
+    here = all(installed(module) for module in RUNTIMES[name])
+    return here and (name != "gguf" or llama_cpp_here())
+
+
+def _loaded(folder: Path) -> Any:
+    """The tokenizer of a folder; None where it can't be loaded (``plan/tokenizer.py``)."""
+    try:
+        return load_tokenizer(folder)
+    except Exception:  # whatever transformers and its converters raise
+        return None
+
+
+def _stamp(folder: Path) -> str:
+    """A digest of the files that a tokenizer is made of."""
+    digest = hashlib.sha256()
+    for file in companions(folder):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _tokenized(
+    name: str, folder: Path, stamp: str, texts: tuple[str, ...], rows: int
+) -> dict[str, list[list[int] | None]] | str:
+    """Ids of every text by every tokenizer of a runtime; what failed where it can't be made."""
+    try:
+        return tokenize_as_deployed(name, folder, list(texts), rows)
+    except Exception as error:  # whatever converters raise
+        return one_line(error)

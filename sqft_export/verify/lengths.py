@@ -1,0 +1,161 @@
+"""Whether runtimes compute what torch computes beyond the lengths at which a model changes.
+
+Prompts of a task are short. A sliding window, the long factors of a rotary scaling, and the last
+position of a learned table show in longer texts only. A config names these lengths; each is checked
+on one text that passes it. Small models are checked as they are deployed. Of others a random
+miniature of the same config is exported and checked: two blocks with small widths.
+"""
+
+import itertools
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from sqft_export.model.architecture import transformers_config
+from sqft_export.model.floats import Reference
+from sqft_export.model.miniature import write_miniature
+from sqft_export.recipe.schema import Export
+from sqft_export.targets import target
+from sqft_export.targets.devices import why_not_exact, why_not_run
+from sqft_export.targets.folder import GRAPHS, context_of
+from sqft_export.targets.onnx.session import FUSED
+from sqft_export.verify.certificate import Certificate
+from sqft_export.verify.compute import logit_tolerance, prompt_logits
+from sqft_export.verify.subject import Subject
+
+LONGEST_VERIFIED = 8192  # tokens of a text
+TOKENS_PAST = 8  # of a text beyond the length that it is checked for
+# Weights times tokens, and heads times tokens squared, of what is checked as it is deployed.
+LARGEST_PRODUCT, LARGEST_SCORES = 2 * 10**11, 2**28
+NAMED = ("sliding_window", "original_max_position_embeddings")
+# Scalings of rotary positions whose angles depend on the length of a text.
+LENGTH_DEPENDENT = {"dynamic", "longrope"}
+MINIATURE_TOLERANCE = 1e-3  # standard deviations of logits: its random weights round more
+
+
+@dataclass(frozen=True)
+class Length:
+    """tokens: texts of more are computed another way; of ``last`` there are none of more."""
+
+    what: str
+    tokens: int
+    last: bool = False
+
+    @property
+    def text_tokens(self) -> int:
+        return self.tokens if self.last else self.tokens + TOKENS_PAST
+
+
+def named_lengths(config: dict[str, Any]) -> list[Length]:
+    """The lengths within its context at which a model may change, the shortest first.
+
+    :param config: of transformers' class, as a dict.
+    """
+    context = config.get("max_position_embeddings")
+    found = {
+        Length(name, value)
+        for name, value in _entries(config)
+        if name in NAMED and type(value) is int and (context is None or value < context)
+    }
+    if config.get("use_sliding_window") is False:
+        found = {length for length in found if length.what != "sliding_window"}
+    scalings = {value for name, value in _entries(config) if name == "rope_type"}
+    if context and ("dynamic" in scalings or not config.get("rope_parameters")):
+        found.add(Length("max_position_embeddings", context, last=True))
+    return sorted(found, key=lambda length: length.tokens)
+
+
+def _entries(config: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Names and values, those of inner sections too."""
+    inner = [value for value in config.values() if isinstance(value, dict)]
+    return [*config.items(), *(entry for section in inner for entry in _entries(section))]
+
+
+def unverified_lengths(config: dict[str, Any]) -> list[Length]:
+    """Lengths that no text of the certificate reaches."""
+    scalings = {value for name, value in _entries(config) if name == "rope_type"}
+    depends = bool(scalings & LENGTH_DEPENDENT)
+    return [
+        found
+        for found in named_lengths(config)
+        if found.text_tokens > LONGEST_VERIFIED and (depends or found.what == "sliding_window")
+    ]
+
+
+def check_lengths(
+    certificate: Certificate, subject: Subject, name: str, reference: Reference
+) -> None:
+    """Compare logits past every named length that a deployment's context has room for."""
+    merged = subject.merged
+    config = transformers_config(merged.config, merged.where)
+    context = context_of(subject.exports[name] / "model") or LONGEST_VERIFIED
+    longest = min(context, LONGEST_VERIFIED)
+    wanted = [n for n in named_lengths(config.to_dict()) if n.text_tokens <= longest]
+    if not wanted or why_not_run(name, False):
+        return
+    whole = [n for n in wanted if _is_affordable(subject, name, config, n.text_tokens)]
+    if whole:
+        _check_deployed(certificate, subject, name, reference, whole)
+    if rest := [n for n in wanted if n not in whole]:
+        _check_miniature(certificate, subject, name, config, rest)
+
+
+def _is_affordable(subject: Subject, name: str, config: Any, tokens: int) -> bool:
+    parameters, heads = subject.merged.parameters, config.num_attention_heads
+    fits = parameters * tokens <= LARGEST_PRODUCT and heads * tokens**2 <= LARGEST_SCORES
+    return fits and why_not_exact(name, parameters) is None
+
+
+def _check_deployed(
+    certificate: Certificate,
+    subject: Subject,
+    name: str,
+    reference: Reference,
+    lengths: list[Length],
+) -> None:
+    """The deployments themselves, on the prompts of the certificate, one after the other."""
+    tokens = itertools.cycle(itertools.chain.from_iterable(subject.asked.prompts))
+    texts = [list(itertools.islice(tokens, length.text_tokens)) for length in lengths]
+    expected = [next(iter(reference.logits([text]))) for text in texts]
+    for label, folder in subject.deployments(name):
+        session = target(name).open_session(folder, True, None)
+        for length, text, ours in zip(lengths, texts, expected, strict=True):
+            title = f"logits past {length.what} {length.tokens}: merged in torch and {label}"
+            tolerance = logit_tolerance(subject, name)
+            check = certificate.start("compute", title, "standard deviations", tolerance)
+            [theirs] = prompt_logits(session, [text])
+            worst = float(np.abs(ours - theirs).max() / ours.std())
+            check.worst(worst, ours.size, f"a text of {len(text)} tokens")
+
+
+def _onnx_graph(folder: Path) -> Literal["auto", "fused", "standard"]:
+    """The form of graph that an ONNX deployment has; auto for other runtimes."""
+    graph = folder / GRAPHS["onnx"]
+    if not graph.is_file():
+        return "auto"
+    return "fused" if FUSED in graph.read_bytes() else "standard"
+
+
+def _check_miniature(
+    certificate: Certificate, subject: Subject, name: str, config: Any, lengths: list[Length]
+) -> None:
+    """Two random blocks of the same config, exported again in the form of the deployment."""
+    with tempfile.TemporaryDirectory(prefix="sqft-") as scratch:
+        model, deployed = Path(scratch) / "model", Path(scratch) / "deployed"
+        deployed.mkdir()
+        write_miniature(config, model)
+        graph = _onnx_graph(subject.exports[name] / "model")
+        target(name).export(model, deployed, Export(onnx_graph=graph))
+        ours = target("torch").open_session(model, True, None)
+        theirs = target(name).open_session(deployed, True, None)
+        for length in lengths:
+            title = f"logits past {length.what} {length.tokens}: two blocks in torch and {name}"
+            tolerance = max(MINIATURE_TOLERANCE, logit_tolerance(subject, name))
+            check = certificate.start("compute", title, "standard deviations", tolerance)
+            ids = np.random.RandomState(0).randint(5, 400, length.text_tokens).tolist()
+            [one], [other] = (prompt_logits(session, [ids]) for session in (ours, theirs))
+            worst = float(np.abs(one - other).max() / one.std())
+            check.worst(worst, one.size, f"a text of {len(ids)} tokens")
