@@ -50,7 +50,7 @@ DISTRIBUTED = False
 
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
-    return ("verify", "dense_update", *BASE_FIELDS, *TEST_FIELDS)
+    return ("verify", "dense_update", "export.targets", *BASE_FIELDS, *TEST_FIELDS)
 
 
 def _asked(context: Context) -> Asked:
