@@ -1,4 +1,4 @@
-"""What a config says of texts of different lengths: context, windows, rotary scalings.
+"""Context, windows and rotary scalings of a config.
 
 A config is that of transformers' class, as a dict, with what ``config.json`` leaves to it.
 """

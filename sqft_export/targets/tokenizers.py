@@ -90,7 +90,7 @@ def _write_for_openvino(source: Path, folder: Path, rows: int) -> None:
 
 
 def _write_for_onnx(source: Path, folder: Path, rows: int) -> None:
-    """A graph that does nothing, which ONNX Runtime GenAI wants beside a tokenizer."""
+    """A graph that does nothing, which ONNX Runtime GenAI requires for a tokenizer."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
     from transformers import AutoTokenizer

@@ -2,8 +2,8 @@
 
 Prompts of a task are short. A sliding window, the long factors of a rotary scaling, and the last
 position of a learned table show in longer texts only. A config names these lengths; each is checked
-on one text that passes it. Small models are checked as they are deployed. Of others a random
-miniature of the same config is exported and checked: two blocks with small widths.
+on one text that passes it. The deployment of a small model is checked itself. For a large model, a
+random miniature of the same config is exported and checked: two blocks with small widths.
 """
 
 import itertools
@@ -28,7 +28,7 @@ from sqft_export.verify.subject import Subject
 
 LONGEST_VERIFIED = 8192  # tokens of a text
 TOKENS_PAST = 8  # of a text beyond the length that it is checked for
-# Weights times tokens, and heads times tokens squared, of what is checked as it is deployed.
+# Weights times tokens, and heads times tokens squared, up to which the deployment is checked.
 LARGEST_PRODUCT, LARGEST_SCORES = 2 * 10**11, 2**28
 NAMED = ("sliding_window", "original_max_position_embeddings")
 # Scalings of rotary positions whose angles depend on the length of a text.
@@ -38,7 +38,7 @@ MINIATURE_TOLERANCE = 1e-3  # standard deviations of logits: its random weights 
 
 @dataclass(frozen=True)
 class Length:
-    """tokens: texts of more are computed another way; of ``last`` there are none of more."""
+    """tokens: longer texts are computed another way. last: the model takes no longer text."""
 
     what: str
     tokens: int
