@@ -1,1 +1,1 @@
-"""Elastic sparse LoRA: the layer that replaces Linear, its ranks, its training, its files."""
+"""Elastic sparse LoRA: the layer that replaces Linear, its ranks, training and files."""

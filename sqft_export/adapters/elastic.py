@@ -1,4 +1,4 @@
-"""Elastic ranks: which layers share one, what it is at a step, and setting it."""
+"""Elastic ranks: group the layers that share a rank, draw ranks in training, and set them."""
 
 import random
 
@@ -13,23 +13,25 @@ from sqft_export.run.host import FLOAT32_ROOM, float32_fits
 
 
 def draw_ranks(groups: list[str], ranks: tuple[int, ...], seed: int, step: int) -> dict[str, int]:
-    """Rank of every group at an optimizer step; a function of its arguments alone.
+    """Draw the rank of every group for one optimizer step.
 
-    Uniform and independent per group, as in NLS. Being stateless it is the same on every process
-    and after a resume.
+    Ranks are uniform and independent per group, as in NLS. The result depends only on the
+    arguments, so every process draws the same ranks, also after a resume. Example::
+
+        draw_ranks(["attention", "mlp"], (8, 16), seed=3, step=0) -> {"attention": 16, "mlp": 8}
     """
     rng = random.Random(f"{seed}/{step}")
     return {group: rng.choice(ranks) for group in groups}
 
 
 def train_scales(model: nn.Module) -> None:
-    """Give every adapted layer on a grid scales that move."""
+    """Make the scales of every adapted layer trainable."""
     for layer in elastic_layers(model).values():
         layer.train_scales()
 
 
 def elastic_layers(model: nn.Module) -> dict[str, ElasticLoraLinear]:
-    """Name in the base model -> adapted layer."""
+    """Return name in the base model -> adapted layer."""
     return {
         name.removeprefix(PREFIX): module
         for name, module in model.named_modules()
@@ -38,7 +40,7 @@ def elastic_layers(model: nn.Module) -> dict[str, ElasticLoraLinear]:
 
 
 def groups_of(model: nn.Module, family: Family, config: Adapt) -> dict[str, list[str]]:
-    """Group -> layers of a model with adapters that share a rank; none where it is not elastic."""
+    """Return group -> names of the layers that share a rank; empty for a fixed rank."""
     _, groups = adapted(family, config.target_modules, config.elastic_groups)
     return rank_groups(elastic_layers(model), family.blocks, groups if config.elastic else ())
 
@@ -46,20 +48,20 @@ def groups_of(model: nn.Module, family: Family, config: Adapt) -> dict[str, list
 def set_ranks(
     layers: dict[str, ElasticLoraLinear], groups: dict[str, list[str]], ranks: dict[str, int]
 ) -> None:
-    """Set the active rank of every group; layers in no group keep the highest."""
+    """Set the active rank of every group; layers in no group keep their rank."""
     for group, names in groups.items():
         for name in names:
             layers[name].active_rank = ranks[group]
 
 
 def cache_effective_weights(model: nn.Module) -> bool:
-    """Let every compressed Linear keep its effective weight between forwards without gradient.
+    """Let every compressed Linear cache its effective weight for forwards without gradient.
 
-    The weights are one more set, of at most 4 bytes each.
+    The cache needs up to 4 bytes per weight.
 
-    :return: False, and nothing is cached, where free memory does not hold them.
+    :return: False if it does not fit into free memory; nothing is cached then.
     """
-    layers = [m for m in model.modules() if isinstance(m, CompressedLinear) and not m.settled]
+    layers = [m for m in model.modules() if isinstance(m, CompressedLinear) and not m.cached]
     weights = sum(layer.weight.numel() for layer in layers)
     free = device_memory(layers[0].weight.device) if layers else None
     fits = float32_fits(weights) if free is None else 4 * weights <= FLOAT32_ROOM * free
@@ -70,14 +72,14 @@ def cache_effective_weights(model: nn.Module) -> bool:
 
 
 def drop_effective_weights(model: nn.Module) -> None:
-    """Free what :func:`cache_effective_weights` let a model keep, and keep no more."""
+    """Free the caches of :func:`cache_effective_weights` and stop caching."""
     for module in model.modules():
         if isinstance(module, CompressedLinear):
             module.cache = None
 
 
 def compressed_layers(model: nn.Module) -> dict[str, tuple[CompressedLinear, Update | None]]:
-    """Name in the base model -> the base Linear and the update that enters its weight, if any."""
+    """Return name in the base model -> its Linear, and the update to be merged into it or None."""
     found: dict[str, tuple[CompressedLinear, Update | None]] = {}
     adapted = elastic_layers(model)
     for name, module in model.named_modules():

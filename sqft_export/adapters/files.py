@@ -1,11 +1,11 @@
-"""Folders that training reads and writes: its base, and an adapter in peft's format.
+"""Folders that training reads and writes: the base, and an adapter in peft's format.
 
-    adapter_config.json          alpha over the rank is the scaling; ``alpha_pattern`` and
-                                 ``rank_pattern`` hold what differs in a Linear
+    adapter_config.json          alpha / rank is the scaling; ``alpha_pattern`` and ``rank_pattern``
+                                 have the values of Linears that differ from the default
     adapter_model.safetensors    base_model.model.<linear>.lora_A.weight   [rank, in]
                                  base_model.model.<linear>.lora_B.weight   [out, rank]
 
-No torch is imported before a tensor is asked for.
+Importing this module does not import torch; reading a tensor does.
 """
 
 import json
@@ -33,11 +33,12 @@ TRAINING_LOG = "training.jsonl"
 
 @dataclass(frozen=True)
 class Base:
-    """What an adapter is trained on.
+    """The base model of an adapter.
 
     folder: Hugging Face folder.
-    masks, grids: folders with the masks that an update is kept in and the grids; None without.
-    unmerged: the adapter stays beside the base instead of entering its weight.
+    masks: folder of the masks that are applied to the update; None without masks.
+    grids: folder of the quantization grids; None without quantization.
+    unmerged: True if the adapter is not merged into the weight.
     """
 
     folder: Path
@@ -55,22 +56,22 @@ class AdapterFiles:
 
     @property
     def linears(self) -> list[str]:
-        """Names, in the base model, of the Linears with an adapter."""
-        end = ".lora_A.weight"
+        """Names of the adapted Linears in the base model."""
+        suffix = ".lora_A.weight"
         keys = self.tensors.headers
-        return [k.removeprefix(PREFIX).removesuffix(end) for k in keys if k.endswith(end)]
+        return [k.removeprefix(PREFIX).removesuffix(suffix) for k in keys if k.endswith(suffix)]
 
     def update(self, linear: str) -> "Update":
-        """``A [rank, in]``, ``B [out, rank]`` and the scaling, alpha over the rank."""
+        """Return ``A [rank, in]``, ``B [out, rank]`` and the scaling, ``alpha / rank``."""
         lora_a, lora_b = (self.tensors.tensor(f"{PREFIX}{linear}.lora_{x}.weight") for x in "AB")
         alpha = self.config["alpha_pattern"].get(linear, self.config["lora_alpha"])
         return lora_a, lora_b, alpha / len(lora_a)
 
 
 def read_low_rank(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Linear -> ``A`` float32 ``[rank, in]`` and ``B`` ``[out, rank]``, the scaling within ``B``.
+    """Return Linear -> ``A`` ``[rank, in]`` and ``B * scaling`` ``[out, rank]``, both float32.
 
-    :param folder: an adapter as peft stores it.
+    :param folder: adapter in peft's format.
     """
     adapter = AdapterFiles(folder)
     updates = {name: adapter.update(name) for name in adapter.linears}
@@ -81,12 +82,11 @@ def read_low_rank(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def save_adapter(model: "PeftModel", folder: Path) -> None:
-    """Write the super-adapter, from the first process of a launcher.
+    """Write the super-adapter from the first process of a launcher.
 
-    To be called on all of them: parameters that FSDP (its second version) has spread over the
-    processes are gathered here.
+    All processes must call this function: it gathers the parameters that FSDP2 has sharded.
     """
-    whole = {
+    gathered = {
         name: parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
@@ -94,16 +94,16 @@ def save_adapter(model: "PeftModel", folder: Path) -> None:
     if process_rank() == 0:
         from peft import get_peft_model_state_dict
 
-        state = get_peft_model_state_dict(model, state_dict=whole)
+        state = get_peft_model_state_dict(model, state_dict=gathered)
         config = model.peft_config[model.active_adapter]  # type: ignore[index]
         _write(folder, state, config.to_dict() | {"inference_mode": True})
 
 
 def write_sub_adapter(config: dict[str, Any], updates: dict[str, "Update"], folder: Path) -> None:
-    """Write an adapter whose ranks differ, as stock peft loads it.
+    """Write an adapter with a separate rank per Linear, in the format of stock peft.
 
-    :param config: peft's, of the super-adapter.
-    :param updates: by Linear, at the rank it is to have.
+    :param config: peft's config of the super-adapter.
+    :param updates: Linear -> its update at the chosen rank.
     """
     tensors, ranks, alphas = {}, {}, {}
     for name, (lora_a, lora_b, scaling) in updates.items():
@@ -115,21 +115,22 @@ def write_sub_adapter(config: dict[str, Any], updates: dict[str, "Update"], fold
 
 
 def _write(folder: Path, tensors: dict[str, "Tensor"], config: dict[str, Any]) -> None:
-    """The two files; the same adapter gives the same bytes, and no path of this machine."""
+    """Write the two files; the bytes depend only on the adapter, and contain no local path."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, folder / f"{TENSORS}.safetensors", metadata={"format": "pt"})
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(on_cpu, folder / f"{TENSORS}.safetensors", metadata={"format": "pt"})
     config = config | {"base_model_name_or_path": None}
     config["target_modules"] = sorted(config["target_modules"])
     (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n")
 
 
 def write_training_log(folder: Path, log: list[dict[str, Any]]) -> None:
+    """Write ``training.jsonl``, one line per step."""
     (folder / TRAINING_LOG).write_text("".join(json.dumps(entry) + "\n" for entry in log))
 
 
 def read_training_log(folder: Path) -> list[dict[str, Any]]:
-    """Loss, learning rate and ranks of every step of a training."""
+    """Return loss, learning rate, tokens and ranks of every step of a training."""
     return [json.loads(line) for line in (folder / TRAINING_LOG).read_text().splitlines()]

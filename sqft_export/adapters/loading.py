@@ -1,4 +1,4 @@
-"""Load a base with its Linears replaced by ours: one layer, or the whole model with adapters."""
+"""Load a base with :class:`CompressedLinear` layers: one layer, or a model with adapters."""
 
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def load_compressed(base: Base, dtype: torch.dtype) -> nn.Module:
             model.get_submodule(name), mask_bits.get(name), grid_of.get(name), base.unmerged
         )
         setattr(model.get_submodule(parent), child, linear)
-    for name in grid_of.keys() - linears.keys():  # embedding and head are rounded, not trained
+    for name in grid_of.keys() - linears.keys():  # embedding and head are quantized, not trained
         weight = model.get_submodule(name).weight
         weight.data = fake_quantize(weight.data, grid_of[name])
     for module in model.modules():
@@ -108,15 +108,15 @@ def add_adapters(
         task_type="CAUSAL_LM",
     )
     config._register_custom_module({CompressedLinear: ElasticLoraLinear})
-    return _settled(get_peft_model(model, config))
+    return _cache_unchanged_weights(get_peft_model(model, config))
 
 
-def _settled(model: PeftModel) -> PeftModel:
-    """Weights that no adapter enters as they are multiplied with."""
+def _cache_unchanged_weights(model: PeftModel) -> PeftModel:
+    """Cache the effective weights of all Linears that no adapter changes; return the model."""
     for name, module in model.named_modules():
         adapted = name.endswith(".base_layer")
         if isinstance(module, CompressedLinear) and (module.unmerged or not adapted):
-            module.settle(model.config.dtype)
+            module.cache_effective_weight(model.config.dtype)
     return model
 
 
@@ -125,7 +125,7 @@ def load_adapted(base: Base, adapter: Path, dtype: torch.dtype) -> nn.Module:
     config = LoraConfig.from_pretrained(adapter)
     config.inference_mode = False
     config._register_custom_module({CompressedLinear: ElasticLoraLinear})
-    adapted = _settled(get_peft_model(load_compressed(base, dtype), config))
+    adapted = _cache_unchanged_weights(get_peft_model(load_compressed(base, dtype), config))
     state = load_file(adapter / "adapter_model.safetensors")
     if any(".lora_shift" in name for name in state):
         train_scales(adapted)

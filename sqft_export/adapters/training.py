@@ -1,4 +1,4 @@
-"""The training loop: transformers' Trainer, with the rank of every group drawn once a step."""
+"""The training loop: transformers' Trainer, with new ranks for every group at each step."""
 
 import math
 import os
@@ -35,23 +35,28 @@ from sqft_export.run.launcher import process_count, process_rank
 from sqft_export.run.progress import Advance, Start
 
 MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"  # read by the Trainer
-COMPLETE = "complete"  # written after a training checkpoint, so that a torn one is never resumed
+COMPLETE = "complete"  # file written after a checkpoint; partial checkpoints are not resumed
 
 
 class _Callback(TrainerCallback):
-    """Sets the ranks before each step, stops on a bad loss, seals checkpoints, moves the bar."""
+    """Sets the ranks before a step, advances the progress bar and marks complete checkpoints.
 
-    def __init__(self, before_step: Callable[[int], None], advance: Advance, pace: "Pace"):
-        self.before_step, self.advance, self.pace = before_step, advance, pace
+    :raises UserError: if the loss is NaN or infinite.
+    """
+
+    def __init__(
+        self, before_step: Callable[[int], None], advance: Advance, throughput: "Throughput"
+    ):
+        self.before_step, self.advance, self.throughput = before_step, advance, throughput
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.before_step(state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         loss = (logs or {}).get("loss")
-        if loss is None:  # the summary at the end
+        if loss is None:  # the summary after the last step
             return
-        self.advance(f"loss {loss:.3f}, {self.pace.tokens_per_second:,.0f} tokens/s")
+        self.advance(f"loss {loss:.3f}, {self.throughput.tokens_per_second:,.0f} tokens/s")
         if not math.isfinite(loss):
             raise UserError(
                 f"adapt: the loss is {loss} at step {state.global_step}; "
@@ -65,13 +70,14 @@ class _Callback(TrainerCallback):
 
 
 @dataclass
-class Pace:
-    """Tokens that this process trained on, and how fast.
+class Throughput:
+    """Tokens per second that this process trains on.
 
-    counts, padded: tokens of the batches of the step at hand, without and with padding. Counts stay
-    on the batch's device until the step has ended: to read one is to wait for an accelerator.
-    began: when the first step had ended, which warms up and is left out; None before.
-    trained, last: tokens since then, and when the last step ended.
+    counts, padded: tokens of the current step's batches without and with padding. The counts stay
+        on the batch's device until the step ends: reading one waits for the accelerator.
+    began: end of the first step, in seconds; None before. The first step is a warm-up and does not
+        count.
+    trained, last: tokens since then, and the end of the last step in seconds.
     """
 
     counts: list[Tensor] = field(default_factory=list)
@@ -81,37 +87,42 @@ class Pace:
     last: float = 0.0
 
     def add(self, attention_mask: Tensor) -> None:
+        """Count the tokens of one batch; the mask is int64 ``[batch, length]``."""
         self.counts.append(attention_mask.sum())
         self.padded += attention_mask.numel()
 
     def end_step(self) -> dict[str, int]:
-        """What is logged of the step."""
+        """Return the token counts of the step, for the log, and reset them."""
         tokens = int(torch.stack(self.counts).sum())
         self.last = time.monotonic()
         if self.began is None:
             self.began = self.last
         else:
             self.trained += tokens
-        found = {"tokens": tokens, "padded": self.padded}
+        counted = {"tokens": tokens, "padded": self.padded}
         self.counts, self.padded = [], 0
-        return found
+        return counted
 
     @property
     def tokens_per_second(self) -> float:
-        """0 until two steps have ended."""
+        """Tokens per second without padding; 0 until the second step has ended."""
         return self.trained / (self.last - self.began) if self.trained and self.began else 0.0
 
 
-class _LikeLengths(Sampler[int]):
-    """Batches of like lengths, in any order: the library's sampler has them from long to short.
+class _LengthGroupedSampler(Sampler[int]):
+    """Samples batches of similar length in random order.
 
-    :param batch: examples of an optimizer step, over all processes.
+    The sampler of transformers yields them from long to short.
+
+    :param lengths: tokens of every example.
+    :param batch: examples of an optimizer step over all processes.
     """
 
     def __init__(self, lengths: list[int], batch: int, seed: int):
         self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, which is part of the seed; called by the Trainer."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -120,14 +131,19 @@ class _LikeLengths(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         grouped = get_length_grouped_indices(self.lengths, self.batch, generator=generator)
-        whole = len(grouped) // self.batch
-        for number in torch.randperm(whole, generator=generator).tolist():
+        full_batches = len(grouped) // self.batch
+        for number in torch.randperm(full_batches, generator=generator).tolist():
             yield from grouped[number * self.batch : (number + 1) * self.batch]
-        yield from grouped[whole * self.batch :]
+        yield from grouped[full_batches * self.batch :]
 
 
 def collate(examples: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
-    """Right-padded batch; padding is out of attention and out of the loss."""
+    """Return a right-padded batch: int64 ``[batch, length]`` ids, labels and attention mask.
+
+    Padding is masked in the attention and in the loss (label -100).
+
+    :param pad: token id of the padding.
+    """
     longest = max(len(e["input_ids"]) for e in examples)
     ids = torch.full((len(examples), longest), pad)
     labels = torch.full((len(examples), longest), -100)
@@ -140,28 +156,32 @@ def collate(examples: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
-def _last_complete(folder: Path) -> str | None:
-    """The newest whole checkpoint of an interrupted training."""
-    done = [mark.parent for mark in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    newest = max(done, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+def _last_complete_checkpoint(folder: Path) -> str | None:
+    """Return the newest complete checkpoint of an interrupted training, or None."""
+    complete = [mark.parent for mark in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    newest = max(complete, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
     return str(newest) if newest else None
 
 
 class _Trainer(PlainCheckpointTrainer):
-    """Batches of like lengths, scales at their own learning rate, and a teacher in the loss."""
+    """A Trainer with batches of similar length, a learning rate for the scales, and distillation.
 
-    def __init__(self, config: Adapt, teacher: nn.Module | None, pace: Pace, **kwargs):
+    :param teacher: model that the loss compares with; None for the plain loss.
+    """
+
+    def __init__(self, config: Adapt, teacher: nn.Module | None, throughput: Throughput, **kwargs):
         super().__init__(**kwargs)
-        self.config, self.pace = config, pace
+        self.config, self.throughput = config, throughput
         self.teacher = None if teacher is None else teacher.to(self.args.device)
 
     def _get_train_sampler(self, train_dataset=None):
         rows = self.train_dataset if train_dataset is None else train_dataset
         batch = self.config.batch * self.config.accumulation * process_count()
-        return _LikeLengths([len(row["input_ids"]) for row in rows], batch, self.args.data_seed)
+        lengths = [len(row["input_ids"]) for row in rows]
+        return _LengthGroupedSampler(lengths, batch, self.args.data_seed)
 
     def log(self, logs, start_time=None):
-        super().log(logs | (self.pace.end_step() if "loss" in logs else {}), start_time)
+        super().log(logs | (self.throughput.end_step() if "loss" in logs else {}), start_time)
 
     optimizer: Any
 
@@ -178,7 +198,7 @@ class _Trainer(PlainCheckpointTrainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.pace.add(inputs["attention_mask"])
+        self.throughput.add(inputs["attention_mask"])
         distill = None if self.teacher is None else self.config.distill
         if self.teacher is None or distill is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -187,72 +207,75 @@ class _Trainer(PlainCheckpointTrainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         with torch.no_grad():
             teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"})
-        away = distill.weight * divergence(
+        distilled = distill.weight * divergence(
             outputs.logits, teacher.logits, labels, distill.temperature, num_items_in_batch
         )
         if distill.layers:
             error = layer_error(outputs.hidden_states, teacher.hidden_states, labels)
             counted = (labels[:, 1:] != -100).sum()
             share = 1.0 if num_items_in_batch is None else counted / num_items_in_batch
-            away = away + distill.layers * share * error
+            distilled = distilled + distill.layers * share * error
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # As the Trainer does with the loss: its mean over processes is taken later.
-            away = away * self.accelerator.num_processes
-        loss = (1 - distill.weight) * loss + away
+            # As for the plain loss: the Trainer later takes the mean over the processes.
+            distilled = distilled * self.accelerator.num_processes
+        loss = (1 - distill.weight) * loss + distilled
         return (loss, outputs) if return_outputs else loss
 
 
 def divergence(
     student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, count: Tensor | None
 ) -> Tensor:
-    """``T^2 KL(teacher || student)`` per token of the loss (arXiv 1503.02531).
+    """Return ``T^2 KL(teacher || student)`` per token of the loss, in nats (arXiv 1503.02531).
 
     :param student, teacher: logits ``[batch, length, vocabulary]``.
     :param labels: ``[batch, length]``, -100 where a token is not in the loss.
-    :param count: tokens of the whole optimizer step, None for those of this batch.
+    :param count: tokens of the complete optimizer step; None counts those of this batch.
     """
-    wanted = labels[:, 1:] != -100
-    ours = (student[:, :-1][wanted].float() / temperature).log_softmax(-1)
-    theirs = (teacher[:, :-1][wanted].float() / temperature).log_softmax(-1)
+    counted = labels[:, 1:] != -100
+    ours = (student[:, :-1][counted].float() / temperature).log_softmax(-1)
+    theirs = (teacher[:, :-1][counted].float() / temperature).log_softmax(-1)
     total = nn.functional.kl_div(ours, theirs, reduction="sum", log_target=True)
-    return temperature**2 * total / (wanted.sum() if count is None else count)
+    return temperature**2 * total / (counted.sum() if count is None else count)
 
 
 def layer_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """Mean over blocks of ``|student - teacher|^2 / |teacher|^2`` at the tokens of the loss, as
-    SquareHead has it (arXiv 2310.06927).
+    """Return the mean over blocks of ``|student - teacher|^2 / |teacher|^2`` (SquareHead).
 
-    :param student, teacher: hidden states ``[batch, length, hidden]``: the embedding's, which is
-        the same, and every block's.
+    Only tokens of the loss count. The formula is from arXiv 2310.06927.
+
+    :param student, teacher: hidden states ``[batch, length, hidden]`` of the embedding and of every
+        block. The embedding is the same in both and is skipped.
     :param labels: ``[batch, length]``, -100 where a token is not in the loss.
     """
-    wanted = labels != -100
+    counted = labels != -100
     errors = []
     for ours, theirs in zip(student[1:], teacher[1:], strict=True):
-        expected = theirs[wanted].float()
-        error = (ours[wanted].float() - expected).square().sum()
+        expected = theirs[counted].float()
+        error = (ours[counted].float() - expected).square().sum()
         errors.append(error / expected.square().sum())
     return torch.stack(errors).mean()
 
 
 def padding_id(model: nn.Module, tokenizer: Any) -> int:
-    """What fills a batch, out of attention and loss: any id that the embedding has."""
+    """Return the token id of the padding: the tokenizer's if the embedding has it, or 0."""
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
     pad = tokenizer.pad_token_id
     return pad if pad is not None and 0 <= pad < rows else 0
 
 
-def without_loss(example: Example, config: Adapt) -> bool:
-    """Whether cutting an example to the limit left nothing of it that the loss is on."""
+def has_no_loss(example: Example, config: Adapt) -> bool:
+    """True if truncation left no token of the example in the loss."""
     return config.loss_on == "answer" and example.skip >= len(example.ids)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model with its trained super-adapter, what it was trained on, and how.
+    """The result of a training.
 
-    log: of every step loss, learning rate, tokens, and ranks.
-    facts: precision, device, tokens_per_second, padded_share: what depends on the machine.
+    model: model with the trained super-adapter.
+    data: items that it was trained on.
+    log: one entry per step: loss, learning rate, tokens and ranks.
+    facts: values that depend on the machine: precision, device, tokens_per_second, padded_share.
     """
 
     model: nn.Module
@@ -270,10 +293,10 @@ def train_on_task(
     elastic: bool,
     teacher: nn.Module | None = None,
 ) -> Trained:
-    """Train a fresh adapter, seeded, and write it to ``folder / "adapter"``.
+    """Train a new, seeded adapter and write it to ``folder / "adapter"``.
 
-    :param start: ``start(steps) -> advance``, called once a step.
-    :param elastic: with the recipe's elastic ranks and trainable scales.
+    :param start: ``start(steps) -> advance``; ``advance`` is called once per step.
+    :param elastic: use the elastic ranks and trainable scales of the recipe.
     """
     config, data = recipe.training, Data(recipe, tokenizer)
     device = device_of(recipe.device)
@@ -282,7 +305,7 @@ def train_on_task(
     groups = _elastic_groups(model, base, config) if elastic else {}
     layers = elastic_layers(model)
     ranks_at = partial(draw_ranks, list(groups), config.ranks, recipe.seed)
-    log, pace = train_adapter(
+    log, tokens_per_second = train_adapter(
         model,
         list(data.train),
         config,
@@ -295,15 +318,15 @@ def train_on_task(
         device=device,
     )
     save_adapter(model, folder / "adapter")
-    if process_rank() == 0:  # training checkpoints serve an interrupted run alone
+    if process_rank() == 0:  # checkpoints are only needed to resume an interrupted run
         shutil.rmtree(folder / "training")
-    # The step logged as n is the one that began at n - 1.
+    # The Trainer logs a step after incrementing its number: entry n used the ranks of n - 1.
     log = [{**e, "ranks": ranks_at(int(e["step"]) - 1)} for e in log]
-    return Trained(model, data, log, _facts(log, pace, dtype, device))
+    return Trained(model, data, log, _facts(log, tokens_per_second, dtype, device))
 
 
 def _elastic_groups(model: nn.Module, base: Base, config: Adapt) -> dict[str, list[str]]:
-    """What shares a rank; the scales of a model that has it are free to move."""
+    """Return the groups that share a rank, and make scales trainable if the recipe says so."""
     if config.trainable_scales:
         train_scales(model)
     return groups_of(model, Checkpoint(base.folder).family, config)
@@ -312,19 +335,21 @@ def _elastic_groups(model: nn.Module, base: Base, config: Adapt) -> dict[str, li
 def _facts(
     log: list[dict[str, Any]], tokens_per_second: float, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    filled = sum(e["padded"] for e in log)
+    """Return the facts of :class:`Trained`."""
+    padded = sum(e["padded"] for e in log)
     return {
         "precision": str(dtype).removeprefix("torch."),
         "device": device_name(device),
         "tokens_per_second": tokens_per_second,
-        "padded_share": 1 - sum(e["tokens"] for e in log) / filled,
+        "padded_share": 1 - sum(e["tokens"] for e in log) / padded,
     }
 
 
 def _arguments(
     config: Adapt, steps: int, seed: int, folder: Path, device: torch.device
 ) -> TrainingArguments:
-    os.environ[MIXED_PRECISION] = "no"  # whatever a launcher's config says: adapt.precision decides
+    """Return the Trainer's arguments."""
+    os.environ[MIXED_PRECISION] = "no"  # adapt.precision decides, not a launcher's config
     schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     return TrainingArguments(
         output_dir=str(folder),
@@ -351,14 +376,17 @@ def _arguments(
 
 
 def _rows(examples: list[Example], config: Adapt) -> list[dict[str, Any]]:
-    """What is trained on, as the Trainer takes it."""
+    """Return the examples in the format of :func:`collate`, without those that have no loss.
+
+    :raises UserError: if no example is left.
+    """
     rows = [
         {"input_ids": e.ids, "skip": e.skip if config.loss_on == "answer" else 0}
         for e in examples
-        if not without_loss(e, config)
+        if not has_no_loss(e, config)
     ]
     if not rows:
-        raise UserError("adapt: no training example has a token left for the loss")
+        raise UserError("adapt: no training example has a token in the loss")
     return rows
 
 
@@ -376,29 +404,29 @@ def train_adapter(
 ) -> tuple[list[dict[str, Any]], float]:
     """Train the adapters of ``model`` in place.
 
-    :param pad: token id that fills a batch on the right.
-    :param folder: holds training checkpoints; a training interrupted there is continued.
-    :param before_step: called with the number of the optimizer step about to run.
-    :param teacher: what ``config.distill`` learns from.
-    :param device: where it computes.
-    :return: of every step loss, learning rate, tokens, and tokens with what fills batches up; and
-        tokens a second of this process.
+    :param pad: token id of the padding.
+    :param folder: folder of training checkpoints; an interrupted training resumes from the newest.
+    :param before_step: called with the number of the next optimizer step.
+    :param teacher: teacher of ``config.distill``.
+    :param device: device of the training.
+    :return: the log, with loss, learning rate, tokens, and tokens including padding of every step;
+        and tokens per second of this process.
     :raises UserError: if every label is masked, or the loss is not finite.
     """
     rows = _rows(examples, config)
-    pace, steps = Pace(), config.total_steps(len(rows), process_count())
+    throughput, steps = Throughput(), config.total_steps(len(rows), process_count())
     trainer = _Trainer(
         config,
         teacher,
-        pace,
+        throughput,
         model=model,
         args=_arguments(config, steps, seed, folder, device),
         train_dataset=rows,  # type: ignore[arg-type]  # a list serves as a map-style dataset
         data_collator=lambda batch: collate(batch, pad),
-        callbacks=[_Callback(before_step, advance, pace)],
+        callbacks=[_Callback(before_step, advance, throughput)],
     )
-    trainer.train(resume_from_checkpoint=_last_complete(folder))
+    trainer.train(resume_from_checkpoint=_last_complete_checkpoint(folder))
     model.eval()
     keys = ("step", "loss", "learning_rate", "tokens", "padded")
     log = [{k: e[k] for k in keys} for e in trainer.state.log_history if "loss" in e]
-    return log, pace.tokens_per_second
+    return log, throughput.tokens_per_second

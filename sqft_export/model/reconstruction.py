@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 
 from sqft_export.model.blocks import Block, output_of
 from sqft_export.numerics import fused
-from sqft_export.numerics.affine import Grid, grouped
+from sqft_export.numerics.affine import Grid, split_groups
 from sqft_export.numerics.codes import FLOAT16_BITS
 from sqft_export.recipe.schema import Reconstruct
 
@@ -117,7 +117,8 @@ class _RoundToGrid(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         base, nothing = fused.Frozen(weight, None, ctx.grid), torch.zeros_like(weight)
         back = fused.backward(base, nothing, 0.0, gradient.clone(), True)
-        return back.passed, grouped(back.moved, ctx.grid.group_size).sum(dim=2), None
+        shifts = split_groups(back.scale_gradient, ctx.grid.group_size).sum(dim=2)
+        return back.update_gradient, shifts, None
 
 
 class _TrainedWeight(nn.Module):
@@ -147,7 +148,7 @@ class _TrainedWeight(nn.Module):
 
     def current_grid(self) -> Grid | None:
         """Return the grid with its scales as they would be stored now."""
-        return self.grid.moved(self.shift.detach(), self.scale_bits) if self.grid else None
+        return self.grid.shift_scales(self.shift.detach(), self.scale_bits) if self.grid else None
 
 
 def _first_step(weight: Tensor, mask: Tensor, rate: float | None) -> Tensor:

@@ -23,7 +23,7 @@ from sqft_export.errors import UserError
 from sqft_export.model.checkpoint import GPTQ, PACK_QUANTIZED, Checkpoint
 from sqft_export.model.existing import stored_grid
 from sqft_export.model.tensorfiles import TensorFiles, TensorWriter
-from sqft_export.numerics.affine import Grid, quantize, settled
+from sqft_export.numerics.affine import Grid, quantize, replace_zero_scales
 from sqft_export.numerics.codes import Quantized
 from sqft_export.numerics.gptq_layout import from_gptq, from_pack_quantized, grid_from_gptq
 from sqft_export.numerics.masks import bits_to_mask
@@ -142,8 +142,8 @@ def read_quantized(checkpoint: Checkpoint, name: str) -> tuple[Tensor, Grid]:
     try:
         if parts == PACK_QUANTIZED:
             bits = stored_grid(checkpoint.config.get("quantization_config", {})).bits
-            return settled(*from_pack_quantized(tensors, bits))
-        return settled(*from_gptq(tensors, *_gptq_sizes(checkpoint, name)))
+            return replace_zero_scales(*from_pack_quantized(tensors, bits))
+        return replace_zero_scales(*from_gptq(tensors, *_gptq_sizes(checkpoint, name)))
     except ValueError as error:
         raise UserError(f"{checkpoint.folder}: {name}: {error}") from error
 

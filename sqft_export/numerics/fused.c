@@ -1,6 +1,6 @@
-/* The weight that an adapted Linear multiplies with, and what its gradient is multiplied with, in
-   one pass over memory. Arithmetic and its order are those of fused.py's torch code, bit for bit:
-   nothing is contracted, divisions stay divisions, rounding is half to even. */
+/* Compute the effective weight of an adapted Linear and its gradients in one pass over memory.
+   The result has the same bits as the torch code in fused.py. The order of operations is the same,
+   the compiler fuses no multiply-add, divisions stay divisions, and rounding is half to even. */
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -9,21 +9,22 @@
 enum { F32, F16, BF16 };
 enum { PIECE = 256, ROWS = 16 };
 
-/* fused.py has the same fields. Matrices are [rows, inputs], row by row; 0 where there is none. */
+/* The class _Work in fused.py has the same fields. Matrices are [rows, inputs], row-major; an
+   optional matrix is 0 if it is missing. */
 typedef struct {
   const void *weight;
   const float *update;      /* B A */
-  const uint8_t *mask;      /* a bit a weight, the lowest first; rows begin on a byte */
+  const uint8_t *mask;      /* one bit per weight, lowest bit first; each row starts on a byte */
   const float *scale;       /* [rows, inputs / group] */
   const uint8_t *zero;
-  void *effective;          /* may be `update` */
-  const void *gradient;     /* of the effective weight */
-  float *passed;            /* what of it passes to the update; may be `gradient` */
-  float *moved;             /* gradient of the scales, a term a weight; may be `update` */
+  void *effective;          /* can be the same memory as `update` */
+  const void *gradient;     /* gradient of the effective weight */
+  float *update_gradient;   /* can be the same memory as `gradient` */
+  float *scale_gradient;    /* one term per weight; can be the same memory as `update` */
   size_t rows, inputs, group;
   float scaling, highest;
   int32_t weight_kind, effective_kind, gradient_kind;
-  size_t next;              /* the first row that nobody has taken yet */
+  size_t next;              /* first row that no thread has taken yet */
 } Work;
 
 static inline float of_bits(uint32_t bits) {
@@ -59,7 +60,8 @@ static inline void from_floats(const float *from, int kind, size_t at, size_t co
   }
 }
 
-/* Columns `first` to `first + count` of a row, `first` a multiple of 8, within a group. */
+/* Process columns `first` to `first + count` of a row. They are within one group, and `first` is a
+   multiple of 8. */
 static inline void piece(const Work *w, size_t row, size_t first, size_t count) {
   float weight[PIECE], kept[PIECE + 8], value[PIECE], inside[PIECE];
   const size_t at = row * w->inputs + first;
@@ -90,10 +92,10 @@ static inline void piece(const Work *w, size_t row, size_t first, size_t count) 
   if (w->gradient) {
     float gradient[PIECE];
     to_floats(w->gradient, w->gradient_kind, at, count, gradient);
-    if (w->moved)
+    if (w->scale_gradient)
       for (size_t i = 0; i < count; i++)
-        w->moved[at + i] = gradient[i] * (effective[i] - value[i] * inside[i]);
-    for (size_t i = 0; i < count; i++) w->passed[at + i] = gradient[i] * inside[i] * kept[i];
+        w->scale_gradient[at + i] = gradient[i] * (effective[i] - value[i] * inside[i]);
+    for (size_t i = 0; i < count; i++) w->update_gradient[at + i] = gradient[i] * inside[i] * kept[i];
   }
   from_floats(effective, w->effective_kind, at, count, w->effective);
 }
@@ -118,7 +120,7 @@ static void share(void *data) {
   }
 }
 
-/* parallel: GOMP_parallel of the OpenMP that torch runs on, or 0: alone. */
+/* parallel: GOMP_parallel of the OpenMP library that torch uses, or 0 to run on one thread. */
 void sqft_fused(Work *w, void (*parallel)(void (*)(void *), void *, unsigned, unsigned),
                 unsigned threads) {
   w->next = 0;

@@ -1,6 +1,6 @@
 """The effective weight of an adapted Linear, computed in one pass over memory by compiled C.
 
-    effective = FQ( W + U * scaling * M )        passed = G * inside * M
+    effective = FQ( W + U * scaling * M )        update_gradient = G * inside * M
 
 ``U`` is the update ``B A``, ``M`` the mask and ``G`` the gradient of the effective weight.
 ``inside`` is 1 where the code is not clamped. All arithmetic is float32, in the order of these
@@ -28,7 +28,7 @@ class _Work(ctypes.Structure):
 
     _fields_ = (
         *((n, ctypes.c_void_p) for n in ("weight", "update", "mask", "scale", "zero", "effective")),
-        *((n, ctypes.c_void_p) for n in ("gradient", "passed", "moved")),
+        *((n, ctypes.c_void_p) for n in ("gradient", "update_gradient", "scale_gradient")),
         *((n, ctypes.c_size_t) for n in ("rows", "inputs", "group")),
         *((n, ctypes.c_float) for n in ("scaling", "highest")),
         *((n, ctypes.c_int32) for n in ("weight_kind", "effective_kind", "gradient_kind")),
@@ -39,8 +39,9 @@ class _Work(ctypes.Structure):
 class Frozen(NamedTuple):
     """The frozen part of an adapted Linear.
 
-    weight: float ``[out, in]``. mask_bits: uint8 ``[out, ceil(in / 8)]``, or None. grid: the grid
-    of the effective weight, or None.
+    weight: float ``[out, in]``.
+    mask_bits: uint8 ``[out, ceil(in / 8)]``, or None.
+    grid: grid of the effective weight, or None.
     """
 
     weight: Tensor
@@ -51,17 +52,19 @@ class Frozen(NamedTuple):
 class Backward(NamedTuple):
     """Results of the backward pass, each ``[out, in]``.
 
-    effective: the effective weight in the gradient's dtype. passed: float32, gradient of the
-    update. moved: float32, gradient of the logarithm of each weight's scale; or None.
+    effective: the effective weight in the gradient's dtype.
+    update_gradient: float32.
+    scale_gradient: float32, gradient of the logarithm of each weight's scale; or None.
     """
 
     effective: Tensor
-    passed: Tensor
-    moved: Tensor | None
+    update_gradient: Tensor
+    scale_gradient: Tensor | None
 
 
 @functools.cache
 def _library() -> Any:
+    """Return the compiled library, or None if it was not built."""
     file = built_library(Path(__file__).parent, "_fused")
     return ctypes.CDLL(str(file)) if file else None
 
@@ -76,7 +79,8 @@ def _parallel() -> ctypes.c_void_p | None:
     return None
 
 
-def _compiled(base: Frozen, update: Tensor | None, dtype: torch.dtype) -> bool:
+def _is_supported(base: Frozen, update: Tensor | None, dtype: torch.dtype) -> bool:
+    """True if the compiled library can compute with these tensors."""
     tensors = [t for t in (base.weight, update, base.mask_bits) if t is not None]
     return (
         _library() is not None
@@ -87,6 +91,7 @@ def _compiled(base: Frozen, update: Tensor | None, dtype: torch.dtype) -> bool:
 
 
 def _work(base: Frozen, update: Tensor | None, scaling: float, effective: Tensor) -> _Work:
+    """Return the arguments of the forward pass."""
     rows, inputs = base.weight.shape
     work = _Work(rows=rows, inputs=inputs, group=inputs, scaling=scaling)
     work.weight, work.weight_kind = base.weight.data_ptr(), _KINDS[base.weight.dtype]
@@ -97,6 +102,7 @@ def _work(base: Frozen, update: Tensor | None, scaling: float, effective: Tensor
 
 
 def _run(work: _Work, grid: Grid | None) -> None:
+    """Run the library on all threads of torch."""
     if grid is not None:
         scale, zero = grid.scale.float().contiguous(), grid.zero_point.contiguous()
         work.scale, work.zero = scale.data_ptr(), zero.data_ptr()
@@ -126,7 +132,7 @@ def effective_weight(
 
     :param update: float32 ``[out, in]``, overwritten; None for a Linear without an adapter.
     """
-    if not _compiled(base, update, dtype):
+    if not _is_supported(base, update, dtype):
         adapted = adapted_weight(base, update, scaling)
         return (fake_quantize(adapted, base.grid) if base.grid else adapted).to(dtype)
     if update is not None and dtype == torch.float32:
@@ -146,28 +152,30 @@ def backward(
     :param gradient: gradient of the effective weight, ``[out, in]``, overwritten if it is float32.
     :param scales: also return the gradient of the scales; needs a grid.
     """
-    if not _compiled(base, update, gradient.dtype) or not gradient.is_contiguous():
+    if not _is_supported(base, update, gradient.dtype) or not gradient.is_contiguous():
         return _backward_in_torch(base, update, scaling, gradient, scales)
     effective = torch.empty_like(gradient)
-    passed = gradient if gradient.dtype == torch.float32 else torch.empty_like(update)
+    update_gradient = gradient if gradient.dtype == torch.float32 else torch.empty_like(update)
     work = _work(base, update, scaling, effective)
     work.gradient, work.gradient_kind = gradient.data_ptr(), _KINDS[gradient.dtype]
-    work.passed, work.moved = passed.data_ptr(), update.data_ptr() if scales else None
+    work.update_gradient = update_gradient.data_ptr()
+    work.scale_gradient = update.data_ptr() if scales else None
     _run(work, base.grid)
-    return Backward(effective, passed, update if scales else None)
+    return Backward(effective, update_gradient, update if scales else None)
 
 
 def _backward_in_torch(
     base: Frozen, update: Tensor, scaling: float, gradient: Tensor, scales: bool
 ) -> Backward:
+    """Compute :func:`backward` on any device."""
     adapted, dtype = adapted_weight(base, update, scaling), gradient.dtype
-    passed = gradient.float()
-    effective, moved = adapted, None
+    update_gradient = gradient.float()
+    effective, scale_gradient = adapted, None
     if base.grid is not None:
         effective, inside = fake_quantize_inside(adapted, base.grid)
         if scales:
-            moved = passed * (effective - adapted * inside)
-        passed.mul_(inside)
+            scale_gradient = update_gradient * (effective - adapted * inside)
+        update_gradient.mul_(inside)
     if base.mask_bits is not None:
-        passed.mul_(bits_to_mask(base.mask_bits, passed.shape[1]))
-    return Backward(effective.to(dtype), passed, moved)
+        update_gradient.mul_(bits_to_mask(base.mask_bits, update_gradient.shape[1]))
+    return Backward(effective.to(dtype), update_gradient, scale_gradient)

@@ -1,4 +1,4 @@
-"""The GPTQ checkpoint layout (AutoGPTQ v1), ``f = 32 / bits`` codes in an int32, lowest first:
+"""The GPTQ checkpoint layout (AutoGPTQ v1): ``f = 32 / bits`` codes per int32, lowest bits first.
 
 qweight  int32 [in / f, out]           f consecutive inputs of one output
 qzeros   int32 [groups, out / f]       f consecutive outputs, stored as zero_point - 1
@@ -15,9 +15,9 @@ from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
 
 
 def _pack_int32(codes: Tensor, bits: int) -> Tensor:
-    """Rows of codes uint8 ``[n, m]`` to int32 ``[n, ceil(m / f)]``, the last word filled up."""
+    """Pack codes uint8 ``[n, m]`` into int32 ``[n, ceil(m / f)]``; zeros pad the last word."""
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (32 // bits))).numpy()
-    # Little-endian: the codes of a word are its bytes, two to a byte where they are nibbles.
+    # Words are little-endian: a word is its codes as bytes, or two 4-bit codes per byte.
     stored = pack_nibbles(padded) if bits == 4 else np.array(padded, order="C")
     return torch.from_numpy(stored.view(np.int32))
 
@@ -29,12 +29,12 @@ def _unpack_int32(words: Tensor, bits: int) -> Tensor:
 
 
 def to_gptq(codes: Tensor, grid: Grid) -> dict[str, Tensor]:
-    """The four tensors of the GPTQ layout for codes uint8 ``[out, in]``.
+    """Return the four tensors of the GPTQ layout for codes uint8 ``[out, in]``.
 
-    Widths that do not fill the last int32 are padded with zero bits; ``from_gptq`` drops them.
+    Zero bits pad the last int32; ``from_gptq`` drops them.
     """
     in_features = codes.shape[1]
-    stored_zeros = (grid.zero_point - 1) & grid.highest  # of 0: the highest
+    stored_zeros = (grid.zero_point - 1) & grid.highest  # 0 wraps to the highest code
     return {
         "qweight": _pack_int32(codes, grid.bits).T.contiguous(),
         "qzeros": _pack_int32(stored_zeros.T, grid.bits),
@@ -46,46 +46,52 @@ def to_gptq(codes: Tensor, grid: Grid) -> dict[str, Tensor]:
 def from_gptq(
     tensors: dict[str, Tensor], bits: int, group_size: int, stored_minus: int = 1
 ) -> tuple[Tensor, Grid]:
-    """Codes uint8 ``[out, in]`` and grid of a layer in the GPTQ layout.
+    """Return codes uint8 ``[out, in]`` and grid of a layer in the GPTQ layout.
 
-    :param stored_minus: what was taken from zero points before they were stored: 1, in version 2 of
-        the layout (``checkpoint_format: gptq_v2``) 0.
+    :param stored_minus: value that was subtracted from the zero points before storing: 1, or 0 in
+        version 2 of the layout (``checkpoint_format: gptq_v2``).
     :raises ValueError: if ``g_idx`` is not ``column // group_size`` (``desc_act`` checkpoints).
     """
     grid = grid_from_gptq(tensors, bits, group_size, stored_minus)
     in_features = tensors["g_idx"].shape[0]
-    # Words are transposed, not codes: an eighth as many.
+    # Transposing the words moves an eighth of the elements that transposing the codes would.
     return _unpack_int32(tensors["qweight"].T, bits)[:, :in_features].contiguous(), grid
 
 
 def grid_from_gptq(
     tensors: dict[str, Tensor], bits: int, group_size: int, stored_minus: int = 1
 ) -> Grid:
-    """The grid of :func:`from_gptq`; ``qweight`` is not read.
+    """Return the grid of :func:`from_gptq` without reading ``qweight``.
 
-    :raises ValueError: as that.
+    :raises ValueError: if ``g_idx`` is not ``column // group_size`` (``desc_act`` checkpoints).
     """
     g_idx, scales = tensors["g_idx"], tensors["scales"]
     if not torch.equal(g_idx, (torch.arange(len(g_idx)) // group_size).to(g_idx.dtype)):
-        raise ValueError("g_idx is not in column order (desc_act=true); this layout is not taken")
+        raise ValueError(
+            "g_idx is not in column order (desc_act=true); this layout is not supported"
+        )
     zeros = _unpack_int32(tensors["qzeros"], bits)[:, : scales.shape[1]].T.contiguous()
     zero_point = (zeros + stored_minus) & (2**bits - 1)
     return Grid(scales.T.contiguous(), zero_point, bits, group_size)
 
 
 def from_pack_quantized(tensors: dict[str, Tensor], bits: int) -> tuple[Tensor, Grid]:
-    """Codes uint8 ``[out, in]`` and grid of a layer in compressed-tensors' ``pack-quantized``.
+    """Return codes uint8 ``[out, in]`` and grid of a layer in the ``pack-quantized`` format.
+
+    The format comes from compressed-tensors:
 
     weight_packed  int32 [out, ceil(in / f)]   f consecutive inputs, lowest first, plus 2^(bits-1)
-    weight_scale   [out, groups]               any float; exact in float16, or it is refused
+    weight_scale   [out, groups]               any float dtype; values must be exact in float16
     weight_shape   int64 [2]
 
-    :raises ValueError: if a scale is none of float16.
+    :raises ValueError: if a scale is not exact in float16.
     """
     in_features = int(tensors["weight_shape"][1])
     codes = _unpack_int32(tensors["weight_packed"], bits)[:, :in_features].contiguous()
     scale = tensors["weight_scale"].to(torch.float16)
     if not torch.equal(scale.float(), tensors["weight_scale"].float()):
-        raise ValueError("its scales are not exact in float16, in which runtimes store them")
+        raise ValueError(
+            "its scales are not exact in float16, the dtype in which runtimes store them"
+        )
     zero_point = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
     return codes, Grid(scale.contiguous(), zero_point, bits, in_features // scale.shape[1])

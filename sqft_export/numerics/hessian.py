@@ -1,4 +1,4 @@
-"""The second-order view that GPTQ and SparseGPT share."""
+"""The inverse Hessian that GPTQ and SparseGPT share."""
 
 import math
 import warnings
@@ -11,32 +11,35 @@ _ROWS_AT_ONCE = 256
 
 
 def _reverse(square: Tensor) -> None:
-    """Reverse both axes in place, a few rows at a time."""
+    """Reverse both axes in place, in chunks of rows."""
     size = len(square)
     for start in range(0, (size + 1) // 2, _ROWS_AT_ONCE):
         stop = min(start + _ROWS_AT_ONCE, (size + 1) // 2)
         top, bottom = square[start:stop], square[size - stop : size - start]
-        turned = bottom.flip(0, 1)
+        reversed_bottom = bottom.flip(0, 1)
         bottom.copy_(top.flip(0, 1))
-        top.copy_(turned)
+        top.copy_(reversed_bottom)
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper ``U`` with ``U^T U = (H + damping * mean(diag H) * I)^-1``, in the memory of ``H``.
+    """Return upper triangular ``U`` with ``U^T U = (H + damping * mean(diag H) * I)^-1``.
 
-    ``H`` is not inverted: with ``R R^T = H``, ``R`` upper (a Cholesky factor from the last column
-    on), ``U = R^-1``. That is half the arithmetic of inverting and factoring again, and loses
-    fewer digits. A Hessian that is not positive definite in float32 gets more damping, with a
-    warning.
+    The function does not invert ``H``. It computes the upper triangular ``R`` with ``R R^T = H``, a
+    Cholesky factor that starts at the last column; then ``U = R^-1``. This needs half the
+    arithmetic of inverting ``H`` and factoring the inverse, and loses fewer digits.
 
-    :param hessian: ``X^T X`` over calibration tokens, float32 ``[in, in]``, overwritten. An input
-        that was never active constrains nothing and gets a diagonal of its own.
-    :return: ``hessian``.
-    :raises ValueError: if it is not finite, or no damping that float32 holds makes it positive
-        definite.
+    If the Hessian is not positive definite in float32, the damping is raised, with a warning.
+
+    :param hessian: ``X^T X`` over calibration tokens, float32 ``[in, in]``, overwritten. The
+        diagonal entry of an input that is always zero is set to 1.
+    :return: ``U``, in the memory of ``hessian``.
+    :raises ValueError: if the Hessian is not finite, or no damping in the range of float32 makes it
+        positive definite.
     """
     diagonal = hessian.diagonal()
-    if not bool(torch.isfinite(diagonal).all()):  # |H_ij|^2 <= H_ii H_jj: the diagonal tells
+    if not bool(
+        torch.isfinite(diagonal).all()
+    ):  # |H_ij|^2 <= H_ii H_jj: checking the diagonal suffices
         raise ValueError("its Hessian has NaN or infinite entries")
     diagonal.add_(diagonal == 0)
     step = float(damping * diagonal.mean())
@@ -55,12 +58,13 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
 
 
 def _solve_with_lapack(matrix: Tensor) -> bool:
-    """Put the inverse of the lower Cholesky factor in the place of a matrix.
+    """Replace a matrix by the inverse of its lower Cholesky factor.
 
-    :return: False, and all but the diagonal as it was, if it is not positive definite.
+    :return: False if the matrix is not positive definite. Its elements outside the diagonal are
+        then unchanged.
     """
-    array = matrix.numpy().T  # as LAPACK sees it, column by column
-    # Only one triangle is written, the other one still has H.
+    array = matrix.numpy().T  # LAPACK reads matrices column by column
+    # LAPACK writes one triangle; the other still contains H.
     _, failed = spotrf(array, lower=0, clean=0, overwrite_a=1)
     if failed:
         matrix.triu_(1)
@@ -72,7 +76,7 @@ def _solve_with_lapack(matrix: Tensor) -> bool:
 
 
 def _solve_with_torch(matrix: Tensor) -> bool:
-    """The same on any device, in the memory of two more matrices."""
+    """Do the same as :func:`_solve_with_lapack` on any device; needs two more matrices."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed):
         return False

@@ -22,11 +22,11 @@ def drop_lowest(scores: Tensor, count: int) -> Tensor:
     mask = torch.ones_like(scores, dtype=torch.bool)
     for start in range(0, len(scores) if count else 0, _SELECTED_ROWS):
         rows = scores[start : start + _SELECTED_ROWS]
-        # Selecting the count-th score is linear in the columns, sorting them is not.
+        # Selecting the count-th score takes time linear in the columns; sorting does not.
         threshold = rows.kthvalue(count, dim=1, keepdim=True).values
         below, tied = rows < threshold, rows == threshold
-        wanted = count - below.sum(dim=1, keepdim=True)
-        mask[start : start + _SELECTED_ROWS] = ~(below | (tied & (tied.cumsum(dim=1) <= wanted)))
+        remaining = count - below.sum(dim=1, keepdim=True)
+        mask[start : start + _SELECTED_ROWS] = ~(below | (tied & (tied.cumsum(dim=1) <= remaining)))
     return mask
 
 

@@ -1,13 +1,16 @@
-"""Two 4-bit codes a byte, as both runtimes store them; numpy alone."""
+"""Pack two 4-bit codes per byte, in the layout of OpenVINO and ONNX Runtime; needs only numpy."""
 
 import numpy as np
 
 
 def pack_nibbles(codes: np.ndarray) -> np.ndarray:
-    """uint8 codes below 16, ``[..., n]``, two a byte, even position low: ``[..., ceil(n / 2)]``."""
+    """Pack uint8 codes below 16, ``[..., n]``, into uint8 ``[..., ceil(n / 2)]``.
+
+    Codes at even positions are in the low 4 bits. A zero pads an odd number of codes.
+    """
     if codes.shape[-1] % 2:
         codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
-    pairs = np.ascontiguousarray(codes).view("<u2")  # two codes at once, a strided byte is slow
+    pairs = np.ascontiguousarray(codes).view("<u2")  # reading single bytes with a stride is slow
     return (pairs | pairs >> 4).astype(np.uint8)
 
 

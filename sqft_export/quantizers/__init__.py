@@ -1,6 +1,7 @@
-"""Quantizers, one file a method; the file name is the word in the recipe.
+"""Quantizers, one module per method; its name is the value of ``quantize.method``.
 
-Most compress a Linear at a time; what looks at a whole block has ``NEEDS = "block"``.
+A :class:`Quantizer` compresses single Linears. A :class:`BlockQuantizer` compresses a complete
+decoder block; its ``NEEDS`` is ``"block"``.
 """
 
 import importlib
@@ -15,7 +16,10 @@ from sqft_export.recipe.schema import Quantize
 
 
 class Quantizer(Protocol):
-    """NEEDS: what it is given of the calibration inputs; see ``model.blocks.Inputs``."""
+    """The interface of a quantizer of single Linears.
+
+    NEEDS: the statistic of the calibration inputs that it needs; see ``model.blocks.Inputs``.
+    """
 
     NEEDS: str
 
@@ -30,29 +34,34 @@ class Quantizer(Protocol):
         scale_bits: int = ...,
         /,
     ) -> tuple[Tensor, Grid]:
-        """A float32 weight ``[out, in]`` whose codes on the grid are the result, pruned positions
-        exactly zero.
+        """Return a compensated weight and the grid whose codes of it are the result.
 
+        :param weight: float32 ``[out, in]``.
         :param mask: bool ``[out, in]``, True = kept.
+        :param inputs: the statistic that ``NEEDS`` names.
         :param scale_bits: significant bits of the scales.
+        :return: float32 ``[out, in]`` with exact zeros at pruned positions; and its grid.
         """
 
 
 class BlockQuantizer(Protocol):
+    """The interface of a quantizer of complete decoder blocks."""
+
     NEEDS: str
 
     def compress_block(
         self, block: Block, mask_of: Callable[[str], Tensor], config: Quantize, /
     ) -> Iterator[tuple[str, Tensor, Grid]]:
-        """The same by name for every Linear of a block."""
+        """Yield name, weight and grid of every Linear, like :meth:`Quantizer.compress`."""
 
 
 def quantizer(method: str) -> Quantizer | BlockQuantizer:
+    """Return the module of a method."""
     module: Any = importlib.import_module(f"{__name__}.{method}")
     return cast(BlockQuantizer, module) if module.NEEDS == "block" else cast(Quantizer, module)
 
 
-if TYPE_CHECKING:  # mypy holds every module to its protocol
+if TYPE_CHECKING:  # mypy checks every module against its protocol
     from sqft_export.quantizers import gptq, nncf, rtn
 
     _QUANTIZERS: tuple[Quantizer, ...] = (gptq, rtn)

@@ -1,11 +1,13 @@
-"""NNCF's weight compression as the source of codes and grid, a decoder block at a time.
+"""Quantize decoder blocks with NNCF's weight compression.
 
-The block is traced to OpenVINO and given to ``nncf.compress_weights`` with its own calibration
-inputs: AWQ, scale estimation, NNCF's GPTQ, and INT4/INT8 by sensitivity within the block. What
-NNCF stored is taken over as it is, scales and zero points included, except that every pruned
-weight goes (back) to its zero code: NNCF's GPTQ moves 1 to 3 % of them. A group that is pruned
-whole has a scale of zero there, and the smallest one here. Its symmetric scales may be
-negative, so that the largest weight of a group gets the longer side of the range.
+Each block is traced to OpenVINO. ``nncf.compress_weights`` compresses it with the block's own
+calibration inputs. It offers AWQ, scale estimation, NNCF's GPTQ, and a choice of INT4 or INT8 by
+sensitivity within the block.
+
+Codes, scales and zero points are those of NNCF, with two exceptions. Every pruned weight gets its
+zero code again: NNCF's GPTQ changes 1 to 3 % of them. A group in which all weights are pruned gets
+the smallest scale, where NNCF stores a scale of zero. NNCF's symmetric scales can be negative: the
+largest weight of a group then gets the longer side of the range.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,14 +19,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sqft_export.errors import UserError
 from sqft_export.model.blocks import Block
-from sqft_export.numerics.affine import Grid, dequantize, quantize, settled
+from sqft_export.numerics.affine import Grid, dequantize, quantize, replace_zero_scales
 from sqft_export.recipe.schema import Quantize
 
 NEEDS = "block"
 
 
 class _Positional(nn.Module):
-    """A block called with the tensors of its arguments alone, as tracing wants it."""
+    """A block whose arguments are only tensors, which tracing requires."""
 
     def __init__(self, block: Block):
         super().__init__()
@@ -42,11 +44,11 @@ class _Positional(nn.Module):
 def compress_block(
     block: Block, mask_of: Callable[[str], Tensor], config: Quantize
 ) -> Iterator[tuple[str, Tensor, Grid]]:
-    """Name, weight float32 ``[out, in]`` on its grid points, and grid of every Linear.
+    """Yield name, weight (float32 ``[out, in]``) and grid of every Linear.
 
-    :param mask_of: Linear -> bool ``[out, in]``, True = kept.
-    :raises UserError: if AWQ had to put a multiplication into the graph, which codes and grids
-        alone can't carry, or a scale is no number.
+    :param mask_of: Linear -> mask, bool ``[out, in]``, True = kept.
+    :raises UserError: if AWQ added a multiplication to the graph, which codes and grids cannot
+        represent; or if a scale is NaN or infinite.
     """
     import openvino as ov
 
@@ -57,8 +59,8 @@ def compress_block(
     graph = _compress(graph, [[tensor.numpy() for tensor in feed] for feed in feeds], config)
     if added := [n for n in graph.get_ops() if n.get_friendly_name().endswith("/awq_mul")]:
         raise UserError(
-            f"quantize.nncf.awq: block {block.index} needs {len(added)} multiplications beside "
-            "its weights, which no codes can carry; set it to false"
+            f"quantize.nncf.awq: AWQ adds {len(added)} multiplications to block {block.index}, "
+            "which codes and scales cannot represent; set it to false"
         )
     found = {name: (quantized, bits) for name, quantized, bits in codes_and_grids(graph)}
     prefix = next(iter(block.linears)).split(f".{block.index}.")[0] + f".{block.index}"
@@ -68,21 +70,25 @@ def compress_block(
         codes, scale, zero_point = map(torch.from_numpy, quantized)
         grid = Grid(scale.half(), zero_point, bits, linear.in_features // scale.shape[1])
         try:
-            codes, grid = settled(codes, grid)
+            codes, grid = replace_zero_scales(codes, grid)
         except ValueError as error:
             raise UserError(f"quantize.method: nncf: {name}: {error}") from error
-        weight = _with_fractions(linear.weight, codes, grid)
+        weight = _keep_fractions(linear.weight, codes, grid)
         yield name, weight.masked_fill_(~mask_of(name), 0), grid
 
 
-def _with_fractions(weight: Tensor, codes: Tensor, grid: Grid) -> Tensor:
-    """The weight itself where its code is NNCF's, so that tuning starts where the weight is and not
-    in the middle of a step; the grid point where NNCF moved it (GPTQ, AWQ)."""
+def _keep_fractions(weight: Tensor, codes: Tensor, grid: Grid) -> Tensor:
+    """Return the original weight where it has NNCF's code, and the grid point elsewhere.
+
+    Training then starts from the original floats. NNCF's GPTQ and AWQ change codes; such a weight
+    has no original float with that code.
+    """
     same = quantize(weight, grid) == codes
     return torch.where(same, weight, dequantize(codes, grid))
 
 
 def _compress(graph: Any, feeds: list[Any], config: Quantize) -> Any:
+    """Run ``nncf.compress_weights`` with the options of the recipe; return the graph."""
     import nncf
     from nncf import AdvancedCompressionParameters, CompressWeightsMode, SensitivityMetric
     from nncf.quantization.advanced_parameters import GroupSizeFallbackMode
@@ -101,7 +107,7 @@ def _compress(graph: Any, feeds: list[Any], config: Quantize) -> Any:
         mode=mode,
         group_size=config.group_size or -1,
         ratio=options.int4_ratio,
-        all_layers=True,  # the last product of a block is as good as any other
+        all_layers=True,  # the last Linear of a block is not the head of the model
         sensitivity_metric=SensitivityMetric(options.sensitivity),
         awq=options.awq,
         scale_estimation=options.scale_estimation,

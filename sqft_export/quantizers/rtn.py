@@ -1,4 +1,4 @@
-"""Round to nearest on a least-squares grid; looks at no data."""
+"""Round to nearest on a least-squares grid; needs no calibration data."""
 
 from torch import Tensor
 
@@ -17,6 +17,6 @@ def compress(
     inputs: None,
     scale_bits: int = FLOAT16_BITS,
 ) -> tuple[Tensor, Grid]:
-    """The weight unchanged and the grid fitted to it."""
+    """Return the weight with exact zeros at pruned positions, and the grid fitted to it."""
     weight = weight.masked_fill(~mask, 0)
     return weight, fit_grid(weight, bits, group_size, symmetric, scale_bits)

@@ -24,7 +24,7 @@ from sqft_export.run.artifact import Store, digest_of, key_of
 from sqft_export.run.device import device_of
 from sqft_export.run.launcher import process_count
 from sqft_export.run.precision import fast_precision
-from sqft_export.stages.search import given_ranks
+from sqft_export.stages.search import configured_ranks
 
 
 def model_digest(folder: Path, sha256_of: Callable[[Path], str]) -> str:
@@ -104,7 +104,7 @@ class Digests:
         return digest_of(self.recipe.resolve(config.source), self._sha256_of)
 
     def _configuration(self) -> dict[str, Any]:
-        return given_ranks(self.recipe)
+        return configured_ranks(self.recipe)
 
     def _lm_eval_tasks(self) -> str | None:
         folder = self.recipe.lm_eval_folder

@@ -9,8 +9,8 @@ from sqft_export.search.space import Ranks, Space
 def neighbours(space: Space, ranks: Ranks) -> Iterator[Ranks]:
     """Yield the configurations that differ by one rank step in one group."""
     for group, rank in ranks.items():
-        place = space.ranks.index(rank)
-        for other in (place - 1, place + 1):
+        index = space.ranks.index(rank)
+        for other in (index - 1, index + 1):
             if 0 <= other < len(space.ranks):
                 yield ranks | {group: space.ranks[other]}
 

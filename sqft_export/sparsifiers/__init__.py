@@ -1,4 +1,4 @@
-"""Sparsifiers, one file a method; the file name is the word in the recipe."""
+"""Sparsifiers, one module per method; its name is the value of ``sparsify.method``."""
 
 import importlib
 import math
@@ -13,9 +13,12 @@ from sqft_export.recipe.schema import Override, Sparsify, matches
 
 @dataclass(frozen=True)
 class Pruning:
-    """How much of a Linear goes: a share of every row, or all but ``n`` of every ``m`` columns.
+    """The sparsity of one Linear, as a share or as an N:M pattern.
 
-    at_most: of a share: no more than the first of every so many columns are kept.
+    sparsity: share of every row that is dropped; None for an N:M pattern.
+    n_of_m: ``(n, m)``: ``n`` of every ``m`` consecutive columns are kept; None for a share.
+    at_most: ``(n, m)``: a limit for a share. At most ``n`` of every ``m`` consecutive columns are
+        kept.
     """
 
     sparsity: float | None
@@ -24,22 +27,28 @@ class Pruning:
 
     @property
     def block(self) -> int:
-        """Columns that are chosen in one piece."""
-        together = self.n_of_m or self.at_most
-        return together[1] if together else 1
+        """Number of consecutive columns whose mask is chosen at once."""
+        pattern = self.n_of_m or self.at_most
+        return pattern[1] if pattern else 1
 
     def mask(self, scores: Tensor) -> Tensor:
-        """Mask that drops the lowest scores; bool ``[out, in]``, True = kept."""
+        """Return the mask that drops the lowest scores: bool ``[out, in]``, True = kept."""
         if self.n_of_m:
             return keep_n_of_m(scores, *self.n_of_m)
         assert self.sparsity is not None
-        return drop_share(self._bounded(scores), self.sparsity)
+        return drop_share(self._limit_kept(scores), self.sparsity)
 
-    def _bounded(self, scores: Tensor) -> Tensor:
+    def _limit_kept(self, scores: Tensor) -> Tensor:
+        """Lower the scores of columns that ``at_most`` drops."""
         return keep_at_most(scores, *self.at_most) if self.at_most else scores
 
     def mask_of_columns(self, scores: Tensor, start: int) -> Tensor:
-        """The same for columns from ``start`` on alone, so that parts add up to the whole."""
+        """Return the mask of the columns from ``start`` on.
+
+        The masks of consecutive parts drop as many weights per row as :meth:`mask` does.
+
+        :param scores: ``[out, columns]`` of these columns only.
+        """
         if self.n_of_m:
             return keep_n_of_m(scores, *self.n_of_m)
         assert self.sparsity is not None
@@ -47,19 +56,19 @@ class Pruning:
             math.floor(columns * self.sparsity + 1e-6)
             for columns in (start, start + scores.shape[1])
         )
-        return drop_lowest(self._bounded(scores), after - before)
+        return drop_lowest(self._limit_kept(scores), after - before)
 
 
-EXISTING_ZEROS = Pruning(None, None)  # the zeros that are there
+EXISTING_ZEROS = Pruning(None, None)  # keeps the zeros of the checkpoint and drops nothing
 
 
 def override_for(config: Sparsify, name: str) -> Override | None:
-    """The first override that names this Linear."""
+    """Return the first override that matches this Linear, or None."""
     return next((o for o in config.overrides if matches(name, o.modules)), None)
 
 
 def pruning_of(config: Sparsify, name: str) -> Pruning | None:
-    """The pruning of one Linear; None leaves it dense."""
+    """Return the pruning of one Linear; None leaves it dense."""
     if override := override_for(config, name):
         if override.skip:
             return None
@@ -70,19 +79,27 @@ def pruning_of(config: Sparsify, name: str) -> Pruning | None:
 
 
 class Sparsifier(Protocol):
-    """NEEDS: what it is given of the calibration inputs; see ``model.blocks.Inputs``."""
+    """The interface of a sparsifier.
+
+    NEEDS: the statistic of the calibration inputs that it needs; see ``model.blocks.Inputs``.
+    """
 
     NEEDS: str
 
     def compress(self, weight: Tensor, pruning: Pruning, inputs: Any, /) -> tuple[Tensor, Tensor]:
-        """Float32 ``[out, in]`` with exact zeros, and the bool mask they follow, True = kept."""
+        """Return the pruned weight and its mask.
+
+        :param weight: float32 ``[out, in]``.
+        :return: float32 ``[out, in]`` with exact zeros; and bool ``[out, in]``, True = kept.
+        """
 
 
 def sparsifier(method: str) -> Sparsifier:
+    """Return the module of a method."""
     return cast(Sparsifier, importlib.import_module(f"{__name__}.{method}"))
 
 
-if TYPE_CHECKING:  # mypy holds every module to the protocol
+if TYPE_CHECKING:  # mypy checks every module against the protocol
     from sqft_export.sparsifiers import given, magnitude, sparsegpt, wanda
 
     _SPARSIFIERS: tuple[Sparsifier, ...] = (given, magnitude, sparsegpt, wanda)

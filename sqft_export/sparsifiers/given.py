@@ -1,4 +1,4 @@
-"""Given: the checkpoint is sparse already; its zeros are the mask, taken here once."""
+"""``method: given``: the checkpoint is already sparse, and its zeros are the mask."""
 
 from torch import Tensor
 
@@ -8,5 +8,5 @@ NEEDS = "nothing"
 
 
 def compress(weight: Tensor, pruning: Pruning, inputs: None) -> tuple[Tensor, Tensor]:
-    """The weight as it is, and where it is not zero."""
+    """Return the weight unchanged, and a mask that is True where it is not zero."""
     return weight, weight != 0

@@ -1,4 +1,4 @@
-"""Magnitude: the baseline that looks at no data."""
+"""Magnitude pruning: a baseline that needs no calibration data."""
 
 from torch import Tensor
 
@@ -8,6 +8,6 @@ NEEDS = "nothing"
 
 
 def compress(weight: Tensor, pruning: Pruning, inputs: None) -> tuple[Tensor, Tensor]:
-    """Drop the lowest ``|W_ij|``; kept weights are not changed."""
+    """Drop the lowest ``|W_ij|``; the kept weights do not change."""
     mask = pruning.mask(weight.abs())
     return weight.masked_fill(~mask, 0), mask

@@ -1,9 +1,9 @@
-"""SparseGPT (arXiv 2301.00774): choose and compensate, a block of columns at a time.
+"""SparseGPT (arXiv 2301.00774): prune blocks of columns and compensate the error.
 
-In every block of columns the weights of lowest ``w^2 / U_cc^2`` go, ``U`` being the upper Cholesky
-factor of the inverse Hessian; the columns to the right absorb the error. Each output row drops
-its share within every block, so that rows and column blocks are equally sparse. An N:M mask is
-chosen every M columns, on weights that have absorbed the errors of all columns before them.
+In every block of columns, the weights with the lowest ``w^2 / U_cc^2`` are dropped. ``U`` is the
+upper Cholesky factor of the inverse Hessian. The columns to the right absorb the error. Each row
+drops its share within every block, so rows and blocks are equally sparse. An N:M mask is chosen
+every M columns, from weights that have absorbed the errors of all columns before them.
 """
 
 import torch
@@ -16,11 +16,11 @@ _COLUMNS_AT_ONCE = 128
 
 
 def compress(weight: Tensor, pruning: Pruning, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Compensated weight with exact zeros, and its mask.
+    """Return the compensated weight with exact zeros, and its mask.
 
-    :param factor: float32 ``[in, in]``, ``U`` as ``numerics.hessian.inverse_factor`` makes it.
+    :param factor: float32 ``[in, in]``, ``U`` of ``numerics.hessian.inverse_factor``.
     """
-    work = weight.T.contiguous()  # one input column of all rows lies in one piece
+    work = weight.T.contiguous()  # transposed, so that an input column is contiguous
     masks = []
     in_features, block = weight.shape[1], pruning.block
     chunk = _COLUMNS_AT_ONCE // block * block or block

@@ -1,4 +1,4 @@
-"""Wanda (arXiv 2306.11695): magnitude times the norm of the input it multiplies."""
+"""Wanda (arXiv 2306.11695): prune by magnitude times the norm of the input channel."""
 
 from torch import Tensor
 
@@ -8,6 +8,9 @@ NEEDS = "norms"
 
 
 def compress(weight: Tensor, pruning: Pruning, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Drop the lowest ``|W_ij| * ||X_j||_2``; kept weights are not changed."""
+    """Drop the lowest ``|W_ij| * ||X_j||_2``; the kept weights do not change.
+
+    :param inputs: float32 ``[in]``, L2 norm of every input channel.
+    """
     mask = pruning.mask(weight.abs() * inputs)
     return weight.masked_fill(~mask, 0), mask

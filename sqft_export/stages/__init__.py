@@ -1,4 +1,4 @@
-"""One file per pass; :class:`Stage` says what each offers.  Stages import no sibling."""
+"""The passes, one module per pass. Each module implements :class:`Stage` and imports no other."""
 
 import importlib
 from dataclasses import dataclass, field
@@ -16,15 +16,16 @@ BASE_FIELDS = ("adapt.pipeline", "adapt.merge_dense", "adapt.trainable_scales")
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass may touch.
+    """The inputs of a pass.
 
-    name: the pass, such as ``export-onnx``.
+    name: name of the pass, such as ``export-onnx``.
+    recipe: view of the recipe with only the fields that the pass declares.
     model: folder of the base model.
-    inputs: sealed artifacts of the passes it consumes, by name.
-    folder: where it writes.
-    start: ``start(total) -> advance`` begins its progress bar.
-    lineage: the facts of this pass, and of every one that its inputs are made from, by name.
-    recipe: a view of it, without the fields that the pass does not declare.
+    inputs: name of a consumed pass -> its sealed artifact.
+    folder: output folder of the pass.
+    start: ``start(total) -> advance`` starts the progress bar.
+    lineage: name of a pass -> its manifest facts, for this pass and all passes before it that its
+        inputs depend on.
     """
 
     name: str
@@ -37,15 +38,18 @@ class Context:
 
     @property
     def reads(self) -> dict[str, Any]:
-        """What the names in ``READS`` stand for in the key."""
+        """Return name in ``READS`` -> its value in the cache key."""
         return self.lineage.get(self.name, {}).get("reads", {})
 
     def path(self, name: str) -> Path | None:
-        """Folder of an input, None where the recipe does without that pass."""
+        """Return the folder of an input, or None if the recipe has no such pass."""
         return self.inputs[name].path if name in self.inputs else None
 
     def base(self) -> Base:
-        """What training starts from, with the scales that it ended with once there are such."""
+        """Return the base model of the adapter.
+
+        Its grids have the trained scales if search has written them.
+        """
         adapt, grids = self.recipe.adapt, self.path("quantize")
         if adapt is None:
             return Base(self.latest_model(), self.path("sparsify"), grids)
@@ -55,7 +59,7 @@ class Context:
         return Base(self.latest_model(), masks, grids, adapt.unmerged)
 
     def latest_model(self) -> Path:
-        """The last model folder before adapters."""
+        """Return the model folder of the last pass before training."""
         for name in ("quantize", "reconstruct", "sparsify"):
             if name in self.inputs:
                 return self.inputs[name].path / "model"
@@ -63,15 +67,15 @@ class Context:
 
 
 class Stage(Protocol):
-    """A pass.
+    """The interface of a pass.
 
-    CONSUMES: passes whose artifacts it reads, where the recipe has them.
-    READS: of the names in ``run/digests.py``: what else its result depends on.
-    FREE: recipe fields it reads that can't change its result: the names of files whose content is
-        in ``READS``, the device whose kind is there, when a training is saved.
-    VERSION: raised when the code changes what comes out.
-    RESUMES: whether it continues from what an interrupted run left, or starts over.
-    DISTRIBUTED: whether all processes of a launcher run it, or the first alone.
+    CONSUMES: passes whose artifacts it reads, if the recipe has them.
+    READS: names from ``run/digests.py`` of everything else that its result depends on.
+    FREE: recipe fields that it reads but that cannot change its result. Examples are the path of a
+        file whose content is in ``READS``, and the number of steps between training checkpoints.
+    VERSION: raised when a change of the code changes the output.
+    RESUMES: True if it resumes an interrupted run; False if it starts again.
+    DISTRIBUTED: True if every process of a launcher runs it; False if only the first does.
     """
 
     CONSUMES: tuple[str, ...]
@@ -82,10 +86,11 @@ class Stage(Protocol):
     DISTRIBUTED: bool
 
     def fields(self, recipe: Recipe, name: str, /) -> tuple[str, ...]:
-        """The recipe fields its result depends on, as ``recipe/view.py`` takes them: its key has
-        their values, and it can read no others but those in ``FREE``.
+        """Return the recipe fields that the result depends on, as paths for ``recipe/view.py``.
 
-        :param name: of the pass, such as ``export-onnx``.
+        Their values are part of the cache key. The pass can read only these fields and ``FREE``.
+
+        :param name: name of the pass, such as ``export-onnx``.
         """
 
     def run(self, context: Context, /) -> dict[str, Any]:
@@ -93,11 +98,11 @@ class Stage(Protocol):
 
 
 def stage_of(name: str) -> Stage:
-    """The module of a pass; ``export-openvino`` and ``export-onnx`` share ``export``."""
+    """Return the module of a pass; all ``export-<target>`` passes share ``export``."""
     return cast(Stage, importlib.import_module(f"{__name__}.{name.partition('-')[0]}"))
 
 
-if TYPE_CHECKING:  # mypy holds every module to the protocol
+if TYPE_CHECKING:  # mypy checks every module against the protocol
     from sqft_export.stages import (
         adapt,
         baselines,

@@ -1,10 +1,10 @@
-"""adapt: train the super-adapter, elastic in rank, through mask and grid."""
+"""adapt: train the elastic super-adapter through the pruning mask and the quantization grid."""
 
 from torch import nn
 
 from sqft_export.adapters.files import Base, write_training_log
 from sqft_export.adapters.loading import load_compressed
-from sqft_export.adapters.training import train_on_task, without_loss
+from sqft_export.adapters.training import has_no_loss, train_on_task
 from sqft_export.data.items import TRAIN_FIELDS, TRAIN_FILES, load_tokenizer
 from sqft_export.recipe.schema import Adapt, Recipe
 from sqft_export.recipe.view import section_fields
@@ -22,11 +22,12 @@ DISTRIBUTED = True
 
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
+    """Return all settings of the adapter and of the training data."""
     return (*SETTINGS, *TRAIN_FIELDS)
 
 
 def _teacher(context: Context) -> nn.Module | None:
-    """The model that the loss compares with, frozen."""
+    """Return the frozen teacher of the distillation loss, or None without distillation."""
     config = context.recipe.training
     if config.distill is None:
         return None
@@ -38,7 +39,7 @@ def _teacher(context: Context) -> nn.Module | None:
 
 
 def run(context: Context) -> dict:
-    """Writes ``adapter/`` in peft's format and ``training.jsonl`` with loss and ranks a step."""
+    """Write ``adapter/`` in peft's format, and ``training.jsonl`` with loss and ranks per step."""
     trained = train_on_task(
         context.recipe,
         context.base(),
@@ -58,6 +59,6 @@ def run(context: Context) -> dict:
         "last_loss": log[-1]["loss"],
         "truncated_examples": data.truncated,
         "examples_without_answer": sum(example.has_no_answer for example in data.train),
-        "left_out_examples": sum(without_loss(e, context.recipe.training) for e in data.train),
+        "left_out_examples": sum(has_no_loss(e, context.recipe.training) for e in data.train),
         **trained.facts,
     }

@@ -1,4 +1,4 @@
-"""baselines: the pruned and quantized base before tuning, in the format of the merged model."""
+"""baselines: write the pruned and quantized base, untuned, in the merged model's format."""
 
 from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
@@ -14,10 +14,11 @@ DISTRIBUTED = False
 
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
+    """Return the fields that decide which base is written."""
     return BASE_FIELDS
 
 
 def run(context: Context) -> dict:
-    """Writes ``sparse-quantized/``."""
+    """Write ``sparse-quantized/``."""
     base = context.base()
     return {"sparsity": write_merged(Layers(base), context.folder / "sparse-quantized")}

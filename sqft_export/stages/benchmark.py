@@ -1,7 +1,7 @@
-"""benchmark: every row of the report, scored and timed on the same held-out items.
+"""benchmark: score and time every row of the report on the same held-out items.
 
-Each row runs in a process of its own (``measure/worker.py``), one after the other, with the same
-number of threads. Deployments run as deployed: the runtimes' default precisions, not the exact
+Each row runs in a separate process (``measure/worker.py``), one after the other, with the same
+number of threads. Deployments run in the default precision of their runtime, not in the exact
 mode.
 """
 
@@ -65,7 +65,7 @@ CONSUMES: tuple[str, ...] = (
 READS: tuple[str, ...] = ("model", "test", "device", "precision", "lm_eval_tasks")
 SETTINGS = (
     *section_fields("benchmark", Benchmark, without=("lm_eval_folder",)),
-    *("quantize.bits", "quantize.reconstruct", "unmerged"),  # which rows there are, their titles
+    *("quantize.bits", "quantize.reconstruct", "unmerged"),  # decide the rows and their titles
 )
 FREE: tuple[str, ...] = ("device", "benchmark.lm_eval_folder", *TEST_FILES)
 VERSION = 12
@@ -73,18 +73,20 @@ RESUMES = False
 DISTRIBUTED = False
 
 
-ANSWERS = ("answers", "likelihoods", "ttft_samples", "tpot_samples")
-PILOT = 8  # items of every set that the others are reckoned from
-# Rows whose distributions those after them are held to, and what that is called in a row.
+# Keys of a result that ``results.json`` leaves out: one value per item or per repeat.
+RAW_RESULTS = ("answers", "likelihoods", "ttft_samples", "tpot_samples")
+PILOT_ITEMS = 8  # items per set that are timed to estimate how many items fit into the minutes
+# Rows whose distributions all later rows are compared with -> the key of the comparison.
 REFERENCES = {DENSE: "beside_dense", "merged": "beside_merged"}
 
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
+    """Return the fields of the benchmark, the base, and the test items."""
     return (*SETTINGS, *BASE_FIELDS, *TEST_FIELDS, *ANSWER_FIELDS)
 
 
 def rows(context: Context) -> list[Row]:
-    """The rows of this recipe, in the order of the passes."""
+    """Return the rows of this recipe in the order of the passes."""
     wanted = context.recipe.benchmark.baselines
     table = [*_baselines(context), *_tuned(context), *_deployments(context)]
     if "dense" in wanted:
@@ -96,7 +98,7 @@ def rows(context: Context) -> list[Row]:
 
 
 def _baselines(context: Context) -> Iterator[Row]:
-    """What other settings would have made of the base."""
+    """Yield the rows of models without the recipe's full pipeline."""
     wanted, quantize = context.recipe.benchmark.baselines, context.recipe.quantize
     quantized = f"INT{quantize.bits}{', reconstructed' if quantize.reconstruct else ''}"
     for word, stage, name, folder in (
@@ -106,15 +108,14 @@ def _baselines(context: Context) -> Iterator[Row]:
         ("sparse-quantized", "baselines", f"sparse + {quantized}", "sparse-quantized"),
     ):
         if stage in context.inputs and word in wanted:
-            made = context.inputs[stage]
-            path = made.path / folder
-            # Reconstruction keeps the zeros it is given.
+            path = context.inputs[stage].path / folder
+            # Reconstruction keeps all zeros, so its sparsity is that of sparsify.
             sparsity = context.inputs["sparsify" if stage == "reconstruct" else stage].metrics
             yield Row(name, "torch", path, (path,), sparsity["sparsity"]["all"])
 
 
 def _tuned(context: Context) -> Iterator[Row]:
-    """The model that is deployed, in torch: before merging, where it was tuned, and after."""
+    """Yield the torch rows of the deployed model: unmerged if it was tuned, and merged."""
     inputs, recipe = context.inputs, context.recipe
     wanted, merged = recipe.benchmark.baselines, inputs["merge"].path / "model"
     sparsity = inputs["merge"].metrics["sparsity"]["all"]
@@ -128,6 +129,7 @@ def _tuned(context: Context) -> Iterator[Row]:
 
 
 def _deployments(context: Context) -> Iterator[Row]:
+    """Yield the rows of every deployment and its packed and sparse copies."""
     recipe, sparsity = context.recipe, context.inputs["merge"].metrics["sparsity"]["all"]
     for target, title in TITLES.items():
         if f"export-{target}" not in context.inputs or why_not_run(target, recipe.unmerged):
@@ -145,22 +147,28 @@ def _deployments(context: Context) -> Iterator[Row]:
 
 
 def on_devices(table: list[Row], targets: tuple[str, ...]) -> list[Row]:
-    """What was made, on every device that is asked for and here; all else on the CPU alone."""
+    """Return the rows with one row per requested device for the merged model and deployments.
+
+    Devices that this machine lacks are left out. All other rows keep the device that they have.
+
+    :param targets: devices of the recipe: ``cpu``, ``auto``, or a kind of accelerator.
+    """
     others = [d for d in DEVICE_KINDS[1:] if {d, "auto"} & set(targets)]
-    here = {(d.runtime, d.kind) for d in devices() if d.missing is None} if others else set()
+    available = {(d.runtime, d.kind) for d in devices() if d.missing is None} if others else set()
     made = [row for row in table if row.name in MADE]
-    moved = [
+    on_others = [
         replace(row, name=f"{row.name}, {kind.upper()}", device=kind)
         for kind in others
         for row in made
-        if (row.kind, kind) in here and row.device != kind
+        if (row.kind, kind) in available and row.device != kind
     ]
     if {"cpu", "auto"} & set(targets):
-        return table + moved
-    return [row for row in table if row not in made] + moved
+        return table + on_others
+    return [row for row in table if row not in made] + on_others
 
 
 def _job(context: Context, row: Row) -> dict[str, Any]:
+    """Return the part of the worker's job that is the same for all rounds of a row."""
     benchmark = context.recipe.benchmark
     base, searched = context.base(), context.path("search")
     return {
@@ -179,15 +187,16 @@ def _job(context: Context, row: Row) -> dict[str, Any]:
 
 
 def threads(recipe: Recipe) -> int:
+    """Return the number of threads of every row: the recipe's, or all allowed processors."""
     return recipe.benchmark.threads or allowed_processors()
 
 
 def run(context: Context) -> dict:
-    """Writes ``results.json``, and ``items.jsonl`` with every answer of every row."""
+    """Write ``results.json``, and ``items.jsonl`` with every answer of every row."""
     recipe = context.recipe
     tokenizer = load_tokenizer(context.model)
     table = rows(context)
-    items, runs = _measured(context, table, Data(recipe, tokenizer).test, tokenizer)
+    items, runs = _measure_rows(context, table, Data(recipe, tokenizer).test, tokenizer)
     judged = {row.name: judge(recipe, items, runs[row.name][0], tokenizer) for row in table}
     with (context.folder / "items.jsonl").open("w") as log:
         for name, answers in judged.items():
@@ -195,7 +204,9 @@ def run(context: Context) -> dict:
                 entry = {"row": name, "item": number} | answer_entry(answer)
                 log.write(json.dumps(entry) + "\n")
     weights = Checkpoint(context.model).parameters
-    results = [_described(row, weights) | _found(row.name, judged, runs[row.name]) for row in table]
+    results = [
+        _describe(row, weights) | _figures(row.name, judged, runs[row.name]) for row in table
+    ]
     _add_shares_of_dense(results, chance_accuracy(items))
     document = {
         "settings": _settings(recipe, items),
@@ -207,7 +218,12 @@ def run(context: Context) -> dict:
 
 
 def _add_shares_of_dense(results: list[dict[str, Any]], chance: float | None) -> None:
-    """Accuracy as a share of the dense base's, unless that one knows nothing about the task."""
+    """Add ``recovery``, the accuracy divided by that of the dense base, to every row.
+
+    Adds nothing without a dense row, or if the dense base is at chance level.
+
+    :param chance: accuracy of guessing, or None if it is unknown.
+    """
     dense = results[0]
     if dense["name"] != DENSE:
         return
@@ -219,85 +235,94 @@ def _add_shares_of_dense(results: list[dict[str, Any]], chance: float | None) ->
         result["recovery"] = result["accuracy"] / dense["accuracy"]
 
 
-def _found(
+def _figures(
     name: str, judged: dict[str, list[Judged]], runs: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Figures of a row; its answers beside those of the first row and of dense + LoRA."""
+    """Return the figures of a row.
+
+    Its answers are compared with those of the first row and with those of dense + LoRA.
+    """
     first, lora = (
         [answer.right for answer in judged.get(other, [])]
         for other in (next(iter(judged)), "dense + LoRA")
     )
     right = [answer.right for answer in judged[name]]
-    kept = {k: v for k, v in runs[0].items() if k not in ANSWERS}
-    found = accuracy_row(judged[name], runs[0], first) | latency_row(runs) | kept
-    return found | {"p_same_as_lora": mcnemar(right, lora) if right and lora else None}
+    kept = {k: v for k, v in runs[0].items() if k not in RAW_RESULTS}
+    figures = accuracy_row(judged[name], runs[0], first) | latency_row(runs) | kept
+    return figures | {"p_same_as_lora": mcnemar(right, lora) if right and lora else None}
 
 
-def _asked_of_lm_eval(recipe: Recipe) -> dict[str, Any]:
-    asked = recipe.benchmark
-    if not asked.lm_eval:
+def _lm_eval_job(recipe: Recipe) -> dict[str, Any]:
+    """Return the part of a worker's job that requests lm-eval's tasks; empty without tasks."""
+    benchmark = recipe.benchmark
+    if not benchmark.lm_eval:
         return {}
     folder = str(recipe.lm_eval_folder) if recipe.lm_eval_folder else None
-    return {"lm_eval": {"tasks": list(asked.lm_eval), "folder": folder, "items": asked.items}}
+    return {
+        "lm_eval": {"tasks": list(benchmark.lm_eval), "folder": folder, "items": benchmark.items}
+    }
 
 
-def _measured(
+def _measure_rows(
     context: Context, table: list[Row], items: list[Item], tokenizer: Any
 ) -> tuple[list[Item], dict[str, list[dict[str, Any]]]]:
-    """The items that were scored, and what every process of every row measured; the first has the
-    answers too.
+    """Run every row in every round; return the scored items, and row name -> results per process.
 
-    Rows take turns, and each round turns the order round, so that a slow moment of the machine
-    hits all of them.
+    Rows are interleaved, and every second round reverses their order. A slow moment of the machine
+    then affects all rows alike. The first process of a row also scores the items.
     """
     recipe, started = context.recipe, time.monotonic()
     rounds, minutes = recipe.benchmark.rounds, recipe.benchmark.minutes
-    first = first_of_every_set(items, PILOT if minutes else recipe.benchmark.items)
-    ids = [token for item in first for token in item.ids]
+    scored = first_of_every_set(items, PILOT_ITEMS if minutes else recipe.benchmark.items)
+    ids = [token for item in scored for token in item.ids]
     prompt = ids[: recipe.benchmark.prompt_tokens]
     advance = context.start((rounds + bool(minutes)) * len(table))
     found: dict[str, list[dict[str, Any]]] = {row.name: [] for row in table}
 
-    def ask(row: Row, job: dict[str, Any]) -> dict[str, Any]:
+    def run_row(row: Row, job: dict[str, Any]) -> dict[str, Any]:
         result = in_a_process(_job(context, row) | job, context.folder)
         advance(row.name)
         return result
 
     timed = {"latency_prompt": prompt}
-    # lm-eval's tasks are not what minutes are shared out for: they come on top, at the end.
-    by_lm_eval = _asked_of_lm_eval(recipe)
-    once = {"questions": _questions(context, tokenizer, first)} | ({} if minutes else by_lm_eval)
+    # The limit of minutes does not include lm-eval's tasks. They run last.
+    lm_eval = _lm_eval_job(recipe)
+    once = {"questions": _questions(context, tokenizer, scored)} | ({} if minutes else lm_eval)
     beside = Beside(context.folder, items) if REFERENCES.keys() & found.keys() else None
     for row in table:
-        found[row.name].append(ask(row, timed | once | (beside.asked() if beside else {})))
+        found[row.name].append(run_row(row, timed | once | (beside.asked() if beside else {})))
         if beside:
             found[row.name][0] |= beside.found(REFERENCES.get(row.name))
     for number in range(1, rounds):
         for row in table if number % 2 == 0 else table[::-1]:
-            found[row.name].append(ask(row, timed))
+            found[row.name].append(run_row(row, timed))
     if minutes:
-        first = _that_fit(items, found, 60 * minutes - (time.monotonic() - started))
-        asked = {"questions": _questions(context, tokenizer, first)} | by_lm_eval
+        scored = _items_within(items, found, 60 * minutes - (time.monotonic() - started))
+        final = {"questions": _questions(context, tokenizer, scored)} | lm_eval
         for row in table:
-            found[row.name][0] |= ask(row, asked)
-    return first, found
+            found[row.name][0] |= run_row(row, final)
+    return scored, found
 
 
 def _questions(context: Context, tokenizer: Any, items: list[Item]) -> dict[str, Any]:
-    stop, most = stop_ids(context.model, tokenizer), context_of(context.model)
-    return questions(context.recipe, items, stop, tokenizer, most)
+    """Return the part of a worker's job that scores the items."""
+    stop, max_tokens = stop_ids(context.model, tokenizer), context_of(context.model)
+    return questions(context.recipe, items, stop, tokenizer, max_tokens)
 
 
-def _that_fit(
+def _items_within(
     items: list[Item], found: dict[str, list[dict[str, Any]]], seconds: float
 ) -> list[Item]:
-    """As many items of every set as all rows score in a time, by what the fewest took."""
-    of_fewest = sum(runs[0]["score_seconds"] for runs in found.values())
-    return first_of_every_set(items, max(PILOT, int(PILOT * seconds / of_fewest)))
+    """Return the items of every set that all rows together can score within a time.
+
+    The estimate is linear in the time that the pilot items took.
+    """
+    pilot_seconds = sum(runs[0]["score_seconds"] for runs in found.values())
+    return first_of_every_set(items, max(PILOT_ITEMS, int(PILOT_ITEMS * seconds / pilot_seconds)))
 
 
 def _warnings(results: list[dict[str, Any]], was_tuned: bool) -> list[str]:
-    """Where tuning left the model worse than it found it, or the base itself is at a loss."""
+    """Return a warning if tuning made the model worse, and if the base does not know the task."""
     found = []
     before = [row for row in results if row["name"].startswith("sparse")][-1:]
     tuned = [row for row in results if row["name"] in ("tuned, unmerged", "merged") and was_tuned]
@@ -305,9 +330,9 @@ def _warnings(results: list[dict[str, Any]], was_tuned: bool) -> list[str]:
         for figure in ("perplexity", "accuracy"):
             if _is_worse(row, start, figure):
                 found.append(
-                    f"tuning made it worse: {figure} of {row['name']!r} is {row[figure]:.4g}, of "
-                    f"{start['name']!r} before tuning {start[figure]:.4g}; look at "
-                    "adapt.learning_rate"
+                    f"tuning made the model worse: {figure} of {row['name']!r} is "
+                    f"{row[figure]:.4g}, that of {start['name']!r} before tuning is "
+                    f"{start[figure]:.4g}; try a lower adapt.learning_rate"
                 )
     found += dict.fromkeys(w for row in results for w in row.get("lm_eval_warnings", []))
     for row in results:
@@ -316,23 +341,30 @@ def _warnings(results: list[dict[str, Any]], was_tuned: bool) -> list[str]:
         if row["perplexity"] > GUESSING_PERPLEXITY:
             found.append(
                 f"the dense base has a perplexity of {row['perplexity']:.0f} on the answers: it "
-                "does not know this task or this text; look at the tokenizer and the prompts"
+                "does not know this task or text; check the tokenizer and the prompts"
             )
         elif row.get("at_chance"):
-            found.append(f"{chance_text(row)}; look at the tokenizer and the prompts")
+            found.append(f"{chance_text(row)}; check the tokenizer and the prompts")
     return found
 
 
 def _is_worse(row: dict[str, Any], start: dict[str, Any], figure: str) -> bool:
-    """Beyond chance, for an accuracy: below the interval of the one before."""
+    """Return True if a row is worse than ``start``, by more than noise.
+
+    A perplexity is worse if it is more than 2 % higher. An accuracy is worse if it is below the
+    confidence interval of ``start``.
+    """
     if figure == "perplexity":
-        return not row[figure] <= 1.02 * start[figure]  # none at all is worse too
+        return not row[figure] <= 1.02 * start[figure]  # NaN counts as worse
     interval = start["interval"]
     return row[figure] < (interval[0] if interval else start[figure])
 
 
-def _described(row: Row, weights: int) -> dict[str, Any]:
-    """:param weights: of the base."""
+def _describe(row: Row, weights: int) -> dict[str, Any]:
+    """Return name, runtime, device and size of a row.
+
+    :param weights: number of weights of the base model.
+    """
     stored = stored_bytes(row.stored)
     return {
         "name": row.name,
@@ -345,6 +377,7 @@ def _described(row: Row, weights: int) -> dict[str, Any]:
 
 
 def _settings(recipe: Recipe, items: list[Item]) -> dict[str, Any]:
+    """Return the settings that the report prints, with a digest of the scored items."""
     scored = [[item.prompt, item.target, item.text] for item in items]
     return {
         "items": len(items),

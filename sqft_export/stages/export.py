@@ -1,4 +1,4 @@
-"""export-<target>: a deployment folder for one runtime, made from the merged model."""
+"""export-<target>: convert the merged model to a deployment folder of one runtime."""
 
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from sqft_export.targets import target
 
 CONSUMES: tuple[str, ...] = ("merge",)
 READS: tuple[str, ...] = ("model", "train")
-COPIES = ("export.sparse_files", "export.entropy")
-OF_TARGET: dict[str, tuple[str, ...]] = {
+FIELDS_OF_ALL = ("export.sparse_files", "export.entropy")
+FIELDS_OF_TARGET: dict[str, tuple[str, ...]] = {
     "openvino": ("export.sparse_execution",),
     "onnx": ("export.onnx_graph",),
     "gguf": (),
@@ -31,18 +31,18 @@ DISTRIBUTED = False
 
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
-    """Those of every target, and of this one."""
+    """Return the fields of all targets and those of this target."""
     return (
         *PROVENANCE_FIELDS,
         *TRAIN_FIELDS,
         *ANSWER_FIELDS,
-        *COPIES,
-        *OF_TARGET[name.removeprefix("export-")],
+        *FIELDS_OF_ALL,
+        *FIELDS_OF_TARGET[name.removeprefix("export-")],
     )
 
 
 def run(context: Context) -> dict:
-    """Writes ``model/``; ``packed/`` and ``sparse/`` where the recipe asks for them."""
+    """Write ``model/``; ``packed/`` and ``sparse/`` if the recipe requests them."""
     advance = context.start(1)
     folder = context.folder / "model"
     folder.mkdir()
@@ -68,13 +68,13 @@ def run(context: Context) -> dict:
         except NothingSaved as error:
             metrics["warnings"] = [f"{context.name}: {error}"]
     if runtime == "openvino" and context.recipe.export.sparse_execution:
-        metrics["sparse"] = _specialized(context, folder)
+        metrics["sparse"] = _specialize(context, folder)
     advance()
     return metrics
 
 
-def _specialized(context: Context, folder: Path) -> dict[str, Any]:
-    """The copy that runs on our kernels, or why there is none."""
+def _specialize(context: Context, folder: Path) -> dict[str, Any]:
+    """Write the copy that runs on our kernels; return its metrics, or why it is missing."""
     packed = context.folder / PACKED
     if missing := why_not():
         return {"missing": missing}

@@ -1,4 +1,7 @@
-"""merge: fold the adapter, if there is one, into the base; codes are those of its forward."""
+"""merge: add the adapter, if there is one, to the weights of the base and store the model.
+
+The stored codes are the codes that the adapted model's forward computes with.
+"""
 
 import shutil
 
@@ -15,7 +18,7 @@ from sqft_export.report.provenance import PROVENANCE_FIELDS, merged_usage, model
 from sqft_export.stages import BASE_FIELDS, Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "search")
-# The model's bytes are handed over where no pass changes them; the card shows a training item.
+# Tensors that no pass changes are copied from the model. The model card shows a training item.
 READS: tuple[str, ...] = ("model", "train")
 FREE: tuple[str, ...] = TRAIN_FILES
 VERSION = 5
@@ -24,13 +27,14 @@ DISTRIBUTED = False
 
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
+    """Return the fields of the base, the model card and the prompts in it."""
     return (*BASE_FIELDS, *PROVENANCE_FIELDS, *TRAIN_FIELDS, *ANSWER_FIELDS, "dense_update")
 
 
 def run(context: Context) -> dict:
-    """Writes ``model/`` and a copy of the mask; the adapter too where it stays unmerged.
+    """Write ``model/``, a copy of the masks, and the adapter if the recipe leaves it unmerged.
 
-    ``facts`` in its metrics are what every export says of the model.
+    The metric ``facts`` describes the model; every export stores it.
     """
     searched = context.path("search")
     adapter = searched / "adapter" if searched else None
@@ -54,7 +58,7 @@ def run(context: Context) -> dict:
         before = context.inputs["sparsify"].metrics["sparsity"]["all"]
         warnings.append(
             f"merge_dense: a dense update was merged; {sparsity['all']:.1%} of the weights are "
-            f"zero, {before:.1%} were before"
+            f"zero now, {before:.1%} were zero before"
         )
     facts = model_facts(Checkpoint(context.folder / "model"), sparsity["all"])
     return {"sparsity": sparsity, "facts": facts, "warnings": warnings}

@@ -1,4 +1,4 @@
-"""quantize: a grid for every decoder Linear, and weights compensated for it."""
+"""quantize: fit a grid to every decoder Linear and compensate its weights for the rounding."""
 
 import shutil
 from collections.abc import Iterator
@@ -31,8 +31,8 @@ from sqft_export.numerics.affine import (
     dequantize,
     fake_quantize,
     fit_grid,
-    grouped,
     quantize,
+    split_groups,
 )
 from sqft_export.numerics.groups import fallback_group_size
 from sqft_export.quantizers import BlockQuantizer, Quantizer, quantizer
@@ -43,55 +43,58 @@ from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct")
 READS: tuple[str, ...] = ("model", "calibration", "device")
-# What refuses a group size changes no result.
+# The fallback option only decides whether a group size is refused; it changes no result.
 SETTINGS = section_fields("quantize", Quantize, without=("group_size_fallback",))
 FREE: tuple[str, ...] = ("device", *TRAIN_FILES)
 VERSION = 6
-RESUMES = True  # at the block it was at, where blocks are reconstructed
+RESUMES = True  # at the first block that is not yet reconstructed
 DISTRIBUTED = False
 BLOCKS = "blocks"
 _ROWS_AT_ONCE = 1024
-NOTABLE = 0.01  # of the groups of a Linear
+MIN_CLAMPED_SHARE = 0.01  # of the groups of a Linear; a smaller share gives no warning
 
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
-    """Calibration counts where something is calibrated."""
+    """Return the settings, and the calibration fields if the method calibrates."""
     calibrated = calibration_fields(recipe) if recipe.quantize.calibrates else ()
     return (*SETTINGS, "scale_bits", *calibrated)
 
 
-def stored_as(weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """The weight in the checkpoint's dtype, with the codes it has in float32.
+def cast_keeping_codes(weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """Cast a weight to the checkpoint's dtype without changing its codes.
 
-    Casting can carry a weight over the middle between two codes; such a one is stored as its own
-    grid point, which no cast moves that far. A few rows at a time: the copies that this takes
-    would be more than the weight.
+    The cast can move a weight past the middle between two grid points. Such a weight is stored as
+    its grid point, whose code no cast changes. Rows are processed in chunks, because the temporary
+    copies need more memory than the weight.
+
+    :param weight: float32 ``[out, in]``.
+    :param dtype: dtype of the result, ``[out, in]``.
     """
     stored = torch.empty(weight.shape, dtype=dtype)
     for start in range(0, len(weight), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         part, part_grid = weight[rows], grid.rows(rows)
         codes, cast = quantize(part, part_grid), part.to(dtype)
-        moved = quantize(cast, part_grid) != codes
-        stored[rows] = torch.where(moved, dequantize(codes, part_grid).to(dtype), cast)
+        changed = quantize(cast, part_grid) != codes
+        stored[rows] = torch.where(changed, dequantize(codes, part_grid).to(dtype), cast)
     return stored
 
 
-def round_onto(linear: nn.Linear, weight: Tensor, grid: Grid) -> None:
-    """Give a Linear the grid points of a weight: what the blocks after it shall see."""
+def set_grid_points(linear: nn.Linear, weight: Tensor, grid: Grid) -> None:
+    """Set a Linear's weight to grid points, so that later blocks get the quantized output."""
     for start in range(0, len(weight), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         linear.weight[rows] = fake_quantize(weight[rows], grid.rows(rows))
 
 
 def run(context: Context) -> dict:
-    """Writes ``model/``, whose codes on ``grids.safetensors`` are the quantized model."""
-    make = _existing_codes if context.recipe.quantize.method == "given" else _compress
+    """Write ``model/`` (compensated floats) and ``grids.safetensors``, which gives their codes."""
+    method = _copy_codes if context.recipe.quantize.method == "given" else _compress
     weight_writer = TensorWriter(context.folder / "model", shard_bytes=HELD_BYTES)
     with GridWriter(context.folder) as grids, weight_writer as weights:
-        made = make(context, grids, weights)
+        metrics = method(context, grids, weights)
     shutil.rmtree(context.folder / BLOCKS, ignore_errors=True)
-    return made | {
+    return metrics | {
         "device": device_name(_device(context)),
         "group_size": {name: group_size for name, (_, group_size) in grids.sizes.items()},
         "bits": {name: bits for name, (bits, _) in grids.sizes.items()},
@@ -99,13 +102,13 @@ def run(context: Context) -> dict:
 
 
 def _device(context: Context) -> torch.device:
-    """NNCF takes its own way through torch, on the CPU."""
+    """Return the device of the recipe; for NNCF the CPU, on which it traces the blocks."""
     nncf = context.recipe.quantize.method == "nncf"
     return device_of("cpu" if nncf else context.recipe.device)
 
 
-def _existing_codes(context: Context, grids: GridWriter, weights: TensorWriter) -> dict:
-    """Codes and grids of a GPTQ checkpoint as they are; each weight is its grid point."""
+def _copy_codes(context: Context, grids: GridWriter, weights: TensorWriter) -> dict:
+    """Take codes and grids unchanged from a quantized checkpoint; weights are their grid points."""
     base = Checkpoint(context.model)
     names = quantized_names(base)
     advance = context.start(len(names))
@@ -119,49 +122,50 @@ def _existing_codes(context: Context, grids: GridWriter, weights: TensorWriter) 
         weight = dequantize(codes, grid)
         grids.add(name, grid)
         dtype = dtype_that_holds(weight, base.float_dtype)
-        weights.add(f"{name}.weight", stored_as(weight, grid, dtype))
+        weights.add(f"{name}.weight", cast_keeping_codes(weight, grid, dtype))
         advance()
     return {"warnings": []}
 
 
-def _loss(name: str, weight: Tensor, grid: Grid) -> Iterator[str]:
-    """A warning, where scales can't be as small as their weights want them."""
-    largest = grouped(weight.abs(), grid.group_size).amax(dim=2)
-    held = (grid.scale.abs().float() <= SMALLEST_SCALE) & (largest > 0)
-    if (share := float(held.float().mean())) > NOTABLE:
+def _clamped_scale_warning(name: str, weight: Tensor, grid: Grid) -> Iterator[str]:
+    """Yield a warning if weights are too small for the smallest scale of float16."""
+    largest = split_groups(weight.abs(), grid.group_size).amax(dim=2)
+    clamped = (grid.scale.abs().float() <= SMALLEST_SCALE) & (largest > 0)
+    if (share := float(clamped.float().mean())) > MIN_CLAMPED_SHARE:
         yield (
-            f"{name}: {share:.0%} of its groups are held at the smallest scale of float16; its "
-            "weights are smaller, and lose what the codes can't tell"
+            f"{name}: {share:.0%} of its groups have the smallest scale of float16; their weights "
+            "are too small for it and lose precision"
         )
 
 
 def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> dict:
+    """Quantize all blocks in order, then embedding and head; return the metrics."""
     config, checkpoint = context.recipe.quantize, Checkpoint(context.latest_model())
     method = quantizer(config.method)
     advance = context.start(checkpoint.blocks)
     inputs = Inputs(method.NEEDS, config.damping)
-    held, errors, tokens = list[str](), list[tuple[float, float]](), dict[str, int]()
+    warnings, errors, tokens = list[str](), list[tuple[float, float]](), dict[str, int]()
     copy_companions(checkpoint.folder, weights.folder)
     write_config(weights.folder, checkpoint.config)
 
     def add(name: str, weight: Tensor, grid: Grid) -> None:
-        held.extend(_loss(name, weight, grid))
+        warnings.extend(_clamped_scale_warning(name, weight, grid))
         grids.add(name, grid)
         key = f"{name}.weight"
-        weights.add(key, stored_as(weight, grid, checkpoint.dtype(key)))
+        weights.add(key, cast_keeping_codes(weight, grid, checkpoint.dtype(key)))
 
-    for theirs, block in _walked(context, checkpoint, inputs, tokens):
+    for target, block in _walk(context, checkpoint, inputs, tokens):
         rest = set(checkpoint.block_names(block.index))
-        quantized = _quantized(context, method, block, inputs)
-        if theirs:
-            made = _reconstructed(context, theirs, block, quantized)
-            quantized = ((name, made.weights[name], grid) for name, grid in made.grids.items())
-            errors.append(made.errors)
+        quantized = _quantize_block(context, method, block, inputs)
+        if target:
+            trained = _reconstruct(context, target, block, quantized)
+            quantized = ((n, trained.weights[n], grid) for n, grid in trained.grids.items())
+            errors.append(trained.errors)
             inputs.forget()
         for name, weight, grid in quantized:
-            # At once: a block's compensated floats are not kept.
+            # Written at once, so that a block's compensated weights are not kept.
             add(name, weight.cpu(), grid.cpu())
-            round_onto(block.linears[name], weight, grid)
+            set_grid_points(block.linears[name], weight, grid)
             rest.remove(f"{name}.weight")
         for name, tensor in checkpoint.tensors(sorted(rest)):
             weights.add(name, tensor)
@@ -171,46 +175,51 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> dic
             add(name.removesuffix(".weight"), tensor.float(), _row_grid(tensor.float(), config))
         else:
             weights.add(name, tensor)
-    held += coverage_warnings(tokens, checkpoint.linears, inputs.has_hessian)
-    metrics = {"warnings": held, "calibration_tokens": tokens}
+    warnings += coverage_warnings(tokens, checkpoint.linears, inputs.has_hessian)
+    metrics = {"warnings": warnings, "calibration_tokens": tokens}
     return metrics | ({"block_errors": errors} if errors else {})
 
 
 def _row_grid(weight: Tensor, config: Quantize) -> Grid:
-    """The grid of embedding or head: one scale per row."""
+    """Return the grid of embedding or head: one scale per row."""
     assert config.embedding_bits
     return fit_grid(weight, config.embedding_bits, weight.shape[1], config.symmetric)
 
 
-def _walked(
+def _walk(
     context: Context, checkpoint: Checkpoint, inputs: Inputs, tokens: dict[str, int]
 ) -> Iterator[tuple[Block | None, Block]]:
-    """Blocks to compress, and the dense ones that they shall come back to, if any.
+    """Yield (dense block or None, block to compress).
 
-    :param tokens: filled with the calibration tokens that each Linear saw.
+    The dense block is the target of the reconstruction, None without reconstruction.
+
+    :param tokens: receives the number of calibration tokens of every Linear.
     """
     device, samples = _device(context), None
     if context.recipe.quantize.calibrates:
         samples = calibration_tensors(context.recipe, context.model)
-    known = [i for i in range(checkpoint.blocks) if _kept_block(context, i).is_file()]
-    ours = walk(checkpoint, samples, inputs.collector, device, known, tokens)
+    finished = [i for i in range(checkpoint.blocks) if _block_file(context, i).is_file()]
+    blocks = walk(checkpoint, samples, inputs.collector, device, finished, tokens)
     if not context.recipe.quantize.reconstruct:
-        return ((None, block) for block in ours)
-    return zip(walk(Checkpoint(context.model), samples, None, device), ours, strict=True)
+        return ((None, block) for block in blocks)
+    return zip(walk(Checkpoint(context.model), samples, None, device), blocks, strict=True)
 
 
-def _kept_block(context: Context, index: int) -> Path:
-    """What an interrupted run has made of a block that is reconstructed."""
+def _block_file(context: Context, index: int) -> Path:
+    """Return the file of a reconstructed block, from which an interrupted run resumes."""
     return context.folder / BLOCKS / f"{index}.safetensors"
 
 
-def _reconstructed(
-    context: Context, theirs: Block, block: Block, quantized: Iterator[tuple[str, Tensor, Grid]]
+def _reconstruct(
+    context: Context, target: Block, block: Block, quantized: Iterator[tuple[str, Tensor, Grid]]
 ) -> Reconstructed:
-    """A block as rounding left it, trained; from its file if an interrupted run had come so far."""
+    """Train a quantized block to reproduce the output of the dense block ``target``.
+
+    Reads the result from its file if an interrupted run has written it.
+    """
     config, sparsified = context.recipe.quantize.reconstruct, context.path("sparsify")
     assert config is not None
-    file = _kept_block(context, block.index)
+    file = _block_file(context, block.index)
     if not file.is_file():
         file.parent.mkdir(exist_ok=True)
         grids, masks = {}, {}
@@ -219,14 +228,14 @@ def _reconstructed(
             grids[name] = grid
             masks[name] = mask_for(sparsified, name, weight)
         seed, scale_bits = context.recipe.seed + block.index, context.recipe.scale_bits
-        reconstruct(theirs, block, masks, config, seed, grids, scale_bits).save(file)
+        reconstruct(target, block, masks, config, seed, grids, scale_bits).save(file)
     return Reconstructed.load(file)
 
 
-def _quantized(
+def _quantize_block(
     context: Context, method: Quantizer | BlockQuantizer, block: Block, inputs: Inputs
 ) -> Iterator[tuple[str, Tensor, Grid]]:
-    """Name, compensated weight float32 ``[out, in]`` and grid of every Linear of a block."""
+    """Yield name, compensated weight (float32 ``[out, in]``) and grid of every Linear."""
     config, sparsified = context.recipe.quantize, context.path("sparsify")
     scale_bits = context.recipe.scale_bits
 

@@ -1,6 +1,6 @@
-"""reconstruct: the pruned checkpoint, its kept weights trained to give the dense blocks' output.
+"""reconstruct: train the kept weights of each pruned block to reproduce the dense block's output.
 
-A finished block is kept in ``blocks/``, from where an interrupted run goes on.
+Finished blocks are kept in ``blocks/``, from which an interrupted run resumes.
 """
 
 import shutil
@@ -29,31 +29,32 @@ BLOCKS = "blocks"
 
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
+    """Return the fields of the reconstruction and the calibration data."""
     return ("sparsify.reconstruct", "seed", *calibration_fields(recipe))
 
 
 def run(context: Context) -> dict:
-    """Writes ``model/``; pruned positions are those of sparsify."""
+    """Write ``model/``; the pruned positions are those of sparsify."""
     sparsified, device = context.inputs["sparsify"].path, device_of(context.recipe.device)
     dense, sparse = Checkpoint(context.model), Checkpoint(sparsified / "model")
     samples = calibration_tensors(context.recipe, context.model)
-    done = context.folder / BLOCKS
-    done.mkdir(exist_ok=True)
+    finished = context.folder / BLOCKS
+    finished.mkdir(exist_ok=True)
     advance = context.start(sparse.blocks)
     errors, tokens = [], dict[str, int]()
     compressed = walk(sparse, samples, None, device, tokens=tokens)
-    for theirs, ours in zip(walk(dense, samples, None, device), compressed, strict=True):
-        file = done / f"{ours.index}.safetensors"
+    for target, block in zip(walk(dense, samples, None, device), compressed, strict=True):
+        file = finished / f"{block.index}.safetensors"
         if not file.is_file():
-            dtypes = {name: sparse.dtype(f"{name}.weight") for name in ours.linears}
-            _reconstructed(context, theirs, ours).save(file, dtypes)
-        made = Reconstructed.load(file)
-        for name, linear in ours.linears.items():  # as stored: what the blocks after it shall see
-            linear.weight.copy_(made.weights[name])
-        errors.append(made.errors)
+            dtypes = {name: sparse.dtype(f"{name}.weight") for name in block.linears}
+            _reconstruct(context, target, block).save(file, dtypes)
+        trained = Reconstructed.load(file)
+        for name, linear in block.linears.items():  # later blocks get the output of stored weights
+            linear.weight.copy_(trained.weights[name])
+        errors.append(trained.errors)
         advance()
-    _assemble(sparse, done, context.folder / "model")
-    shutil.rmtree(done)
+    _assemble(sparse, finished, context.folder / "model")
+    shutil.rmtree(finished)
     return {
         "block_errors": errors,
         "device": device_name(device),
@@ -62,20 +63,21 @@ def run(context: Context) -> dict:
     }
 
 
-def _reconstructed(context: Context, theirs: Block, ours: Block) -> Reconstructed:
+def _reconstruct(context: Context, target: Block, block: Block) -> Reconstructed:
+    """Train a pruned block to reproduce the output of the dense block ``target``."""
     config, sparsified = context.recipe.sparsify.reconstruct, context.inputs["sparsify"].path
     assert config is not None
-    masks = {name: mask_for(sparsified, name, li.weight) for name, li in ours.linears.items()}
-    return reconstruct(theirs, ours, masks, config, context.recipe.seed + ours.index)
+    masks = {name: mask_for(sparsified, name, li.weight) for name, li in block.linears.items()}
+    return reconstruct(target, block, masks, config, context.recipe.seed + block.index)
 
 
-def _assemble(sparse: Checkpoint, done: Path, folder: Path) -> None:
-    """The whole checkpoint, in the order of its blocks."""
+def _assemble(sparse: Checkpoint, finished: Path, folder: Path) -> None:
+    """Write the complete checkpoint, block by block, from the files of the trained blocks."""
     copy_companions(sparse.folder, folder)
     write_config(folder, sparse.config)
     with TensorWriter(folder, shard_bytes=HELD_BYTES) as writer:
         for block in range(sparse.blocks):
-            trained = TensorFiles(done, str(block))
+            trained = TensorFiles(finished, str(block))
             rest = [name for name in sparse.block_names(block) if name not in trained.headers]
             for name, tensor in (*trained.tensors(sorted(trained.headers)), *sparse.tensors(rest)):
                 writer.add(name, tensor)

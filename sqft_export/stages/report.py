@@ -1,4 +1,4 @@
-"""report: one self-contained HTML page, a Markdown table and ``report.json``."""
+"""report: write one self-contained HTML page, a Markdown table and ``report.json``."""
 
 import json
 
@@ -33,12 +33,12 @@ DISTRIBUTED = False
 
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
-    """All: the report shows the recipe."""
+    """Return all fields: the report shows the whole recipe."""
     return (*Recipe.model_fields, "overrides", "skipped")
 
 
 def run(context: Context) -> dict:
-    """Writes ``index.html``, its pictures as SVG files, ``report.md`` and ``report.json``."""
+    """Write ``index.html``, its pictures as SVG files, ``report.md`` and ``report.json``."""
     document = report_of_run(context.recipe, context.inputs)
     rows, measure = document["rows"], document["measure"]
     (context.folder / "report.json").write_text(json.dumps(document, indent=2) + "\n")

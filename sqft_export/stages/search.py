@@ -1,6 +1,6 @@
 """search: choose a rank for every group and write that sub-adapter for stock peft.
 
-Scored on items set aside from the training data, never on the test split.
+Candidates are scored on items held out from the training data, never on the test split.
 """
 
 import json
@@ -19,7 +19,7 @@ from sqft_export.adapters.elastic import (
     groups_of,
     set_ranks,
 )
-from sqft_export.adapters.evidence import CAPTURED, Evidence, capture
+from sqft_export.adapters.evidence import MAX_SEQUENCES, CapturedForward, capture
 from sqft_export.adapters.files import read_training_log, write_sub_adapter
 from sqft_export.adapters.loading import load_adapted, peft_config
 from sqft_export.data.items import (
@@ -57,15 +57,15 @@ EVALUATIONS = "evaluations.jsonl"
 
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
-    """What candidates are scored by counts where they are scored."""
+    """Return the settings, and the scoring fields if the strategy evaluates candidates."""
     scored = ("search.budget", *ANSWER_FIELDS)
     return (*SETTINGS, *TRAIN_FIELDS, *(scored if recipe.search.evaluates else ()))
 
 
 def _write_trained_grids(context: Context, model: nn.Module) -> None:
-    """All grids of the model, with the scales that training ended with."""
+    """Write all grids of the model with the trained scales."""
     for layer in elastic_layers(model).values():
-        layer.settle_scales()
+        layer.apply_trained_scales()
     trained = {name: layer.grid for name, (layer, _) in compressed_layers(model).items()}
     with GridWriter(context.folder) as writer:
         for name, grid in load_grids(context.path("quantize")).items():
@@ -73,7 +73,7 @@ def _write_trained_grids(context: Context, model: nn.Module) -> None:
 
 
 class _Validation:
-    """Scores a configuration on the validation items, and keeps every score on disk."""
+    """Scores configurations on the validation items and writes every score to disk."""
 
     def __init__(self, context: Context, model: nn.Module, groups: dict[str, list[str]]):
         self.context, self.groups, self.layers = context, groups, elastic_layers(model)
@@ -86,20 +86,22 @@ class _Validation:
             context.recipe, self.items, stop, self.tokenizer, context_of(context.model)
         )
         self.advance = context.start(context.recipe.search.budget)
-        # A line that an interrupted run left half-written goes.
+        # Rewrite the file without the partial line that an interrupted run may have left.
         self.file.write_text("".join(json.dumps(entry) + "\n" for entry in self.known()))
 
     def known(self) -> list[dict[str, Any]]:
-        """What was evaluated before, by an interrupted run too; a torn line counts for nothing."""
+        """Return all evaluations so far, also those of an interrupted run; skip a partial line."""
         lines = self.file.read_text().split("\n") if self.file.is_file() else []
         return [entry for line in lines if (entry := _evaluation(line))]
 
     def parameters(self, ranks: Ranks) -> int:
+        """Set the ranks and return the number of adapter parameters."""
         set_ranks(self.layers, self.groups, ranks)
         updates = (layer.update() for layer in self.layers.values())
         return sum(lora_a.numel() + lora_b.numel() for lora_a, lora_b, _ in updates)
 
     def score(self, ranks: Ranks) -> Score:
+        """Score a configuration and append the result to the file."""
         size = self.parameters(ranks)
         recipe = self.context.recipe
         found = score(self.session, self.questions)
@@ -114,24 +116,25 @@ class _Validation:
 
 
 def _evaluation(line: str) -> dict[str, Any] | None:
+    """Parse one line of the file; return None if it is incomplete."""
     try:
         entry = json.loads(line)
     except ValueError:
         return None
-    wanted = {"ranks", "accuracy", "likelihood", "parameters"}
-    return entry if isinstance(entry, dict) and wanted <= entry.keys() else None
+    required = {"ranks", "accuracy", "likelihood", "parameters"}
+    return entry if isinstance(entry, dict) and required <= entry.keys() else None
 
 
-def given_ranks(recipe: Recipe) -> Ranks:
-    """The recipe's own ranks, which ``plan`` has checked; empty where it has none."""
+def configured_ranks(recipe: Recipe) -> Ranks:
+    """Return the ranks of ``search.configuration``, checked by ``plan``; empty without it."""
     file = recipe.search.configuration
     return read_json(recipe.resolve(file), finite=True) if file else {}
 
 
-def _choose(
+def _choose_ranks(
     context: Context, model: nn.Module, groups: dict[str, list[str]]
 ) -> tuple[Ranks, list[dict[str, Any]]]:
-    """Rank of every group, and what was evaluated on the way."""
+    """Return the rank of every group, and all evaluations."""
     recipe = context.recipe
     space = Space(
         list(groups),
@@ -139,7 +142,7 @@ def _choose(
         read_training_log(context.inputs["adapt"].path),
         recipe.search.budget if recipe.search.evaluates else 0,
         recipe.seed,
-        given_ranks(recipe),
+        configured_ranks(recipe),
         lambda ranks: Score(0, 0, 0),
     )
     if not groups:
@@ -149,8 +152,8 @@ def _choose(
         return search(space), []
     validation = _Validation(context, model, groups)
     for entry in validation.known():
-        known = Score(entry["accuracy"], entry["likelihood"], -entry["parameters"])
-        space.seen[space.key(entry["ranks"])] = known
+        scored = Score(entry["accuracy"], entry["likelihood"], -entry["parameters"])
+        space.seen[space.key(entry["ranks"])] = scored
     space.score = validation.score
     cache_effective_weights(model)
     chosen = search(space)
@@ -158,22 +161,24 @@ def _choose(
     return chosen, validation.known()
 
 
-def _capture(context: Context, model: nn.Module) -> Evidence:
-    """What the chosen sub-adapter's own forward computes with, for ``verify``."""
-    examples = Data(context.recipe, load_tokenizer(context.model)).train[:CAPTURED]
+def _capture(context: Context, model: nn.Module) -> CapturedForward:
+    """Capture the operands of the chosen sub-adapter's forward, for ``verify``."""
+    examples = Data(context.recipe, load_tokenizer(context.model)).train[:MAX_SEQUENCES]
     return capture(model, [example.ids for example in examples], context.path("sparsify"))
 
 
 def run(context: Context) -> dict:
-    """Writes ``configuration.json`` (group -> rank), ``adapter/``, what trained (``trained.*``) and
-    trained grids if any."""
+    """Write ``configuration.json`` (group -> rank), ``adapter/`` and the captured forward.
+
+    The captured forward is in ``trained.*``. Trainable scales add ``grids.safetensors``.
+    """
     started = time.monotonic()
     adapted = context.inputs["adapt"].path / "adapter"
     device = device_of(context.recipe.device)
     model = load_adapted(context.base(), adapted, torch.float32).to(device)
     groups = groups_of(model, Checkpoint(context.model).family, context.recipe.training)
-    chosen, evaluations = _choose(context, model, groups)
-    model.cpu()  # where merge will be: another device may round B A otherwise
+    chosen, evaluations = _choose_ranks(context, model, groups)
+    model.cpu()  # merge runs there; another device may round B A differently
     layers = elastic_layers(model)
     set_ranks(layers, groups, chosen)
     (context.folder / "configuration.json").write_text(json.dumps(chosen, indent=2) + "\n")

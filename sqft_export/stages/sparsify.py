@@ -1,4 +1,4 @@
-"""sparsify: a checkpoint with zeros, and the mask they follow."""
+"""sparsify: prune the decoder Linears; write the checkpoint and the pruning masks."""
 
 from pathlib import Path
 
@@ -39,12 +39,12 @@ DISTRIBUTED = False
 
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
-    """Calibration counts where something is calibrated."""
+    """Return the settings, and the calibration fields if the method calibrates."""
     return (*SETTINGS, *(calibration_fields(recipe) if recipe.sparsify.calibrates else ()))
 
 
 class _Masks:
-    """Writes masks as they come and counts what each drops; a context manager."""
+    """Context manager that writes masks one by one and counts the weights that each drops."""
 
     def __init__(self, folder: Path) -> None:
         self._writer = mask_writer(folder)
@@ -52,12 +52,13 @@ class _Masks:
         self.sizes: dict[str, int] = {}
 
     def add(self, name: str, mask: Tensor) -> None:
+        """Write the mask of one Linear: bool ``[out, in]``, True = kept."""
         self._writer.add(name, mask_to_bits(mask).cpu())
         self.dropped[name] = int((~mask).sum())
         self.sizes[name] = mask.numel()
 
     def sparsity(self) -> dict[str, float]:
-        """Share of pruned weights per Linear and over all of them (``all``)."""
+        """Return the share of pruned weights per Linear, and over all Linears (``all``)."""
         shares = {name: self.dropped[name] / self.sizes[name] for name in self.sizes}
         return shares | {"all": sum(self.dropped.values()) / sum(self.sizes.values())}
 
@@ -69,10 +70,10 @@ class _Masks:
 
 
 def run(context: Context) -> dict:
-    """Writes ``model/`` and ``masks.safetensors``."""
+    """Write ``model/`` and ``masks.safetensors``."""
     config, checkpoint = context.recipe.sparsify, Checkpoint(context.model)
     if checkpoint.quantized_linears:
-        return _existing_mask(context, checkpoint)
+        return _mask_existing_zeros(context, checkpoint)
     method, device = sparsifier(config.method), device_of(context.recipe.device)
     samples, tokens = None, dict[str, int]()
     if config.calibrates:
@@ -80,7 +81,7 @@ def run(context: Context) -> dict:
     prunings = _prunings(context, checkpoint, samples, device, tokens)
     inputs = Inputs(method.NEEDS)
     if inputs.collector is None:
-        samples = None  # the allocation alone looked at them
+        samples = None  # only the allocation needed them
     advance = context.start(checkpoint.blocks)
     copy_companions(context.model, context.folder / "model")
     write_config(context.folder / "model", checkpoint.config)
@@ -115,9 +116,13 @@ def _prunings(
     device: torch.device,
     tokens: dict[str, int],
 ) -> dict[str, Pruning | None]:
-    """The pruning of every Linear, from the recipe or by the output error that it costs.
+    """Return the pruning of every Linear; None leaves the Linear dense.
 
-    :param tokens: filled with what each Linear saw, where that is measured.
+    It follows the recipe. An allocation distributes the overall sparsity by the output error that
+    it costs in each Linear.
+
+    :param tokens: receives the number of calibration tokens of every Linear that the allocation
+        measures.
     """
     config = context.recipe.sparsify
     prunings = {name: pruning_of(config, name) for name in checkpoint.linears}
@@ -137,10 +142,11 @@ def _prunings(
     return prunings | {name: Pruning(share, None, config.at_most) for name, share in shares.items()}
 
 
-def _existing_mask(context: Context, checkpoint: Checkpoint) -> dict:
-    """The mask of a quantized checkpoint: where its code is not the zero point.
+def _mask_existing_zeros(context: Context, checkpoint: Checkpoint) -> dict:
+    """Write a quantized checkpoint as floats, and the mask of weights that are not zero.
 
-    Its float model is written a tensor at a time; stored floats keep their dtype.
+    A weight is zero if its code is the zero point. One tensor is in memory at a time. Tensors that
+    the checkpoint stores as floats keep their dtype.
     """
     names, dtype = quantized_names(checkpoint), checkpoint.float_dtype
     linears, keys = set(checkpoint.quantized_linears), {f"{name}.weight" for name in names}
@@ -164,7 +170,7 @@ def _existing_mask(context: Context, checkpoint: Checkpoint) -> dict:
 def _compress(
     method: Sparsifier, weight: Tensor, pruning: Pruning | None, inputs: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Weight and mask of one Linear; no pruning leaves it dense."""
+    """Return the pruned weight and the mask of one Linear; without a pruning it stays dense."""
     if pruning is None:
         return weight, torch.ones_like(weight, dtype=torch.bool)
     return method.compress(weight, pruning, inputs)

@@ -1,6 +1,7 @@
-"""teacher: the dense model with plain LoRA, a baseline of the report and what distillation may ask.
+"""teacher: train the dense model with plain LoRA.
 
-No mask, no grid, no elastic rank; else the recipe's own settings.
+The result is a baseline of the report, and can be the teacher of distillation. It has no mask, no
+grid and no elastic ranks. All other settings are those of the recipe.
 """
 
 from dataclasses import replace
@@ -17,8 +18,14 @@ from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ()
 READS: tuple[str, ...] = ("model", "train", "device", "processes")
-_OF_COMPRESSED = ("pipeline", "merge_dense", "trainable_scales", "scale_learning_rate", "distill")
-SETTINGS = section_fields("adapt", Adapt, without=(*_OF_COMPRESSED, "elastic", "save_steps"))
+_COMPRESSION_FIELDS = (
+    "pipeline",
+    "merge_dense",
+    "trainable_scales",
+    "scale_learning_rate",
+    "distill",
+)
+SETTINGS = section_fields("adapt", Adapt, without=(*_COMPRESSION_FIELDS, "elastic", "save_steps"))
 FREE: tuple[str, ...] = ("device", "adapt.save_steps", *TRAIN_FILES)
 VERSION = 5
 RESUMES = True
@@ -26,15 +33,16 @@ DISTRIBUTED = True
 
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
+    """Return the training settings that apply without compression, and the training data."""
     return (*SETTINGS, *TRAIN_FIELDS)
 
 
 def run(context: Context) -> dict:
-    """Writes ``adapter/`` in peft's format and ``dense-lora/``, merged."""
+    """Write ``adapter/`` in peft's format, and ``dense-lora/``, the merged model."""
     base, tokenizer = Base(context.model), load_tokenizer(context.model)
-    # Beside the weight, as plain LoRA trains: a product less than through it.
-    beside, folder = replace(base, unmerged=True), context.folder
-    trained = train_on_task(context.recipe, beside, tokenizer, folder, context.start, elastic=False)
+    # Unmerged, as in plain LoRA: this saves the matrix product B A in every step.
+    unmerged, folder, start = replace(base, unmerged=True), context.folder, context.start
+    trained = train_on_task(context.recipe, unmerged, tokenizer, folder, start, elastic=False)
     if process_rank():
         return {}
     sparsity = write_merged(Layers(base, folder / "adapter"), folder / "dense-lora")

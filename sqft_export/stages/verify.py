@@ -1,7 +1,7 @@
-"""verify: the certificate. Any line that fails stops the run.
+"""verify: write the certificate. A failed check stops the run.
 
-What it says is in ``verify/``: fidelity (trained -> merged), storage (merged -> files), compute
-(what runtimes make of the files). One layer is in memory at a time.
+The checks are in the package ``verify``: fidelity (trained -> merged), storage (merged -> files)
+and compute (files -> results of the runtimes). One layer is in memory at a time.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from sqft_export.adapters.evidence import CAPTURED, capture
+from sqft_export.adapters.evidence import MAX_SEQUENCES, capture
 from sqft_export.adapters.loading import load_compressed
 from sqft_export.data.items import (
     TEST_FIELDS,
@@ -50,15 +50,17 @@ DISTRIBUTED = False
 
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
+    """Return the fields of the checks, the base and the test items."""
     return ("verify", "dense_update", "export.targets", *BASE_FIELDS, *TEST_FIELDS)
 
 
-def _asked(context: Context) -> Asked:
+def _queries(context: Context) -> Asked:
+    """Return prompts, texts and tolerances of the certificate."""
     recipe, tokenizer = context.recipe, load_tokenizer(context.model)
     items = Data(recipe, tokenizer).test[: recipe.verify.prompts]
     if items[0].text is not None:
         prompts = [item.prompt for item in items]
-    else:  # A text window: its first quarter is the prompt.
+    else:  # the first quarter of a text window is the prompt
         prompts = [item.prompt + item.target[: max(2, len(item.target) // 4)] for item in items]
     samples = sample_texts(recipe, recipe.verify.prompts)
     texts = [deployed_text(tokenizer, text) for text in samples]
@@ -82,22 +84,24 @@ def _reported_readers(recipe: Recipe, model: Path) -> list[str]:
     return list(differing_texts(recipe, model, rows))
 
 
-def _watched(context: Context, asked: Asked) -> Path:
-    """Where nothing was trained: what the compressed model's own forward computes with, kept here.
+def _capture_untrained(context: Context, asked: Asked) -> Path:
+    """Capture the forward of the compressed model, for recipes without training.
 
-    On the CPU, as search keeps a trained one's.
+    It runs on the CPU, like the capture of a trained model in search.
+
+    :return: the folder with the captured forward.
     """
     model = load_compressed(context.base(), torch.float32).eval()
-    capture(model, asked.prompts[:CAPTURED], context.path("sparsify")).write(context.folder)
+    capture(model, asked.prompts[:MAX_SEQUENCES], context.path("sparsify")).write(context.folder)
     return context.folder
 
 
-def _unchecked(subject: Subject, name: str) -> Iterator[str]:
-    """What of a deployment the certificate could not look at here."""
+def _skipped_checks(subject: Subject, name: str) -> Iterator[str]:
+    """Yield a warning for each check of a deployment that this machine cannot run."""
     if exact := why_not_exact(name, subject.merged.parameters):
         yield f"{name} was not compared with torch in float32: {exact}"
     if default := why_not_run(name, subject.adapter is not None):
-        yield f"{name} was not run as deployed: {default}"
+        yield f"{name} was not run in its default mode: {default}"
 
 
 def _tokenizer_warnings(certificate: Certificate) -> Iterator[str]:
@@ -111,9 +115,9 @@ def _tokenizer_warnings(certificate: Certificate) -> Iterator[str]:
 
 
 def run(context: Context) -> dict:
-    """Writes ``verify.json``, and ``subject.json``, from which it can be derived again.
+    """Write ``verify.json``, and ``subject.json``, the inputs to repeat the checks.
 
-    :raises CertificateError: listing every line that failed.
+    :raises CertificateError: if checks fail; lists all of them.
     """
     exports = {
         name.removeprefix("export-"): artifact.path
@@ -121,14 +125,14 @@ def run(context: Context) -> dict:
         if name.startswith("export-")
     }
     passes = {n: context.inputs[n].path / "model" for n in BEFORE if n in context.inputs}
-    asked = _asked(context)
+    asked = _queries(context)
     asked.write(context.folder)
     device = device_of(context.recipe.device)
     subject = Subject(
         asked,
         passes,
         context.path("sparsify"),
-        context.path("search") or _watched(context, asked),
+        context.path("search") or _capture_untrained(context, asked),
         context.inputs["merge"].path,
         exports,
         context.recipe.dense_update,
@@ -142,7 +146,7 @@ def run(context: Context) -> dict:
         "checks": certificate.rows(),
         "device": device_name(device),
         "warnings": [
-            *(warning for name in exports for warning in _unchecked(subject, name)),
+            *(warning for name in exports for warning in _skipped_checks(subject, name)),
             *_tokenizer_warnings(certificate),
         ],
     }

@@ -4,13 +4,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sqft_export.adapters.evidence import Evidence, row_digests
+from sqft_export.adapters.evidence import CapturedForward, row_digests
 from sqft_export.adapters.files import AdapterFiles, read_low_rank
 from sqft_export.data.items import load_tokenizer
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.floats import Reference
 from sqft_export.model.storage import grid_arrays, load_grids, quantized_arrays, read_quantized
-from sqft_export.numerics.affine import Grid, dequantize, quantize, stored
+from sqft_export.numerics.affine import Grid, dequantize, quantize, widen_to_4_bits
 from sqft_export.verify.certificate import Certificate, Check, side_by_side
 from sqft_export.verify.subject import Subject
 
@@ -21,7 +21,7 @@ ROUNDING = {"float16": 1e-2, "bfloat16": 1e-1}
 
 @torch.no_grad()
 def check_fidelity(certificate: Certificate, subject: Subject, reference: Reference) -> None:
-    evidence = Evidence.read(subject.watched)
+    evidence = CapturedForward.read(subject.watched)
     _check_zeros(certificate, subject, evidence)
     forward = f"the {subject.before} forward"
     weights = certificate.start("fidelity", f"weights of {forward}, merged", "rows")
@@ -56,7 +56,7 @@ def _check_codes(certificate: Certificate, subject: Subject) -> None:
         name, grid = found
         codes = quantize(made.tensor(f"{name}.weight").float(), grid)
         merged = quantized_arrays(subject.merged, subject.merged.stored_name(name))
-        check.compare(grid_arrays(*stored(codes, grid)), merged, name)
+        check.compare(grid_arrays(*widen_to_4_bits(codes, grid)), merged, name)
 
     side_by_side(count, load_grids(folder).items(), check)
 
@@ -86,7 +86,7 @@ def _zeros(certificate: Certificate, name: str) -> Check:
     return certificate.start("fidelity", f"pruned positions zero in {name}", "positions")
 
 
-def _check_zeros(certificate: Certificate, subject: Subject, evidence: Evidence) -> None:
+def _check_zeros(certificate: Certificate, subject: Subject, evidence: CapturedForward) -> None:
     """Every pruned position, pass by pass, layer by layer."""
     if not subject.pruned:
         return
@@ -117,7 +117,7 @@ def _check_zeros(certificate: Certificate, subject: Subject, evidence: Evidence)
 
 
 def _check_logits(
-    certificate: Certificate, subject: Subject, evidence: Evidence, reference: Reference
+    certificate: Certificate, subject: Subject, evidence: CapturedForward, reference: Reference
 ) -> None:
     widest = max(ROUNDING.get(dtype, 0) for dtype in evidence.dtypes.values())
     check = certificate.start(

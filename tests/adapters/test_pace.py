@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sqft_export.adapters.training import Pace
+from sqft_export.adapters.training import Throughput
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def mask(*lengths: int) -> torch.Tensor:
 
 
 def test_a_step_is_read_once_however_many_batches_it_has(readings):
-    pace = Pace()
+    pace = Throughput()
     for _ in range(3):
         pace.add(mask(3, 5))
     assert not readings

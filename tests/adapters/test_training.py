@@ -7,7 +7,7 @@ from torch import nn
 from sqft_export.adapters.elastic import draw_ranks, elastic_layers, set_ranks
 from sqft_export.adapters.files import Base
 from sqft_export.adapters.loading import add_adapters, load_compressed
-from sqft_export.adapters.training import _LikeLengths, collate, layer_error, train_adapter
+from sqft_export.adapters.training import _LengthGroupedSampler, collate, layer_error, train_adapter
 from sqft_export.data.items import Example
 from sqft_export.errors import UserError
 from sqft_export.recipe.schema import Adapt
@@ -97,7 +97,7 @@ def test_padding_is_out_of_attention_and_loss():
 
 def test_no_label_left_is_an_error(random_llama, tmp_path):
     examples = [Example([1, 2, 3], 3)]
-    with pytest.raises(UserError, match="no training example has a token left"):
+    with pytest.raises(UserError, match="no training example has a token in the loss"):
         run(start(random_llama), config(loss_on="answer"), tmp_path, examples=examples)
 
 
@@ -119,7 +119,7 @@ def test_steps_follow_from_epochs():
 
 def test_batches_are_of_like_lengths_in_any_order_and_hold_every_example():
     lengths = [(7 * n) % 61 + 1 for n in range(203)]
-    sampler = _LikeLengths(lengths, 8, seed=3)
+    sampler = _LengthGroupedSampler(lengths, 8, seed=3)
     first, again = list(sampler), list(sampler)
     assert first == again and sorted(first) == list(range(203))
     sampler.set_epoch(1)

@@ -143,10 +143,10 @@ def move_scales(model):
             layer.lora_shift["default"].fill_(0.3)
 
 
-def settle_scales(model):
+def apply_trained_scales(model):
     move_scales(model)
     for layer in elastic_layers(model).values():
-        layer.settle_scales()
+        layer.apply_trained_scales()
 
 
 def change_scaling(model):
@@ -162,13 +162,13 @@ def change_base(model):
 
 CHANGES = (
     *(change_rank, change_adapter, replace_adapter, load_adapter, step_optimizer),
-    *(move_scales, settle_scales, change_scaling, change_base),
+    *(move_scales, apply_trained_scales, change_scaling, change_base),
 )
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_change_of_what_the_weight_is_made_from_is_seen(quantized_base, change):
-    scales = change in (move_scales, settle_scales)
+    scales = change in (move_scales, apply_trained_scales)
     model, plain = (tuned(quantized_base, scales=scales) for _ in range(2))
     cache_effective_weights(model)
     before = generate(model)

@@ -9,8 +9,8 @@ from sqft_export.numerics.affine import (
     fake_quantize_inside,
     fit_grid,
     quantize,
-    settled,
-    stored,
+    replace_zero_scales,
+    widen_to_4_bits,
 )
 from sqft_export.numerics.groups import fallback_group_size
 
@@ -64,7 +64,7 @@ def test_fewer_than_four_bits_are_stored_among_four_bit_codes(bits, symmetric):
     grid = fit_grid(weight, bits, 32, symmetric)
     codes = quantize(weight, grid)
     assert int(codes.max()) < 2**bits
-    held, four = stored(codes, grid)
+    held, four = widen_to_4_bits(codes, grid)
     assert four.bits == 4 and four.symmetric == symmetric and int(held.max()) < 16
     assert torch.equal(dequantize(held, four), dequantize(codes, grid))
     assert torch.equal(quantize(dequantize(codes, grid), four), held)
@@ -74,7 +74,7 @@ def test_fewer_than_four_bits_are_stored_among_four_bit_codes(bits, symmetric):
 def test_other_codes_are_stored_as_they_are(bits):
     grid = fit_grid(weights(), bits, 32, True)
     codes = quantize(weights(), grid)
-    held, same = stored(codes, grid)
+    held, same = widen_to_4_bits(codes, grid)
     assert held is codes and same is grid
 
 
@@ -135,7 +135,7 @@ def test_a_scale_of_zero_becomes_a_group_of_zeros_of_the_same_values(bits, symme
     grid = fit_grid(weights(), bits, 32, symmetric)
     codes = quantize(weights(), grid)
     grid.scale[2, 1] = 0
-    ours, held = settled(codes, grid)
+    ours, held = replace_zero_scales(codes, grid)
     assert torch.equal(dequantize(ours, held), dequantize(codes, grid))
     assert (held.scale > 0).all()
     assert (fake_quantize(dequantize(ours, held), held) == dequantize(codes, grid)).all()
@@ -149,4 +149,4 @@ def test_a_scale_that_is_no_number_is_refused(scale):
     grid = fit_grid(weights(), 4, 32, True)
     grid.scale[2, 1] = scale
     with pytest.raises(ValueError, match="1 of 24 scales are NaN or infinite in float16"):
-        settled(quantize(weights(), grid), grid)
+        replace_zero_scales(quantize(weights(), grid), grid)

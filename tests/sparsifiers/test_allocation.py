@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sqft_export.sparsifiers.allocation import REACH, allocate, error_curve
+from sqft_export.sparsifiers.allocation import MAX_DEVIATION, allocate, error_curve
 
 
 def curves(sparsity):
@@ -32,7 +32,7 @@ def test_the_total_is_met_and_no_layer_strays(sparsity):
     dropped = sum(shares[n] * w.numel() for n, (w, _) in layers.items())
     total = sum(w.numel() for w, _ in layers.values())
     assert abs(dropped - sparsity * total) < 48  # less than a column of the largest
-    assert all(abs(share - sparsity) < REACH + 1 / 64 for share in shares.values())
+    assert all(abs(share - sparsity) < MAX_DEVIATION + 1 / 64 for share in shares.values())
     assert all(round(share * layers[n][0].shape[1], 6) % 1 == 0 for n, share in shares.items())
 
 

@@ -9,7 +9,7 @@ from sqft_export.data.items import Data, load_tokenizer
 from sqft_export.measure.rows import Row
 from sqft_export.model.hub import model_folder
 from sqft_export.stages import Context, benchmark
-from sqft_export.stages.benchmark import PILOT, _measured
+from sqft_export.stages.benchmark import PILOT_ITEMS, _measure_rows
 
 
 class _Clock:
@@ -45,7 +45,7 @@ def measured(tiny_run, monkeypatch, tmp_path):
         silent = lambda total: lambda note="": None  # noqa: E731
         context = Context("benchmark", recipe, folder, tiny_run, tmp_path, silent)
         tokenizer = load_tokenizer(folder)
-        items, runs = _measured(context, table, Data(recipe, tokenizer).test, tokenizer)
+        items, runs = _measure_rows(context, table, Data(recipe, tokenizer).test, tokenizer)
         assert all("ttft_samples" in run for each in runs.values() for run in each)
         return items, jobs, clock.now
 
@@ -55,13 +55,13 @@ def measured(tiny_run, monkeypatch, tmp_path):
 def test_all_rows_score_the_same_items_and_keep_to_the_time(measured):
     items, jobs, taken = measured(2, {"slow": 1.0, "fast": 0.25})
     assert jobs[:4] == [
-        ("slow", PILOT, True),
-        ("fast", PILOT, True),
+        ("slow", PILOT_ITEMS, True),
+        ("fast", PILOT_ITEMS, True),
         ("fast", None, True),
         ("slow", None, True),
     ]
     assert jobs[4:] == [("slow", len(items), False), ("fast", len(items), False)]
-    assert len(items) > PILOT and 110 < taken < 125
+    assert len(items) > PILOT_ITEMS and 110 < taken < 125
 
 
 def test_tasks_of_lm_eval_do_not_take_the_time_of_the_items(measured):
@@ -73,8 +73,8 @@ def test_tasks_of_lm_eval_do_not_take_the_time_of_the_items(measured):
 
 def test_however_short_the_time_a_few_items_are_scored(measured):
     items, jobs, _ = measured(0.01, {"slow": 5.0})
-    assert len(items) == PILOT
-    assert list(itertools.chain(jobs))[-1] == ("slow", PILOT, False)
+    assert len(items) == PILOT_ITEMS
+    assert list(itertools.chain(jobs))[-1] == ("slow", PILOT_ITEMS, False)
 
 
 def test_there_are_no_more_items_than_there_are(measured):

@@ -156,7 +156,7 @@ def test_three_bits_are_eight_levels_of_the_four_bit_codes(runs):
 def test_a_dense_merge_says_what_sparsity_is_left(runs):
     merged = runs("shears, merged")["merge"]
     (warning,) = merged.metrics["warnings"]
-    assert "50.0% were before" in warning
+    assert "50.0% were zero before" in warning
     assert merged.metrics["sparsity"]["all"] < 0.3
 
 

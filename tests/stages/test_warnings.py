@@ -21,9 +21,9 @@ def test_a_tuning_that_makes_it_worse_is_told():
     start, good = row("sparse + INT4", 0.5, 4.0), row("merged", 0.6, 3.0)
     assert _warnings([start, good], True) == []
     (told,) = _warnings([start, row("merged", 0.6, 592_892.0)], True)
-    assert "tuning made it worse: perplexity of 'merged' is 5.929e+05" in told
+    assert "tuning made the model worse: perplexity of 'merged' is 5.929e+05" in told
     (told,) = _warnings([start, row("merged", 0.3, 3.0)], True)
-    assert "accuracy of 'merged' is 0.3, of 'sparse + INT4' before tuning 0.5" in told
+    assert "accuracy of 'merged' is 0.3, that of 'sparse + INT4' before tuning is 0.5" in told
     (told,) = _warnings([start, row("merged", 0.6, float("nan"))], True)
     assert "perplexity" in told
     assert _warnings([start, row("merged", 0.47, 4.01)], True) == []  # chance
@@ -46,8 +46,8 @@ def test_warnings_reach_report_and_console(tmp_path):
     artifacts = run_recipe(recipe, tmp_path / "runs")
     report = artifacts["report"].path
     warnings = json.loads((report / "report.json").read_text())["warnings"]
-    assert any("tuning made it worse" in warning for warning in warnings)
-    assert "tuning made it worse" in (report / "index.html").read_text()
+    assert any("tuning made the model worse" in warning for warning in warnings)
+    assert "tuning made the model worse" in (report / "index.html").read_text()
 
 
 def test_weights_under_the_smallest_scale_are_told(tmp_path):
@@ -64,4 +64,4 @@ def test_weights_under_the_smallest_scale_are_told(tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     recipe = small_recipe("adapt.ranks=[8, 4]", "adapt.steps=2", model_path=model)
     warnings = run_recipe(recipe, tmp_path / "runs", ("quantize",))["quantize"].metrics["warnings"]
-    assert len(warnings) == 2 and all("held at the smallest scale" in w for w in warnings)
+    assert len(warnings) == 2 and all("have the smallest scale" in w for w in warnings)

@@ -1,12 +1,14 @@
-"""Pretrain the embedded model from nothing and write it beside this script.
+"""Pretrain the embedded model from random weights and write it to the folder of this script.
 
     python -m sqft_export.builtin.tiny.pretrain --out <folder>
 
-Mistral architecture, 4 layers, hidden 256, 8 heads on 2 key-value heads, byte-level BPE with
-single digits. Half of the text is worked word problems (``problems.py``), half bare arithmetic;
-first easy ones, then those of the task. ``--start <folder>`` begins at the second phase.
-The folder also gets ``train.jsonl`` and ``test.jsonl`` (the task) and ``card.json`` (what was
-done and the exact match reached on the test problems).
+The model has the Mistral architecture: 4 layers, hidden size 256, 8 heads and 2 key-value heads.
+The tokenizer is a byte-level BPE with single digits. Half of the text is word problems with worked
+answers (``problems.py``), the other half bare arithmetic. The first phase has easy problems, the
+second those of the task. ``--start <folder>`` starts with the second phase.
+
+The folder also gets ``train.jsonl`` and ``test.jsonl`` (the task), and ``card.json`` (the settings,
+and the exact match on the test problems).
 """
 
 import argparse
@@ -25,7 +27,7 @@ from sqft_export.builtin.tiny.problems import drill, problems
 TEMPLATE = "Question: {question}\nAnswer: {answer}"
 SEED = 20260
 TRAIN_ITEMS, TEST_ITEMS, BATCH = 6000, 1000, 96
-# Qwen2's, which every runtime has.
+# The pattern of Qwen2, which every runtime supports.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -33,6 +35,7 @@ SPLIT = (
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer, trained on easy problems."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -66,6 +69,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def new_model(vocab_size: int) -> MistralForCausalLM:
+    """Return a model with random weights."""
     return MistralForCausalLM(
         MistralConfig(
             vocab_size=vocab_size,
@@ -85,7 +89,7 @@ def new_model(vocab_size: int) -> MistralForCausalLM:
 
 
 def texts(seed: int, easy: bool):
-    """The pretraining stream: a worked problem, a drill, a worked problem, ..."""
+    """Yield the pretraining text without end: a worked problem, a drill, a worked problem, ..."""
     rng = random.Random(seed)
     for example in problems(seed, held_out=False, easy=easy):
         yield TEMPLATE.format(**example)
@@ -93,7 +97,7 @@ def texts(seed: int, easy: bool):
 
 
 def batches(tokenizer, stream, size: int):
-    """Right-padded ``input_ids`` and ``labels`` (padding is -100) without end."""
+    """Yield right-padded ``input_ids`` and ``labels`` (padding is -100) without end."""
     while True:
         ids = [
             torch.tensor(tokenizer(t)["input_ids"] + [tokenizer.eos_token_id])
@@ -107,28 +111,30 @@ def batches(tokenizer, stream, size: int):
 
 @torch.no_grad()
 def exact_match(model, tokenizer, items: list[dict[str, str]]) -> float:
-    """Share of greedy answers whose number after ``####`` is right."""
+    """Return the share of greedy answers whose number after ``####`` is right."""
     model.eval()
     tokenizer.padding_side = "left"
     prompts = [TEMPLATE.format(question=i["question"], answer="").rstrip() for i in items]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
     out = model.generate(**inputs, max_new_tokens=48, do_sample=False)
-    said = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers = tokenizer.batch_decode(
+        out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
     right = [
-        s.split("####")[-1].strip() == i["answer"].split("####")[-1].strip()
-        for s, i in zip(said, items, strict=True)
+        a.split("####")[-1].strip() == i["answer"].split("####")[-1].strip()
+        for a, i in zip(answers, items, strict=True)
     ]
     model.train()
     return sum(right) / len(items)
 
 
 def train(model, tokenizer, seed: int, easy: bool, steps: int, lr: float, test: list) -> None:
-    """One phase: AdamW, linear warm-up over 50 steps, then linear to zero."""
+    """Train one phase with AdamW: linear warm-up over 50 steps, linear decay to zero."""
     optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.98), weight_decay=0.01)
     stream = itertools.islice(batches(tokenizer, texts(seed, easy), BATCH), steps)
     for step, (input_ids, labels) in enumerate(stream, start=1):
-        left = 1 - (step - 1) / steps
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, step / 50) * left
+        decay = 1 - (step - 1) / steps
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, step / 50) * decay
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=input_ids, labels=labels).loss
         loss.backward()
@@ -138,10 +144,11 @@ def train(model, tokenizer, seed: int, easy: bool, steps: int, lr: float, test: 
         if step % 250 == 0:
             match = exact_match(model, tokenizer, test[:200])
             print(f"step {step} loss {loss.item():.4f} exact match {match:.3f}", flush=True)
-    model.half().float()  # what is stored is what goes on, and what is measured
+    model.half().float()  # round to float16, so that the stored model is measured and trained on
 
 
 def save(model, tokenizer, folder: Path) -> None:
+    """Write model (float16) and tokenizer to a folder."""
     tokenizer.backend_tokenizer.no_padding()
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -149,6 +156,7 @@ def save(model, tokenizer, folder: Path) -> None:
 
 
 def main() -> None:
+    """Run the phases that the command line requests and write all files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--easy-steps", type=int, default=4000)
     parser.add_argument("--steps", type=int, default=1200)

@@ -1,12 +1,12 @@
 """Word problems with worked answers: the task of the embedded model.
 
-A problem has up to three steps of addition, subtraction or multiplication by one digit. Its
-answer is worked, as in GSM8K: ``345+278=623 623-61=562 #### 562``. A *step* ``(a, op, b)`` is held
-out when the CRC-32 of its text is a multiple of ten; no training or pretraining problem contains a
-held-out step, every test problem starts with one. Nothing in its arithmetic can be recalled.
+A problem has up to three steps of addition, subtraction or multiplication by one digit. The answer
+shows every step, as in GSM8K: ``345+278=623 623-61=562 #### 562``. A *step* ``(a, op, b)`` is held
+out if the CRC-32 of its text is a multiple of ten. No training or pretraining problem contains a
+held-out step; every test problem starts with one. The model therefore cannot answer from memory.
 
-The *easy* problems (numbers below 100, two steps, no multiplication) are what pretraining starts
-with; the task is the full ones.
+*Easy* problems have numbers below 100, at most two steps and no multiplication. Pretraining starts
+with them; the task is the full problems.
 """
 
 import random
@@ -15,8 +15,8 @@ from collections.abc import Iterator
 
 NAMES = ["Tom", "Ana", "Ben", "Eva", "Sam", "Mia", "Leo", "Zoe", "Max", "Ida"]
 ITEMS = ["apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps", "stones", "toys"]
-MORE = ["buys", "finds", "gets", "wins", "picks"]
-LESS = ["gives away", "loses", "sells", "drops", "eats"]
+GAIN_VERBS = ["buys", "finds", "gets", "wins", "picks"]
+LOSS_VERBS = ["gives away", "loses", "sells", "drops", "eats"]
 QUESTIONS = [
     "How many {item} does {name} have now?",
     "How many {item} are left with {name}?",
@@ -25,12 +25,12 @@ QUESTIONS = [
 
 
 def is_held_out(a: int, op: str, b: int) -> bool:
-    """True for the tenth of all steps that only test problems may contain."""
+    """True if only test problems may contain this step; about a tenth of all steps."""
     return zlib.crc32(f"{a}{op}{b}".encode()) % 10 == 0
 
 
 def _step(rng: random.Random, a: int, easy: bool) -> tuple[str, int]:
-    """An operation on ``a`` and its operand; results stay in 0 to 1998."""
+    """Draw an operation on ``a`` and its operand; results are in 0 to 1998."""
     if easy:
         if a >= 2 and (a > 99 or rng.random() < 0.5):
             return "-", rng.randint(1, min(a, 99))
@@ -44,18 +44,23 @@ def _step(rng: random.Random, a: int, easy: bool) -> tuple[str, int]:
 
 
 def _apply(a: int, op: str, b: int) -> int:
+    """Return the result of a step."""
     return {"+": a + b, "-": a - b, "*": a * b}[op]
 
 
-def _said(rng: random.Random, name: str, op: str, b: int) -> str:
+def _sentence(rng: random.Random, name: str, op: str, b: int) -> str:
+    """Return one step in words."""
     if op == "*":
         return f"{name} gets {b} times as many."
-    verb = rng.choice(MORE if op == "+" else LESS)
+    verb = rng.choice(GAIN_VERBS if op == "+" else LOSS_VERBS)
     return f"{name} {verb} {b}" + (" more." if op == "+" else " of them.")
 
 
 def problem(rng: random.Random, held_out: bool, easy: bool) -> dict[str, str]:
-    """One problem as ``{"question", "answer"}``; ``held_out`` chooses the side of the split."""
+    """Return one problem as ``{"question", "answer"}``.
+
+    :param held_out: True for a test problem.
+    """
     while True:
         start = rng.randint(2, 99 if easy else 999)
         steps, value = [], start
@@ -67,22 +72,22 @@ def problem(rng: random.Random, held_out: bool, easy: bool) -> dict[str, str]:
         if flags[0] if held_out else not any(flags):
             break
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
-    said = [f"{name} has {start} {item}."]
-    said += [_said(rng, name, op, b) for _, op, b in steps]
-    said.append(rng.choice(QUESTIONS).format(item=item, name=name))
+    sentences = [f"{name} has {start} {item}."]
+    sentences += [_sentence(rng, name, op, b) for _, op, b in steps]
+    sentences.append(rng.choice(QUESTIONS).format(item=item, name=name))
     worked = " ".join(f"{a}{op}{b}={_apply(a, op, b)}" for a, op, b in steps)
-    return {"question": " ".join(said), "answer": f"{worked} #### {value}"}
+    return {"question": " ".join(sentences), "answer": f"{worked} #### {value}"}
 
 
 def problems(seed: int, held_out: bool, easy: bool = False) -> Iterator[dict[str, str]]:
-    """An endless, seeded stream of problems of one side of the split."""
+    """Yield training or test problems without end, from a seed."""
     rng = random.Random(seed)
     while True:
         yield problem(rng, held_out, easy)
 
 
 def drill(rng: random.Random, easy: bool) -> str:
-    """Bare arithmetic outside the held-out tenth, the other half of the pretraining text."""
+    """Return three steps of bare arithmetic, none held out: half of the pretraining text."""
     steps: list[str] = []
     while len(steps) < 3:
         a = rng.randint(2, 198 if easy else 1998)
