@@ -32,14 +32,14 @@ from typing import Any
 
 from document import finish, spread, table
 
-from sqft_export.run.host import THREADS, allowed_processors
+from sqft_export.run.host import THREADS_VARIABLE, allowed_processors
 from sqft_export.run.processors import (
     OPENMP_THREADS,
-    WAITING,
+    SPIN_VARIABLES,
+    limit_openmp_spinning,
     sample,
     set_threads,
     used_by_others,
-    wait_briefly,
 )
 
 OURS, GOAL, WARM_STEPS = "ours", 0.45, 2
@@ -62,7 +62,7 @@ def train(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Tokens per second of the steps that fit into a time, after two that are not counted."""
     if arguments.child == OURS:
         set_threads(None)
-        wait_briefly()
+        limit_openmp_spinning()
     import torch
     from training_step import VOCABULARY, build
 
@@ -99,7 +99,7 @@ def measure(name: str, busy: int, scratch: str, arguments: argparse.Namespace) -
     command = [sys.executable, str(Path(__file__).resolve()), "--child", name, "--folder", scratch]
     for option in ("seconds", "batch", "length"):
         command += [f"--{option}", str(getattr(arguments, option))]
-    unset = {THREADS, OPENMP_THREADS, *WAITING}
+    unset = {THREADS_VARIABLE, OPENMP_THREADS, *SPIN_VARIABLES}
     environment = {k: v for k, v in os.environ.items() if k not in unset} | settings()[name]
     with spinning(busy):
         before = sample()

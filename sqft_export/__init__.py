@@ -7,9 +7,9 @@
     session = sqft_export.load_onnx("folder")            # onnxruntime.InferenceSession
     model = sqft_export.load_onnx_genai("folder")        # onnxruntime_genai.Model
     model = sqft_export.load_gguf("folder")              # cyllama's LlamaModel (llama.cpp)
-    library = sqft_export.openvino_extension()           # what runs a specialized folder
+    library = sqft_export.openvino_extension()           # kernels for a specialized folder
 
-Importing this imports no runtime and no torch.
+``import sqft_export`` does not import torch or any runtime.
 """
 
 from sqft_export.kernels.extension import openvino_extension

@@ -14,7 +14,7 @@ import click
 import typer
 
 from sqft_export.errors import UserError, one_line
-from sqft_export.run.processors import wait_briefly
+from sqft_export.run.processors import limit_openmp_spinning
 
 app = typer.Typer(
     help="Compile a language model and a task into a sparse, low-precision deployment.",
@@ -466,7 +466,7 @@ INTERRUPTED = "passes that were done are kept; the same command goes on from the
 def _run() -> int:
     """The exit code: 2 for what the user can put right, 3 for what the machine lacks, 4 for damaged
     files, 5 for a certificate that failed, 130 and 143 when interrupted."""
-    from sqft_export.run.host import lacking
+    from sqft_export.run.host import exhausted_resource
 
     try:
         code = app(standalone_mode=False) or 0
@@ -491,10 +491,10 @@ def _run() -> int:
         needs = f"{error.name} is not installed, which this command needs"
         return _say(f"{needs}; pip install 'sqft-export[all]'", 2)
     except (OSError, MemoryError) as error:
-        found = lacking(error, None)
+        found = exhausted_resource(error, None)
         return _say(found or f"{getattr(error, 'filename', None) or ''}: {error}", 3)
     except RuntimeError as error:  # of torch, which raises one for an accelerator's memory
-        if found := lacking(error, None):
+        if found := exhausted_resource(error, None):
             return _say(found, 3)
         raise
 
@@ -510,7 +510,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files may be no text
     signal.signal(signal.SIGTERM, _terminate)
-    wait_briefly()
+    limit_openmp_spinning()
     sys.exit(_run())
 
 

@@ -1,11 +1,17 @@
-"""Libraries that were built of the package's C sources; never any of a deployment's."""
+"""Find the libraries that the package's C sources were compiled to.
+
+Only folders of the package are searched, never a deployment.
+"""
 
 from pathlib import Path
 
-SUFFIXES = (".so", ".pyd", ".dylib")
+LIBRARY_SUFFIXES = (".so", ".pyd", ".dylib")
 
 
 def built_library(folder: Path, stem: str) -> Path | None:
-    """The file of a library, or None where there was no compiler."""
-    found = (file for file in sorted(folder.glob(f"{stem}*")) if file.suffix in SUFFIXES)
+    """Return the file of a compiled library, or None if it was not built.
+
+    :param stem: start of the file name.
+    """
+    found = (file for file in sorted(folder.glob(f"{stem}*")) if file.suffix in LIBRARY_SUFFIXES)
     return next(found, None)

@@ -1,18 +1,21 @@
-"""The exceptions a user is meant to read."""
+"""Exceptions whose text is written for users."""
 
-MAX_MESSAGE_CHARACTERS = 5000  # of one message, whatever a file holds
+MAX_MESSAGE_CHARACTERS = 5000  # a damaged file must not fill the terminal
 
 
 def one_line(text: object, longest: int = 300) -> str:
-    """A text from outside, such as a library's message, on one line and cut."""
+    """Return an external text, such as a library's message, on one line.
+
+    :param longest: characters after which the text is cut.
+    """
     shown = " ".join(str(text).split())
     return shown if len(shown) <= longest else f"{shown[:longest]}..."
 
 
 class UserError(Exception):
-    """Something the user can put right: says where, what was found, and the way out.
+    """An error that the user can fix. The message says where, what was found, and what helps.
 
-    The command line prints its text without a traceback and exits with ``code``.
+    The command line prints the message without a traceback and exits with ``code``.
     """
 
     code = 2
@@ -24,24 +27,24 @@ class UserError(Exception):
 
 
 class HostError(UserError):
-    """The machine lacks something: disk, memory, permission."""
+    """The machine lacks a resource: disk, memory or permission."""
 
     code = 3
 
 
 class DamagedError(UserError):
-    """A file is not what was written: cut, flipped, exchanged."""
+    """A file is not the one that was written: it was cut, changed or replaced."""
 
     code = 4
 
 
 class CertificateError(UserError):
-    """What runs is not what was trained."""
+    """A deployment does not compute what was trained."""
 
     code = 5
 
 
 class GateError(UserError):
-    """A pass cost more than the recipe's ``gates`` allow."""
+    """A pass costs more quality than the recipe's ``gates`` allow."""
 
     code = 6

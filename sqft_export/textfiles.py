@@ -1,4 +1,4 @@
-"""Text and JSON from anywhere: what it holds, or one message that names the file."""
+"""Read text and JSON from untrusted files; errors name the file."""
 
 from pathlib import Path
 from typing import Any
@@ -7,18 +7,19 @@ from sqft_export.errors import UserError
 from sqft_export.untrusted import MAX_CONFIG_BYTES, parse_json, read_bounded
 
 
-def decoded(content: bytes, file: Path) -> str:
-    """UTF-8, with or without a byte order mark.
+def decode_text(content: bytes, file: Path) -> str:
+    """Decode UTF-8, with or without a byte order mark.
 
-    :raises UserError: naming the file and the first byte that is no text.
+    :raises UserError: if it is not UTF-8; names the file and the first wrong byte.
     """
-    return decoded_line(content, file, 0)
+    return decode_line(content, file, 0)
 
 
-def decoded_line(content: bytes, file: Path, start: int) -> str:
-    """The same of a part of a file; a byte order mark counts at its start alone.
+def decode_line(content: bytes, file: Path, start: int) -> str:
+    """Decode a part of a UTF-8 file; a byte order mark is accepted only at the file's start.
 
-    :param start: place of the first byte in the file.
+    :param start: offset of the part's first byte in the file.
+    :raises UserError: if it is not UTF-8; names the file and the first wrong byte.
     """
     try:
         return content.decode("utf-8" if start else "utf-8-sig")
@@ -28,13 +29,13 @@ def decoded_line(content: bytes, file: Path, start: int) -> str:
 
 
 def read_json(file: Path, limit: int = MAX_CONFIG_BYTES, finite: bool = False) -> dict[str, Any]:
-    """The object in a json file.
+    """Return the object in a JSON file.
 
-    :param limit: bytes that are read at most.
+    :param limit: largest file size in bytes.
     :param finite: refuse NaN and Infinity.
-    :raises UserError: naming the file, if it holds none, or a key twice.
+    :raises UserError: naming the file, if it is larger, not a JSON object, or repeats a key.
     """
-    found = parse_json(decoded(read_bounded(file, limit), file), str(file), finite)
+    found = parse_json(decode_text(read_bounded(file, limit), file), str(file), finite)
     if not isinstance(found, dict):
         raise UserError(f"{file}: expected an object, found {type(found).__name__}")
     return found

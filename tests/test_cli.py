@@ -119,7 +119,7 @@ def test_a_hub_that_is_out_of_reach_is_one_sentence_with_two_ways_out(tmp_path):
     hub = "model={hub: nobody/nothing}"
     done = sqft("run", "recipes/tiny.yaml", hub, "--runs", str(tmp_path))
     assert done.returncode == 2
-    assert "can't be fetched" in done.stderr
+    assert "can't be downloaded" in done.stderr
     assert "MODEL_PATH=<folder>" in done.stderr
     assert "make recipe" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -38,10 +38,10 @@ def make_loop(path):
     [
         (make_pipe, "a pipe"),
         (make_socket, "a socket"),
-        (make_loop, "leads in a circle"),
+        (make_loop, "is a circular link"),
         (lambda path: path.mkdir(), "is a folder; a file is expected"),
         (lambda path: path.symlink_to("/dev/zero"), "a device"),
-        (lambda path: path.symlink_to("nowhere"), "is a link to nothing"),
+        (lambda path: path.symlink_to("nowhere"), "is a broken link"),
         (lambda path: None, "No such file"),
     ],
 )
@@ -75,13 +75,13 @@ def test_a_file_beyond_its_limit_is_not_read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' is there twice"),
-        (r'{"ab": 1, "\u0061b": 2}', "the key 'ab' is there twice"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' appears twice"),
+        (r'{"ab": 1, "\u0061b": 2}', "the key 'ab' appears twice"),
         ("[" * 100_000, "nested too deeply"),
-        ('{"a": NaN}', "NaN is no number of JSON"),
-        ('{"a": -Infinity}', "-Infinity is no number"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
+        ('{"a": -Infinity}', "-Infinity is not a JSON number"),
         ('{"a": ' + "9" * 5000 + "}", "not JSON"),
-        ('{"' + "k" * 10**6 + '": 1, "' + "k" * 10**6 + '": 1}', "there twice"),
+        ('{"' + "k" * 10**6 + '": 1, "' + "k" * 10**6 + '": 1}', "appears twice"),
     ],
 )
 def test_json_that_readers_may_take_in_two_ways_is_refused(text, fault):

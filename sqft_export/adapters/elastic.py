@@ -9,7 +9,7 @@ from sqft_export.adapters.linear import CompressedLinear, ElasticLoraLinear, Upd
 from sqft_export.model.families import Family, adapted, rank_groups
 from sqft_export.recipe.schema import Adapt
 from sqft_export.run.device import device_memory
-from sqft_export.run.host import FLOAT32_ROOM, float32_fits
+from sqft_export.run.host import FLOAT32_MEMORY_SHARE, float32_fits
 
 
 def draw_ranks(groups: list[str], ranks: tuple[int, ...], seed: int, step: int) -> dict[str, int]:
@@ -64,7 +64,7 @@ def cache_effective_weights(model: nn.Module) -> bool:
     layers = [m for m in model.modules() if isinstance(m, CompressedLinear) and not m.cached]
     weights = sum(layer.weight.numel() for layer in layers)
     free = device_memory(layers[0].weight.device) if layers else None
-    fits = float32_fits(weights) if free is None else 4 * weights <= FLOAT32_ROOM * free
+    fits = float32_fits(weights) if free is None else 4 * weights <= FLOAT32_MEMORY_SHARE * free
     if fits:
         for layer in layers:
             layer.cache = WeightCache()

@@ -276,9 +276,11 @@ def missing_sets(
                 for name in names
                 if SETS[name].hub is None
             )
-        elif lacking := [name for name in names if local_file(folder, name, split) is None]:
+        elif exhausted_resource := [
+            name for name in names if local_file(folder, name, split) is None
+        ]:
             yield (
-                f"task.folder: {folder} has no {split} file of {', '.join(lacking)} "
+                f"task.folder: {folder} has no {split} file of {', '.join(exhausted_resource)} "
                 f"(<set>/{split}.json or .jsonl); name those there are in task.{split}_sets"
             )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft_export.errors import UserError
-from sqft_export.textfiles import decoded, decoded_line
+from sqft_export.textfiles import decode_line, decode_text
 from sqft_export.untrusted import (
     MAX_LINE_BYTES,
     MAX_TEXT_BYTES,
@@ -41,7 +41,7 @@ def read_text(file: Path) -> str:
     """
     content = read_bounded(file, MAX_TEXT_BYTES)
     _check_is_text(content, file)
-    return decoded(content, file)
+    return decode_text(content, file)
 
 
 def _check_is_text(content: bytes, file: Path) -> None:
@@ -94,5 +94,5 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
                 _check_is_text(content, file)
             if len(content) > MAX_LINE_BYTES:
                 raise UserError(f"{file}:{number}: has more than {MAX_LINE_BYTES:,} bytes")
-            yield number, decoded_line(content, file, start)
+            yield number, decode_line(content, file, start)
             start += len(content)

@@ -20,7 +20,7 @@ from sqft_export.errors import HostError, UserError
 from sqft_export.measure.decode import measure_latency, profile
 from sqft_export.measure.likelihood import distributions, score
 from sqft_export.measure.machine import energy_joules, memory_now, peak_memory
-from sqft_export.run.host import die_with_parent, lacking
+from sqft_export.run.host import die_with_parent, exhausted_resource
 from sqft_export.run.processors import deployed_environment
 from sqft_export.targets import Session, runner
 
@@ -119,7 +119,7 @@ def in_a_process(job: dict[str, Any], scratch: Path | None = None) -> dict[str, 
         )
         if done.returncode:
             said = _last_words(done)
-            kind = HostError if lacking(RuntimeError(said), None) else UserError
+            kind = HostError if exhausted_resource(RuntimeError(said), None) else UserError
             raise kind(f"{job['folder']}: could not be measured:\n{said}")
         return json.loads(result_file.read_text())
 

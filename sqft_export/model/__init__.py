@@ -1,1 +1,1 @@
-"""What is on disk: checkpoints, their structure, and what passes add to them."""
+"""Checkpoints on disk: their structure, their tensors, and the files that passes add."""

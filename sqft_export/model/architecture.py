@@ -1,6 +1,6 @@
-"""What transformers makes of a config, without weights: shapes, and the family of any model type.
+"""Build models from configs without weights, to get shapes and the family of any model type.
 
-Imports neither torch nor transformers until a model is asked for: configs are read on devices too.
+torch and transformers are imported only when a model is built, since devices read configs too.
 """
 
 import functools
@@ -12,10 +12,10 @@ from sqft_export.errors import UserError, one_line
 from sqft_export.model.families import FAMILIES, Family
 
 logger = logging.getLogger(__name__)
-# Fields of config.json that say how many experts a token may be sent to.
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-# Sizes of a model, and what none goes beyond.
-_LARGEST = {
+# Fields of config.json with the number of experts.
+EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+# Size fields of config.json -> an upper limit that no real model exceeds.
+_MAX_SIZES = {
     **dict.fromkeys(("hidden_size", "n_embd", "head_dim", "word_embed_proj_dim"), 2**17),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner"), 2**19),
     **dict.fromkeys(("num_hidden_layers", "n_layer"), 2**10),
@@ -23,25 +23,28 @@ _LARGEST = {
     "vocab_size": 2**22,
     "max_position_embeddings": 2**24,
 }
-OTHER_SENSES = ("vision_config", "audio_config", "vision_tower")
+MULTIMODAL_FIELDS = ("vision_config", "audio_config", "vision_tower")
 
 
 def family_of(config: dict[str, Any], where: str) -> Family:
-    """The family of a Hugging Face ``config.json``; of one that is not listed, by its structure.
+    """Return the family of a Hugging Face ``config.json``.
 
-    :raises UserError: naming ``where``, if it has no blocks of Linears that could be compressed.
+    The family of a model type that is not listed follows from the structure of its model.
+
+    :param where: name of the config in messages.
+    :raises UserError: naming ``where``, if the model has no blocks of Linears to compress.
     """
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    return _unlisted(json.dumps(config, sort_keys=True, default=str), where)
+    return _unlisted_family(json.dumps(config, sort_keys=True, default=str), where)
 
 
 @functools.cache
-def _unlisted(config: str, where: str) -> Family:
-    family = by_structure(json.loads(config), where)
+def _unlisted_family(config: str, where: str) -> Family:
+    family = family_from_structure(json.loads(config), where)
     logger.warning(
-        "%s: model_type %s is none of the tested ones (%s); taken by its structure: blocks %s, "
+        "%s: model_type %s is not one of the tested ones (%s); detected structure: blocks %s, "
         "adapters on %s",
         where,
         family.model_types[0],
@@ -53,44 +56,45 @@ def _unlisted(config: str, where: str) -> Family:
 
 
 def shapes_of(config: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:
-    """Every weight of the model and its shape, from ``config.json`` alone; of two that are tied the
-    embedding.
+    """Return the shape of every weight of the model, from ``config.json`` alone.
 
-    :raises UserError: naming ``where`` and what transformers can't make a model of.
+    If embedding and head are tied, only the embedding is listed.
+
+    :raises UserError: naming ``where`` and the setting, if transformers can't build the model.
     """
     return dict(_shapes(json.dumps(config, sort_keys=True, default=str), where))
 
 
 @functools.cache
 def _shapes(config: str, where: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    model = _empty_of(json.loads(config), where)
+    model = _empty_model_of(json.loads(config), where)
     return tuple((name, tuple(weight.shape)) for name, weight in model.named_parameters())
 
 
 def transformers_config(config: dict[str, Any], where: str) -> Any:
-    """transformers' config of a ``config.json``, as if its weights were not quantized.
+    """Convert a ``config.json`` to transformers' config, without its quantization settings.
 
-    :raises UserError: naming ``where`` and the field, if it can't be one.
+    :raises UserError: naming ``where`` and the field, if transformers rejects it.
     """
     from transformers import AutoConfig
 
     settings = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config")}
     try:
         return AutoConfig.for_model(config["model_type"], **settings)
-    except Exception as error:  # whatever transformers and its validation raise
-        raise UserError(f"{where}: transformers does not take it: {_short(error)}") from error
+    except Exception as error:  # transformers and its validation raise many types
+        raise UserError(f"{where}: transformers rejects it: {_error_text(error)}") from error
 
 
-def _short(error: Exception) -> str:
-    """What an error says, on one line."""
+def _error_text(error: Exception) -> str:
+    """Return the type and message of an error on one line."""
     return f"{type(error).__name__}: {one_line(error)}"
 
 
 def empty_model(config: Any, attention: str | None = None) -> Any:
-    """A float32 causal language model whose parameters take no memory; buffers are real.
+    """Build a float32 causal language model whose parameters take no memory; buffers are real.
 
-    :param config: transformers'.
-    :param attention: its implementation; None for transformers' choice.
+    :param config: transformers' config.
+    :param attention: name of the attention implementation; None for transformers' default.
     """
     import torch
     from accelerate import init_empty_weights
@@ -106,59 +110,66 @@ def empty_model(config: Any, attention: str | None = None) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _empty_of(config: dict[str, Any], where: str) -> Any:
-    """:raises UserError: if transformers has no causal language model for ``model_type``, or none
-    that can be compressed."""
+def _empty_model_of(config: dict[str, Any], where: str) -> Any:
+    """Build the empty model of a ``config.json``.
+
+    :raises UserError: if transformers has no causal language model for ``model_type``, or it can't
+        be compressed.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(
-            f"{where}: model_type: found {model_type!r}, which is no causal language model of this "
-            f"transformers; tested are {', '.join(sorted(FAMILIES))}"
+            f"{where}: model_type: found {model_type!r}, which is not a causal language model in "
+            f"this version of transformers; tested are {', '.join(sorted(FAMILIES))}"
         )
     _check_sizes(config, where)
     made = transformers_config(config, where)
-    _refuse_others(made, where)
+    _refuse_unsupported(made, where)
     try:
         model = empty_model(made)
-    except Exception as error:  # whatever a model class raises at sizes that don't fit each other
-        raise UserError(f"{where}: no model can be made of it: {_short(error)}") from error
+    except Exception as error:  # model classes raise anything if sizes don't fit each other
+        raise UserError(
+            f"{where}: transformers can't build its model: {_error_text(error)}"
+        ) from error
     model.tie_weights()
     return model
 
 
 def _check_sizes(config: dict[str, Any], where: str) -> None:
-    """Sizes that no model has would take hours and all memory before they fail."""
-    for field, most in _LARGEST.items():
+    """Refuse sizes that no real model has: they would take hours and all memory to fail."""
+    for field, most in _MAX_SIZES.items():
         found = config.get(field)
         if found is not None and (type(found) is not int or not 0 < found <= most):
             raise UserError(f"{where}: {field}: found {found!r}; allowed are 1 to {most}")
 
 
-def _refuse_others(config: Any, where: str) -> None:
-    for name in EXPERTS:
+def _refuse_unsupported(config: Any, where: str) -> None:
+    """Refuse mixtures of experts and multimodal models."""
+    for name in EXPERT_FIELDS:
         if (getattr(config, name, None) or 0) > 1:
             raise UserError(
                 f"{where}: model_type: {config.model_type} is a mixture of experts ({name}: "
-                f"{getattr(config, name)}); their weights can't be pruned by every token's inputs"
+                f"{getattr(config, name)}); an expert sees "
+                "only a part of the calibration tokens"
             )
-    for name in OTHER_SENSES:
+    for name in MULTIMODAL_FIELDS:
         if getattr(config, name, None):
             raise UserError(
-                f"{where}: model_type: {config.model_type} also sees or hears ({name}); only "
-                "language models are compressed, such as its text model saved alone"
+                f"{where}: model_type: {config.model_type} is multimodal ({name}); only "
+                "language models are compressed, for example its text model saved separately"
             )
 
 
-def by_structure(config: dict[str, Any], where: str) -> Family:
-    """The longest list of equal blocks with Linears in them, every one of which gets an adapter.
+def family_from_structure(config: dict[str, Any], where: str) -> Family:
+    """Derive a family from the longest list of blocks with Linears; every Linear gets an adapter.
 
-    :raises UserError: if there is none.
+    :raises UserError: if the model has no such list.
     """
     from torch import nn
 
-    model = _empty_of(config, where)
+    model = _empty_model_of(config, where)
     lists = [
         (name, module)
         for name, module in model.named_modules()
@@ -185,6 +196,7 @@ def by_structure(config: dict[str, Any], where: str) -> Family:
 
 
 def _linears(module: Any) -> list[str]:
+    """Return the names of all Linears in a module."""
     from torch import nn
 
     return [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]

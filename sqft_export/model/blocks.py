@@ -1,8 +1,8 @@
-"""Walk the decoder blocks once, in order, and hand every Linear its inputs.
+"""Process the decoder blocks in order, one in memory at a time, and collect the Linears' inputs.
 
-Each block sees the output of the compressed ones before it. One block is in memory at a time:
-its weights are read from the checkpoint, its Linears' inputs go to a collector, the caller
-replaces weights, and the block runs again to make the inputs of the next.
+The inputs of a block are the outputs of the compressed blocks before it. For each block, its
+weights are read from the checkpoint and its Linears' inputs go to a collector. The caller then
+replaces weights, and the block runs again to compute the inputs of the next block.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sqft_export.errors import UserError
 from sqft_export.model.architecture import empty_model, transformers_config
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.model.coverage import check_finite, check_sum, count_tokens, no_tokens
+from sqft_export.model.coverage import check_finite, check_sum, count_tokens, no_tokens_error
 from sqft_export.numerics.hessian import inverse_factor
 from sqft_export.run.device import CPU
 
@@ -25,22 +25,23 @@ Collector = Callable[[str, Tensor], None]  # full module name, float32 inputs [.
 
 
 class Inputs:
-    """What a method needs of the calibration inputs of the block at hand.
+    """Accumulate statistics of the calibration inputs of a block's Linears.
 
-    Linears that are handed the same tensor (q, k and v; gate and up) share one sum.
+    Linears with the same input tensor (q, k and v; gate and up) share one sum.
 
-    needs: "nothing", "norms" (float32 ``[in]``, the L2 norm of every input channel), "hessian"
-        (float32 ``[in, in]``, ``X^T X`` over all tokens) or "factor" (its
+    needs: the statistic that a method needs. "nothing"; "block" (only the block itself); "norms"
+        (float32 ``[in]``, the L2 norm of every input channel); "hessian" (float32 ``[in, in]``,
+        ``X^T X`` over all tokens); "factor" (the Hessian's
         :func:`~sqft_export.numerics.hessian.inverse_factor`).
-    damping: of the factor.
+    damping: damping of the factor.
     """
 
     def __init__(self, needs: str, damping: float = 0.01):
         self.needs, self.damping = needs, damping
         self._last: tuple[str, Tensor] | None = None
-        self._owner: dict[str, str] = {}  # Linear -> the first one of those that share its sum
+        self._owner: dict[str, str] = {}  # Linear -> the first Linear with the same sum
         self._sums: dict[str, Tensor] = {}
-        self._ready: set[str] = set()  # owners whose sum was turned into what is taken
+        self._ready: set[str] = set()  # owners whose sum is already converted
 
     @property
     def has_hessian(self) -> bool:
@@ -65,7 +66,7 @@ class Inputs:
             self._sums[name].addmm_(x.T, x)
 
     def take(self, name: str) -> Tensor | None:
-        """What was gathered for one Linear, which is then forgotten; None if nothing is needed.
+        """Return the statistic of one Linear and drop it; None if the method needs none.
 
         :raises UserError: naming the Linear, if it saw no token, or its inputs are NaN, infinite or
             all zero.
@@ -73,8 +74,8 @@ class Inputs:
         if self.collector is None:
             return None
         if name not in self._owner:
-            raise no_tokens(name)
-        if self._last is not None:  # the first of a block
+            raise no_tokens_error(name)
+        if self._last is not None:  # first call for this block
             self._check_sums()
         owner = self._owner.pop(name)
         total = self._sums[owner]
@@ -87,13 +88,13 @@ class Inputs:
         return total
 
     def _check_sums(self) -> None:
-        """Check every sum once, in the order of the calls, so that the first fault is named."""
+        """Check every sum once, in the order of the calls, to name the first fault."""
         self._last = None
         for owner, total in self._sums.items():
             check_sum(owner, total.diagonal() if total.dim() == 2 else total)
 
     def _finish(self, name: str, total: Tensor) -> None:
-        """Turn a sum, in place, into what is taken."""
+        """Convert a sum in place to the requested statistic."""
         if self.needs == "norms":
             total.sqrt_()
         elif self.needs == "factor":
@@ -103,7 +104,7 @@ class Inputs:
                 raise UserError(f"{name}: {error}") from error
 
     def forget(self) -> None:
-        """What was gathered and not taken."""
+        """Drop all statistics that were not taken."""
         self._last = None
         for gathered in (self._owner, self._sums, self._ready):
             gathered.clear()
@@ -113,11 +114,11 @@ class Inputs:
 class Block:
     """A decoder block in memory.
 
-    index: its number.
-    linears: full name -> the Linear; the widest first, so that a method which takes their inputs
-        one by one is soon rid of the largest sum.
-    calls: hidden states ``[1, length, hidden]`` and keyword arguments it is called with, one
-        entry a sample.
+    index: number of the block.
+    linears: full name -> Linear, the one with the most inputs first, so that a method which takes
+        statistics one by one frees the largest sum first.
+    calls: inputs of the block, one entry per sample: hidden states ``[1, length, hidden]`` and
+        keyword arguments.
     """
 
     index: int
@@ -126,19 +127,19 @@ class Block:
     calls: list[tuple[Tensor, dict[str, Any]]]
 
 
-class _Stop(Exception):
-    """Raised by the last catcher: what every block is called with is known."""
+class _StopForwardError(Exception):
+    """Raised by the last recorder to end the forward pass: all calls are recorded."""
 
 
-class _Catcher(nn.Module):
-    """Stands in for a block and keeps what it is called with.
+class _CallRecorder(nn.Module):
+    """Replace a block and record the arguments of its calls.
 
-    :param wraps: whether the block returns its hidden states in a tuple; None: nothing comes after.
+    :param wraps: whether the block returns its hidden states in a tuple; None ends the pass here.
     """
 
     def __init__(self, block: nn.Module, wraps: bool | None):
         super().__init__()
-        # Models ask their blocks for more than to be called, such as what kind of mask they want.
+        # Models also read attributes of their blocks, such as the kind of attention mask.
         self.__dict__ |= {k: v for k, v in vars(block).items() if not k.startswith("_")}
         self.wraps = wraps
         self.calls: list[tuple[Tensor, dict[str, Any]]] = []
@@ -146,14 +147,16 @@ class _Catcher(nn.Module):
     def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor]:
         self.calls.append((hidden, kwargs))
         if self.wraps is None:
-            raise _Stop
+            raise _StopForwardError
         return (hidden,) if self.wraps else hidden
 
 
 def _check_complete(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Every decoder weight must be stored under its own name: a mask or grid belongs to one.
+    """Check that every decoder weight is stored under its own name, as masks and grids need.
 
-    Embedding and head may be one tensor; nothing here changes them.
+    Embedding and head may share one tensor, since they are not changed here.
+
+    :raises UserError: naming the first missing weight.
     """
     blocks = f"{checkpoint.family.blocks}."
     missing = [
@@ -164,12 +167,20 @@ def _check_complete(model: nn.Module, checkpoint: Checkpoint) -> None:
     if missing:
         raise UserError(
             f"{checkpoint.folder}: {missing[0]} is not stored ({len(missing)} missing in all); a "
-            "weight tied to another block's, or left out, can't be compressed"
+            "weight that is missing or tied to another block's can't be compressed"
         )
 
 
-def _fill(model: nn.Module, checkpoint: Checkpoint, names: list[str], device: torch.device) -> None:
-    known = model.state_dict().keys()  # old checkpoints store buffers that are computed now
+def _load_weights(
+    model: nn.Module, checkpoint: Checkpoint, names: list[str], device: torch.device
+) -> None:
+    """Load tensors into the model as float32.
+
+    :raises UserError: naming the file and tensor, if a weight is NaN or infinite.
+    """
+    known = (
+        model.state_dict().keys()
+    )  # old checkpoints store buffers that transformers now computes
     for name, tensor in checkpoint.tensors([name for name in names if name in known]):
         if not torch.isfinite(tensor).all():
             file = checkpoint.folder / checkpoint.headers[name].file
@@ -177,16 +188,19 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, names: list[str], device: to
         set_module_tensor_to_device(model, name, device, tensor, dtype=torch.float32)
 
 
-def _caught(
+def _record_calls(
     model: nn.Module, layers: Any, samples: list[Tensor], wraps: list[bool | None]
 ) -> list[list[tuple[Tensor, dict[str, Any]]]]:
-    """What the first blocks are called with, block by block and sample by sample."""
+    """Record the arguments of the first blocks: per block, hidden states and keywords per sample.
+
+    :param wraps: per recorded block, as for :class:`_CallRecorder`.
+    """
     blocks = list(layers[: len(wraps)])
-    catchers = [_Catcher(block, one) for block, one in zip(blocks, wraps, strict=True)]
+    catchers = [_CallRecorder(block, one) for block, one in zip(blocks, wraps, strict=True)]
     for index, catcher in enumerate(catchers):
         layers[index] = catcher
     for sample in samples:
-        with contextlib.suppress(_Stop):
+        with contextlib.suppress(_StopForwardError):
             model(input_ids=sample.unsqueeze(0), use_cache=False)
     for index, block in enumerate(blocks):
         layers[index] = block
@@ -196,28 +210,29 @@ def _caught(
 def _first_inputs(
     model: nn.Module, checkpoint: Checkpoint, samples: list[Tensor], device: torch.device
 ) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
-    """Hidden states that reach block 0, and keyword arguments of every block, a sample each.
+    """Return the hidden states into block 0 and the keyword arguments of every block, per sample.
 
-    Blocks of one model may differ in theirs: Gemma's take turns at a window of attention.
+    Keyword arguments may differ between blocks: Gemma's blocks alternate between full and windowed
+    attention.
     """
     family = checkpoint.family
     layers = model.get_submodule(family.blocks)
     if not samples:
         return [], [[] for _ in layers]
     before = [n for n in checkpoint.outer_names() if not n.startswith(f"{family.head}.")]
-    _fill(model, checkpoint, before, device)
-    # A block is run once, only to see what it returns.
-    [[(hidden, kwargs)]] = _caught(model, layers, samples[:1], [None])
-    _fill(model, checkpoint, checkpoint.block_names(0), device)
+    _load_weights(model, checkpoint, before, device)
+    # Run a block once to see whether it returns a tuple.
+    [[(hidden, kwargs)]] = _record_calls(model, layers, samples[:1], [None])
+    _load_weights(model, checkpoint, checkpoint.block_names(0), device)
     wraps = isinstance(layers[0](hidden, **kwargs), tuple)
-    calls = _caught(model, layers, samples, [wraps] * (len(layers) - 1) + [None])
+    calls = _record_calls(model, layers, samples, [wraps] * (len(layers) - 1) + [None])
     for module in (model.get_submodule(name.rpartition(".")[0]) for name in before):
         module.to("meta")
     return [hidden for hidden, _ in calls[0]], [[kwargs for _, kwargs in c] for c in calls]
 
 
 def _collect(block: Block, collector: Collector) -> None:
-    """Run the block on its inputs, each Linear's going to the collector."""
+    """Run the block on its inputs and pass the inputs of each Linear to the collector."""
 
     def hook_of(name: str):
         return lambda _module, args: collector(name, args[0])
@@ -232,16 +247,16 @@ def _collect(block: Block, collector: Collector) -> None:
 
 
 def output_of(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Hidden states that a block gives; some return them in a tuple."""
+    """Run a block and return its hidden states; some blocks return them in a tuple."""
     output = module(hidden, **kwargs)
     return output[0] if isinstance(output, tuple) else output
 
 
-def _advance(block: Block, tokens: dict[str, int]) -> list[Tensor]:
-    """The block's outputs, each in place of its input.
+def _run_block(block: Block, tokens: dict[str, int]) -> list[Tensor]:
+    """Run the block on all samples and return its outputs; they replace its inputs to free memory.
 
-    :param tokens: filled with the tokens that each Linear saw, if the block is called at all.
-    :raises UserError: naming the block whose output is not finite, or the Linear without a token.
+    :param tokens: receives the number of tokens that each Linear saw; unchanged without samples.
+    :raises UserError: naming the block if its output is not finite, or a Linear without tokens.
     """
     if not block.calls:
         return []
@@ -252,13 +267,13 @@ def _advance(block: Block, tokens: dict[str, int]) -> list[Tensor]:
     check_finite(f"output of block {block.index}", outputs)
     for name, count in seen.items():
         if not count:
-            raise no_tokens(name)
+            raise no_tokens_error(name)
     tokens |= seen
     return outputs
 
 
 def _linears_of(module: nn.Module, prefix: str) -> dict[str, nn.Linear]:
-    """Full name -> Linear of a block, the widest first."""
+    """Return full name -> Linear of a block, the one with the most inputs first."""
     children = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)]
     children.sort(key=lambda child: -child[1].in_features)
     return {f"{prefix}.{name}": linear for name, linear in children}
@@ -279,17 +294,17 @@ def walk(
     known: Collection[int] = (),
     tokens: dict[str, int] | None = None,
 ) -> Iterator[Block]:
-    """Yield every block after its inputs were collected; change its weights before resuming.
+    """Yield every block after collecting its inputs; the caller may then change its weights.
 
     :param samples: token ids, each int64 ``[length]``; lengths may differ, nothing is padded.
-        None: nothing is computed, the blocks are read alone.
-    :param device: where blocks and activations are.
+        None: blocks are read and nothing is computed.
     :param collector: called with ``(name, inputs float32 [1, length, in])`` for every Linear and
         sample.
-    :param known: numbers of blocks whose inputs nobody will take.
-    :param tokens: filled with the calibration tokens that each Linear saw.
-    :raises UserError: naming the file and the tensor that is missing or has NaN or infinite
-        weights; the block whose calibration activations are; or the Linear that saw no token.
+    :param device: device of blocks and activations.
+    :param known: numbers of the blocks whose inputs are not collected.
+    :param tokens: receives the number of calibration tokens that each Linear saw.
+    :raises UserError: naming the file and the tensor, if it is missing or has NaN or infinite
+        weights; the block, if its activations are NaN or infinite; the Linear, if it saw no token.
     """
     config = transformers_config(checkpoint.config, checkpoint.where)
     model = empty_model(config, checkpoint.family.attention)
@@ -301,11 +316,11 @@ def walk(
     layers = model.get_submodule(checkpoint.family.blocks)
     for index in range(checkpoint.blocks):
         prefix = f"{checkpoint.family.blocks}.{index}"
-        _fill(model, checkpoint, checkpoint.block_names(index), device)
+        _load_weights(model, checkpoint, checkpoint.block_names(index), device)
         module, calls = layers[index], list(zip(hidden, keywords[index], strict=True))
         block = Block(index, module, _linears_of(module, prefix), calls)
         if collector and index not in known:
             _collect(block, collector)
         yield block
-        hidden = _advance(block, {} if tokens is None else tokens)
+        hidden = _run_block(block, {} if tokens is None else tokens)
         module.to("meta")

@@ -1,10 +1,10 @@
-"""Chat templates of a model folder: deployed only where a task's prompts are made with one.
+"""Chat templates of a model folder: deployed only if the task's prompts use one.
 
-A runtime applies a template that it finds to every prompt: OpenVINO GenAI and llama.cpp's tools by
-default, transformers and ONNX Runtime GenAI where messages are given. A model that was trained on
-other prompts then answers what it never saw. Without a template all of them take a text as it is,
-with the tokenizer's start token. llama-server's chat endpoint takes ChatML where a GGUF file has no
-template, so that this file gets ``PLAIN_TEMPLATE``.
+Runtimes apply a template that they find: OpenVINO GenAI and llama.cpp's tools to every prompt,
+transformers and ONNX Runtime GenAI to chat messages. A model that was trained on plain prompts then
+gets prompts of an untrained form. Without a template, all runtimes pass a text unchanged, with the
+tokenizer's start token. llama-server's chat endpoint falls back to ChatML if a GGUF file has no
+template, so a GGUF file gets ``PLAIN_TEMPLATE``.
 """
 
 import json
@@ -14,32 +14,34 @@ from sqft_export.recipe.schema import Dataset, Problems, Text
 from sqft_export.textfiles import read_json
 
 PLAIN_TEMPLATE = "{{ messages[-1]['content'] }}"
-SET_ASIDE = "base_chat_template.jinja"  # the base's template; no runtime reads this name
+BASE_TEMPLATE_FILE = (
+    "base_chat_template.jinja"  # the base's template, under a name that no runtime reads
+)
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
 def uses_template(task: Problems | Dataset | Text) -> bool:
-    """Whether a task's prompts are made with the base's chat template; none is so far."""
+    """Return whether a task's prompts use the base's chat template; currently none does."""
     return False
 
 
 def has_template(folder: Path) -> bool:
-    """Whether runtimes find a chat template in a model folder."""
+    """Return whether runtimes find a chat template in a model folder."""
     if any((folder / name).is_file() for name in TEMPLATE_FILES):
         return True
     config = folder / TOKENIZER_CONFIG
     return config.is_file() and bool(read_json(config).get("chat_template"))
 
 
-def had_template(folder: Path) -> bool:
-    """Whether a model folder has a chat template, or one that was set aside."""
-    return (folder / SET_ASIDE).is_file() or has_template(folder)
+def base_has_template(folder: Path) -> bool:
+    """Return whether a model folder has a chat template, renamed or not."""
+    return (folder / BASE_TEMPLATE_FILE).is_file() or has_template(folder)
 
 
 def remove_template(folder: Path) -> str:
-    """Take all chat templates out of a model folder; returns their text, empty if there is none."""
-    texts = [text for name in TEMPLATE_FILES if (text := _taken(folder / name))]
+    """Remove all chat templates of a model folder and return their text; empty without one."""
+    texts = [text for name in TEMPLATE_FILES if (text := _pop_text(folder / name))]
     config = folder / TOKENIZER_CONFIG
     if config.is_file() and "chat_template" in (document := read_json(config)):
         found = document.pop("chat_template")
@@ -48,14 +50,14 @@ def remove_template(folder: Path) -> str:
     return "\n".join(texts)
 
 
-def set_template_aside(folder: Path) -> None:
-    """Keep the text of a model folder's chat templates under a name that no runtime reads."""
+def rename_template(folder: Path) -> None:
+    """Move the text of a model folder's chat templates to a name that no runtime reads."""
     if text := remove_template(folder):
-        (folder / SET_ASIDE).write_text(text)
+        (folder / BASE_TEMPLATE_FILE).write_text(text)
 
 
-def _taken(file: Path) -> str:
-    """The text of a file, which is deleted; empty if there is none."""
+def _pop_text(file: Path) -> str:
+    """Delete a file and return its text; empty if the file is missing."""
     if not file.is_file():
         return ""
     text = file.read_text()

@@ -1,7 +1,8 @@
-"""Hugging Face checkpoints on disk, as transformers would load them; headers alone are read.
+"""Read Hugging Face checkpoints from disk under the names that transformers gives the weights.
 
-What is stored and no weight of the model is left out: buffers that its class computes (rotary
-frequencies, causal masks) and tensors of other parts.
+A tensor's data is read only on request; everything else comes from file headers. Stored tensors
+that are not weights of the model are ignored: buffers that its class computes (rotary frequencies,
+causal masks) and tensors of other parts.
 """
 
 import logging
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqft_export.errors import UserError
 from sqft_export.model.architecture import family_of, shapes_of
-from sqft_export.model.companions import own_file
+from sqft_export.model.companions import file_in_folder
 from sqft_export.model.families import Family
 from sqft_export.model.tensorfiles import TORCH_NAMES, TensorFiles, TensorInfo
 from sqft_export.textfiles import read_json
@@ -24,28 +25,28 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Layouts of quantized Linears: the tensor that holds the codes, and all parts.
+# Tensors of a quantized Linear in each layout; the first one holds the codes.
 GPTQ = ("qweight", "qzeros", "scales", "g_idx")
 PACK_QUANTIZED = ("weight_packed", "weight_scale", "weight_shape")
-# What classes compute when they are made, and released checkpoints store all the same.
+# Buffers that model classes compute and that some released checkpoints store anyway.
 BUFFERS = re.compile(r"(inv_freq|masked_bias|attention\.bias|attn\.bias|rotary_emb\.\w+)$")
 
 
 class Checkpoint(TensorFiles):
-    """A Hugging Face model folder: config, tensor headers, tensors by name."""
+    """A Hugging Face model folder: config, tensor headers and tensors."""
 
     def __init__(self, folder: Path):
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder}: no config.json; a Hugging Face model folder is expected")
         super().__init__(folder)
         self.where = str(folder / "config.json")
-        self.stored_config = read_json(own_file(folder, "config.json"))
+        self.stored_config = read_json(file_in_folder(folder, "config.json"))
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """``config.json``, embedding and head tied only if they are one."""
-        says = self.stored_config.get("tie_word_embeddings", self.family.tied)
-        if says and self._stored_head_differs:
+        """``config.json``, with embedding and head tied only if their stored matrices are equal."""
+        tied = self.stored_config.get("tie_word_embeddings", self.family.tied)
+        if tied and self._stored_head_differs:
             return self.stored_config | {"tie_word_embeddings": False}
         return self.stored_config
 
@@ -55,11 +56,11 @@ class Checkpoint(TensorFiles):
 
     @cached_property
     def _named(self) -> dict[str, TensorInfo]:
-        """All that is stored, by the names the model class has."""
+        """All stored tensors, under the names of the model class."""
         headers = self.stored
         outer, _, _ = self.family.blocks.partition(".")
         if not any(name.startswith(f"{self.family.blocks}.") for name in headers):
-            # Stored as the model without its head, as Bloom is.
+            # The names lack the outer module if the model was saved without its head, as Bloom is.
             prefix = self.family.blocks.removeprefix(f"{outer}.")
             if any(name.startswith(f"{prefix}.") for name in headers):
                 return {
@@ -73,19 +74,19 @@ class Checkpoint(TensorFiles):
         headers = {n: h for n, h in self._named.items() if self._module_tensor(n) in self.expected}
         embedding, head = f"{self.family.embedding}.weight", f"{self.family.head}.weight"
         if self.tied and head in self._named:
-            # One tensor, stored under either name or both.
+            # A tied tensor is stored under either name or both.
             headers.pop(head, None)
             headers.setdefault(embedding, self._named[head])
         return headers
 
     @cached_property
     def expected(self) -> dict[str, tuple[int, ...]]:
-        """Every weight of the model and its shape."""
+        """Shape of every weight that the model class has."""
         return shapes_of(self.config, self.where)
 
     @cached_property
     def _stored_head_differs(self) -> bool:
-        """Whether the head is stored beside the embedding and is another matrix."""
+        """Whether embedding and head are both stored and differ."""
         keys = [f"{self.family.embedding}.weight", f"{self.family.head}.weight"]
         if not all(key in self._named for key in keys):
             return False
@@ -94,36 +95,38 @@ class Checkpoint(TensorFiles):
 
     @staticmethod
     def _module_tensor(name: str) -> str:
-        """A part of a quantized Linear counts as its weight."""
+        """Return the weight that a tensor is a part of: a quantized Linear has several tensors."""
         module, _, part = name.rpartition(".")
         return f"{module}.weight" if part in (*GPTQ, *PACK_QUANTIZED) else name
 
     def check(self) -> None:
-        """Hold what is stored against what the config says.
+        """Check the stored tensors against the config.
 
-        :raises UserError: listing tensors that are missing, of another shape, or of a dtype that
-            is not read.
+        :raises UserError: listing tensors that are missing, have a wrong shape or an unsupported
+            dtype.
         """
-        blocks = f"{self.family.blocks}."  # refuses an unknown model type before weights are read
+        blocks = (
+            f"{self.family.blocks}."  # also refuses an unknown model type before weights are read
+        )
         if not any(name.startswith(blocks) for name in self._named):
             first = sorted(self._named)[0]
             raise UserError(
-                f"{self.folder}: no tensor under {self.family.blocks}, where {self.where} puts "
-                f"the decoder; names there are such as {first}"
+                f"{self.folder}: no tensor under {self.family.blocks}, the decoder's path by "
+                f"{self.where}; stored names are such as {first}"
             )
         faults = [*self._shape_faults(), *self._dtype_faults()]
         if faults:
             more = f"\n... and {len(faults) - 8} more" if len(faults) > 8 else ""
             raise UserError("\n".join(f"{self.folder}: {f}" for f in faults[:8]) + more)
         known = {self._module_tensor(name) for name in self.headers} | {self.family.head}
-        left_out = [n for n in self._named if self._module_tensor(n) not in known]
-        strange = [n for n in left_out if not BUFFERS.search(n) and self.family.head not in n]
-        if strange:
+        ignored = [n for n in self._named if self._module_tensor(n) not in known]
+        unknown = [n for n in ignored if not BUFFERS.search(n) and self.family.head not in n]
+        if unknown:
             logger.warning(
-                "%s: left out, no weight of a %s: %s",
+                "%s: ignored, not a weight of a %s: %s",
                 self.folder,
                 self.stored_config["model_type"],
-                ", ".join(sorted(strange)[:8]),
+                ", ".join(sorted(unknown)[:8]),
             )
 
     def _shape_faults(self) -> Iterable[str]:
@@ -143,19 +146,19 @@ class Checkpoint(TensorFiles):
         for name, header in self.headers.items():
             if name.rpartition(".")[2] not in parts and header.dtype not in TORCH_NAMES:
                 yield (
-                    f"{header.file}: {name}: dtype {header.dtype} is not read; read are "
+                    f"{header.file}: {name}: dtype {header.dtype} is not supported; supported are "
                     f"{', '.join(TORCH_NAMES)}"
                 )
 
     @cached_property
     def quantized_linears(self) -> list[str]:
-        """The Linears stored as codes."""
+        """Names of the Linears that are stored as codes."""
         ends = (f".{GPTQ[0]}", f".{PACK_QUANTIZED[0]}")
         return [name.rpartition(".")[0] for name in self.headers if name.endswith(ends)]
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every weight and its shape; of a Linear stored as codes that of ``[out, in]``."""
+        """Shape of every weight; a Linear that is stored as codes has ``(out, in)``."""
         parts = (*GPTQ, *PACK_QUANTIZED)
         shapes = {
             name: header.shape
@@ -166,14 +169,17 @@ class Checkpoint(TensorFiles):
             if f"{name}.scales" in self.headers:
                 outputs = self.headers[f"{name}.scales"].shape[1]
                 shapes[f"{name}.weight"] = (outputs, self._gptq_inputs(name))
-            else:  # weight_shape is data; eight codes lie in a word, or four
+            else:  # weight_shape is data, not header; a word holds eight or four codes
                 outputs, words = self.headers[f"{name}.weight_packed"].shape
                 inputs = self.expected.get(f"{name}.weight", (outputs, 8 * words))[1]
                 shapes[f"{name}.weight"] = (outputs, inputs)
         return shapes
 
     def _gptq_inputs(self, name: str) -> int:
-        """Inputs of a Linear in the GPTQ layout; old checkpoints in column order have no g_idx."""
+        """Return the inputs of a Linear in the GPTQ layout.
+
+        Old checkpoints have no ``g_idx``; their columns are not reordered.
+        """
         if order := self.headers.get(f"{name}.g_idx"):
             return order.shape[0]
         words = self.headers[f"{name}.qweight"].shape[0]
@@ -182,17 +188,17 @@ class Checkpoint(TensorFiles):
 
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Every decoder Linear: name -> (outputs, inputs)."""
+        """Decoder Linear -> (outputs, inputs)."""
         return decoder_linears(self.shapes, self.family.blocks)
 
     @cached_property
     def float_dtype(self) -> "torch.dtype":
-        """The dtype of its embedding: what its weights have where they are not quantized."""
+        """Dtype of the embedding, which all weights have that are not quantized."""
         return self.dtype(f"{self.family.embedding}.weight")
 
     @cached_property
     def parameters(self) -> int:
-        """Weights in all; a matrix that embedding and head share counts once."""
+        """Total number of weights; a matrix that embedding and head share counts once."""
         return sum(prod(shape) for shape in self.shapes.values())
 
     @cached_property
@@ -206,29 +212,35 @@ class Checkpoint(TensorFiles):
         return bool(self.config.get("tie_word_embeddings", self.family.tied))
 
     def stored_name(self, module: str) -> str:
-        """Where a module's weight is: a tied head has the embedding's."""
+        """Return the module whose weight is stored; a tied head uses the embedding's."""
         return self.family.embedding if self.tied and module == self.family.head else module
 
     def block_names(self, block: int) -> list[str]:
-        """Names of all tensors of one decoder block."""
+        """Return the names of all tensors of one decoder block."""
         prefix = f"{self.family.blocks}.{block}."
         return [name for name in self.headers if name.startswith(prefix)]
 
     def outer_names(self) -> list[str]:
-        """Names of all tensors outside the decoder blocks."""
+        """Return the names of all tensors outside the decoder blocks."""
         prefix = f"{self.family.blocks}."
         return [name for name in self.headers if not name.startswith(prefix)]
 
 
 def count_blocks(names: Iterable[str], blocks: str) -> int:
-    """Number of decoder blocks that weights of such names are in."""
+    """Count the decoder blocks that weights of these names belong to.
+
+    :param blocks: path of the list of decoder blocks.
+    """
     start = f"{blocks}."
     inside = (name.removeprefix(start) for name in names if name.startswith(start))
     return 1 + max(int(name.partition(".")[0]) for name in inside)
 
 
 def decoder_linears(shapes: dict[str, tuple[int, ...]], blocks: str) -> dict[str, tuple[int, int]]:
-    """Every Linear of the decoder blocks: module name -> (outputs, inputs)."""
+    """Return the Linears of the decoder blocks: module name -> (outputs, inputs).
+
+    :param blocks: path of the list of decoder blocks.
+    """
     inside = re.compile(rf"^{re.escape(blocks)}\.\d+\..+\.weight$")
     return {
         name.removesuffix(".weight"): (shape[0], shape[1])
@@ -238,5 +250,5 @@ def decoder_linears(shapes: dict[str, tuple[int, ...]], blocks: str) -> dict[str
 
 
 def file_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder."""
+    """Return the bytes of all files in a folder."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

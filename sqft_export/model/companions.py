@@ -1,7 +1,6 @@
-"""What lies beside a model's weights: configs, tokenizer, chat template; files of the folder alone.
+"""Companion files of a model's weights in its folder: configs, tokenizer, chat template.
 
-A folder may come from anywhere, so nothing is followed out of it: no link, device or pipe
-(``untrusted.py``).
+Folders are untrusted: links out of the folder, devices and pipes are refused (``untrusted.py``).
 """
 
 import json
@@ -12,21 +11,21 @@ from typing import Any
 from sqft_export.errors import UserError, one_line
 from sqft_export.untrusted import MAX_JSON_BYTES, fault_of_file, path_inside
 
-# Everything that makes a folder loadable beside its weights.
+# Files that loaders need besides the weights.
 COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja")
-# What other programs leave there, which would be followed or is not about this model.
-STRANGERS = ("adapter_config.json", "manifest.json", "provenance.json")
+# Files of other programs that loaders would follow or that describe something else.
+EXCLUDED_NAMES = ("adapter_config.json", "manifest.json", "provenance.json")
 
 
-def own_file(folder: Path, name: str) -> Path:
-    """A file of a folder.
+def file_in_folder(folder: Path, name: str) -> Path:
+    """Return the path of a file of a folder, after checking it.
 
-    :raises UserError: if it is no regular file, can't be read, or is a link that leads out.
+    :raises UserError: if it is not a regular file, can't be read, or links out of the folder.
     """
     file = folder / name
     if Path(name).name != name:
         shown = one_line(repr(name))
-        raise UserError(f"{folder}: names {shown}; a file of the folder itself is expected")
+        raise UserError(f"{folder}: names {shown}; a file directly in the folder is expected")
     path_inside(folder, file)
     if fault := fault_of_file(file):
         raise UserError(f"{one_line(file)}: {fault}")
@@ -34,16 +33,16 @@ def own_file(folder: Path, name: str) -> Path:
 
 
 def companions(folder: Path) -> list[Path]:
-    """Configs and tokenizer of a model folder, by name.
+    """List configs and tokenizer files of a model folder, sorted.
 
-    :raises UserError: naming one that is not a file of the folder, or is too large to be one.
+    :raises UserError: naming a file that links out of the folder, is not regular or is too large.
     """
     names = {file.name for pattern in COMPANIONS for file in folder.glob(pattern)}
     found = []
     for name in sorted(names):
-        if name in STRANGERS or name.endswith(".safetensors.index.json"):
+        if name in EXCLUDED_NAMES or name.endswith(".safetensors.index.json"):
             continue
-        file = own_file(folder, name)
+        file = file_in_folder(folder, name)
         if (size := file.stat().st_size) > MAX_JSON_BYTES:
             raise UserError(f"{file}: has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
         found.append(file)
@@ -51,16 +50,16 @@ def companions(folder: Path) -> list[Path]:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy configs and tokenizer of a model folder, without its weights' index."""
+    """Copy configs and tokenizer files of a model folder, without the weights' index."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in companions(source):
         shutil.copyfile(file, folder / file.name)
 
 
 def float_config(config: dict[str, Any], dtype: str | None = None) -> dict[str, Any]:
-    """A ``config.json`` without its quantization.
+    """Return a ``config.json`` without its quantization settings.
 
-    :param dtype: of the weights it is written beside; None: as it was.
+    :param dtype: dtype of the weights in the same folder; None keeps the config's dtype.
     """
     plain = {k: v for k, v in config.items() if k != "quantization_config"}
     if dtype is not None:
@@ -70,4 +69,5 @@ def float_config(config: dict[str, Any], dtype: str | None = None) -> dict[str, 
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write a folder's ``config.json``."""
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -1,6 +1,6 @@
-"""Context, windows and rotary scalings of a config.
+"""Read the settings of a config that depend on text length: context, windows, rope scaling.
 
-A config is that of transformers' class, as a dict, with what ``config.json`` leaves to it.
+A config here is a dict of transformers' config class, which includes its defaults.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ _ROPE = "rope_parameters"
 
 
 def context_length(config: dict[str, Any]) -> int | None:
-    """The most tokens that the config says a model is for; None where it does not say."""
+    """Return the maximum number of tokens of a model; None if the config has no such field."""
     for name in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"):
         if isinstance(found := config.get(name), int):
             return found
@@ -19,10 +19,10 @@ def context_length(config: dict[str, Any]) -> int | None:
 
 
 def deployed_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config that graphs are made from, with the same results up to the deployed context.
+    """Return the config to build graphs from, with the same results up to the deployed context.
 
-    Dynamic NTK changes its frequencies with every token beyond ``max_position_embeddings``. A graph
-    has constants. Up to that length they are those of an unscaled model.
+    Dynamic NTK changes its frequencies with every token beyond ``max_position_embeddings``, but the
+    frequencies of a graph are constant. Up to that length they equal those of an unscaled model.
     """
     if rope_type(config) != "dynamic":
         return config
@@ -30,15 +30,17 @@ def deployed_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def partial_rotary(config: dict[str, Any]) -> float:
-    """The share of a head's columns that positions turn; that of full attention, where layers
-    differ."""
+    """Return the share of a head's columns that rotate with positions.
+
+    If layers differ, it is the share of full attention.
+    """
     rope = config.get(_ROPE) or {}
     rope = rope.get("full_attention", rope)
     return float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
 
 
 def window_layers(config: dict[str, Any]) -> list[int]:
-    """Sizes of the sliding window of every layer; 0 for full attention."""
+    """Return the size of the sliding window of every layer; 0 for full attention."""
     window, layers = config.get("sliding_window"), config.get("num_hidden_layers") or 0
     if not window or config.get("use_sliding_window") is False:
         return [0] * layers

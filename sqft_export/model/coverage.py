@@ -1,4 +1,4 @@
-"""Counts of the calibration tokens that every Linear sees, and checks of its inputs."""
+"""Count the calibration tokens that every Linear sees, and check the Linears' inputs."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from sqft_export.errors import UserError
 
-FEWEST_TOKENS = 128  # for a method that needs no Hessian
-OTHER_SAMPLES = (
+MIN_TOKENS = 128  # per Linear, for a method that needs no Hessian
+CALIBRATION_ADVICE = (
     "look at calibration.source and calibration.samples, or use methods that need no data "
     "(magnitude, rtn)"
 )
@@ -18,7 +18,7 @@ OTHER_SAMPLES = (
 
 @contextlib.contextmanager
 def count_tokens(linears: dict[str, nn.Linear]) -> Iterator[dict[str, int]]:
-    """Count the tokens that each Linear multiplies while the context is open."""
+    """Count the tokens that pass through each Linear while the context is open."""
     counts = dict.fromkeys(linears, 0)
 
     def hook_of(name: str) -> Any:
@@ -35,28 +35,30 @@ def count_tokens(linears: dict[str, nn.Linear]) -> Iterator[dict[str, int]]:
             hook.remove()
 
 
-def no_tokens(name: str) -> UserError:
-    """The error for a Linear that saw no calibration token."""
-    return UserError(f"{name}: saw no calibration token; {OTHER_SAMPLES}")
+def no_tokens_error(name: str) -> UserError:
+    """Return the error for a Linear that saw no calibration token."""
+    return UserError(f"{name}: saw no calibration token; {CALIBRATION_ADVICE}")
 
 
 def check_sum(name: str, squares: Tensor) -> None:
-    """Refuse calibration inputs that say nothing about a Linear.
+    """Check that the calibration inputs of a Linear are usable.
 
-    :param squares: float32 ``[in]``, the sum over all tokens of every input's square: the diagonal
-        of the Hessian.
-    :raises UserError: naming the Linear, if they are NaN, infinite, or all zero.
+    :param squares: float32 ``[in]``, the sum of squares of every input over all tokens, which is
+        the diagonal of the Hessian.
+    :raises UserError: naming the Linear, if its inputs are NaN, infinite or all zero.
     """
     if not bool(torch.isfinite(squares).all()):
-        raise UserError(f"{name}: its calibration inputs are NaN or infinite; {OTHER_SAMPLES}")
+        raise UserError(f"{name}: its calibration inputs are NaN or infinite; {CALIBRATION_ADVICE}")
     if not bool(squares.any()):
-        raise UserError(f"{name}: its calibration inputs are all zero; {OTHER_SAMPLES}")
+        raise UserError(f"{name}: its calibration inputs are all zero; {CALIBRATION_ADVICE}")
 
 
 def check_finite(where: str, hidden: list[Tensor]) -> None:
-    """Refuse hidden states ``[1, length, width]`` of the samples that are not finite.
+    """Check that the hidden states of all samples are finite.
 
-    :raises UserError: naming the place and the first sample.
+    :param where: name of the hidden states in the message.
+    :param hidden: ``[1, length, width]`` per sample.
+    :raises UserError: naming the first sample with NaN or infinite values.
     """
     if not hidden:
         return
@@ -64,27 +66,27 @@ def check_finite(where: str, hidden: list[Tensor]) -> None:
     if not all(finite):
         raise UserError(
             f"{where}: NaN or infinite on {finite.count(False)} of {len(finite)} calibration "
-            f"samples, first on number {finite.index(False)}; {OTHER_SAMPLES}"
+            f"samples, first on number {finite.index(False)}; {CALIBRATION_ADVICE}"
         )
 
 
 def coverage_warnings(
     tokens: dict[str, int], shapes: dict[str, tuple[int, int]], has_hessian: bool
 ) -> list[str]:
-    """A warning where Linears saw few tokens; one for all of them.
+    """Return at most one warning about all Linears that saw too few tokens.
 
-    :param tokens: Linear -> calibration tokens.
+    :param tokens: Linear -> number of calibration tokens.
     :param shapes: Linear -> ``(out, in)``.
-    :param has_hessian: whether a Hessian is factored, which takes as many tokens as inputs.
+    :param has_hessian: a Hessian is factored, which needs at least one token per input.
     """
-    wanted = {name: shapes[name][1] if has_hessian else FEWEST_TOKENS for name in tokens}
+    wanted = {name: shapes[name][1] if has_hessian else MIN_TOKENS for name in tokens}
     few = [name for name, count in tokens.items() if count < wanted[name]]
     if not few:
         return []
     worst = min(few, key=lambda name: tokens[name] / wanted[name])
-    reason = "one per input, so that its Hessian has full rank" if has_hessian else "the fewest"
+    reason = "one per input, so that its Hessian has full rank" if has_hessian else "the minimum"
     return [
         f"calibration: {len(few)} of {len(tokens)} Linears saw few tokens; {worst} saw "
-        f"{tokens[worst]}, {wanted[worst]} are wanted ({reason}); raise calibration.samples or "
+        f"{tokens[worst]}, {wanted[worst]} are needed ({reason}); raise calibration.samples or "
         "calibration.sequence_length"
     ]

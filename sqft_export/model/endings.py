@@ -1,4 +1,4 @@
-"""A tokenizer that ends every text with its end token, made to leave prompts open."""
+"""Stop a tokenizer from adding its end token after every text, such as a prompt."""
 
 import json
 from pathlib import Path
@@ -7,26 +7,28 @@ from typing import Any
 from sqft_export.textfiles import read_json
 
 
-def end_no_text(folder: Path) -> None:
-    """Write the tokenizer of a model folder so that it adds no token after a text.
+def disable_end_token(folder: Path) -> None:
+    """Rewrite the tokenizer of a model folder so that it adds no token after a text.
 
-    A prompt with an end token after it asks for nothing; training and scoring leave the token out,
-    and so must every runtime that reads ``tokenizer.json``. A tokenizer that adds none stays as it
-    is, byte for byte.
+    A model does not continue a prompt that ends with the end token. Training and scoring omit the
+    token, and every runtime that reads ``tokenizer.json`` must do the same. If the tokenizer adds
+    no such token, its files stay unchanged, byte for byte.
     """
     config, tokenizer = folder / "tokenizer_config.json", folder / "tokenizer.json"
     if config.is_file() and (document := read_json(config)).get("add_eos_token"):
         _write(config, document | {"add_eos_token": False})
-    if tokenizer.is_file() and _leave_open((document := read_json(tokenizer))["post_processor"]):
+    if tokenizer.is_file() and _drop_suffix_tokens(
+        (document := read_json(tokenizer))["post_processor"]
+    ):
         _write(tokenizer, document)
 
 
-def _leave_open(step: dict[str, Any] | None) -> bool:
-    """Take what follows a text out of a post-processor; whether there was anything."""
+def _drop_suffix_tokens(step: dict[str, Any] | None) -> bool:
+    """Remove the tokens after a text from a post-processor; return whether there were any."""
     if step is None:
         return False
     if step["type"] == "Sequence":
-        return any([_leave_open(one) for one in step["processors"]])
+        return any([_drop_suffix_tokens(one) for one in step["processors"]])
     if step["type"] != "TemplateProcessing":
         return False
     single = step["single"]

@@ -1,4 +1,4 @@
-"""What a ``quantization_config`` says of a model that is quantized already."""
+"""Read the ``quantization_config`` of a model that is already quantized."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,13 @@ GPTQ_BITS = (4, 8)
 
 
 class StoredGrid(NamedTuple):
-    """bits, group_size (-1: a whole row), symmetry; refused: why it is not taken, else None."""
+    """Grid of a quantized checkpoint.
+
+    bits: bits per code.
+    group_size: inputs per scale; -1: one scale per row.
+    symmetric: whether the zero point is the middle of the codes.
+    refused: why the checkpoint is not supported; None if it is.
+    """
 
     bits: int
     group_size: int
@@ -15,17 +21,17 @@ class StoredGrid(NamedTuple):
 
 
 def stored_grid(config: dict[str, Any]) -> StoredGrid:
-    """The grid of a GPTQ or compressed-tensors config."""
+    """Return the grid of a GPTQ or compressed-tensors config."""
     method = config.get("quant_method")
     if method == "gptq":
         layout = config.get("checkpoint_format", "gptq")
         refused = None
         if config.get("desc_act"):
-            refused = "desc_act is true: its columns are out of order and are not taken"
+            refused = "desc_act is true: reordered columns are not supported"
         elif layout not in ("gptq", "gptq_v2"):
-            refused = f"checkpoint_format {layout!r}; gptq and gptq_v2 are taken"
+            refused = f"checkpoint_format {layout!r}; supported are gptq and gptq_v2"
         elif config.get("bits") not in GPTQ_BITS:
-            refused = f"a GPTQ checkpoint of {config.get('bits')} bits; 4 and 8 bits are taken"
+            refused = f"a GPTQ checkpoint of {config.get('bits')} bits; supported are 4 and 8 bits"
         sizes = config.get("bits", 0), config.get("group_size", 0), config.get("sym", True)
         return StoredGrid(*sizes, refused)
     if method == "compressed-tensors":
@@ -35,7 +41,7 @@ def stored_grid(config: dict[str, Any]) -> StoredGrid:
         0,
         True,
         f"quantized by {method!r}; only the gptq layout and "
-        "compressed-tensors' pack-quantized are taken",
+        "compressed-tensors' pack-quantized are supported",
     )
 
 
@@ -47,11 +53,14 @@ def _compressed_tensors(config: dict[str, Any]) -> StoredGrid:
     size = -1 if whole else weights.get("group_size") or 0
     refused = None
     if config.get("format") != "pack-quantized" or len(groups) != 1:
-        refused = f"format {config.get('format')!r}; pack-quantized in one group is taken"
+        refused = f"format {config.get('format')!r}; supported is pack-quantized with one group"
     elif groups[0].get("input_activations") or weights.get("type") != "int" or not symmetric:
-        refused = "only symmetric integer weights with float activations (W4A16, W8A16) are taken"
+        refused = (
+            "only symmetric integer weights with float activations (W4A16, W8A16) are supported"
+        )
     elif bits not in (4, 8) or weights.get("actorder"):
         refused = (
-            f"num_bits {bits}, actorder {weights.get('actorder')!r}; 4 and 8 without are taken"
+            f"num_bits {bits}, actorder {weights.get('actorder')!r}; supported are 4 and 8 "
+            "without actorder"
         )
     return StoredGrid(bits, size, symmetric, refused)

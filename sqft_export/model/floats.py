@@ -1,4 +1,4 @@
-"""Float models of quantized checkpoints: whole, or the weights of one module at a time."""
+"""Build float models of quantized checkpoints, in memory or streamed module by module."""
 
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
@@ -15,12 +15,12 @@ from sqft_export.model.storage import plain_names, quantized_names, read_quantiz
 from sqft_export.numerics.affine import dequantize
 from sqft_export.run.device import CPU
 
-KEPT_BYTES = 2**29  # of logits
+MAX_CACHED_BYTES = 2**29  # logits that a Reference caches
 LowRank = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 class _Weights(Mapping[str, Tensor]):
-    """Every weight of a merged model in float32, read when it is asked for."""
+    """The weights of a merged model in float32; each access reads the weight from disk."""
 
     def __init__(self, folder: Path, updates: LowRank):
         self.checkpoint = Checkpoint(folder)
@@ -49,7 +49,10 @@ class _Weights(Mapping[str, Tensor]):
 def streamed_model(
     checkpoint: Checkpoint, weights: Mapping[str, Tensor], device: torch.device
 ) -> nn.Module:
-    """A model that reads the weights of a module when it is called, and forgets them after."""
+    """Build a model that reads a module's weights when the module runs, and frees them after.
+
+    :param weights: parameter name -> tensor.
+    """
     config = transformers_config(checkpoint.config, checkpoint.where)
     model = empty_model(config, checkpoint.family.attention)
     attach_align_device_hook(model, device, offload=True, weights_map=weights)
@@ -57,36 +60,37 @@ def streamed_model(
 
 
 class Reference:
-    """What a merged model computes in torch, in float32, one module's weights in memory.
+    """Reference outputs of a merged model: torch, float32, one module's weights in memory.
 
-    :param updates: Linear -> ``A`` float32 ``[rank, in]`` and ``B`` ``[out, rank]`` of an adapter
-        that was not merged, its scaling within ``B``.
-    :param device: where it computes.
+    :param folder: folder of the merged model.
+    :param updates: Linear -> ``A`` float32 ``[rank, in]`` and ``B`` ``[out, rank]`` of an unmerged
+        adapter; ``B`` includes the adapter's scaling.
+    :param device: device to compute on.
     """
 
     def __init__(self, folder: Path, updates: LowRank | None = None, device: torch.device = CPU):
         weights = _Weights(folder, updates or {})
         self.model = streamed_model(weights.checkpoint, weights, device)
         self.device = device
-        self.kept: dict[str, list[np.ndarray]] = {}
+        self.cached: dict[str, list[np.ndarray]] = {}
 
     def logits(self, sequences: list[list[int]]) -> list[np.ndarray]:
-        """float32 ``[length, vocabulary]`` of every sequence; all go through the model at once.
+        """Return the logits of every sequence, float32 ``[length, vocabulary]``, from one batch.
 
-        Kept while there is room: one runtime after the other says the same.
+        Logits are cached up to ``MAX_CACHED_BYTES``, because every runtime is compared with them.
         """
-        asked = repr(sequences)
-        if asked in self.kept:
-            return self.kept[asked]
-        found = self._computed(sequences)
-        kept = sum(one.nbytes for every in (*self.kept.values(), found) for one in every)
-        if kept <= KEPT_BYTES:
-            self.kept[asked] = found
+        request = repr(sequences)
+        if request in self.cached:
+            return self.cached[request]
+        found = self._compute(sequences)
+        size = sum(one.nbytes for every in (*self.cached.values(), found) for one in every)
+        if size <= MAX_CACHED_BYTES:
+            self.cached[request] = found
         return found
 
     @torch.no_grad()
-    def _computed(self, sequences: list[list[int]]) -> list[np.ndarray]:
-        """Shorter ones are filled up on the right, where causal attention does not look."""
+    def _compute(self, sequences: list[list[int]]) -> list[np.ndarray]:
+        """Compute logits; padding is on the right, which causal attention does not attend to."""
         ids = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.int64)
         for row, sequence in zip(ids, sequences, strict=True):
             row[: len(sequence)] = torch.tensor(sequence)
@@ -97,10 +101,13 @@ class Reference:
 def float_tensors(
     checkpoint: Checkpoint, without: Container[str] = ()
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of a model as floats: stored ones as they are, quantized ones dequantized."""
+    """Yield every weight of a model as floats; codes are dequantized, floats stay unchanged.
+
+    :param without: names of weights to leave out.
+    """
     quantized = quantized_names(checkpoint)
-    leave = {f"{name}.weight" for name in quantized}
-    plain = (n for n in plain_names(checkpoint) if n not in leave and n not in without)
+    coded = {f"{name}.weight" for name in quantized}
+    plain = (n for n in plain_names(checkpoint) if n not in coded and n not in without)
     yield from checkpoint.tensors(plain)
     for name in quantized:
         if f"{name}.weight" not in without:
@@ -110,19 +117,19 @@ def float_tensors(
 def load_model(
     checkpoint: Checkpoint,
     dtype: torch.dtype | None = torch.float32,
-    instead: Mapping[str, nn.Module] | None = None,
+    replacements: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
-    """A merged or plain model, in evaluation mode.
+    """Load a merged or float model in evaluation mode.
 
-    :param dtype: of its weights; None: as they are stored, mapped from the files until they are
-        looked at.
-    :param instead: name of a Linear -> what takes its place; its weight is not read.
+    :param dtype: dtype of the weights; None keeps the stored dtypes and maps the files to memory.
+    :param replacements: name of a Linear -> module that replaces it; its weight is not read.
+    :raises UserError: if a weight is not stored.
     """
     config = transformers_config(checkpoint.config, checkpoint.where)
-    model, instead = empty_model(config, checkpoint.family.attention), instead or {}
-    for name, module in instead.items():
+    model, replacements = empty_model(config, checkpoint.family.attention), replacements or {}
+    for name, module in replacements.items():
         model.set_submodule(name, module)
-    for name, tensor in float_tensors(checkpoint, {f"{name}.weight" for name in instead}):
+    for name, tensor in float_tensors(checkpoint, {f"{name}.weight" for name in replacements}):
         parent, _, child = name.rpartition(".")
         value = nn.Parameter(tensor if dtype is None else tensor.to(dtype), requires_grad=False)
         model.get_submodule(parent)._parameters[child] = value

@@ -1,4 +1,4 @@
-"""Where a recipe's base model is; the only network access there is."""
+"""Find or download a recipe's base model on the Hugging Face hub."""
 
 import json
 from collections.abc import Callable
@@ -11,19 +11,20 @@ from sqft_export.errors import UserError
 from sqft_export.model.tensorfiles import TensorFiles, index_name
 from sqft_export.recipe.schema import Recipe
 
-WAYS_OUT = "use a local folder with MODEL_PATH=<folder>, or run the embedded model: make recipe"
-# Configs and tokenizers, at the top of a repository; weights are chosen by their index.
+HUB_ADVICE = "use a local folder with MODEL_PATH=<folder>, or run the embedded model: make recipe"
+# Configs and tokenizers at the top of a repository; the index lists the weights.
 COMPANION_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")
-WEIGHTS = "model.safetensors"
+WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class Download:
-    """The files of a hub model that a run needs and that are not on this machine.
+    """A planned download of a hub model.
 
     hub: name of the repository.
-    names: of all files that are needed; bytes: of those that are missing here.
-    cache: folder that the hub's library keeps them in.
+    names: names of all files that a run needs.
+    bytes: total size of the files that are not on this machine.
+    cache: cache folder of the hub's library.
     """
 
     hub: str
@@ -32,35 +33,35 @@ class Download:
     cache: Path
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a download was finished: every file of weights that there is to be is there."""
+def _is_complete(folder: Path) -> bool:
+    """Return whether a downloaded folder has its config and all files of weights."""
     if not (folder / "config.json").is_file():
         return False
     try:
         return all((folder / name).is_file() for name in TensorFiles(folder).shards)
-    except UserError:  # an index cut short
+    except UserError:  # the index is incomplete
         return False
 
 
 def needed_files(names: list[str], read_index: Callable[[], dict[str, Any]]) -> list[str]:
-    """The files of a repository that a model is read from.
+    """Return the files of a repository that are needed to read a model.
 
-    Left out are the same weights in other forms: ``consolidated.safetensors``, ``original/``,
+    The same weights in other forms are left out: ``consolidated.safetensors``, ``original/``,
     ``.bin``, ``.pth``, ``.gguf``, ``model.fp16.safetensors``, exports in folders.
 
-    :param names: of all files, with their folders.
-    :param read_index: gives the index of the weights, where there is one.
+    :param names: paths of all files of the repository.
+    :param read_index: returns the index of the weights; called only if ``names`` has one.
     """
     top = [name for name in names if "/" not in name]
     companions = [n for n in top if any(fnmatchcase(n, p) for p in COMPANION_PATTERNS)]
-    shards = {WEIGHTS}
+    shards = {WEIGHTS_FILE}
     if index_name("model") in top:
         shards = set(map(str, read_index().get("weight_map", {}).values()))
     return companions + [name for name in top if name in shards]
 
 
 def planned_download(recipe: Recipe) -> Download:
-    """What the hub has to send for a recipe's model.
+    """Query the hub for the files to download for a recipe's model.
 
     :raises UserError: if the hub can't be reached.
     """
@@ -81,45 +82,49 @@ def planned_download(recipe: Recipe) -> Download:
         size = sum(sizes[name] for name in missing)
         return Download(hub, tuple(names), size, Path(constants.HF_HUB_CACHE))
 
-    return _from_hub(recipe, ask)
+    return _call_hub(recipe, ask)
 
 
 def download_model(recipe: Recipe, download: Download) -> Path:
-    """Fetch what :func:`planned_download` found; the model's folder.
+    """Download the files of :func:`planned_download` and return the model's folder.
 
     :raises UserError: if the hub can't be reached.
     """
     from huggingface_hub import snapshot_download
 
     def fetch() -> Path:
-        names = [_literal(name) for name in download.names]
-        revision = recipe.model.revision  # the cache knows a branch by its name when offline
+        names = [_escape_pattern(name) for name in download.names]
+        revision = recipe.model.revision  # a branch name, since the offline cache is keyed by it
         return Path(snapshot_download(download.hub, revision=revision, allow_patterns=names))
 
-    return _from_hub(recipe, fetch)
+    return _call_hub(recipe, fetch)
 
 
-def _literal(name: str) -> str:
-    """A file's name as a pattern that only it fits."""
+def _escape_pattern(name: str) -> str:
+    """Return a pattern that matches only this file name."""
     return "".join(f"[{c}]" if c in "[*?" else c for c in name)
 
 
-def _from_hub(recipe: Recipe, ask: Callable[[], Any]) -> Any:
+def _call_hub(recipe: Recipe, ask: Callable[[], Any]) -> Any:
+    """Call the hub.
+
+    :raises UserError: naming the model and what helps, if the call fails.
+    """
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return ask()
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(
-            f"{recipe.file}: model.hub: {recipe.model.hub} can't be fetched from the Hugging Face "
-            f"hub ({type(error).__name__}); {WAYS_OUT}"
+            f"{recipe.file}: model.hub: {recipe.model.hub} can't be downloaded from the Hugging "
+            f"Face hub ({type(error).__name__}); {HUB_ADVICE}"
         ) from error
 
 
 def model_folder(recipe: Recipe, download: bool) -> Path | None:
-    """Folder of the base model; None for a hub model that is not on this machine.
+    """Return the folder of the base model; None for a hub model that is not on this machine.
 
-    :param download: fetch a hub model that is missing.
+    :param download: download a missing hub model.
     :raises UserError: if the folder is missing, or the hub can't be reached.
     """
     model = recipe.model
@@ -134,7 +139,7 @@ def model_folder(recipe: Recipe, download: bool) -> Path | None:
 
 
 def _cached_model(recipe: Recipe) -> Path | None:
-    """The hub model in the cache of this machine; None where it is not whole."""
+    """Return the hub model's folder in this machine's cache; None if it is incomplete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -143,4 +148,4 @@ def _cached_model(recipe: Recipe) -> Path | None:
         found = snapshot_download(str(model.hub), revision=model.revision, local_files_only=True)
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError):
         return None
-    return Path(found) if _is_whole(Path(found)) else None
+    return Path(found) if _is_complete(Path(found)) else None

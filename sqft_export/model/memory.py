@@ -1,14 +1,14 @@
-"""Memory that is freed goes back to the system."""
+"""Return freed memory to the operating system."""
 
 import ctypes
 import platform
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system.
+    """Return freed memory to the operating system, with glibc.
 
-    glibc keeps what lies below a piece still in use: where small tensors stay and large ones come
-    and go, as in an export, that grows to as much again as what stays.
+    glibc keeps freed memory that lies below a block still in use. An export keeps small tensors and
+    frees large ones, so the kept free memory would grow as large as the memory in use.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,7 +1,7 @@
-"""A random model of a config's structure, small enough to be exported and run in seconds.
+"""Build a small random model with a config's structure, to export and run it in seconds.
 
-Everything that decides how a graph is made stays: model type, kinds of layers, windows, rotary
-scalings, head size, biases, norms. Widths, the vocabulary and the number of layers shrink.
+Settings that change the graph are kept: model type, kinds of layers, windows, rope scaling, head
+size, biases, norms. Widths, vocabulary and the number of layers are reduced.
 """
 
 import shutil
@@ -16,18 +16,18 @@ _HEADS = ("num_attention_heads", "n_head")
 _WIDTHS = ("hidden_size", "n_embd", "word_embed_proj_dim")
 _GROUPS = ("num_key_value_heads", "num_kv_heads")
 _INNER = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "block_ff_dim")
-_SPREAD = 0.2  # standard deviation of weights: logits differ where a graph does
-TOKENIZER = Path(__file__).parent.parent / "builtin" / "tiny"  # of the embedded model
+_WEIGHT_STD = 0.2  # large enough that a wrong graph gives different logits
+TOKENIZER = Path(__file__).parent.parent / "builtin" / "tiny"  # folder of the embedded model
 _VOCABULARY = 416  # tokens of the embedded tokenizer
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 
 
 def shrink_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of a model with the same structure and small widths.
+    """Return a config with the same structure and small widths.
 
-    One layer of every kind is kept, and at least two.
+    One layer of every kind is kept, and at least two layers.
 
-    :param config: of transformers' class, as a dict.
+    :param config: dict of transformers' config class.
     """
     small = dict(config)
     layers = next(config[name] for name in _LAYERS if name in config)
@@ -49,7 +49,7 @@ def shrink_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _one_of_every_kind(kinds: list[tuple[Any, ...]]) -> list[int]:
-    """Indices of the first layer of every kind, in order; of two layers at least."""
+    """Return the indices of the first layer of every kind, in order; at least two if possible."""
     first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
     found = sorted(first.values())
     return found if len(found) > 1 or len(kinds) == 1 else [0, 1]
@@ -58,10 +58,10 @@ def _one_of_every_kind(kinds: list[tuple[Any, ...]]) -> list[int]:
 def write_miniature(config: Any, folder: Path) -> None:
     """Write a random model of a shrunk config as a Hugging Face folder.
 
-    Its tokenizer is the embedded model's.
+    The tokenizer is the embedded model's.
 
-    :param config: transformers' config of the whole model.
-    :raises Exception: whatever transformers raises where the small sizes do not fit each other.
+    :param config: transformers' config of the full model.
+    :raises Exception: any error of transformers, if the small sizes do not fit each other.
     """
     import torch
     from torch import nn
@@ -72,7 +72,7 @@ def write_miniature(config: Any, folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     for name, parameter in list(model.named_parameters()):
         parent, _, child = name.rpartition(".")
-        value = _SPREAD * torch.randn(parameter.shape, generator=generator)
+        value = _WEIGHT_STD * torch.randn(parameter.shape, generator=generator)
         if parameter.dim() == 1 and child == "weight":
             value = 1 + value / 2
         model.get_submodule(parent)._parameters[child] = nn.Parameter(value, requires_grad=False)

@@ -1,8 +1,8 @@
-"""A model's graph without its weights, for exporters that trace or build one.
+"""Build a model with empty matrices, for exporters that trace or build a graph.
 
-Matrices are zeros that were never written, so that the operating system gives them no memory:
-a 7B model takes a few hundred megabytes. Everything else (norms, biases, buffers) is real. The
-exporter puts the real matrices into the traced graph one by one.
+Matrices are zeros that were never written, so the operating system allocates no memory for them:
+a 7B model takes a few hundred megabytes. Norms, biases and buffers have their real values. The
+exporter inserts the real matrices into the traced graph one by one.
 """
 
 import numpy as np
@@ -17,9 +17,9 @@ PLAIN_ATTENTION = "eager"
 
 
 def empty_matrix(outputs: int, inputs: int, mark: int, dtype: type = np.float32) -> torch.Tensor:
-    """Zeros ``[outputs, inputs]`` that take no memory until they are written.
+    """Create zeros ``[outputs, inputs]`` that take no memory until they are written.
 
-    :param mark: the first four bytes; tells matrices apart that would else be equal.
+    :param mark: value of the first four bytes, which makes matrices of one shape differ.
     """
     matrix = torch.from_numpy(np.zeros((outputs, inputs), dtype))
     matrix.view(-1).view(torch.uint8)[:4] = torch.tensor([float(mark)]).view(torch.uint8)
@@ -27,13 +27,13 @@ def empty_matrix(outputs: int, inputs: int, mark: int, dtype: type = np.float32)
 
 
 def skeleton(checkpoint: Checkpoint, attention: str | None = None) -> nn.Module:
-    """A float32 model of a checkpoint's architecture whose matrices are empty.
+    """Build a float32 model of a checkpoint's architecture with empty matrices.
 
-    A matrix is marked with its place in its block: no two of a block are equal, so no optimizer
-    takes them for one, and the same one of all blocks is, so that a writer that stores equal
-    constants once writes one block.
+    A matrix is marked with its position in its block. Matrices of one block therefore differ, and
+    no optimizer merges them. Matrices at the same position of all blocks are equal, and a writer
+    that stores equal constants once writes only one block.
 
-    :param attention: its implementation; None for the family's.
+    :param attention: name of the attention implementation; None for the family's.
     """
     folder = checkpoint.folder
     made = transformers_config(checkpoint.config, checkpoint.where)

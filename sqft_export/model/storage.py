@@ -1,15 +1,15 @@
-"""Masks, grids and packed layers as the artifacts store them.
+"""Read and write masks, grids and packed Linears of artifacts.
 
-masks.safetensors   <linear>                       uint8 [out, ceil(in / 8)], one bit a weight
+masks.safetensors   <linear>                       uint8 [out, ceil(in / 8)], one bit per weight
 grids.safetensors   <module>.scale                 float16 [out, groups]
                     <module>.zero_point            uint8 [out, groups]
                     <module>.bits_and_group_size   int64 [2]
-merged model        <linear>.qweight, ...          the GPTQ layout (numerics/packing.py)
-                    grids.safetensors              of embedding and head where these are INT8;
-                                                   loaders take them plain, so they are stored as
-                                                   floats that round to their codes on these grids
+merged model        <linear>.qweight, ...          the GPTQ layout (numerics/gptq_layout.py)
+                    grids.safetensors              grids of embedding and head if these are INT8;
+                                                   their weights are stored as floats, which
+                                                   loaders expect, and round exactly to the codes
 
-The first two are sharded like a checkpoint where they are large.
+Large masks and grids are sharded like a checkpoint.
 """
 
 import hashlib
@@ -28,16 +28,17 @@ from sqft_export.numerics.codes import Quantized
 from sqft_export.numerics.gptq_layout import from_gptq, from_pack_quantized, grid_from_gptq
 from sqft_export.numerics.masks import bits_to_mask
 
-MASKS, GRIDS = "masks", "grids"  # stems of their files
-HELD_BYTES = 16 * 2**20  # what a pass that streams holds before it is written
+MASKS, GRIDS = "masks", "grids"  # stems of the file names
+MAX_BUFFER_BYTES = 16 * 2**20  # tensors that a streaming pass buffers before it writes them
 
 
 def mask_writer(folder: Path) -> TensorWriter:
-    return TensorWriter(folder, MASKS, HELD_BYTES)
+    """Return a writer for the masks of a folder."""
+    return TensorWriter(folder, MASKS, MAX_BUFFER_BYTES)
 
 
 def load_mask_bits(folder: Path | None) -> dict[str, Tensor]:
-    """Linear -> mask bits, uint8 ``[out, ceil(in / 8)]``; empty where nothing was pruned."""
+    """Return Linear -> mask bits, uint8 ``[out, ceil(in / 8)]``; empty without a folder."""
     if folder is None:
         return {}
     files = TensorFiles(folder, MASKS)
@@ -45,28 +46,29 @@ def load_mask_bits(folder: Path | None) -> dict[str, Tensor]:
 
 
 def load_mask(folder: Path | None, name: str, shape: torch.Size) -> Tensor:
-    """bool ``[out, in]``, all True for a Linear that was not pruned.
+    """Return the mask of a Linear, bool ``[out, in]``, True = kept.
 
-    :param folder: artifact of sparsify, None where the recipe does without.
+    :param folder: artifact of sparsify; None, if nothing was pruned, gives a mask of True.
     """
     if folder is None:
         return torch.ones(shape, dtype=torch.bool)
     return bits_to_mask(TensorFiles(folder, MASKS).tensor(name), shape[1])
 
 
-def mask_for(folder: Path | None, name: str, weight: Tensor) -> Tensor:
-    """The same for a Linear's weight, on its device."""
+def load_weight_mask(folder: Path | None, name: str, weight: Tensor) -> Tensor:
+    """Return the mask of a Linear's weight on the weight's device, as :func:`load_mask` does."""
     return load_mask(folder, name, weight.shape).to(weight.device)
 
 
 class GridWriter:
-    """Writes grids as they come; a context manager."""
+    """Write grids one by one; use it as a context manager."""
 
     def __init__(self, folder: Path):
-        self._tensors = TensorWriter(folder, GRIDS, HELD_BYTES)
+        self._tensors = TensorWriter(folder, GRIDS, MAX_BUFFER_BYTES)
         self.sizes: dict[str, tuple[int, int]] = {}
 
     def add(self, name: str, grid: Grid) -> None:
+        """Write the grid of a module."""
         self.sizes[name] = (grid.bits, grid.group_size)
         self._tensors.add(f"{name}.scale", grid.scale)
         self._tensors.add(f"{name}.zero_point", grid.zero_point)
@@ -80,7 +82,7 @@ class GridWriter:
 
 
 def load_grids(folder: Path | None) -> dict[str, Grid]:
-    """Module -> grid; empty where nothing is quantized."""
+    """Return module -> grid; empty if nothing is quantized."""
     if folder is None or not (files := TensorFiles(folder, GRIDS)).exists:
         return {}
     suffix = ".scale"
@@ -96,7 +98,10 @@ def load_grids(folder: Path | None) -> dict[str, Grid]:
 
 
 def quantization_config(grids: dict[str, Grid]) -> dict:
-    """The ``quantization_config`` of a merged model; what differs in a layer is ``dynamic``."""
+    """Return the ``quantization_config`` of a merged model.
+
+    The most frequent settings apply to the model; ``dynamic`` lists Linears with other settings.
+    """
     kinds = [_kind(grid) for grid in grids.values()]
     common = max(dict.fromkeys(kinds), key=kinds.count)
     dynamic = {
@@ -124,15 +129,14 @@ def _kind(grid: Grid) -> tuple[tuple[str, int | bool], ...]:
 
 
 def quantized_names(checkpoint: Checkpoint) -> list[str]:
-    """Modules with codes: packed Linears, then embedding and head where these have a grid."""
+    """Return the modules with codes: packed Linears, then embedding and head if quantized."""
     return [*checkpoint.quantized_linears, *load_grids(checkpoint.folder)]
 
 
 def read_quantized(checkpoint: Checkpoint, name: str) -> tuple[Tensor, Grid]:
-    """Codes uint8 ``[out, in]`` and grid of one module of a quantized model.
+    """Return codes, uint8 ``[out, in]``, and grid of one module of a quantized model.
 
-    :raises UserError: naming the module, if its layout is none that is taken, or a scale is no
-        number.
+    :raises UserError: naming the module, if its layout is not supported or a scale is not finite.
     """
     parts = _layout_of(checkpoint, name)
     if parts is None:
@@ -149,9 +153,9 @@ def read_quantized(checkpoint: Checkpoint, name: str) -> tuple[Tensor, Grid]:
 
 
 def read_grid(checkpoint: Checkpoint, name: str) -> Grid:
-    """The grid of :func:`read_quantized`, scales as they are stored.
+    """Return the grid of a module with the scales that the file stores.
 
-    Of the GPTQ layout the codes are not read.
+    :func:`read_quantized` may change scales of zero. With the GPTQ layout no codes are read.
     """
     parts = _layout_of(checkpoint, name)
     if parts is None:
@@ -166,15 +170,15 @@ def read_grid(checkpoint: Checkpoint, name: str) -> Grid:
 
 
 def _layout_of(checkpoint: Checkpoint, name: str) -> tuple[str, ...] | None:
-    """The parts that a module's codes are stored as; None where it is stored as floats."""
+    """Return the names of a packed module's tensors; None if it is stored as floats."""
     layouts = (GPTQ, PACK_QUANTIZED)
     return next((x for x in layouts if f"{name}.{x[0]}" in checkpoint.headers), None)
 
 
 def _parts(checkpoint: Checkpoint, name: str, parts: tuple[str, ...]) -> dict[str, Tensor]:
-    """Return some tensors of a module by the last part of their names.
+    """Return some tensors of a module, keyed by the last part of their names.
 
-    Old GPTQ checkpoints have no ``g_idx``; their columns are in order.
+    Old GPTQ checkpoints have no ``g_idx``; their columns are not reordered.
     """
     keys = [f"{name}.{part}" for part in parts if f"{name}.{part}" in checkpoint.headers]
     found = {key.rsplit(".", 1)[1]: tensor for key, tensor in checkpoint.tensors(keys)}
@@ -186,7 +190,7 @@ def _parts(checkpoint: Checkpoint, name: str, parts: tuple[str, ...]) -> dict[st
 
 
 def _gptq_sizes(checkpoint: Checkpoint, name: str) -> tuple[int, int, int]:
-    """Bits, group size, and what was taken from zero points before they were stored."""
+    """Return bits, group size, and the offset that was subtracted from stored zero points."""
     words, groups = (
         checkpoint.headers[f"{name}.{part}"].shape[0] for part in ("qweight", "scales")
     )
@@ -197,25 +201,26 @@ def _gptq_sizes(checkpoint: Checkpoint, name: str) -> tuple[int, int, int]:
 
 
 def quantized_arrays(checkpoint: Checkpoint, name: str) -> Quantized:
-    """The same as arrays, as targets read their files back."""
+    """Return codes and grid of a module as numpy arrays, as :func:`read_quantized` does."""
     codes, grid = read_quantized(checkpoint, name)
     return grid_arrays(codes, grid)
 
 
 def grid_arrays(codes: Tensor, grid: Grid) -> Quantized:
+    """Convert codes and grid to numpy arrays."""
     return Quantized(codes.numpy(), grid.scale.numpy(), grid.zero_point.numpy())
 
 
 def model_facts(checkpoint: Checkpoint, sparsity: float | None = None) -> dict[str, str]:
-    """What a deployment says of the model it was made from.
+    """Return the facts that a deployment records about its model.
 
-    weights_sha256: of all tensors in the order of their names, as they are stored.
+    weights_sha256 covers all stored tensors in the order of their names.
 
-    :param sparsity: share of zeros in the Linears where it is known; None: it is counted.
+    :param sparsity: share of zeros in the decoder Linears; None counts them.
     """
     quantization = checkpoint.config.get("quantization_config", {})
     known = {key: str(quantization[key]) for key in ("bits", "group_size", "sym") if quantization}
-    sparsity = _count_zeros(checkpoint) if sparsity is None else sparsity
+    sparsity = _zero_share(checkpoint) if sparsity is None else sparsity
     digest = hashlib.sha256()
     for name, tensor in checkpoint.tensors(sorted(checkpoint.headers)):
         digest.update(name.encode())
@@ -228,8 +233,8 @@ def model_facts(checkpoint: Checkpoint, sparsity: float | None = None) -> dict[s
     }
 
 
-def _count_zeros(checkpoint: Checkpoint) -> float:
-    """Share of zeros in the decoder Linears."""
+def _zero_share(checkpoint: Checkpoint) -> float:
+    """Count the share of zeros in the decoder Linears."""
     zeros = count = 0
     quantized = set(quantized_names(checkpoint))
     for name in checkpoint.linears:
@@ -241,13 +246,13 @@ def _count_zeros(checkpoint: Checkpoint) -> float:
     return zeros / count
 
 
-def dtype_that_holds(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """``dtype``, or float32 where a weight would be infinite in it."""
+def finite_dtype(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return ``dtype``, or float32 if a weight would be infinite in ``dtype``."""
     return dtype if bool(torch.isfinite(weight.to(dtype)).all()) else torch.float32
 
 
 def plain_names(checkpoint: Checkpoint) -> list[str]:
-    """Tensors stored as they are: all but the codes and grids of packed Linears."""
+    """Return the names of all tensors except codes and grids of packed Linears."""
     inside = tuple(f"{name}." for name in checkpoint.quantized_linears)
     return [
         name for name in checkpoint.headers if not name.startswith(inside) or name.endswith(".bias")

@@ -1,4 +1,4 @@
-"""safetensors files on disk: headers without torch, tensors by name, shards as they come."""
+"""Read safetensors files (headers without torch, single tensors), and write them in shards."""
 
 import json
 import struct
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sqft_export.errors import UserError, one_line
-from sqft_export.model.companions import own_file
+from sqft_export.model.companions import file_in_folder
 from sqft_export.textfiles import read_json
 from sqft_export.untrusted import MAX_JSON_BYTES, open_regular, parse_json
 
@@ -25,18 +25,19 @@ DTYPE_BYTES = {
     **{"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
 }
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-LARGEST_HEADER = 100_000_000  # bytes, the format's own limit
-LARGEST_AXIS = 2**40
+MAX_TENSOR_HEADER_BYTES = 100_000_000  # the format's limit
+MAX_AXIS_LENGTH = 2**40
 _SHARD_BYTES = 2 * 2**30
 
 
 def index_name(stem: str) -> str:
+    """Return the file name of the index of a sharded checkpoint."""
     return f"{stem}.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor as its shard's header describes it; ``key`` is its name in that file."""
+    """One tensor in the header of its file; ``key`` is its name in that file."""
 
     file: str
     key: str
@@ -49,16 +50,16 @@ class TensorInfo:
 
 
 def read_headers(file: Path) -> dict[str, TensorInfo]:
-    """Names, shapes and dtypes of one safetensors file, from its first bytes.
+    """Read names, shapes and dtypes from the header of one safetensors file.
 
-    :raises UserError: naming the file, and the tensor, if it is cut short or its header is not one.
+    :raises UserError: naming the file and the tensor, if the file is cut or its header is wrong.
     """
     size = file.stat().st_size
     with open_regular(file) as stream:
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > min(size - 8, LARGEST_HEADER):
-            raise UserError(f"{file}: not a whole safetensors file")
+        if length > min(size - 8, MAX_TENSOR_HEADER_BYTES):
+            raise UserError(f"{file}: not a complete safetensors file")
         header = stream.read(length)
     try:
         entries = parse_json(header, "header")
@@ -69,20 +70,20 @@ def read_headers(file: Path) -> dict[str, TensorInfo]:
     entries.pop("__metadata__", None)
     infos, pieces = {}, []
     for name, entry in entries.items():
-        infos[name], (start, stop) = _info(file, name, entry)
+        infos[name], (start, stop) = _parse_entry(file, name, entry)
         pieces.append((start, stop, name))
-    _check_pieces(file, sorted(pieces), size - 8 - length)
+    _check_ranges(file, sorted(pieces), size - 8 - length)
     return infos
 
 
-def _info(file: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
-    """One tensor and the bytes it says it has."""
+def _parse_entry(file: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
+    """Parse the header entry of one tensor and return its description and byte range."""
 
     def numbers(key: str) -> list[int]:
         found = entry.get(key) if isinstance(entry, dict) else None
         whole = isinstance(found, list) and all(type(n) is int and n >= 0 for n in found)
         shown = one_line(repr(found), 80)
-        if found is None or not whole or max(found, default=0) > LARGEST_AXIS:
+        if found is None or not whole or max(found, default=0) > MAX_AXIS_LENGTH:
             raise UserError(f"{file}: {name}: {key}: found {shown}, expected a list of sizes")
         return found
 
@@ -90,7 +91,8 @@ def _info(file: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int
     if (dtype := entry.get("dtype")) not in DTYPE_BYTES:
         shown = one_line(repr(dtype), 80)
         raise UserError(
-            f"{file}: {name}: dtype {shown} is not known; read are {', '.join(TORCH_NAMES)}"
+            f"{file}: {name}: dtype {shown} is not supported; supported are "
+            f"{', '.join(TORCH_NAMES)}"
         )
     info = TensorInfo(file.name, name, dtype, tuple(shape))
     if len(offsets) != 2 or offsets[1] - offsets[0] != info.bytes:
@@ -98,19 +100,23 @@ def _info(file: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int
     return info, (offsets[0], offsets[1])
 
 
-def _check_pieces(file: Path, pieces: list[tuple[int, int, str]], size: int) -> None:
-    """Tensors lie one after the other, within the file."""
+def _check_ranges(file: Path, pieces: list[tuple[int, int, str]], size: int) -> None:
+    """Check that the byte ranges of tensors do not overlap and end within the file.
+
+    :param pieces: start, stop and name of every tensor, sorted.
+    :param size: bytes after the header.
+    """
     end = 0
     for start, stop, name in pieces:
         if start < end:
             raise UserError(f"{file}: {name}: overlaps the tensor before it")
         end = stop
     if end > size:
-        raise UserError(f"{file}: {end} bytes announced, {size} there")
+        raise UserError(f"{file}: the header lists {end} bytes, the file has {size}")
 
 
 class TensorFiles:
-    """The tensors of ``<stem>.safetensors``, or of the shards that its index names."""
+    """The tensors of ``<stem>.safetensors``, or of the shards that its index lists."""
 
     def __init__(self, folder: Path, stem: str = "model"):
         self.folder, self.stem = folder, stem
@@ -126,29 +132,31 @@ class TensorFiles:
 
     @cached_property
     def stored(self) -> dict[str, TensorInfo]:
-        """Every tensor in the files, by the name it has there."""
+        """All tensors in the files, under their names in the files."""
         headers: dict[str, TensorInfo] = {}
         for name in self.shards:
             if not (self.folder / name).exists():
-                raise UserError(f"{self.folder / name}: is missing (only safetensors are read)")
-            headers.update(read_headers(own_file(self.folder, name)))
+                raise UserError(
+                    f"{self.folder / name}: is missing (only safetensors are supported)"
+                )
+            headers.update(read_headers(file_in_folder(self.folder, name)))
         if not headers:
-            raise UserError(f"{self.folder}: its safetensors hold no tensor")
+            raise UserError(f"{self.folder}: its safetensors files contain no tensor")
         return headers
 
     @cached_property
     def shards(self) -> list[str]:
-        """Names of the files: one, or those of the index."""
+        """Names of the files: a single file, or the files of the index."""
         if not (self.folder / index_name(self.stem)).is_file():
             return [f"{self.stem}.safetensors"]
-        index = own_file(self.folder, index_name(self.stem))
+        index = file_in_folder(self.folder, index_name(self.stem))
         files = read_json(index, MAX_JSON_BYTES).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
-            raise UserError(f"{index}: weight_map: expected names of tensors and of their files")
+            raise UserError(f"{index}: weight_map: expected an object of tensor name: file name")
         return sorted(set(files.values()))
 
     def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, "Tensor"]]:
-        """The named tensors, each shard opened once; memory is that of one tensor at a time."""
+        """Yield the named tensors, one in memory at a time; each file is opened once."""
         from safetensors import safe_open
 
         by_file: dict[str, list[str]] = {}
@@ -160,21 +168,23 @@ class TensorFiles:
                     yield name, shard.get_tensor(self.headers[name].key)
 
     def dtype(self, name: str) -> "torch.dtype":
+        """Return the dtype of a stored tensor."""
         import torch
 
         return getattr(torch, TORCH_NAMES[self.headers[name].dtype])
 
     def tensor(self, name: str) -> "Tensor":
+        """Read one tensor."""
         return next(self.tensors([name]))[1]
 
 
 class TensorWriter:
-    """Write tensors as they come, one file if they fit in ``shard_bytes``, else shards of that.
+    """Write tensors to one file, or to several shards and an index.
 
-    Use as a context manager: the index is written on leaving, so that a folder without it (or
-    without the single file) holds nothing.
+    Use it as a context manager. The index (or the single file's name) is written on exit, so an
+    interrupted write leaves no readable checkpoint.
 
-    :param shard_bytes: what is held in memory before it is written.
+    :param shard_bytes: bytes that are buffered before a shard is written.
     """
 
     def __init__(self, folder: Path, stem: str = "model", shard_bytes: int = _SHARD_BYTES):
@@ -185,6 +195,7 @@ class TensorWriter:
         self._total = 0
 
     def add(self, name: str, tensor: "Tensor") -> None:
+        """Buffer a tensor, and write a shard once the buffer is full."""
         self._held[name] = tensor.contiguous()
         self._total += tensor.nbytes
         if sum(t.nbytes for t in self._held.values()) > self.shard_bytes:

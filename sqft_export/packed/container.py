@@ -32,7 +32,7 @@ from sqft_export.numerics.codes import round_up
 from sqft_export.packed import blocks
 from sqft_export.packed.inflate import Bytes, DenseFile, Memory, deflate, inflate
 from sqft_export.run.host import allowed_processors
-from sqft_export.run.threads import in_order
+from sqft_export.run.threads import map_in_order
 from sqft_export.untrusted import open_regular, parse_json
 
 MAGIC = b"SQFTPACK"
@@ -174,7 +174,7 @@ class Writer:
         stored, frames = np.ascontiguousarray(data).data, None
         if self.entropy and len(data):
             frames_of = (stored[i : i + FRAME] for i in range(0, len(data), FRAME))
-            parts = list(in_order(_compress, frames_of))
+            parts = list(map_in_order(_compress, frames_of))
             if sum(map(len, parts)) < len(data):
                 stored, frames = memoryview(b"".join(parts)), tuple(map(len, parts))
         at = _aligned(self.stream.tell())

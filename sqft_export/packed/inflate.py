@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sqft_export.compiled import built_library
-from sqft_export.run.threads import in_order
+from sqft_export.run.threads import map_in_order
 
 CHUNK = 2**20  # elements inflated by one call; kept codes of a chunk start on a byte
 Bytes = np.ndarray  # uint8 [n]
@@ -234,7 +234,7 @@ def deflate(
     work = partial(_deflate_chunk, bits, elements, dense, fill, group)
     nothing = np.empty(0, np.uint8)
     masks, kept = [nothing], [nothing]
-    for mask, codes in in_order(work, range(0, elements, CHUNK)):
+    for mask, codes in map_in_order(work, range(0, elements, CHUNK)):
         masks.append(mask)
         kept.append(codes)
     return np.concatenate(masks), np.concatenate(kept)

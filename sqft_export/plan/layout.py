@@ -9,7 +9,7 @@ from sqft_export.errors import UserError
 from sqft_export.model.architecture import family_of, shapes_of
 from sqft_export.model.checkpoint import Checkpoint, count_blocks, decoder_linears
 from sqft_export.model.families import Family
-from sqft_export.model.hub import WAYS_OUT
+from sqft_export.model.hub import HUB_ADVICE
 from sqft_export.numerics.groups import fallback_group_size
 from sqft_export.recipe.schema import Recipe
 
@@ -25,7 +25,7 @@ def weight_shapes(recipe: Recipe, folder: Path | None) -> dict[str, tuple[int, .
         if expected is None:
             raise UserError(
                 f"{recipe.file}: model.hub: {recipe.model.hub} is not on this machine and "
-                f"model.config does not describe it; {WAYS_OUT}"
+                f"model.config does not describe it; {HUB_ADVICE}"
             )
         return shapes_of(expected, f"{recipe.file}: model.config")
     checkpoint = Checkpoint(folder)

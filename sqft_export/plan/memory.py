@@ -11,9 +11,9 @@ from sqft_export.plan.workload import Workload, calibration_tokens, checked_toke
 from sqft_export.recipe.passes import runs_on_cpu
 from sqft_export.recipe.schema import Recipe, Reconstruct
 from sqft_export.run.device import device_memory, device_name, device_of
-from sqft_export.run.host import FLOAT32_ROOM, allowed_processors, size_text
+from sqft_export.run.host import FLOAT32_MEMORY_SHARE, allowed_processors, size_text
 from sqft_export.run.limits import free_memory
-from sqft_export.run.threads import MOST
+from sqft_export.run.threads import MAX_THREADS
 
 LONG = 2.0  # times the mean, the longest batch of a training
 KEPT, KEPT_LOGITS = 1.0, 3.0  # times an input or output of a Linear and the logits are kept
@@ -122,7 +122,7 @@ def _torch_rows(recipe: Recipe, layout: Layout) -> float:
     whole = layout.weights + layout.others
     if not recipe.benchmark.baselines:
         return 0
-    return 4 * whole if 4 * whole <= FLOAT32_ROOM * free_memory() else layout.width * whole
+    return 4 * whole if 4 * whole <= FLOAT32_MEMORY_SHARE * free_memory() else layout.width * whole
 
 
 def _has_tuned_row(recipe: Recipe) -> bool:
@@ -135,18 +135,18 @@ def _cached_weights(layout: Layout, taken: float) -> float:
     :param taken: bytes of all else, so that the cache never exceeds what is free.
     """
     size = 4 * layout.weights
-    return size if size <= FLOAT32_ROOM * (free_memory() - FIXED_MEMORY - taken) else 0
+    return size if size <= FLOAT32_MEMORY_SHARE * (free_memory() - FIXED_MEMORY - taken) else 0
 
 
 def _in_llama_cpp(recipe: Recipe, weights: int) -> float:
     """Bytes of the float32 copy that a GGUF file is compared by, where there is room for one."""
-    fits = 4 * weights <= FLOAT32_ROOM * free_memory()
+    fits = 4 * weights <= FLOAT32_MEMORY_SHARE * free_memory()
     return 4 * weights if "gguf" in recipe.export.targets and fits else 0
 
 
 def _compared(recipe: Recipe, layout: Layout, workload: Workload) -> float:
     """Bytes of layers at once, and of the logits of torch and of a runtime in both of its modes."""
-    layers = min(MOST, allowed_processors()) * max(map(prod, layout.linears.values()))
+    layers = min(MAX_THREADS, allowed_processors()) * max(map(prod, layout.linears.values()))
     vocabulary, _ = layout.embedding
     return 4 * layers + 3 * 4 * vocabulary * checked_tokens(recipe, workload)
 

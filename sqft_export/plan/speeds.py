@@ -34,11 +34,11 @@ class Speed:
 
     def dtype(self, precision: str) -> str:
         """What ``adapt.precision`` comes to, as :func:`run.device.training_dtype` decides it."""
-        from sqft_export.run.device import FASTER
+        from sqft_export.run.device import MIN_BFLOAT16_SPEEDUP
 
         if precision != "auto":
             return precision
-        faster = self.products["bfloat16"] > FASTER * self.products["float32"]
+        faster = self.products["bfloat16"] > MIN_BFLOAT16_SPEEDUP * self.products["float32"]
         return "bfloat16" if faster else "float32"
 
 

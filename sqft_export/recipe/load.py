@@ -16,7 +16,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from sqft_export.errors import UserError, one_line
 from sqft_export.recipe.overrides import apply_overrides
 from sqft_export.recipe.schema import TASK_KINDS, Recipe
-from sqft_export.textfiles import decoded
+from sqft_export.textfiles import decode_text
 from sqft_export.untrusted import fault_of_file, read_bounded, real_path
 
 MERGE = "tag:yaml.org,2002:merge"
@@ -160,7 +160,7 @@ def _read(file: Path) -> str:
         raise UserError(f"{str(file)[:SHOWN]!r}: can't be read: {error}") from error
     if size > LARGEST_BYTES:
         raise UserError(f"{file}: has {size} bytes; a recipe has at most {LARGEST_BYTES}")
-    return decoded(read_bounded(file, LARGEST_BYTES), file)
+    return decode_text(read_bounded(file, LARGEST_BYTES), file)
 
 
 def load_recipe(

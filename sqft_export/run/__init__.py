@@ -1,1 +1,1 @@
-"""Running a recipe: keys, skipping, sealing, several processes."""
+"""Run a recipe: compute keys, skip cached passes, seal artifacts, coordinate processes."""

@@ -1,8 +1,8 @@
-"""Artifacts: a directory sealed by ``manifest.json``, found again by the hash of its facts.
+"""Artifacts: directories sealed by ``manifest.json`` and found by the hash of their facts.
 
 A stage writes into ``<stage>-<key>.partial``. Sealing lists every file with its SHA-256, writes
-the manifest last and renames the directory: an artifact that exists is whole. An interrupted
-stage leaves only its ``.partial``, which the next run continues from or starts over.
+the manifest last and renames the directory. An artifact that exists is therefore complete. An
+interrupted stage leaves only its ``.partial``, which the next run resumes or starts over.
 """
 
 import datetime
@@ -31,8 +31,8 @@ from sqft_export.untrusted import (
 )
 
 MANIFEST = "manifest.json"
-SEAL = "seal"  # SHA-256 of all else in it
-RECORDED = (
+SEAL = "seal"  # SHA-256 of all other fields of the manifest
+RECORDED_PACKAGES = (
     *("torch", "transformers", "peft", "openvino", "onnxruntime", "onnxruntime-genai", "gguf"),
     "cyllama",
 )
@@ -40,7 +40,7 @@ RECORDED = (
 
 @dataclass(frozen=True)
 class Artifact:
-    """A sealed directory and what its manifest says."""
+    """A sealed directory and its manifest."""
 
     path: Path
     manifest: dict[str, Any]
@@ -55,26 +55,31 @@ class Artifact:
 
 
 def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a regular file, 64 hex digits."""
     with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def key_of(facts: dict[str, Any]) -> str:
-    """SHA-256 of the facts as canonical JSON, 64 hex digits."""
+    """Return the SHA-256 of the facts as canonical JSON, 64 hex digits."""
     canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def files_of(directory: Path, seal: str = MANIFEST) -> list[Path]:
-    """Regular files below a directory, sorted, without its own ``seal``."""
+    """List the regular files below a directory, sorted.
+
+    :param seal: name of the file at the top of the directory that is left out.
+    """
     found = entries_of(directory)
     return [p for p in found if p != directory / seal and fault_of_file(p) is None]
 
 
 def foreign_entries(directory: Path) -> list[str]:
-    """What no seal lists: links out, pipes, devices, links to nothing or to folders, empty folders.
+    """List entries that a seal can't list: pipes, devices, empty folders, and links that are
+    broken, point to a folder or point out of the directory.
 
-    :return: the name of each and what is wrong with it.
+    :return: the name and the fault of each.
     """
     return [
         f"{path.relative_to(directory)} {fault}"
@@ -94,9 +99,9 @@ def _fault_inside(directory: Path, path: Path) -> str | None:
 
 
 def digest_of(path: Path, hash_file: Callable[[Path], str] = sha256_of) -> str:
-    """SHA-256 of a file, or of the names and contents of a directory's files.
+    """Return the SHA-256 of a file, or of the names and contents of a directory's files.
 
-    :param hash_file: SHA-256 of one file.
+    :param hash_file: returns the SHA-256 of one file.
     """
     if path.is_file():
         return hash_file(path)
@@ -105,12 +110,12 @@ def digest_of(path: Path, hash_file: Callable[[Path], str] = sha256_of) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, host and time: recorded in the manifest, no part of the key.
+    """Return versions, host and time. The manifest records them; the key does not contain them.
 
-    Processor and threads can change how a product is rounded, and so what is trained.
+    Processor and number of threads can change how products are rounded, and so what is trained.
     """
     versions: dict[str, str | None] = {}
-    for name in ("sqft-export", *RECORDED):
+    for name in ("sqft-export", *RECORDED_PACKAGES):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -133,13 +138,15 @@ class Store:
         self.hashes = FileHashes(root, sha256_of)
 
     def path_of(self, stage: str, key: str) -> Path:
+        """Return the directory of an artifact once it is sealed."""
         return self.root / f"{stage}-{key[:16]}"
 
     def partial_of(self, stage: str, key: str) -> Path:
+        """Return the directory that a stage writes into before it is sealed."""
         return self.path_of(stage, key).with_suffix(".partial")
 
     def find(self, stage: str, key: str) -> Artifact | None:
-        """The sealed artifact of this key, every file checked; None if there is none.
+        """Return the sealed artifact of this key after checking its files; None if it is missing.
 
         :raises DamagedError: naming the file that is missing, added or changed since it was sealed.
         """
@@ -149,7 +156,10 @@ class Store:
         return check_artifact(path, key, self.hashes.sha256_of)
 
     def open_partial(self, stage: str, key: str, resumes: bool) -> Path:
-        """The directory a stage works in; kept from an interrupted run if the stage resumes."""
+        """Create the directory that a stage writes into.
+
+        :param resumes: keep the files of an interrupted run.
+        """
         partial = self.partial_of(stage, key)
         if partial.exists() and not resumes:
             shutil.rmtree(partial)
@@ -166,7 +176,11 @@ class Store:
         metrics: dict[str, Any],
         seconds: float,
     ) -> Artifact:
-        """Write the manifest and rename the directory; from then on the artifact exists."""
+        """Write the manifest and rename the directory, after which the artifact exists.
+
+        :param facts: everything that the key is computed from.
+        :param metrics: results of the stage.
+        """
         key = key_of(facts)
         _remove_empty_folders(partial)
         manifest = {
@@ -188,7 +202,7 @@ class Store:
             os.fsync(stream.fileno())
         temporary.rename(partial / MANIFEST)
         path = self.path_of(stage, key)
-        if path.exists():  # a directory without a manifest: not an artifact
+        if path.exists():  # without a manifest it is not an artifact
             shutil.rmtree(path)
         partial.rename(path)
         self.hashes.save()
@@ -196,15 +210,15 @@ class Store:
 
 
 def _remove_empty_folders(directory: Path) -> None:
-    """A seal lists files, and an empty folder in a sealed artifact counts as added."""
+    """Remove empty folders: a seal lists only files, so they would count as added later."""
     for path in entries_of(directory):
         while path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
             path.rmdir()
             path = path.parent
 
 
-# What a manifest holds, and of which type.
-FIELDS: dict[str, type | tuple[type, ...]] = {
+# Fields of a manifest and their types.
+MANIFEST_FIELDS: dict[str, type | tuple[type, ...]] = {
     "stage": str,
     "key": str,
     "facts": dict,
@@ -216,23 +230,23 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 
 
 def read_artifact(path: Path) -> Artifact:
-    """The manifest alone, its files not checked.
+    """Read the manifest of an artifact without checking its files.
 
-    :raises DamagedError: if it is not as it was sealed.
+    :raises DamagedError: if the manifest changed since it was sealed.
     """
     file = path / MANIFEST
     try:
         manifest = parse_json(read_bounded(file, MAX_JSON_BYTES), str(file))
-        wrong = [k for k, kind in FIELDS.items() if not isinstance(manifest[k], kind)]
+        wrong = [k for k, kind in MANIFEST_FIELDS.items() if not isinstance(manifest[k], kind)]
         sealed = {k: v for k, v in manifest.items() if k != SEAL}
         if wrong or key_of(sealed) != manifest[SEAL]:
             raise ValueError(f"its seal is broken{': ' + ', '.join(wrong) if wrong else ''}")
     except (UserError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{file} is damaged: {one_line(error)}; {_way_out(path)}") from error
+        raise DamagedError(f"{file} is damaged: {one_line(error)}; {_advice(path)}") from error
     return Artifact(path, manifest)
 
 
-def _way_out(path: Path) -> str:
+def _advice(path: Path) -> str:
     return f"delete {path} and run again"
 
 
@@ -241,21 +255,21 @@ def check_artifact(
 ) -> Artifact:
     """Read a sealed artifact and compare every file with its digest.
 
-    :param key: it must have; None: that of its own facts.
-    :param hash_file: SHA-256 of one file.
+    :param key: expected key; None: the key of the artifact's facts.
+    :param hash_file: returns the SHA-256 of one file.
     :raises DamagedError: naming the file that is missing, added or changed since it was sealed.
     """
     artifact = read_artifact(path)
     listed = artifact.manifest["files"]
     if artifact.key != (key or key_of(artifact.manifest["facts"])):
-        raise DamagedError(f"{path / MANIFEST} belongs to another key; {_way_out(path)}")
+        raise DamagedError(f"{path / MANIFEST} belongs to another key; {_advice(path)}")
     found = {str(f.relative_to(path)) for f in files_of(path)}
-    if odd := [*sorted(found ^ set(listed)), *foreign_entries(path)]:
-        names = one_line(", ".join(odd))
-        raise DamagedError(f"{path} has missing or added files: {names}; {_way_out(path)}")
+    if wrong := [*sorted(found ^ set(listed)), *foreign_entries(path)]:
+        names = one_line(", ".join(wrong))
+        raise DamagedError(f"{path} has missing or added files: {names}; {_advice(path)}")
     for name, digest in listed.items():
         if hash_file(path / name) != digest:
             raise DamagedError(
-                f"{path / name} is damaged: its SHA-256 is not {digest}; {_way_out(path)}"
+                f"{path / name} is damaged: its SHA-256 is not {digest}; {_advice(path)}"
             )
     return artifact

@@ -1,4 +1,4 @@
-"""Where torch computes: the one place that decides, and what it knows of that device."""
+"""Choose the device that torch computes on, and measure it."""
 
 import functools
 import time
@@ -10,14 +10,14 @@ import torch
 from sqft_export.errors import UserError
 
 CPU = torch.device("cpu")
-FASTER = 1.2  # times as fast, and bfloat16 is taken
+MIN_BFLOAT16_SPEEDUP = 1.2  # over float32; below it float32 is used
 
 
 def device_of(setting: str) -> torch.device:
-    """``device`` of a recipe as a device of this machine.
+    """Return the torch device for a recipe's ``device``.
 
-    :param setting: auto: torch's accelerator where there is one, else the CPU; or its name.
-    :raises UserError: if it is not here, with what is.
+    :param setting: a device's name, or ``auto``: torch's accelerator if there is one, else the CPU.
+    :raises UserError: if this machine lacks the device; lists the devices it has.
     """
     found = torch.accelerator.current_accelerator(check_available=True)
     if setting == "cpu" or (setting == "auto" and found is None):
@@ -32,40 +32,44 @@ def device_of(setting: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What people and manifests call it."""
+    """Return the device's name for messages and manifests."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return device.type
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes that are free on an accelerator; None where torch can't tell."""
+    """Return the free bytes of an accelerator; None if torch can't query them."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, at_least: float) -> float:
-    """The median of as many calls as take that many seconds, after one that is not counted."""
+    """Return the median seconds of a call of ``work``, after one warm-up call.
+
+    :param at_least: seconds; calls repeat until they took so long in total.
+    """
     taken: list[float] = []
     work()
     while sum(taken) < at_least:
-        _wait(device)
+        _synchronize(device)
         started = time.perf_counter()
         work()
-        _wait(device)
+        _synchronize(device)
         taken.append(time.perf_counter() - started)
     return median(taken)
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 @functools.cache
 def fast_in_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products are faster in bfloat16 than in float32, measured.
+    """Measure whether matrix products are faster in bfloat16 than in float32.
 
-    In turn, and by the best of each: other work on the machine slows down single calls tenfold.
+    The dtypes alternate, and the best time of each counts: other programs on the machine slow down
+    single calls tenfold.
     """
     factors = torch.randn(2, 512, 1024, device=device)
     best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
@@ -74,11 +78,11 @@ def fast_in_bfloat16(device: torch.device) -> bool:
             left, right = factors.to(dtype)
             taken = seconds_of(lambda a=left, b=right: a @ b.T, device, 0.01)  # type: ignore[misc]
             best[dtype] = min(best[dtype], taken)
-    return best[torch.float32] > FASTER * best[torch.bfloat16]
+    return best[torch.float32] > MIN_BFLOAT16_SPEEDUP * best[torch.bfloat16]
 
 
 def training_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """``adapt.precision`` as a dtype."""
+    """Return the dtype for a recipe's ``adapt.precision``; ``auto`` measures."""
     if precision == "auto":
         return torch.bfloat16 if fast_in_bfloat16(device) else torch.float32
     return getattr(torch, precision)

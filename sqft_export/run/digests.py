@@ -1,13 +1,13 @@
-"""What stands in keys for all that a pass reads besides the recipe: model, data, machine.
+"""Digests of a pass's inputs that are not in the recipe (model, data, machine), for its key.
 
-model          weights, configs and tokenizer of the base
+model          weights, configs and tokenizer of the base model
 train, test    files of a split, or commits of datasets on the hub
-calibration    the file, folder or commit that samples are from
+calibration    the file, folder or commit of the calibration samples
 configuration  ranks that ``search.configuration`` gives
-lm_eval_tasks  task files of the recipe's own
+lm_eval_tasks  task files of the recipe
 device         kind of the device that torch computes on
-processes      that train; each takes batches of its own
-precision      that torch's rows compute in on the CPU, where the model has 16 bits
+processes      number of training processes; each trains on separate batches
+precision      dtype of torch's benchmark rows on the CPU, for a model with 16-bit weights
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from typing import Any
 from sqft_export.data.datasets import SETS, hub_datasets, set_names
 from sqft_export.data.items import data_files
 from sqft_export.data.revisions import dataset_revision
-from sqft_export.model.companions import companions, own_file
+from sqft_export.model.companions import companions, file_in_folder
 from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.recipe.schema import HUB, Dataset, Recipe
 from sqft_export.run.artifact import Store, digest_of, key_of
@@ -28,16 +28,18 @@ from sqft_export.stages.search import configured_ranks
 
 
 def model_digest(folder: Path, sha256_of: Callable[[Path], str]) -> str:
-    """SHA-256 over the files of a model that passes read: weights, configs, tokenizer."""
+    """Return the SHA-256 of the model files that passes read: weights, configs, tokenizer."""
     weights = TensorFiles(folder).shards
     names = [*(file.name for file in companions(folder)), *weights]
-    return key_of({name: sha256_of(own_file(folder, name)) for name in names})
+    return key_of({name: sha256_of(file_in_folder(folder, name)) for name in names})
 
 
 def pin_revisions(recipe: Recipe, online: bool) -> Recipe:
-    """The recipe with the commits of all datasets that it reads from the hub, for keys and reading.
+    """Return the recipe with the commits of all hub datasets that it reads.
 
-    :param online: the hub may be asked; else those in the cache of this machine count.
+    Keys contain these commits, and passes read them.
+
+    :param online: query the hub; else the commits in this machine's cache count.
     """
     if recipe.revisions is not None:
         return recipe
@@ -45,17 +47,17 @@ def pin_revisions(recipe: Recipe, online: bool) -> Recipe:
     found = {}
     if isinstance(task, Dataset):
         found = {name: dataset_revision(name, None, online) for name in hub_datasets(task)}
-    if calibration.source.startswith(HUB):  # by its source: it may have another revision
+    if calibration.source.startswith(HUB):  # keyed by its source, since its revision may differ
         name = calibration.source.removeprefix(HUB)
         found[calibration.source] = dataset_revision(name, calibration.revision, online)
     return recipe.at_revisions(found)
 
 
 class Digests:
-    """Values by the names above, each worked out once.
+    """Compute the values that the module lists, each once.
 
-    :param folder: of the base model; None where it is on the hub alone.
-    :param store: of the run, which remembers the digests of files.
+    :param folder: folder of the base model; None if it is only on the hub.
+    :param store: store of the run, which caches the digests of files.
     """
 
     def __init__(self, recipe: Recipe, folder: Path | None, store: Store):
@@ -86,7 +88,7 @@ class Digests:
         return [*files, *([revisions] if revisions else [])]
 
     def _hub_sets(self, split: str) -> dict[str, str | None]:
-        """Commits of the sets of a task that are read from the hub."""
+        """Return the commits of a task's datasets on the hub."""
         task = self.recipe.task
         if not isinstance(task, Dataset) or task.folder is not None:
             return {}
@@ -96,7 +98,7 @@ class Digests:
     def _calibration(self) -> Any:
         config = self.recipe.calibration
         if not self.recipe.calibrates:
-            return None  # no pass reads it; it may be missing
+            return None  # no pass reads the samples; they may be missing
         if config.source.startswith(HUB):
             return [config.source, self._revisions[config.source]]
         if config.source == "task":

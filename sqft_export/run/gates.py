@@ -1,9 +1,9 @@
-"""Quality gates: measure the cost of each pass on held-out data, and stop where it is too high.
+"""Quality gates: measure what each pass costs on held-out data, and stop if it is too much.
 
-After every pass that changes the model, its KL divergence from the model before and its perplexity
-are measured and kept beside the artifact, in ``quality-<pass>-<key>.json``. The accuracy that a
-run costs is judged at the benchmark. Deployments are left out here: ``verify.divergence`` bounds
-the rounding of a runtime.
+After every pass that changes the model, its perplexity and its KL divergence from the previous
+model are measured. They are written to ``quality-<pass>-<key>.json`` in the folder of the run. The
+loss of accuracy is judged at the benchmark. Deployments are not measured here: the setting
+``verify.divergence`` bounds the rounding of a runtime.
 """
 
 import json
@@ -31,18 +31,22 @@ from sqft_export.recipe.schema import Recipe
 from sqft_export.run.artifact import Artifact, digest_of, key_of
 from sqft_export.run.device import device_of
 
-# Passes that leave a model, in their order; the first one is compared with the base model.
-MEASURED = ("sparsify", "reconstruct", "quantize", "search", "merge")
-TASK_TRAINED = ("reconstruct", "search")
-MEASURED_VERSION = 1  # raised when the code changes what is measured
-NOTABLE_KL = 1.0  # nats per token
-NOTABLE_PERPLEXITY = 2.0  # times the one before
-NOTABLE_DROP = 5.0  # points of accuracy
+# Passes that output a model, in order; the first one is compared with the base model.
+MEASURED_PASSES = ("sparsify", "reconstruct", "quantize", "search", "merge")
+TASK_TRAINED_PASSES = ("reconstruct", "search")
+MEASURED_VERSION = 1  # increase it when the measurement changes
+WARN_KL = 1.0  # nats per token
+WARN_PERPLEXITY_RATIO = 2.0  # ratio to the perplexity of the previous model
+WARN_DROP_POINTS = 5.0  # percentage points of accuracy
 BASE = "the base model"
 
 
 def model_after(name: str, recipe: Recipe, base: Path, made: dict[str, Artifact]) -> PassModel:
-    """The model that a pass leaves; that of the base folder for ``BASE``."""
+    """Return the model after a pass, or the base model for ``BASE``.
+
+    :param base: folder of the base model.
+    :param made: artifacts by pass name.
+    """
     path = {other: artifact.path for other, artifact in made.items()}
     if name == BASE:
         return PassModel(Base(base, None, base))
@@ -60,48 +64,52 @@ def model_after(name: str, recipe: Recipe, base: Path, made: dict[str, Artifact]
 
 
 class QualityGates:
-    """Measures each finished pass, and stops the run if it costs more than the recipe allows.
+    """Measure each finished pass, and stop the run if it costs more than the recipe allows.
 
-    :param model: folder of the base model. :param root: of the run's artifacts.
+    :param model: folder of the base model.
+    :param root: folder of the run's artifacts.
     """
 
     def __init__(self, recipe: Recipe, model: Path, root: Path):
         self.recipe, self.model, self.root = recipe, model, root
         self._sample: list[SampledItem] = []
-        self._kept: tuple[str, np.ndarray] | None = None  # of the model that was measured last
+        # Name and distributions of the last measured model.
+        self._last: tuple[str, np.ndarray] | None = None
 
     def check(self, name: str, made: dict[str, Artifact]) -> list[str]:
-        """Warnings about a pass that is done.
+        """Return warnings about a finished pass.
 
         :param made: artifacts of this and all earlier passes.
-        :raises GateError: naming the pass, if it costs more than ``gates`` allow.
+        :raises GateError: naming the pass, if it costs more than the recipe's ``gates`` allow.
         """
         if name == "benchmark":
             return self._accuracy_warnings(made[name])
-        if name not in MEASURED:
+        if name not in MEASURED_PASSES:
             return []
         file = quality_file(self.root, name, made[name].key)
         record = read_quality(file)
         if record is None or record.get("data") != self._data:
-            record = self._measured(name, made) | {"data": self._data}
+            record = self._measure(name, made) | {"data": self._data}
             write_quality(file, record)
-        return self._judged(name, record)
+        return self._judge(name, record)
 
     @cached_property
     def _data(self) -> str:
-        """Digest of the sample's source and of the method; a record of another one is outdated."""
+        """Digest of the sample's source and the method; records with another one are outdated."""
         task = self.recipe.task.model_dump(exclude={"train", "test", "text", "folder"})
         files = [digest_of(file) for file in data_files(self.recipe, "test")]
         return key_of({"version": MEASURED_VERSION, "task": task, "test": files})
 
-    def _measured(self, name: str, made: dict[str, Artifact]) -> dict[str, Any]:
-        earlier = [other for other in MEASURED[: MEASURED.index(name)] if other in made]
+    def _measure(self, name: str, made: dict[str, Artifact]) -> dict[str, Any]:
+        earlier = [
+            other for other in MEASURED_PASSES[: MEASURED_PASSES.index(name)] if other in made
+        ]
         before = [BASE, *earlier][-1]
-        if self._kept is None or self._kept[0] != before:
-            self._kept = before, self._distributions(before, made)
+        if self._last is None or self._last[0] != before:
+            self._last = before, self._distributions(before, made)
         after = self._distributions(name, made)
-        found = compare_quality(self._kept[1], after, self._sample)
-        self._kept = name, after
+        found = compare_quality(self._last[1], after, self._sample)
+        self._last = name, after
         return {"pass": name, "before": before} | found
 
     def _distributions(self, name: str, made: dict[str, Artifact]) -> np.ndarray:
@@ -110,27 +118,29 @@ class QualityGates:
         model = model_after(name, self.recipe, self.model, made)
         return target_distributions(model, self._sample, device_of(self.recipe.device))
 
-    def _judged(self, name: str, record: dict[str, Any]) -> list[str]:
+    def _judge(self, name: str, record: dict[str, Any]) -> list[str]:
         divergence, limit = record["kl_nats"], self.recipe.gates.kl
         text = (
             f"{name}: KL divergence from {record['before']} is {divergence:.4g} nats per token, "
             f"perplexity {record['perplexity']:.4g} after {record['perplexity_before']:.4g}, on "
             f"{record['tokens']} held-out tokens"
         )
-        # Training moves a model on purpose; there perplexity tells better from worse.
+        # Training changes a model on purpose, so there a lower perplexity is an improvement.
         worse = not record["perplexity"] <= record["perplexity_before"]
-        trains = name in TASK_TRAINED or (name == "quantize" and self.recipe.quantize.reconstruct)
+        trains = name in TASK_TRAINED_PASSES or (
+            name == "quantize" and self.recipe.quantize.reconstruct
+        )
         if limit is not None:
             if not divergence <= limit and (worse or not trains):
-                raise GateError(f"{text}; gates.kl allows {limit:g}. {_way_out(name)}")
+                raise GateError(f"{text}; gates.kl allows {limit:g}. {_advice(name)}")
             return []
-        much = not record["perplexity"] <= NOTABLE_PERPLEXITY * record["perplexity_before"]
-        if much or (not trains and not divergence <= NOTABLE_KL):
-            return [f"{text}; notable are {NOTABLE_KL:g} nats and a perplexity twice as high"]
+        much = not record["perplexity"] <= WARN_PERPLEXITY_RATIO * record["perplexity_before"]
+        if much or (not trains and not divergence <= WARN_KL):
+            return [f"{text}; the warning limits are {WARN_KL:g} nats and twice the perplexity"]
         return []
 
     def _accuracy_warnings(self, benchmark: Artifact) -> list[str]:
-        """Accuracy of the merged model and of deployments, compared with the dense base's."""
+        """Compare the accuracy of the merged model and the deployments with the dense base's."""
         rows = json.loads((benchmark.path / "results.json").read_text())["rows"]
         dense = [row["accuracy"] for row in rows if row["name"] == DENSE]
         limit, warnings = self.recipe.gates.accuracy_drop, list[str]()
@@ -141,19 +151,19 @@ class QualityGates:
                 f"points below the dense base's {100 * dense[0]:.1f} %"
             )
             if limit is not None and drop > limit:
-                raise GateError(f"{text}; gates.accuracy_drop allows {limit:g}. {_way_out(DENSE)}")
-            if limit is None and drop > NOTABLE_DROP and not _may_be_chance(row):
+                raise GateError(f"{text}; gates.accuracy_drop allows {limit:g}. {_advice(DENSE)}")
+            if limit is None and drop > WARN_DROP_POINTS and not _is_insignificant(row):
                 warnings.append(text)
         return warnings[:1]
 
 
-def _may_be_chance(row: dict[str, Any]) -> bool:
-    """Whether a paired test does not tell the row and the first one apart."""
+def _is_insignificant(row: dict[str, Any]) -> bool:
+    """Return whether the row does not differ significantly from the first (paired test)."""
     p_value = row.get("p_same_as_first")
     return p_value is not None and p_value >= 0.05
 
 
-def _way_out(name: str) -> str:
+def _advice(name: str) -> str:
     settings = {
         "sparsify": "Lower sparsify.sparsity, try sparsify.reconstruct",
         "quantize": "Raise quantize.bits, lower quantize.group_size",
@@ -162,4 +172,4 @@ def _way_out(name: str) -> str:
         "merge": "Look at adapt.merge_dense",
     }
     first = settings.get(name, "Lower sparsify.sparsity, raise quantize.bits, train longer")
-    return f"{first}, or raise the gate; passes that are done are kept"
+    return f"{first}, or raise the gate; finished passes are kept"

@@ -1,4 +1,4 @@
-"""SHA-256 of files, remembered in the folder of a run while size, mtime and inode stand."""
+"""Cache SHA-256 digests of files while device, inode, size and mtime stay the same."""
 
 import contextlib
 import json
@@ -8,26 +8,28 @@ from pathlib import Path
 
 from sqft_export.run.host import write_file
 
-REMEMBERED = "hashes.json"
-# A file system stamps changes within one tick of its clock alike; a younger file may still change.
+HASHES_FILE = "hashes.json"
+# Two changes within one tick of the file system's clock get the same mtime. A digest is therefore
+# taken only once the file's mtime is older than one tick.
 TICK_SECONDS = 0.05
 
 
 class FileHashes:
-    """Hash a file once: its digest is kept by device and inode, with size and mtime.
+    """Hash each file once and cache its digest.
 
-    Only what saves time relies on it. ``verify`` hashes every file again.
+    The cache only saves time. ``verify`` hashes every file again.
 
-    :param root: folder of a run, in which digests are remembered; it may be missing.
-    :param compute: what hashes a file.
+    :param root: folder of a run, which holds the cache; it may be missing.
+    :param compute: function that hashes a file.
     """
 
     def __init__(self, root: Path, compute: Callable[[Path], str]):
-        self.file, self.compute = root / REMEMBERED, compute
+        self.file, self.compute = root / HASHES_FILE, compute
         self.known = _read(self.file)
         self.changed = False
 
     def sha256_of(self, path: Path) -> str:
+        """Return the SHA-256 of a file, from the cache if the file is unchanged."""
         found = path.stat()
         age = time.time() - found.st_mtime
         if 0 <= age < TICK_SECONDS:
@@ -38,14 +40,16 @@ class FileHashes:
         if known and known[:2] == state:
             return str(known[2])
         digest = self.compute(path)
-        if age >= 0:  # the clock was set back otherwise, and a change may get the same mtime
+        if age >= 0:  # a negative age means the clock was set back: mtimes are not reliable
             self.known[inode] = [*state, digest]
             self.changed = True
         return digest
 
     def save(self) -> None:
-        """Replace the file; without effect where the folder is missing or can't be written, since
-        hashing again costs time alone."""
+        """Write the cache file.
+
+        A missing or read-only folder is ignored, because hashing again only costs time.
+        """
         if not self.changed or not self.file.parent.is_dir():
             return
         with contextlib.suppress(OSError):
@@ -54,7 +58,7 @@ class FileHashes:
 
 
 def _read(file: Path) -> dict[str, list[int | str]]:
-    """What was remembered; nothing of a file, or an entry, that is damaged."""
+    """Read the cache file; damaged files and damaged entries are ignored."""
     try:
         document = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""What this process may use of its machine, and sizes as people read them."""
+"""Resources that this process may use on its machine, and texts and errors about them."""
 
 import contextlib
 import ctypes
@@ -17,18 +17,18 @@ from sqft_export.errors import HostError
 from sqft_export.run.limits import free_memory, processor_quota
 
 PR_SET_PDEATHSIG = 1
-THREADS = "SQFT_EXPORT_THREADS"  # set by --threads, for this process and its children
-LONGEST_REASON = 300  # characters of what a library says
-FLOAT32_ROOM = 0.5  # share of the free memory that float32 weights may take
+THREADS_VARIABLE = "SQFT_EXPORT_THREADS"  # set by --threads, for this process and its children
+MAX_REASON_CHARACTERS = 300  # of a library's message
+FLOAT32_MEMORY_SHARE = 0.5  # share of free memory that float32 weights may take
 
 
 def float32_fits(weights: int) -> bool:
-    """Whether so many weights may be in memory as float32."""
-    return 4 * weights <= FLOAT32_ROOM * free_memory()
+    """Return whether ``weights`` float32 weights may be in memory."""
+    return 4 * weights <= FLOAT32_MEMORY_SHARE * free_memory()
 
 
 def installed(module: str) -> bool:
-    """Whether a module can be imported; only its parents are."""
+    """Return whether a module can be imported; only its parent packages are imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
@@ -36,23 +36,29 @@ def installed(module: str) -> bool:
 
 
 def allowed_processors() -> int:
-    """Processors this process may run on: fewer than there are under taskset, in a container, or
-    where ``--threads`` says so."""
+    """Return the number of processors that this process may use.
+
+    taskset, a container's quota or ``--threads`` can allow fewer than the machine has.
+    """
     affinity = hasattr(os, "sched_getaffinity")
     found = len(os.sched_getaffinity(0)) if affinity else os.cpu_count() or 1
-    limit = os.environ.get(THREADS, "")
-    asked = max(1, int(limit)) if limit.isdecimal() else found
-    return min(found, processor_quota() or found, asked)
+    limit = os.environ.get(THREADS_VARIABLE, "")
+    requested = max(1, int(limit)) if limit.isdecimal() else found
+    return min(found, processor_quota() or found, requested)
 
 
 def openmp_threads() -> int:
-    """Threads that OpenMP starts: by OMP_NUM_THREADS, whose first number is the outermost level's
-    (``4,2``); one per processor without it, or where it is no number."""
+    """Return the number of threads that OpenMP starts.
+
+    It is the first number of OMP_NUM_THREADS (``4,2`` lists one number per nesting level). If that
+    is missing or not a number, OpenMP starts one thread per processor.
+    """
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(first) if first.isdecimal() and int(first) else allowed_processors()
 
 
 def processor_name() -> str:
+    """Return the processor's model name."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -62,7 +68,7 @@ def processor_name() -> str:
 
 
 def size_text(size: float) -> str:
-    """Bytes in the largest unit that leaves a number above 1: 812.0 KiB, 3.4 GiB."""
+    """Format bytes in the largest unit that gives a number above 1: 812.0 KiB, 3.4 GiB."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024 or unit == "GiB":
             break
@@ -70,24 +76,26 @@ def size_text(size: float) -> str:
     return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
 
 
-# What native libraries say when the system refuses them something.
-NO_SPACE = ("No space left", "os error 28", "Disk quota exceeded", "File too large")
-NO_MEMORY = (
+# Messages of native libraries when the system refuses disk space or memory.
+DISK_FULL_MESSAGES = ("No space left", "os error 28", "Disk quota exceeded", "File too large")
+OUT_OF_MEMORY_MESSAGES = (
     *("not enough memory", "bad_alloc", "can't allocate memory", "Cannot allocate memory"),
-    *("out of memory", "ALLOC_FAILED", "OUT_OF_MEMORY"),  # of accelerators and their libraries
+    *("out of memory", "ALLOC_FAILED", "OUT_OF_MEMORY"),  # accelerators and their libraries
 )
-# What numpy says of a file that it could write in part alone.
-WRITTEN_IN_PART = re.compile(r"\d+ requested and \d+ written")
+# numpy's message when it could write only a part of a file.
+PARTIAL_WRITE = re.compile(r"\d+ requested and \d+ written")
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the system, or an accelerator, refused memory."""
-    return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
+    """Return whether an error reports that the system or an accelerator refused memory."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in OUT_OF_MEMORY_MESSAGES
+    )
 
 
 @contextlib.contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """Turn an error for want of disk, memory or permission into one message that names the folder.
+    """Convert errors about disk, memory or permission to one message that names the folder.
 
     :raises HostError: in place of such an error.
     """
@@ -96,50 +104,50 @@ def writing_to(folder: Path) -> Iterator[None]:
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, BrokenPipeError):
             raise
-        if reason := lacking(error, folder):
+        if reason := exhausted_resource(error, folder):
             raise HostError(reason) from error
         raise
 
 
-def lacking(error: BaseException, folder: Path | None) -> str | None:
-    """What of the machine an error is for want of, with what there is; None if of nothing.
+def exhausted_resource(error: BaseException, folder: Path | None) -> str | None:
+    """Return which resource (disk, memory, permission) an error reports as exhausted.
 
-    :param folder: what was being written to; None where that is not known.
+    :param folder: the folder that was written to; None if it is unknown.
+    :return: a message with the free space where it is known; None for any other error.
     """
     text = str(error)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    full = full or bool(WRITTEN_IN_PART.fullmatch(text))
-    if full or any(words in text for words in NO_SPACE):
+    full = full or bool(PARTIAL_WRITE.fullmatch(text))
+    if full or any(words in text for words in DISK_FULL_MESSAGES):
         place = getattr(error, "filename", None) or folder
-        return f"no space to write {place or 'a file'}{_free_text(place)}"
+        return f"no space to write {place or 'a file'}{_free_space_text(place)}"
     if out_of_memory(error):
-        return (
-            f"out of memory: {' '.join(text.split())[:LONGEST_REASON] or 'refused by the system'}"
-        )
+        reason = " ".join(text.split())[:MAX_REASON_CHARACTERS]
+        return f"out of memory: {reason or 'refused by the system'}"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{error.filename or folder or 'a file'} can't be written: {error.strerror}"
     return None
 
 
-def _free_text(place: object) -> str:
-    """What is free where a file was to be written."""
+def _free_space_text(place: object) -> str:
+    """Return the free space of the disk that a file was written to, as a message part."""
     if not isinstance(place, str | Path):
         return ""
     return f"; {size_text(shutil.disk_usage(nearest_folder(Path(place))).free)} are free"
 
 
 def nearest_folder(place: Path) -> Path:
-    """A place, or the nearest above it that exists."""
-    there = place.resolve()
-    while not there.exists():
-        there = there.parent
-    return there
+    """Return a path if it exists, else its nearest parent that does."""
+    existing = place.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    return existing
 
 
 def write_file(file: Path, text: str, replace: bool = True) -> None:
-    """Write a file whole or not at all; what a link of its name leads to is left as it is.
+    """Write a file atomically; a link of that name is replaced, and its target stays unchanged.
 
-    :param replace: whether it takes the place of one that is there, or that one is kept.
+    :param replace: replace an existing file; else the existing file is kept.
     """
     temporary = file.with_name(f".{file.name}.{platform.node()}-{os.getpid()}")
     try:
@@ -154,19 +162,25 @@ def write_file(file: Path, text: str, replace: bool = True) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def require_space(place: Path, size: int, way_out: str = "") -> None:
-    """:raises HostError: if the disk that a file is to be written to has less than its size."""
+def require_space(place: Path, size: int, advice: str = "") -> None:
+    """Check that the disk has space for a file.
+
+    :param place: path that the file will be written to.
+    :param size: bytes of the file.
+    :param advice: end of the message, such as a setting that helps.
+    :raises HostError: if less than ``size`` is free.
+    """
     free = shutil.disk_usage(nearest_folder(place)).free
     if free < size:
-        raise HostError(f"{place}: {size_text(size)} needed, {size_text(free)} free{way_out}")
+        raise HostError(f"{place}: {size_text(size)} needed, {size_text(free)} free{advice}")
 
 
 def die_with_parent(parent: int) -> None:
-    """Have this process end when the one that started it does, however that ends.
+    """Have the system end this process when its parent process ends.
 
-    :param parent: its process id.
+    :param parent: process id of the parent.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before this was asked for
+        if os.getppid() != parent:  # the parent ended before the request
             os._exit(1)

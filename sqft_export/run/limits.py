@@ -1,8 +1,8 @@
-"""What the system lets this process have: memory and processors of its control groups.
+"""Read the memory and processor limits of this process and its control groups (cgroups).
 
-A container's limits (docker ``--memory`` and ``--cpus``, Kubernetes, systemd, Slurm) are those of
-its control group and of the groups above it; ``/proc/meminfo`` and the affinity mask show the whole
-host. Both versions of control groups are read.
+A container's limits (docker ``--memory`` and ``--cpus``, Kubernetes, systemd, Slurm) are set on
+its control group and the parent groups. ``/proc/meminfo`` and the affinity mask show the whole
+host. Versions 1 and 2 of control groups are read.
 """
 
 import math
@@ -10,18 +10,21 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-GROUPS = Path("/proc/self/cgroup")
-MOUNTS = Path("/proc/self/mountinfo")
-# A limit that is none: version 1 writes the largest number of pages.
-UNLIMITED = 2**62
+CGROUP_FILE = Path("/proc/self/cgroup")
+MOUNTS_FILE = Path("/proc/self/mountinfo")
+# From this size on there is no limit: version 1 then reports the largest number of pages.
+UNLIMITED_BYTES = 2**62
 
 
 def free_memory() -> int:
-    """Bytes that this process can take without swapping: the least of what the host has available,
-    its control groups leave, and its address space (RLIMIT_AS) still holds."""
+    """Return the bytes that this process can allocate without swapping.
+
+    This is the smallest of the host's available memory, the unused memory of its control groups
+    and the unused address space (RLIMIT_AS).
+    """
     import psutil
 
-    found = [int(psutil.virtual_memory().available), *_left_in_groups()]
+    found = [int(psutil.virtual_memory().available), *_unused_group_memory()]
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         found.append(limit - psutil.Process().memory_info().vms)
@@ -29,24 +32,27 @@ def free_memory() -> int:
 
 
 def processor_quota() -> int | None:
-    """Processors' worth of time that control groups allow, rounded up; None where they set none."""
-    shares = [share for folder in _folders("cpu") if (share := _share(folder)) is not None]
+    """Return the CPU quota of the control groups in processors, rounded up; None if unlimited."""
+    shares = [
+        share for folder in _group_folders("cpu") if (share := _cpu_quota(folder)) is not None
+    ]
     return max(1, math.ceil(min(shares))) if shares else None
 
 
-def _left_in_groups() -> Iterator[int]:
-    for folder in _folders("memory"):
+def _unused_group_memory() -> Iterator[int]:
+    """Yield the bytes that each control group with a limit still allows."""
+    for folder in _group_folders("memory"):
         for limit_file, used_file in (
             ("memory.max", "memory.current"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes"),
         ):
             limit, used = _number(folder / limit_file), _number(folder / used_file)
-            if limit is not None and limit < UNLIMITED:
+            if limit is not None and limit < UNLIMITED_BYTES:
                 yield limit - max(0, (used or 0) - _reclaimable(folder))
 
 
 def _reclaimable(folder: Path) -> int:
-    """Bytes of files in memory that a group gives back before it refuses any."""
+    """Return the bytes of file cache that a group frees before it refuses memory."""
     for line in _lines(folder / "memory.stat"):
         name, _, value = line.partition(" ")
         if name == "inactive_file":
@@ -54,8 +60,8 @@ def _reclaimable(folder: Path) -> int:
     return 0
 
 
-def _share(folder: Path) -> float | None:
-    """Processors' worth of one group: quota over period."""
+def _cpu_quota(folder: Path) -> float | None:
+    """Return the CPU quota of one group in processors: quota divided by period."""
     both = " ".join(_lines(folder / "cpu.max")).split()
     if len(both) == 2 and both[0].isdecimal():
         return int(both[0]) / int(both[1])
@@ -63,14 +69,14 @@ def _share(folder: Path) -> float | None:
     return quota / period if quota and quota > 0 and period else None
 
 
-def _folders(controller: str) -> Iterator[Path]:
-    """Folders of this process's group and of those above it, as far as they are mounted here."""
-    for line in _lines(GROUPS):
+def _group_folders(controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's group and its parent groups that are mounted."""
+    for line in _lines(CGROUP_FILE):
         _, names, path = line.split(":", 2)
         if names and controller not in names.split(","):
             continue
         for root, mount in _mounts(controller if names else ""):
-            # In a container that sees the host's tree the path starts with what is mounted.
+            # If a container sees the host's paths, the path starts with the mounted group.
             inside = path.removeprefix(root.rstrip("/")).strip("/")
             folder = mount / inside
             while folder != mount.parent:
@@ -79,11 +85,11 @@ def _folders(controller: str) -> Iterator[Path]:
 
 
 def _mounts(controller: str) -> Iterator[tuple[str, Path]]:
-    """Group at the root of a mount, and where it is mounted.
+    """Yield the group at the root of each mount, and the mount point.
 
-    :param controller: of version 1; empty: version 2, which has all in one tree.
+    :param controller: a controller of version 1; empty: version 2, which has a single tree.
     """
-    for line in _lines(MOUNTS):
+    for line in _lines(MOUNTS_FILE):
         before, _, after = line.partition(" - ")
         kind, _, options = after.partition(" ")
         place = before.split(" ")
@@ -93,13 +99,13 @@ def _mounts(controller: str) -> Iterator[tuple[str, Path]]:
 
 
 def _number(file: Path) -> int | None:
-    """The number that a file holds; None for ``max``, and without the file."""
+    """Return the number in a file; None for ``max`` or a missing file."""
     text = " ".join(_lines(file)).strip()
     return int(text) if text.lstrip("-").isdecimal() else None
 
 
 def _lines(file: Path) -> list[str]:
-    """Lines of a file of the system; none where there is no such file, or it can't be read."""
+    """Return the lines of a system file; empty if it is missing or can't be read."""
     try:
         return file.read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Check everything, key each pass, skip or run it, seal what it made."""
+"""Run a recipe: check everything first, key each pass, run it or reuse its artifact."""
 
 import contextlib
 import fcntl
@@ -25,7 +25,7 @@ from sqft_export.recipe.view import values_of, view_of
 from sqft_export.run.artifact import Artifact, Store, environment, key_of, read_artifact
 from sqft_export.run.digests import Digests, pin_revisions
 from sqft_export.run.gates import QualityGates
-from sqft_export.run.host import lacking, out_of_memory, require_space
+from sqft_export.run.host import exhausted_resource, out_of_memory, require_space
 from sqft_export.run.launcher import (
     check_launcher,
     first_process_presence,
@@ -42,12 +42,12 @@ from sqft_export.run.processors import (
     sample,
     used_by_others,
 )
-from sqft_export.run.progress import Start, reporting, silent
+from sqft_export.run.progress import Start, report_progress, silent
 from sqft_export.stages import Context, stage_of
 from sqft_export.untrusted import fault_of_file
 
-# What takes less memory, by pass.
-LESS_MEMORY = {
+# Settings that lower the memory of a pass, for its out-of-memory message.
+MEMORY_SETTINGS = {
     "sparsify": "calibration.samples or calibration.sequence_length",
     "reconstruct": "sparsify.reconstruct.batch or calibration.samples",
     "quantize": "calibration.samples or calibration.sequence_length",
@@ -56,12 +56,12 @@ LESS_MEMORY = {
     "verify": "verify.prompts",
     "benchmark": "benchmark.items",
 }
-LESS_MEMORY["teacher"] = LESS_MEMORY["adapt"]
+MEMORY_SETTINGS["teacher"] = MEMORY_SETTINGS["adapt"]
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A pass of this recipe with its key, and its artifact if there is one already."""
+    """A pass of this recipe with its key, and its artifact if it is already sealed."""
 
     name: str
     facts: dict[str, Any]
@@ -73,7 +73,10 @@ class Planned:
 
 
 def needed_passes(recipe: Recipe, last: tuple[str, ...]) -> list[str]:
-    """The passes of the recipe in order: all, or those that ``last`` are made from."""
+    """List the passes of the recipe in order.
+
+    :param last: only these passes and the passes that they depend on; empty: all passes.
+    """
     names = pass_names(recipe)
     if not last:
         return names
@@ -91,9 +94,11 @@ def plan_passes(
     last: tuple[str, ...] = (),
     online: bool = False,
 ) -> list[Planned]:
-    """Every pass of the recipe in order, keyed by its facts; up to ``last`` if given.
+    """Return the passes of the recipe in order, each keyed by its facts.
 
-    :param online: the hub may be asked for commits of datasets.
+    :param folder: folder of the base model; None if it is only on the hub.
+    :param last: only these passes and the passes that they depend on; empty: all passes.
+    :param online: query the hub for commits of datasets.
     """
     recipe = resolve_precision(pin_revisions(recipe, online), store.root)
     found = Digests(recipe, folder, store)
@@ -113,30 +118,30 @@ def plan_passes(
 
 
 def _view_of(recipe: Recipe, name: str) -> Recipe:
-    """What a pass may read of the recipe."""
+    """Return the part of the recipe that a pass may read."""
     stage = stage_of(name)
     return view_of(recipe, (*stage.fields(recipe, name), *stage.FREE))
 
 
-def _own(file: Path) -> IO[str]:
-    """A file of ours, opened for appending; never what a link of its name leads to.
+def _open_run_file(file: Path) -> IO[str]:
+    """Open a file of the run for appending; links are not followed.
 
-    :raises UserError: if it is one.
+    :raises UserError: if the path is a link or not a regular file.
     """
     if file.is_symlink():
-        raise UserError(f"{file}: is a link; a file of ours is written there")
+        raise UserError(f"{file}: is a link; the run writes a file there")
     if os.path.lexists(file) and (fault := fault_of_file(file)):
         raise UserError(f"{file}: {fault}")
     return file.open("a")
 
 
 @contextlib.contextmanager
-def _quiet(log: Path) -> Iterator[IO[str]]:
-    """Send what libraries print, from Python or native code, to ``log``; yield the real stderr."""
+def _redirect_output(log: Path) -> Iterator[IO[str]]:
+    """Redirect stdout and stderr, also of native libraries, to ``log``; yield the real stderr."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    with _own(log) as file, os.fdopen(os.dup(2), "w") as terminal:
+    with _open_run_file(log) as file, os.fdopen(os.dup(2), "w") as terminal:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         try:
@@ -150,10 +155,13 @@ def _quiet(log: Path) -> Iterator[IO[str]]:
 
 
 @contextlib.contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Refuse a second run in the same folder; the lock goes with the process."""
+def _lock_run_folder(root: Path) -> Iterator[None]:
+    """Lock the run's folder until the context or the process ends.
+
+    :raises UserError: if another process holds the lock.
+    """
     root.mkdir(parents=True, exist_ok=True)
-    with _own(root / ".lock") as lock:
+    with _open_run_file(root / ".lock") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -162,10 +170,10 @@ def _alone(root: Path) -> Iterator[None]:
             yield
 
 
-def _affordable(
+def _plan_within_limits(
     recipe: Recipe, folder: Path, layout: Layout, store: Store, last: tuple[str, ...]
 ) -> list[Planned]:
-    """Every pass, once disk and memory are known to hold those that are to run."""
+    """Return the passes, after checking that disk and memory suffice for those to be run."""
     steps = plan_passes(recipe, folder, store, last)
     wanted = [step.name for step in steps if step.artifact is None]
     check_disk(recipe, layout, store.root, wanted)
@@ -174,31 +182,32 @@ def _affordable(
     return steps
 
 
-def _follow(
+def _run_as_other_rank(
     recipe: Recipe, folder: Path, layout: Layout, store: Store, last: tuple[str, ...]
 ) -> dict[str, Artifact]:
-    """Train along as another process of a launcher than the first; else wait for the first.
+    """Run as a launcher's process with a rank above 0.
 
-    Should the first one fail, the launcher ends the others.
+    Such a process takes part in distributed passes and otherwise waits for the first process. If
+    the first process fails, the launcher ends the others.
     """
     artifacts: dict[str, Artifact] = {}
     store.root.mkdir(parents=True, exist_ok=True)
     recipe = resolve_precision(recipe, store.root)
-    with _quiet(store.root / f"log-{process_rank()}.txt") as terminal:
-        for step in _affordable(recipe, folder, layout, store, last):
+    with _redirect_output(store.root / f"log-{process_rank()}.txt") as terminal:
+        for step in _plan_within_limits(recipe, folder, layout, store, last):
             sealed = store.path_of(step.name, step.key)
             if not sealed.exists():
-                said = f"process {process_rank()} of {process_count()} waits for the first one"
-                print(f"{step.name:16} {said}", file=terminal, flush=True)
-                _join(step, recipe, folder, artifacts, store)
+                note = f"process {process_rank()} of {process_count()} waits for the first one"
+                print(f"{step.name:16} {note}", file=terminal, flush=True)
+                _join_pass(step, recipe, folder, artifacts, store)
             artifacts[step.name] = read_artifact(sealed)
     return artifacts
 
 
-def _join(
+def _join_pass(
     step: Planned, recipe: Recipe, folder: Path, artifacts: dict[str, Artifact], store: Store
 ) -> None:
-    """Take part in a pass that several processes run, until the first one has sealed it."""
+    """Take part in a distributed pass, and return once the first process has sealed it."""
     stage, sealed = stage_of(step.name), store.path_of(step.name, step.key)
     wait_for_first(store.root, lambda: sealed.exists() or first_process_works(store.root))
     if stage.DISTRIBUTED and not sealed.exists():
@@ -209,21 +218,22 @@ def _join(
     wait_for_first(store.root, sealed.exists)
 
 
-def _checked(recipe: Recipe, root: Path) -> tuple[Recipe, Path, Layout]:
-    """The recipe without targets that the model cannot have, the base model's folder, fetched if
-    need be, and its layout.
+def _prepare_recipe(recipe: Recipe, root: Path) -> tuple[Recipe, Path, Layout]:
+    """Return the recipe without unsupported targets, the base model's folder, and its layout.
+
+    A missing base model is downloaded.
 
     :raises UserError: if the recipe can't be run here.
     """
     folder = model_folder(recipe, download=False)
     if folder is None:
-        folder = _fetched(recipe, root)
+        folder = _download_base(recipe, root)
     layout = check_recipe(recipe, folder)
     return drop_unsupported(recipe, layout), folder, layout
 
 
-def _fetched(recipe: Recipe, root: Path) -> Path:
-    """The base model from the hub, once recipe and disk are known to be fit for it."""
+def _download_base(recipe: Recipe, root: Path) -> Path:
+    """Download the base model, after checking the recipe and the disk; return its folder."""
     layout = check_recipe(recipe, None) if recipe.model.config else None
     download = planned_download(recipe)
     require_space(download.cache, download.bytes, f"; {download.hub} is downloaded there")
@@ -233,7 +243,7 @@ def _fetched(recipe: Recipe, root: Path) -> Path:
 
 
 def _lineage(step: Planned, artifacts: dict[str, Artifact]) -> dict[str, dict[str, Any]]:
-    """Facts of the passes that one is made from, in the order they ran, and its own."""
+    """Return the facts of a pass and of all passes it depends on, in the order they ran."""
     wanted = set(stage_of(step.name).CONSUMES)
     for other in reversed(artifacts):
         if other in wanted:
@@ -242,14 +252,14 @@ def _lineage(step: Planned, artifacts: dict[str, Artifact]) -> dict[str, dict[st
     return found | {step.name: step.facts}
 
 
-def _elsewhere(artifact: Artifact) -> str:
-    """Says so where an artifact was made on another machine, whose rounding may differ."""
+def _machine_note(artifact: Artifact) -> str:
+    """Return a note if an artifact comes from another processor or number of threads."""
     made = artifact.manifest["environment"]
     name, threads = made.get("processor"), made.get("threads")
     here = environment()
     if (name, threads) == (here["processor"], here["threads"]):
         return ""
-    return f" (made with {threads} threads on {name}; here bytes may come out otherwise)"
+    return f" (made with {threads} threads on {name}; results may differ on this machine)"
 
 
 def _run_pass(
@@ -260,6 +270,10 @@ def _run_pass(
     store: Store,
     start: Start,
 ) -> Artifact:
+    """Run a pass and seal its artifact.
+
+    :raises HostError: naming the pass and a setting that helps, if a resource is exhausted.
+    """
     stage = stage_of(step.name)
     inputs = {n: artifacts[n] for n in stage.CONSUMES if n in artifacts}
     partial = store.open_partial(step.name, step.key, stage.RESUMES)
@@ -269,54 +283,60 @@ def _run_pass(
         metrics = stage.run(Context(step.name, view, folder, inputs, partial, start, lineage))
         return store.seal(partial, step.name, step.facts, metrics, time.monotonic() - started)
     except Exception as error:
-        if reason := lacking(error, partial):
-            lower = LESS_MEMORY.get(step.name) if out_of_memory(error) else None
-            way_out = f"; lower {lower}" if lower else ""
+        if reason := exhausted_resource(error, partial):
+            lower = MEMORY_SETTINGS.get(step.name) if out_of_memory(error) else None
+            advice = f"; lower {lower}" if lower else ""
             raise HostError(
-                f"{step.name}: {reason}{way_out}. The passes before it are kept; run again to go on"
+                f"{step.name}: {reason}{advice}. Finished passes are kept; run again to resume"
             ) from error
         raise
 
 
-def _busy(before: Sample | None) -> str:
-    """Says so where a pass shared the machine; processes of a launcher are no others."""
+def _busy_note(before: Sample | None) -> str:
+    """Return a note if other programs used the processors during a pass.
+
+    There is no note under a launcher: its processes would count as other programs.
+    """
     found = busy_text(used_by_others(before)) if process_count() == 1 else None
     return f" (busy machine: {found})" if found else ""
 
 
 def run_recipe(recipe: Recipe, root: Path, last: tuple[str, ...] = ()) -> dict[str, Artifact]:
-    """Run or skip every pass; returns the artifacts by pass name.
+    """Run every pass that has no artifact yet, and return all artifacts by pass name.
 
     :param root: folder of this recipe's artifacts.
-    :param last: passes to stop at; only these and what they are made from is run.
-    :raises UserError: before any work if the recipe can't be run here.
+    :param last: only these passes and the passes that they depend on; empty: all passes.
+    :raises UserError: before any work, if the recipe can't be run here.
     """
     check_launcher()
-    recipe, folder, layout = _checked(recipe, root)
+    recipe, folder, layout = _prepare_recipe(recipe, root)
     recipe, store = pin_revisions(recipe, online=True), Store(root)
     if process_rank():
-        return _follow(recipe, folder, layout, store, last)
-    artifacts: dict[str, Artifact] = {}
-    gates = QualityGates(recipe, folder, root)
-    with _alone(root), _quiet(root / "log.txt") as terminal, reporting(terminal) as reporter:
-        with _own(root / THREADS_FILE) as file:
+        return _run_as_other_rank(recipe, folder, layout, store, last)
+    artifacts, gates = dict[str, Artifact](), QualityGates(recipe, folder, root)
+    with (
+        _lock_run_folder(root),
+        _redirect_output(root / "log.txt") as terminal,
+        report_progress(terminal) as reporter,
+    ):
+        with _open_run_file(root / THREADS_FILE) as file:
             file.truncate(0)
             file.write(str(environment()["threads"]))
         recipe = resolve_precision(recipe, root)
         for warning in plan_warnings(recipe, layout):
             reporter.say(f"warning: {warning}")
-        for step in _affordable(recipe, folder, layout, store, last):
+        for step in _plan_within_limits(recipe, folder, layout, store, last):
             warnings = list[str]()
             if step.artifact is not None:
                 artifacts[step.name] = step.artifact
-                reporter.say(f"{step.name:16} cached{_elsewhere(step.artifact)}")
+                reporter.say(f"{step.name:16} cached{_machine_note(step.artifact)}")
             else:
                 start, before = reporter.start_of(step.name), sample()
                 made = _run_pass(step, recipe, folder, artifacts, store, start)
                 artifacts[step.name] = made
-                line = f"{step.name:16} {made.manifest['seconds']:.1f} s{_busy(before)}"
+                line = f"{step.name:16} {made.manifest['seconds']:.1f} s{_busy_note(before)}"
                 reporter.say(line)
-                print(line, flush=True)  # in the log
+                print(line, flush=True)  # to the log
                 warnings = made.metrics.get("warnings", [])
             for warning in (*warnings, *gates.check(step.name, artifacts)):
                 reporter.say(f"warning: {warning}")

@@ -1,4 +1,4 @@
-"""``precision: auto``, decided once for a run: every process, round and resume computes alike."""
+"""Resolve ``precision: auto`` once per run, so that all processes and resumed runs agree."""
 
 import json
 import os
@@ -11,15 +11,15 @@ from sqft_export.recipe.schema import Recipe
 from sqft_export.run.device import CPU, device_of, training_dtype
 from sqft_export.run.host import write_file
 
-RECORD = "precision.json"  # device kind -> precision
-CHOICES = ("float32", "bfloat16")
+PRECISION_FILE = "precision.json"  # one file per device kind: <kind>-precision.json
+PRECISIONS = ("float32", "bfloat16")
 
 
 def resolve_precision(recipe: Recipe, root: Path) -> Recipe:
-    """The recipe with ``adapt.precision: auto`` replaced by what this run computes in.
+    """Return the recipe with ``adapt.precision: auto`` replaced by this run's precision.
 
-    :param root: folder of the run, where the decision is recorded once the folder is there.
-    :raises DamagedError: if the record there is none.
+    :param root: folder of the run; if it exists, the choice is recorded there.
+    :raises DamagedError: if the record is damaged.
     """
     adapt = recipe.adapt
     if adapt is None or adapt.precision != "auto":
@@ -29,24 +29,24 @@ def resolve_precision(recipe: Recipe, root: Path) -> Recipe:
 
 
 def fast_precision(root: Path, device: torch.device = CPU) -> str:
-    """Which of float32 and bfloat16 a run takes on a device: recorded, or else measured now.
+    """Return the recorded precision of a run on a device, or measure it: float32 or bfloat16.
 
-    :raises DamagedError: if the record is none.
+    :raises DamagedError: if the record is damaged.
     """
-    file = root / f"{device.type}-{RECORD}"
+    file = root / f"{device.type}-{PRECISION_FILE}"
     if not file.exists():
         chosen = str(training_dtype("auto", device)).removeprefix("torch.")
-        if not root.is_dir() or not os.access(root, os.W_OK):  # planned, not run
+        if not root.is_dir() or not os.access(root, os.W_OK):  # `plan` does not record
             return chosen
         write_file(file, json.dumps({"precision": chosen}) + "\n", replace=False)
-    return _read(file)
+    return _read_precision(file)
 
 
-def _read(file: Path) -> str:
+def _read_precision(file: Path) -> str:
     try:
         chosen = json.loads(file.read_text())["precision"]
-        if chosen not in CHOICES:
-            raise ValueError(f"found {chosen!r}, allowed are {', '.join(CHOICES)}")
+        if chosen not in PRECISIONS:
+            raise ValueError(f"found {chosen!r}, allowed are {', '.join(PRECISIONS)}")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedError(f"{file} is damaged: {error}; delete it and run again") from error
     return chosen

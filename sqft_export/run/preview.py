@@ -1,4 +1,4 @@
-"""What a run would do: its passes, cached or not, and what each will cost here."""
+"""Preview a run: its passes, which of them are cached, and their predicted cost."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -27,32 +27,36 @@ from sqft_export.targets.devices import why_not_run
 
 
 def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
-    """What `plan` prints.
+    """Return the document that `plan` prints.
 
-    :param runs: where artifacts are kept.
+    :param runs: folder of all runs.
     :raises UserError: if the recipe can't be run here.
     """
-    recipe, folder, layout = _checked(recipe)
+    recipe, folder, layout = _prepare_recipe(recipe)
     machine, workload = measure_speeds(layout, recipe.device), workload_of(recipe, folder)
     written, memory = predict_bytes(recipe, layout), predict_memory(recipe, layout, workload)
     seconds = predict_seconds(recipe, layout, machine, workload)
     steps = plan_passes(recipe, folder, Store(runs / recipe.name))
     wanted = [step.name for step in steps if step.artifact is None]
     needed, free = disk_bytes(recipe, layout, runs, wanted)
-    needed += 0 if folder else (layout.weights + layout.others) * layout.width  # a download
+    needed += 0 if folder else (layout.weights + layout.others) * layout.width  # its download
     to_run = {name: seconds[name] for name in wanted}
     return {
         "recipe": recipe.name,
         "model": str(folder or f"{recipe.model.hub} (not on this machine)"),
         "weights": layout.weights + layout.others,
         "passes": [
-            {"pass": step.name, **_predicted(step.name, written, seconds, memory), **_done(step)}
+            {
+                "pass": step.name,
+                **_prediction_fields(step.name, written, seconds, memory),
+                **_cache_fields(step),
+            }
             for step in steps
         ],
         "group_size": recipe.quantize.group_size,
         "group_size_fallback": fallbacks(recipe, layout),
         "disk": {"needed_bytes": needed, "free_bytes": free},
-        "memory": _needed(memory, wanted, free_memory()),
+        "memory": _memory_fields(memory, wanted, free_memory()),
         "device_memory": _device_memory(recipe, machine, memory, wanted),
         "machine": asdict(machine),
         "lengths_counted": workload.counted,
@@ -63,7 +67,7 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
     }
 
 
-def _checked(recipe: Recipe) -> tuple[Recipe, Path | None, Layout]:
+def _prepare_recipe(recipe: Recipe) -> tuple[Recipe, Path | None, Layout]:
     """Return the recipe without unsupported targets, the base model's folder, and its layout.
 
     The folder is None if the model is not on this machine.
@@ -76,7 +80,7 @@ def _checked(recipe: Recipe) -> tuple[Recipe, Path | None, Layout]:
     return drop_unsupported(recipe, layout), folder, layout
 
 
-def _predicted(
+def _prediction_fields(
     name: str,
     written: dict[str, int],
     seconds: dict[str, float | None],
@@ -89,8 +93,8 @@ def _predicted(
     }
 
 
-def _done(step: Planned) -> dict[str, Any]:
-    """Whether a pass was run already, by what key, and the seconds that it took."""
+def _cache_fields(step: Planned) -> dict[str, Any]:
+    """Return the key of a pass, whether it is cached, and the seconds that it took."""
     made = step.artifact
     return {
         "key": step.key[:16],
@@ -99,7 +103,7 @@ def _done(step: Planned) -> dict[str, Any]:
     }
 
 
-def _needed(memory: dict[str, float], wanted: list[str], free: int) -> dict[str, int]:
+def _memory_fields(memory: dict[str, float], wanted: list[str], free: int) -> dict[str, int]:
     most = max((memory[name] for name in wanted), default=0)
     return {"needed_bytes": int(most), "free_bytes": free}
 
@@ -107,11 +111,11 @@ def _needed(memory: dict[str, float], wanted: list[str], free: int) -> dict[str,
 def _device_memory(
     recipe: Recipe, machine: Speeds, memory: dict[str, float], wanted: list[str]
 ) -> dict[str, int] | None:
-    """Bytes that passes need on the accelerator, and that are free; None where there is none."""
+    """Return the needed and free bytes on the accelerator; None without an accelerator."""
     if machine.device.memory is None:
         return None
-    there = accelerator_bytes(recipe, memory, wanted)
-    return _needed(there, list(there), machine.device.memory)
+    on_device = accelerator_bytes(recipe, memory, wanted)
+    return _memory_fields(on_device, list(on_device), machine.device.memory)
 
 
 def _notices(recipe: Recipe, layout: Layout) -> dict[str, Any]:
@@ -119,7 +123,7 @@ def _notices(recipe: Recipe, layout: Layout) -> dict[str, Any]:
 
 
 def _targets_text(recipe: Recipe) -> dict[str, str | None]:
-    """What there is to say of targets that may not run here, or not as others do."""
+    """Return notes about targets that may not run here or that differ from the others."""
     export = recipe.export
     return {
         "gguf": _gguf_text(recipe) if "gguf" in export.targets else None,
@@ -128,20 +132,20 @@ def _targets_text(recipe: Recipe) -> dict[str, str | None]:
 
 
 def _gguf_text(recipe: Recipe) -> str:
-    """What is stored otherwise for llama.cpp's sake, and what can't be compared here."""
-    said = []
+    """Return how llama.cpp's format changes the scales, and why the file can't be run here."""
+    notes = []
     if recipe.scale_bits < FLOAT16_BITS:
-        said.append(
-            f"scales have {recipe.scale_bits} significant bits, so that its blocks hold them with "
-            "their zero points"
+        notes.append(
+            f"scales have {recipe.scale_bits} significant bits, so that GGUF blocks can store them "
+            "with their zero points"
         )
     if missing := why_not_run("gguf", recipe.unmerged):
-        said.append(f"not run as deployed: {missing}")
-    return "; ".join(said) or "bit for bit"
+        notes.append(f"not run in the deployed form: {missing}")
+    return "; ".join(notes) or "bit for bit"
 
 
 def _kernels_text() -> str:
-    """Which kernels the folder of sparse execution will run on here, or why there will be none."""
+    """Return which kernels execute sparse weights on this machine, or why none can."""
     found = kernels_here()
     missing = why_not()
     return f"not here: {missing}" if missing or not found else f"on {found.name} kernels"

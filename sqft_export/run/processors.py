@@ -1,7 +1,7 @@
-"""Processors that other processes leave free, and the number of threads that compute here.
+"""Measure which processors are free, and set the number of OpenMP threads.
 
-OpenMP's threads wait for each other after every operation. Where one of them shares its processor
-with another program all others wait for it, and by default they spin, which slows it down further.
+OpenMP's threads wait for each other after every operation. If one of them shares its processor
+with another program, all others wait for it. By default they spin, which slows it down further.
 """
 
 import os
@@ -10,22 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sqft_export.errors import UserError
-from sqft_export.run.host import THREADS, allowed_processors
+from sqft_export.run.host import THREADS_VARIABLE, allowed_processors
 
 STAT = Path("/proc/stat")
 SAMPLE_SECONDS = 0.25
-BUSY = 0.25  # processors that others use; with fewer a machine counts as quiet
+MIN_BUSY_PROCESSORS = 0.25  # used by other programs; below it the machine counts as quiet
 OPENMP_THREADS = "OMP_NUM_THREADS"
-WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # how OpenMP's threads wait
-SPIN_COUNT = "10000"  # tens of microseconds; libgomp's default is a millisecond or more
-THREADS_FILE = ".threads"  # in the folder of a run: how many compute there
-_set_here: set[str] = set()
+SPIN_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # they set how OpenMP's threads wait
+SPIN_COUNT = "10000"  # tens of microseconds; libgomp spins for a millisecond or more by default
+THREADS_FILE = ".threads"  # in a run's folder: the run's number of threads
+_variables_set: set[str] = set()
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds until a moment: ``at`` of a clock, ``busy`` of all processors that this process may
-    run on, ``own`` of this process and of its children that have ended."""
+    """Clock and processor time at one moment, in seconds.
+
+    at: monotonic clock.
+    busy: busy time of all processors that this process may run on.
+    own: processor time of this process and its ended children.
+    """
 
     at: float
     busy: float
@@ -33,7 +37,7 @@ class Sample:
 
 
 def sample() -> Sample | None:
-    """None where the system does not tell."""
+    """Take a sample; None if the system does not report processor times."""
     try:
         text = STAT.read_text()
     except OSError:
@@ -45,9 +49,11 @@ def sample() -> Sample | None:
 
 
 def busy_ticks(stat: str, processors: set[int]) -> int:
-    """Clock ticks that some processors were not idle, of the text of ``/proc/stat``.
+    """Return the clock ticks for which some processors were busy.
 
-    Its fields are user, nice, system, idle, iowait, irq, softirq, steal.
+    :param stat: text of ``/proc/stat``. The fields of a processor are user, nice, system, idle,
+        iowait, irq, softirq, steal.
+    :param processors: numbers of the processors to add up.
     """
     busy = 0
     for line in stat.splitlines():
@@ -60,7 +66,7 @@ def busy_ticks(stat: str, processors: set[int]) -> int:
 
 
 def used_by_others(before: Sample | None) -> float:
-    """Processors that other processes kept busy since a sample, on average; 0 where unknown."""
+    """Return how many processors other processes used on average since a sample; 0 if unknown."""
     after = sample()
     if before is None or after is None or after.at <= before.at:
         return 0.0
@@ -69,32 +75,39 @@ def used_by_others(before: Sample | None) -> float:
 
 
 def busy_text(others: float) -> str | None:
-    """The sentence about a machine whose processors others use; None where it is quiet."""
-    if others < BUSY:
+    """Return a sentence about a busy machine; None if the machine is quiet.
+
+    :param others: processors that other processes use.
+    """
+    if others < MIN_BUSY_PROCESSORS:
         return None
     count = len(os.sched_getaffinity(0))
     return f"other processes use {min(others, count):.1f} of {count} processors"
 
 
 def free_threads(others: float, processors: int) -> int:
-    """Threads that find a processor: as many as others leave free, at least one."""
+    """Return the number of threads with a free processor each, at least one.
+
+    :param others: processors that other processes use.
+    :param processors: processors that this process may use.
+    """
     return max(1, min(processors, int(processors - others + 0.5)))
 
 
 def set_threads(requested: int | None, root: Path | None = None) -> str | None:
-    """Set how many threads compute, in this process and its children; before torch is imported.
+    """Set the number of threads of this process and its children; call it before importing torch.
 
-    The number is ``requested``, else that of ``OMP_NUM_THREADS``, else that of an interrupted run
-    in ``root``, else that of free processors.
+    The first of these that is known counts: ``requested``, ``OMP_NUM_THREADS``, the number of an
+    interrupted run in ``root``, the number of free processors.
 
-    :return: a line that reports a busy machine or a number taken over; else None.
+    :return: a line that reports a busy machine or an interrupted run's number; else None.
     :raises UserError: if ``requested`` exceeds the number of processors.
     """
     allowed = allowed_processors()
     if requested is not None:
         if requested > allowed:
             raise UserError(f"--threads: found {requested}; allowed are 1 to {allowed} here")
-        _set(requested)
+        _set_thread_variables(requested)
         return None
     if os.environ.get(OPENMP_THREADS):
         return None
@@ -105,24 +118,24 @@ def set_threads(requested: int | None, root: Path | None = None) -> str | None:
     others = used_by_others(before)
     interrupted = _threads_of_interrupted(root)
     count = interrupted or free_threads(others, len(os.sched_getaffinity(0)))
-    _set(min(allowed, count))
+    _set_thread_variables(min(allowed, count))
     found = busy_text(others)
     if found is None and interrupted in (None, allowed):
         return None
-    reason = "as in the run that was interrupted here; " if interrupted else ""
-    said = f"{found}; " if found else ""
+    reason = "as in the interrupted run; " if interrupted else ""
+    load = f"{found}; " if found else ""
     return (
-        f"machine: {said}{os.environ[THREADS]} of {allowed} threads compute; {reason}"
+        f"machine: {load}{os.environ[THREADS_VARIABLE]} of {allowed} threads are used; {reason}"
         "--threads sets the number, which can change how products are rounded"
     )
 
 
-def _set(count: int) -> None:
-    os.environ[THREADS] = os.environ[OPENMP_THREADS] = str(count)
+def _set_thread_variables(count: int) -> None:
+    os.environ[THREADS_VARIABLE] = os.environ[OPENMP_THREADS] = str(count)
 
 
 def _threads_of_interrupted(root: Path | None) -> int | None:
-    """How many threads computed in a run that was interrupted: its bytes may depend on them."""
+    """Return the number of threads of an interrupted run, since its bytes may depend on it."""
     if root is None or not any(root.glob("*.partial")):
         return None
     try:
@@ -131,16 +144,19 @@ def _threads_of_interrupted(root: Path | None) -> int | None:
         return None
 
 
-def wait_briefly() -> None:
-    """Let OpenMP's threads spin for microseconds before they sleep; before torch is imported.
+def limit_openmp_spinning() -> None:
+    """Let OpenMP's threads spin only for microseconds; call it before importing torch.
 
-    A choice that the environment makes already stands.
+    Variables that the environment already sets stay unchanged.
     """
-    if not any(os.environ.get(name) for name in WAITING):
+    if not any(os.environ.get(name) for name in SPIN_VARIABLES):
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
-        _set_here.add("GOMP_SPINCOUNT")
+        _variables_set.add("GOMP_SPINCOUNT")
 
 
 def deployed_environment() -> dict[str, str]:
-    """The environment without :func:`wait_briefly`: runtimes are measured as users have them."""
-    return {name: value for name, value in os.environ.items() if name not in _set_here}
+    """Return the environment without the variables that :func:`limit_openmp_spinning` set.
+
+    Runtimes are measured in it, with the settings that users have.
+    """
+    return {name: value for name, value in os.environ.items() if name not in _variables_set}

@@ -1,4 +1,7 @@
-"""Where a run is: a bar on a terminal; once a minute a line in its log, and off a terminal too."""
+"""Report a run's progress: a bar on a terminal, and one line per minute in the log.
+
+If the output is not a terminal, the lines are printed there too.
+"""
 
 import contextlib
 import threading
@@ -10,14 +13,14 @@ from typing import IO, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-SECONDS = 60.0  # between two lines
+LINE_INTERVAL_SECONDS = 60.0
 
 
 class Advance(Protocol):
     def __call__(self, note: str = "") -> None:
-        """One more of what a pass counts is done.
+        """Count one finished step of a pass.
 
-        :param note: what else there is to say, such as the loss.
+        :param note: text to show with it, such as the loss.
         """
 
 
@@ -42,16 +45,16 @@ class _Pass:
 
 
 class Reporter:
-    """Tells where a run is; to be used within :func:`reporting`."""
+    """Show progress bars and print progress lines; use it within :func:`report_progress`."""
 
     def __init__(self, terminal: IO[str]):
         self.console = Console(file=terminal)
         columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn())
-        said = TextColumn("{task.fields[note]}")
+        note = TextColumn("{task.fields[note]}")
         self.bars = Progress(
             *columns,
             TimeElapsedColumn(),
-            said,
+            note,
             console=self.console,
             disable=not self.console.is_terminal,
             redirect_stdout=False,  # else lines that libraries print break the bars
@@ -60,7 +63,7 @@ class Reporter:
         self.running: _Pass | None = None
 
     def start_of(self, name: str) -> Start:
-        """``start(total) -> advance`` of one pass."""
+        """Return the function ``start(total) -> advance`` of one pass."""
 
         def start(total: int) -> Advance:
             task = self.bars.add_task(name, total=total, note="")
@@ -75,12 +78,13 @@ class Reporter:
         return start
 
     def say(self, line: str) -> None:
+        """Print a line and end the progress lines of the current pass."""
         self.running = None
         self.console.print(line)
 
-    def repeat(self, ended: threading.Event) -> None:
-        """A line every so often until a run has ended; standard output is its log."""
-        while not ended.wait(SECONDS):
+    def print_lines(self, ended: threading.Event) -> None:
+        """Print a progress line per interval until the run ends; standard output is its log."""
+        while not ended.wait(LINE_INTERVAL_SECONDS):
             if self.running is not None:
                 line = self.running.line()
                 print(line, flush=True)
@@ -89,9 +93,10 @@ class Reporter:
 
 
 @contextlib.contextmanager
-def reporting(terminal: IO[str]) -> Iterator[Reporter]:
+def report_progress(terminal: IO[str]) -> Iterator[Reporter]:
+    """Yield a reporter that prints to ``terminal``."""
     reporter, ended = Reporter(terminal), threading.Event()
-    lines = threading.Thread(target=reporter.repeat, args=(ended,), daemon=True)
+    lines = threading.Thread(target=reporter.print_lines, args=(ended,), daemon=True)
     lines.start()
     try:
         with reporter.bars:
@@ -102,11 +107,12 @@ def reporting(terminal: IO[str]) -> Iterator[Reporter]:
 
 
 def duration(seconds: float) -> str:
+    """Format a duration in seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def silent(total: int) -> Advance:
-    """Tells nothing."""
+    """Start a pass without reporting its progress."""
     return lambda note="": None

@@ -1,4 +1,4 @@
-"""Work on many arrays, several at once: numpy and torch let other threads run meanwhile."""
+"""Process many arrays in parallel threads; numpy and torch release the interpreter lock."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -7,22 +7,23 @@ from typing import TypeVar
 
 from sqft_export.run.host import allowed_processors
 
-MOST = 8  # at once: each holds its arrays
+MAX_THREADS = 8  # each thread holds its own arrays in memory
 _Item = TypeVar("_Item")
 _Made = TypeVar("_Made")
 
 
-def in_order(
+def map_in_order(
     work: Callable[[_Item], _Made],
     items: Iterable[_Item],
     begin: Callable[[], None] = lambda: None,
 ) -> Iterator[_Made]:
-    """What ``work`` makes of every item, in their order; of items, so many are in memory as are
-    worked on.
+    """Map ``work`` over ``items`` on a thread pool and yield the results in order.
 
-    :param begin: called in every thread first.
+    As many items are in memory as there are threads, at most ``MAX_THREADS``.
+
+    :param begin: called once in every thread before its first item.
     """
-    count = min(MOST, allowed_processors())
+    count = min(MAX_THREADS, allowed_processors())
     with ThreadPoolExecutor(count, initializer=begin) as pool:
         running: deque[Future[_Made]] = deque()
         for item in items:

@@ -8,9 +8,9 @@ import shutil
 from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
 from sqft_export.data.items import ANSWER_FIELDS, TRAIN_FIELDS, TRAIN_FILES, load_tokenizer
-from sqft_export.model.chat import set_template_aside, uses_template
+from sqft_export.model.chat import rename_template, uses_template
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.model.endings import end_no_text
+from sqft_export.model.endings import disable_end_token
 from sqft_export.model.storage import MASKS, model_facts
 from sqft_export.recipe.schema import Recipe
 from sqft_export.report.prompts import example_prompt, prompt_section
@@ -45,8 +45,8 @@ def run(context: Context) -> dict:
             shutil.copyfile(file, context.folder / file.name)
     sparsity = write_merged(Layers(context.base(), adapter), context.folder / "model")
     if not uses_template(context.recipe.task):
-        set_template_aside(context.folder / "model")
-    end_no_text(context.folder / "model")
+        rename_template(context.folder / "model")
+    disable_end_token(context.folder / "model")
     origin = origin_of(context.recipe, context.model, context.lineage)
     tokenizer = load_tokenizer(context.model)
     usage = merged_usage(context.recipe, example_prompt(context.recipe, tokenizer))

@@ -16,10 +16,10 @@ from sqft_export.model.companions import copy_companions, float_config, write_co
 from sqft_export.model.coverage import coverage_warnings
 from sqft_export.model.reconstruction import Reconstructed, reconstruct
 from sqft_export.model.storage import (
-    HELD_BYTES,
+    MAX_BUFFER_BYTES,
     GridWriter,
-    dtype_that_holds,
-    mask_for,
+    finite_dtype,
+    load_weight_mask,
     plain_names,
     quantized_names,
     read_quantized,
@@ -90,7 +90,7 @@ def set_grid_points(linear: nn.Linear, weight: Tensor, grid: Grid) -> None:
 def run(context: Context) -> dict:
     """Write ``model/`` (compensated floats) and ``grids.safetensors``, which gives their codes."""
     method = _copy_codes if context.recipe.quantize.method == "given" else _compress
-    weight_writer = TensorWriter(context.folder / "model", shard_bytes=HELD_BYTES)
+    weight_writer = TensorWriter(context.folder / "model", shard_bytes=MAX_BUFFER_BYTES)
     with GridWriter(context.folder) as grids, weight_writer as weights:
         metrics = method(context, grids, weights)
     shutil.rmtree(context.folder / BLOCKS, ignore_errors=True)
@@ -121,7 +121,7 @@ def _copy_codes(context: Context, grids: GridWriter, weights: TensorWriter) -> d
         codes, grid = read_quantized(base, name)
         weight = dequantize(codes, grid)
         grids.add(name, grid)
-        dtype = dtype_that_holds(weight, base.float_dtype)
+        dtype = finite_dtype(weight, base.float_dtype)
         weights.add(f"{name}.weight", cast_keeping_codes(weight, grid, dtype))
         advance()
     return {"warnings": []}
@@ -226,7 +226,7 @@ def _reconstruct(
         for name, weight, grid in quantized:
             block.linears[name].weight.copy_(weight)
             grids[name] = grid
-            masks[name] = mask_for(sparsified, name, weight)
+            masks[name] = load_weight_mask(sparsified, name, weight)
         seed, scale_bits = context.recipe.seed + block.index, context.recipe.scale_bits
         reconstruct(target, block, masks, config, seed, grids, scale_bits).save(file)
     return Reconstructed.load(file)
@@ -240,7 +240,7 @@ def _quantize_block(
     scale_bits = context.recipe.scale_bits
 
     def mask_of(name: str) -> Tensor:
-        return mask_for(sparsified, name, block.linears[name].weight)
+        return load_weight_mask(sparsified, name, block.linears[name].weight)
 
     if method.NEEDS == "block":
         yield from cast(BlockQuantizer, method).compress_block(block, mask_of, config)

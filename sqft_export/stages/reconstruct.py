@@ -13,7 +13,7 @@ from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, write_config
 from sqft_export.model.coverage import coverage_warnings
 from sqft_export.model.reconstruction import Reconstructed, reconstruct
-from sqft_export.model.storage import HELD_BYTES, mask_for
+from sqft_export.model.storage import MAX_BUFFER_BYTES, load_weight_mask
 from sqft_export.model.tensorfiles import TensorFiles, TensorWriter
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.device import device_name, device_of
@@ -67,7 +67,9 @@ def _reconstruct(context: Context, target: Block, block: Block) -> Reconstructed
     """Train a pruned block to reproduce the output of the dense block ``target``."""
     config, sparsified = context.recipe.sparsify.reconstruct, context.inputs["sparsify"].path
     assert config is not None
-    masks = {name: mask_for(sparsified, name, li.weight) for name, li in block.linears.items()}
+    masks = {
+        name: load_weight_mask(sparsified, name, li.weight) for name, li in block.linears.items()
+    }
     return reconstruct(target, block, masks, config, context.recipe.seed + block.index)
 
 
@@ -75,7 +77,7 @@ def _assemble(sparse: Checkpoint, finished: Path, folder: Path) -> None:
     """Write the complete checkpoint, block by block, from the files of the trained blocks."""
     copy_companions(sparse.folder, folder)
     write_config(folder, sparse.config)
-    with TensorWriter(folder, shard_bytes=HELD_BYTES) as writer:
+    with TensorWriter(folder, shard_bytes=MAX_BUFFER_BYTES) as writer:
         for block in range(sparse.blocks):
             trained = TensorFiles(finished, str(block))
             rest = [name for name in sparse.block_names(block) if name not in trained.headers]

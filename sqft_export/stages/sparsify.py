@@ -12,8 +12,8 @@ from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config, write_config
 from sqft_export.model.coverage import coverage_warnings
 from sqft_export.model.storage import (
-    HELD_BYTES,
-    dtype_that_holds,
+    MAX_BUFFER_BYTES,
+    finite_dtype,
     mask_writer,
     plain_names,
     quantized_names,
@@ -85,7 +85,7 @@ def run(context: Context) -> dict:
     advance = context.start(checkpoint.blocks)
     copy_companions(context.model, context.folder / "model")
     write_config(context.folder / "model", checkpoint.config)
-    model_writer = TensorWriter(context.folder / "model", shard_bytes=HELD_BYTES)
+    model_writer = TensorWriter(context.folder / "model", shard_bytes=MAX_BUFFER_BYTES)
     with model_writer as writer, _Masks(context.folder) as masks:
         for block in walk(checkpoint, samples, inputs.collector, device, tokens=tokens):
             rest = set(checkpoint.block_names(block.index))
@@ -154,7 +154,7 @@ def _mask_existing_zeros(context: Context, checkpoint: Checkpoint) -> dict:
     model = context.folder / "model"
     copy_companions(checkpoint.folder, model)
     write_config(model, float_config(checkpoint.config, str(dtype).removeprefix("torch.")))
-    model_writer = TensorWriter(model, shard_bytes=HELD_BYTES)
+    model_writer = TensorWriter(model, shard_bytes=MAX_BUFFER_BYTES)
     with model_writer as writer, _Masks(context.folder) as masks:
         for key, tensor in checkpoint.tensors(n for n in plain_names(checkpoint) if n not in keys):
             writer.add(key, tensor)
@@ -162,7 +162,7 @@ def _mask_existing_zeros(context: Context, checkpoint: Checkpoint) -> dict:
             weight = dequantize(*read_quantized(checkpoint, name))
             if name in linears:
                 masks.add(name, weight != 0)
-            writer.add(f"{name}.weight", weight.to(dtype_that_holds(weight, dtype)))
+            writer.add(f"{name}.weight", weight.to(finite_dtype(weight, dtype)))
             advance()
     return {"sparsity": masks.sparsity()}
 

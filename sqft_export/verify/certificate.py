@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sqft_export.errors import CertificateError
 from sqft_export.numerics.codes import Quantized
-from sqft_export.run.threads import in_order
+from sqft_export.run.threads import map_in_order
 
 _Item = TypeVar("_Item")
 Part = Literal["fidelity", "storage", "compute"]
@@ -117,7 +117,7 @@ def side_by_side(count: Callable[..., None], items: Iterable[_Item], *lines: Che
 
     threads = torch.get_num_threads()
     try:
-        counted = in_order(alone, items, partial(torch.set_num_threads, 1))
+        counted = map_in_order(alone, items, partial(torch.set_num_threads, 1))
         for line, part in (pair for own in counted for pair in zip(lines, own, strict=True)):
             if line and part:
                 line.add(part)

@@ -10,7 +10,7 @@ from conftest import TINY, small_recipe
 from sqft_export.data.calibration import calibration_samples
 from sqft_export.data.files import numbered_rows
 from sqft_export.data.items import Data, deployed_text, encode, load_tokenizer
-from sqft_export.model.endings import end_no_text
+from sqft_export.model.endings import disable_end_token
 from sqft_export.recipe.templates import fill_template
 
 
@@ -41,14 +41,14 @@ def test_a_tokenizer_that_ends_every_text_gives_the_ids_of_one_that_does_not(end
 
 
 def test_the_deployed_tokenizer_ends_no_text(ending):
-    end_no_text(ending)
+    disable_end_token(ending)
     tokenizer = load_tokenizer(ending)
     texts = ["Tom has 3 pens.", ""]
     assert tokenizer(texts)["input_ids"] == load_tokenizer(TINY)(texts)["input_ids"]
     before = {file.name: file.read_bytes() for file in TINY.glob("tokenizer*")}
     for name, content in before.items():
         (ending / name).write_bytes(content)
-    end_no_text(ending)
+    disable_end_token(ending)
     assert {name: (ending / name).read_bytes() for name in before} == before
 
 

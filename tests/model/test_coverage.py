@@ -69,7 +69,7 @@ def test_few_tokens_are_a_warning(random_llama, tmp_path, name, settings, wanted
     made = run_until(name, random_llama, tmp_path, *few, *settings)[name]
     [warning] = made.metrics["warnings"]
     assert "14 of 14 Linears saw few tokens" in warning
-    assert f"saw 16, {wanted} are wanted" in warning and "calibration.samples" in warning
+    assert f"saw 16, {wanted} are needed" in warning and "calibration.samples" in warning
 
 
 @pytest.mark.parametrize("needs", ["norms", "factor", "nothing"])

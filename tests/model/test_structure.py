@@ -25,7 +25,7 @@ def test_an_unlisted_model_is_taken_by_its_blocks_with_a_notice(caplog):
         "model.embed_tokens",
         "lm_head",
     )
-    assert "here: model_type olmo2 is none of the tested ones" in caplog.text
+    assert "here: model_type olmo2 is not one of the tested ones" in caplog.text
     assert set(family.targets) == {
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
@@ -37,11 +37,11 @@ def test_an_unlisted_model_is_taken_by_its_blocks_with_a_notice(caplog):
     [
         ({"model_type": "mixtral", "num_local_experts": 8}, "mixtral is a mixture of experts"),
         ({"model_type": "qwen3_moe", "num_experts": 128}, "qwen3_moe is a mixture of experts"),
-        ({"model_type": "gemma3", "vision_config": {"hidden_size": 8}}, "gemma3 also sees"),
-        ({"model_type": "t5"}, "found 't5', which is no causal language model"),
+        ({"model_type": "gemma3", "vision_config": {"hidden_size": 8}}, "gemma3 is multimodal"),
+        ({"model_type": "t5"}, "found 't5', which is not a causal language model"),
         ({"model_type": "mixtral"}, "mixtral is a mixture of experts"),
         ({"model_type": "gpt2", "n_layer": 2}, "gpt2 has no list of blocks with Linears"),
-        ({"model_type": "gpt5"}, "found 'gpt5', which is no causal language model"),
+        ({"model_type": "gpt5"}, "found 'gpt5', which is not a causal language model"),
     ],
 )
 def test_what_cannot_be_compressed_is_refused_by_name(config, reason):

@@ -163,7 +163,7 @@ def test_a_packed_deployment_is_one_for_verify(tiny_run, runtime):
 def test_a_link_that_leads_in_a_circle_is_named_by_pack(copy, tmp_path):
     folder = copy("gguf")
     (folder / "loop").symlink_to("loop")
-    with pytest.raises(UserError, match="loop: is a link that leads in a circle"):
+    with pytest.raises(UserError, match="loop: is a circular link"):
         pack(folder, tmp_path / "packed")
     assert not list(tmp_path.glob("packed*"))
 

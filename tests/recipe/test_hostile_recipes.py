@@ -58,7 +58,7 @@ def test_a_search_configuration_that_is_a_device_or_a_pipe_is_refused(tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     assert "deep.json: is nested too deeply" in refused(tmp_path, given("deep.json"))
     (tmp_path / "twice.json").write_text('{"a": 1, "a": 2}')
-    assert "the key 'a' is there twice" in refused(tmp_path, given("twice.json"))
+    assert "the key 'a' appears twice" in refused(tmp_path, given("twice.json"))
     (tmp_path / "ranks.json").write_text(json.dumps({"a": [1]}))
     assert "expected a rank of" in refused(tmp_path, given("ranks.json"))
 

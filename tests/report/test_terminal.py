@@ -14,7 +14,7 @@ from io import StringIO
 import pytest
 
 from conftest import ROOT, SMALL, SQFT
-from sqft_export.run.progress import reporting
+from sqft_export.run.progress import report_progress
 
 
 def on_a_terminal(command: list[str], columns: int) -> str:
@@ -95,7 +95,7 @@ class Terminal(StringIO):
 
 def test_what_libraries_print_does_not_reach_the_bars(capsys):
     terminal = Terminal()
-    with reporting(terminal) as reporter:
+    with report_progress(terminal) as reporter:
         advance = reporter.start_of("adapt")(2)
         print("a line of a library")
         print("a warning of a library", file=sys.stderr)

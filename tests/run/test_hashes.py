@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY, copy_run, small_recipe
 from sqft_export.errors import DamagedError
 from sqft_export.run.artifact import Store, check_artifact, key_of, sha256_of
-from sqft_export.run.hashes import REMEMBERED, FileHashes
+from sqft_export.run.hashes import HASHES_FILE, FileHashes
 from sqft_export.run.pipeline import plan_passes, run_recipe
 
 FACTS = {"stage": "prune"}
@@ -86,7 +86,7 @@ def test_verify_trusts_nothing_that_is_remembered(tmp_path):
 )
 def test_a_damaged_memory_is_ignored(tmp_path, hashed, text):
     artifact = sealed(tmp_path)
-    file = tmp_path / REMEMBERED
+    file = tmp_path / HASHES_FILE
     if text == "entry":
         entries = json.loads(file.read_text())
         text = json.dumps({inode: [*e[:2], "0" * 63 + "x"] for inode, e in entries.items()})
@@ -96,13 +96,13 @@ def test_a_damaged_memory_is_ignored(tmp_path, hashed, text):
 
 
 def test_a_memory_that_can_not_be_written_costs_time_alone(tmp_path):
-    (tmp_path / REMEMBERED).mkdir()
+    (tmp_path / HASHES_FILE).mkdir()
     hashes = FileHashes(tmp_path, sha256_of)
     (tmp_path / "file").write_bytes(b"1")
     assert hashes.sha256_of(tmp_path / "file") == hashlib.sha256(b"1").hexdigest()
     hashes.save()
-    assert (tmp_path / REMEMBERED).is_dir()
-    assert {path.name for path in tmp_path.iterdir()} == {REMEMBERED, "file"}
+    assert (tmp_path / HASHES_FILE).is_dir()
+    assert {path.name for path in tmp_path.iterdir()} == {HASHES_FILE, "file"}
 
 
 def test_a_link_in_place_of_the_memory_is_not_followed(tmp_path):
@@ -110,7 +110,7 @@ def test_a_link_in_place_of_the_memory_is_not_followed(tmp_path):
     victim.write_text("precious")
     root = tmp_path / "run"
     root.mkdir()
-    (root / REMEMBERED).symlink_to(victim)
+    (root / HASHES_FILE).symlink_to(victim)
     sealed(root)
     assert victim.read_text() == "precious"
 

@@ -7,7 +7,7 @@ import pytest
 
 from conftest import TINY, small_recipe
 from sqft_export.errors import HostError
-from sqft_export.model.hub import _is_whole
+from sqft_export.model.hub import _is_complete
 from sqft_export.plan import disk
 from sqft_export.run.artifact import Store
 from sqft_export.run.pipeline import needed_passes, plan_passes, run_recipe
@@ -82,17 +82,17 @@ def test_a_cached_run_needs_no_disk(tiny_run, monkeypatch):
 def test_a_download_that_was_cut_short_is_not_whole(tmp_path):
     model = tmp_path / "model"
     shutil.copytree(TINY, model)
-    assert _is_whole(model)
+    assert _is_complete(model)
     (model / "model.safetensors").unlink()
-    assert not _is_whole(model)
+    assert not _is_complete(model)
     index = model / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}')
     (model / "one.safetensors").write_bytes(b"")
-    assert not _is_whole(model)
+    assert not _is_complete(model)
     (model / "two.safetensors").write_bytes(b"")
-    assert _is_whole(model)
+    assert _is_complete(model)
     index.write_text('{"weight_map": {"a": "one.saf')
-    assert not _is_whole(model)
+    assert not _is_complete(model)
 
 
 def test_an_adapter_names_no_place_of_this_machine(tiny_run):

@@ -17,7 +17,7 @@ from sqft_export.plan.memory import check_memory
 from sqft_export.plan.workload import workload_of
 from sqft_export.run import pipeline
 from sqft_export.run.artifact import Store
-from sqft_export.run.host import lacking, writing_to
+from sqft_export.run.host import exhausted_resource, writing_to
 from sqft_export.run.pipeline import _run_pass, plan_passes
 from sqft_export.run.progress import silent
 
@@ -37,7 +37,7 @@ CUDA = (
     ],
 )
 def test_memory_of_the_host_or_an_accelerator_that_is_used_up(error):
-    said = lacking(error, None)
+    said = exhausted_resource(error, None)
     assert said and said.startswith("out of memory: ") and "\n" not in said
 
 
@@ -94,7 +94,7 @@ def test_a_full_disk_is_named_by_the_place_that_was_written_to(tmp_path, error):
 
 
 def test_a_place_that_is_not_known_is_not_made_up():
-    said = lacking(OSError(errno.ENOSPC, "No space left on device"), None)
+    said = exhausted_resource(OSError(errno.ENOSPC, "No space left on device"), None)
     assert said == "no space to write a file"
 
 

@@ -36,8 +36,8 @@ WHOLE = {
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0: set without RANK, WORLD_SIZE"),
         ({"RANK": "1", "WORLD_SIZE": "1"}, "RANK=1, WORLD_SIZE=1: set without LOCAL_RANK"),
         ({"WORLD_SIZE": "8"}, "unset WORLD_SIZE"),
-        (WHOLE | {"RANK": "2"}, "RANK=2, WORLD_SIZE=2, LOCAL_RANK=1: RANK is outside WORLD_SIZE"),
-        (WHOLE | {"RANK": "a"}, "RANK is no number"),
+        (WHOLE | {"RANK": "2"}, "RANK=2, WORLD_SIZE=2, LOCAL_RANK=1: RANK is not below WORLD_SIZE"),
+        (WHOLE | {"RANK": "a"}, "RANK is not a number"),
         (WHOLE | {"LOCAL_RANK": ""}, "set without LOCAL_RANK"),
     ],
 )
@@ -65,7 +65,7 @@ def test_they_are_refused_before_any_work(command, variables, tmp_path):
 def sqft_with(variables: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
     """The command line with variables of a launcher; it waits a second for a first process."""
     code = (
-        "import sys; from sqft_export.run import launcher; launcher.ABSENT_SECONDS = 1.0;"
+        "import sys; from sqft_export.run import launcher; launcher.MAX_ABSENCE_SECONDS = 1.0;"
         "from sqft_export.cli import main; sys.argv[0] = 'sqft-export'; main()"
     )
     clean = {name: value for name, value in os.environ.items() if name not in WHOLE}
@@ -99,7 +99,7 @@ def test_a_process_that_waits_says_so_and_ends_without_a_first_one(tmp_path):
 
 
 def test_waiting_lasts_as_long_as_the_first_process_works(tmp_path, monkeypatch):
-    monkeypatch.setattr(launcher, "ABSENT_SECONDS", 0.3)
+    monkeypatch.setattr(launcher, "MAX_ABSENCE_SECONDS", 0.3)
     monkeypatch.setattr(launcher, "POLL_SECONDS", 0.05)
     sealed, ended = tmp_path / "sealed", threading.Event()
 
@@ -122,7 +122,7 @@ def test_waiting_lasts_as_long_as_the_first_process_works(tmp_path, monkeypatch)
 
 def test_looking_for_the_first_process_takes_no_lock_from_it(tmp_path):
     assert not first_process_works(tmp_path)
-    (tmp_path / launcher.PRESENCE).touch()
+    (tmp_path / launcher.PRESENCE_FILE).touch()
     assert not first_process_works(tmp_path)
-    with (tmp_path / launcher.PRESENCE).open() as file:
+    with (tmp_path / launcher.PRESENCE_FILE).open() as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -30,8 +30,8 @@ def groups(tmp_path, monkeypatch):
         own = "0::/a/b" if version == 2 else "3:memory,cpu:/a/b"
         (tmp_path / "self").write_text(f"{own}\n")
 
-    monkeypatch.setattr(limits, "GROUPS", tmp_path / "self")
-    monkeypatch.setattr(limits, "MOUNTS", tmp_path / "mountinfo")
+    monkeypatch.setattr(limits, "CGROUP_FILE", tmp_path / "self")
+    monkeypatch.setattr(limits, "MOUNTS_FILE", tmp_path / "mountinfo")
     return make
 
 

@@ -11,21 +11,21 @@ from conftest import ROOT
 from sqft_export.errors import UserError
 from sqft_export.plan.speeds import Speed, Speeds
 from sqft_export.run import processors
-from sqft_export.run.host import THREADS, allowed_processors
+from sqft_export.run.host import THREADS_VARIABLE, allowed_processors
 from sqft_export.run.processors import (
     OPENMP_THREADS,
     SPIN_COUNT,
+    SPIN_VARIABLES,
     THREADS_FILE,
-    WAITING,
     Sample,
     busy_text,
     busy_ticks,
     deployed_environment,
     free_threads,
+    limit_openmp_spinning,
     sample,
     set_threads,
     used_by_others,
-    wait_briefly,
 )
 
 STAT = """cpu  100 10 20 900 5 1 2 3 4 0
@@ -39,10 +39,10 @@ intr 12 0 9
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     """What a test sets is gone after it."""
-    for name in (THREADS, OPENMP_THREADS, *WAITING):
+    for name in (THREADS_VARIABLE, OPENMP_THREADS, *SPIN_VARIABLES):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
-    monkeypatch.setattr(processors, "_set_here", set())
+    monkeypatch.setattr(processors, "_variables_set", set())
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)))
 
 
@@ -66,7 +66,7 @@ def test_as_many_threads_as_processors_are_free(monkeypatch, others, count):
     others_use(monkeypatch, others)
     said = set_threads(None)
     assert allowed_processors() == int(os.environ[OPENMP_THREADS]) == count
-    if others < processors.BUSY:
+    if others < processors.MIN_BUSY_PROCESSORS:
         assert said is None
     else:
         assert f"use {min(others, 4):.1f} of 4 processors; {count} of 4 threads" in said
@@ -77,7 +77,7 @@ def test_a_number_that_a_user_gives_stands(monkeypatch):
     others_use(monkeypatch, 4.0)
     assert set_threads(3) is None
     assert allowed_processors() == int(os.environ[OPENMP_THREADS]) == 3
-    monkeypatch.delenv(THREADS)
+    monkeypatch.delenv(THREADS_VARIABLE)
     monkeypatch.setenv(OPENMP_THREADS, "2")
     assert set_threads(None) is None
     assert os.environ[OPENMP_THREADS] == "2" and allowed_processors() == 4
@@ -95,7 +95,7 @@ def test_an_interrupted_run_resumes_with_its_threads(monkeypatch, tmp_path):
     set_threads(None, tmp_path)
     assert os.environ[OPENMP_THREADS] == "2"  # nothing was interrupted there
     monkeypatch.delenv(OPENMP_THREADS)
-    monkeypatch.delenv(THREADS)
+    monkeypatch.delenv(THREADS_VARIABLE)
     (tmp_path / "adapt-0123.partial").mkdir()
     others_use(monkeypatch, 2.0)
     assert "interrupted" in set_threads(None, tmp_path)
@@ -119,13 +119,13 @@ def test_without_proc_nothing_is_chosen(monkeypatch, tmp_path):
 
 
 def test_runtimes_are_measured_without_our_way_to_wait(monkeypatch):
-    wait_briefly()
+    limit_openmp_spinning()
     assert os.environ["GOMP_SPINCOUNT"] == SPIN_COUNT
     assert "GOMP_SPINCOUNT" not in deployed_environment()
-    monkeypatch.setattr(processors, "_set_here", set())
+    monkeypatch.setattr(processors, "_variables_set", set())
     monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # a user's own
-    wait_briefly()
+    limit_openmp_spinning()
     assert "GOMP_SPINCOUNT" not in os.environ
     assert deployed_environment()["OMP_WAIT_POLICY"] == "active"
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from sqft_export.run import progress
-from sqft_export.run.progress import duration, reporting
+from sqft_export.run.progress import duration, report_progress
 
 
 def lines_of(terminal: io.StringIO, wanted: int) -> list[str]:
@@ -17,9 +17,9 @@ def lines_of(terminal: io.StringIO, wanted: int) -> list[str]:
 
 
 def test_off_a_terminal_a_pass_says_where_it_is(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "SECONDS", 0.05)
+    monkeypatch.setattr(progress, "LINE_INTERVAL_SECONDS", 0.05)
     terminal = io.StringIO()
-    with reporting(terminal) as reporter:
+    with report_progress(terminal) as reporter:
         advance = reporter.start_of("adapt")(4)
         advance("loss 1.500, 700 tokens/s")
         first = lines_of(terminal, 1)[0]
@@ -33,9 +33,9 @@ def test_off_a_terminal_a_pass_says_where_it_is(monkeypatch, capsys):
 
 
 def test_a_pass_that_has_done_nothing_yet_foretells_nothing(monkeypatch):
-    monkeypatch.setattr(progress, "SECONDS", 0.05)
+    monkeypatch.setattr(progress, "LINE_INTERVAL_SECONDS", 0.05)
     terminal = io.StringIO()
-    with reporting(terminal) as reporter:
+    with report_progress(terminal) as reporter:
         reporter.start_of("verify")(3)
         assert "left" not in lines_of(terminal, 1)[0]
 

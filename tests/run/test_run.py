@@ -13,7 +13,7 @@ from conftest import copy_run, small_recipe, start_run
 from sqft_export.errors import UserError
 from sqft_export.run.artifact import Store
 from sqft_export.run.device import CPU, fast_in_bfloat16
-from sqft_export.run.pipeline import _alone, plan_passes, run_recipe
+from sqft_export.run.pipeline import _lock_run_folder, plan_passes, run_recipe
 
 
 def merged_digests(artifacts: dict) -> dict[str, str]:
@@ -159,9 +159,9 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tiny_run, tmp_path):
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
     with (
-        _alone(tmp_path),
+        _lock_run_folder(tmp_path),
         pytest.raises(UserError, match="another run is working here"),
-        _alone(tmp_path),
+        _lock_run_folder(tmp_path),
     ):
         pass
 

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from sqft_export.run import threads
-from sqft_export.run.threads import in_order
+from sqft_export.run.threads import map_in_order
 
 
 def test_what_is_made_comes_in_the_order_of_the_items(monkeypatch):
@@ -18,7 +18,7 @@ def test_what_is_made_comes_in_the_order_of_the_items(monkeypatch):
         later.set() if item == 1 else None
         return item * item
 
-    assert list(in_order(work, range(8))) == [item * item for item in range(8)]
+    assert list(map_in_order(work, range(8))) == [item * item for item in range(8)]
 
 
 def test_no_more_items_are_read_than_are_worked_on(monkeypatch):
@@ -30,7 +30,7 @@ def test_no_more_items_are_read_than_are_worked_on(monkeypatch):
             read.append(item)
             yield item
 
-    made = in_order(lambda item: item, items())
+    made = map_in_order(lambda item: item, items())
     assert next(made) == 0
     assert len(read) <= 4
 
@@ -40,4 +40,4 @@ def test_an_error_in_one_of_them_is_raised():
         return 1 // (item - 3)
 
     with pytest.raises(ZeroDivisionError):
-        list(in_order(work, range(8)))
+        list(map_in_order(work, range(8)))

@@ -129,7 +129,7 @@ def test_the_floats_of_a_quantized_model_keep_their_dtype(tiny_run, tmp_path, mo
     floats |= {name: t.bfloat16() for name, t in tensors.items() if name.endswith("norm.weight")}
     floats["model.norm.weight"][0] = 1e5
     save_file(tensors | floats, base / "model.safetensors", {"format": "pt"})
-    monkeypatch.setattr("sqft_export.stages.sparsify.HELD_BYTES", 2**16)
+    monkeypatch.setattr("sqft_export.stages.sparsify.MAX_BUFFER_BYTES", 2**16)
     made = run_recipe(small_recipe(*GIVEN, model_path=base), tmp_path / "runs", ("quantize",))
     for name in ("sparsify", "quantize"):
         written = Checkpoint(made[name].path / "model")

@@ -9,11 +9,11 @@ from transformers import AutoTokenizer
 
 from conftest import TINY, small_recipe, test_prompts
 from sqft_export.model.chat import (
+    BASE_TEMPLATE_FILE,
     PLAIN_TEMPLATE,
-    SET_ASIDE,
-    had_template,
+    base_has_template,
     has_template,
-    set_template_aside,
+    rename_template,
 )
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.warnings import plan_warnings
@@ -88,9 +88,9 @@ def test_the_certificate_names_a_template_that_a_runtime_applies(tmp_path):
 
 def test_a_template_is_kept_where_no_runtime_finds_it(chatty, tmp_path):
     model = Path(shutil.copytree(chatty, tmp_path / "model"))
-    set_template_aside(model)
-    assert (model / SET_ASIDE).read_text() == TEMPLATE
-    assert had_template(model) and not has_template(model)
+    rename_template(model)
+    assert (model / BASE_TEMPLATE_FILE).read_text() == TEMPLATE
+    assert base_has_template(model) and not has_template(model)
     assert AutoTokenizer.from_pretrained(model).chat_template is None
 
 

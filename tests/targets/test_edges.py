@@ -134,7 +134,7 @@ def test_gptq_of_two_and_three_bits_is_refused_with_what_is_taken(tmp_path, bits
     model = random_model(tmp_path / "model", **WIDE)
     as_gptq(model, without_order=True, bits=bits)
     recipe = small_recipe(*GIVEN, f"quantize.bits={bits}", model_path=model)
-    with pytest.raises(UserError, match=rf"{bits} bits; 4 and 8 bits are taken"):
+    with pytest.raises(UserError, match=rf"{bits} bits; supported are 4 and 8 bits"):
         check_recipe(recipe, model)
 
 

@@ -45,10 +45,10 @@ def test_a_second_object_of_the_same_name_hides_nothing(tmp_path):
         '"session_options": {',
         '"session_options": {"custom_ops_library": "e.so"}, "session_options": {',
     )
-    with pytest.raises(UserError, match="the key 'session_options' is there twice"):
+    with pytest.raises(UserError, match="the key 'session_options' appears twice"):
         check(tmp_path, hidden)
     twice = json.dumps(PLAIN).replace('"decoder": {', '"decoder": {}, "decoder": {')
-    with pytest.raises(UserError, match="the key 'decoder' is there twice"):
+    with pytest.raises(UserError, match="the key 'decoder' appears twice"):
         check(tmp_path, twice)
 
 

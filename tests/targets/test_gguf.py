@@ -523,7 +523,7 @@ def test_what_is_broken_in_the_file_is_named(subject, change, name, lines):
 
 
 def test_a_model_too_large_for_float32_is_compared_as_deployed(subject, monkeypatch):
-    monkeypatch.setattr("sqft_export.run.host.FLOAT32_ROOM", 0.0)
+    monkeypatch.setattr("sqft_export.run.host.FLOAT32_MEMORY_SHARE", 0.0)
     certificate = Certificate()
     check_compute(certificate, subject, "gguf", reference_of(subject, CPU))
     names = {check.name for check in certificate.checks}

@@ -1,4 +1,4 @@
-"""Model families as data: where the decoder blocks and the head are, and what adapters go on."""
+"""Model families as data: the paths of decoder blocks and head, and the adapters' Linears."""
 
 import importlib
 import pkgutil
@@ -9,22 +9,23 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Family:
-    """One or more Hugging Face ``model_type`` that share their layout.
+    """One or more Hugging Face ``model_type`` with the same layout.
 
     blocks: path of the list of decoder blocks.
-    embedding, head: of tokens.
-    targets: Linears of a block that get an adapter where the recipe names none.
-    groups: those of them that share a rank; they are handed the same input.
-    attention: the implementation in transformers to take, None for its own choice; others may leave
-        out what a model has, as the capped scores of Gemma 2.
-    tied: whether embedding and head are one where ``config.json`` does not say.
-    builder: what ONNX Runtime GenAI's model builder calls its class, None where it has none.
-    builder_ropes: scalings of rotary positions that the class computes as the model does.
-    rope_builders: scaling of rotary positions -> the builder's class for it, where it is another.
-    norm_offset: what the class adds to a norm's weight; graphs hold the sum.
-    query_scaled: whether the class scales queries by head_size ** -0.5; graphs hold scaled biases.
-    learned_positions: whether every position has its own row, and there is none after the last.
-    joined: Linear of a block that holds several -> what the builder calls its equal parts.
+    embedding, head: paths of the token embedding and the output projection.
+    targets: Linears of a block that get an adapter if the recipe names none.
+    groups: targets that share a rank, because they have the same input.
+    attention: attention implementation of transformers; None for its default. Other
+        implementations may lack a feature, such as the capped scores of Gemma 2.
+    tied: whether embedding and head are tied if ``config.json`` has no such field.
+    builder: class of ONNX Runtime GenAI's model builder; None if it has no class for the family.
+    builder_ropes: types of rope scaling that the builder's class computes correctly.
+    rope_builders: type of rope scaling -> the builder's class for it, if that is another class.
+    norm_offset: offset that the model class adds to a norm's weight; graphs contain the sum.
+    query_scaled: whether the model class scales queries by head_size ** -0.5; graphs contain
+        scaled biases.
+    learned_positions: whether positions are rows of a table, which limits the length.
+    joined: Linear that combines several equal parts -> the builder's names of the parts.
     """
 
     model_types: tuple[str, ...]
@@ -56,9 +57,9 @@ FAMILIES = _load()
 
 
 def rope_type(config: dict[str, Any]) -> str:
-    """The scaling of rotary positions; that of full attention, where layers differ.
+    """Return the type of rope scaling; if layers differ, that of full attention.
 
-    :param config: of transformers' class, with what ``config.json`` leaves to it.
+    :param config: fields of transformers' config class, which include its defaults.
     """
     rope = config.get("rope_parameters") or {}
     rope = rope.get("full_attention", rope)
@@ -66,9 +67,9 @@ def rope_type(config: dict[str, Any]) -> str:
 
 
 def builder_lacks(family: Family, config: dict[str, Any]) -> str | None:
-    """Why ONNX Runtime GenAI's builder is not used for a model; None where it is.
+    """Return why ONNX Runtime GenAI's builder is not used for a model; None if it is used.
 
-    :param config: of transformers' class, with what ``config.json`` leaves to it.
+    :param config: fields of transformers' config class, which include its defaults.
     """
     if family.builder is None:
         return f"is not used for {', '.join(family.model_types)}"
@@ -86,9 +87,10 @@ def builder_class(family: Family, config: dict[str, Any]) -> str:
 def adapted(
     family: Family, targets: tuple[str, ...] | None, groups: tuple[tuple[str, ...], ...] | None
 ) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Last names of the Linears that get an adapter, and which share a rank.
+    """Return the last names of the Linears with an adapter, and the groups that share a rank.
 
-    :param targets, groups: the recipe's; what it leaves out is the family's.
+    :param targets: targets of the recipe; None for the family's.
+    :param groups: groups of the recipe; None for the family's.
     """
     targets = family.targets if targets is None else targets
     if groups is None:
@@ -100,7 +102,10 @@ def adapted(
 def rank_groups(
     names: Iterable[str], blocks: str, groups: tuple[tuple[str, ...], ...]
 ) -> dict[str, list[str]]:
-    """Group, such as ``3.q_proj,k_proj`` -> Linears that share one rank, in block order."""
+    """Return group -> Linears that share one rank, in block order.
+
+    A group's name is its block and its Linears, such as ``3.q_proj,k_proj``.
+    """
     grouped: dict[str, list[str]] = {}
     for name in names:
         block, _, path = name.removeprefix(f"{blocks}.").partition(".")

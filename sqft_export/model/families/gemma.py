@@ -1,4 +1,4 @@
-"""Gemma 2 and the text models of Gemma 3: Llama's names, norms after attention and MLP too."""
+"""Gemma 2 and the text models of Gemma 3: Llama's names, plus norms after attention and MLP."""
 
 from dataclasses import replace
 

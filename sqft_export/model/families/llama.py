@@ -1,4 +1,4 @@
-"""Llama, Mistral, Phi-3, Qwen2.5, Qwen3: one block with small differences."""
+"""Llama, Mistral, Phi-3, Qwen2.5, Qwen3: the same block with small differences."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ FAMILIES = (
     replace(LLAMA, model_types=("mistral",), builder="MistralModel", builder_ropes=("default",)),
     replace(LLAMA, model_types=("qwen2",), builder="QwenModel", builder_ropes=("default",)),
     replace(LLAMA, model_types=("qwen3",), builder="Qwen3Model", builder_ropes=("default",)),
-    # q, k, v in one Linear; gate, up in another.
+    # One Linear for q, k, v and one for gate, up.
     replace(
         LLAMA,
         model_types=("phi3",),

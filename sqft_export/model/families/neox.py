@@ -1,4 +1,4 @@
-"""GPT-NeoX (Pythia) and Bloom: q, k, v in one Linear; rotary positions or ALiBi."""
+"""GPT-NeoX (Pythia) with rotary positions, and Bloom with ALiBi; one Linear for q, k, v."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""OPT: learned positions, LayerNorm, ReLU, biases everywhere."""
+"""OPT: learned positions, LayerNorm, ReLU, biases in all Linears."""
 
 from sqft_export.model.families import Family
 

@@ -16,7 +16,7 @@ from sqft_export.errors import UserError
 from sqft_export.packed.gguf_file import read_gguf
 from sqft_export.packed.loaders import dense_gguf
 from sqft_export.run.host import allowed_processors
-from sqft_export.run.threads import in_order
+from sqft_export.run.threads import map_in_order
 from sqft_export.targets import Session, last_columns
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER
@@ -198,6 +198,6 @@ def write_float32(file: Path, out: Path, adapter: Path | None = None) -> None:
             values = values + added[f"{tensor.name}.lora_b"] @ added[f"{tensor.name}.lora_a"]
         return values
 
-    for values in in_order(floats, reader.tensors):
+    for values in map_in_order(floats, reader.tensors):
         writer.write_tensor_data(values)
     writer.close()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft_export.errors import UserError, one_line
-from sqft_export.model.chat import PLAIN_TEMPLATE, had_template
+from sqft_export.model.chat import PLAIN_TEMPLATE, base_has_template
 from sqft_export.textfiles import read_json
 from sqft_export.untrusted import MAX_JSON_BYTES
 
@@ -237,5 +237,5 @@ def write_tokenizer(writer: Any, folder: Path, rows: int) -> None:
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(bool(ids) and ids[0] == special["bos"])
     writer.add_add_eos_token(bool(ids) and ids[-1] == special["eos"])
-    if had_template(folder):
+    if base_has_template(folder):
         writer.add_chat_template(PLAIN_TEMPLATE)
