@@ -24,7 +24,7 @@ def hashed(monkeypatch) -> list[str]:
     plain = hashlib.file_digest
 
     def counted(stream, algorithm):
-        names.append(Path(stream.name).name)
+        names.append(Path(f"/proc/self/fd/{stream.fileno()}").readlink().name)
         return plain(stream, algorithm)
 
     monkeypatch.setattr(hashlib, "file_digest", counted)

@@ -157,7 +157,13 @@ def test_plan_says_that_it_measured_a_busy_machine():
     document = {
         **{"recipe": "r", "model": "m", "weights": 1, "passes": [], "group_size": None},
         **{"disk": None, "memory": None, "device_memory": None, "lengths_counted": "", "gguf": ""},
-        **{"seconds": 9, "within_a_day": None, "sparse_execution": "", "group_size_fallback": {}},
+        **{
+            "seconds": 9,
+            "within_a_day": None,
+            "sparse_execution": "",
+            "group_size_fallback": {},
+            "warnings": [],
+        },
     }
     from dataclasses import asdict
 
