@@ -43,9 +43,9 @@ import numpy as np
 from document import finish, in_a_process, table
 
 from sqft_export.kernels.choice import kernel_model, stock_model
-from sqft_export.kernels.extension import kernels_used
+from sqft_export.kernels.extension import require_kernels
 from sqft_export.kernels.library import Matrix, count_kept
-from sqft_export.kernels.rewrite import form_for
+from sqft_export.kernels.rewrite import resolve_format
 from sqft_export.measure.decode import greedy
 from sqft_export.measure.machine import energy_joules, memory_now
 from sqft_export.targets import target
@@ -153,13 +153,13 @@ def onnx_way(found: list[Matrix], threads: int) -> Way:
 
 def ways_of(bits: int, threads: int, shapes: tuple) -> tuple[dict[str, Way], list[Any]]:
     """Every way with the same threads, and what must stay alive."""
-    kernels, made, held = kernels_used(), {}, []
+    kernels, made, held = require_kernels(), {}, []
     for name, sparsity in OURS.items():
         models, stored = [], 0
         for rows, inputs in shapes:
             matrix = random_matrix(bits, rows, inputs, sparsity)
             kept = count_kept(matrix)
-            form = form_for("sparse" if sparsity else "dense", kept, matrix, kernels)
+            form = resolve_format("sparse" if sparsity else "dense", kept, matrix, kernels)
             if name.startswith("mask"):
                 form = "mask"
             built = kernel_model(matrix, kept, form, SETS, kernels)
@@ -449,7 +449,7 @@ def main() -> None:
         folder, way, threads = arguments.pipeline
         print(json.dumps(pipeline(Path(folder), way, int(threads), arguments.long)))
         return
-    print(f"kernels: {kernels_used().name}")
+    print(f"kernels: {require_kernels().name}")
     with tempfile.TemporaryDirectory() as scratch:
         folders = all_folders(arguments, arguments.keep or Path(scratch))
         values, ratios = run_products(arguments.rounds, shapes)

@@ -384,13 +384,13 @@ def verify_command(
     import tempfile
 
     _set_threads(threads)
-    from sqft_export.packed.seal import sealed_or_refused
+    from sqft_export.packed.seal import require_seal
     from sqft_export.run.host import writing_to
     from sqft_export.targets.folder import is_deployment
 
     _require_folder(folder)
     if is_deployment(folder):
-        files = sealed_or_refused(folder)["files"]
+        files = require_seal(folder)["files"]
         done: dict[str, Any] = {"folder": str(folder), "files": len(files)}
         print(json.dumps(done) if json_only else f"{folder}: {len(files)} files as sealed")
         return

@@ -18,7 +18,7 @@ from sqft_export.errors import UserError
 from sqft_export.packed.execution import specialize
 from sqft_export.packed.folders import pack, unpack
 from sqft_export.packed.loaders import load_gguf, load_onnx, load_openvino
-from sqft_export.packed.seal import sealed_or_refused
+from sqft_export.packed.seal import require_seal
 from sqft_export.plan.checks import check_recipe
 from sqft_export.report.runs import compare_runs
 from sqft_export.targets.folder import runtime_of
@@ -133,8 +133,8 @@ DEPLOYMENTS = {
     "unpack": ("packed", unpack_beside),
     "pack": ("model", pack_beside),
     "specialize": ("model", specialize_beside),
-    "verify": ("model", sealed_or_refused),
-    "verify packed": ("packed", sealed_or_refused),
+    "verify": ("model", require_seal),
+    "verify packed": ("packed", require_seal),
 }
 
 

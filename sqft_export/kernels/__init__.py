@@ -1,1 +1,1 @@
-"""Native kernels that multiply straight from mask and packed codes. No torch."""
+"""Native kernels that multiply directly from mask and packed codes. No torch."""

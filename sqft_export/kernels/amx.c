@@ -1,3 +1,3 @@
-/* AVX-512 with AMX: several tokens go through its matrix registers. */
+/* AVX-512 with AMX: matrix registers multiply several tokens at once. */
 #define AMX
 #include "avx512.c"

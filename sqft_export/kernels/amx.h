@@ -1,8 +1,8 @@
-/* Several tokens by AMX, for products.h. A vector of a wide tile, 4 inputs of 16 rows, is a row of a
-   matrix register as it stands, and so are 64 activations of a token. 32 tokens x 32 rows go
-   together: registers 0 and 1 hold sums of the first 16 tokens, 2 and 3 of the others, 4 and 5
-   their activations, 6 and 7 weights. Sums are exact; what is made of them is what wide_tokens
-   makes of its own, bit for bit. */
+/* Multiply several tokens with AMX, for products.h. One vector of an expanded tile (4 inputs of 16
+   rows) is one row of a matrix register, and so are 64 activations of a token. 32 tokens x 32 rows
+   are multiplied at once: registers 0 and 1 hold the sums of the first 16 tokens, 2 and 3 those of
+   the other 16, 4 and 5 their activations, 6 and 7 weights. Sums are exact and are scaled as in
+   wide_tokens, so the results are equal bit for bit. */
 enum { HALF = 16, BLOCK = 32 };
 
 typedef struct {
@@ -24,7 +24,7 @@ INLINE Registers registers_for(int inputs, int tokens) {
   return r;
 }
 
-/* Sums of one group. */
+/* Compute the sums of one group. */
 INLINE void block_group(const uint8_t *wide, const int8_t *q, size_t stride, int span, int inputs,
                         int both, int32_t sums[BLOCK][2 * LANES]) {
   const size_t row = sizeof *sums;
@@ -52,7 +52,7 @@ INLINE void block_group(const uint8_t *wide, const int8_t *q, size_t stride, int
   _tile_stored(3, sums[HALF] + LANES, row);
 }
 
-/* Blocks of tokens from `first` on, of `some` tokens, with a whole wide tile. */
+/* Multiply blocks of `some` tokens, from token `first` on, with a complete expanded tile. */
 INLINE void block_of(const SqftMatrix *m, const SqftInputs *x, size_t first, size_t tokens,
                      float *y, size_t tile, const uint8_t *wide, size_t wide_stride,
                      const int bits, int inputs, int some) {
@@ -77,11 +77,12 @@ INLINE void block_of(const SqftMatrix *m, const SqftInputs *x, size_t first, siz
   for (int t = 0; t < some; t++) store_rows(m, tile, y + (size_t)t * m->rows, f[t][0], f[t][1]);
 }
 
-/* Compilers take the instructions for such that read and write 8 bytes or none. */
+/* Compilers assume that these instructions read and write 8 bytes or none. This barrier tells them
+   otherwise. */
 INLINE void written(const void *p) { __asm__ volatile("" : : "r"(p) : "memory"); }
 
-/* A wide tile with all tokens. The registers are left shaped as they were found: they belong to
-   the thread, and the runtime's own kernels use them too. */
+/* Multiply an expanded tile with all tokens. The register configuration is restored at the end: it
+   belongs to the thread, and the runtime's own kernels use it too. */
 INLINE void all_tokens(const SqftMatrix *m, const SqftInputs *x, size_t tokens, float *y,
                        size_t tile, const uint8_t *wide, size_t wide_stride, const int bits) {
   Registers before, ours;

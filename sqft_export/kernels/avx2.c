@@ -1,4 +1,4 @@
-/* AVX2 with F16C and FMA; with -DVNNI (avx2_vnni.c) AVX-VNNI too. */
+/* AVX2 with F16C and FMA; with -DVNNI (avx2_vnni.c) also AVX-VNNI. */
 #if defined(__x86_64__)
 #if defined(VNNI) && !defined(SQFT_EMULATED) /* tests run this file on any machine */
 #define TARGET "avx2,popcnt,f16c,fma,avxvnni"
@@ -74,7 +74,8 @@ typedef __m256i A;
 MAKE(V v_high(V v), return v_and(_mm256_srli_epi16(v, 4), v_set(15));)
 MAKE(V v_plain(V v), return v;)
 MAKE(I i_high(I a), return a;)
-/* The instruction's sums of two saturate at 2^15: signed codes, their signs moved to q, do not. */
+/* The instruction adds pairs of products and saturates at 2^15. With signed codes, whose signs are
+   moved to q, it can't saturate. */
 static inline I i_dot8(I c, V u, V q) {
   V s = _mm256_xor_si256(u, v_set(-128));
   V p = _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(q, s));
@@ -86,7 +87,7 @@ MAKE(I a_total(I total, A a),
      return _mm256_add_epi32(total, _mm256_madd_epi16(a, _mm256_set1_epi16(1)));)
 #endif
 
-/* Where each of 8 bytes comes from: the next code where a byte has a bit, else nowhere (128). */
+/* The source index of each of 8 bytes: the next code if its bit is set, else none (128). */
 #define BELOW(m, j) __builtin_popcount((m) & ((1 << (j)) - 1))
 #define B(m, j) ((m) >> (j) & 1 ? (uint64_t)BELOW(m, j) << 8 * (j) : 128ull << 8 * (j))
 #define B8(m) (B(m, 0) | B(m, 1) | B(m, 2) | B(m, 3) | B(m, 4) | B(m, 5) | B(m, 6) | B(m, 7))
@@ -95,13 +96,13 @@ MAKE(I a_total(I total, A a),
 #define R64(m) R16(m), R16((m) + 16), R16((m) + 32), R16((m) + 48)
 static const uint64_t sources[256] = {R64(0), R64(64), R64(128), R64(192)};
 
-/* (`pdep` would say it shorter, and takes 20 cycles on many processors.) */
+/* `pdep` would be shorter, but takes 20 cycles on many processors. */
 typedef double __attribute__((aligned(1), may_alias)) Eight;
 static inline __m128i two(const void *low, const void *high) {
   return _mm_castpd_si128(_mm_set_pd(*(const Eight *)high, *(const Eight *)low));
 }
 
-/* Bytes of kept codes; `from` says which are none. */
+/* Expand kept codes to bytes. Bytes without a code have the high bit set in `from`. */
 static inline V expand(const uint8_t *mask, const uint8_t **kept, V *from) {
   const uint8_t *p0 = *kept, *p1 = p0 + _mm_popcnt_u32(mask[0]), *p2 = p1 + _mm_popcnt_u32(mask[1]),
                 *p3 = p2 + _mm_popcnt_u32(mask[2]);
@@ -117,7 +118,7 @@ static inline void expand4(const uint8_t *mask, const uint8_t **kept, int narrow
                            V *o0, V *o1) {
   V from0, from1, low = expand(mask, &kept[0], &from0), high = expand(mask + 4, &kept[1], &from1);
   (void)narrow;
-  if (HIGH != 1) z1 = _mm256_slli_epi16(z1, 4); /* below 16: no bit leaves its byte */
+  if (HIGH != 1) z1 = _mm256_slli_epi16(z1, 4); /* values are below 16, so no bit leaves its byte */
   *o0 = _mm256_blendv_epi8(v_low(low), z0, from0);
   *o1 = _mm256_blendv_epi8(v_high(high), z1, from1);
 }
@@ -137,12 +138,12 @@ static inline void expand8(const uint8_t *mask, const uint8_t **kept, V z0, V z1
 static int here(void) {
   __builtin_cpu_init();
 #if defined(VNNI) && !defined(SQFT_EMULATED)
-  /* GCC 12 has no name for it: leaf 7, sub-leaf 1, EAX bit 4 */
+  /* AVX-VNNI, for which GCC 12 has no name: leaf 7, sub-leaf 1, EAX bit 4 */
   uint32_t a = 7, b, c = 1, d;
   __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
   if (!(a >> 4 & 1)) return 0;
 #endif
-  /* what has AVX2 has F16C, which clang can't be asked for */
+  /* clang can't query F16C, but every processor with AVX2 has it */
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt") &&
          __builtin_cpu_supports("fma");
 }

@@ -1,5 +1,5 @@
-/* AVX-512 with VNNI and VBMI2: kept codes are expanded by an instruction of their own. With -DAMX
-   (amx.c) AMX too. */
+/* AVX-512 with VNNI and VBMI2, which has an instruction that expands kept codes. With -DAMX (amx.c)
+   also AMX. */
 #if defined(__x86_64__)
 #ifndef SQFT_EMULATED /* tests run this file on any machine */
 #define AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,popcnt,fma,f16c"
@@ -53,7 +53,7 @@ MAKE(V v_index(V v, int field),
      return v_or(v_place(v, field), _mm512_set1_epi32(field & 1 ? 0x0c0c0808 : 0x04040000));)
 MAKE(I i_set(int x), return _mm512_set1_epi32(x);)
 MAKE(I i_bytes(const uint8_t *p), return _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p));)
-/* the byte of each lane in its 4 bytes */
+/* repeat the byte of each lane 4 times */
 MAKE(V v_zero(const uint8_t *p),
      return _mm512_shuffle_epi8(i_bytes(p), _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0));)
 MAKE(I i_add(I a, I b), return _mm512_add_epi32(a, b);)
@@ -72,7 +72,7 @@ MAKE(F f_mul(F a, F b), return _mm512_mul_ps(a, b);)
 MAKE(F f_fma(F a, F b, F c), return _mm512_fmadd_ps(a, b, c);)
 MAKE(void f_store(float *p, F f), _mm512_storeu_ps(p, f);)
 
-/* Merged into the zeros: `maskz` would wait for what its register held before. */
+/* Expand into the zeros. `maskz` would depend on the former content of its register. */
 static inline V expand(V zero, const uint8_t *mask, V codes) {
   uint64_t bits;
   memcpy(&bits, mask, 8);
@@ -85,7 +85,7 @@ static inline size_t count(const uint8_t *mask) {
   return (size_t)__builtin_popcountll(bits);
 }
 
-/* 32 bytes where they hold all: fewer loads cross a cache line. */
+/* Load only 32 bytes if they hold all codes: fewer loads cross a cache line. */
 static inline V codes_at(const uint8_t *p, int narrow) {
   return narrow ? _mm512_castsi256_si512(_mm256_loadu_si256((const void *)p)) : v_load(p);
 }
@@ -122,7 +122,7 @@ static int here(void) { return 1; }
 #include <unistd.h>
 #endif
 
-/* The system keeps a process's matrix registers only if it was asked to. */
+/* The system saves a process's matrix registers only after this request. */
 static int amx_here(void) {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 24 & 3) != 3) return 0; /* tile, int8 */

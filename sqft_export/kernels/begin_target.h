@@ -1,4 +1,4 @@
-/* From here on functions are compiled for TARGET, until end_target.h. */
+/* Functions between this file and end_target.h are compiled for TARGET. */
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target(TARGET))), apply_to = function)
 #else

@@ -2,8 +2,8 @@
 
     python -m sqft_export.kernels.build
 
-``make recipe`` and ``make test`` do it once. An extension runs with the version of OpenVINO that it
-was built against, which its file name says.
+``make recipe`` and ``make test`` build it once. An extension runs only with the OpenVINO version
+that it was built against; its file name contains that version.
 """
 
 import shutil
@@ -19,31 +19,35 @@ SOURCES = (
     *("matrix.c", "plain.c", "avx2.c", "avx2_vnni.c", "avx512.c", "amx.c", "neon.c", "dispatch.c"),
 )
 EXTENSION = "openvino_op.cpp"
-# No multiply-add is contracted: activations are rounded alike everywhere.
+# Without contraction to fused multiply-adds, all machines round activations in the same way.
 FLAGS = ("-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
 
 
 def _run(command: list[str]) -> None:
+    """Run a command.
+
+    :raises RuntimeError: with the end of its stderr, if it fails.
+    """
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed:\n{done.stderr[-2000:]}")
 
 
 def build_extension(compiler: str = "g++") -> Path:
-    """The extension, compiled; one rename makes it appear.
+    """Compile the extension and return its path. A rename publishes it, so it is never partial.
 
-    :raises RuntimeError: saying what is missing or what the compiler said.
+    :raises RuntimeError: if something is missing (it is named), or with the compiler's message.
     """
     out, openvino = extension_file(), find_spec("openvino")
     if out is None or openvino is None or openvino.origin is None:
         raise RuntimeError("OpenVINO is not installed")
     if shutil.which(compiler) is None:
-        raise RuntimeError(f"there is no compiler ({compiler})")
+        raise RuntimeError(f"the compiler {compiler} is not installed")
     home = Path(openvino.origin).parent
     libraries = sorted((home / "libs").glob("libopenvino.so.*"))
     threads = sorted((home / "libs").glob("libtbb.so.*"))
     if not libraries or not threads or not (home / "include/openvino/openvino.hpp").is_file():
-        raise RuntimeError(f"{home}: has neither headers nor libraries to build against")
+        raise RuntimeError(f"{home}: headers or libraries of OpenVINO are missing")
     with tempfile.TemporaryDirectory(dir=HERE) as scratch:
         objects = []
         for source in SOURCES:
@@ -54,7 +58,7 @@ def build_extension(compiler: str = "g++") -> Path:
             [
                 *(compiler, "-std=c++17", *FLAGS, "-shared", str(HERE / EXTENSION), *objects),
                 *("-I", str(home / "include"), str(libraries[0]), str(threads[0])),
-                # Nodes may outlive the core that loaded the library.
+                # Never unload it: graph nodes may outlive the core that loaded the library.
                 *("-Wl,-z,nodelete", "-Wl,-rpath,$ORIGIN/../../openvino/libs", "-o", str(built)),
             ]
         )
@@ -66,5 +70,5 @@ if __name__ == "__main__":
     try:
         print(build_extension())
     except RuntimeError as error:
-        # Everything works without it, on the runtime's own kernels.
-        print(f"no sparse execution: {error}", file=sys.stderr)
+        # Not fatal: without the extension, the runtime's own kernels are used.
+        print(f"sparse execution is not available: {error}", file=sys.stderr)

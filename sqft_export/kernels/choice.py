@@ -1,17 +1,18 @@
-"""Which kernel is the fastest for a matrix on this machine: measured once, and remembered.
+"""Measure once which kernel is the fastest for a matrix on this machine, and cache the result.
 
-A product is measured in OpenVINO itself, as the runtime's own and as ours, over copies of the
-weights that are as cold as they will be: as many bytes as the model has, 64 MiB at most. What was
-found is kept for this user and machine, not beside the deployment: it is a fact of shapes and
-processor, holds for every model of such shapes, and a deployment stays as it was sealed. It is
-kept for 30 days, and for an hour where other processes used the processors meanwhile.
+A product is timed in OpenVINO, on the runtime's kernel and on ours. Copies of the weights, as many
+bytes as the model has and at most 64 MiB, keep them as cold in the caches as in the model.
+
+Results are cached per user and machine, not in the deployment: they depend on shapes and processor
+only, hold for every model with these shapes, and a sealed deployment must not change. A result is
+valid for 30 days, or for one hour if other processes used the processors during the measurement.
 
 Kernels round activations differently, so another choice can give other tokens. The environment
-variable ``SQFT_EXPORT_EXECUTION`` (sparse, dense or stock) takes the place of every ``auto``, so
-that two machines run the same kernels.
+variable ``SQFT_EXPORT_EXECUTION`` (sparse, dense or stock) replaces every ``auto``, so that two
+machines run the same kernels.
 
-    python -m sqft_export.kernels.choice            # what is kept, and until when
-    python -m sqft_export.kernels.choice --clear    # forget it
+    python -m sqft_export.kernels.choice            # list cached results and their expiry
+    python -m sqft_export.kernels.choice --clear    # delete them
 """
 
 import functools
@@ -28,35 +29,39 @@ from typing import Any
 import numpy as np
 
 from sqft_export.errors import UserError
-from sqft_export.kernels.extension import kernels_used, openvino_extension
+from sqft_export.kernels.extension import openvino_extension, require_kernels
 from sqft_export.kernels.ir import Product
 from sqft_export.kernels.library import (
-    Kept,
+    KeptCounts,
     Kernels,
     Matrix,
-    aligned,
-    lay_out,
-    planned,
+    allocate_aligned,
+    pack_matrix,
+    plan_matrix,
 )
-from sqft_export.kernels.rewrite import STOCK, form_for
+from sqft_export.kernels.rewrite import STOCK, resolve_format
 from sqft_export.numerics.codes import round_up
 from sqft_export.run.host import allowed_processors
 from sqft_export.textfiles import read_json
 
 FORMS = (STOCK, "dense", "sparse")
-ONE, SEVERAL = 1, 32  # tokens: decoding, and a prompt
-SLOWER = 1.1  # times the runtime's own prompt that is not worth a faster token
-ROUNDS = 5
-COLD_BYTES = 2**26
-MEASURED_AS = 3
-PINNED = "SQFT_EXPORT_EXECUTION"
-QUIET_SECONDS, BUSY_SECONDS = 30 * 24 * 3600.0, 3600.0  # that a measurement is kept
-BUSY_PROCESSORS = 0.25  # used by other processes while kernels were measured
+DECODE_TOKENS, PREFILL_TOKENS = 1, 32  # tokens per call
+MAX_PREFILL_SLOWDOWN = 1.1  # a kernel with a slower prefill than this ratio to stock is rejected
+DECODE_ROUNDS, PREFILL_ROUNDS = 5, 2  # timed calls per kernel, after one warmup call
+MAX_COLD_BYTES = 2**26  # of weight copies per kernel
+MEASUREMENT_VERSION = 3  # raise it when the measurement changes; older results are then ignored
+EXECUTION_VARIABLE = "SQFT_EXPORT_EXECUTION"
+MAX_AGE_SECONDS, BUSY_MAX_AGE_SECONDS = 30 * 24 * 3600.0, 3600.0  # a result is valid
+MAX_OTHER_PROCESSORS = 0.25  # used by other processes; above it a measurement counts as busy
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the speed of a product depends on; density in twentieths."""
+    """The properties that determine the speed of a product.
+
+    group: inputs per scale. asymmetric: whether there are zero points.
+    pairs: whether the mask is 2:4. density: share of kept codes, rounded to a twentieth.
+    """
 
     rows: int
     inputs: int
@@ -67,7 +72,8 @@ class Shape:
     density: float
 
     @classmethod
-    def of(cls, matrix: Matrix, kept: Kept) -> "Shape":
+    def of(cls, matrix: Matrix, kept: KeptCounts) -> "Shape":
+        """Return the shape of a matrix."""
         share = int(kept.counts.sum(dtype=np.int64)) / (matrix.rows * matrix.inputs)
         density = round(share * 20) / 20
         asymmetric = matrix.zero is not None
@@ -79,69 +85,79 @@ class Shape:
 
 @dataclass(frozen=True)
 class Choice:
-    """seconds: of a product, by form and number of tokens. until: when it is to be measured again,
-    in seconds since 1970."""
+    """The fastest kernel for a shape.
+
+    form: stock, dense or sparse.
+    seconds: per product, by form and number of tokens.
+    until: time of expiry, in seconds since 1970.
+    """
 
     form: str
     seconds: dict[str, dict[str, float]]
     until: float = 0.0
 
     def is_current(self) -> bool:
-        """Whether it is not out of date; one from the future is of a clock that was set back."""
-        return 0 <= self.until - time.time() <= QUIET_SECONDS
+        """Return whether it has not expired. A date too far ahead means that a clock was reset."""
+        return 0 <= self.until - time.time() <= MAX_AGE_SECONDS
 
     def gain(self) -> float:
-        """Times as fast as the runtime's own kernel, one token."""
-        return self.seconds[STOCK][str(ONE)] / self.seconds[self.form][str(ONE)]
+        """Return the speed-up over the runtime's own kernel at one token."""
+        return self.seconds[STOCK][str(DECODE_TOKENS)] / self.seconds[self.form][str(DECODE_TOKENS)]
 
 
-def fastest(seconds: dict[str, dict[str, float]]) -> str:
-    """Of the forms whose prompts are about as fast as the runtime's, that of the fastest token."""
-    limit = SLOWER * seconds[STOCK][str(SEVERAL)]
-    fair = [form for form in seconds if seconds[form][str(SEVERAL)] <= limit or form == STOCK]
-    return min(fair, key=lambda form: seconds[form][str(ONE)])
+def fastest_form(seconds: dict[str, dict[str, float]]) -> str:
+    """Return the form with the fastest decode whose prefill is not much slower than stock."""
+    limit = MAX_PREFILL_SLOWDOWN * seconds[STOCK][str(PREFILL_TOKENS)]
+    fair = [
+        form for form in seconds if seconds[form][str(PREFILL_TOKENS)] <= limit or form == STOCK
+    ]
+    return min(fair, key=lambda form: seconds[form][str(DECODE_TOKENS)])
 
 
 class Chooser:
-    """Chooses forms for one model, measuring shapes that were not met before.
+    """Choose a form for each product of one model; measure shapes that are not cached.
 
-    :param model_bytes: of its compressed weights.
+    :param model_bytes: bytes of the model's compressed weights.
     """
 
     def __init__(self, model_bytes: int):
-        self.kernels, self.model_bytes = kernels_used(), model_bytes
-        self.memory = Remembered()
+        self.kernels, self.model_bytes = require_kernels(), model_bytes
+        self.memory = MeasurementCache()
 
-    def __call__(self, product: Product, matrix: Matrix, kept: Kept) -> str:
+    def __call__(self, product: Product, matrix: Matrix, kept: KeptCounts) -> str:
         shape = Shape.of(matrix, kept)
         known = self.memory.get(shape)
         if known is None:
-            known = self._measured(matrix, kept)
+            known = self._measure(matrix, kept)
             self.memory.put(shape, known)
         return known.form
 
-    def _measured(self, matrix: Matrix, kept: Kept) -> Choice:
+    def _measure(self, matrix: Matrix, kept: KeptCounts) -> Choice:
+        """Time all forms of a matrix."""
         before = _processor_seconds()
         size = max(1, len(matrix.codes))
-        copies = max(1, min(self.model_bytes, COLD_BYTES) // size)
+        copies = max(1, min(self.model_bytes, MAX_COLD_BYTES) // size)
         models = {STOCK: stock_model(matrix, copies)}
         holders = []
         for form in FORMS[1:]:
-            chosen = form_for(form, kept, matrix, self.kernels)
+            chosen = resolve_format(form, kept, matrix, self.kernels)
             made = kernel_model(matrix, kept, chosen, copies, self.kernels)
             if made is not None and (form == "dense" or chosen != "dense"):
                 models[form], held = made
                 holders.append(held)
-        seconds = _timed(models, matrix.inputs, copies)
-        busy = used_meanwhile(before, _processor_seconds()) > BUSY_PROCESSORS
-        until = time.time() + (BUSY_SECONDS if busy else QUIET_SECONDS)
-        return Choice(fastest(seconds), seconds, until)
+        seconds = _time_models(models, matrix.inputs, copies)
+        busy = other_processors_used(before, _processor_seconds()) > MAX_OTHER_PROCESSORS
+        until = time.time() + (BUSY_MAX_AGE_SECONDS if busy else MAX_AGE_SECONDS)
+        return Choice(fastest_form(seconds), seconds, until)
 
 
 @dataclass(frozen=True)
 class ProcessorSeconds:
-    """at: of a clock. busy: of all processors that this process may run on. own: of this process
-    alone."""
+    """Processor time at one moment, in seconds.
+
+    at: wall clock. busy: of all processes, on the processors that this process may use.
+    own: of this process.
+    """
 
     at: float
     busy: float
@@ -149,11 +165,12 @@ class ProcessorSeconds:
 
 
 def _processor_seconds() -> ProcessorSeconds:
+    """Read the processor times now."""
     import psutil
 
     every = psutil.cpu_times(percpu=True)
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(every))
-    idle = ("idle", "iowait", "guest", "guest_nice")  # guests are in user's time already
+    idle = ("idle", "iowait", "guest", "guest_nice")  # user time already includes guests
     busy = sum(
         seconds
         for number, times in enumerate(every)
@@ -165,27 +182,29 @@ def _processor_seconds() -> ProcessorSeconds:
     return ProcessorSeconds(time.monotonic(), busy, mine.user + mine.system)
 
 
-def used_meanwhile(before: ProcessorSeconds, after: ProcessorSeconds) -> float:
-    """Processors that other processes used between two moments, on average."""
+def other_processors_used(before: ProcessorSeconds, after: ProcessorSeconds) -> float:
+    """Return how many processors other processes used between two moments, on average."""
     others = after.busy - before.busy - (after.own - before.own)
     return max(0.0, others) / max(after.at - before.at, 1e-9)
 
 
 def pinned_execution() -> str | None:
-    """The kernel that the environment sets in place of ``auto``, or None.
+    """Return the kernel that ``SQFT_EXPORT_EXECUTION`` sets for ``auto``; None if it sets none.
 
-    :raises UserError: if that is no kernel.
+    :raises UserError: if the value is unknown.
     """
-    found = os.environ.get(PINNED, "").strip()
+    found = os.environ.get(EXECUTION_VARIABLE, "").strip()
     if found in ("", "auto"):
         return None
     if found not in FORMS:
-        raise UserError(f"{PINNED}: found {found!r}; allowed are auto, {', '.join(FORMS)}")
+        raise UserError(
+            f"{EXECUTION_VARIABLE}: found {found!r}; allowed are auto, {', '.join(FORMS)}"
+        )
     return found
 
 
 def stock_model(matrix: Matrix, copies: int) -> Any:
-    """An ``openvino.Model`` of so many products of one input, on the runtime's own kernels."""
+    """Return an ``openvino.Model`` with ``copies`` products of one input, on OpenVINO's kernels."""
     import openvino as ov
     from openvino import opset13 as ops
 
@@ -210,20 +229,23 @@ def stock_model(matrix: Matrix, copies: int) -> Any:
 
 
 def kernel_model(
-    matrix: Matrix, kept: Kept, form: str, copies: int, kernels: Kernels
+    matrix: Matrix, kept: KeptCounts, form: str, copies: int, kernels: Kernels
 ) -> tuple[Any, np.ndarray] | None:
-    """The same on our kernels, and the memory it reads; None if the shape can't be laid out."""
+    """Return the same model on our kernels and the memory that it reads.
+
+    None if the kernels do not support the shape.
+    """
     import openvino as ov
     from openvino import opset13 as ops
     from openvino.utils.node_factory import NodeFactory
 
-    header = planned(matrix, form, kernels.lanes, kept.counts)
+    header = plan_matrix(matrix, form, kernels.lanes, kept.counts)
     if header is None:
         return None
     header.resident = 1
     size = round_up(header.bytes, 64)
-    memory = aligned(size * copies)
-    lay_out(header, matrix, kept.counts, memory[: header.bytes])
+    memory = allocate_aligned(size * copies)
+    pack_matrix(header, matrix, kept.counts, memory[: header.bytes])
     factory = NodeFactory()
     factory.add_extension(openvino_extension())
     x, products = ops.parameter([-1, matrix.inputs], ov.Type.f32), []
@@ -237,11 +259,11 @@ def kernel_model(
     return ov.Model(products, [x], "kernel"), memory
 
 
-def _timed(models: dict[str, Any], inputs: int, copies: int) -> dict[str, dict[str, float]]:
-    """Seconds of one product, by form and number of tokens.
+def _time_models(models: dict[str, Any], inputs: int, copies: int) -> dict[str, dict[str, float]]:
+    """Return the seconds of one product, by form and number of tokens.
 
-    Forms take turns, and the best of each counts: other work on the machine slows single calls
-    tenfold, and what was found is remembered.
+    Calls of the forms are interleaved and the fastest call of each counts: other work on the
+    machine can slow a single call tenfold, and the result is cached.
     """
     import openvino as ov
 
@@ -252,41 +274,44 @@ def _timed(models: dict[str, Any], inputs: int, copies: int) -> dict[str, dict[s
     }
     found: dict[str, dict[str, float]] = {form: {} for form in models}
     random = np.random.default_rng(0)
-    for tokens in (ONE, SEVERAL):
+    for tokens in (DECODE_TOKENS, PREFILL_TOKENS):
         x = ov.Tensor(random.standard_normal((tokens, inputs), np.float32))
         taken: dict[str, list[float]] = {form: [] for form in models}
-        for _ in range(1 + (ROUNDS if tokens == ONE else 2)):
+        for _ in range(1 + (DECODE_ROUNDS if tokens == DECODE_TOKENS else PREFILL_ROUNDS)):
             for form, request in requests.items():
                 request.set_input_tensor(x)
                 started = time.perf_counter()
                 request.infer()
                 taken[form].append(time.perf_counter() - started)
         for form, seconds in taken.items():
-            found[form][str(tokens)] = min(seconds[1:]) / copies  # the first is not like the others
+            found[form][str(tokens)] = min(seconds[1:]) / copies  # without the warmup
     return found
 
 
 @functools.cache
 def machine_key() -> str:
-    """What else the speed depends on: processor, its allowed number, kernels, runtime, and the
-    version of this package."""
+    """Return the machine's part of the cache key.
+
+    It has the processor, number of allowed processors, kernels, and the versions of OpenVINO and of
+    this package.
+    """
     import openvino as ov
 
     from sqft_export.measure.machine import machine_facts
 
-    facts = [machine_facts()["processor"], allowed_processors(), kernels_used().name]
+    facts = [machine_facts()["processor"], allowed_processors(), require_kernels().name]
     version = importlib.metadata.version("sqft-export")
-    return json.dumps([MEASURED_AS, version, ov.__version__, *facts])
+    return json.dumps([MEASUREMENT_VERSION, version, ov.__version__, *facts])
 
 
 def cache_file() -> Path:
-    """``execution.json`` in the user's folder for caches (``XDG_CACHE_HOME``)."""
+    """Return ``execution.json`` in the user's cache folder (``XDG_CACHE_HOME``)."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "sqft_export" / "execution.json"
 
 
-class Remembered:
-    """What was measured before, on this machine with these versions."""
+class MeasurementCache:
+    """The cached results of this machine and these versions."""
 
     def __init__(self) -> None:
         self.file = cache_file()
@@ -294,7 +319,7 @@ class Remembered:
             document = read_json(self.file) if self.file.is_file() else {}
             mine = document.get(self._key(), {})
             self.known = {name: Choice(**entry) for name, entry in mine.items()}
-        except (UserError, TypeError, AttributeError):  # damaged: measured again
+        except (UserError, TypeError, AttributeError):  # a damaged cache is measured again
             document, self.known = {}, {}
         self.document = document
 
@@ -302,12 +327,12 @@ class Remembered:
         return hashlib.sha256(machine_key().encode()).hexdigest()[:16]
 
     def get(self, shape: Shape) -> Choice | None:
-        """What was found, if it is not out of date."""
+        """Return the cached choice for a shape; None if it is missing or expired."""
         found = self.known.get(json.dumps(asdict(shape)))
         return found if found and found.is_current() else None
 
     def put(self, shape: Shape, choice: Choice) -> None:
-        """Kept where that is possible; a read-only home means measuring again."""
+        """Store a choice. With a read-only home it is measured again next time."""
         self.known[json.dumps(asdict(shape))] = choice
         mine = {name: asdict(known) for name, known in self.known.items()}
         partial = self.file.with_name(f"{self.file.name}.{os.getpid()}")
@@ -320,16 +345,16 @@ class Remembered:
 
 
 def _show_or_clear(arguments: list[str]) -> None:
-    """The command ``python -m sqft_export.kernels.choice``."""
+    """Run the command ``python -m sqft_export.kernels.choice``."""
     file = cache_file()
     if arguments == ["--clear"]:
         file.unlink(missing_ok=True)
         print(f"{file}: cleared; kernels are measured again")
         return
-    for shape, known in Remembered().known.items():
+    for shape, known in MeasurementCache().known.items():
         until = time.strftime("%Y-%m-%d %H:%M", time.localtime(known.until))
         print(f"{known.form:6} until {until}  {shape}")
-    print(f"{file}; --clear forgets it, {PINNED} pins a kernel")
+    print(f"{file}; --clear deletes it, {EXECUTION_VARIABLE} fixes the kernel")
 
 
 if __name__ == "__main__":

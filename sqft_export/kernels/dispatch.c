@@ -1,4 +1,4 @@
-/* Which kernels run here, and whole products on one thread. */
+/* Select the kernels of this processor, and compute complete products on one thread. */
 #include "matrix.h"
 #include <stdlib.h>
 #include <string.h>

@@ -1,9 +1,10 @@
-"""Compressed products in an OpenVINO IR, and the graph with ``SqftMatMul`` in their place.
+"""Read an OpenVINO IR, find its compressed products, and replace them by ``SqftMatMul``.
 
-An embedding that is the head too is stored once: ``SqftGather`` looks rows up in the head's matrix.
+An embedding that shares its matrix with the head is stored once: ``SqftGather`` looks up rows of
+the head's matrix.
 
-Read and written as XML, so that no weight is needed in memory. A product is what every tool writes
-for compressed weights (NNCF, optimum-intel, this package):
+The IR is read and written as XML, so no weights are needed in memory. A product is the pattern that
+NNCF, optimum-intel and this package write for compressed weights:
 
     Const(i4|u4|i8|u8) -> Convert -> [Subtract] -> Multiply(float16) -> [Reshape] -> [Convert]
         -> MatMul(transpose_b)
@@ -20,24 +21,24 @@ from typing import Any
 import numpy as np
 
 from sqft_export.errors import UserError, one_line
-from sqft_export.kernels.library import FORMATS, Matrix, header_of
+from sqft_export.kernels.library import FORMATS, Matrix, read_header
 from sqft_export.numerics.nibbles import unpack_nibbles
 from sqft_export.untrusted import MAX_IR_BYTES, read_bounded
 
 OPERATOR, LOOKUP = "SqftMatMul", "SqftGather"
 OPERATOR_SET = "sqft_export"
 CODE_BITS = {"i4": 4, "u4": 4, "i8": 8, "u8": 8}
-Read = Callable[[int, int], np.ndarray]  # offset and size -> uint8 of the weight file
-IR_NUMBER = re.compile(r"[0-9]{1,15}")  # of an IR: bytes, sizes and ids
+Read = Callable[[int, int], np.ndarray]  # returns uint8 of the weight file at an offset and size
+IR_NUMBER = re.compile(r"[0-9]{1,15}")  # offsets, sizes and ids
 MAX_DEPTH = 64  # levels of XML
 MAX_AXES = 32
 MAX_STEPS = 16  # layers between a constant and its product
-MAX_READERS = 64  # of one constant; more are no product of ours
+MAX_READERS = 64  # per constant; one with more is not part of a product
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A Const: its layer and where its bytes are."""
+    """A Const: its layer id, and the location of its bytes in the weight file."""
 
     layer: str
     name: str
@@ -48,6 +49,7 @@ class Stored:
 
     @property
     def elements(self) -> int:
+        """The number of elements of the shape."""
         return prod(self.shape)
 
 
@@ -55,9 +57,9 @@ class Stored:
 class Product:
     """A MatMul with compressed weights.
 
-    between: layers from the constants to the MatMul, which it makes unnecessary.
-    lookups: Gathers that read the same weights by rows: an embedding that is the head as well.
-    shared: something else reads them too; they stay.
+    between: layers between the constants and the MatMul, which the new operator replaces.
+    lookups: Gathers that read rows of the same weights: an embedding tied to the head.
+    shared: whether other layers read the weights too; the constants are then not removed.
     """
 
     matmul: str
@@ -73,17 +75,19 @@ class Product:
 
     @property
     def bits(self) -> int:
+        """Bits per code."""
         return CODE_BITS[self.codes.kind]
 
     @property
     def module(self) -> str:
+        """The name without ".weight"."""
         return self.name.removesuffix(".weight")
 
 
 class Graph:
-    """An IR.
+    """An OpenVINO IR, parsed and checked.
 
-    :raises UserError: if it is none.
+    :raises UserError: if ``text`` is not an IR.
     """
 
     def __init__(self, text: bytes, name: str):
@@ -91,13 +95,13 @@ class Graph:
         self.layers: dict[str, Any] = {}
         self.sources: dict[tuple[str, str], str] = {}
         self.readers: dict[str, list[str]] = {}
-        self._edges: dict[str, list[Any]] = {}  # of a layer, from it and to it
+        self._edges: dict[str, list[Any]] = {}  # by layer: edges from it and to it
         try:
             self.root = _parse_xml(text)
             self._read_layers()
             self._read_edges()
             self._check_order()
-            # All numbers are checked here, so that nothing below meets one that is none.
+            # All numbers are checked here, so that later code can rely on them.
             self._constants = {key: self._read_constant(key) for key in self.layers}
         except (ElementTree.ParseError, LookupError, ValueError) as error:
             raise UserError(f"{name}: not an IR: {one_line(error)}") from error
@@ -105,13 +109,13 @@ class Graph:
     def _read_layers(self) -> None:
         for layer in self.root.iterfind("layers/layer"):
             key = layer.attrib["id"]
-            _number(key, "a layer's id")
+            _parse_number(key, "a layer's id")
             if key in self.layers:
-                raise ValueError(f"layer {key} is there twice")
+                raise ValueError(f"layer {key} occurs twice")
             self.layers[key] = layer
-        self._next = 1 + max(map(int, self.layers), default=0)
-        self._gone: set[Any] = set()  # layers and edges that the text leaves out
-        # Layers of a loop or a condition have ids of their own.
+        self._next_id = 1 + max(map(int, self.layers), default=0)
+        self._removed: set[Any] = set()  # layers and edges that :meth:`text` omits
+        # Layers inside a loop or a condition have separate ids.
         self.has_bodies = sum(1 for _ in self.root.iter("layer")) > len(self.layers)
 
     def _read_edges(self) -> None:
@@ -126,11 +130,14 @@ class Graph:
                 self._edges.setdefault(layer, []).append(edge)
 
     def constants(self) -> Iterator[Stored]:
-        """All constants in the weight file, in the order of the graph."""
+        """Yield all constants in the weight file, in the order of the graph."""
         yield from (found for found in self._constants.values() if found)
 
     def _check_order(self) -> None:
-        """:raises ValueError: naming a layer that its own output leads to."""
+        """Check that the graph has no cycle.
+
+        :raises ValueError: if it has one; the message names a layer.
+        """
         waiting = {layer: 0 for layer in self.layers}
         for targets in self.readers.values():
             for target in targets:
@@ -142,17 +149,17 @@ class Graph:
                 if not waiting[target]:
                     ready.append(target)
         if stuck := next((layer for layer, count in waiting.items() if count), None):
-            raise ValueError(f"layer {stuck} is in or behind a circle of layers")
+            raise ValueError(f"layer {stuck} is in or behind a cycle of layers")
 
     def layer_name(self, constant: Stored) -> str:
-        """The name that its layer has in the graph."""
+        """Return the name of the constant's layer in the graph."""
         return self.layers[constant.layer].get("name", "")
 
-    def check_places(self, size: int) -> None:
-        """Compare what the constants take with the weight file.
+    def check_offsets(self, size: int) -> None:
+        """Check that all constants are inside the weight file and do not overlap.
 
         :param size: bytes of the weight file.
-        :raises UserError: naming a constant that is not in it, or if they take more than all of it.
+        :raises UserError: if a constant is outside (it is named), or constants overlap.
         """
         for found in self._constants.values():
             if found and found.at + found.size > size:
@@ -164,14 +171,14 @@ class Graph:
         if sum(length for _, length in places) > size:
             raise UserError(f"{self.name}: constants overlap in the weight file")
 
-    def subtracted(self, constant: Stored) -> Stored | None:
-        """The constant that is subtracted from this one, each of them converted first."""
+    def subtracted_constant(self, constant: Stored) -> Stored | None:
+        """Return the zero points of a constant, which are subtracted after a Convert of both."""
         converts = self._readers_of(constant.layer, "Convert")
         pairs = [(c, s) for c in converts for s in self._readers_of(c, "Subtract")]
         for convert, subtract in pairs:
             if self.sources.get((subtract, "0")) != convert:
                 continue
-            other = self._past(self.sources.get((subtract, "1")), ("Convert",), [])
+            other = self._skip_layers(self.sources.get((subtract, "1")), ("Convert",), [])
             if found := self._constant(other):
                 return found
         return None
@@ -187,7 +194,10 @@ class Graph:
         return self._constants.get(layer) if layer is not None else None
 
     def _read_constant(self, layer: str) -> Stored | None:
-        """:raises ValueError: naming a number that is none."""
+        """Return a layer's constant; None for other layers.
+
+        :raises ValueError: if a number is invalid; the message names it.
+        """
         data = self.layers[layer].find("data")
         if self._type(layer) != "Const" or data is None or data.get("offset") is None:
             return None
@@ -196,35 +206,40 @@ class Graph:
         sizes = [part.strip() for part in (data.get("shape") or "").split(",")]
         if len(sizes) > MAX_AXES:
             raise ValueError(f"{where}shape: found {len(sizes)} axes")
-        shape = tuple(_number(size, f"{where}shape") for size in sizes if size)
-        at = _number(data.get("offset"), f"{where}offset")
-        size = _number(data.get("size") or "0", f"{where}size")
+        shape = tuple(_parse_number(size, f"{where}shape") for size in sizes if size)
+        at = _parse_number(data.get("offset"), f"{where}offset")
+        size = _parse_number(data.get("size") or "0", f"{where}size")
         return Stored(layer, name, data.get("element_type", ""), shape, at, size)
 
     def products(self) -> list[Product]:
-        """In the order of the graph; what is not of the form above is left out."""
+        """Return all products that match the pattern above, in the order of the graph."""
         if self.has_bodies:
             return []
         found = (self._product(layer) for layer in self.layers if self._type(layer) == "MatMul")
         return [product for product in found if product is not None]
 
-    def laid_out(self) -> Iterator[Stored]:
-        """The weights of every product of ours."""
+    def packed_constants(self) -> Iterator[Stored]:
+        """Yield the packed weights of every ``SqftMatMul``."""
         for layer in self.layers:
             if self._type(layer) == OPERATOR:
                 stored = self._constant(self.sources.get((layer, "1")))
                 if stored is not None:
                     yield stored
 
-    def specialized(self, read: Read) -> Iterator[tuple[str, str]]:
-        """Module and format of every product of ours."""
-        for stored in self.laid_out():
-            header = header_of(np.array(read(stored.at, stored.size)), stored.name)
+    def specialized_formats(self, read: Read) -> Iterator[tuple[str, str]]:
+        """Yield module and format of every ``SqftMatMul``."""
+        for stored in self.packed_constants():
+            header = read_header(np.array(read(stored.at, stored.size)), stored.name)
             yield stored.name.removesuffix(".weight"), FORMATS[header.format]
 
-    def _past(self, layer: str | None, kinds: tuple[str, ...], passed: list[str]) -> str | None:
-        """The first layer above that is none of these kinds; None if it is too far, or in a
-        circle."""
+    def _skip_layers(
+        self, layer: str | None, kinds: tuple[str, ...], passed: list[str]
+    ) -> str | None:
+        """Follow first inputs upwards, past layers of some kinds; return the first other layer.
+
+        :param passed: the skipped layers are appended.
+        :return: None after ``MAX_STEPS`` layers, or in a cycle.
+        """
         start = len(passed)
         while layer is not None and self._type(layer) in kinds:
             if layer in passed[start:] or len(passed) - start == MAX_STEPS:
@@ -238,28 +253,34 @@ class Graph:
         if data is None or data.get("transpose_b") != "true" or data.get("transpose_a") == "true":
             return None
         passed: list[str] = []
-        multiply = self._past(self.sources.get((matmul, "1")), ("Convert", "Reshape"), passed)
+        multiply = self._skip_layers(
+            self.sources.get((matmul, "1")), ("Convert", "Reshape"), passed
+        )
         if self._type(multiply) != "Multiply" or multiply is None:
             return None
         passed.append(multiply)
         below: list[str] = []
-        scale = self._constant(self._past(self.sources.get((multiply, "1")), ("Convert",), below))
-        top, zero = self._past(self.sources.get((multiply, "0")), ("Convert",), passed), None
+        scale = self._constant(
+            self._skip_layers(self.sources.get((multiply, "1")), ("Convert",), below)
+        )
+        top, zero = self._skip_layers(self.sources.get((multiply, "0")), ("Convert",), passed), None
         if top is not None and self._type(top) == "Subtract":
             passed.append(top)
-            zero = self._constant(self._past(self.sources.get((top, "1")), ("Convert",), below))
+            zero = self._constant(
+                self._skip_layers(self.sources.get((top, "1")), ("Convert",), below)
+            )
             if zero is None:
                 return None
-            top = self._past(self.sources.get((top, "0")), ("Convert",), passed)
+            top = self._skip_layers(self.sources.get((top, "0")), ("Convert",), passed)
         codes = self._constant(top)
         if codes is None or scale is None:
             return None
-        return self._checked(matmul, codes, scale, zero, (*passed, *below))
+        return self._check_product(matmul, codes, scale, zero, (*passed, *below))
 
-    def _checked(
+    def _check_product(
         self, matmul: str, codes: Stored, scale: Stored, zero: Stored | None, between: tuple
     ) -> Product | None:
-        """None where the shapes are none that the kernels read."""
+        """Return the product; None if the kernels do not support its types or shapes."""
         if codes.kind not in CODE_BITS or scale.kind not in ("f16", "f32"):
             return None
         if len(codes.shape) not in (2, 3) or not codes.elements or not scale.shape:
@@ -274,7 +295,7 @@ class Graph:
         sizes += [(zero, CODE_BITS[zero.kind])] if zero else []
         if any(c.size != -(-c.elements * bits // 8) or c.at < 0 for c, bits in sizes):
             return None
-        ports = _inputs(self.layers[matmul])
+        ports = _input_ports(self.layers[matmul])
         if len(ports) != 2 or ports[0].get("precision") != "FP32" or inputs % groups:
             return None
         inner = [*between, codes.layer, scale.layer, *([zero.layer] if zero else [])]
@@ -287,8 +308,8 @@ class Graph:
         return Product(matmul, name, codes, scale, zero, rows, inputs, between, lookups, shared)
 
     def _is_lookup(self, layer: str, inputs: int) -> bool:
-        """Whether it takes rows of ``inputs`` numbers by ids, as an embedding does."""
-        ports = _inputs(self.layers[layer])
+        """Return whether a layer looks up rows of ``inputs`` numbers by ids, as embeddings do."""
+        ports = _input_ports(self.layers[layer])
         out = self.layers[layer].find("output/port")
         if self._type(layer) != "Gather" or len(ports) != 3 or out is None:
             return False
@@ -299,39 +320,42 @@ class Graph:
         return made == [*ids, str(inputs)] and precisions == ["FP32", "FP32"]
 
     def _name_of(self, matmul: str) -> str:
-        """Of the weights of a product that has none of its own."""
+        """Return a weight name derived from the MatMul, for weights that several layers share."""
         origin = self.layers[matmul].get("name", "").partition("/")[0]
         return f"{origin.removeprefix('__module.')}.weight"
 
     def replace(self, product: Product, size: int) -> str:
-        """Put the operators in place of a product and of lookups in its weights.
+        """Replace a product by ``SqftMatMul``, and lookups in its weights by ``SqftGather``.
 
-        :return: the Const of its weights; :meth:`move` says where they are.
+        :return: the id of the new Const for the weights; set its place with :meth:`set_offset`.
         """
         layers = self.root.find("layers")
         assert layers is not None
         weights = self._new_constant(product.name, size)
         layers.insert(0, self.layers[weights])
         rows, length = {"rows": str(product.rows)}, {"length": str(product.inputs)}
-        self._exchange(product.matmul, OPERATOR, rows | {"activations": "int8"}, 1, weights)
+        self._replace_layer(product.matmul, OPERATOR, rows | {"activations": "int8"}, 1, weights)
         if not product.shared:
             for lookup in product.lookups:
-                self._exchange(lookup, LOOKUP, length, 0, weights)
+                self._replace_layer(lookup, LOOKUP, length, 0, weights)
             parts = [product.codes, product.scale, *([product.zero] if product.zero else [])]
-            self._drop({*product.between, *(part.layer for part in parts)})
+            self._remove_layers({*product.between, *(part.layer for part in parts)})
         return weights
 
-    def _exchange(
+    def _replace_layer(
         self, layer: str, operator: str, attributes: dict[str, str], port: int, weights: str
     ) -> None:
-        """Make an operator of ours of a layer, of its first two inputs; one of them is weights."""
+        """Change a layer into one of our operators, with two inputs.
+
+        :param port: the input that becomes the Const ``weights``.
+        """
         edges, found = self.root.find("edges"), self.layers[layer]
         data, inputs, constant = found.find("data"), found.find("input"), self.layers[weights]
         assert edges is not None and data is not None and inputs is not None
         gone = [inputs[port].attrib["id"], *(extra.attrib["id"] for extra in inputs[2:])]
         for edge in self._edges.get(layer, []):
             if edge.attrib["to-layer"] == layer and edge.attrib["to-port"] in gone:
-                self._gone.add(edge)
+                self._removed.add(edge)
         found.attrib |= {"type": operator, "version": OPERATOR_SET}
         data.attrib.clear()
         data.attrib |= attributes
@@ -341,14 +365,14 @@ class Graph:
         ends = {"from-layer": weights, "from-port": "0", "to-layer": layer, "to-port": gone[0]}
         ElementTree.SubElement(edges, "edge", ends)
 
-    def _drop(self, gone: set[str]) -> None:
+    def _remove_layers(self, gone: set[str]) -> None:
         for layer in gone:
-            self._gone.update(self._edges.get(layer, []))
-            self._gone.add(self.layers.pop(layer))
+            self._removed.update(self._edges.get(layer, []))
+            self._removed.add(self.layers.pop(layer))
 
     def _new_constant(self, name: str, size: int) -> str:
-        number = str(self._next)
-        self._next += 1
+        number = str(self._next_id)
+        self._next_id += 1
         what = {"id": number, "name": name, "type": "Const", "version": "opset1"}
         layer = self.layers[number] = ElementTree.Element("layer", what)
         shape = {"element_type": "u8", "shape": str(size), "offset": "0", "size": str(size)}
@@ -356,30 +380,30 @@ class Graph:
         ElementTree.SubElement(layer, "output").append(_port("0", size))
         return number
 
-    def move(self, layer: str, at: int) -> None:
-        """Say where the bytes of a Const are."""
+    def set_offset(self, layer: str, at: int) -> None:
+        """Set the offset of a Const in the weight file."""
         data = self.layers[layer].find("data")
         assert data is not None
         data.set("offset", str(at))
 
     def text(self) -> bytes:
-        """The IR as XML, without what was replaced."""
+        """Return the IR as XML, without the replaced layers."""
         for section in ("layers", "edges"):
             if (found := self.root.find(section)) is not None:
-                found[:] = [element for element in found if element not in self._gone]
+                found[:] = [element for element in found if element not in self._removed]
         return ElementTree.tostring(self.root, encoding="utf-8", xml_declaration=True)
 
 
 def read_graph(file: Path) -> Graph:
-    """The IR in a file.
+    """Read the IR in a file.
 
-    :raises UserError: if it is none.
+    :raises UserError: if it is not an IR.
     """
     return Graph(read_bounded(file, MAX_IR_BYTES), str(file))
 
 
 class _Builder(ElementTree.TreeBuilder):
-    """Refuses what no IR has and a reader can be kept busy with."""
+    """Refuse XML that no IR contains and that could exhaust time or memory."""
 
     depth = 0
 
@@ -401,16 +425,19 @@ def _parse_xml(text: bytes) -> Any:
     return ElementTree.fromstring(text, ElementTree.XMLParser(target=_Builder()))
 
 
-def _number(text: str | None, what: str) -> int:
-    """:raises ValueError: if it is none, or no size of a weight file."""
+def _parse_number(text: str | None, what: str) -> int:
+    """Parse a number of an IR.
+
+    :raises ValueError: if it is not a number, or has more than 15 digits.
+    """
     if text is None or not IR_NUMBER.fullmatch(text):
         shown = one_line(repr(text), 80)
-        raise ValueError(f"{what}: found {shown}; a number that a weight file can have is expected")
+        raise ValueError(f"{what}: found {shown}; a number of at most 15 digits is expected")
     return int(text)
 
 
-def _inputs(layer: Any) -> list[Any]:
-    """The input ports of a layer; none where one has no id."""
+def _input_ports(layer: Any) -> list[Any]:
+    """Return the input ports of a layer; an empty list if one has no id."""
     found = layer.find("input")
     ports = [] if found is None else list(found)
     return ports if all(port.tag == "port" and "id" in port.attrib for port in ports) else []
@@ -423,15 +450,15 @@ def _port(number: str, size: int) -> Any:
 
 
 def is_specialized(graph: bytes) -> bool:
-    """Whether an IR has products of ours in it."""
+    """Return whether an IR contains ``SqftMatMul``."""
     return f'type="{OPERATOR}"'.encode() in graph
 
 
-def matrix_of(product: Product, read: Read) -> Matrix | None:
-    """The weights of a product.
+def read_matrix(product: Product, read: Read) -> Matrix | None:
+    """Read the weights of a product.
 
-    :param read: offset and size -> bytes of the weight file.
-    :return: None if a scale is no float16.
+    :param read: returns bytes of the weight file at an offset and size.
+    :return: None if a scale is not exact in float16.
     """
     bits, rows = product.bits, product.rows
     flip = 2 ** (bits - 1) if product.codes.kind[0] == "i" else 0
@@ -443,12 +470,15 @@ def matrix_of(product: Product, read: Read) -> Matrix | None:
         return None
     codes = read(product.codes.at, product.codes.size)
     return Matrix(
-        bits, rows, product.inputs, codes, flip, _zeros(product, scale.shape, read), scale
+        bits, rows, product.inputs, codes, flip, _zero_points(product, scale.shape, read), scale
     )
 
 
-def _zeros(product: Product, shape: tuple[int, ...], read: Read) -> np.ndarray | None:
-    """uint8 zero points, of the codes as unsigned; None: in the middle, as signed ones have it."""
+def _zero_points(product: Product, shape: tuple[int, ...], read: Read) -> np.ndarray | None:
+    """Return the zero points (uint8) for unsigned codes.
+
+    None stands for the middle of the range, which signed codes without zero points have.
+    """
     signed = product.codes.kind[0] == "i"
     if product.zero is None:
         return None if signed else np.zeros(shape, np.uint8)

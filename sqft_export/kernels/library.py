@@ -1,4 +1,4 @@
-"""The compiled kernels: what is here, laying matrices out, multiplying.
+"""Python interface of the compiled kernels: find them, pack and unpack matrices, multiply.
 
 The library comes from the installed package, never from a deployment.
 """
@@ -23,7 +23,7 @@ HUGE_PAGE = 2**21
 
 
 class MatrixHeader(ctypes.Structure):
-    """``SqftMatrix`` of matrix.h, which says what the fields are."""
+    """``SqftMatrix`` of matrix.h, which describes the fields."""
 
     _fields_ = (
         ("magic", ctypes.c_char * 8),
@@ -42,6 +42,8 @@ class MatrixHeader(ctypes.Structure):
 
 
 class _Kernels(ctypes.Structure):
+    """``SqftKernels`` of matrix.h."""
+
     _fields_ = (
         ("name", ctypes.c_char_p),
         ("lanes", ctypes.c_uint32),
@@ -54,9 +56,9 @@ class _Kernels(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Kernels:
-    """Those of one instruction set.
+    """The kernels of one instruction set.
 
-    name: avx512-amx, avx512, avx2-vnni, avx2, neon or plain. lanes: rows of a vector.
+    name: avx512-amx, avx512, avx2-vnni, avx2, neon or plain. lanes: rows per vector.
     """
 
     name: str
@@ -64,12 +66,12 @@ class Kernels:
 
     @property
     def any_mask_pays(self) -> bool:
-        """Whether it expands any mask about as fast as memory is read."""
+        """Whether they expand unstructured masks about as fast as memory is read."""
         return self.name in ("avx512-amx", "avx512")
 
 
 def open_library(file: Path) -> Any:
-    """A library built of this folder's sources."""
+    """Load a library that was built from this folder's sources."""
     library = ctypes.CDLL(str(file))
     library.sqft_kernels.restype = ctypes.POINTER(_Kernels)
     return library
@@ -77,13 +79,16 @@ def open_library(file: Path) -> Any:
 
 @functools.cache
 def kernel_library() -> Any:
-    """The one that was built with the package, or None where no compiler was."""
+    """Return the library built with the package; None if there was no compiler."""
     file = built_library(Path(__file__).parent, "_kernels")
     return open_library(file) if file else None
 
 
-def kernels_here(name: str | None = None, library: Any = None) -> Kernels | None:
-    """The best that this processor runs, or those of a name; None where there are none."""
+def find_kernels(name: str | None = None, library: Any = None) -> Kernels | None:
+    """Return the fastest kernels that this processor supports, or those with a name.
+
+    None if the processor does not support them, or the library was not built.
+    """
     library = library or kernel_library()
     found = library.sqft_kernels(name.encode() if name else None) if library else None
     return Kernels(found[0].name.decode(), found[0].lanes) if found else None
@@ -93,9 +98,9 @@ def kernels_here(name: str | None = None, library: Any = None) -> Kernels | None
 class Matrix:
     """A compressed matrix as a runtime stores it.
 
-    codes: uint8 ``[bytes]``, row major; two a byte for 4 bits, the lower nibble first.
-    flip: what each code is xored with to be unsigned: ``2^(bits-1)`` where it is signed.
-    zero: uint8 ``[rows, groups]``, or None: symmetric, ``2^(bits-1)``.
+    codes: uint8 ``[bytes]``, row major; for 4 bits two codes per byte, the lower nibble first.
+    flip: XOR mask that makes codes unsigned: ``2^(bits-1)`` for signed codes, else 0.
+    zero: uint8 ``[rows, groups]``; None if symmetric: the zero point is then ``2^(bits-1)``.
     scale: float16 ``[rows, groups]``.
     """
 
@@ -109,6 +114,7 @@ class Matrix:
 
     @property
     def group(self) -> int:
+        """Inputs per scale."""
         return self.inputs // self.scale.shape[1]
 
 
@@ -117,28 +123,35 @@ def _pointer(array: np.ndarray | None) -> ctypes.c_void_p:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """counts: uint32 ``[rows]``, codes that are not zero. pairs: no 4 inputs have more than 2."""
+class KeptCounts:
+    """The kept codes of a matrix.
+
+    counts: uint32 ``[rows]``, codes that differ from their zero point.
+    pairs: whether the mask is 2:4: at most 2 kept codes in 4 adjacent inputs.
+    """
 
     counts: np.ndarray
     pairs: bool
 
 
-def count_kept(matrix: Matrix, library: Any = None) -> Kept:
+def count_kept(matrix: Matrix, library: Any = None) -> KeptCounts:
+    """Count the kept codes of each row."""
     kept = np.empty(matrix.rows, np.uint32)
     pairs = (library or kernel_library()).sqft_count(
         *(_pointer(matrix.codes), matrix.bits, matrix.flip, _pointer(matrix.zero)),
         *(matrix.rows, matrix.inputs, matrix.group, _pointer(kept)),
     )
-    return Kept(kept, bool(pairs))
+    return KeptCounts(kept, bool(pairs))
 
 
-def planned(
+def plan_matrix(
     matrix: Matrix, form: str, lanes: int, kept: np.ndarray, library: Any = None
 ) -> MatrixHeader | None:
-    """The header of a matrix laid out in a format; ``header.bytes`` is what it takes.
+    """Return the header of a matrix packed in a format; ``header.bytes`` is the packed size.
 
-    :return: None if the shape can't be laid out.
+    :param form: dense, mask or pairs.
+    :param kept: ``KeptCounts.counts`` of the matrix.
+    :return: None if the kernels do not support the shape.
     """
     header = MatrixHeader(
         format=FORMATS.index(form),
@@ -153,10 +166,14 @@ def planned(
     return None if library.sqft_plan(ctypes.byref(header), _pointer(kept)) else header
 
 
-def lay_out(
+def pack_matrix(
     header: MatrixHeader, matrix: Matrix, kept: np.ndarray, out: np.ndarray, library: Any = None
 ) -> None:
-    """Write a planned matrix to ``out``, uint8 ``[header.bytes]``, from a multiple of 64 on."""
+    """Pack a matrix into ``out``.
+
+    :param header: from :func:`plan_matrix`.
+    :param out: uint8 ``[header.bytes]``, aligned to 64 bytes.
+    """
     library = library or kernel_library()
     out[: ctypes.sizeof(MatrixHeader)] = np.frombuffer(bytes(header), np.uint8)
     library.sqft_place(_pointer(out), _pointer(kept))
@@ -174,27 +191,28 @@ def lay_out(
     library.sqft_seal(_pointer(out))
 
 
-def _header(blob: np.ndarray) -> MatrixHeader:
+def _copy_header(blob: np.ndarray) -> MatrixHeader:
     return MatrixHeader.from_buffer_copy(blob[: ctypes.sizeof(MatrixHeader)].tobytes())
 
 
-def header_of(blob: np.ndarray, name: str, library: Any = None) -> MatrixHeader:
-    """The header of a matrix that was laid out.
+def read_header(blob: np.ndarray, name: str, library: Any = None) -> MatrixHeader:
+    """Return the header of a packed matrix.
 
-    :raises DamagedError: if anything it says does not lie within the bytes.
+    :raises DamagedError: if the header is invalid or refers to bytes outside ``blob``.
     """
     size = ctypes.c_size_t(blob.nbytes)
     if (library or kernel_library()).sqft_check(_pointer(blob), size):
-        raise DamagedError(f"{name}: its weights are not laid out as these kernels read them")
-    return _header(blob)
+        raise DamagedError(f"{name}: its weights are not in the format that these kernels read")
+    return _copy_header(blob)
 
 
-def read_out(blob: np.ndarray, name: str, library: Any = None) -> Matrix:
-    """The inverse of :func:`lay_out`: codes a byte each, zero points always there.
+def unpack_matrix(blob: np.ndarray, name: str, library: Any = None) -> Matrix:
+    """Unpack a matrix: the inverse of :func:`pack_matrix`.
 
-    :raises DamagedError: if it is damaged.
+    :return: one code per byte; zero points are always present, also for symmetric codes.
+    :raises DamagedError: if the packed matrix is damaged.
     """
-    header = header_of(blob, name, library)
+    header = read_header(blob, name, library)
     codes = np.empty((header.rows, header.inputs), np.uint8)
     groups = header.inputs // header.stored_group
     zero = np.empty((header.rows, groups), np.uint8)
@@ -204,10 +222,10 @@ def read_out(blob: np.ndarray, name: str, library: Any = None) -> Matrix:
     return Matrix(header.bits, header.rows, header.inputs, codes, 0, zero, scale)
 
 
-def in_huge_pages(array: np.ndarray) -> None:
-    """Ask for huge pages for memory that was not written yet; where there are none, go without.
+def use_huge_pages(array: np.ndarray) -> None:
+    """Request huge pages for memory that was not written yet, if the system has them.
 
-    Reading at full speed needs them: with pages of 4 KiB half a gain is lost.
+    With pages of 4 KiB, half of the kernels' speed-up is lost.
     """
     first = -array.ctypes.data % HUGE_PAGE
     length = (array.nbytes - first) // HUGE_PAGE * HUGE_PAGE
@@ -216,12 +234,15 @@ def in_huge_pages(array: np.ndarray) -> None:
         ctypes.CDLL(None).madvise(address, ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
 
 
-def aligned(size: int, to: int = HUGE_PAGE) -> np.ndarray:
-    """Uint8 ``[size]`` from a multiple of ``to`` on; pages that are not written take no memory."""
+def allocate_aligned(size: int, to: int = HUGE_PAGE) -> np.ndarray:
+    """Allocate a uint8 array aligned to ``to`` bytes, in huge pages.
+
+    Pages that are never written take no memory.
+    """
     memory = np.empty(size + to, np.uint8)
     start = -memory.ctypes.data % to
     array = memory[start : start + size]
-    in_huge_pages(array)
+    use_huge_pages(array)
     return array
 
 
@@ -232,16 +253,17 @@ def multiply(
     kernels: str | None = None,
     library: Any = None,
 ) -> np.ndarray:
-    """Products of a matrix, on one thread: float32 ``[tokens, rows]``.
+    """Multiply a packed matrix with activations on one thread; return float32 ``[tokens, rows]``.
 
-    :param blob: what :func:`lay_out` wrote or :func:`header_of` has checked.
+    :param blob: written by :func:`pack_matrix` or checked by :func:`read_header`.
     :param x: float32 ``[tokens, inputs]``.
-    :param mode: one: token by token; many: all at once; exact: activations are not rounded; auto:
-        one or many, as a runtime is given it.
-    :param kernels: of an instruction set; None: the best here.
+    :param mode: one: token by token; many: all at once; exact: without rounding activations; auto:
+        one for a single token, else many, as in a runtime.
+    :param kernels: name of an instruction set; None selects the fastest.
+    :raises MemoryError: if scratch memory can't be allocated.
     """
     library = library or kernel_library()
-    tokens, rows = len(x), _header(blob).rows
+    tokens, rows = len(x), _copy_header(blob).rows
     y = np.empty((tokens, rows), np.float32)
     modes = {"auto": 0, "one": 1, "many": 2, "exact": 3}
     run: Callable[..., int] = library.sqft_multiply

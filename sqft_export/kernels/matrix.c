@@ -1,4 +1,4 @@
-/* Laying a matrix out and reading it back, whatever the instruction set; the exact mode. */
+/* Pack and unpack matrices for any instruction set, and multiply without rounding. */
 #include "matrix.h"
 #include <math.h>
 #include <stdlib.h>
@@ -9,7 +9,7 @@ static int middle(const SqftMatrix *m) { return 1 << (m->bits - 1); }
 static uint8_t *bytes_of(SqftMatrix *m, uint64_t at) { return (uint8_t *)m + at; }
 static size_t vector_bytes(const SqftMatrix *m) { return 4 * (size_t)m->lanes; }
 
-/* Activations are rounded by 128 inputs at most: where a scale serves more, it is repeated. */
+/* Activations are rounded in groups of at most 128 inputs. Scales of larger groups are repeated. */
 static uint32_t kernel_group(uint32_t stored) {
   if (stored <= 128) return stored;
   for (uint32_t g = 128; g >= 16; g /= 2)
@@ -21,7 +21,7 @@ static size_t step_bytes(const SqftMatrix *m) {
   size_t v = vector_bytes(m);
   if (m->format == SQFT_MASK) return v / 4;
   if (m->format == SQFT_DENSE) return m->bits == 4 ? v : 2 * v;
-  return 2 * (v + (m->bits == 4 ? 2 : 4) * v) / 8; /* pairs: of 8 steps at a time */
+  return 2 * (v + (m->bits == 4 ? 2 : 4) * v) / 8; /* pairs: 8 steps share their vectors */
 }
 
 int sqft_plan(SqftMatrix *m, const uint32_t *kept) {
@@ -72,7 +72,7 @@ void sqft_place(SqftMatrix *m, const uint32_t *kept) {
   }
 }
 
-/* One row as a byte a code. */
+/* Read one row, one code per byte. */
 static void read_row(const uint8_t *codes, uint32_t bits, uint32_t flip, size_t row, size_t inputs,
                      uint8_t *out) {
   size_t at = row * inputs;
@@ -80,7 +80,7 @@ static void read_row(const uint8_t *codes, uint32_t bits, uint32_t flip, size_t 
     for (size_t i = 0; i < inputs; i++) out[i] = codes[at + i] ^ flip;
     return;
   }
-  if (at % 2 == 0) { /* the compiler makes vectors of this one */
+  if (at % 2 == 0) { /* the compiler vectorizes this loop */
     const uint8_t *pairs = codes + at / 2;
     for (size_t i = 0; i < inputs / 2; i++) {
       out[2 * i] = (pairs[i] & 15) ^ flip;
@@ -116,7 +116,7 @@ int sqft_count(const uint8_t *codes, uint32_t bits, uint32_t flip, const uint8_t
   return pairs;
 }
 
-/* A tile as bytes: codes [2 * lanes][inputs]; rows past the end are zero with a scale of zero. */
+/* An unpacked tile: codes [2 * lanes][inputs]. Rows past the end are zero, with scale zero. */
 typedef struct {
   uint8_t *codes, *zero;
   uint16_t *scale;
@@ -151,7 +151,7 @@ static void read_tile(const SqftMatrix *m, const uint8_t *codes, uint32_t flip, 
   }
 }
 
-/* Where code `input` of a group stands: what is past the group is zero. */
+/* Return code `input` of a group, or its zero point past the end of the group. */
 static uint8_t code_at(const SqftMatrix *m, Tile t, size_t row, size_t g, size_t input) {
   if (input >= m->group) return t.zero[row * m->groups + g];
   return t.codes[row * m->inputs + g * m->group + input];
@@ -170,7 +170,7 @@ static void pack_dense(const SqftMatrix *m, Tile t, size_t g, uint8_t *out) {
       }
 }
 
-/* Kept codes are appended at `at`, in bytes (INT8) or in nibbles of either half (INT4). */
+/* Append kept codes at `at`, counted in bytes (INT8) or in nibbles of each half (INT4). */
 static void pack_mask(const SqftMatrix *m, Tile t, size_t g, uint8_t *out, uint8_t *kept,
                       size_t at[2]) {
   for (size_t i = 0; i < m->span; i += 4)
@@ -203,7 +203,7 @@ static void pack_pairs(const SqftMatrix *m, Tile t, size_t g, uint8_t *out) {
             uint8_t one = code_at(m, t, row, g, i + 4 * quad + j);
             if (one != zero && found < 2) place[found] = j, code[found++] = one;
           }
-          /* what is not kept has a place of its own too, and the code zero */
+          /* unused slots get a free position and the code zero */
           for (uint8_t j = 0; found < 2; j++)
             if (!found || place[0] != j) place[found++] = j;
           for (size_t k = 0; k < 2; k++) {
@@ -245,7 +245,7 @@ void sqft_pack(SqftMatrix *m, const uint8_t *codes, uint32_t flip, const uint8_t
   free_tile(t);
 }
 
-/* Bits of the mask of one vector: 2, 4 or 8 bytes. */
+/* Count the set bits in the mask of one vector: 2, 4 or 8 bytes. */
 static size_t ones(const uint8_t *bytes, size_t n) {
   uint64_t word = 0;
   memcpy(&word, bytes, n);
@@ -298,7 +298,7 @@ static void unpack_other(const SqftMatrix *m, const uint8_t *in, size_t g, Tile 
     }
 }
 
-/* A tile as it was before it was laid out. */
+/* Unpack one tile. */
 static void unpack_tile(const SqftMatrix *m, size_t tile, Tile t) {
   size_t rows = sqft_tile_rows(m), at[2] = {0, 0};
   const uint8_t *in = sqft_fixed(m, tile), *kept = 0;
@@ -340,7 +340,7 @@ int sqft_check(const SqftMatrix *m, size_t size) {
   if (size < sizeof(SqftMatrix) || memcmp(m->magic, SQFT_MAGIC, 8)) return -1;
   if (m->version != SQFT_VERSION || m->asymmetric > 1) return -1;
   SqftMatrix expected = *m;
-  /* sizes below 2^60 do not overflow what is computed from them */
+  /* with these bounds no computed size overflows 64 bits */
   if (m->rows > 1u << 28 || m->inputs > 1u << 28 || sqft_plan(&expected, 0)) return -1;
   if (m->group != expected.group || m->span != expected.span || m->groups != expected.groups ||
       m->tiles != expected.tiles || m->group_bytes != expected.group_bytes ||
@@ -374,7 +374,7 @@ static float half_to_float(uint16_t half) {
   return half >> 15 ? -value : value;
 }
 
-/* Of the dense format, whose bytes of a row are where they are. */
+/* Dequantize a row of the dense format, where the bytes of a row have fixed places. */
 static void dense_row(const SqftMatrix *m, size_t row, float *out) {
   size_t rows = sqft_tile_rows(m), r = row % rows, half = r / m->lanes, lane = r % m->lanes;
   size_t from = m->bits == 4 ? 4 * lane : half * vector_bytes(m) + 4 * lane;

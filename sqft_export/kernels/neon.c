@@ -1,4 +1,4 @@
-/* NEON with the dot product of ARMv8.2. */
+/* NEON with the dot product instructions of ARMv8.2. */
 #if defined(__aarch64__)
 #ifdef __clang__
 #define TARGET "dotprod"
@@ -77,7 +77,7 @@ static inline void scatter(const uint8_t *mask, const uint8_t **kept, int shift,
     if (mask[k / 8] >> k % 8 & 1) out[k] = (uint8_t)(*(*kept)++ >> shift & low);
 }
 
-/* Any mask costs more here than it saves: right, not fast. */
+/* Correct, but not fast: expanding a mask costs more here than it saves. */
 static inline void expand4(const uint8_t *mask, const uint8_t **kept, int narrow, V z0, V z1,
                            V *o0, V *o1) {
   uint8_t out[32];

@@ -1,8 +1,8 @@
-// The OpenVINO operators, of a matrix of matrix.h, which is a Constant of bytes:
+// OpenVINO operators. Their weights are a Constant of bytes: a matrix in the format of matrix.h.
 //   SqftMatMul  x [.., inputs] float32 times the matrix -> [.., rows] float32
-//   SqftGather  rows of the matrix by ids [..] -> [.., inputs] float32: the embedding of a model
-//               whose head it is too
-// Threads are those of the runtime's own arena.
+//   SqftGather  rows of the matrix by ids [..] -> [.., inputs] float32: an embedding that shares
+//               its matrix with the head
+// They use the threads of the runtime's own arena.
 #include <tbb/parallel_for.h>
 #include <tbb/task_arena.h>
 
@@ -33,8 +33,8 @@ namespace {
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kPiece = 32 * kHugePage;
 
-// Memory in huge pages where there are such. Matrices share pieces of it, each of which lives as
-// long as one of them: a page of its own for every small matrix would be several times its size.
+// Allocate memory in huge pages if the system has them. Several matrices share a piece, because a
+// huge page is several times the size of a small matrix. A piece is freed with its last matrix.
 std::shared_ptr<uint8_t> allocate(size_t size) {
   static std::mutex mutex;
   static std::shared_ptr<uint8_t> piece;
@@ -55,8 +55,8 @@ std::shared_ptr<uint8_t> allocate(size_t size) {
   return part;
 }
 
-// Takes pages of a mapped file out of this process: they were copied. Memory of any other kind is
-// left alone, since it would be lost.
+// Release the resident pages of a mapped file after they were copied. Other memory is not touched,
+// because its content would be lost.
 void forget_mapped(const uint8_t *data, size_t size) {
 #if defined(__linux__)
   const auto begin = reinterpret_cast<uintptr_t>(data), end = begin + size;
@@ -82,7 +82,7 @@ const SqftMatrix *matrix_of(const uint8_t *bytes) {
   return reinterpret_cast<const SqftMatrix *>(bytes);
 }
 
-// The same matrix for vectors of another length.
+// Repack a matrix for another vector length.
 std::shared_ptr<uint8_t> with_lanes(const SqftMatrix *m, uint32_t lanes) {
   const size_t groups = m->inputs / m->stored_group;
   std::vector<uint8_t> codes(size_t(m->rows) * m->inputs), zero(m->rows * groups);
@@ -108,8 +108,8 @@ std::shared_ptr<uint8_t> with_lanes(const SqftMatrix *m, uint32_t lanes) {
   return out;
 }
 
-// A Constant's bytes as the kernels here read them fastest: where they lie, if a loader put them
-// in huge pages in the right order; else a copy, which takes their place in memory.
+// Return a Constant's bytes in the form that these kernels read fastest: in place, if a loader put
+// them in huge pages with the right vector length; else a copy, which replaces them in memory.
 std::shared_ptr<const uint8_t> prepared(const uint8_t *data, size_t size, uint32_t lanes) {
   const auto *m = matrix_of(data);
   OPENVINO_ASSERT(!sqft_check(m, size), "SqftMatMul: its weights are damaged");
@@ -125,7 +125,7 @@ std::shared_ptr<const uint8_t> prepared(const uint8_t *data, size_t size, uint32
   return copy;
 }
 
-// Scratch that a thread keeps.
+// Return scratch memory that a thread keeps.
 template <typename T>
 T *scratch(std::vector<T> &of, size_t size) {
   if (of.size() < size) of.resize(size);
@@ -185,8 +185,8 @@ class SqftMatMul : public ov::op::Op {
     const auto *x = static_cast<const float *>(in[0].data());
     auto *y = static_cast<float *>(out[0].data());
     const size_t tokens = in[0].get_size() / m->inputs;
-    // A thread that waits for others would take up work of another request, which uses the same
-    // scratch memory of the thread.
+    // Without isolation, a waiting thread could start work of another request, which uses the same
+    // scratch memory of that thread.
     tbb::this_task_arena::isolate([&] {
       if (activations_ == "f32")
         over_tiles(m, [&](size_t first, size_t last) { sqft_exact(m, x, tokens, y, first, last); });

@@ -1,5 +1,5 @@
-/* Plain C: the reference, and what runs where there is nothing better. Says what each of the
-   primitives that products.h is written with does. */
+/* Plain C: the reference, and the fallback for all processors. It defines the meaning of each
+   primitive that products.h uses. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -25,20 +25,20 @@ MAKE(V v_set(int x), V v; memset(&v, x, sizeof v); return v;)
 MAKE(V v_one(void), return v_set(1);)
 MAKE(V v_low(V v), EACH(32) v.b[k] &= 15; return v;)
 MAKE(V v_high(V v), EACH(32) v.b[k] = (uint8_t)(v.b[k] >> 4); return v;)
-/* what v_high gave, HIGH taken off */
+/* divide the result of v_high by HIGH */
 MAKE(V v_plain(V v), return v;)
-/* 4 activations beside the 4 codes of every lane */
+/* repeat 4 activations in every lane */
 MAKE(V v_four(const int8_t *q), V v; EACH(LANES) memcpy(v.b + 4 * k, q, 4); return v;)
-/* 16 activations in every part of 16 bytes */
+/* repeat 16 activations in every 16 bytes */
 MAKE(V v_sixteen(const void *q), V v; memcpy(v.b, q, 16); memcpy(v.b + 16, q, 16); return v;)
-/* 2 bits of an index: a place in its quad */
+/* extract 2 bits of an index: a position in its 4 inputs */
 MAKE(V v_place(V v, int field), EACH(32) v.b[k] = v.b[k] >> 2 * field & 3; return v;)
-/* the same as a place in the 16 activations: of fields 0 and 2 in the first 8, else in the last */
+/* convert to a position in 16 activations: in the first 8 for fields 0 and 2, else in the last */
 MAKE(V v_index(V v, int field), v = v_place(v, field);
      EACH(32) v.b[k] = (uint8_t)(v.b[k] + 8 * (field & 1) + (k & 2) * 2); return v;)
-/* bytes by their place in the part of 16 that they are in */
+/* select bytes by index within each 16 bytes */
 MAKE(V v_pick(V x, V at), V v; EACH(32) v.b[k] = x.b[(k & 16) + (at.b[k] & 15)]; return v;)
-/* places of byte j of every lane */
+/* the indices of byte j of every lane */
 MAKE(V v_spread(int j), V v; EACH(32) v.b[k] = (uint8_t)((k & 12) + j); return v;)
 /* 0 1 2 3 in every lane */
 MAKE(V v_count(void), V v; EACH(32) v.b[k] = k & 3; return v;)
@@ -46,19 +46,19 @@ MAKE(V v_equal(V a, V b), EACH(32) a.b[k] = a.b[k] == b.b[k] ? 255 : 0; return a
 MAKE(V v_and(V a, V b), EACH(32) a.b[k] &= b.b[k]; return a;)
 MAKE(V v_or(V a, V b), EACH(32) a.b[k] |= b.b[k]; return a;)
 MAKE(V v_not_and(V a, V b), EACH(32) a.b[k] = (uint8_t)(~a.b[k] & b.b[k]); return a;)
-/* a zero point a lane beside its 4 codes */
+/* repeat one zero point per lane 4 times */
 MAKE(V v_zero(const uint8_t *p), V v; EACH(32) v.b[k] = p[k / 4]; return v;)
 MAKE(I i_set(int x), I i; EACH(LANES) i.i[k] = x; return i;)
 MAKE(I i_bytes(const uint8_t *p), I i; EACH(LANES) i.i[k] = p[k]; return i;)
 MAKE(I i_add(I a, I b), EACH(LANES) a.i[k] += b.i[k]; return a;)
 MAKE(I i_sub(I a, I b), EACH(LANES) a.i[k] -= b.i[k]; return a;)
 MAKE(I i_mul(I a, I b), EACH(LANES) a.i[k] *= b.i[k]; return a;)
-/* HIGH times */
+/* multiply by HIGH */
 MAKE(I i_high(I a), return a;)
-/* c + codes (unsigned) times activations (signed), 4 a lane */
+/* c + codes (unsigned) * activations (signed), summed over the 4 of each lane */
 MAKE(I i_dot8(I c, V u, V q),
      EACH(32) c.i[k / 4] += (int32_t)u.b[k] * (int8_t)q.b[k]; return c;)
-/* the same of nibbles, and a sum added to a total */
+/* the same for nibbles; a_total adds such a sum to a total */
 MAKE(A a_zero(void), return i_set(0);)
 MAKE(A a_dot(A a, V u, V q), return i_dot8(a, u, q);)
 MAKE(I a_total(I total, A a), return i_add(total, a);)
@@ -69,7 +69,7 @@ MAKE(F f_mul(F a, F b), EACH(LANES) a.f[k] *= b.f[k]; return a;)
 MAKE(F f_fma(F a, F b, F c), EACH(LANES) c.f[k] += a.f[k] * b.f[k]; return c;)
 MAKE(void f_store(float *p, F f), memcpy(p, &f, sizeof f);)
 
-/* float16 of every lane */
+/* convert one float16 per lane */
 static inline F f_half(const uint8_t *p) {
   F f;
   EACH(LANES) {
@@ -85,8 +85,8 @@ static inline F f_half(const uint8_t *p) {
   return f;
 }
 
-/* Kept codes to where the mask has a bit, the zero elsewhere; nibbles of vector 1 are the high
-   ones, and come HIGH times. narrow: half a vector holds all kept codes. */
+/* Put kept codes where the mask has a bit, and the zero point elsewhere. Codes of vector 1 are the
+   high nibbles and are left multiplied by HIGH. narrow: half a vector holds all kept codes. */
 static inline void expand4(const uint8_t *mask, const uint8_t **kept, int narrow, V z0, V z1,
                            V *o0, V *o1) {
   (void)narrow;

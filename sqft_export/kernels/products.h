@@ -1,24 +1,31 @@
-/* The products, once for all instruction sets. A file that includes this one has defined
+/* The products, once for all instruction sets.
 
-     LANES                    rows a vector holds
-     HIGH                     what v_high leaves its nibbles multiplied with: 1 or 16
+   Invariant: v_high leaves high nibbles multiplied by HIGH (1 or 16), which saves a shift. All sums
+   of vector 1, and for pairs of both vectors, therefore stay multiplied by HIGH until the end,
+   where one_of divides them. v_plain removes the factor earlier, when a tile is expanded for several
+   tokens.
+
+   A file that includes this one defines
+
+     LANES                    rows per vector
+     HIGH                     the factor that v_high leaves in its nibbles: 1 or 16
      SIGNED8                  1 if i_dot8 takes a code c as c - 128
-     FLUSH                    products that a sum of nibbles A bears before a_total
-     TOKENS                   tokens at once
-     MATRIX_REGISTERS         several tokens go through those of AMX (amx.h), TOKENS is 1
-     V, I, F, A               vectors of bytes, int32, float32, of sums of nibbles
+     FLUSH                    products that a sum of nibbles A can hold before a_total
+     TOKENS                   tokens multiplied at once
+     MATRIX_REGISTERS         several tokens are multiplied by AMX (amx.h); TOKENS is 1
+     V, I, F, A               vectors of bytes, int32, float32, and of sums of nibbles
      v_load v_store v_low v_high v_four v_sixteen v_index v_pick v_zero v_one v_equal v_and v_or
-     v_not_and, i_*, f_*, a_*, expand4, expand8: see plain.c for what each does. */
+     v_not_and, i_*, f_*, a_*, expand4, expand8: plain.c defines the meaning of each. */
 #include "matrix.h"
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
 #define BYTES (4 * LANES)
-#define AHEAD 6144 /* bytes: at 2 KiB memory is not yet at its full speed */
+#define AHEAD 6144 /* bytes; with 2 KiB memory is not yet read at full speed */
 #define PREFETCH(p) __builtin_prefetch((const char *)(p) + AHEAD)
 
-/* Several tokens that are multiplied together lie side by side: of every group, then of every
-   WIDTH tokens, 4 inputs of each in turn. One alone lies there as it is. */
+/* Activations of several tokens are interleaved: within each group and each `width` tokens, 4
+   inputs of each token alternate. A single token is stored contiguously. */
 INLINE size_t width_of(size_t tokens) { return tokens < TOKENS ? tokens : TOKENS; }
 INLINE int8_t *place_of(const SqftMatrix *m, const SqftInputs *x, size_t g, size_t t,
                         size_t tokens) {
@@ -26,8 +33,9 @@ INLINE int8_t *place_of(const SqftMatrix *m, const SqftInputs *x, size_t g, size
   return x->codes + (g * chunks + t / width) * width * m->span + t % width * 4;
 }
 
-/* One group of one token. Written so that compilers make vectors of it: the largest is found among
-   bits, which order as the numbers do; no product may be contracted with the sum after it. */
+/* Round one group of one token; return the sum of its codes. Compilers vectorize this form: the
+   maximum is taken over bit patterns, whose order is that of the absolute values. A product must
+   not be contracted with the sum after it. */
 INLINE int32_t round_group(const float *restrict in, size_t group, size_t span, float *scale,
                            int8_t *restrict codes) {
   const float shift = 12582912.f; /* 1.5 * 2^23: adding it rounds, to nearest even */
@@ -72,8 +80,8 @@ static void rounded(const SqftMatrix *m, const float *x, size_t t, size_t tokens
   }
 }
 
-/* Groups: products of `steps` times 4 inputs, out[0] of vector 0, out[1] of vector 1 (HIGH times
-   that if the codes are nibbles). */
+/* Products of one group, over `steps` times 4 inputs: out[0] of vector 0, out[1] of vector 1
+   (multiplied by HIGH if the codes are nibbles). */
 
 INLINE void dense4(const uint8_t *p, const int8_t *q, int steps, I out[2]) {
   out[0] = out[1] = i_set(0);
@@ -113,7 +121,7 @@ INLINE void dense8(const uint8_t *p, const int8_t *q, int steps, I out[2]) {
   out[1] = i_add(c1, d1);
 }
 
-/* Where the kept codes of a tile go on: of vector 0 and, for nibbles, of vector 1. */
+/* The next kept codes of a tile: of vector 0 and, for nibbles, of vector 1. */
 typedef struct {
   const uint8_t *at[2];
 } Stream;
@@ -166,7 +174,7 @@ INLINE void mask8(const uint8_t *p, Stream *kept, const int8_t *q, int steps, V 
   out[1] = i_add(c1, d1);
 }
 
-/* Of one vector of rows. The zero is taken off what was picked, so that out needs no correction. */
+/* Products of one vector. The zero point is subtracted here, so the result needs no correction. */
 INLINE I pairs4(const uint8_t *p, size_t stride, const int8_t *q, int span, I zero) {
   I out = i_set(0), low = out, picked = out;
   const V one = v_one();
@@ -211,7 +219,7 @@ INLINE I pairs8(const uint8_t *p, size_t stride, const int8_t *q, int span, I ze
 typedef struct {
   F scale[2];
   I zero[2];
-  V bytes[2]; /* the zero beside each code */
+  V bytes[2]; /* the zero point, repeated for each code */
 } Group;
 
 INLINE Group head_of(const uint8_t *p, int asymmetric, int bits) {
@@ -227,7 +235,7 @@ INLINE Group head_of(const uint8_t *p, int asymmetric, int bits) {
   return g;
 }
 
-/* What a group's sums of products are off by: the zero stands in every code. */
+/* The part of a group's sums that comes from the zero point, which every code contains. */
 INLINE I zeros_of(const SqftMatrix *m, const Group *group, int v, int32_t sum, const int bits) {
   const int offset = bits == 8 ? 128 * SIGNED8 : 0;
   if (!m->asymmetric) return i_set(sum * ((1 << (bits - 1)) - offset));
@@ -287,7 +295,7 @@ INLINE void one_of(const SqftMatrix *m, const SqftInputs *x, float *y, size_t fi
       f0 = f_fma(f_of(out[0]), f_mul(group.scale[0], a), f0);
       f1 = f_fma(f_of(out[1]), f_mul(group.scale[1], a), f1);
     }
-    /* v_high of vector 1; pairs have high nibbles in both */
+    /* remove the factor HIGH: from vector 1; for pairs from both */
     if (bits == 4 && HIGH != 1) f1 = f_mul(f1, f_set(1.f / HIGH));
     if (bits == 4 && HIGH != 1 && format == SQFT_PAIRS) f0 = f_mul(f0, f_set(1.f / HIGH));
     store_rows(m, tile, y, f0, f1);
@@ -305,11 +313,11 @@ static void one(const SqftMatrix *m, const SqftInputs *x, float *y, size_t first
   }
 }
 
-/* Prompts and batches: a group of a tile is expanded once, a byte a code, for every 4 inputs
-   vector 0 and then 1, and multiplied with all tokens from the nearest cache. */
+/* Prompts and batches: a group of a tile is expanded once to one byte per code (for every 4 inputs
+   vector 0, then vector 1), and multiplied with all tokens from the nearest cache. */
 
 INLINE void spread_pair(V code, V index, int field, V zero, uint8_t *out, size_t stride) {
-  /* inputs 8 * field ..: two quads of this vector, each its 2 kept codes and their places */
+  /* 8 inputs from 8 * field on: two fours, each with 2 kept codes and their positions */
   for (int quad = 0; quad < 2; quad++) {
     V c0 = v_pick(code, v_spread(2 * quad)), c1 = v_pick(code, v_spread(2 * quad + 1));
     V at = v_place(index, field);
@@ -357,8 +365,8 @@ INLINE void widen(const uint8_t *p, Stream *kept, const Group *group, int span, 
   }
 }
 
-/* A group as wide as it is multiplied: dense INT8 is so where it lies, others are made so in
-   `wide`. p: its head. */
+/* Return an expanded group. Dense INT8 needs no expansion; other formats are expanded into `wide`.
+   p: the group's head. */
 INLINE const uint8_t *widened(const SqftMatrix *m, const uint8_t *p, Stream *kept,
                               const Group *group, uint8_t *wide, const int format,
                               const int bits) {
@@ -375,11 +383,11 @@ INLINE uint8_t *aligned(uint8_t *p) { return (uint8_t *)(((uintptr_t)p + 63) & ~
 #ifdef MATRIX_REGISTERS
 #include "amx.h"
 #else
-/* Sums of one wide group with `count` tokens, which lie `width` side by side. */
+/* Sums of one expanded group with `count` tokens, which are interleaved by `width`. */
 INLINE void wide_group(const uint8_t *p, const int8_t *q, size_t width, int steps, const int bits,
                        const int count, I out[TOKENS][2]) {
   for (int t = 0; t < count; t++) out[t][0] = out[t][1] = i_set(0);
-  if (bits == 8 || !SIGNED8) { /* takes nibbles as they are */
+  if (bits == 8 || !SIGNED8) { /* i_dot8 also takes nibbles */
     for (int s = 0; s < steps; s++, p += 2 * BYTES, q += 4 * width) {
       V v = v_load(p), u = v_load(p + BYTES);
       for (int t = 0; t < count; t++) {
@@ -425,7 +433,7 @@ INLINE void wide_tokens(const SqftMatrix *m, const SqftInputs *x, size_t g, size
   }
 }
 
-/* The sums of all tokens and the group that is multiplied stay in the caches. */
+/* The sums of all tokens, and the current group, stay in the caches. */
 INLINE void many_of(const SqftMatrix *m, const SqftInputs *x, size_t tokens, float *y,
                     size_t first, size_t last, uint8_t *scratch, const int format,
                     const int bits) {

@@ -31,7 +31,7 @@ from sqft_export.data.items import held_out, stop_ids
 from sqft_export.data.scoring import judge, questions
 from sqft_export.errors import UserError
 from sqft_export.kernels.choice import STOCK
-from sqft_export.kernels.extension import kernels_used
+from sqft_export.kernels.extension import require_kernels
 from sqft_export.kernels.ir import is_specialized
 from sqft_export.measure.agreement import Beside
 from sqft_export.measure.machine import machine_facts
@@ -39,7 +39,7 @@ from sqft_export.measure.rows import accuracy_row, answer_entry
 from sqft_export.measure.statistics import bootstrap_ratio, percentiles
 from sqft_export.measure.worker import in_a_process
 from sqft_export.model.checkpoint import file_bytes
-from sqft_export.packed.execution import checked_execution
+from sqft_export.packed.execution import resolve_execution
 from sqft_export.run.host import installed
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import (
@@ -120,11 +120,11 @@ def _each_way(folders: list[Path], settings: DeviceSettings) -> dict[str, Measur
 
     :raises UserError: if there are no such kernels, or the device has its own.
     """
-    ways = [checked_execution(way) for way in settings.execution]
+    ways = [resolve_execution(way) for way in settings.execution]
     if set(ways) != {STOCK}:
         if settings.device != "cpu":
             raise UserError(f"--execution: found {ways}; {settings.device} has its own kernels")
-        kernels_used()
+        require_kernels()
     found = {}
     for name, folder in zip(names_of(folders), folders, strict=True):
         check_files(folder)

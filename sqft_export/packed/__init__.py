@@ -1,1 +1,1 @@
-"""Weight files that zeros make smaller, and their loaders; imports no torch."""
+"""Packed weight files, which store pruned weights in fewer bytes, and their loaders. No torch."""

@@ -1,10 +1,10 @@
-"""A deployment whose products run on our kernels: straight from mask and kept codes, or dense.
+"""Run the matrix products of an OpenVINO deployment on this package's kernels.
 
-auto    of every product the fastest kernel here, measured once (kernels/choice.py), unless
-        SQFT_EXPORT_EXECUTION names one of the others
-sparse  the format that zeros make smallest
-dense   our dense format
-stock   the runtime's own kernels; weights are inflated for them
+auto    the fastest kernel of this machine for each product, measured once (kernels/choice.py),
+        unless the variable SQFT_EXPORT_EXECUTION names one of the others
+sparse  the smallest format: mask and kept codes, 2:4, or dense
+dense   this package's dense format
+stock   the runtime's own kernels, on inflated weights
 """
 
 import sys
@@ -16,25 +16,25 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from sqft_export.errors import UserError
-from sqft_export.kernels.choice import STOCK, Chooser, Remembered, Shape, pinned_execution
-from sqft_export.kernels.extension import kernels_used, why_not
-from sqft_export.kernels.ir import Read, matrix_of, read_graph
+from sqft_export.kernels.choice import STOCK, Chooser, MeasurementCache, Shape, pinned_execution
+from sqft_export.kernels.extension import require_kernels, unavailable_reason
+from sqft_export.kernels.ir import Read, read_graph, read_matrix
 from sqft_export.kernels.library import count_kept
 from sqft_export.kernels.rewrite import Rewritten, rewrite
 from sqft_export.packed.container import PackedFile
-from sqft_export.packed.folders import copy_of, dense_size, map_weights, packed_file
+from sqft_export.packed.folders import copy_deployment, dense_size, map_weights, packed_file
 from sqft_export.packed.seal import PROVENANCE, read_seal, write_seal
-from sqft_export.packed.streaming import check_whole
+from sqft_export.packed.streaming import check_dense_digest
 from sqft_export.packed.usage import rewrite_card
 from sqft_export.targets.folder import GRAPHS, WEIGHT_FILES, check_files, runtime_of
 
 Execution = Literal["auto", "sparse", "dense", "stock"]
 
 
-def checked_execution(execution: str) -> str:
-    """The kernels to run on: in place of ``auto`` those that the environment pins, if any.
+def resolve_execution(execution: str) -> str:
+    """Return ``execution``; for ``auto``, the value of ``SQFT_EXPORT_EXECUTION`` if it is set.
 
-    :raises UserError: if there are no such kernels.
+    :raises UserError: if the value is unknown.
     """
     if execution not in get_args(Execution):
         raise UserError(
@@ -43,24 +43,27 @@ def checked_execution(execution: str) -> str:
     return (pinned_execution() or execution) if execution == "auto" else execution
 
 
-def execution_here(execution: str) -> str:
-    """The same, or ``stock`` with a line of notice where the kernels are missing."""
-    execution = checked_execution(execution)
+def available_execution(execution: str) -> str:
+    """Resolve ``execution``; print a notice and return ``stock`` if the kernels are missing."""
+    execution = resolve_execution(execution)
     if execution == STOCK:
         return STOCK
-    if missing := why_not():
-        print(f"notice: no sparse execution here, on dense kernels: {missing}", file=sys.stderr)
+    if missing := unavailable_reason():
+        print(
+            f"notice: sparse execution is not available, stock kernels are used: {missing}",
+            file=sys.stderr,
+        )
         return STOCK
     return execution
 
 
 @contextmanager
-def weights_of(folder: Path) -> Iterator[Read]:
-    """Bytes of the dense weight file of an OpenVINO deployment, packed or plain."""
+def open_weights(folder: Path) -> Iterator[Read]:
+    """Yield a reader of the dense weight file of an OpenVINO deployment, packed or plain."""
     packed = packed_file(folder)
     if packed is not None:
         with PackedFile(packed) as opened:
-            check_whole(opened)
+            check_dense_digest(opened)
             yield opened.read
         return
     file = folder / WEIGHT_FILES["openvino"]
@@ -68,16 +71,18 @@ def weights_of(folder: Path) -> Iterator[Read]:
 
     def read(at: int, size: int) -> np.ndarray:
         if at < 0 or at + size > len(content):
-            raise UserError(f"{file}: has {len(content)} bytes; the graph asks for {at + size}")
+            raise UserError(
+                f"{file}: has {len(content)} bytes; the graph reads up to byte {at + size}"
+            )
         return content[at : at + size]
 
     yield read
 
 
-def rewritten(
+def rewrite_deployment(
     folder: Path, execution: str, allocate: Callable[[int], np.ndarray] | None = None
 ) -> Rewritten | None:
-    """An OpenVINO deployment with its products on our kernels; None where none would be.
+    """Return an OpenVINO deployment whose products run on our kernels; None if no product does.
 
     :param execution: auto, sparse or dense.
     :param allocate: see :func:`rewrite`.
@@ -92,62 +97,66 @@ def rewritten(
     choose: Any = lambda *_: execution  # noqa: E731
     if execution == "auto":
         choose = Chooser(sum(product.codes.size for product in products))
-    graph.check_places(dense_size(folder))
-    with weights_of(folder) as read:
-        made = rewrite(graph, read, choose, kernels_used(), allocate)
+    graph.check_offsets(dense_size(folder))
+    with open_weights(folder) as read:
+        made = rewrite(graph, read, choose, require_kernels(), allocate)
     return made if set(made.forms.values()) != {STOCK} else None
 
 
-def kernels_of(folder: Path) -> dict[str, tuple[str, float | None]]:
-    """The kernel of every product by module, and how many times as fast as the runtime's own it
-    was found to be here; of a folder that is not specialized what was chosen before, if it was.
+def list_kernels(folder: Path) -> dict[str, tuple[str, float | None]]:
+    """Return for each module the kernel of its product, and its speed-up over the runtime's own.
+
+    In a specialized folder the kernel is fixed and the speed-up None. Otherwise the result has the
+    products that ``auto`` has measured on this machine.
 
     :raises UserError: if the deployment can't be read.
     """
     graph = read_graph(folder / GRAPHS["openvino"])
     found: dict[str, tuple[str, float | None]] = {}
-    graph.check_places(dense_size(folder))
-    with weights_of(folder) as read:
-        for name, form in graph.specialized(read):
+    graph.check_offsets(dense_size(folder))
+    with open_weights(folder) as read:
+        for name, form in graph.specialized_formats(read):
             found[name] = (form, None)
-        if why_not():
+        if unavailable_reason():
             return found
-        memory = Remembered()
+        memory = MeasurementCache()
         for product in graph.products():
-            matrix = matrix_of(product, read)
+            matrix = read_matrix(product, read)
             if matrix and (known := memory.get(Shape.of(matrix, count_kept(matrix)))):
                 found[product.module] = (known.form, known.gain())
     return found
 
 
 class NothingSpecialized(UserError):
-    """No product has weights that the kernels read."""
+    """Raised when no product has weights that the kernels can read."""
 
 
 def specialize(folder: Path, out: Path, execution: str = "sparse") -> dict[str, Any]:
-    """Write ``out``, a copy of an OpenVINO deployment that runs on our kernels.
+    """Write a copy of an OpenVINO deployment that runs on our kernels to ``out``.
 
-    It loads wherever the package is, with ``openvino_extension()``; its weights are laid out for
-    this machine's vectors, and are put in another's order there as they are loaded.
+    The copy loads on every machine with this package, through ``openvino_extension()``. Its weights
+    are packed for this machine's vector length. A machine with another length repacks them as it
+    loads them.
 
-    :return: bytes of the weights, and number of products in each format.
-    :raises UserError: if the folder is no OpenVINO deployment, has no compressed product or is
-        specialized already, if the kernels are missing, or ``out`` exists.
+    :return: ``bytes`` of the weights, and the number of ``products`` in each format.
+    :raises UserError: if the folder is not an OpenVINO deployment or is specialized already, if the
+        kernels are missing, or if ``out`` exists.
+    :raises NothingSpecialized: if no product has INT4 or INT8 weights.
     """
     if runtime_of(folder) != "openvino":
-        raise UserError(f"{folder}: is for {runtime_of(folder)}; OpenVINO deployments run on them")
-    execution = checked_execution(execution)
-    kernels_used()
-    check_files(folder)
-    made = rewritten(folder, execution)
-    if made is None:
-        raise NothingSpecialized(
-            f"{folder}: has no product with INT4 or INT8 weights to run on them"
+        raise UserError(
+            f"{folder}: is for {runtime_of(folder)}; only OpenVINO deployments can be specialized"
         )
+    execution = resolve_execution(execution)
+    require_kernels()
+    check_files(folder)
+    made = rewrite_deployment(folder, execution)
+    if made is None:
+        raise NothingSpecialized(f"{folder}: has no product with INT4 or INT8 weights")
     weights = folder / WEIGHT_FILES["openvino"]
     packed = packed_file(folder)
     left_out = [folder / GRAPHS["openvino"], packed or weights, folder / PROVENANCE]
-    with copy_of(folder, out, left_out) as partial:
+    with copy_deployment(folder, out, left_out) as partial:
         (partial / GRAPHS["openvino"]).write_bytes(made.text)
         made.weights.tofile(partial / weights.name)
         rewrite_card(partial)

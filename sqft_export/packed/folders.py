@@ -1,7 +1,7 @@
-"""Pack a deployment folder and unpack it again; the graph is copied, weights come back the same.
+"""Pack a deployment folder, and unpack it again to the same bytes.
 
-A packed folder has ``<weights>.sqft`` in place of ``<weights>``, and in its model card the code for
-a packed folder; everything else is as it was.
+A packed folder has ``<weights>.sqft`` in place of ``<weights>``, and its model card shows the code
+for a packed folder. All other files are copied unchanged.
 """
 
 import os
@@ -14,31 +14,31 @@ from typing import Any
 import numpy as np
 
 from sqft_export.errors import DamagedError, UserError
-from sqft_export.packed.container import PackedFile, Writer, fills_of
+from sqft_export.packed.container import PackedFile, Writer, read_fills
 from sqft_export.packed.inflate import Memory
-from sqft_export.packed.regions import StoredBlocks, regions_of
+from sqft_export.packed.regions import StoredBlocks, find_regions
 from sqft_export.packed.usage import rewrite_card
 from sqft_export.run.artifact import sha256_of
 from sqft_export.run.host import require_space
 from sqft_export.targets.folder import SUFFIX, check_files, graph_and_weights
 from sqft_export.untrusted import fault_of_file, files_inside, real_path
 
-# Folders beside a deployment's own, in the artifact of an export.
+# Folders next to the plain deployment, in the artifact of an export.
 PACKED = "packed"
 SPARSE = "sparse"
 
 
 def packed_file(folder: Path) -> Path | None:
-    """The packed weight file of a folder, None where it is dense."""
+    """Return the packed weight file of a folder; None if its weights are dense."""
     _, weights = graph_and_weights(folder)
     packed = weights.with_name(weights.name + SUFFIX)
     return packed if packed.is_file() else None
 
 
 def map_weights(file: Path) -> np.ndarray:
-    """uint8 of a weight file, mapped.
+    """Map a weight file into memory (uint8).
 
-    :raises UserError: if it is missing, empty or no regular file.
+    :raises UserError: if it is missing, empty or not a regular file.
     """
     if fault := fault_of_file(file):
         raise UserError(f"{file}: {fault if os.path.lexists(file) else 'is missing'}")
@@ -48,9 +48,9 @@ def map_weights(file: Path) -> np.ndarray:
 
 
 def dense_size(folder: Path) -> int:
-    """Bytes of the dense weight file of a deployment, whether it is there or packed.
+    """Return the size in bytes of a deployment's dense weight file, packed or plain.
 
-    :raises UserError: if neither is.
+    :raises UserError: if the folder has no weight file, packed or plain.
     """
     if packed := packed_file(folder):
         with PackedFile(packed) as opened:
@@ -59,34 +59,36 @@ def dense_size(folder: Path) -> int:
 
 
 def pack(folder: Path, out: Path, entropy: bool = False) -> dict[str, Any]:
-    """Write ``out``, a packed copy of a deployment.
+    """Write a packed copy of a deployment to ``out``.
 
-    :param entropy: compress with zstd too; smaller, and slower to load.
-    :return: bytes before and after, tensors stored sparse.
-    :raises UserError: if the folder is no deployment, is packed already or holds what is no file of
-        it, if ``out`` exists or lies within, or if nothing would be saved.
+    :param entropy: also compress with zstd: smaller files that load more slowly.
+    :return: ``dense_bytes``, ``packed_bytes``, and the number of ``sparse_tensors``.
+    :raises UserError: if the folder is not a plain deployment or contains links or devices, or if
+        ``out`` exists or is inside the folder.
+    :raises NothingSaved: if the copy would not be smaller.
     """
     graph, weights = graph_and_weights(folder)
     if not os.path.lexists(weights):
         raise UserError(f"{weights}: is missing; a dense deployment is expected")
     check_files(folder)
-    with copy_of(folder, out, [weights]) as partial:
+    with copy_deployment(folder, out, [weights]) as partial:
         sizes = _pack_weights(graph, weights, partial / (weights.name + SUFFIX), entropy)
         if sizes["packed_bytes"] >= sizes["dense_bytes"]:
             raise NothingSaved(
                 f"{weights}: has {sizes['dense_bytes']:,} bytes, packed it would have "
-                f"{sizes['packed_bytes']:,}; it stays as it is"
+                f"{sizes['packed_bytes']:,}; it was not packed"
             )
         rewrite_card(partial)
     return sizes
 
 
 class NothingSaved(UserError):
-    """A packed copy would not be smaller."""
+    """Raised when a packed copy would not be smaller."""
 
 
 def _pack_weights(graph: Path, weights: Path, packed: Path, entropy: bool) -> dict[str, Any]:
-    dense, found = map_weights(weights), regions_of(graph, weights)
+    """Write the packed weight file and return sizes as :func:`pack` does."""
+    dense, found = map_weights(weights), find_regions(graph, weights)
     writer, end = Writer(packed, entropy), 0
     for region in found:
         writer.raw(end, dense[end : region.at])
@@ -102,12 +104,12 @@ def _pack_weights(graph: Path, weights: Path, packed: Path, entropy: bool) -> di
             region.bits,
             region.elements,
             region.fill,
-            fills_of(region.fill, Memory(dense).read),
+            read_fills(region.fill, Memory(dense).read),
             region.group,
         )
     writer.raw(end, dense[end:])
     header = writer.finish(weights.name, len(dense), sha256_of(weights))
-    PackedFile(packed).close()  # refuses what could not be unpacked again
+    PackedFile(packed).close()  # raises an error if it could not be unpacked again
     return {
         "dense_bytes": len(dense),
         "packed_bytes": packed.stat().st_size,
@@ -116,10 +118,13 @@ def _pack_weights(graph: Path, weights: Path, packed: Path, entropy: bool) -> di
 
 
 def unpack(folder: Path, out: Path) -> dict[str, Any]:
-    """Write ``out``, the plain folder that every stock tool loads, byte for byte as it was.
+    """Write the plain folder, which every stock tool loads, to ``out``.
 
+    The weights get the bytes that they had before packing.
+
+    :return: ``dense_bytes`` and ``packed_bytes``.
     :raises UserError: if the folder is not packed or is damaged, or ``out`` exists.
-    :raises HostError: if the disk can't hold it; nothing is written then.
+    :raises HostError: if the disk is too small; nothing is written then.
     """
     packed = packed_file(folder)
     if packed is None:
@@ -129,15 +134,15 @@ def unpack(folder: Path, out: Path) -> dict[str, Any]:
         if header.file != packed.name.removesuffix(SUFFIX):
             raise UserError(f"{packed}: holds {header.file}; it was renamed or belongs elsewhere")
         require_space(out, header.size)
-        with copy_of(folder, out, [packed]) as partial:
+        with copy_deployment(folder, out, [packed]) as partial:
             opened.inflate_file(partial / header.file)
             if sha256_of(partial / header.file) != header.sha256:
-                raise DamagedError(f"{packed}: what it holds is not the file that was packed")
+                raise DamagedError(f"{packed}: its content differs from the file that was packed")
             rewrite_card(partial)
     return {"dense_bytes": header.size, "packed_bytes": packed.stat().st_size}
 
 
-def _copy(files: list[Path], folder: Path, out: Path) -> None:
+def _copy_files(files: list[Path], folder: Path, out: Path) -> None:
     for file in files:
         place = out / file.relative_to(folder)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -145,24 +150,25 @@ def _copy(files: list[Path], folder: Path, out: Path) -> None:
 
 
 @contextmanager
-def copy_of(folder: Path, out: Path, without: list[Path]) -> Iterator[Path]:
-    """A copy of a deployment but for some files, that becomes ``out`` once it is whole.
+def copy_deployment(folder: Path, out: Path, without: list[Path]) -> Iterator[Path]:
+    """Copy a deployment without some files; yield the copy, which is renamed to ``out`` at the end.
 
-    :raises UserError: if ``out`` exists or lies within, or the folder holds what is no file of it.
+    :raises UserError: if ``out`` exists or is inside the folder, or the folder contains links or
+        devices.
     """
     files = [file for file in files_inside(folder) if file not in without]
-    with _fresh(out, folder) as partial:
-        _copy(files, folder, partial)
+    with _create_folder(out, folder) as partial:
+        _copy_files(files, folder, partial)
         yield partial
 
 
 @contextmanager
-def _fresh(out: Path, source: Path) -> Iterator[Path]:
-    """An empty folder that becomes ``out`` once it is whole, and is gone if it never is."""
+def _create_folder(out: Path, source: Path) -> Iterator[Path]:
+    """Yield an empty folder that is renamed to ``out`` at the end, or removed after an error."""
     if out.exists() or out.is_symlink():
         raise UserError(f"{out}: exists already")
     if real_path(out).is_relative_to(real_path(source)):
-        raise UserError(f"{out}: lies within {source}, which is to be copied")
+        raise UserError(f"{out}: lies within {source}, the folder to copy")
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)

@@ -1,6 +1,6 @@
-"""A GGUF file as the ``gguf`` package reads it, its counts checked before.
+"""Read a GGUF file with the ``gguf`` package, after checking all counts in its header.
 
-That package goes through an array for as long as its length says, past the end of the file too.
+The package trusts an array's length and would read past the end of the file.
 """
 
 import mmap
@@ -11,26 +11,26 @@ from typing import Any
 from sqft_export.errors import UserError, one_line
 from sqft_export.untrusted import open_regular
 
-MAX_GGUF_ENTRIES = 2**16  # fields, and tensors
-MAX_GGUF_VALUES = 2**22  # in arrays of all fields; a vocabulary of 256,000 has a quarter of it
+MAX_GGUF_ENTRIES = 2**16  # limit on fields, and on tensors
+MAX_GGUF_VALUES = 2**22  # in all arrays together; a vocabulary of 256,000 needs a quarter
 MAX_GGUF_AXES = 8
-MAX_GGUF_ELEMENTS = 2**48  # of a tensor
+MAX_GGUF_ELEMENTS = 2**48  # per tensor
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 def read_gguf(file: Path) -> Any:
-    """A ``gguf.GGUFReader``, which maps the file.
+    """Return a ``gguf.GGUFReader``, which maps the file.
 
-    :raises UserError: if it is none, or a count or a length of it is not one that a file has.
+    :raises UserError: if the file is not GGUF, or a count or length in it is impossible.
     """
     import gguf
 
     _check_counts(file)
     try:
         return gguf.GGUFReader(file)
-    except Exception as error:  # whatever its reader makes of a stranger's bytes
+    except Exception as error:  # the package can raise anything on an untrusted file
         raise UserError(f"{file}: not a GGUF file: {one_line(error)}") from error
 
 
@@ -48,15 +48,18 @@ def _check_counts(file: Path) -> None:
 
 
 class _Header:
-    """Walks over fields and descriptions of tensors; nothing is kept."""
+    """Walk over fields and tensor descriptions and check their counts; store nothing."""
 
     def __init__(self, content: mmap.mmap):
         self.content, self.at, self.values = content, 0, 0
 
     def check(self) -> None:
-        """:raises ValueError: at the first count or length that is too large."""
+        """Check the complete header.
+
+        :raises ValueError: at the first count or length that is too large.
+        """
         if self.content[:4] != _MAGIC:
-            raise ValueError("it does not begin with GGUF")
+            raise ValueError("it does not start with GGUF")
         self.at = 4
         self.number("<I")
         tensors, fields = self.number("<Q"), self.number("<Q")
@@ -70,19 +73,23 @@ class _Header:
             self.check_tensor()
 
     def number(self, kind: str) -> int:
+        """Read one number of a ``struct`` format."""
         found = struct.unpack_from(kind, self.content, self.at)[0]
         self.at += struct.calcsize(kind)
         return found
 
     def skip(self, size: int) -> None:
+        """Skip bytes that must be in the file."""
         if size > len(self.content) - self.at:
             raise ValueError("it is cut short, or a length in it is wrong")
         self.at += size
 
     def skip_text(self) -> None:
+        """Skip a string with its length."""
         self.skip(self.number("<Q"))
 
     def skip_value(self, kind: int, nested: bool) -> None:
+        """Skip a field's value; arrays of arrays are not allowed."""
         if kind == _STRING:
             self.skip_text()
         elif kind == _ARRAY and not nested:
@@ -93,6 +100,7 @@ class _Header:
             raise ValueError(f"it has a value of kind {kind}")
 
     def skip_array(self, kind: int, length: int) -> None:
+        """Skip an array's values and count them."""
         self.values += length
         if self.values > MAX_GGUF_VALUES:
             raise ValueError(f"its arrays have more than {MAX_GGUF_VALUES} values")
@@ -103,6 +111,7 @@ class _Header:
             self.skip_value(kind, nested=True)
 
     def check_tensor(self) -> None:
+        """Check and skip one tensor description."""
         self.skip_text()
         axes = self.number("<I")
         if axes > MAX_GGUF_AXES:

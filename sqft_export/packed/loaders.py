@@ -1,9 +1,8 @@
-"""Load a deployment, packed or not.
+"""Load a deployment, packed or plain.
 
-In OpenVINO its products run on the kernels of this package where they are faster
-(packed/execution.py). With ``execution="stock"``, and in ONNX Runtime, weights are inflated and
-handed to the runtime, which sees the graph of the dense folder and the bytes of its weights: the
-same kernels, the same results.
+In OpenVINO, products run on this package's kernels where these are faster (packed/execution.py).
+With ``execution="stock"``, and in the other runtimes, weights are inflated first. The runtime then
+gets the graph and the weight bytes of the dense folder, and gives the same results.
 """
 
 import ctypes
@@ -19,12 +18,12 @@ import numpy as np
 
 from sqft_export.errors import DamagedError, UserError, one_line
 from sqft_export.kernels.choice import STOCK
-from sqft_export.kernels.extension import kernels_used, openvino_extension
+from sqft_export.kernels.extension import openvino_extension, require_kernels
 from sqft_export.kernels.ir import Graph, is_specialized
-from sqft_export.kernels.library import HUGE_PAGE, in_huge_pages
+from sqft_export.kernels.library import HUGE_PAGE, use_huge_pages
 from sqft_export.kernels.rewrite import mark_resident
 from sqft_export.packed.container import PackedFile
-from sqft_export.packed.execution import checked_execution, execution_here, rewritten
+from sqft_export.packed.execution import available_execution, resolve_execution, rewrite_deployment
 from sqft_export.packed.folders import map_weights, packed_file
 from sqft_export.packed.seal import check_seal
 from sqft_export.run.artifact import sha256_of
@@ -35,18 +34,21 @@ from sqft_export.untrusted import MAX_IR_BYTES, MAX_ONNX_BYTES, files_inside, re
 
 
 @contextmanager
-def _read_by(runtime: str, folder: Path) -> Iterator[None]:
-    """Names the folder where a runtime refuses it; its own message may name an inflated copy."""
+def _name_folder_in_errors(runtime: str, folder: Path) -> Iterator[None]:
+    """Turn a runtime's exceptions into a UserError that names the folder.
+
+    The runtime's own message may name a temporary, inflated copy.
+    """
     try:
         yield
     except (UserError, ImportError, MemoryError, OSError):
         raise
-    except Exception as error:  # runtimes raise classes of their own
+    except Exception as error:  # each runtime has its own exception classes
         raise UserError(f"{folder}: {runtime} can't load it: {one_line(error)}") from error
 
 
 def _openvino_weights(file: Path) -> Any:
-    """Dense weights in an ``openvino.Tensor`` of its own memory, which a model then shares."""
+    """Inflate weights into a new ``openvino.Tensor``, whose memory the model then shares."""
     import openvino as ov
 
     with PackedFile(file) as packed:
@@ -56,51 +58,57 @@ def _openvino_weights(file: Path) -> Any:
 
 
 class _RuntimeMemory:
-    """Memory that an ``openvino.Tensor`` owns, so that it lives as long as a model on it."""
+    """Memory owned by an ``openvino.Tensor``, so that it lives as long as a model that uses it."""
 
     def allocate(self, size: int) -> np.ndarray:
+        """Return a uint8 array in huge pages."""
         import openvino as ov
 
         self.tensor = ov.Tensor(ov.Type.u8, ov.Shape([size + HUGE_PAGE]))
         self.start = -self.tensor.data.ctypes.data % HUGE_PAGE
         array = self.tensor.data[self.start : self.start + size]
-        in_huge_pages(array)
+        use_huge_pages(array)
         return array
 
-    def first(self, size: int) -> Any:
-        """A tensor of the first bytes."""
+    def leading_tensor(self, size: int) -> Any:
+        """Return a tensor over the first ``size`` bytes."""
         import openvino as ov
 
         return ov.Tensor(self.tensor, [self.start], [self.start + size])
 
 
 def _openvino_parts(folder: Path, execution: str) -> tuple[bytes, Any, list[str]]:
-    """Graph, weights (None: the file beside it) and extensions that it needs.
+    """Return graph, weights and needed extensions of an OpenVINO deployment.
 
-    :raises UserError: if the weights are damaged, or the folder is specialized and the kernels are
-        missing.
+    The weights are None if the runtime reads them from the file next to the graph.
+
+    :raises UserError: if the weights are damaged, or if the folder is specialized and the kernels
+        are missing.
     """
     check_seal(folder, whole=False)
     file, weights = graph_and_weights(folder)
     text, memory = read_bounded(file, MAX_IR_BYTES), _RuntimeMemory()
     if is_specialized(text):
-        checked_execution(execution)
+        resolve_execution(execution)
         extension = openvino_extension()
         content, graph = map_weights(weights), Graph(text, str(file))
-        graph.check_places(len(content))
+        graph.check_offsets(len(content))
         array = memory.allocate(len(content))
         array[:] = content
-        mark_resident(graph, array, kernels_used())
-        return text, memory.first(len(array)), [extension]
-    execution = execution_here(execution)
-    if execution != STOCK and (made := rewritten(folder, execution, memory.allocate)):
-        return made.text, memory.first(len(made.weights)), [openvino_extension()]
+        mark_resident(graph, array, require_kernels())
+        return text, memory.leading_tensor(len(array)), [extension]
+    execution = available_execution(execution)
+    if execution != STOCK and (made := rewrite_deployment(folder, execution, memory.allocate)):
+        return made.text, memory.leading_tensor(len(made.weights)), [openvino_extension()]
     packed = packed_file(folder)
     return text, _openvino_weights(packed) if packed else None, []
 
 
 def load_openvino(folder: str | Path, core: Any = None, execution: str = "auto") -> Any:
-    """An ``openvino.Model``, ready to be compiled for the CPU; for other devices ``stock``.
+    """Return an ``openvino.Model`` to be compiled for the CPU.
+
+    For other devices pass ``execution="stock"``.
+
 
     :param core: an ``openvino.Core``; None for a new one.
     :param execution: auto, sparse, dense or stock, see ``packed/execution.py``.
@@ -109,7 +117,7 @@ def load_openvino(folder: str | Path, core: Any = None, execution: str = "auto")
     import openvino as ov
 
     folder, core = Path(folder), core or ov.Core()
-    with _read_by("OpenVINO", folder):
+    with _name_folder_in_errors("OpenVINO", folder):
         text, weights, extensions = _openvino_parts(folder, execution)
         for extension in extensions:
             core.add_extension(extension)
@@ -121,17 +129,17 @@ def load_openvino(folder: str | Path, core: Any = None, execution: str = "auto")
 def load_openvino_genai(
     folder: str | Path, device: str = "CPU", execution: str = "auto", **properties: Any
 ) -> Any:
-    """An ``openvino_genai.LLMPipeline``.
+    """Return an ``openvino_genai.LLMPipeline``.
 
-    :param execution: auto, sparse, dense or stock, see ``packed/execution.py``; other devices than
-        the CPU have their own kernels.
-    :param properties: of the device, as ``LLMPipeline`` takes them.
+    :param execution: auto, sparse, dense or stock, see ``packed/execution.py``. Devices other than
+        the CPU always use their own kernels.
+    :param properties: device properties, passed on to ``LLMPipeline``.
     :raises UserError: if the weights are damaged, or the runtime can't load the graph.
     """
     import openvino_genai
 
     folder = Path(folder)
-    with _read_by("OpenVINO GenAI", folder):
+    with _name_folder_in_errors("OpenVINO GenAI", folder):
         text, weights, extensions = _openvino_parts(folder, execution if device == "CPU" else STOCK)
         if extensions:
             properties["extensions"] = [*properties.get("extensions", []), *extensions]
@@ -148,12 +156,12 @@ def load_openvino_genai(
 
 
 @contextmanager
-def _dense(folder: Path) -> Iterator[Path]:
-    """A folder with plain weights: the one given, or a copy for the time it takes to load it.
+def _open_dense(folder: Path) -> Iterator[Path]:
+    """Yield a folder with plain weights: the folder itself, or a temporary inflated copy.
 
-    ONNX Runtime maps a weight file and lets go of each tensor as it repacks it for its kernels;
-    what it is handed in memory it keeps beside the repacked copy. So weights are inflated into a
-    file in the directory for temporary files, which is unlinked before most of it is ever written.
+    ONNX Runtime maps a weight file and frees each tensor once it has repacked it for its kernels.
+    Weights passed in memory would stay in memory in addition to the repacked copy. So
+    packed weights are inflated into a temporary file, which is deleted once the model is loaded.
     """
     packed = packed_file(folder)
     if packed is None:
@@ -173,7 +181,7 @@ def _inflate_copy(folder: Path, packed: Path, copy: Path) -> None:
         dense = copy / graph_and_weights(folder)[1].name
         opened.inflate_file(dense)
         if sha256_of(dense) != opened.header.sha256:
-            raise DamagedError(f"{packed}: what it holds is not the file that was packed")
+            raise DamagedError(f"{packed}: its content differs from the file that was packed")
 
 
 def load_onnx(
@@ -182,19 +190,19 @@ def load_onnx(
     providers: Any = None,
     edit: Callable[[bytes], bytes] | None = None,
 ) -> Any:
-    """An ``onnxruntime.InferenceSession``.
+    """Return an ``onnxruntime.InferenceSession``.
 
     :param options: ``SessionOptions``; None for the defaults.
-    :param edit: of the graph, whose weights are outside of it; the file stays as it is.
+    :param edit: changes the serialized graph in memory; the graph holds no weights.
     :raises UserError: if the weights are damaged, the runtime can't load the graph, or there is no
-        room to inflate them.
+        space to inflate them.
     """
     import onnxruntime as ort
 
     check_seal(Path(folder), whole=False)
     graph, _ = graph_and_weights(Path(folder))
     options, providers = options or ort.SessionOptions(), providers or ["CPUExecutionProvider"]
-    with _read_by("ONNX Runtime", Path(folder)), _dense(Path(folder)) as dense:
+    with _name_folder_in_errors("ONNX Runtime", Path(folder)), _open_dense(Path(folder)) as dense:
         if edit is None:
             return ort.InferenceSession(str(dense / graph.name), options, providers=providers)
         options.add_session_config_entry(
@@ -206,22 +214,23 @@ def load_onnx(
 
 
 def load_onnx_genai(folder: str | Path, trust_custom_ops: bool = False) -> Any:
-    """An ``onnxruntime_genai.Model``.
+    """Return an ``onnxruntime_genai.Model``.
 
-    :param trust_custom_ops: let the folder's config name a library of operators, which is then run.
-    :raises UserError: if the config names one all the same, the weights are damaged, or there is no
-        room to inflate them.
+    :param trust_custom_ops: allow the folder's config to name a library of operators, whose code
+        then runs.
+    :raises UserError: if the config names one without this permission, the weights are damaged, or
+        there is no space to inflate them.
     """
     import onnxruntime_genai
 
     check_seal(Path(folder), whole=False)
     if not trust_custom_ops:
         check_genai_config(Path(folder))
-    with _read_by("ONNX Runtime GenAI", Path(folder)), ExitStack() as copies:
-        dense = copies.enter_context(_dense(Path(folder)))
+    with _name_folder_in_errors("ONNX Runtime GenAI", Path(folder)), ExitStack() as copies:
+        dense = copies.enter_context(_open_dense(Path(folder)))
         model = onnxruntime_genai.Model(str(dense))
         if dense != Path(folder):
-            # Tokenizer(model) reads its files from here later, so they live as long as the model.
+            # Tokenizer(model) reads files from the copy later, so it is kept as long as the model.
             graph_and_weights(dense)[1].unlink()
             weakref.finalize(model, copies.pop_all().close)
         return model
@@ -229,17 +238,17 @@ def load_onnx_genai(folder: str | Path, trust_custom_ops: bool = False) -> Any:
 
 @contextmanager
 def dense_gguf(folder: Path) -> Iterator[Path]:
-    """The plain ``model.gguf`` of a folder: its own, or inflated for the time it takes to load it.
+    """Yield the plain ``model.gguf`` of a folder, inflated into a temporary file if it is packed.
 
-    :raises UserError: if the weights are damaged, or there is no room to inflate them.
+    :raises UserError: if the weights are damaged, or there is no space to inflate them.
     """
     check_seal(folder, whole=False)
-    with _dense(folder) as dense:
+    with _open_dense(folder) as dense:
         yield dense / GRAPHS["gguf"]
 
 
 def gguf_model(file: Path) -> Any:
-    """A ``cyllama`` model with its number of tokens, which its context looks for.
+    """Return a ``cyllama`` model with the attribute ``n_vocab``, which its context class reads.
 
     :raises UserError: if llama.cpp refuses the file.
     """
@@ -259,23 +268,24 @@ def gguf_model(file: Path) -> Any:
     return model
 
 
-def silent_llama_cpp() -> None:
-    """Keep llama-cpp-python's library from telling of every tensor."""
+def silence_llama_cpp() -> None:
+    """Silence the log messages of llama-cpp-python's library, which lists every tensor."""
     import llama_cpp
 
-    llama_cpp.llama_log_set(_NOTHING_SAID, None)
+    llama_cpp.llama_log_set(_ignore_log, None)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-def _NOTHING_SAID(level: int, text: bytes, data: Any) -> None:
+def _ignore_log(level: int, text: bytes, data: Any) -> None:
     pass
 
 
 def load_gguf(folder: str | Path) -> Any:
-    """A ``cyllama`` ``LlamaModel``, or a ``llama_cpp.Llama`` where llama-cpp-python alone is
-    installed: llama.cpp maps the file, which is inflated where it is packed.
+    """Return a ``cyllama`` ``LlamaModel``, or a ``llama_cpp.Llama`` if cyllama is not installed.
 
-    :raises UserError: if the weights are damaged, there is no room to inflate them, or llama.cpp
+    llama.cpp maps the file. A packed file is inflated first.
+
+    :raises UserError: if the weights are damaged, there is no space to inflate them, or llama.cpp
         refuses the file.
     """
     with dense_gguf(Path(folder)) as file:
@@ -283,5 +293,5 @@ def load_gguf(folder: str | Path) -> Any:
             return gguf_model(file)
         import llama_cpp
 
-        with _read_by("llama.cpp", Path(folder)):
+        with _name_folder_in_errors("llama.cpp", Path(folder)):
             return llama_cpp.Llama(str(file), verbose=False)

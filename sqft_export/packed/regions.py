@@ -1,7 +1,8 @@
-"""Which bytes of a deployment's weight file are tensors with a value that most elements have.
+"""Find the tensors of a weight file that a packed file can store sparse.
 
-Read from the graph alone, whoever wrote it: an OpenVINO IR, an ONNX model with external data, or a
-GGUF file, which is both.
+These are tensors most of whose elements may equal one value, such as the zero point. They are read
+from the graph alone, whichever tool wrote it: an OpenVINO IR, an ONNX model with external data, or
+a GGUF file, which holds graph and weights in one file.
 """
 
 import itertools
@@ -15,12 +16,12 @@ from typing import Any
 from sqft_export.errors import UserError, one_line
 from sqft_export.kernels.ir import Stored, read_graph
 from sqft_export.packed.blocks import BLOCK
-from sqft_export.packed.container import LARGEST, MAX_GROUP, ZeroPoints
+from sqft_export.packed.container import MAX_FILE_BYTES, MAX_GROUP_ELEMENTS, ZeroPoints
 from sqft_export.packed.gguf_file import read_gguf
 from sqft_export.untrusted import MAX_ONNX_BYTES, read_bounded
 
-SMALLEST = 1024  # bytes of a tensor worth a look
-# ggml's types: bits of a code and float16 numbers of a block; bits of a float.
+MIN_TENSOR_BYTES = 1024  # smaller tensors are stored raw
+# Of ggml's types: bits per code and float16 numbers per block; bits per float.
 GGUF_BLOCKS = {"Q4_0": (4, 1), "Q4_1": (4, 2), "Q8_0": (8, 1)}
 GGUF_FLOATS = {"F32": 32, "F16": 16, "BF16": 16}
 IR_BITS = {"u4": 4, "i4": 4, "u8": 8, "i8": 8, "f16": 16, "bf16": 16, "f32": 32}
@@ -30,8 +31,9 @@ IR_BITS = {"u4": 4, "i4": 4, "u8": 8, "i8": 8, "f16": 16, "bf16": 16, "f32": 32}
 class StoredTensor:
     """A tensor in the weight file.
 
-    fill: the element that stands for zero, or where the zero points of its groups are.
-    group: elements that share a zero point, 0 where all do.
+    at, size: its offset and bytes.
+    fill: the code that stands for zero, or the location of the zero points of its groups.
+    group: consecutive elements that share a zero point; 0 if all do.
     """
 
     name: str
@@ -45,7 +47,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class StoredBlocks:
-    """A tensor of ggml's blocks. floats: float16 numbers of a block. row: blocks of a row."""
+    """A tensor in ggml's blocks. floats: float16 numbers per block. row: blocks per row."""
 
     name: str
     at: int
@@ -58,40 +60,42 @@ class StoredBlocks:
 Region = StoredTensor | StoredBlocks
 
 
-def _of_gguf(file: Path) -> Iterator[Region]:
-    """Tensors of types that zeros make smaller; others stay as they are."""
+def _gguf_regions(file: Path) -> Iterator[Region]:
+    """Yield the tensors of types that can be stored sparse."""
     for tensor in read_gguf(file).tensors:
         kind, at, size = tensor.tensor_type.name, int(tensor.data_offset), int(tensor.n_bytes)
         name, row = str(tensor.name), int(tensor.shape[0]) // BLOCK
         if kind in GGUF_BLOCKS and row > 0 and size > 0:
             bits, floats = GGUF_BLOCKS[kind]
             yield StoredBlocks(name, at, size, bits, floats, row)
-        elif kind in GGUF_FLOATS and size >= SMALLEST:
+        elif kind in GGUF_FLOATS and size >= MIN_TENSOR_BYTES:
             bits = GGUF_FLOATS[kind]
             yield StoredTensor(name, at, size, bits, size * 8 // bits, 0, 0)
 
 
-def regions_of(graph: Path, weights: Path) -> list[Region]:
-    """Tensors in ``weights`` by offset, none over another; the first that claims a place counts.
+def find_regions(graph: Path, weights: Path) -> list[Region]:
+    """Return the tensors in ``weights`` by offset. Of tensors that overlap the first is kept.
 
-    :raises UserError: if the graph is none, or speaks of bytes that the file has not.
+    :raises UserError: if the graph is invalid, or refers to bytes outside the weight file.
     """
     found: list[Region]
     if graph == weights:
-        found = list(_of_gguf(weights))
+        found = list(_gguf_regions(weights))
     else:
-        found = list(_of_ir(graph) if graph.suffix == ".xml" else _of_onnx(graph, weights.name))
+        found = list(
+            _ir_tensors(graph) if graph.suffix == ".xml" else _onnx_tensors(graph, weights.name)
+        )
     _check_bounds(graph, found, weights.stat().st_size)
     kept: list[Region] = []
     for region in sorted(found, key=lambda r: (r.at, -r.size)):
-        large = isinstance(region, StoredBlocks) or region.size >= SMALLEST
+        large = isinstance(region, StoredBlocks) or region.size >= MIN_TENSOR_BYTES
         if large and (not kept or region.at >= kept[-1].at + kept[-1].size):
             kept.append(region)
-    return _without_zero_points(kept)
+    return _drop_zero_point_regions(kept)
 
 
-def _without_zero_points(regions: list[Region]) -> list[Region]:
-    """Those in which no zero points of another lie, since these are stored raw."""
+def _drop_zero_point_regions(regions: list[Region]) -> list[Region]:
+    """Drop tensors that contain zero points of other tensors: zero points are stored raw."""
     zeros = [r.fill for r in regions if isinstance(r, StoredTensor)]
     places = sorted((z.at, z.at + z.rows * z.row_bytes) for z in zeros if isinstance(z, ZeroPoints))
     starts = [start for start, _ in places]
@@ -100,8 +104,10 @@ def _without_zero_points(regions: list[Region]) -> list[Region]:
 
 
 def _check_bounds(graph: Path, found: list[Region], size: int) -> None:
-    """:raises UserError: naming a tensor that the graph puts outside the file, or whose size is not
-    that of its elements."""
+    """Check offsets and sizes against the weight file.
+
+    :raises UserError: if a tensor is outside the file, or its size does not match its elements.
+    """
     for tensor in found:
         shown = one_line(tensor.name, 80)
         if tensor.at < 0 or tensor.size < 0 or tensor.at + tensor.size > size:
@@ -121,14 +127,17 @@ def _check_bounds(graph: Path, found: list[Region], size: int) -> None:
             raise UserError(f"{graph}: {shown}: its zero points are not in the weight file")
 
 
-def _of_ir(file: Path) -> Iterator[StoredTensor]:
+def _ir_tensors(file: Path) -> Iterator[StoredTensor]:
+    """Yield the constants of an OpenVINO IR."""
     graph = read_graph(file)
     for constant in graph.constants():
         if constant.kind in IR_BITS:
-            yield _region(graph.layer_name(constant), constant, graph.subtracted(constant))
+            yield _ir_tensor(
+                graph.layer_name(constant), constant, graph.subtracted_constant(constant)
+            )
 
 
-def _region(name: str, data: Stored, zeros: Stored | None) -> StoredTensor:
+def _ir_tensor(name: str, data: Stored, zeros: Stored | None) -> StoredTensor:
     bits, elements = IR_BITS[data.kind], data.elements
     fill: int | ZeroPoints = 0
     group = 0
@@ -136,38 +145,41 @@ def _region(name: str, data: Stored, zeros: Stored | None) -> StoredTensor:
     zero_bits: Any = IR_BITS.get(zeros.kind) if zeros else None
     if zeros and count and elements % count == 0 and zero_bits in (4, 8) and zero_bits <= bits:
         place = ZeroPoints(at=zeros.at, bits=zero_bits, rows=1, per_row=count, row_bytes=zeros.size)
-        if _serves(place, elements // count, elements):
+        if _covers_groups(place, elements // count, elements):
             group, fill = elements // count, place
     return StoredTensor(name, data.at, data.size, bits, elements, fill, group)
 
 
-def _serves(zeros: ZeroPoints, group: int, elements: int) -> bool:
-    """Whether every group has its zero point, in groups that a container may have."""
+def _covers_groups(zeros: ZeroPoints, group: int, elements: int) -> bool:
+    """Return whether every group has a zero point, and the format allows the group size."""
     enough = zeros.rows * zeros.per_row * group >= elements
     within = zeros.per_row * zeros.bits <= 8 * zeros.row_bytes
-    return enough and within and (group <= MAX_GROUP or group >= elements)
+    return enough and within and (group <= MAX_GROUP_ELEMENTS or group >= elements)
 
 
-def _of_onnx(graph: Path, file: str) -> Iterator[StoredTensor]:
+def _onnx_tensors(graph: Path, file: str) -> Iterator[StoredTensor]:
+    """Yield the initializers of an ONNX model that are in the weight file ``file``."""
     import onnx
 
     try:
         model = onnx.load_from_string(read_bounded(graph, MAX_ONNX_BYTES))
     except UserError:
         raise
-    except Exception as error:  # protobuf's own
+    except Exception as error:  # protobuf has its own exception classes
         raise UserError(f"{graph}: not an ONNX model: {one_line(error)}") from error
     stored = {}
     for tensor in model.graph.initializer:
         where = {entry.key: entry.value for entry in tensor.external_data}
         if where.get("location") == file:
-            at, size = (_number(graph, tensor.name, where, key) for key in ("offset", "length"))
+            at, size = (
+                _parse_byte_count(graph, tensor.name, where, key) for key in ("offset", "length")
+            )
             stored[tensor.name] = (tensor, at, size)
     named = set()
     for node in model.graph.node:
-        if weight := _weight_of(node):
+        if weight := _quantized_weight_name(node):
             zeros = node.input[3] if len(node.input) > 3 else ""
-            found = _quantized(weight, stored, zeros, node)
+            found = _quantized_tensor(weight, stored, zeros, node)
             if found and weight not in named:
                 named.add(weight)
                 yield found
@@ -182,8 +194,11 @@ def _of_onnx(graph: Path, file: str) -> Iterator[StoredTensor]:
             yield StoredTensor(name, at, size, bits, size * 8 // bits, 0, 0)
 
 
-def _number(graph: Path, name: str, where: dict[str, str], key: str) -> int:
-    """:raises UserError: naming an offset or a length that is no number."""
+def _parse_byte_count(graph: Path, name: str, where: dict[str, str], key: str) -> int:
+    """Return a tensor's offset or length in bytes.
+
+    :raises UserError: if it is not a number.
+    """
     found = where.get(key, "0" if key == "offset" else None)
     if found is None or not re.fullmatch(r"-?[0-9]{1,18}", found):
         raise UserError(
@@ -193,14 +208,16 @@ def _number(graph: Path, name: str, where: dict[str, str], key: str) -> int:
     return int(found)
 
 
-def _weight_of(node: Any) -> str:
-    """The quantized weight that a node reads; empty for other nodes."""
+def _quantized_weight_name(node: Any) -> str:
+    """Return the name of the quantized weight that a node reads; "" for other nodes."""
     place = {"MatMulNBits": 1, "GatherBlockQuantized": 0}.get(node.op_type)
     return node.input[place] if place is not None and len(node.input) > place else ""
 
 
-def _quantized(name: str, stored: dict[str, Any], zeros: str, node: Any) -> StoredTensor | None:
-    """A weight of 4 or 8 bits; None where it is another or its node does not say its blocks."""
+def _quantized_tensor(
+    name: str, stored: dict[str, Any], zeros: str, node: Any
+) -> StoredTensor | None:
+    """Return a weight of 4 or 8 bits; None for other weights and nodes without a block size."""
     attributes = {a.name: a.i for a in node.attribute}
     bits, block = attributes.get("bits", 4), attributes.get("block_size", 0)
     if name not in stored or bits not in (4, 8) or block < 1:
@@ -211,7 +228,7 @@ def _quantized(name: str, stored: dict[str, Any], zeros: str, node: Any) -> Stor
         return StoredTensor(name, at, size, bits, elements, 2 ** (bits - 1), 0)
     tensor, zeros_at, zeros_size = stored[zeros]
     rows = attributes.get("N") or (tensor.dims[0] if tensor.dims else 0)
-    if not 0 < rows <= zeros_size < LARGEST or not 0 <= zeros_at < LARGEST:
+    if not 0 < rows <= zeros_size < MAX_FILE_BYTES or not 0 <= zeros_at < MAX_FILE_BYTES:
         return StoredTensor(name, at, size, bits, elements, 2 ** (bits - 1), 0)
     place = ZeroPoints(
         at=zeros_at,
@@ -220,6 +237,6 @@ def _quantized(name: str, stored: dict[str, Any], zeros: str, node: Any) -> Stor
         per_row=max(0, elements // block // rows),
         row_bytes=zeros_size // rows,
     )
-    if not _serves(place, block, elements):
+    if not _covers_groups(place, block, elements):
         return StoredTensor(name, at, size, bits, elements, 2 ** (bits - 1), 0)
     return StoredTensor(name, at, size, bits, elements, place, block)

@@ -1,8 +1,8 @@
-"""What a deployment is made of, and from what: ``provenance.json``, written last.
+"""Write and check the seal of a deployment, ``provenance.json``.
 
-It lists every other file with its size and SHA-256, and has the SHA-256 of all else in it as its
-own ``seal``. In a packed folder the dense weights' digest is that of the container. Nothing is
-known of a folder without one.
+It lists every other file of the folder with size and SHA-256, and the origin of the model. Its
+field ``seal`` is the SHA-256 of all its other fields. In a packed folder it lists the dense weight
+file, whose digest is also in the container. A folder without ``provenance.json`` can't be checked.
 """
 
 import json
@@ -13,22 +13,22 @@ from typing import Any
 
 from sqft_export.errors import DamagedError, UserError, one_line
 from sqft_export.packed.container import PackedFile
-from sqft_export.packed.streaming import check_whole
+from sqft_export.packed.streaming import check_dense_digest
 from sqft_export.run.artifact import SEAL, files_of, foreign_entries, key_of, sha256_of
 from sqft_export.targets.folder import SUFFIX, check_files, graph_and_weights
 from sqft_export.untrusted import MAX_CONFIG_BYTES, fault_of_file, parse_json, read_bounded
 
 PROVENANCE = "provenance.json"
-ENTRY = ("bytes", "sha256")  # of a listed file
+ENTRY_KEYS = ("bytes", "sha256")  # per listed file
 SHA256 = re.compile(r"[0-9a-f]{64}")
-LONGEST_NAME = 1024  # characters of a listed path
-WAY_OUT = f"copy or export it again, or delete {PROVENANCE} to do without a seal"
+MAX_NAME_CHARACTERS = 1024  # per listed path
+REMEDY = f"copy or export it again, or delete {PROVENANCE} to use the folder without a seal"
 
 
 def write_seal(folder: Path, origin: dict[str, Any]) -> None:
-    """Seal a deployment.
+    """Write ``provenance.json`` with the digests of all files.
 
-    :param origin: where it is from: base, data, passes, versions.
+    :param origin: the origin of the model: base, data, passes, versions.
     """
     files = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
@@ -45,9 +45,9 @@ def write_provenance(folder: Path, document: dict[str, Any]) -> None:
 
 
 def read_seal(folder: Path) -> dict[str, Any] | None:
-    """The provenance of a deployment; None where it has none.
+    """Return the provenance of a deployment; None if it has none.
 
-    :raises DamagedError: if it is none, or was changed after it was sealed.
+    :raises DamagedError: if the file is invalid, or was changed after sealing.
     """
     file = folder / PROVENANCE
     if not os.path.lexists(file):
@@ -57,19 +57,20 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
         if fault := _fault_of_document(document):
             raise UserError(fault)
     except UserError as error:
-        raise DamagedError(f"{file}: is damaged: {one_line(error)}; {WAY_OUT}") from error
+        raise DamagedError(f"{file}: is damaged: {one_line(error)}; {REMEDY}") from error
     return document
 
 
 def _fault_of_document(document: Any) -> str | None:
+    """Describe the first fault of a provenance; None if it is valid."""
     files = document.get("files") if isinstance(document, dict) else None
     if not isinstance(files, dict):
         return "files: expected names of files"
     for name, entry in files.items():
         shown = one_line(repr(name), 80)
-        if not _is_name_inside(name):
+        if not _is_relative_name(name):
             return f"files: found {shown}; a file of the folder is expected"
-        size, digest = (entry.get(k) if isinstance(entry, dict) else None for k in ENTRY)
+        size, digest = (entry.get(k) if isinstance(entry, dict) else None for k in ENTRY_KEYS)
         if type(size) is not int or not isinstance(digest, str) or not SHA256.fullmatch(digest):
             return f"files: {shown}: expected its size and SHA-256"
     sealed = {k: v for k, v in document.items() if k != SEAL}
@@ -78,31 +79,33 @@ def _fault_of_document(document: Any) -> str | None:
     return None
 
 
-def _is_name_inside(name: str) -> bool:
-    """Whether a listed name is a relative path that does not climb, as :func:`write_seal` lists."""
+def _is_relative_name(name: str) -> bool:
+    """Return whether a listed name is a relative path without ``..``."""
     path = PurePosixPath(name)
     plain = str(path) == name and ".." not in path.parts and "\0" not in name
-    return plain and not path.is_absolute() and len(name) <= LONGEST_NAME
+    return plain and not path.is_absolute() and len(name) <= MAX_NAME_CHARACTERS
 
 
 def check_seal(folder: Path, whole: bool) -> bool:
     """Compare a deployment with its seal.
 
-    A provenance that has no seal of its own, as older versions wrote it, is enough to load a
-    deployment, and not to say that it is as it was sealed.
+    Older versions wrote a provenance without the field ``seal``. Such a folder can be loaded, but a
+    complete check fails.
 
-    :param whole: every byte; else the sizes of graph and weights, and the digest of a graph that
-        is not the weights too.
-    :return: whether there is a seal.
-    :raises UserError: naming what a runtime can't open safely, such as a link out of the folder.
-    :raises DamagedError: naming the file that is missing, added or another.
+    :param whole: True checks every byte. False checks the sizes of graph and weights, and the
+        digest of the graph if it is a separate file.
+    :return: whether the deployment has a provenance.
+    :raises UserError: if a file is unsafe to open, such as a link out of the folder.
+    :raises DamagedError: if a file is missing, added or changed; the message names it.
     """
     document = read_seal(folder)
     if document is not None and whole:
         if SEAL not in document:
-            raise DamagedError(f"{folder / PROVENANCE}: has no seal of its own; {WAY_OUT}")
-        if strangers := foreign_entries(folder):
-            shown = one_line(", ".join(strangers))
+            raise DamagedError(
+                f"{folder / PROVENANCE}: has no field {SEAL!r}, as in older versions; {REMEDY}"
+            )
+        if foreign := foreign_entries(folder):
+            shown = one_line(", ".join(foreign))
             raise DamagedError(f"{folder}: was added after it was sealed: {shown}")
     check_files(folder)
     if document is not None:
@@ -129,27 +132,28 @@ def _check_listed(folder: Path, document: dict[str, Any], whole: bool) -> None:
 
 def _check_file(file: Path, listed: dict[str, Any], deep: bool) -> None:
     if fault_of_file(file):
-        raise DamagedError(f"{one_line(file)}: is missing; {WAY_OUT}")
+        raise DamagedError(f"{one_line(file)}: is missing; {REMEDY}")
     if file.stat().st_size != listed["bytes"] or (deep and sha256_of(file) != listed["sha256"]):
-        raise DamagedError(f"{file}: is not the file that was sealed; {WAY_OUT}")
+        raise DamagedError(f"{file}: is not the file that was sealed; {REMEDY}")
 
 
 def _check_packed(packed: Path, listed: dict[str, Any] | None, whole: bool) -> None:
-    """The container stands for the dense file that the seal lists."""
+    """Check that a container holds the dense file that the seal lists."""
     with PackedFile(packed) as opened:
         if listed is not None and opened.header.sha256 != listed["sha256"]:
             raise DamagedError(f"{packed}: holds other weights than {PROVENANCE} lists")
         if whole:
-            check_whole(opened)
+            check_dense_digest(opened)
 
 
-def sealed_or_refused(folder: Path) -> dict[str, Any]:
-    """The provenance of a deployment, every byte checked.
+def require_seal(folder: Path) -> dict[str, Any]:
+    """Return the provenance of a deployment after checking every byte.
 
-    :raises UserError: if it has no seal. :raises DamagedError: if it is not as it was sealed.
+    :raises UserError: if it has no provenance.
+    :raises DamagedError: if a file is missing, added or changed.
     """
     if not check_seal(folder, whole=True):
-        raise UserError(f"{folder}: has no {PROVENANCE}, so there is nothing to hold it against")
+        raise UserError(f"{folder}: has no {PROVENANCE}, so it can't be checked")
     document = read_seal(folder)
     assert document is not None
     return document

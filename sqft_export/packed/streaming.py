@@ -1,7 +1,7 @@
-"""The digest of the dense file that a container stands for, computed from small parts of it.
+"""Check the digest of a packed file's dense file, chunk by chunk.
 
-A container may be made so that it stands for 256 times its own bytes. Here at most a few MiB of the
-dense file are in memory, however long its tensors are; a loader holds all of it.
+A packed file may inflate to 256 times its own bytes. Here at most a few MiB of the dense file are
+in memory, however long its tensors are. A loader, in contrast, holds the complete dense file.
 """
 
 import hashlib
@@ -11,12 +11,20 @@ from math import lcm
 import numpy as np
 
 from sqft_export.packed import blocks
-from sqft_export.packed.container import FRAME, Blocks, PackedFile, Piece, Raw, Sparse, ZeroPoints
+from sqft_export.packed.container import (
+    FRAME_BYTES,
+    Blocks,
+    PackedFile,
+    Piece,
+    Raw,
+    Sparse,
+    ZeroPoints,
+)
 from sqft_export.packed.inflate import CHUNK, Bytes, inflate_chunk, kept_bytes
 
 
 class PieceReader:
-    """Bytes of a piece at any place, one decompressed frame in memory."""
+    """Read any part of a piece. One decompressed frame is in memory."""
 
     def __init__(self, opened: PackedFile, piece: Piece, name: str):
         self.opened, self.piece, self.name = opened, piece, name
@@ -25,40 +33,40 @@ class PieceReader:
         self.number, self.frame = -1, np.empty(0, np.uint8)
 
     def read(self, start: int, stop: int) -> Bytes:
-        """uint8 ``[stop - start]``.
+        """Return bytes ``start`` to ``stop`` of the decompressed piece (uint8).
 
-        :raises DamagedError: if the piece ends before, or a frame is damaged.
+        :raises DamagedError: if the piece is shorter, or a frame is damaged.
         """
         if stop > self.piece.bytes:
-            raise self.opened.damaged(f"{self.name}: is cut short")
+            raise self.opened.damage_error(f"{self.name}: is cut short")
         if self.piece.frames is None:
             return self.stored[start:stop]
         parts = [np.empty(0, np.uint8)]
-        for number in range(start // FRAME, -(-stop // FRAME)):
-            first = number * FRAME
+        for number in range(start // FRAME_BYTES, -(-stop // FRAME_BYTES)):
+            first = number * FRAME_BYTES
             parts.append(self._frame(number)[max(0, start - first) : stop - first])
         return np.concatenate(parts)
 
     def _frame(self, number: int) -> Bytes:
         if number != self.number:
-            size = min(FRAME, self.piece.bytes - number * FRAME)
+            size = min(FRAME_BYTES, self.piece.bytes - number * FRAME_BYTES)
             stored = self.stored[self.starts[number] : self.starts[number + 1]]
             self.frame, self.number = np.empty(size, np.uint8), number
             self.opened.decompress(self.name, stored, self.frame)
         return self.frame
 
 
-def check_whole(opened: PackedFile) -> None:
+def check_dense_digest(opened: PackedFile) -> None:
     """Compare the digest of the dense file with that of the file that was packed.
 
-    :raises DamagedError: naming the tensor that is damaged, or if it is another file.
+    :raises DamagedError: if a tensor is damaged (it is named), or the digests differ.
     """
     digest = hashlib.sha256()
     for region in opened.header.regions:
         for part in _dense_parts(opened, region):
             digest.update(np.ascontiguousarray(part).data)
     if digest.hexdigest() != opened.header.sha256:
-        raise opened.damaged("what it holds is not the file that was packed")
+        raise opened.damage_error("its content differs from the file that was packed")
 
 
 def _dense_parts(opened: PackedFile, region: Raw | Sparse | Blocks) -> Iterator[Bytes]:
@@ -72,49 +80,54 @@ def _dense_parts(opened: PackedFile, region: Raw | Sparse | Blocks) -> Iterator[
 
 def _raw_parts(opened: PackedFile, region: Raw) -> Iterator[Bytes]:
     reader = PieceReader(opened, region.data, f"byte {region.at}")
-    for start in range(0, region.size, FRAME):
-        yield reader.read(start, min(start + FRAME, region.size))
-    opened.forget(region.data)
+    for start in range(0, region.size, FRAME_BYTES):
+        yield reader.read(start, min(start + FRAME_BYTES, region.size))
+    opened.release_pages(region.data)
 
 
-class _Codes:
-    """Mask and kept codes of a tensor, a chunk after the other."""
+class _CodeReader:
+    """Inflate a tensor chunk by chunk, in order."""
 
     def __init__(self, opened: PackedFile, region: Sparse | Blocks):
         self.opened, self.region = opened, region
         self.mask = PieceReader(opened, region.mask, region.name)
         self.kept = PieceReader(opened, region.kept, region.name)
-        self.at = 0  # bytes of kept codes that were read
+        self.at = 0  # bytes of kept codes read so far
 
     def chunk(self, first: int, fills: np.ndarray, group: int, offset: int) -> Bytes:
-        """Dense bytes of the chunk of ``CHUNK`` elements that begins with ``first``.
+        """Return the dense bytes of the chunk that begins with element ``first``.
 
-        :param fills: of the groups from element ``first - offset`` on.
+        :param fills: of the groups, starting with the group of element ``first - offset``.
         """
         region, count = self.region, min(CHUNK, self.region.elements - first)
         mask = self.mask.read((first - offset) // 8, -(-(first + count) // 8))
         own = mask[offset // 8 :]
         if (first + count) % 8 and own[-1] >> ((first + count) % 8):
-            raise self.opened.damaged(f"{region.name}: mask has bits past its end")
+            raise self.opened.damage_error(f"{region.name}: mask has bits past its end")
         size = sum(kept_bytes(own, count, region.bits))
         kept = self.kept.read(self.at, self.at + size)
         self.at += size
         return inflate_chunk(region.bits, mask, offset, count, kept, fills, group)
 
     def finish(self) -> None:
-        """:raises DamagedError: if there are more kept codes than the mask announces."""
+        """Check that all kept codes were used, and release their pages.
+
+        :raises DamagedError: if there are more kept codes than the mask announces.
+        """
         if self.at != self.region.kept.bytes:
-            raise self.opened.damaged(f"{self.region.name}: has codes that no mask announces")
-        self.opened.forget(self.region.mask)
-        self.opened.forget(self.region.kept)
+            raise self.opened.damage_error(
+                f"{self.region.name}: has more kept codes than its mask announces"
+            )
+        self.opened.release_pages(self.region.mask)
+        self.opened.release_pages(self.region.kept)
 
 
 def _sparse_parts(opened: PackedFile, region: Sparse) -> Iterator[Bytes]:
-    codes, fill = _Codes(opened, region), region.fill
+    codes, fill = _CodeReader(opened, region), region.fill
     group = 0 if region.group >= region.elements else region.group
-    zeros = _ZeroReader(opened, fill) if isinstance(fill, ZeroPoints) else None
+    zeros = _ZeroPointReader(opened, fill) if isinstance(fill, ZeroPoints) else None
     for first in range(0, region.elements, CHUNK):
-        # A mask begins on a byte, and a fill with its group.
+        # Start earlier, at a whole byte of the mask and the first element of a group.
         offset = first % lcm(8, group) if group else 0
         start, stop = (first - offset, min(first + CHUNK, region.elements)) if group else (0, 1)
         if zeros is None:
@@ -126,8 +139,8 @@ def _sparse_parts(opened: PackedFile, region: Sparse) -> Iterator[Bytes]:
     codes.finish()
 
 
-class _ZeroReader:
-    """Zero points of groups, out of the raw region that they lie in."""
+class _ZeroPointReader:
+    """Read zero points of groups from the raw region that contains them."""
 
     def __init__(self, opened: PackedFile, zeros: ZeroPoints):
         self.zeros = zeros
@@ -138,7 +151,7 @@ class _ZeroReader:
         self.at = zeros.at - region.at
 
     def fills(self, first: int, last: int) -> np.ndarray:
-        """uint32 of groups ``first`` to ``last``."""
+        """Return the zero points (uint32) of groups ``first`` to ``last - 1``."""
         zeros, groups = self.zeros, np.arange(first, last)
         columns = groups % zeros.per_row
         places = groups // zeros.per_row * zeros.row_bytes + columns * zeros.bits // 8
@@ -150,7 +163,7 @@ class _ZeroReader:
 
 
 def _block_parts(opened: PackedFile, region: Blocks) -> Iterator[Bytes]:
-    codes, width = _Codes(opened, region), 2 * region.floats
+    codes, width = _CodeReader(opened, region), 2 * region.floats
     scales = PieceReader(opened, region.scales, region.name)
     for first in range(0, region.elements, CHUNK):
         last = min(first + CHUNK, region.elements)
@@ -160,6 +173,6 @@ def _block_parts(opened: PackedFile, region: Blocks) -> Iterator[Bytes]:
         fills = blocks.zero_codes(numbers, region.bits)
         group = blocks.BLOCK if len(fills) > 1 else 0
         dense = codes.chunk(first, fills, group, 0)
-        yield blocks.joined(np.ascontiguousarray(numbers), dense, 1, region.bits)
+        yield blocks.join_blocks(np.ascontiguousarray(numbers), dense, 1, region.bits)
     codes.finish()
-    opened.forget(region.scales)
+    opened.release_pages(region.scales)

@@ -2,16 +2,16 @@
 
    sqft_inflate(bits, mask, first, count, kept, kept_bytes, fill, group, out, level)
 
-   Writes elements first .. first+count of a tensor of `bits`-wide elements to `out`, which is where
-   element `first` lies. `first` is a multiple of 16 and, unless the tensor ends there, so is count.
-   Bit e of `mask` (lowest first) says whether element e is kept; kept codes follow each other in
-   `kept`, lowest first, from its first bit on. An element that is not kept gets the fill of its
-   group: fill[e / group] for group > 0, else fill[0]. Returns the number of kept elements, or -1 if
-   `kept` is too short; nothing is ever read or written outside the given sizes.
+   Writes elements first .. first+count of a tensor to `out`; out[0] holds element `first`. Elements
+   have `bits` bits. `first` is a multiple of 16. So is count, unless the tensor ends there.
+   Bit e of `mask` (lowest first) is set if element e is kept. `kept` holds the kept codes without
+   gaps, lowest bits first. An element that is not kept gets the fill of its group: fill[e / group]
+   for group > 0, else fill[0]. Returns the number of kept elements, or -1 if `kept` is too short.
+   Nothing is read or written outside the given sizes.
 
-   Three ways, the highest that sqft_level() finds on this processor, or a lower one by `level`: 64
-   elements at a time by byte expansion (AVX-512 VBMI2), one word at a time by bit deposit (BMI2), one
-   element at a time. */
+   There are three implementations: 64 elements at a time by byte expansion (AVX-512 VBMI2, level
+   2), one word at a time by bit deposit (BMI2, level 1), and one element at a time (level 0).
+   `level` selects one; sqft_level() returns the highest that this processor supports. */
 
 #include <stdint.h>
 #include <string.h>
@@ -49,8 +49,8 @@ static int64_t inflate_plain(int bits, const uint8_t *mask, int64_t first, int64
 }
 
 #ifdef HAVE_DEPOSIT
-/* Elements of one 64-bit word: 16, 8, 4 or 2 of 4, 8, 16 or 32 bits. `bits` is a constant in every
-   caller, and there is no branch on what the mask holds: it would be mispredicted half the time. */
+/* Inflate 64-bit words: 16, 8, 4 or 2 elements of 4, 8, 16 or 32 bits. `bits` is a constant in
+   every caller. No branch depends on the mask: it would be mispredicted half of the time. */
 __attribute__((target("bmi2,popcnt"), always_inline))
 static inline int64_t inflate_words(const int bits, const uint8_t *mask, int64_t first,
                                     int64_t count, const uint8_t *kept, int64_t kept_bytes,
@@ -58,8 +58,8 @@ static inline int64_t inflate_words(const int bits, const uint8_t *mask, int64_t
                                     int64_t done, int64_t taken) {
     const int each = 64 / bits;
     const uint64_t ones = bits == 32 ? 0xffffffffu : (1ull << bits) - 1;
-    const uint64_t spread = ~0ull / ones; /* a one at the bottom of every element */
-    /* A word of kept codes is read as nine bytes; the last ones are left to the plain loop. */
+    const uint64_t spread = ~0ull / ones; /* the lowest bit of every element */
+    /* A word of kept codes is read as nine bytes. The plain loop handles the last elements. */
     const int64_t safe = (kept_bytes - 9) * 8 / bits - each;
     const int64_t whole = count - count % each;
     while (done < whole && taken <= safe) {
@@ -82,7 +82,7 @@ static inline int64_t inflate_words(const int bits, const uint8_t *mask, int64_t
             const uint8_t *at = kept + (taken * bits >> 3);
             uint64_t codes;
             memcpy(&codes, at, 8);
-            if (bits == 4) { /* from the middle of a byte on, where `taken` is odd */
+            if (bits == 4) { /* if `taken` is odd, the codes start in the middle of a byte */
                 int odd = (int)(taken & 1) * 4;
                 codes = codes >> odd | (uint64_t)at[8] << 1 << (63 - odd);
             }
@@ -110,13 +110,14 @@ static int64_t inflate_by_words(int bits, const uint8_t *mask, int64_t first, in
 #undef WORDS
 }
 
-/* 64 elements of 4 or 8 bits at a time; how far it got goes to the words, which do the rest. */
+/* Inflate 64 elements of 4 or 8 bits at a time. done_out and taken_out report the progress;
+   inflate_by_words does the rest. */
 __attribute__((target("avx512f,avx512bw,avx512vbmi2,bmi2,popcnt")))
 static void inflate_vectors(int bits, const uint8_t *mask, int64_t first, int64_t count,
                             const uint8_t *kept, int64_t kept_bytes, const uint32_t *fill,
                             int64_t group, uint8_t *out, int64_t *done_out, int64_t *taken_out) {
     int64_t taken = 0, done = 0;
-    /* A vector of codes is read as 33 or 64 bytes, whatever the mask takes of it. */
+    /* A vector of codes is read as 33 or 64 bytes, even if the mask keeps fewer. */
     const int64_t safe = bits == 4 ? kept_bytes * 2 - 68 : kept_bytes - 64;
     const __m512i nibble = _mm512_set1_epi16(15);
     while (done + 64 <= count && taken <= safe) {
@@ -132,7 +133,7 @@ static void inflate_vectors(int bits, const uint8_t *mask, int64_t first, int64_
                 __m512i codes = _mm512_loadu_si512(kept + taken);
                 codes = _mm512_mask_expand_epi8(filled, chosen, codes);
                 _mm512_storeu_si512(out + done, codes);
-            } else { /* nibbles to bytes, expanded, and back */
+            } else { /* widen nibbles to bytes, expand, and narrow again */
                 const int odd = (int)(taken & 1);
                 const uint8_t *at = kept + (taken >> 1);
                 __m512i low = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)at));

@@ -1,10 +1,10 @@
-"""How a deployment is loaded and run: the code that model cards and `inspect` print.
+"""Write the code that loads and runs a deployment, for model cards and `inspect`.
 
 A deployment has one of three forms, and each runtime loads some of them:
 
-plain        the files that the runtime's own users have
-packed       a packed weight file; it loads through this package
-specialized  an IR with products of this package's kernels
+plain        the files that the runtime itself loads
+packed       a packed weight file, which this package loads
+specialized  an IR whose products run on this package's kernels
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqft_export.kernels.extension import why_not
+from sqft_export.kernels.extension import unavailable_reason
 from sqft_export.kernels.ir import is_specialized
 from sqft_export.packed.seal import read_seal, write_provenance
 from sqft_export.run.artifact import sha256_of
@@ -37,11 +37,11 @@ _PROMPT = re.compile(rf"^prompt = ({_JSON_STRING})(?=  #|$)", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Loader:
-    """A way to load a deployment in Python.
+    """One way to load a deployment in Python.
 
-    runtime: the package that computes.
+    runtime: the package that runs the model.
     code: an expression; ``{folder}`` is the folder's path inside a string.
-    needs: a file without which the runtime refuses the folder.
+    needs: a file that the runtime requires in the folder.
     """
 
     runtime: str
@@ -49,10 +49,11 @@ class Loader:
     needs: str = ""
 
     def expression(self, folder: Path | str) -> str:
+        """Return the code for a folder."""
         return self.code.replace("{folder}", json.dumps(str(folder), ensure_ascii=False)[1:-1])
 
     def missing(self) -> str | None:
-        """Why it does not run on this machine; None if it does."""
+        """Return why it can't run on this machine; None if it can."""
         package = self.runtime.partition(".")[0]
         return None if importlib.util.find_spec(package) else f"{package} is not installed"
 
@@ -91,9 +92,9 @@ for _form in ("packed", "specialized"):
 
 
 def form_of(folder: Path) -> str:
-    """plain, packed or specialized.
+    """Return the form of a deployment: plain, packed or specialized.
 
-    :raises UserError: if the folder is no deployment.
+    :raises UserError: if the folder is not a deployment.
     """
     runtime = runtime_of(folder)
     if (folder / (WEIGHT_FILES[runtime] + SUFFIX)).is_file():
@@ -104,21 +105,21 @@ def form_of(folder: Path) -> str:
 
 
 def loaders_of(folder: Path) -> list[Loader]:
-    """The runtimes that load a deployment, by the files that it has."""
+    """Return the loaders whose files the deployment has."""
     found = LOADERS[runtime_of(folder), form_of(folder)]
     return [loader for loader in found if (folder / loader.needs).exists()]
 
 
 def why_no_loader(folder: Path, loader: Loader) -> str | None:
-    """Why a loader does not run a deployment on this machine; None if it does."""
-    kernels = why_not() if form_of(folder) == "specialized" else None
+    """Return why a loader can't run a deployment on this machine; None if it can."""
+    kernels = unavailable_reason() if form_of(folder) == "specialized" else None
     return loader.missing() or kernels
 
 
 def usage_section(folder: Path, prompt: str) -> str:
-    """The section of a model card with code for this folder, to be run inside it.
+    """Return the section of a model card with code to run inside the folder.
 
-    :param prompt: the text, or template over the fields of an item, that the model answers.
+    :param prompt: an example prompt, or a template over the fields of an item.
     """
     form = form_of(folder)
     runtime = runtime_of(folder)
@@ -142,7 +143,7 @@ def _openvino(folder: Path, form: str) -> list[str]:
     if form == "plain":
         load = f'openvino_genai.LLMPipeline(".", "CPU"{options})'
     elif form == "packed":
-        # The runtime adds an adapter to its own products only.
+        # OpenVINO applies an adapter only to products on its own kernels.
         options = f', execution="stock"{options}' if options else ""
         imports = [*(imports if options else []), "import sqft_export"]
         load = f'sqft_export.load_openvino_genai("."{options})'
@@ -215,10 +216,10 @@ def _llama_cpp(file: str) -> list[str]:
 
 
 def rewrite_card(folder: Path) -> None:
-    """Replace the code of a copied model card by that for the copy's form.
+    """Update the code in a copied model card to the form of the copy.
 
-    The card's entry in the seal follows. A card without the section, or one that is not as it was
-    sealed, is left unchanged.
+    The card's entry in the seal is updated too. A card without this section, or one that differs
+    from its seal, is left unchanged.
     """
     card = folder / CARD
     text = card.read_bytes().decode(errors="surrogateescape") if card.is_file() else ""

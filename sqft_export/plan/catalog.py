@@ -10,14 +10,16 @@ Entries = list[dict[str, Any]]
 
 def _targets() -> Entries:
     """Runtimes and devices of this machine, and why it lacks the others."""
-    from sqft_export.kernels.extension import why_not
-    from sqft_export.kernels.library import kernels_here
+    from sqft_export.kernels.extension import unavailable_reason
+    from sqft_export.kernels.library import find_kernels
     from sqft_export.targets.devices import devices
 
     found = [asdict(device) for device in devices()]
-    kernels = kernels_here()  # of this package
+    kernels = find_kernels()  # of this package
     name = kernels.name if kernels else "none"
-    found.append({"runtime": "openvino", "kind": "kernels", "name": name, "missing": why_not()})
+    found.append(
+        {"runtime": "openvino", "kind": "kernels", "name": name, "missing": unavailable_reason()}
+    )
     return [d | {"missing": d["missing"] or "here"} for d in found]
 
 

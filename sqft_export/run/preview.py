@@ -4,8 +4,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sqft_export.kernels.extension import why_not
-from sqft_export.kernels.library import kernels_here
+from sqft_export.kernels.extension import unavailable_reason
+from sqft_export.kernels.library import find_kernels
 from sqft_export.model.hub import model_folder
 from sqft_export.numerics.codes import FLOAT16_BITS
 from sqft_export.plan.budget import settings_for_a_day
@@ -146,6 +146,6 @@ def _gguf_text(recipe: Recipe) -> str:
 
 def _kernels_text() -> str:
     """Return which kernels execute sparse weights on this machine, or why none can."""
-    found = kernels_here()
-    missing = why_not()
+    found = find_kernels()
+    missing = unavailable_reason()
     return f"not here: {missing}" if missing or not found else f"on {found.name} kernels"

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft_export.data.items import ANSWER_FIELDS, TRAIN_FIELDS, TRAIN_FILES, load_tokenizer
-from sqft_export.kernels.extension import why_not
+from sqft_export.kernels.extension import unavailable_reason
 from sqft_export.model.checkpoint import file_bytes
 from sqft_export.packed.execution import NothingSpecialized, specialize
 from sqft_export.packed.folders import PACKED, SPARSE, NothingSaved, pack
@@ -76,7 +76,7 @@ def run(context: Context) -> dict:
 def _specialize(context: Context, folder: Path) -> dict[str, Any]:
     """Write the copy that runs on our kernels; return its metrics, or why it is missing."""
     packed = context.folder / PACKED
-    if missing := why_not():
+    if missing := unavailable_reason():
         return {"missing": missing}
     try:
         return specialize(packed if packed.is_dir() else folder, context.folder / SPARSE)

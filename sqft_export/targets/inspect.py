@@ -50,9 +50,9 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
 
 def _say_kernels(folder: Path, layers: list[dict[str, Any]]) -> None:
     """Which kernel every layer runs on, and what that brought when it was chosen here."""
-    from sqft_export.packed.execution import kernels_of
+    from sqft_export.packed.execution import list_kernels
 
-    chosen = kernels_of(folder)
+    chosen = list_kernels(folder)
     for layer in layers:
         if layer["layer"] in chosen:
             layer["runs_on"], layer["times_as_fast"] = chosen[layer["layer"]]

@@ -22,7 +22,7 @@ from sqft_export.adapters.files import read_low_rank
 from sqft_export.errors import UserError
 from sqft_export.kernels.choice import STOCK
 from sqft_export.kernels.ir import LOOKUP, OPERATOR
-from sqft_export.kernels.library import read_out
+from sqft_export.kernels.library import unpack_matrix
 from sqft_export.model.memory import release_memory
 from sqft_export.numerics.codes import Quantized
 from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
@@ -277,7 +277,7 @@ def _laid_out(graph: Any) -> Iterator[tuple[str, Quantized, int]]:
         if node.get_type_name() == OPERATOR:
             constant = node.input_value(1).get_node()
             name = constant.get_friendly_name().removesuffix(".weight")
-            found = read_out(constant.data, name)
+            found = unpack_matrix(constant.data, name)
             assert found.zero is not None
             yield name, Quantized(found.codes, found.scale, found.zero), found.bits
 

@@ -11,17 +11,17 @@ import pytest
 
 from sqft_export.errors import UserError
 from sqft_export.kernels import choice
-from sqft_export.kernels.extension import why_not
+from sqft_export.kernels.extension import unavailable_reason
 from sqft_export.kernels.library import Matrix, count_kept
-from sqft_export.packed.execution import checked_execution, execution_here
+from sqft_export.packed.execution import available_execution, resolve_execution
 
-pytestmark = pytest.mark.skipif(bool(why_not()), reason="the extension is not built")
+pytestmark = pytest.mark.skipif(bool(unavailable_reason()), reason="the extension is not built")
 
 
 @pytest.fixture(autouse=True)
 def cache_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv(choice.PINNED, raising=False)
+    monkeypatch.delenv(choice.EXECUTION_VARIABLE, raising=False)
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def only_entry() -> dict:
 def test_a_choice_made_under_load_is_kept_for_an_hour_at_most(busy_processors):
     choose()
     left = only_entry()["until"] - time.time()
-    assert 0 < left <= choice.BUSY_SECONDS
+    assert 0 < left <= choice.BUSY_MAX_AGE_SECONDS
 
 
 def test_a_choice_out_of_date_is_measured_again(monkeypatch):
@@ -60,11 +60,11 @@ def test_a_choice_out_of_date_is_measured_again(monkeypatch):
     first = only_entry()["until"]
     choose()
     assert only_entry()["until"] == first  # remembered
-    for until in (time.time() - 1, 0.0, time.time() + 10 * choice.QUIET_SECONDS):
+    for until in (time.time() - 1, 0.0, time.time() + 10 * choice.MAX_AGE_SECONDS):
         file.write_text(file.read_text().replace(str(only_entry()["until"]), str(until)))
         choose()
         assert only_entry()["until"] != until
-        assert 0 < only_entry()["until"] - time.time() <= choice.QUIET_SECONDS
+        assert 0 < only_entry()["until"] - time.time() <= choice.MAX_AGE_SECONDS
 
 
 def test_a_choice_of_another_version_does_not_count(monkeypatch):
@@ -75,32 +75,32 @@ def test_a_choice_of_another_version_does_not_count(monkeypatch):
     monkeypatch.setattr(choice.importlib.metadata, "version", lambda name: real(name) + ".post1")
     try:
         assert choice.machine_key() != before
-        assert not choice.Remembered().known
+        assert not choice.MeasurementCache().known
     finally:
         choice.machine_key.cache_clear()
 
 
 def test_what_other_processes_use_is_told_from_what_this_one_does():
     before = choice.ProcessorSeconds(10.0, 100.0, 5.0)
-    assert choice.used_meanwhile(before, choice.ProcessorSeconds(12.0, 103.0, 6.0)) == 1.0
-    assert choice.used_meanwhile(before, choice.ProcessorSeconds(12.0, 103.0, 8.0)) == 0.0
-    assert choice.used_meanwhile(before, choice.ProcessorSeconds(12.0, 102.9, 8.0)) == 0.0
+    assert choice.other_processors_used(before, choice.ProcessorSeconds(12.0, 103.0, 6.0)) == 1.0
+    assert choice.other_processors_used(before, choice.ProcessorSeconds(12.0, 103.0, 8.0)) == 0.0
+    assert choice.other_processors_used(before, choice.ProcessorSeconds(12.0, 102.9, 8.0)) == 0.0
 
 
 @pytest.mark.parametrize("pinned", ["sparse", "dense", "stock"])
 def test_the_environment_pins_what_auto_means(monkeypatch, pinned):
-    monkeypatch.setenv(choice.PINNED, pinned)
-    assert execution_here("auto") == checked_execution("auto") == pinned
+    monkeypatch.setenv(choice.EXECUTION_VARIABLE, pinned)
+    assert available_execution("auto") == resolve_execution("auto") == pinned
     for asked in ("sparse", "dense", "stock"):
-        assert execution_here(asked) == asked  # what a program asks for counts
+        assert available_execution(asked) == asked  # what a program asks for counts
 
 
 def test_a_pin_that_is_no_kernel_is_refused(monkeypatch):
-    monkeypatch.setenv(choice.PINNED, "fast")
+    monkeypatch.setenv(choice.EXECUTION_VARIABLE, "fast")
     with pytest.raises(UserError, match=r"SQFT_EXPORT_EXECUTION: found 'fast'; allowed are auto"):
-        execution_here("auto")
-    monkeypatch.setenv(choice.PINNED, "auto")
-    assert execution_here("auto") == "auto"
+        available_execution("auto")
+    monkeypatch.setenv(choice.EXECUTION_VARIABLE, "auto")
+    assert available_execution("auto") == "auto"
 
 
 def test_choices_can_be_listed_and_cleared():

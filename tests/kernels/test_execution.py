@@ -19,9 +19,9 @@ from conftest import SQFT, random_model, small_recipe
 from sqft_export.errors import DamagedError, UserError
 from sqft_export.kernels import choice, extension
 from sqft_export.kernels.ir import Graph
-from sqft_export.kernels.library import Matrix, kernels_here
+from sqft_export.kernels.library import Matrix, find_kernels
 from sqft_export.kernels.rewrite import rewrite
-from sqft_export.packed.execution import specialize, weights_of
+from sqft_export.packed.execution import open_weights, specialize
 from sqft_export.packed.folders import PACKED, SPARSE
 from sqft_export.packed.loaders import load_openvino, load_openvino_genai
 from sqft_export.run.pipeline import run_recipe
@@ -120,13 +120,13 @@ def test_a_folder_made_for_other_vectors_gives_the_same_logits(exported, tmp_pat
     """As on another machine: matrices are put in this one's order as they are loaded."""
     from sqft_export.kernels.library import Kernels
 
-    here = kernels_here()
+    here = find_kernels()
     assert here is not None
     other = Kernels("another", 16 if here.lanes == 8 else 8)
     shutil.copytree(exported / SPARSE, tmp_path / "other")
     (tmp_path / "other/provenance.json").unlink()
     graph = Graph((exported / "model/openvino_model.xml").read_bytes(), "x")
-    with weights_of(exported / "model") as read:
+    with open_weights(exported / "model") as read:
         made = rewrite(graph, read, lambda *_: "sparse", other)
     (tmp_path / "other/openvino_model.xml").write_bytes(made.text)
     made.weights.tofile(tmp_path / "other/openvino_model.bin")
@@ -182,7 +182,7 @@ def test_without_the_extension_the_dense_path_runs_with_a_notice(exported, monke
     expected = logits(exported / PACKED, "stock")
     capsys.readouterr()
     monkeypatch.setattr(extension, "extension_file", lambda: Path("/nowhere/_openvino-0.so"))
-    extension.why_not.cache_clear()
+    extension.unavailable_reason.cache_clear()
     try:
         assert np.array_equal(logits(exported / PACKED, "auto"), expected)
         notice = capsys.readouterr().err
@@ -192,7 +192,7 @@ def test_without_the_extension_the_dense_path_runs_with_a_notice(exported, monke
         with pytest.raises(UserError, match=r"_openvino-0\.so"):
             sqft_export.openvino_extension()
     finally:
-        extension.why_not.cache_clear()
+        extension.unavailable_reason.cache_clear()
 
 
 def test_the_library_comes_from_the_package_never_from_a_deployment(exported, tmp_path):
@@ -252,7 +252,7 @@ def test_weights_are_in_memory_once(tmp_path):
 
 def test_work_beside_the_measurement_does_not_choose(monkeypatch):
     """One call in peace is enough, whichever it is: the others may take nine times as long."""
-    busy, turns = [9.0, 9.0, 9.0, 1.0, 9.0, 9.0], choice.ROUNDS + 1
+    busy, turns = [9.0, 9.0, 9.0, 1.0, 9.0, 9.0], choice.DECODE_ROUNDS + 1
     calm = [2.0] * turns
     one = [second for both in zip(busy[:turns], calm, strict=True) for second in both]
     several = [5.0, 5.0] * 3
@@ -261,7 +261,7 @@ def test_work_beside_the_measurement_does_not_choose(monkeypatch):
     monkeypatch.setattr(choice.time, "perf_counter", lambda: next(clock))
     x = [ops.parameter([-1, 4], ov.Type.f32) for _ in range(2)]
     models = {n: ov.Model([ops.relu(p)], [p], n) for n, p in zip(("a", "b"), x, strict=True)}
-    found = choice._timed(models, 4, 1)
+    found = choice._time_models(models, 4, 1)
     assert found == {"a": {"1": 1.0, "32": 5.0}, "b": {"1": 2.0, "32": 5.0}}
 
 

@@ -19,16 +19,16 @@ from sqft_export.kernels.extension import HERE
 from sqft_export.kernels.library import (
     Matrix,
     _pointer,
-    aligned,
+    allocate_aligned,
     count_kept,
-    header_of,
+    find_kernels,
     kernel_library,
-    kernels_here,
-    lay_out,
     multiply,
     open_library,
-    planned,
-    read_out,
+    pack_matrix,
+    plan_matrix,
+    read_header,
+    unpack_matrix,
 )
 
 X86 = platform.machine() == "x86_64"
@@ -43,7 +43,7 @@ def emulated() -> Any:
 
 def library(kernels: str | None = None) -> Any:
     """The package's own, where this machine runs those kernels; else they are emulated."""
-    return kernel_library() if kernels_here(kernels) else emulated()
+    return kernel_library() if find_kernels(kernels) else emulated()
 
 
 class Case(NamedTuple):
@@ -84,13 +84,13 @@ def case(bits, rows, inputs, group, asymmetric, kept, signed=False, seed=0) -> C
 
 
 def laid_out(found: Case, form: str, kernels: str) -> np.ndarray:
-    here = kernels_here(kernels, library(kernels))
+    here = find_kernels(kernels, library(kernels))
     assert here is not None, kernels
     kept = count_kept(found.matrix, library(kernels)).counts
-    header = planned(found.matrix, form, here.lanes, kept, library(kernels))
+    header = plan_matrix(found.matrix, form, here.lanes, kept, library(kernels))
     assert header is not None
-    out = aligned(header.bytes, 64)
-    lay_out(header, found.matrix, kept, out, library(kernels))
+    out = allocate_aligned(header.bytes, 64)
+    pack_matrix(header, found.matrix, kept, out, library(kernels))
     return out
 
 
@@ -135,7 +135,7 @@ def test_every_format_is_the_product_in_float64(
         blob = laid_out(found, form, kernels)
         for mode in ("one", "many", "exact"):
             y = multiply(blob, x, mode, kernels, library(kernels))
-            seen = x if mode == "exact" else rounded(x, header_of(blob, "x", library()).group)
+            seen = x if mode == "exact" else rounded(x, read_header(blob, "x", library()).group)
             expected = seen.astype(np.float64) @ found.weight.T
             scale = np.abs(seen).astype(np.float64) @ np.abs(found.weight).T
             assert (np.abs(y - expected) <= 1e-6 * scale + 1e-30).all(), (form, mode)
@@ -171,7 +171,7 @@ def test_matrix_registers_give_the_same_bits():
 def test_what_is_laid_out_is_read_back_bit_for_bit(form, kernels):
     for bits, asymmetric in ((4, False), (4, True), (8, False), (8, True)):
         found = case(bits, 37, 256, 128, asymmetric, "2:4")
-        back = read_out(laid_out(found, form, kernels), "x", library(kernels))
+        back = unpack_matrix(laid_out(found, form, kernels), "x", library(kernels))
         assert np.array_equal(back.codes, found.codes)
         assert np.array_equal(back.scale, found.matrix.scale)
         assert np.array_equal(np.repeat(back.zero, back.group, 1), found.zero)
@@ -202,23 +202,23 @@ def test_zeros_make_it_smaller():
 def test_a_damaged_matrix_is_refused_by_name():
     """Every number that says where something is, and a mask that keeps more than there is."""
     whole = laid_out(case(4, 33, 128, 32, False, 0.5), "mask", "plain")
-    header = header_of(whole, "layer", library())
+    header = read_header(whole, "layer", library())
     places = [(0, 1), *((at, 4) for at in range(8, 52, 4)), *((at, 8) for at in range(64, 104, 8))]
     for at, size in places:
         if at == 48:  # group, which follows from the others, is compared as a whole
             continue
-        broken = aligned(len(whole), 64)
+        broken = allocate_aligned(len(whole), 64)
         broken[:] = whole
         broken[at : at + size] ^= 85
         with pytest.raises(DamagedError, match="layer"):
-            header_of(broken, "layer", library())
-    broken = aligned(len(whole), 64)
+            read_header(broken, "layer", library())
+    broken = allocate_aligned(len(whole), 64)
     broken[:] = whole
     broken[header.fixed + 2 * 16 :][:64] = 255
     with pytest.raises(DamagedError, match="layer"):
-        header_of(broken, "layer", library())
+        read_header(broken, "layer", library())
     with pytest.raises(DamagedError, match="layer"):
-        header_of(whole[:-1], "layer", library())
+        read_header(whole[:-1], "layer", library())
 
 
 def compiled_cases(folder: Path, compiler: str, *flags: str, emulated: bool = False) -> str:

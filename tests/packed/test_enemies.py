@@ -15,7 +15,7 @@ import xxhash
 import sqft_export
 from conftest import SQFT
 from sqft_export.errors import DamagedError, HostError, UserError
-from sqft_export.packed.container import MAGIC, MOST_REGIONS, PackedFile, Writer
+from sqft_export.packed.container import MAGIC, MAX_REGIONS, PackedFile, Writer
 from sqft_export.packed.folders import NothingSaved, pack, unpack
 from sqft_export.packed.seal import check_seal
 from sqft_export.targets.inspect import inspect_folder
@@ -49,9 +49,9 @@ def raw(at: int, size: int, stored: int | None = None) -> dict:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (container([raw(0, 2**38, 64)], 2**38, bytes(64)), "claims to stand for"),
+        (container([raw(0, 2**38, 64)], 2**38, bytes(64)), "times its stored bytes"),
         (container([raw(0, 0)] * 3, 0), "an empty region"),
-        (container([raw(i, 1) for i in range(MOST_REGIONS + 1)], MOST_REGIONS + 1), "regions, at"),
+        (container([raw(i, 1) for i in range(MAX_REGIONS + 1)], MAX_REGIONS + 1), "regions, at"),
     ],
 )
 def test_a_bomb_is_refused_before_anything_is_written(dense, tmp_path, content, message):
@@ -140,7 +140,7 @@ def test_a_copy_that_would_not_be_smaller_is_not_made(dense, tmp_path):
     rng = np.random.default_rng(0)
     size = (dense / "model.onnx.data").stat().st_size
     rng.integers(1, 255, size, np.uint8).tofile(dense / "model.onnx.data")
-    with pytest.raises(NothingSaved, match="it stays as it is"):
+    with pytest.raises(NothingSaved, match="it was not packed"):
         pack(dense, tmp_path / "packed")
     assert not list(tmp_path.glob("packed*"))
 

@@ -18,7 +18,7 @@ from conftest import SQFT, random_model, small_recipe
 from sqft_export.errors import UserError
 from sqft_export.packed.container import MAGIC, PackedFile
 from sqft_export.packed.folders import pack, unpack
-from sqft_export.packed.inflate import CHUNK, Memory, deflate, inflate, native
+from sqft_export.packed.inflate import CHUNK, Memory, deflate, inflate, native_library
 from sqft_export.recipe.schema import Export
 from sqft_export.run.artifact import digest_of, sha256_of
 from sqft_export.run.pipeline import run_recipe
@@ -101,10 +101,10 @@ class Level:
     """The compiled library, held to one of its ways."""
 
     def __init__(self, level: int):
-        self.sqft_inflate, self.level = native().sqft_inflate, level
+        self.sqft_inflate, self.level = native_library().sqft_inflate, level
 
     def sqft_level(self) -> int:
-        return min(self.level, native().sqft_level())
+        return min(self.level, native_library().sqft_level())
 
 
 # numpy, and every way of the compiled library that this processor has
@@ -113,7 +113,7 @@ WAYS = [lambda: None, *(lambda level=level: Level(level) for level in range(3))]
 
 def test_the_compiled_library_is_there_and_used():
     """CI has a compiler; where there is none, numpy does the same (tested above)."""
-    assert native() is not None
+    assert native_library() is not None
 
 
 DEPLOYMENTS = ["export-openvino", "export-onnx", "export-gguf"]
@@ -214,7 +214,7 @@ def test_other_weights_come_back_too(tmp_path, kind):
 def small_packed(tmp_path_factory) -> Path:
     """A packed file of a few kilobytes, with every kind of region."""
     root = tmp_path_factory.mktemp("small")
-    from sqft_export.packed.container import Writer, ZeroPoints, fills_of
+    from sqft_export.packed.container import Writer, ZeroPoints, read_fills
 
     random = np.random.default_rng(0)
     zeros = random.integers(0, 16, 64).astype(np.uint8)
@@ -227,8 +227,8 @@ def small_packed(tmp_path_factory) -> Path:
     fill = ZeroPoints(at=0, bits=4, rows=1, per_row=64, row_bytes=32)
     writer = Writer(root / "w.sqft", entropy=False)
     writer.raw(0, parts[0])
-    writer.sparse("codes", 32, parts[1], 4, 2048, fill, fills_of(fill, Memory(dense).read), 32)
-    writer.sparse("floats", 32 + 1024, parts[2], 16, 512, 0, fills_of(0, Memory(dense).read), 0)
+    writer.sparse("codes", 32, parts[1], 4, 2048, fill, read_fills(fill, Memory(dense).read), 32)
+    writer.sparse("floats", 32 + 1024, parts[2], 16, 512, 0, read_fills(0, Memory(dense).read), 0)
     writer.raw(32 + 1024 + 1024, dense[2080:])
     writer.finish("w", len(dense), hashlib.sha256(dense).hexdigest())
     with PackedFile(root / "w.sqft") as packed:

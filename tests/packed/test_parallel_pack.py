@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sqft_export.packed import container, inflate
-from sqft_export.packed.container import FRAME, ZSTD_LEVEL, PackedFile, Writer
+from sqft_export.packed.container import FRAME_BYTES, ZSTD_LEVEL, PackedFile, Writer
 from sqft_export.packed.inflate import CHUNK, deflate
 from sqft_export.run import threads
 
@@ -98,11 +98,14 @@ def test_chunks_are_deflated_at_the_same_time(monkeypatch):
 
 def test_frames_are_compressed_at_the_same_time_and_to_the_same_bytes(monkeypatch, tmp_path):
     several_at_once(monkeypatch, container, "_compress")
-    data = np.random.default_rng(0).integers(0, 9, 4 * FRAME).astype(np.uint8)
+    data = np.random.default_rng(0).integers(0, 9, 4 * FRAME_BYTES).astype(np.uint8)
     writer = Writer(tmp_path / "w.sqft", entropy=True)
     piece = writer.piece(data)
     compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
-    frames = [compressor.compress(data[i : i + FRAME].data) for i in range(0, len(data), FRAME)]
+    frames = [
+        compressor.compress(data[i : i + FRAME_BYTES].data)
+        for i in range(0, len(data), FRAME_BYTES)
+    ]
     assert piece.frames == tuple(map(len, frames))
     writer.stream.close()
     assert Path(writer.scratch).read_bytes() == b"".join(frames)

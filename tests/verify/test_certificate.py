@@ -17,7 +17,7 @@ from torch import nn
 from conftest import random_model, small_recipe
 from sqft_export.adapters.linear import _Adapted
 from sqft_export.errors import CertificateError
-from sqft_export.kernels.library import header_of
+from sqft_export.kernels.library import read_header
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets import openvino as targets_openvino
 from sqft_export.targets import target
@@ -218,7 +218,7 @@ def change_sparse(subject: Subject, change) -> None:
     data = place.find("data")
     start, size = int(data.get("offset")), int(data.get("size"))
     blob = weights[start : start + size].copy()
-    header = header_of(blob, LAYER)
+    header = read_header(blob, LAYER)
     change(blob, header)
     weights[start : start + size] = blob
     weights.tofile(file)

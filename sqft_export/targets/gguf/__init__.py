@@ -16,7 +16,7 @@ import numpy as np
 from sqft_export.errors import UserError
 from sqft_export.model.memory import release_memory
 from sqft_export.numerics.codes import Quantized
-from sqft_export.packed.blocks import BLOCK, repeats
+from sqft_export.packed.blocks import BLOCK, count_repeats
 from sqft_export.packed.gguf_file import read_gguf
 from sqft_export.packed.loaders import dense_gguf
 from sqft_export.recipe.schema import Export
@@ -269,7 +269,7 @@ def read_back(folder: Path) -> Iterator[tuple[str, Quantized]]:
 def _longest_groups(found: Quantized) -> Quantized:
     """Blocks that say the same scale and zero point are one group."""
     said = np.stack([found.scale.view(np.uint16), found.zero_point.astype(np.uint16)], axis=2)
-    count = repeats(said.reshape(-1, 2), said.shape[1])
+    count = count_repeats(said.reshape(-1, 2), said.shape[1])
     return Quantized(found.codes, found.scale[:, ::count], found.zero_point[:, ::count])
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from sqft_export.errors import UserError
-from sqft_export.packed.loaders import gguf_model, silent_llama_cpp
+from sqft_export.packed.loaders import gguf_model, silence_llama_cpp
 from sqft_export.run.host import installed
 
 SEQUENCES = 256  # that llama.cpp keeps apart
@@ -133,7 +133,7 @@ class LlamaCppModel:
     def __init__(self, file: Path):
         import llama_cpp
 
-        silent_llama_cpp()
+        silence_llama_cpp()
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = 0

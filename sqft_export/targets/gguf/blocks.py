@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sqft_export.numerics.codes import Quantized
-from sqft_export.packed.blocks import BLOCK, MIDDLE4, apart, block_bytes, joined
+from sqft_export.packed.blocks import BLOCK, ZERO_CODE_4BIT, block_bytes, join_blocks, split_blocks
 from sqft_export.packed.regions import GGUF_BLOCKS
 
 MIDDLE8 = 128
@@ -76,13 +76,13 @@ def to_blocks(quantized: Quantized, kind: BlockType) -> np.ndarray:
     else:
         stored = inside[:, : BLOCK // 2] | inside[:, BLOCK // 2 :] << 4
     numbers = np.stack(floats, axis=2).reshape(-1, kind.floats)
-    return joined(numbers, stored, 1, kind.bits).reshape(rows, -1)
+    return join_blocks(numbers, stored, 1, kind.bits).reshape(rows, -1)
 
 
 def from_blocks(stored: np.ndarray, kind: BlockType) -> Quantized:
     """A weight on groups of 32, of what :func:`to_blocks` gives."""
     rows = stored.shape[0]
-    numbers, codes = apart(stored, kind.bits, kind.floats)
+    numbers, codes = split_blocks(stored, kind.bits, kind.floats)
     floats = numbers.reshape(rows, -1, kind.floats)
     scale = floats[:, :, 0]
     if kind.bits == 8:
@@ -91,7 +91,7 @@ def from_blocks(stored: np.ndarray, kind: BlockType) -> Quantized:
     halves = codes.reshape(-1, BLOCK // 2)
     codes = np.concatenate([halves & 15, halves >> 4], axis=1).reshape(rows, -1)
     if kind is Q4_0:
-        return Quantized(codes, scale, np.full(scale.shape, MIDDLE4, np.uint8))
+        return Quantized(codes, scale, np.full(scale.shape, ZERO_CODE_4BIT, np.uint8))
     offset, step = floats[:, :, 1].astype(np.float32), scale.astype(np.float32)
     zero = np.rint(-offset / np.where(step == 0, 1, step))
     fits = (zero >= 0) & (zero < 16) & (-step * zero == offset)
