@@ -25,7 +25,7 @@ def greedy(
     session.reset()
     for _ in range(new_tokens):
         started = time.perf_counter()
-        chosen = session.likeliest(ids)
+        chosen = session.argmax_tokens(ids)
         ids = chosen.reshape(-1, 1)
         yield chosen, time.perf_counter() - started
 

@@ -98,7 +98,7 @@ Forked = tuple[list[int], list[Scored]]  # a prompt and the targets that follow 
 
 def _score_forked(session: Session, groups: list[Forked]) -> None:
     """A pass over the prompts, then one over the targets that follow each."""
-    most = session.most_rows
+    most = session.max_rows
     groups = [
         (prompt, rows[start : start + most])
         for prompt, rows in groups
@@ -151,7 +151,7 @@ def _score_rest(session: Session, mask: np.ndarray, owners: np.ndarray, rows: li
         session.select(owners)
         lengths = np.array([len(row.target) - 1 for row in rows])
         half, longest = np.sort(lengths)[[len(lengths) // 2, -1]]
-        stop = half if session.fills_up and longest - half > ALIKE else longest
+        stop = half if session.computes_padding and longest - half > ALIKE else longest
         part = padded([row.target[start:-1][: stop - start] for row in rows], "right")
         mask = np.concatenate([mask, part.mask], axis=1)
         for one, real, row in zip(session.forward(part.ids, mask), part.mask, rows, strict=True):

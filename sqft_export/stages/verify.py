@@ -30,7 +30,7 @@ from sqft_export.targets.devices import why_not_exact, why_not_run
 from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.certify import certify
 from sqft_export.verify.storage import TOKEN_IDS
-from sqft_export.verify.subject import BEFORE, Asked, Subject
+from sqft_export.verify.subject import MASKED_PASSES, Asked, Subject
 
 CONSUMES: tuple[str, ...] = (
     "sparsify",
@@ -124,7 +124,7 @@ def run(context: Context) -> dict:
         for name, artifact in context.inputs.items()
         if name.startswith("export-")
     }
-    passes = {n: context.inputs[n].path / "model" for n in BEFORE if n in context.inputs}
+    passes = {n: context.inputs[n].path / "model" for n in MASKED_PASSES if n in context.inputs}
     asked = _queries(context)
     asked.write(context.folder)
     device = device_of(context.recipe.device)

@@ -1,4 +1,4 @@
-"""Runtimes a model is exported to and run on: openvino, onnx, gguf, torch."""
+"""Runtimes that models are exported to and run on: openvino, onnx, gguf, torch."""
 
 import importlib
 import sys
@@ -11,116 +11,125 @@ import numpy as np
 from sqft_export.numerics.codes import Quantized
 from sqft_export.recipe.schema import Export
 
-# OpenVINO's converter and NNCF report their use over the network unless told not to; where the
-# package that does so is missing, they go without. Nobody asked for network access here.
+# OpenVINO's converter and NNCF report their use over the network through this package. Without the
+# package they send nothing. This tool makes no network access that the user did not request.
 sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 class Session(Protocol):
     """A loaded model with a key-value cache.
 
-    padding: left or right, where prompts shorter than others of a batch are filled up.
-    vocabulary: how many logits a token has.
-    all_logits: those of every token are computed, however few are asked for.
-    fills_up: what fills up rows that follow a cache is computed like their tokens.
-    pass_tokens: so many take as long as another pass.
-    most_rows: the largest batch that the cache holds.
+    padding: side of the padding, left or right.
+    vocabulary: logits per token.
+    all_logits: logits of every token are computed, even if fewer are requested.
+    computes_padding: padding of rows that continue a cache costs as much as their tokens.
+    pass_tokens: tokens whose computation takes as long as the overhead of one more pass.
+    max_rows: the largest batch that the cache holds.
     """
 
     padding: str
     vocabulary: int
     all_logits: bool
-    fills_up: bool
+    computes_padding: bool
     pass_tokens: int = 64
-    most_rows: int = 2**31
+    max_rows: int = 2**31
 
     def reset(self) -> None:
-        """Forget the cache."""
+        """Clear the cache."""
 
     def select(self, rows: np.ndarray) -> None:
-        """Continue with these rows of the cache's batch, int64 ``[new batch]``: fewer, or some of
-        them several times."""
+        """Continue with the given rows of the cache's batch, int64 ``[new batch]``.
+
+        A row may be dropped, or repeated.
+        """
 
     def forward(
         self, ids: np.ndarray, mask: np.ndarray | None = None, last: int | None = None
     ) -> np.ndarray:
-        """Continue the cache with int64 ``ids [batch, n]``: float32 logits ``[batch, n, vocab]``.
+        """Continue the cache with int64 ``ids [batch, n]``.
 
-        The batch must stay the same between two resets, but for :meth:`select`.
+        The batch stays the same between two resets, except for :meth:`select`.
 
-        :param mask: int64 ``[batch, cached + n]``, 0 where a prompt is filled up.
-        :param last: logits of so many last tokens of each row alone, what fills it up not counted;
-            None: of all.
+        :param mask: int64 ``[batch, cached + n]``, 0 at padding.
+        :param last: return only the logits of the last ``last`` tokens of each row, padding not
+            counted; None: of all columns.
+        :return: logits, float32 ``[batch, n, vocabulary]``.
         """
 
-    def likeliest(self, ids: np.ndarray) -> np.ndarray:
-        """Continue the cache with ``ids``: the token that follows each row, int64 ``[batch]``."""
+    def argmax_tokens(self, ids: np.ndarray) -> np.ndarray:
+        """Continue the cache with ``ids``; return the argmax token per row, int64 ``[batch]``."""
         return self.forward(ids, None, 1)[:, -1].argmax(axis=-1).astype(np.int64)
 
 
 class Runner(Protocol):
-    """What every target offers."""
+    """A runtime that runs models."""
 
     def open_session(
         self, folder: Path, exact: bool, threads: int | None, device: str = "cpu"
     ) -> Session:
-        """A folder as a session.
+        """Load a folder into a session.
 
-        :param exact: float32 throughout, to compare with torch; else the runtime's defaults.
-        :param threads: of the CPU; None: the runtime's choice.
+        :param exact: compute in float32, to compare with torch; else use the runtime's defaults.
+        :param threads: CPU threads; None: the runtime's choice.
         :param device: cpu, gpu or npu.
-        :raises UserError: if the device is not here.
+        :raises UserError: if this machine does not have the device.
         """
 
 
 class Target(Runner, Protocol):
-    """What a target that models are exported to offers as well."""
+    """A runtime that models are also exported to."""
 
     def export(
         self, merged: Path, folder: Path, options: Export, facts: dict[str, str] | None = None
     ) -> None:
         """Write the deployment folder of a merged model.
 
-        :param merged: Hugging Face folder, packed in the GPTQ layout or plain.
-        :param facts: what the deployment says of it (``model.storage.model_facts``); None: they are
-            read from the folder.
+        :param merged: Hugging Face folder, in the GPTQ layout or with float weights.
+        :param facts: facts about the model that the deployment stores
+            (``model.storage.model_facts``); None: read from the folder.
         """
 
     def add_adapter(self, folder: Path, adapter: Path) -> None:
-        """Put an adapter that is not merged into a deployment.
+        """Add an unmerged adapter to a deployment.
 
-        :param adapter: in peft's format.
+        :param adapter: folder in peft's format.
         """
 
     def read_back(self, folder: Path) -> Iterator[tuple[str, Quantized]]:
-        """Every quantized weight by module, read from the written file, one at a time."""
+        """Yield module and quantized weight, one at a time, from the written file."""
 
     def read_floats(self, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-        """Every float constant of the written file, one at a time, float32: a matrix by its module
-        ``[out, in]``, others by the name of their tensor where the graph has one, else by an empty
-        name."""
+        """Yield name and values of every float constant of the written file, float32.
+
+        The name of a matrix ``[out, in]`` is its module. Other constants have the name of their
+        tensor, or an empty name if the graph has none.
+        """
 
     def metadata(self, folder: Path) -> dict[str, str]:
-        """What the graph says of the model it was made from."""
+        """Return the model facts that the graph stores."""
 
     def compressed_kernels(self, folder: Path, scratch: Path) -> set[str]:
-        """Modules whose kernel reads 4- or 8-bit weights once the runtime has optimized the
-        graph for the CPU.
+        """Return the modules whose CPU kernel reads 4- or 8-bit weights in the optimized graph.
 
-        :param scratch: folder for an optimized copy.
+        :param scratch: folder for an optimized copy of the graph.
         """
 
 
 def positions_of(mask: np.ndarray, length: int) -> np.ndarray:
-    """int64 ``[batch, length]``: positions of the last ``length`` tokens, filling not counted."""
+    """Return the positions of the last ``length`` columns, padding not counted.
+
+    :param mask: int64 ``[batch, n]``, 0 at padding.
+    :return: int64 ``[batch, length]``.
+    """
     return np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -length:]
 
 
 def last_columns(mask: np.ndarray, last: int | None) -> np.ndarray:
-    """int64 ``[batch, last]``: where the last tokens of every row are.
+    """Return the columns of the last tokens of every row.
 
-    :param mask: int64 ``[batch, n]``, 0 where it is filled up, on either side.
-    :param last: None: all columns, filled up or not.
+    :param mask: int64 ``[batch, n]``, 0 at padding, on either side.
+    :param last: number of tokens; None: all columns, including padding.
+    :return: int64 ``[batch, last]``.
     """
     if not last:
         return np.tile(np.arange(mask.shape[1]), (len(mask), 1))
@@ -129,14 +138,16 @@ def last_columns(mask: np.ndarray, last: int | None) -> np.ndarray:
 
 
 def runner(name: str) -> Runner:
+    """Return the module of a runtime, ``torch`` included."""
     return cast(Runner, importlib.import_module(f"{__name__}.{name}"))
 
 
 def target(name: str) -> Target:
+    """Return the module of an export target: openvino, onnx or gguf."""
     return cast(Target, importlib.import_module(f"{__name__}.{name}"))
 
 
-if TYPE_CHECKING:  # mypy holds every module to its protocol
+if TYPE_CHECKING:  # mypy checks every module against its protocol
     from sqft_export.targets import gguf, onnx, openvino, torch
 
     _TARGETS: tuple[Target, ...] = (gguf, onnx, openvino)

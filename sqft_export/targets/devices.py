@@ -1,4 +1,4 @@
-"""Which runtimes reach which devices of this machine, and why the others do not."""
+"""Detect which devices of this machine each runtime can use, and why others are unavailable."""
 
 import importlib.metadata
 import shutil
@@ -25,11 +25,11 @@ PROVIDER_NEEDS = {
 
 @dataclass(frozen=True)
 class Device:
-    """A device as one runtime reaches it.
+    """A device of one runtime.
 
     kind: cpu, gpu or npu.
-    name: what the runtime calls it.
-    missing: why it can't be used here; None where it can.
+    name: the runtime's name for the device.
+    missing: reason why the device is unavailable; None if it is available.
     """
 
     runtime: str
@@ -39,35 +39,34 @@ class Device:
 
 
 def devices() -> list[Device]:
-    """Every runtime with every device it knows."""
+    """Return every device of every runtime, available or not."""
     return [device for probe in PROBES.values() for device in probe()]
 
 
 def find_device(runtime: str, kind: str) -> Device:
-    """The device a model is to run on; no other runtime is loaded to find it.
+    """Return the device of a runtime by its kind, without loading other runtimes.
 
-    :raises UserError: if it is not on this machine, with the reason.
+    :raises UserError: with the reason, if the device is unavailable.
     """
     found = [device for device in PROBES[runtime]() if device.kind == kind]
     for device in found:
         if device.missing is None:
             return device
     reasons = "; ".join(f"{d.name}: {d.missing}" for d in found) or "it has no such device"
-    raise UserError(f"device: found {kind}, which {runtime} does not reach here ({reasons})")
+    raise UserError(f"device: found {kind}, which {runtime} can't use on this machine ({reasons})")
 
 
 def llama_cpp_here() -> bool:
-    """Whether a binding of llama.cpp is installed."""
+    """Return whether a Python binding of llama.cpp is installed."""
     return installed("cyllama") or installed("llama_cpp")
 
 
 def why_not_exact(runtime: str, weights: int) -> str | None:
-    """Why what is exported for a runtime can't be run here in float32 throughout, to compare it
-    with torch; None where it can.
+    """Return why a deployment can't run here in float32, to compare it with torch; None if it can.
 
-    llama.cpp is given the weights as float32 for that.
+    llama.cpp then loads the weights as float32.
 
-    :param weights: of the whole model.
+    :param weights: parameters of the model.
     """
     if runtime == "gguf" and llama_cpp_here() and not float32_fits(weights):
         return f"{weights:,} weights as float32 do not fit this machine's free memory"
@@ -75,46 +74,46 @@ def why_not_exact(runtime: str, weights: int) -> str | None:
 
 
 def why_not_run(runtime: str, unmerged: bool) -> str | None:
-    """Why what is exported for a runtime can't be run here as deployed; None where it can.
+    """Return why a deployment can't run here in its default mode; None if it can.
 
-    What openvino and onnx need to run is what exporting needs.
+    openvino and onnx need no other packages to run than to export.
 
-    :param unmerged: it has an adapter beside it.
+    :param unmerged: the deployment has an unmerged adapter.
     """
     if runtime != "gguf":
         return None
     missing = next(device.missing for device in _gguf())
-    adapter = "cyllama can't apply an adapter beside the file; llama-cli --lora does"
+    adapter = "cyllama can't apply an unmerged adapter; llama-cli --lora can"
     return missing or (adapter if unmerged else None)
 
 
 def _openvino() -> Iterator[Device]:
-    here: list[str] = []
+    available: list[str] = []
     if installed("openvino"):
         import openvino as ov
 
-        here = [name.partition(".")[0] for name in ov.Core().available_devices]
+        available = [name.partition(".")[0] for name in ov.Core().available_devices]
     for kind in DEVICE_KINDS:
         missing = None
         if not installed("openvino"):
             missing = "openvino is not installed"
-        elif kind.upper() not in here:
-            missing = f"OpenVINO sees {', '.join(here)}; this needs {OPENVINO_NEEDS[kind]}"
+        elif kind.upper() not in available:
+            missing = f"OpenVINO sees {', '.join(available)}; this needs {OPENVINO_NEEDS[kind]}"
         yield Device("openvino", kind, kind.upper(), missing)
 
 
 def _onnx() -> Iterator[Device]:
-    here: list[str] = []
+    available: list[str] = []
     if installed("onnxruntime"):
         import onnxruntime as ort
 
-        here = ort.get_available_providers()
+        available = ort.get_available_providers()
     for kind, names in PROVIDERS.items():
         for name in names:
             missing = None
             if not installed("onnxruntime"):
                 missing = "onnxruntime is not installed"
-            elif name not in here:
+            elif name not in available:
                 missing = f"not in this build of ONNX Runtime; it is in {PROVIDER_NEEDS[name]}"
             elif name.startswith("CUDA") and shutil.which("nvidia-smi") is None:
                 missing = "no NVIDIA driver"
@@ -130,7 +129,7 @@ def _torch() -> Iterator[Device]:
     version = importlib.metadata.version("torch")
     name = "cuda"
     missing: str | None = f"torch {version} is a build without CUDA"
-    if "+cpu" not in version:  # known without the seconds that importing it takes
+    if "+cpu" not in version:  # importing torch takes seconds; its version is enough here
         import torch
 
         found = torch.accelerator.current_accelerator(check_available=True)

@@ -1,4 +1,4 @@
-"""Names of the files in a deployment folder, whoever writes or reads it; needs no runtime."""
+"""Files of a deployment folder and the numbers in its configs. Needs no runtime."""
 
 import os
 from pathlib import Path
@@ -14,13 +14,13 @@ from sqft_export.untrusted import (
 )
 
 GRAPHS = {"openvino": "openvino_model.xml", "onnx": "model.onnx", "gguf": "model.gguf"}
-# A GGUF file is graph and weights.
+# A GGUF file holds both graph and weights.
 WEIGHT_FILES = GRAPHS | {"openvino": "openvino_model.bin", "onnx": "model.onnx.data"}
-SUFFIX = ".sqft"  # of a packed weight file, after the name of the dense one
-GENAI_CONFIG = "genai_config.json"  # of ONNX Runtime GenAI
-ADAPTER_FOLDER = "adapter"  # folder inside a deployment whose adapter is not merged
-# Bytes at most of files that a program reads whole; weights are mapped or streamed.
-LARGEST_READ_WHOLE = {
+SUFFIX = ".sqft"  # appended to the name of the dense weight file
+GENAI_CONFIG = "genai_config.json"  # written for ONNX Runtime GenAI
+ADAPTER_FOLDER = "adapter"  # subfolder of a deployment, with its unmerged adapter
+# Size limit, in bytes, of files that a program loads completely. Weights are mapped or streamed.
+MAX_LOADED_BYTES = {
     **dict.fromkeys((".json", ".jinja", ".txt", ".model"), MAX_JSON_BYTES),
     ".xml": MAX_IR_BYTES,
     ".onnx": MAX_ONNX_BYTES,
@@ -28,42 +28,42 @@ LARGEST_READ_WHOLE = {
 
 
 def check_files(folder: Path) -> None:
-    """Refuse a deployment that a runtime can't open safely; runtimes open any path they find.
+    """Refuse a deployment that is unsafe to open. Runtimes open any path that they find.
 
-    :raises UserError: naming an entry that is a link out of the folder or no regular file, or a
-        file that is read whole and is too large for that.
+    :raises UserError: if an entry links out of the folder or is not a regular file, or if a file
+        that is loaded completely is too large.
     """
     for file in files_inside(folder):
-        limit, size = LARGEST_READ_WHOLE.get(file.suffix), file.stat().st_size
+        limit, size = MAX_LOADED_BYTES.get(file.suffix), file.stat().st_size
         if limit is not None and size > limit:
             raise UserError(f"{file}: has {size:,} bytes; at most {limit:,} are read")
 
 
 def _has_graph(folder: Path, runtime: str) -> bool:
-    """Whether the graph's name is there; anything but a regular file under it is refused.
+    """Return whether the folder has the graph file of a runtime, dense or packed.
 
-    :raises UserError: if it is a pipe, a device or a link to nothing.
+    :raises UserError: if that file is a pipe, a device or a broken link.
     """
     graph = folder / GRAPHS[runtime]
     names = [graph]
     if GRAPHS[runtime] == WEIGHT_FILES[runtime]:
         names.append(graph.with_name(graph.name + SUFFIX))
-    there = [file for file in names if os.path.lexists(file)]
-    for file in there:
+    present = [file for file in names if os.path.lexists(file)]
+    for file in present:
         if fault := fault_of_file(file):
             raise UserError(f"{file}: {fault}")
-    return bool(there)
+    return bool(present)
 
 
 def is_deployment(folder: Path) -> bool:
-    """Whether a folder has a graph of any runtime in it, packed or not."""
+    """Return whether a folder has a graph of any runtime, packed or not."""
     return any(_has_graph(folder, runtime) for runtime in GRAPHS)
 
 
 def runtime_of(folder: Path) -> str:
-    """Which runtime a deployment is for.
+    """Return the runtime of a deployment.
 
-    :raises UserError: if the folder is no deployment.
+    :raises UserError: if the folder is not a deployment.
     """
     found = [name for name, graph in GRAPHS.items() if _has_graph(folder, name)]
     if len(found) != 1:
@@ -75,7 +75,7 @@ def runtime_of(folder: Path) -> str:
 
 
 def kind_of(folder: Path) -> str:
-    """The same; torch for a Hugging Face folder.
+    """Return the runtime of a deployment, or torch for a Hugging Face folder.
 
     :raises UserError: if the folder is neither.
     """
@@ -89,16 +89,19 @@ def kind_of(folder: Path) -> str:
 
 
 def graph_and_weights(folder: Path) -> tuple[Path, Path]:
-    """The graph of a deployment and its dense weight file, which need not be there.
+    """Return the paths of the graph and the dense weight file, which may not exist.
 
-    :raises UserError: if the folder is no deployment.
+    :raises UserError: if the folder is not a deployment.
     """
     runtime = runtime_of(folder)
     return folder / GRAPHS[runtime], folder / WEIGHT_FILES[runtime]
 
 
 def number_in_config(folder: Path, *names: str) -> int | None:
-    """A number from the configs of a deployment: the first of ``names`` that one of them has."""
+    """Return the first of ``names`` that a config of the deployment has, or None.
+
+    :raises UserError: if its value is not a non-negative integer.
+    """
     files = [folder / f for f in ("generation_config.json", "config.json", GENAI_CONFIG)]
     for file in files:
         document = read_json(file) if file.is_file() else {}
@@ -115,19 +118,19 @@ def number_in_config(folder: Path, *names: str) -> int | None:
 
 
 def context_of(folder: Path) -> int | None:
-    """The most tokens that a model is for; None where no config says so.
+    """Return the context length in tokens; None if no config has it.
 
-    :raises UserError: if what a config says is no number.
+    :raises UserError: if the value is not a number.
     """
     return number_in_config(folder, "max_position_embeddings", "context_length")
 
 
 def vocabulary_of(folder: Path) -> int:
-    """Number of tokens.
+    """Return the number of tokens in the vocabulary.
 
-    :raises UserError: if no config says it.
+    :raises UserError: if no config has it.
     """
     found = number_in_config(folder, "vocab_size")
     if found is None:
-        raise UserError(f"{folder}: neither config.json nor {GENAI_CONFIG} says vocab_size")
+        raise UserError(f"{folder}: config.json and {GENAI_CONFIG} have no vocab_size")
     return found

@@ -1,7 +1,7 @@
-"""What a ``genai_config.json`` may have ONNX Runtime GenAI do: settings, and no code.
+"""Check that a ``genai_config.json`` only sets options of ONNX Runtime GenAI and runs no code.
 
-Session options are an allow-list, since options of the runtime load libraries, read and write files
-by name, and new ones come with its versions.
+Session options have an allow-list: some options load libraries or read and write files, and new
+versions of the runtime add options.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from sqft_export.textfiles import read_json
 from sqft_export.untrusted import fault_of_file
 
 CUSTOM_LIBRARY = "custom_ops_library"
-# None of them names a file.
+# Allowed options. None of them names a file.
 RUN_OPTIONS = {"log_severity_level", "log_verbosity_level"}
 SESSION_OPTIONS = {
     *("log_id", "log_severity_level", "log_verbosity_level", "graph_optimization_level"),
@@ -22,7 +22,7 @@ SESSION_OPTIONS = {
     *("enable_cpu_mem_arena", "enable_mem_pattern", "provider_options"),
     *("disable_cpu_ep_fallback", "disable_quant_qdq", "enable_quant_qdq_cleanup"),
 }
-# Of a provider; options that name libraries, caches or files are left out.
+# Allowed options of a provider. Options that name libraries, caches or files are excluded.
 PROVIDER_OPTIONS = {
     *("device_id", "device_type", "precision", "num_of_threads", "num_streams"),
     *("enable_cuda_graph", "enable_skip_layer_norm_strict_mode", "gpu_mem_limit"),
@@ -34,7 +34,7 @@ TRUST = "where you trust the folder, pass trust_custom_ops=True"
 
 
 def check_genai_config(folder: Path) -> None:
-    """Refuse a ``genai_config.json`` that has code of its folder run, or reads outside it.
+    """Refuse a ``genai_config.json`` that runs code of its folder, or reads outside the folder.
 
     :raises UserError: naming the entry.
     """
@@ -47,7 +47,7 @@ def check_genai_config(folder: Path) -> None:
 
 
 def _entries(node: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Path, key and value of every entry of every object."""
+    """Yield path, key and value of every entry, including nested ones."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield f"{path}.{key}", key, value
@@ -58,14 +58,15 @@ def _entries(node: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
 
 
 def _fault_of_entry(key: str, value: Any) -> str | None:
+    """Return what is wrong with an entry, or None."""
     if key == CUSTOM_LIBRARY and value:
-        return f"{one_line(repr(value))} is a library that would be run; {TRUST}"
+        return f"{one_line(repr(value))} is a library that would run; {TRUST}"
     if key.endswith("filename") and not _is_plain_name(value):
         return f"found {one_line(repr(value))}; a file of the folder is expected"
     if key == "run_options":
-        return _beyond(value, RUN_OPTIONS)
+        return _fault_of_keys(value, RUN_OPTIONS)
     if key == "session_options":
-        return _beyond(value, SESSION_OPTIONS)
+        return _fault_of_keys(value, SESSION_OPTIONS)
     return _fault_of_providers(value) if key == "provider_options" else None
 
 
@@ -74,25 +75,25 @@ def _is_plain_name(value: Any) -> bool:
     return isinstance(value, str) and value != ".." and all(k(value).name == value for k in kinds)
 
 
-def _beyond(value: Any, allowed: set[str]) -> str | None:
-    """What is wrong with an object that may have ``allowed`` keys alone."""
+def _fault_of_keys(value: Any, allowed: set[str]) -> str | None:
+    """Return what is wrong with an object that may only have ``allowed`` keys, or None."""
     if not isinstance(value, dict):
         return f"found {one_line(repr(value))}; an object is expected"
-    strangers = sorted(set(value) - allowed - {CUSTOM_LIBRARY})  # which has a message of its own
-    if not strangers:
+    unknown = sorted(set(value) - allowed - {CUSTOM_LIBRARY})  # the library has a separate message
+    if not unknown:
         return None
-    shown = one_line(", ".join(strangers))
+    shown = one_line(", ".join(unknown))
     return f"found {shown}; allowed are {', '.join(sorted(allowed))}; {TRUST}"
 
 
 def _fault_of_providers(value: Any) -> str | None:
-    """A list of objects, each a provider and its options."""
+    """Return what is wrong with a list of providers and their options, or None."""
     if not isinstance(value, list):
         return f"found {one_line(repr(value))}; a list of providers is expected"
     for provider in value:
-        if fault := _beyond(provider, PROVIDERS):
+        if fault := _fault_of_keys(provider, PROVIDERS):
             return fault
         for options in provider.values():
-            if fault := _beyond(options, PROVIDER_OPTIONS):
+            if fault := _fault_of_keys(options, PROVIDER_OPTIONS):
                 return fault
     return None

@@ -1,4 +1,4 @@
-"""What a deployment folder holds, read from its files; no torch."""
+"""Describe a deployment folder from its files, without torch."""
 
 from collections import Counter
 from pathlib import Path
@@ -16,9 +16,9 @@ _WEIGHTS, _GRAPH, _TOKENIZER = "weights", "graph", "tokenizer and configs"
 
 
 def inspect_folder(folder: Path) -> dict[str, Any]:
-    """Layers, bytes by kind of file, digests, what the graph says of itself, who can load it.
+    """Return layers, bytes per kind of file, digests, stored model facts, and possible loaders.
 
-    :raises UserError: if the folder is no deployment, or its runtime is not installed.
+    :raises UserError: if the folder is not a deployment, or its runtime is not installed.
     """
     runtime = runtime_of(folder)
     sealed = check_seal(folder, whole=True)
@@ -26,13 +26,13 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     try:
         layers = [_layer(name, quantized) for name, quantized in module.read_back(folder)]
         if runtime == "openvino":
-            _say_kernels(folder, layers)
-        says = module.metadata(folder)
+            _add_kernels(folder, layers)
+        facts = module.metadata(folder)
     except (UserError, ImportError, MemoryError):
         raise
-    except Exception as error:  # whatever a stranger's graph makes a runtime's reader raise
+    except Exception as error:  # an untrusted graph may raise any error in a reader
         raise UserError(f"{folder}: can't be read as {runtime}: {one_line(error)}") from error
-    layers.sort(key=lambda layer: _in_order(layer["layer"]))
+    layers.sort(key=lambda layer: _sort_key(layer["layer"]))
     sizes: Counter[str] = Counter()
     for file in files_of(folder):
         sizes[_kind(file)] += file.stat().st_size
@@ -43,13 +43,13 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
         "bytes": dict(sizes),
         "files": {str(f.relative_to(folder)): sha256_of(f) for f in files_of(folder)},
         "sealed": sealed,
-        "says": says,
+        "says": facts,
         "loads_in": _runtimes(folder),
     }
 
 
-def _say_kernels(folder: Path, layers: list[dict[str, Any]]) -> None:
-    """Which kernel every layer runs on, and what that brought when it was chosen here."""
+def _add_kernels(folder: Path, layers: list[dict[str, Any]]) -> None:
+    """Add to each layer the kernel chosen on this machine, and its measured speedup."""
     from sqft_export.packed.execution import list_kernels
 
     chosen = list_kernels(folder)
@@ -58,8 +58,8 @@ def _say_kernels(folder: Path, layers: list[dict[str, Any]]) -> None:
             layer["runs_on"], layer["times_as_fast"] = chosen[layer["layer"]]
 
 
-def _in_order(name: str) -> list[Any]:
-    """Sorts block 10 after block 9."""
+def _sort_key(name: str) -> list[Any]:
+    """Return a key that sorts block 10 after block 9."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
 
 
@@ -68,8 +68,8 @@ def _layer(name: str, quantized: Quantized) -> dict[str, Any]:
     groups = scale.shape[1]
     inputs = codes.shape[1]
     size = -(-inputs // groups)
-    middle = int(zero.max(initial=0))
-    bits = 4 if max(int(codes.max(initial=0)), middle) < 16 else 8
+    largest_zero = int(zero.max(initial=0))
+    bits = 4 if max(int(codes.max(initial=0)), largest_zero) < 16 else 8
     return {
         "layer": name,
         "shape": list(codes.shape),
@@ -89,7 +89,7 @@ def _kind(file: Path) -> str:
 
 
 def _runtimes(folder: Path) -> list[dict[str, Any]]:
-    """Who loads such a folder, by what code, and why not here if so."""
+    """Return the runtimes that load the folder, with code, and the reason if one is unavailable."""
     return [
         {
             "runtime": loader.runtime,
@@ -105,11 +105,11 @@ def _kernel_text(layer: dict[str, Any]) -> str:
     if "runs_on" not in layer:
         return ""
     gain = layer["times_as_fast"]
-    return f"  {layer['runs_on']}" + (f", {gain:.2f} times stock" if gain else "")
+    return f"  {layer['runs_on']}" + (f", {gain:.2f} times as fast as stock" if gain else "")
 
 
 def inspection_text(found: dict[str, Any]) -> str:
-    """The same as text."""
+    """Return the result of :func:`inspect_folder` as text."""
     lines = [f"{found['folder']}: {found['runtime']}"]
     lines += [f"  {key}: {value}" for key, value in sorted(found["says"].items())]
     lines += [f"  {size:>14,} bytes {kind}" for kind, size in found["bytes"].items()]

@@ -1,12 +1,12 @@
-"""OpenVINO: trace the graph once, then put our codes where its weight constants were.
+"""OpenVINO: trace the graph once, then replace its weight constants by quantized codes.
 
-The pattern is the runtime's own for compressed weights, which its CPU plugin keeps compressed:
+The runtime's pattern for compressed weights is used. Its CPU plugin keeps them compressed:
 
     Constant(i4|u4|i8|u8) -> Convert(f16) -> [Subtract(zero point)] -> Multiply(scale f16)
         -> Reshape [out, in] -> Convert(f32) -> MatMul
 
-A symmetric code ``q`` is stored signed, as ``q - 2^(bits-1)``, so that zero is 0 and no zero point
-is needed (NNCF's INT4_SYM); an asymmetric one is stored as it is, with its zero points.
+A symmetric code ``q`` is stored signed, as ``q - 2^(bits-1)``. Zero is then 0, and no zero point is
+needed (NNCF's INT4_SYM). An asymmetric code is stored unsigned, with zero points.
 """
 
 import shutil
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from sqft_export.model.checkpoint import Checkpoint
 
 MODEL = GRAPHS["openvino"]
-# What a product is called where it is alone and where its bias is fused into it, and the embedding.
+# Operation names: a Linear without bias, a Linear with a fused bias, an embedding.
 KERNELS = ("aten::linear/MatMul", "aten::linear/Add", "aten::embedding/Gather")
 ADAPTER_FILE = "adapter_model.safetensors"
-LAST = "last_tokens"
-# The defaults round activations to int8 and bfloat16 and the cache to 8 bits.
+LAST_TOKENS_INPUT = "last_tokens"
+# float32 settings. The defaults round activations to int8 and bfloat16, and the cache to 8 bits.
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
@@ -54,13 +54,13 @@ def export(
 ) -> None:
     """Write the deployment folder of a merged model: IR, tokenizer IR, configs.
 
-    :param merged: Hugging Face folder, packed in the GPTQ layout or plain.
+    :param merged: Hugging Face folder, in the GPTQ layout or with float weights.
     """
     from sqft_export.model.checkpoint import Checkpoint
     from sqft_export.model.storage import model_facts
 
     checkpoint = Checkpoint(merged)
-    facts = facts or model_facts(checkpoint)  # before the graph is in memory
+    facts = facts or model_facts(checkpoint)  # read before the graph takes memory
     traced = folder / "traced"
     _trace(checkpoint, traced)
     graph = ov.Core().read_model(traced / MODEL)
@@ -76,13 +76,13 @@ def export(
 
 
 def _trace(checkpoint: "Checkpoint", folder: Path) -> None:
-    """The graph by optimum-intel, its matrices empty."""
+    """Write the graph by optimum-intel, with empty matrices."""
     from optimum.exporters.openvino import export_from_model
     from optimum.intel import OVConfig
 
     from sqft_export.model.skeleton import skeleton
 
-    _lift_bound(checkpoint.config["model_type"])
+    _allow_newer_transformers(checkpoint.config["model_type"])
     export_from_model(
         skeleton(checkpoint),
         folder,
@@ -93,7 +93,7 @@ def _trace(checkpoint: "Checkpoint", folder: Path) -> None:
 
 
 def _place_weights(graph: ov.Model, checkpoint: "Checkpoint") -> None:
-    """The merged model's codes and matrices in place of the traced constants."""
+    """Replace the traced weight constants by the codes and matrices of the merged model."""
     from sqft_export.model.storage import quantized_names, read_quantized
 
     quantized = set(quantized_names(checkpoint))
@@ -101,16 +101,16 @@ def _place_weights(graph: ov.Model, checkpoint: "Checkpoint") -> None:
         if name in quantized:
             codes, grid = read_quantized(checkpoint, name)
             zero_point = None if grid.symmetric else grid.zero_point.numpy()
-            _place(constant, name, codes.numpy(), grid.scale.numpy(), zero_point, grid.bits)
+            _place_codes(constant, name, codes.numpy(), grid.scale.numpy(), zero_point, grid.bits)
         elif len(constant.get_output_shape(0)) == 2:
             _place_floats(constant, name, checkpoint.tensor(f"{name}.weight"))
         release_memory()
 
 
-def _lift_bound(model_type: str) -> None:
-    """Let optimum-intel export a listed family with a newer transformers than it was tried with.
+def _allow_newer_transformers(model_type: str) -> None:
+    """Remove optimum-intel's upper limit of the transformers version for a listed family.
 
-    Our tests try it with the pinned one, and ``verify`` compares every graph with torch.
+    Our tests run the pinned version, and ``verify`` compares every graph with torch.
     """
     from optimum.exporters.openvino import model_configs
     from optimum.exporters.tasks import TasksManager
@@ -124,9 +124,9 @@ def _lift_bound(model_type: str) -> None:
 
 
 def add_adapter(folder: Path, adapter: Path) -> None:
-    """Put an adapter beside the IR, as ``openvino_genai.Adapter`` reads it.
+    """Write an adapter next to the IR, in the format of ``openvino_genai.Adapter``.
 
-    GenAI does not read peft's config; the scaling is within B.
+    GenAI does not read peft's config, so the scaling is multiplied into B.
     """
     from safetensors.numpy import save_file
 
@@ -138,8 +138,8 @@ def add_adapter(folder: Path, adapter: Path) -> None:
     save_file(tensors, folder / ADAPTER_FOLDER / ADAPTER_FILE)
 
 
-def _with_adapter(graph: ov.Model, file: Path) -> ov.Model:
-    """The graph with two more products beside each adapted one, as GenAI puts them."""
+def _apply_adapter(graph: ov.Model, file: Path) -> ov.Model:
+    """Add the two low-rank products of each adapted Linear to the graph, as GenAI does."""
     from safetensors.numpy import load_file
 
     tensors = load_file(file)
@@ -151,14 +151,14 @@ def _with_adapter(graph: ov.Model, file: Path) -> ov.Model:
             lora_b = tensors[key.replace(".lora_A.", ".lora_B.")]
             consumers = product.output(0).get_target_inputs()
             low = ops.matmul(product.input_value(0), ops.constant(lora_a), False, True)
-            both = ops.add(product, ops.matmul(low, ops.constant(lora_b), False, True))
+            total = ops.add(product, ops.matmul(low, ops.constant(lora_b), False, True))
             for consumer in consumers:
-                consumer.replace_source_output(both.output(0))
+                consumer.replace_source_output(total.output(0))
     return graph
 
 
 def _place_floats(constant: Any, name: str, weight: Any) -> None:
-    """Store a matrix in the dtype that the checkpoint has it in; no value changes."""
+    """Replace a constant by a float matrix in the dtype of the checkpoint. No value changes."""
     import torch
 
     if weight.dtype == torch.bfloat16:
@@ -167,17 +167,18 @@ def _place_floats(constant: Any, name: str, weight: Any) -> None:
     else:
         stored = ops.constant(weight.numpy())
     stored.set_friendly_name(f"{name}.weight")
-    narrow = weight.dtype != torch.float32
-    _replace(constant, ops.convert(stored, "f32") if narrow else stored)
+    is_16_bit = weight.dtype != torch.float32
+    _replace(constant, ops.convert(stored, "f32") if is_16_bit else stored)
 
 
 def _replace(constant: Any, node: Any) -> None:
+    """Connect every consumer of a constant to a node."""
     for consumer in constant.output(0).get_target_inputs():
         consumer.replace_source_output(node.output(0))
 
 
 def _weight_constants(graph: ov.Model) -> dict[str, Any]:
-    """Module name -> the Constant that optimum's trace made of its weight."""
+    """Return module -> the weight Constant in optimum's trace."""
     found = {}
     for node in graph.get_ops():
         name = node.get_friendly_name()
@@ -186,10 +187,11 @@ def _weight_constants(graph: ov.Model) -> dict[str, Any]:
     return found
 
 
-def _low_bits(values: np.ndarray, bits: int, signed: bool) -> Any:
-    """An OpenVINO Constant of 4- or 8-bit integers of the shape of ``values``.
+def _integer_constant(values: np.ndarray, bits: int, signed: bool) -> Any:
+    """Return an OpenVINO Constant of 4- or 8-bit integers in the shape of ``values``.
 
-    :param values: uint8 codes; signed ones are stored less their middle.
+    :param values: uint8 codes.
+    :param signed: store ``code - 2^(bits-1)`` as a signed integer.
     """
     kind = {
         (4, True): ov.Type.i4,
@@ -197,7 +199,8 @@ def _low_bits(values: np.ndarray, bits: int, signed: bool) -> Any:
         (8, True): ov.Type.i8,
         (8, False): ov.Type.u8,
     }[bits, signed]
-    stored = values ^ (1 << (bits - 1)) if signed else values  # its highest bit turned over
+    # For two's complement, the highest bit of a code is inverted.
+    stored = values ^ (1 << (bits - 1)) if signed else values
     if bits == 8:
         stored = stored.view(np.int8) if signed else stored
         return ops.constant(np.ascontiguousarray(stored))
@@ -205,7 +208,7 @@ def _low_bits(values: np.ndarray, bits: int, signed: bool) -> Any:
     return ops.constant(ov.Tensor(packed, list(values.shape), kind), shared_memory=False)
 
 
-def _place(
+def _place_codes(
     constant: Any,
     name: str,
     codes: np.ndarray,
@@ -213,17 +216,22 @@ def _place(
     zero_point: np.ndarray | None,
     bits: int,
 ) -> None:
-    """Put codes uint8 ``[out, in]``, scale float16 ``[out, groups]`` in place of a constant."""
+    """Replace a constant by a quantized weight.
+
+    :param codes: uint8 ``[out, in]``.
+    :param scale: float16 ``[out, groups]``.
+    :param zero_point: uint8 ``[out, groups]``; None if symmetric.
+    """
     outputs, inputs = codes.shape
     groups = scale.shape[1]
     shape = [outputs, inputs] if groups == 1 else [outputs, groups, inputs // groups]
     scale_shape = [outputs, 1] if groups == 1 else [outputs, groups, 1]
     signed = zero_point is None
-    weight = _low_bits(codes.reshape(shape), bits, signed)
+    weight = _integer_constant(codes.reshape(shape), bits, signed)
     weight.set_friendly_name(f"{name}.weight")
     node = ops.convert(weight, "f16")
     if zero_point is not None:
-        zero = _low_bits(zero_point.reshape(scale_shape), bits, signed=False)
+        zero = _integer_constant(zero_point.reshape(scale_shape), bits, signed=False)
         zero.set_friendly_name(f"{name}.weight/zero_point")
         node = ops.subtract(node, ops.convert(zero, "f16"))
     factor = ops.constant(np.ascontiguousarray(scale.reshape(scale_shape)))
@@ -235,20 +243,23 @@ def _place(
 
 
 def _codes_of(constant: Any) -> np.ndarray:
-    """What :func:`_low_bits` was given of a Constant, uint8 in its shape; a copy, since the graph's
-    own memory goes with it."""
+    """Return the codes of a Constant of :func:`_integer_constant`, uint8 in its shape.
+
+    The result is a copy, because the memory of the graph is freed with the graph.
+    """
     kind, shape = constant.get_element_type(), list(constant.get_output_shape(0))
-    turned = {ov.Type.i8: 0x80, ov.Type.i4: 0x88}.get(kind, 0)
-    stored = np.frombuffer(constant.get_tensor_view().data, np.uint8).reshape(1, -1) ^ turned
+    inverted = {ov.Type.i8: 0x80, ov.Type.i4: 0x88}.get(kind, 0)
+    stored = np.frombuffer(constant.get_tensor_view().data, np.uint8).reshape(1, -1) ^ inverted
     if kind in (ov.Type.i8, ov.Type.u8):
         return stored.reshape(shape)
     return unpack_nibbles(stored, int(np.prod(shape)))[0].reshape(shape)
 
 
 def codes_and_grids(graph: Any) -> Iterator[tuple[str, Quantized, int]]:
-    """Every quantized weight by name, one at a time, and its bits.
+    """Yield module, quantized weight and bits, one weight at a time.
 
-    Of a graph written here or by NNCF: both name a constant's scale and zero point after it.
+    The graph is from this package or from NNCF. Both name the scale and the zero point after the
+    weight constant.
     """
     constants = {
         node.get_friendly_name(): node
@@ -268,11 +279,11 @@ def codes_and_grids(graph: Any) -> Iterator[tuple[str, Quantized, int]]:
         else:
             zero = _codes_of(zero_node).reshape(scale.shape)
         yield key.removesuffix(".weight/scale"), Quantized(codes, scale.copy(), zero), bits
-    yield from _laid_out(graph)
+    yield from _packed_weights(graph)
 
 
-def _laid_out(graph: Any) -> Iterator[tuple[str, Quantized, int]]:
-    """The same of weights that our kernels read."""
+def _packed_weights(graph: Any) -> Iterator[tuple[str, Quantized, int]]:
+    """Yield the same for weights in the layout of this package's kernels."""
     for node in graph.get_ops():
         if node.get_type_name() == OPERATOR:
             constant = node.input_value(1).get_node()
@@ -283,16 +294,13 @@ def _laid_out(graph: Any) -> Iterator[tuple[str, Quantized, int]]:
 
 
 def read_back(folder: Path) -> Iterator[tuple[str, Quantized]]:
-    """By module, scale in float16.
-
-    Read from the written file, one at a time.
-    """
+    """Yield module and quantized weight, scale float16, one at a time, from the written file."""
     for name, quantized, _ in codes_and_grids(load_openvino(folder, execution=STOCK)):
         yield name, quantized
 
 
 def _floats_of(constant: Any) -> np.ndarray:
-    """float32 of a float Constant, in its shape."""
+    """Return the values of a float Constant, float32 in its shape."""
     if constant.get_element_type() != ov.Type.bf16:
         return constant.data.astype(np.float32)
     halves = np.frombuffer(constant.get_tensor_view().data, np.uint16).astype(np.uint32)
@@ -300,7 +308,11 @@ def _floats_of(constant: Any) -> np.ndarray:
 
 
 def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """A matrix ``[out, in]`` by its module; vectors and scalars by what they are used for."""
+    """Yield name and values of float constants, float32.
+
+    The name of a matrix ``[out, in]`` is its module. The name of a vector or scalar comes from the
+    operation that uses it.
+    """
     end = ".weight"
     for node in load_openvino(folder, execution=STOCK).get_ops():
         floats = (ov.Type.f32, ov.Type.f16, ov.Type.bf16)
@@ -314,8 +326,10 @@ def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _vector_name(constant: Any) -> str:
-    """``<module>.weight`` of a factor and ``<module>.bias`` of a summand, by the operation that
-    takes it; an empty name where that is neither."""
+    """Return ``<module>.weight`` for a factor, ``<module>.bias`` for a summand, else an empty name.
+
+    The operation that uses the constant decides.
+    """
     parts = {"Multiply": "weight", "Add": "bias"}
     for consumer in (port.get_node() for port in constant.output(0).get_target_inputs()):
         if consumer.get_type_name() == "Convert":
@@ -327,23 +341,23 @@ def _vector_name(constant: Any) -> str:
 
 
 def metadata(folder: Path) -> dict[str, str]:
-    """What the graph says of the model it was made from."""
+    """Return the model facts that the graph stores."""
     graph = load_openvino(folder, execution=STOCK)
     if not graph.has_rt_info(["sqft_export"]):
         return {}
     return {key: str(value) for key, value in graph.get_rt_info("sqft_export").value.items()}
 
 
-def _ask_for_last_logits(graph: Any) -> None:
-    """An input more: of how many last tokens logits are wanted, as GenAI's pipelines want one."""
-    product, passed = graph.output("logits").get_node().input_value(0).get_node(), set[str]()
+def _add_last_tokens_input(graph: Any) -> None:
+    """Add an input: the number of last tokens that need logits. GenAI's pipelines need one."""
+    product, visited = graph.output("logits").get_node().input_value(0).get_node(), set[str]()
     while product.get_type_name() not in ("MatMul", OPERATOR):
-        if product.get_name() in passed or not product.inputs():
-            raise UserError("the graph makes no logits by a MatMul")
-        passed.add(product.get_name())
+        if product.get_name() in visited or not product.inputs():
+            raise UserError("the graph does not compute logits by a MatMul")
+        visited.add(product.get_name())
         product = product.input_value(0).get_node()
-    last = ops.parameter([1], np.int64, name=LAST)
-    last.output(0).set_names({LAST})
+    last = ops.parameter([1], np.int64, name=LAST_TOKENS_INPUT)
+    last.output(0).set_names({LAST_TOKENS_INPUT})
     hidden, one = product.input_value(0), ops.constant(np.array([1]))
     end = ops.constant(np.array([np.iinfo(np.int64).max]))
     wanted = ops.slice(hidden, ops.negative(last), end, one, one)
@@ -353,17 +367,17 @@ def _ask_for_last_logits(graph: Any) -> None:
 
 
 class OpenVinoSession(Session):
-    """A stateful IR; the cache lives in the runtime."""
+    """A session of a stateful IR. The runtime holds the cache."""
 
     padding = "left"
-    fills_up = True
+    computes_padding = True
 
     def __init__(self, compiled: Any):
         self.compiled = compiled
         self.request = compiled.create_infer_request()
         self.names = {name for port in compiled.inputs for name in port.names}
         self.vocabulary = compiled.output("logits").get_partial_shape()[2].get_length()
-        self.all_logits = LAST not in self.names
+        self.all_logits = LAST_TOKENS_INPUT not in self.names
         self.reset()
 
     def reset(self) -> None:
@@ -385,23 +399,28 @@ class OpenVinoSession(Session):
             "attention_mask": mask,
             "position_ids": positions_of(mask, length),
             "beam_idx": (np.arange(batch) if self.rows is None else self.rows).astype(np.int32),
-            LAST: np.array([last or length]),
+            LAST_TOKENS_INPUT: np.array([last or length]),
         }
         self.request.infer({k: v for k, v in inputs.items() if k in self.names})
         self.past, self.rows = self.past + length, None
         logits = self.request.get_tensor("logits").data[:, -(last or length) :]
-        if not logits.size:  # on one processor the runtime keeps an error of an operator to itself
-            raise RuntimeError("OpenVINO gave no logits: an operator failed, as damaged weights do")
+        if not logits.size:  # with one processor the runtime does not raise errors of operators
+            raise RuntimeError(
+                "OpenVINO returned no logits: an operator failed; the weights may be damaged"
+            )
         return logits.copy()
 
 
-def _require_state(graph: ov.Model, folder: Path) -> None:
-    """:raises UserError: if the graph keeps no cache, so that every token would stand alone."""
+def _require_cache(graph: ov.Model, folder: Path) -> None:
+    """Check that the graph keeps a key-value cache, without which a token sees no context.
+
+    :raises UserError: if it keeps none.
+    """
     if all(node.get_type_name() != "ReadValue" for node in graph.get_ops()):
         raise UserError(
-            f"{folder / MODEL}: has no ReadValue, so it keeps no key-value cache, which sessions "
-            "need; optimum-cli export openvino --task text-generation-with-past writes one that "
-            "does, without --disable-stateful"
+            f"{folder / MODEL}: has no ReadValue and so no key-value cache, which a session needs; "
+            "export it with: optimum-cli export openvino --task text-generation-with-past, "
+            "without --disable-stateful"
         )
 
 
@@ -412,12 +431,12 @@ def open_session(
     device: str = "cpu",
     execution: str = STOCK,
 ) -> OpenVinoSession:
-    """An OpenVINO folder on a device.
+    """Load an OpenVINO folder into a session.
 
-    :param exact: float32 throughout, to compare with torch; else the runtime's defaults.
-    :param threads: of the CPU.
-    :param execution: whose kernels multiply, see ``packed/execution.py``.
-    :raises UserError: if the device is not here.
+    :param exact: compute in float32, to compare with torch; else use the runtime's defaults.
+    :param threads: CPU threads.
+    :param execution: which kernels multiply, see ``packed/execution.py``.
+    :raises UserError: if the device is unavailable or the graph has no cache.
     """
     settings: dict[str, Any] = dict(EXACT) if exact else {}
     if device != "cpu":
@@ -426,21 +445,21 @@ def open_session(
         settings["INFERENCE_NUM_THREADS"] = threads
     core, adapter = ov.Core(), folder / ADAPTER_FOLDER / ADAPTER_FILE
     graph = load_openvino(folder, core, execution)
-    _require_state(graph, folder)
+    _require_cache(graph, folder)
     for node in graph.get_ops() if exact else ():
         if node.get_type_name() == OPERATOR:
             node.set_attribute("activations", "f32")
     if adapter.is_file():
-        graph = _with_adapter(graph, adapter)
+        graph = _apply_adapter(graph, adapter)
     if device == "cpu":
-        _ask_for_last_logits(graph)
+        _add_last_tokens_input(graph)
     return OpenVinoSession(core.compile_model(graph, device.upper(), settings))
 
 
 def compressed_kernels(folder: Path, scratch: Path) -> set[str]:
-    """Linears and embeddings whose kernel reads 4- or 8-bit weights, from the compiled graph.
+    """Return the Linears and embeddings whose kernel reads 4- or 8-bit weights.
 
-    One that is missing was folded to floats by the plugin.
+    They are read from the compiled graph. The plugin converted all others to floats.
     """
     core = ov.Core()
     graph = load_openvino(folder, core, STOCK)

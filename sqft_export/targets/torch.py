@@ -1,7 +1,7 @@
-"""torch: the reference that the runtimes are compared with, in float32; in bfloat16 where that is
-faster and on a GPU.
+"""torch: the reference that the runtimes are compared with.
 
-On a GPU the INT4 Linears of a merged model stay INT4, in torch's own layout and matmul.
+It computes in float32, or in bfloat16 on a GPU and where that is faster. On a GPU the INT4 Linears
+of a merged model stay INT4, in torch's layout and with torch's matmul.
 """
 
 import inspect
@@ -24,15 +24,15 @@ from sqft_export.run.host import float32_fits
 from sqft_export.targets import Session, positions_of
 from sqft_export.targets.devices import find_device
 
-PACKED_GROUPS = (32, 64, 128, 256)
-ACCELERATED = 2048  # tokens that take an accelerator as long as another pass
-TILES = {"cpu": 2, "cuda": 8}  # of 16 inputs each, which a block of it is deep
+INT4_GROUP_SIZES = (32, 64, 128, 256)
+ACCELERATOR_PASS_TOKENS = 2048  # tokens that take as long as the overhead of one more pass
+INNER_K_TILES = {"cpu": 2, "cuda": 8}  # tiles of 16 inputs per block of the INT4 layout
 
 
 class Int4Linear(nn.Module):
-    """``x @ W.T + bias`` with INT4 codes in torch's layout, dequantized inside the product.
+    """Compute ``x @ W.T + bias`` with INT4 codes in torch's layout, dequantized in the kernel.
 
-    torch has ``W = (code - 8) * scale + shift``, hence ``shift = (8 - zero_point) * scale``.
+    torch defines ``W = (code - 8) * scale + shift``, hence ``shift = (8 - zero_point) * scale``.
     """
 
     def __init__(
@@ -49,11 +49,13 @@ class Int4Linear(nn.Module):
         table = torch.stack([scale, (8 - zero) * scale], dim=-1).transpose(0, 1).contiguous()
         self.register_buffer("table", table.to(device, dtype))
         if device == "cpu":
-            stored = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), TILES[device])
+            stored = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+                codes.int(), INNER_K_TILES[device]
+            )
             self.product = torch.ops.aten._weight_int4pack_mm_for_cpu
         else:
             pairs = (codes[:, 0::2] << 4 | codes[:, 1::2]).to(torch.uint8).to(device)
-            stored = torch.ops.aten._convert_weight_to_int4pack(pairs, TILES[device])
+            stored = torch.ops.aten._convert_weight_to_int4pack(pairs, INNER_K_TILES[device])
             self.product = torch.ops.aten._weight_int4pack_mm
         self.register_buffer("stored", stored)
 
@@ -65,10 +67,11 @@ class Int4Linear(nn.Module):
 
 
 class StoredLinear(nn.Module):
-    """``x @ W.T + bias`` with a weight that is made or cast each time, so that its stored form
-    alone stays in memory.
+    """Compute ``x @ W.T + bias`` with a weight that is dequantized or cast at every call.
 
-    :param weight: gives float ``[out, in]``.
+    Only its stored form stays in memory.
+
+    :param weight: returns the weight, float ``[out, in]``.
     """
 
     def __init__(self, weight: Callable[[], torch.Tensor], bias: torch.Tensor | None):
@@ -83,18 +86,21 @@ class StoredLinear(nn.Module):
 def _quantized_linears(
     checkpoint: Checkpoint, device: str, dtype: torch.dtype, lean: bool
 ) -> dict[str, nn.Module]:
-    """INT4 Linears in torch's layout; others, if ``lean``, from their codes.
+    """Return name -> INT4 Linear in torch's layout.
 
-    What torch's layout can't hold: other bits, other group sizes, odd widths.
+    torch's layout does not support other bits, other group sizes and widths that its tiles do not
+    divide.
+
+    :param lean: return those Linears too, as :class:`StoredLinear`.
     """
     found: dict[str, nn.Module] = {}
     for name in checkpoint.quantized_linears:
         codes, grid = read_quantized(checkpoint, name)
         key = f"{name}.bias"
         bias = checkpoint.tensor(key).to(device, dtype) if key in checkpoint.headers else None
-        tiles = TILES.get(device)
-        deep = tiles and codes.shape[1] % (16 * tiles) == 0 and codes.shape[0] % 16 == 0
-        if grid.bits == 4 and grid.group_size in PACKED_GROUPS and deep:
+        tiles = INNER_K_TILES.get(device)
+        fits_tiles = tiles and codes.shape[1] % (16 * tiles) == 0 and codes.shape[0] % 16 == 0
+        if grid.bits == 4 and grid.group_size in INT4_GROUP_SIZES and fits_tiles:
             found[name] = Int4Linear(codes, grid, bias, device, dtype)
         elif lean:
             found[name] = StoredLinear(partial(dequantize, codes, grid), bias)
@@ -102,14 +108,17 @@ def _quantized_linears(
 
 
 def load_int4_model(folder: Path, device: str, dtype: torch.dtype) -> nn.Module:
-    """A merged model whose INT4 Linears are :class:`Int4Linear`; others are floats of ``dtype``."""
+    """Load a merged model whose INT4 Linears are :class:`Int4Linear`; others have ``dtype``."""
     checkpoint = Checkpoint(folder)
     quantized = _quantized_linears(checkpoint, device, dtype, lean=False)
     return load_model(checkpoint, dtype, quantized).to(device)
 
 
 def load_lean_model(folder: Path) -> nn.Module:
-    """A model in the memory that its files take: weights as stored, products in float32."""
+    """Load a model with weights in their stored form; products are computed in float32.
+
+    It takes as much memory as its files.
+    """
     checkpoint = Checkpoint(folder)
     model = load_model(
         checkpoint, None, _quantized_linears(checkpoint, "cpu", torch.float32, lean=True)
@@ -127,20 +136,20 @@ def load_lean_model(folder: Path) -> nn.Module:
 
 
 def fast_dtype(checkpoint: Checkpoint, device: str, precision: str | None = None) -> torch.dtype:
-    """bfloat16 on an accelerator, and on the CPU where the model is of 16 bits and that is faster.
+    """Return bfloat16 on an accelerator, and on the CPU if the model is 16-bit and it is faster.
 
-    What a model is of, its norms say: Linears, an embedding and a head may be points of a grid.
+    The norms decide whether a model is 16-bit: Linears, embedding and head may be quantized.
 
-    :param precision: the faster one on the CPU, as a run has decided; None: it is measured.
+    :param precision: the faster dtype on the CPU, as a run has decided; None: measure it.
     """
     norm = next(n for n in checkpoint.outer_names() if len(checkpoint.headers[n].shape) == 1)
-    narrow = checkpoint.dtype(norm).itemsize == 2
-    faster = precision == "bfloat16" if precision else narrow and fast_in_bfloat16(CPU)
-    return torch.bfloat16 if device != "cpu" or (narrow and faster) else torch.float32
+    is_16_bit = checkpoint.dtype(norm).itemsize == 2
+    faster = precision == "bfloat16" if precision else is_16_bit and fast_in_bfloat16(CPU)
+    return torch.bfloat16 if device != "cpu" or (is_16_bit and faster) else torch.float32
 
 
 def _load_on_cpu(folder: Path, precision: str | None) -> nn.Module:
-    """As fast as it is here; in float32, all of it in memory if there is room."""
+    """Load a model in its faster dtype; in float32, dequantized if the weights fit in memory."""
     checkpoint = Checkpoint(folder)
     if fast_dtype(checkpoint, "cpu", precision) == torch.bfloat16:
         return load_int4_model(folder, "cpu", torch.bfloat16)
@@ -150,18 +159,18 @@ def _load_on_cpu(folder: Path, precision: str | None) -> nn.Module:
 
 
 class TorchSession(Session):
-    """A Hugging Face causal LM and its cache."""
+    """A session of a Hugging Face causal LM."""
 
     padding = "left"
-    fills_up = True
+    computes_padding = True
 
     def __init__(self, model: nn.Module, device: str = "cpu"):
         self.model, self.device = model, device
         if device != "cpu":
-            self.pass_tokens = ACCELERATED
-        own: Any = getattr(model, "get_base_model", lambda: model)()  # within peft's
-        self.accepted = inspect.signature(own.forward).parameters
-        self.vocabulary: int = own.config.get_text_config().vocab_size
+            self.pass_tokens = ACCELERATOR_PASS_TOKENS
+        inner: Any = getattr(model, "get_base_model", lambda: model)()  # inside peft's wrapper
+        self.accepted = inspect.signature(inner.forward).parameters
+        self.vocabulary: int = inner.config.get_text_config().vocab_size
         self.all_logits = "logits_to_keep" not in self.accepted
         self.reset()
 
@@ -185,8 +194,8 @@ class TorchSession(Session):
             if name in self.accepted
         }
         if last and not self.all_logits:
-            # As indices, which copy: a view of the last tokens is no whole block of memory, and of
-            # such a one torch's bfloat16 product took 150 times as long.
+            # Indices copy the last tokens. A slice is a view that is not contiguous, for which
+            # torch's bfloat16 product took 150 times as long.
             inputs["logits_to_keep"] = torch.arange(ids.shape[1], device=self.device)[-last:]
         output = self.model(**inputs, past_key_values=self.cache, use_cache=True)
         self.cache = output.past_key_values
@@ -200,12 +209,13 @@ def open_session(
     device: str = "cpu",
     precision: str | None = None,
 ) -> TorchSession:
-    """A merged or plain Hugging Face folder.
+    """Load a Hugging Face folder, merged or original, into a session.
 
-    :param exact: float32 throughout; else as fast as this machine has it.
-    :param device: cpu; gpu: bfloat16, INT4 weights stay INT4.
+    :param exact: compute in float32; else in the fastest dtype of this machine.
+    :param threads: CPU threads.
+    :param device: cpu or gpu. On a GPU: bfloat16, and INT4 weights stay INT4.
     :param precision: see :func:`fast_dtype`.
-    :raises UserError: if the device is not here.
+    :raises UserError: if the device is unavailable.
     """
     if threads:
         torch.set_num_threads(threads)

@@ -1,1 +1,1 @@
-"""The certificate: what was trained is what was merged, what is stored, and what runs."""
+"""Certify a run: the trained model is the merged, the stored and the executed model."""

@@ -1,9 +1,10 @@
-"""The lines of a certificate, and what they are counted from.
+"""The checks of a certificate and their counters.
+
+A certificate has three parts:
 
 fidelity   trained or compressed model -> merged model: weights of its forward, logits, token ids
 storage    merged model -> every file of every deployment, bit for bit
-compute    what each runtime makes of its file: logits and tokens in its exact mode, the
-           divergence of its default mode
+compute    each file -> its runtime: logits and tokens in exact mode, divergence in default mode
 """
 
 from collections.abc import Callable, Iterable
@@ -21,13 +22,16 @@ from sqft_export.run.threads import map_in_order
 
 _Item = TypeVar("_Item")
 Part = Literal["fidelity", "storage", "compute"]
-NAMED = 4  # offenders that a line names
+MAX_NAMED = 4  # differing modules, files or texts that a line names
 
 
 @dataclass
 class Check:
-    """One line: what was compared, of how many things, how many differ or by how much.
+    """One line of a certificate.
 
+    unit: of ``differing`` and ``allowed``.
+    compared: how many things were compared.
+    differing: how many of them differ, or the largest difference.
     where: the first modules, files or texts that differ.
     """
 
@@ -41,42 +45,44 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """A line that compared nothing certifies nothing; a number that is none fails."""
+        """Return whether the check passed. It fails if nothing was compared or a value is NaN."""
         return self.compared > 0 and self.differing <= self.allowed
 
     def blame(self, where: str, differing: float) -> None:
+        """Add a number of differences, and name ``where`` if there are any."""
         self.differing += differing
-        if differing and len(self.where) < NAMED:
+        if differing and len(self.where) < MAX_NAMED:
             self.where.append(where)
 
-    def empty(self) -> "Check":
-        """The same line with nothing compared."""
+    def without_counts(self) -> "Check":
+        """Return the same line with nothing compared."""
         return replace(self, compared=0, differing=0, where=[])
 
     def add(self, other: "Check") -> None:
-        """What another one of this line counted."""
+        """Add the counts of another copy of this line."""
         self.compared += other.compared
         self.differing += other.differing
-        self.where = [*self.where, *other.where][:NAMED]
+        self.where = [*self.where, *other.where][:MAX_NAMED]
 
     def count(self, differs: Tensor | np.ndarray, where: str) -> None:
-        """Add an array that is True where something differs."""
+        """Add a bool array that is True where something differs."""
         self.compared += int(np.prod(differs.shape))
         self.blame(where, int(np.count_nonzero(np.asarray(differs))))
 
     def count_zeros(self, dropped: np.ndarray | None, nonzero: np.ndarray, where: str) -> None:
-        """Add what was dropped; what of it is not zero differs.
+        """Add the pruned positions; those that are not zero differ.
 
-        :param dropped: bool ``[out, in]``; None: nothing was.
+        :param dropped: bool ``[out, in]``, True where a weight is pruned; None: none is.
+        :param nonzero: bool ``[out, in]``, True where the weight is not zero.
         """
         if dropped is not None:
             self.compared += int(np.count_nonzero(dropped))
             self.blame(where, int(np.count_nonzero(dropped & nonzero)))
 
     def compare(self, one: Quantized, other: Quantized, where: str) -> None:
-        """Add codes, scales and zero points; all of them differ where the shapes do.
+        """Add codes, scales and zero points. If shapes differ, all numbers count as different.
 
-        A file may say the numbers of a group again for each of its parts.
+        A file may split a group into several and repeat its scale and zero point.
         """
         groups = max(one.scale.shape[1], other.scale.shape[1])
         one, other = one.in_groups(groups), other.in_groups(groups)
@@ -85,8 +91,11 @@ class Check:
             same = ours.shape == theirs.shape
             self.count(ours != theirs if same else np.ones(ours.shape, bool), f"{where} {part}")
 
-    def worst(self, value: float, compared: int, where: str) -> None:
-        """Add numbers of which the largest counts; one that is none counts as infinite."""
+    def record_largest(self, value: float, compared: int, where: str) -> None:
+        """Record the largest value seen; NaN counts as infinite.
+
+        :param compared: how many numbers ``value`` is the maximum of.
+        """
         self.compared += compared
         value = value if np.isfinite(value) else float("inf")
         if value > self.differing:
@@ -98,51 +107,62 @@ class Check:
             return f"{self.part}: {self.name}: nothing was compared"
         where = f" ({', '.join(self.where)})" if self.where else ""
         return (
-            f"{self.part}: {self.name}: {self.differing:g} {self.unit} differ of "
-            f"{self.compared}{where}"
+            f"{self.part}: {self.name}: {self.differing:g} {self.unit} differ, "
+            f"{self.compared} compared{where}"
         )
 
 
-def side_by_side(count: Callable[..., None], items: Iterable[_Item], *lines: Check | None) -> None:
-    """Call ``count(item, *lines)`` for every item, several at once, each on lines of its own; what
-    they counted is added in the order of the items.
+def count_in_parallel(
+    count: Callable[..., None], items: Iterable[_Item], *lines: Check | None
+) -> None:
+    """Call ``count(item, *lines)`` for every item on a thread pool.
 
-    torch works on each in one thread: teams of several would wait for each other's processors.
+    Each call gets separate copies of the lines. Their counts are added in the order of the items.
+    torch uses one thread per item: several threads each would wait for the same processors.
     """
 
-    def alone(item: _Item) -> list[Check | None]:
-        own = [line and line.empty() for line in lines]
-        count(item, *own)
-        return own
+    def count_item(item: _Item) -> list[Check | None]:
+        copies = [line and line.without_counts() for line in lines]
+        count(item, *copies)
+        return copies
 
     threads = torch.get_num_threads()
     try:
-        counted = map_in_order(alone, items, partial(torch.set_num_threads, 1))
-        for line, part in (pair for own in counted for pair in zip(lines, own, strict=True)):
-            if line and part:
-                line.add(part)
+        counted = map_in_order(count_item, items, partial(torch.set_num_threads, 1))
+        pairs = (pair for copies in counted for pair in zip(lines, copies, strict=True))
+        for line, copy in pairs:
+            if line and copy:
+                line.add(copy)
     finally:
-        torch.set_num_threads(threads)  # also of threads that come later
+        torch.set_num_threads(threads)  # also for threads that start later
 
 
 class Certificate:
+    """All checks of a run, in the order in which they ran."""
+
     def __init__(self) -> None:
         self.checks: list[Check] = []
 
     def start(self, part: Part, name: str, unit: str, allowed: float = 0) -> Check:
+        """Add an empty check and return it."""
         self.checks.append(Check(part, name, unit, allowed))
         return self.checks[-1]
 
     def rows(self) -> list[dict[str, Any]]:
+        """Return one document per check, with ``passed``."""
         return [asdict(check) | {"passed": check.passed} for check in self.checks]
 
     def document(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the rows, grouped by part."""
         parts: dict[str, list[dict[str, Any]]] = {"fidelity": [], "storage": [], "compute": []}
         for row in self.rows():
             parts[row["part"]].append(row)
         return parts
 
     def require(self) -> None:
-        """:raises CertificateError: listing every line that failed."""
+        """Fail unless every check passed.
+
+        :raises CertificateError: listing every check that failed.
+        """
         if failed := [str(check) for check in self.checks if not check.passed]:
             raise CertificateError("verify failed:\n" + "\n".join(failed))

@@ -1,4 +1,4 @@
-"""The whole certificate of a run, and of a run that is there again."""
+"""Build the certificate of a run, or recompute it from the files of a finished run."""
 
 import re
 from collections.abc import Callable
@@ -11,20 +11,22 @@ from sqft_export.run.artifact import MANIFEST, Artifact, Store, check_artifact, 
 from sqft_export.run.device import CPU
 from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.compute import check_compute
-from sqft_export.verify.fidelity import check_fidelity, reference_of
+from sqft_export.verify.fidelity import check_fidelity, load_reference
 from sqft_export.verify.lengths import check_lengths
 from sqft_export.verify.storage import check_storage
-from sqft_export.verify.subject import BEFORE, Asked, Subject
+from sqft_export.verify.subject import MASKED_PASSES, Asked, Subject
 
 
 def certify(
     subject: Subject, advance: Callable[[], None], device: torch.device = CPU
 ) -> Certificate:
-    """:param advance: called after fidelity, and after every deployment.
-    :param device: where torch computes.
+    """Run every check and return the certificate.
+
+    :param advance: called after the fidelity checks and after every deployment.
+    :param device: device of the torch reference.
     """
     certificate = Certificate()
-    reference = reference_of(subject, device)
+    reference = load_reference(subject, device)
     check_fidelity(certificate, subject, reference)
     advance()
     for name in subject.exports:
@@ -36,18 +38,18 @@ def certify(
 
 
 def certified_artifacts(root: Path) -> list[Path]:
-    """Artifacts of ``verify`` in a run's folder, the newest first.
+    """Return the artifacts of ``verify`` in the folder of a run, newest first.
 
-    :raises UserError: if there is none.
+    :raises UserError: if the folder has no such artifact.
     """
     found = [file.parent for file in root.glob(f"verify-*/{MANIFEST}")]
     if not found:
-        raise UserError(f"{root}: neither a deployment nor a run with a certificate in it")
+        raise UserError(f"{root}: is neither a deployment nor a run with a certificate")
     return sorted(found, key=lambda path: (path / MANIFEST).stat().st_mtime, reverse=True)
 
 
 def _parents(artifact: Artifact) -> dict[str, str]:
-    """Stage and key of every artifact that one was made from.
+    """Return stage -> key of the artifacts that an artifact was made from.
 
     :raises DamagedError: if a name could lead out of the run's folder.
     """
@@ -59,12 +61,12 @@ def _parents(artifact: Artifact) -> dict[str, str]:
 
 
 def certify_again(root: Path, scratch: Path) -> tuple[list[Artifact], Certificate]:
-    """Every digest and line of a finished run, derived from its files alone.
+    """Recompute all digests and re-run every check of a finished run from its files.
 
     :param root: folder of a run, such as ``runs/tiny``.
-    :param scratch: for what is inflated on the way.
-    :return: the artifacts that the certificate is about, and the certificate.
-    :raises DamagedError: naming the file that is not as it was sealed.
+    :param scratch: folder for inflated files.
+    :return: the checked artifacts, and the certificate.
+    :raises DamagedError: naming the file that has changed since it was sealed.
     """
     verified = check_artifact(certified_artifacts(root)[0])
     store = Store(root)
@@ -75,7 +77,7 @@ def certify_again(root: Path, scratch: Path) -> tuple[list[Artifact], Certificat
     exports = {n.removeprefix("export-"): a.path for n, a in chain.items() if n[:7] == "export-"}
     subject = Subject(
         Asked.read(verified.path),
-        {n: chain[n].path / "model" for n in BEFORE if n in chain},
+        {n: chain[n].path / "model" for n in MASKED_PASSES if n in chain},
         chain["sparsify"].path if "sparsify" in chain else None,
         chain["search"].path if "search" in chain else verified.path,
         chain["merge"].path,

@@ -1,4 +1,4 @@
-"""What ran before merging -> merged model, by what was kept of that forward."""
+"""Compare the merged model with the unmerged model, by operands captured in its forward."""
 
 import numpy as np
 import torch
@@ -11,19 +11,20 @@ from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.floats import Reference
 from sqft_export.model.storage import grid_arrays, load_grids, quantized_arrays, read_quantized
 from sqft_export.numerics.affine import Grid, dequantize, quantize, widen_to_4_bits
-from sqft_export.verify.certificate import Certificate, Check, side_by_side
+from sqft_export.verify.certificate import Certificate, Check, count_in_parallel
 from sqft_export.verify.subject import Subject
 
-# Weights that are merged into 16-bit floats are rounded once; what that does to logits, in their
-# standard deviations. Codes are not rounded again.
-ROUNDING = {"float16": 1e-2, "bfloat16": 1e-1}
+# Allowed logit difference, in standard deviations, if weights are merged into 16-bit floats: these
+# are rounded once. INT4 codes are not rounded again.
+MERGE_TOLERANCE = {"float16": 1e-2, "bfloat16": 1e-1}
 
 
 @torch.no_grad()
 def check_fidelity(certificate: Certificate, subject: Subject, reference: Reference) -> None:
-    evidence = CapturedForward.read(subject.watched)
+    """Check zeros, weights, codes, logits and token ids of the merged model."""
+    evidence = CapturedForward.read(subject.captured)
     _check_zeros(certificate, subject, evidence)
-    forward = f"the {subject.before} forward"
+    forward = f"the {subject.origin} forward"
     weights = certificate.start("fidelity", f"weights of {forward}, merged", "rows")
     others = certificate.start("fidelity", "embeddings, norms, biases, merged", "rows")
 
@@ -35,34 +36,37 @@ def check_fidelity(certificate: Certificate, subject: Subject, reference: Refere
             differs = found != rows
         check.count(differs, name)
 
-    side_by_side(count, evidence.rows, weights, others)
+    count_in_parallel(count, evidence.rows, weights, others)
     for name in subject.merged.linears.keys() - evidence.rows.keys():
         weights.count(np.ones(1, bool), f"{name} was not seen in {forward}")
-    if subject.before == "compressed":
+    if subject.origin == "compressed":
         _check_codes(certificate, subject)
     _check_logits(certificate, subject, evidence, reference)
     _check_tokens(certificate, subject)
 
 
 def _check_codes(certificate: Certificate, subject: Subject) -> None:
-    """Where nothing was trained, the merged codes are the quantizer's own."""
+    """Check that the merged codes are those of the quantizer, if nothing was trained."""
     if "quantize" not in subject.passes:
         return
-    made, folder = Checkpoint(subject.passes["quantize"]), subject.passes["quantize"].parent
+    quantized, folder = Checkpoint(subject.passes["quantize"]), subject.passes["quantize"].parent
     title = "codes, scales, zero points: quantize and merged"
     check = certificate.start("fidelity", title, "numbers")
 
     def count(found: tuple[str, Grid], check: Check) -> None:
         name, grid = found
-        codes = quantize(made.tensor(f"{name}.weight").float(), grid)
+        codes = quantize(quantized.tensor(f"{name}.weight").float(), grid)
         merged = quantized_arrays(subject.merged, subject.merged.stored_name(name))
         check.compare(grid_arrays(*widen_to_4_bits(codes, grid)), merged, name)
 
-    side_by_side(count, load_grids(folder).items(), check)
+    count_in_parallel(count, load_grids(folder).items(), check)
 
 
 def _merged_rows(subject: Subject, name: str, dtype: str) -> np.ndarray | None:
-    """Digests of a merged weight or parameter in the dtype that ran; None if there is none."""
+    """Return the row digests of a merged weight or parameter, or None if the model has none.
+
+    :param dtype: of the forward before merging; the weight is cast to it first.
+    """
     merged = subject.merged
     module, _, part = name.rpartition(".")
     if part in ("lora_A", "lora_B"):
@@ -74,6 +78,7 @@ def _merged_rows(subject: Subject, name: str, dtype: str) -> np.ndarray | None:
 
 
 def _weight(merged: Checkpoint, name: str, quantized: set[str]) -> Tensor | None:
+    """Return a weight or parameter as floats, or None if the checkpoint has none."""
     module = name if name in merged.linears else name.rpartition(".")[0]
     stored = merged.stored_name(module)
     if stored in quantized and (name == module or name.endswith(".weight")):
@@ -87,14 +92,14 @@ def _zeros(certificate: Certificate, name: str) -> Check:
 
 
 def _check_zeros(certificate: Certificate, subject: Subject, evidence: CapturedForward) -> None:
-    """Every pruned position, pass by pass, layer by layer."""
+    """Check that pruned positions are zero after every pass and in every layer."""
     if not subject.pruned:
         return
     passes = {name: Checkpoint(folder) for name, folder in subject.passes.items()}
-    of_passes = [_zeros(certificate, name) for name in passes]
+    pass_checks = [_zeros(certificate, name) for name in passes]
     after: list[Check] = []
-    if not subject.dense_update:  # which gives pruned positions up
-        names = f"the {subject.before} forward", "the merged model"
+    if not subject.dense_update:  # a dense update makes pruned positions nonzero
+        names = f"the {subject.origin} forward", "the merged model"
         after = [_zeros(certificate, name) for name in names]
     quantized = set(subject.quantized)
 
@@ -113,18 +118,18 @@ def _check_zeros(certificate: Certificate, subject: Subject, evidence: CapturedF
         assert found is not None
         merged.count_zeros(dropped, (found != 0).numpy(), linear)
 
-    side_by_side(count, sorted(subject.pruned), *of_passes, *after)
+    count_in_parallel(count, sorted(subject.pruned), *pass_checks, *after)
 
 
 def _check_logits(
     certificate: Certificate, subject: Subject, evidence: CapturedForward, reference: Reference
 ) -> None:
-    widest = max(ROUNDING.get(dtype, 0) for dtype in evidence.dtypes.values())
+    rounding = max(MERGE_TOLERANCE.get(dtype, 0) for dtype in evidence.dtypes.values())
     check = certificate.start(
         "fidelity",
-        f"logits of the {subject.before} model and merged",
+        f"logits of the {subject.origin} model and merged",
         "standard deviations",
-        max(subject.asked.tolerance, widest),
+        max(subject.asked.tolerance, rounding),
     )
     row = 0
     both = zip(evidence.sequences, reference.logits(evidence.sequences), strict=True)
@@ -132,7 +137,7 @@ def _check_logits(
         before = evidence.logits[row : row + len(sequence)]
         row += len(sequence)
         worst = np.abs(before - found).max() / before.std()
-        check.worst(float(worst), found.size, f"sequence {number}")
+        check.record_largest(float(worst), found.size, f"sequence {number}")
 
 
 def _check_tokens(certificate: Certificate, subject: Subject) -> None:
@@ -143,7 +148,7 @@ def _check_tokens(certificate: Certificate, subject: Subject) -> None:
         check.count(np.array([found != ids]), repr(text[:40]))
 
 
-def reference_of(subject: Subject, device: torch.device) -> Reference:
-    """The merged model in torch, with the adapter beside it where one was not merged."""
+def load_reference(subject: Subject, device: torch.device) -> Reference:
+    """Return the merged model in torch, with the adapter if it was not merged."""
     updates = read_low_rank(subject.adapter) if subject.adapter else None
     return Reference(subject.merge / "model", updates, device)

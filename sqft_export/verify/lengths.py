@@ -1,4 +1,4 @@
-"""Whether runtimes compute what torch computes beyond the lengths at which a model changes.
+"""Compare runtimes with torch beyond the text lengths at which a model changes.
 
 Prompts of a task are short. A sliding window, the long factors of a rotary scaling, and the last
 position of a learned table show in longer texts only. A config names these lengths; each is checked
@@ -21,24 +21,29 @@ from sqft_export.recipe.schema import Export
 from sqft_export.targets import target
 from sqft_export.targets.devices import why_not_exact, why_not_run
 from sqft_export.targets.folder import GRAPHS, context_of
-from sqft_export.targets.onnx.session import FUSED
+from sqft_export.targets.onnx.session import FUSED_OPERATOR
 from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.compute import logit_tolerance, prompt_logits
 from sqft_export.verify.subject import Subject
 
 LONGEST_VERIFIED = 8192  # tokens of a text
-TOKENS_PAST = 8  # of a text beyond the length that it is checked for
-# Weights times tokens, and heads times tokens squared, up to which the deployment is checked.
+TOKENS_PAST = 8  # tokens of a text beyond the length that it checks
+# The deployment itself is checked up to these numbers: weights * tokens, heads * tokens squared.
 LARGEST_PRODUCT, LARGEST_SCORES = 2 * 10**11, 2**28
-NAMED = ("sliding_window", "original_max_position_embeddings")
+LENGTH_FIELDS = ("sliding_window", "original_max_position_embeddings")
 # Scalings of rotary positions whose angles depend on the length of a text.
 LENGTH_DEPENDENT = {"dynamic", "longrope"}
-MINIATURE_TOLERANCE = 1e-3  # standard deviations of logits: its random weights round more
+MINIATURE_TOLERANCE = 1e-3  # standard deviations of logits; random weights round more
 
 
 @dataclass(frozen=True)
 class Length:
-    """tokens: longer texts are computed another way. last: the model takes no longer text."""
+    """A text length at which a model may change.
+
+    what: config field that names the length.
+    tokens: longer texts are computed differently.
+    last: the model accepts no longer text.
+    """
 
     what: str
     tokens: int
@@ -46,19 +51,20 @@ class Length:
 
     @property
     def text_tokens(self) -> int:
+        """Tokens of a text that checks this length."""
         return self.tokens if self.last else self.tokens + TOKENS_PAST
 
 
 def named_lengths(config: dict[str, Any]) -> list[Length]:
-    """The lengths within its context at which a model may change, the shortest first.
+    """Return the lengths within the context at which a model may change, shortest first.
 
-    :param config: of transformers' class, as a dict.
+    :param config: the transformers config as a dict.
     """
     context = config.get("max_position_embeddings")
     found = {
         Length(name, value)
         for name, value in _entries(config)
-        if name in NAMED and type(value) is int and (context is None or value < context)
+        if name in LENGTH_FIELDS and type(value) is int and (context is None or value < context)
     }
     if config.get("use_sliding_window") is False:
         found = {length for length in found if length.what != "sliding_window"}
@@ -69,13 +75,13 @@ def named_lengths(config: dict[str, Any]) -> list[Length]:
 
 
 def _entries(config: dict[str, Any]) -> list[tuple[str, Any]]:
-    """Names and values, those of inner sections too."""
+    """Return names and values, including those of nested sections."""
     inner = [value for value in config.values() if isinstance(value, dict)]
     return [*config.items(), *(entry for section in inner for entry in _entries(section))]
 
 
 def unverified_lengths(config: dict[str, Any]) -> list[Length]:
-    """Lengths that no text of the certificate reaches."""
+    """Return the lengths that no text of the certificate reaches."""
     scalings = {value for name, value in _entries(config) if name == "rope_type"}
     depends = bool(scalings & LENGTH_DEPENDENT)
     return [
@@ -88,7 +94,7 @@ def unverified_lengths(config: dict[str, Any]) -> list[Length]:
 def check_lengths(
     certificate: Certificate, subject: Subject, name: str, reference: Reference
 ) -> None:
-    """Compare logits past every named length that a deployment's context has room for."""
+    """Compare logits past every named length that fits in the context of a deployment."""
     merged = subject.merged
     config = transformers_config(merged.config, merged.where)
     context = context_of(subject.exports[name] / "model") or LONGEST_VERIFIED
@@ -104,6 +110,7 @@ def check_lengths(
 
 
 def _is_affordable(subject: Subject, name: str, config: Any, tokens: int) -> bool:
+    """Return whether the deployment itself can be checked on a text of ``tokens`` tokens."""
     parameters, heads = subject.merged.parameters, config.num_attention_heads
     fits = parameters * tokens <= LARGEST_PRODUCT and heads * tokens**2 <= LARGEST_SCORES
     return fits and why_not_exact(name, parameters) is None
@@ -116,7 +123,7 @@ def _check_deployed(
     reference: Reference,
     lengths: list[Length],
 ) -> None:
-    """The deployments themselves, on the prompts of the certificate, one after the other."""
+    """Compare the deployments with torch on the concatenated prompts of the certificate."""
     tokens = itertools.cycle(itertools.chain.from_iterable(subject.asked.prompts))
     texts = [list(itertools.islice(tokens, length.text_tokens)) for length in lengths]
     expected = [next(iter(reference.logits([text]))) for text in texts]
@@ -128,21 +135,21 @@ def _check_deployed(
             check = certificate.start("compute", title, "standard deviations", tolerance)
             [theirs] = prompt_logits(session, [text])
             worst = float(np.abs(ours - theirs).max() / ours.std())
-            check.worst(worst, ours.size, f"a text of {len(text)} tokens")
+            check.record_largest(worst, ours.size, f"a text of {len(text)} tokens")
 
 
 def _onnx_graph(folder: Path) -> Literal["auto", "fused", "standard"]:
-    """The form of graph that an ONNX deployment has; auto for other runtimes."""
+    """Return the graph form of an ONNX deployment; auto for other runtimes."""
     graph = folder / GRAPHS["onnx"]
     if not graph.is_file():
         return "auto"
-    return "fused" if FUSED in graph.read_bytes() else "standard"
+    return "fused" if FUSED_OPERATOR in graph.read_bytes() else "standard"
 
 
 def _check_miniature(
     certificate: Certificate, subject: Subject, name: str, config: Any, lengths: list[Length]
 ) -> None:
-    """Two random blocks of the same config, exported again in the form of the deployment."""
+    """Export two random blocks of the same config in the same form, and compare with torch."""
     with tempfile.TemporaryDirectory(prefix="sqft-") as scratch:
         model, deployed = Path(scratch) / "model", Path(scratch) / "deployed"
         deployed.mkdir()
@@ -158,4 +165,4 @@ def _check_miniature(
             ids = np.random.RandomState(0).randint(5, 400, length.text_tokens).tolist()
             [one], [other] = (prompt_logits(session, [ids]) for session in (ours, theirs))
             worst = float(np.abs(one - other).max() / one.std())
-            check.worst(worst, one.size, f"a text of {len(ids)} tokens")
+            check.record_largest(worst, one.size, f"a text of {len(ids)} tokens")

@@ -1,4 +1,4 @@
-"""merged model -> every file of a deployment, read back from what was written."""
+"""Compare every file of a deployment, read back from disk, with the merged model."""
 
 import tempfile
 from pathlib import Path
@@ -12,13 +12,14 @@ from sqft_export.packed.folders import PACKED, packed_file
 from sqft_export.run.artifact import sha256_of
 from sqft_export.targets import target
 from sqft_export.targets.tokenizers import ids_or_none, read_ids
-from sqft_export.verify.certificate import Certificate, Check, side_by_side
+from sqft_export.verify.certificate import Certificate, Check, count_in_parallel
 from sqft_export.verify.subject import Subject
 
 TOKEN_IDS = "token ids: base and"
 
 
 def check_storage(certificate: Certificate, subject: Subject, name: str) -> None:
+    """Check codes, floats, tokenizers and packed copies of every deployment of a target."""
     for label, folder in subject.deployments(name):
         _check_codes(certificate, subject, name, label, folder)
         _check_floats(certificate, subject, name, label, folder)
@@ -30,7 +31,7 @@ def check_storage(certificate: Certificate, subject: Subject, name: str) -> None
 def _check_codes(
     certificate: Certificate, subject: Subject, name: str, label: str, folder: Path
 ) -> None:
-    """Codes, scales and zero points, and the zeros that the mask asks for."""
+    """Compare codes, scales and zero points, and check that pruned positions are zero."""
     if not subject.quantized:
         return
     title = f"codes, scales, zero points: merged and {label}"
@@ -49,17 +50,20 @@ def _check_codes(
             dropped = subject.dropped(layer, written.codes.shape)
             zeros.count_zeros(dropped, written.steps != 0, layer)
 
-    side_by_side(count, target(name).read_back(folder), same, zeros)
-    for layer in missing:  # counts whole
+    count_in_parallel(count, target(name).read_back(folder), same, zeros)
+    for layer in missing:  # every code of a missing layer counts
         shape = quantized_arrays(subject.merged, layer).codes.shape
-        same.count(np.ones(shape, bool), f"{layer} is not there")
+        same.count(np.ones(shape, bool), f"{layer} is missing")
 
 
 def _check_floats(
     certificate: Certificate, subject: Subject, name: str, label: str, folder: Path
 ) -> None:
-    """Matrices and vectors (norms, biases) by name; a vector that the graph has no name for, as one
-    of several that were joined, by what it holds."""
+    """Compare float matrices and vectors (norms, biases) by name.
+
+    A graph may have no name for a vector, for example after several vectors are concatenated. Such
+    a vector is looked up by its bytes.
+    """
     merged, quantized = subject.merged, set(subject.quantized)
     check = certificate.start("storage", f"float weights: merged and {label}", "numbers")
     zeros = None
@@ -83,25 +87,29 @@ def _check_floats(
         if zeros is not None:
             zeros.count_zeros(subject.dropped(module, array.shape), array != 0, module)
 
-    side_by_side(count, target(name).read_floats(folder), check, zeros)
+    count_in_parallel(count, target(name).read_floats(folder), check, zeros)
     everything = b"".join(held for _, held in vectors)
     for key in sorted(missing):
         expected = merged.tensor(key).float().numpy()
         named = [held for name, held in vectors if name == key]
         forms = _forms(subject, expected) if expected.ndim == 1 else []
-        there = any(f.tobytes() in (named or everything) for f in forms)
-        check.count(np.full(expected.shape, not (there or _is_neutral(expected))), key)
+        is_stored = any(f.tobytes() in (named or everything) for f in forms)
+        check.count(np.full(expected.shape, not (is_stored or _is_neutral(expected))), key)
 
 
 def _vector_key(name: str, shapes: dict[str, tuple[int, ...]]) -> str | None:
-    """The vector of the model that a graph's name ends with; None where it ends with none."""
+    """Return the vector of the model whose name ends a graph's name, or None."""
     parts = name.split(".")
     ends = (".".join(parts[start:]) for start in range(len(parts)))
     return next((end for end in ends if len(shapes.get(end, ())) == 1), None)
 
 
 def _forms(subject: Subject, vector: np.ndarray) -> list[np.ndarray]:
-    """What a graph may hold of a vector: as it is, or with what its class does to it at once."""
+    """Return the values that a graph may store for a vector.
+
+    These are the vector itself, and the vector after constant operations of its class: norm offset
+    and query scale.
+    """
     family, config = subject.merged.family, subject.merged.config
     forms = [vector]
     if family.norm_offset:
@@ -113,12 +121,12 @@ def _forms(subject: Subject, vector: np.ndarray) -> list[np.ndarray]:
 
 
 def _is_neutral(values: np.ndarray) -> bool:
-    """Ones that are multiplied with, zeros that are added: graphs leave them out."""
+    """Return whether a vector is all ones or all zeros. Graphs omit such factors and summands."""
     return values.ndim == 1 and bool((values == values[0]).all()) and values[0] in (0, 1)
 
 
 def _check_tokenizers(certificate: Certificate, subject: Subject, name: str, folder: Path) -> None:
-    """Ids of the deployed tokenizers and those the model was trained with."""
+    """Compare the ids of the deployed tokenizers with those that the model was trained with."""
     for reader, ids_of in read_ids(name, folder):
         check = certificate.start("storage", f"{TOKEN_IDS} {reader}", "texts")
         for text, ids in subject.asked.texts:
@@ -129,7 +137,7 @@ def _check_tokenizers(certificate: Certificate, subject: Subject, name: str, fol
 
 
 def _check_packed(certificate: Certificate, subject: Subject, name: str) -> None:
-    """The packed copy inflates to the same bytes."""
+    """Check that the packed copy inflates to the bytes of the dense weight file."""
     artifact = subject.exports[name]
     file = packed_file(artifact / PACKED)
     assert file is not None

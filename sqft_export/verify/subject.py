@@ -1,6 +1,6 @@
-"""What a certificate is about: folders, and the prompts and texts they are tried with.
+"""The subject of a certificate: folders to check, and the prompts and texts to check them with.
 
-Written beside the certificate, so that it can be derived again from the files alone.
+The prompts and texts are stored next to the certificate. It can be recomputed from files only.
 """
 
 import json
@@ -20,18 +20,21 @@ from sqft_export.textfiles import read_json
 from sqft_export.untrusted import MAX_JSON_BYTES
 
 SUBJECT = "subject.json"
-BEFORE = ("sparsify", "reconstruct", "quantize")  # passes that write a model with the mask's zeros
+# Passes whose model is zero where the mask prunes.
+MASKED_PASSES = ("sparsify", "reconstruct", "quantize")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of the models.
+    """Inputs and limits of the checks.
 
-    prompts: token ids. texts: text and the ids that the base's tokenizer makes of it.
-    new_tokens: greedy ones after each prompt.
-    tolerance: of logits, in standard deviations; divergence: of default modes, in nats a token.
-    tokenizers_required: those of the runtimes must give the same ids.
-    readers_reported: runtimes whose tokenizers may differ all the same.
+    prompts: token ids.
+    texts: each text with its ids from the base model's tokenizer.
+    new_tokens: greedy tokens to generate after each prompt.
+    tolerance: largest logit difference, in standard deviations.
+    divergence: largest KL divergence of default modes, in nats per token.
+    tokenizers_required: the tokenizers of the runtimes must give the same ids.
+    readers_reported: runtimes whose tokenizers may still differ.
     """
 
     prompts: list[list[int]]
@@ -43,10 +46,12 @@ class Asked:
     readers_reported: list[str] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
+        """Write ``subject.json``."""
         (folder / SUBJECT).write_text(json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "Asked":
+        """Read ``subject.json``."""
         document = read_json(folder / SUBJECT, MAX_JSON_BYTES)
         document["texts"] = [(text, ids) for text, ids in document["texts"]]
         return cls(**document)
@@ -56,18 +61,20 @@ class Asked:
 class Subject:
     """Artifacts of one run.
 
-    passes: model folders of those of ``BEFORE`` that the recipe has.
-    masks: artifact of sparsify, None without.
-    watched: folder of what was kept of the forward before merging: of search, or, where nothing was
-        trained, of verify. merge: artifact of merge.
+    passes: model folders of the recipe's ``MASKED_PASSES``.
+    masks: artifact of sparsify; None if the recipe does not prune.
+    captured: folder of the operands captured in the forward before merging. The artifact is that of
+        search, or that of verify if nothing was trained.
+    merge: artifact of merge.
     exports: target -> artifact.
-    dense_update: pruned positions were given up by an update merged densely.
+    dense_update: a dense update was merged, so pruned positions are no longer zero.
+    scratch: folder for temporary files.
     """
 
     asked: Asked
     passes: dict[str, Path]
     masks: Path | None
-    watched: Path
+    captured: Path
     merge: Path
     exports: dict[str, Path]
     dense_update: bool = False
@@ -75,32 +82,34 @@ class Subject:
 
     @cached_property
     def merged(self) -> Checkpoint:
+        """The merged model."""
         return Checkpoint(self.merge / "model")
 
     @cached_property
     def quantized(self) -> list[str]:
+        """Names of the quantized modules of the merged model."""
         return quantized_names(self.merged)
 
     def deployments(self, name: str) -> list[tuple[str, Path]]:
-        """Folders of a target whose files differ, by what a certificate calls them."""
+        """Return label and folder of each deployment of a target whose files differ."""
         folder, sparse = self.exports[name] / "model", self.exports[name] / SPARSE
         found = [(name, folder)]
         return [*found, (f"{name}, sparse execution", sparse)] if sparse.is_dir() else found
 
     @cached_property
-    def before(self) -> str:
-        """What the model was that was merged: trained, or compressed alone."""
-        return "trained" if (self.watched / "adapter").is_dir() else "compressed"
+    def origin(self) -> str:
+        """Origin of the merged model: trained, or only compressed."""
+        return "trained" if (self.captured / "adapter").is_dir() else "compressed"
 
     @cached_property
     def adapter(self) -> Path | None:
-        """The adapter that was not merged, if there is one."""
+        """Folder of the adapter, if it was not merged."""
         folder = self.merge / "adapter"
         return folder if folder.is_dir() else None
 
     @cached_property
     def pruned(self) -> set[str]:
-        """Linears of which something was pruned."""
+        """Names of the Linears that have pruned weights."""
         if self.masks is None:
             return set()
         masks = TensorFiles(self.masks, MASKS)
@@ -109,7 +118,7 @@ class Subject:
         return {name for name, count in kept.items() if count < sizes[name]}
 
     def dropped(self, linear: str, shape: Any) -> np.ndarray | None:
-        """bool ``[out, in]``, True where the Linear was pruned; None where it was not."""
+        """Return bool ``[out, in]``, True at pruned weights; None if the Linear has none."""
         if linear not in self.pruned:
             return None
         return ~load_mask(self.masks, linear, torch.Size(shape)).numpy()

@@ -161,7 +161,7 @@ def test_onnx_runs_the_graph_as_it_is_deployed_until_logits_of_some_tokens_are_a
     deployed = {i.name for i in session.session.get_inputs()}
     ids = np.array([[5, 6, 7, 8]])
     whole = session.forward(ids)
-    session.likeliest(np.array([[9]]))
+    session.argmax_tokens(np.array([[9]]))
     assert {i.name for i in session.session.get_inputs()} == deployed
 
     session.reset()
@@ -197,7 +197,7 @@ def test_a_cache_that_outgrows_its_room_goes_on(tiny_run, monkeypatch):
     roomy = generate(session, prompts, 20, stop=[])
     stop = roomy[0][6]  # rows are selected before, with and after a cache grows
     few = generate(session, prompts, 20, stop=[stop])
-    monkeypatch.setattr("sqft_export.targets.onnx.session.ROOM", 2)
+    monkeypatch.setattr("sqft_export.targets.onnx.session.FIRST_SPARE_TOKENS", 2)
     assert generate(session, prompts, 20, stop=[]) == roomy
     assert session.past[0].shape()[2] < max(map(len, prompts)) + 20 + 64
     assert generate(session, prompts, 20, stop=[stop]) == few

@@ -133,7 +133,7 @@ def test_bad_input_is_told_before_anything_runs(folders, tmp_path):
         ((folders[1], "--batch", "1,x"), "--batch: found '1,x'"),
         ((folders[1], "--task", "gsm8"), "--task: found 'gsm8'; allowed are gsm8k"),
         ((folders[1], "--task", "gsm8k", "--data", str(tmp_path)), "no test file of gsm8k"),
-        ((folders[0], "--device", "npu"), "found npu, which openvino does not reach here"),
+        ((folders[0], "--device", "npu"), "found npu, which openvino can't use on this machine"),
         ((folders[0], "--device", "tpu"), "it has no such device"),
         ((folders[1], "--cpus", "999"), "this machine has 0 to"),
     ):

@@ -415,7 +415,7 @@ def test_a_recipe_that_asks_for_packed_files_has_them_checked_and_measured(tmp_p
     checks = {c["name"]: c for c in artifacts["verify"].metrics["checks"]}
     for name in ("openvino", "onnx"):
         assert checks[f"bytes inflated from the packed {name}"]["compared"] > 1e4
-        assert checks[f"logits: {name} dense and packed, as deployed"]["differing"] == 0
+        assert checks[f"logits: {name} dense and packed, default mode"]["differing"] == 0
     rows = json.loads((artifacts["report"].path / "report.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [
         "OpenVINO",

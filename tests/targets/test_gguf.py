@@ -39,7 +39,7 @@ from sqft_export.targets.gguf.tokenizer import NotExpressible, read_vocabulary
 from sqft_export.targets.tokenizers import read_ids
 from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.compute import check_compute
-from sqft_export.verify.fidelity import reference_of
+from sqft_export.verify.fidelity import load_reference
 from sqft_export.verify.storage import check_storage
 from sqft_export.verify.subject import Asked, Subject
 
@@ -143,7 +143,7 @@ def test_rows_go_and_come_back(name):
     order = names.order(module, 64)
     assert (order is None) == (name == "v_proj")
     if order is not None:
-        np.testing.assert_array_equal(names.back(module, rows[order]), rows)
+        np.testing.assert_array_equal(names.restore_rows(module, rows[order]), rows)
         # llama.cpp turns rows 0 and 1 together, transformers rows 0 and half a head further.
         half = 64 // names.heads[names.architecture.pairs[name]] // 2
         assert order[1] - order[0] == half
@@ -166,7 +166,7 @@ REFUSED = [
     ("llama", LLAMA, ("quantize={method: nncf, nncf: {int4_ratio: 0.5}}",), "int4_ratio"),
     ("gemma2", GEMMA | {"query_pre_attn_scalar": 24}, (), "query_pre_attn_scalar to be head_dim"),
     ("gemma3_text", GEMMA | {"layer_types": ["full_attention"] * 2}, (), "every 6th block"),
-    ("gemma3_text", GEMMA | {"final_logit_softcapping": 30.0}, (), "gemma3 caps no logits"),
+    ("gemma3_text", GEMMA | {"final_logit_softcapping": 30.0}, (), "gemma3 does not cap logits"),
     ("gpt_neox", LLAMA | {"attention_bias": False}, (), "has biases in its attention"),
     ("bloom", {"apply_residual_connection_post_layernorm": True}, (), "post_layernorm False"),
     ("phi3", LLAMA | {"rope_parameters": LONG}, (), "rope_type longrope"),
@@ -315,7 +315,7 @@ def test_llama_cpp_chooses_the_likeliest_itself(exported):
     ids = np.array([PROMPTS[3], PROMPTS[3][::-1]])
     expected = session.forward(ids, None, 1)[:, -1].argmax(axis=-1)
     session.reset()
-    np.testing.assert_array_equal(session.likeliest(ids), expected)
+    np.testing.assert_array_equal(session.argmax_tokens(ids), expected)
 
 
 def test_logits_of_a_token_are_an_array_as_long_as_the_vocabulary(exported):
@@ -437,7 +437,7 @@ def test_the_binding_that_users_compile_says_the_same(tmp_path):
     np.testing.assert_allclose(*forked, atol=1e-3)
     for session in sessions:
         session.reset()
-    one, other = (session.likeliest(np.array(PROMPTS[:1])) for session in sessions)
+    one, other = (session.argmax_tokens(np.array(PROMPTS[:1])) for session in sessions)
     assert one == other
 
 
@@ -460,7 +460,7 @@ def subject(tiny_run, tmp_path) -> Subject:
 def failed(subject: Subject) -> set[str]:
     certificate = Certificate()
     check_storage(certificate, subject, "gguf")
-    check_compute(certificate, subject, "gguf", reference_of(subject, CPU))
+    check_compute(certificate, subject, "gguf", load_reference(subject, CPU))
     return {check.name for check in certificate.checks if not check.passed}
 
 
@@ -525,7 +525,7 @@ def test_what_is_broken_in_the_file_is_named(subject, change, name, lines):
 def test_a_model_too_large_for_float32_is_compared_as_deployed(subject, monkeypatch):
     monkeypatch.setattr("sqft_export.run.host.FLOAT32_MEMORY_SHARE", 0.0)
     certificate = Certificate()
-    check_compute(certificate, subject, "gguf", reference_of(subject, CPU))
+    check_compute(certificate, subject, "gguf", load_reference(subject, CPU))
     names = {check.name for check in certificate.checks}
     assert LOGITS not in names and "divergence of gguf in its default mode" in names
     certificate.require()

@@ -5,7 +5,7 @@ import pytest
 
 from sqft_export.errors import UserError
 from sqft_export.measure.likelihood import log_likelihoods
-from sqft_export.targets.gguf.bindings import SEQUENCES
+from sqft_export.targets.gguf.bindings import MAX_SEQUENCES
 from sqft_export.targets.gguf.session import open_session
 
 
@@ -30,7 +30,7 @@ def questions(contexts: int, choices: int, length: int) -> tuple[list, list]:
 
 @pytest.mark.parametrize(
     ("contexts", "choices", "length"),
-    [(64, 5, 3), (2, SEQUENCES + 44, 2), (63, 4, 3)],
+    [(64, 5, 3), (2, MAX_SEQUENCES + 44, 2), (63, 4, 3)],
     ids=["many contexts", "many choices", "rows that just fit"],
 )
 def test_more_choices_than_sequences_are_scored(session, contexts, choices, length):
@@ -45,13 +45,15 @@ def test_more_choices_than_sequences_are_scored(session, contexts, choices, leng
 def test_sequences_that_are_left_make_room_before_others_are_copied(session):
     session.reset()
     session.forward(np.full((200, 2), 5))
-    session.select(np.zeros(SEQUENCES, np.int64))
-    logits = session.forward(np.full((SEQUENCES, 1), 6), None, 1)
+    session.select(np.zeros(MAX_SEQUENCES, np.int64))
+    logits = session.forward(np.full((MAX_SEQUENCES, 1), 6), None, 1)
     assert np.allclose(logits, logits[:1], atol=1e-4)
 
 
 def test_a_batch_that_no_cache_holds_is_refused_with_the_limit(session):
     session.reset()
     session.forward(np.full((2, 2), 5))
-    with pytest.raises(UserError, match=f"a batch of {SEQUENCES + 1} rows; at most {SEQUENCES}"):
-        session.select(np.zeros(SEQUENCES + 1, np.int64))
+    with pytest.raises(
+        UserError, match=f"a batch of {MAX_SEQUENCES + 1} rows; at most {MAX_SEQUENCES}"
+    ):
+        session.select(np.zeros(MAX_SEQUENCES + 1, np.int64))

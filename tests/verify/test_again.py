@@ -62,4 +62,4 @@ def test_a_deployment_is_held_to_its_seal(tiny_run, tmp_path, runtime):
 def test_a_folder_that_is_neither_is_refused(tmp_path):
     done = verify(tmp_path)
     assert done.returncode == 2
-    assert "neither a deployment nor a run" in done.stderr
+    assert "is neither a deployment nor a run" in done.stderr

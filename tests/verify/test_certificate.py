@@ -374,7 +374,8 @@ def test_a_line_that_compared_nothing_does_not_pass():
 
 def test_numbers_that_are_none_do_not_pass():
     certificate = Certificate()
-    certificate.start("compute", "logits", "standard deviations", 1.0).worst(float("nan"), 1, "x")
+    check = certificate.start("compute", "logits", "standard deviations", 1.0)
+    check.record_largest(float("nan"), 1, "x")
     with pytest.raises(CertificateError, match="inf standard deviations"):
         certificate.require()
 

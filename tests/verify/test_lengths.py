@@ -12,7 +12,7 @@ from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets import target
 from sqft_export.verify import lengths
 from sqft_export.verify.certificate import Certificate
-from sqft_export.verify.fidelity import reference_of
+from sqft_export.verify.fidelity import load_reference
 from sqft_export.verify.lengths import (
     LONGEST_VERIFIED,
     check_lengths,
@@ -68,7 +68,7 @@ def certified(root: Path, runtime: str, config: dict, **asked) -> dict[str, bool
         {runtime: root / runtime},
     )
     certificate = Certificate()
-    check_lengths(certificate, subject, runtime, reference_of(subject, CPU))
+    check_lengths(certificate, subject, runtime, load_reference(subject, CPU))
     return {check.name: check.passed for check in certificate.checks}
 
 

@@ -1,7 +1,8 @@
-"""GGUF: one file for llama.cpp and what is built on it, our codes in its blocks.
+"""GGUF: one file for llama.cpp and programs built on it, with codes in llama.cpp's blocks.
 
-``blocks.py`` says how a grid is stored, ``architectures.py`` what tensors and numbers are called,
-``tokenizer.py`` how a tokenizer is said. Written layer by layer; nothing is quantized again.
+``blocks.py`` defines how a grid is stored, ``architectures.py`` the names of tensors and config
+keys, ``tokenizer.py`` how a tokenizer is stored. Layers are written one at a time. Codes are not
+quantized again.
 """
 
 import functools
@@ -25,8 +26,8 @@ from sqft_export.targets.gguf.architectures import (
     Names,
     architecture_lacks,
     context_of_file,
-    factors_of,
     naming_of,
+    rotary_factors,
     write_keys,
 )
 from sqft_export.targets.gguf.blocks import BLOCK_TYPES, block_type, from_blocks, to_blocks
@@ -50,11 +51,11 @@ __all__ = [
 MODEL = GRAPHS["gguf"]
 _PREFIX = "sqft_export."
 MODEL_TYPE = f"{_PREFIX}model_type"
-# Beside the file, for programs that read configs: tokens and their end are in the file too.
-BESIDE = ("config.json", "generation_config.json", "tokenizer*")
+# Copied next to the file, for programs that read configs. The file has the tokenizer too.
+COPIED_FILES = ("config.json", "generation_config.json", "tokenizer*")
 
 
-# What readers are told of a file, by ggml's type of its first tensor; None is a numpy float.
+# Type of the first tensor -> file type that readers see. None: a numpy dtype.
 _FILE_TYPES = {
     "Q4_0": "MOSTLY_Q4_0",
     "Q4_1": "MOSTLY_Q4_1",
@@ -66,7 +67,13 @@ _FILE_TYPES = {
 
 @dataclass(frozen=True)
 class _Tensor:
-    """name: llama.cpp's. shape: of the array that is written. kind: ggml's, None: of the dtype."""
+    """A tensor to write.
+
+    name: llama.cpp's name.
+    shape: of the array that ``make`` returns.
+    kind: ggml's type; None: that of the dtype.
+    make: computes the array when it is written.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -78,10 +85,10 @@ class _Tensor:
 def export(
     merged: Path, folder: Path, options: Export, facts: dict[str, str] | None = None
 ) -> None:
-    """Write the deployment folder of a merged model: ``model.gguf``, configs and tokenizer beside.
+    """Write the deployment folder of a merged model: ``model.gguf``, configs, tokenizer.
 
-    :param merged: Hugging Face folder, packed in the GPTQ layout or plain.
-    :raises UserError: if llama.cpp has no words for the model or its tokenizer.
+    :param merged: Hugging Face folder, in the GPTQ layout or with float weights.
+    :raises UserError: if GGUF can't represent the model or its tokenizer.
     """
     import gguf
 
@@ -103,13 +110,13 @@ def export(
     try:
         write_tokenizer(writer, merged, rows)
     except NotExpressible as error:
-        raise UserError(f"{merged}: its tokenizer can't be told to llama.cpp: {error}") from error
+        raise UserError(f"{merged}: GGUF can't represent its tokenizer: {error}") from error
     for key, value in (facts or model_facts(checkpoint)).items():
         writer.add_string(f"{_PREFIX}{key}", value)
     tensors = list(_tensors(checkpoint, names, config))
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[tensors[0].kind]])
     _write_tensors(writer, tensors)
-    for pattern in BESIDE:
+    for pattern in COPIED_FILES:
         for file in merged.glob(pattern):
             shutil.copyfile(file, folder / file.name)
     remove_template(folder)
@@ -117,7 +124,7 @@ def export(
 
 
 def _cap_context(folder: Path, config: dict[str, Any]) -> None:
-    """Write the context of the file into the config in the same folder, where it is shorter."""
+    """Write the context length of the GGUF file into the copied config, if it is shorter."""
     from sqft_export.model.companions import write_config
 
     stored, context = read_json(folder / "config.json"), context_of_file(config)
@@ -126,6 +133,7 @@ def _cap_context(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _write_tensors(writer: Any, tensors: list[_Tensor]) -> None:
+    """Write the header, then one tensor at a time."""
     import gguf
 
     for tensor in tensors:
@@ -142,7 +150,7 @@ def _write_tensors(writer: Any, tensors: list[_Tensor]) -> None:
 
 
 def _tensors(checkpoint: "Checkpoint", names: Names, config: dict[str, Any]) -> Iterator[_Tensor]:
-    """Everything that is written, in order; no weight is read before it is made."""
+    """Yield all tensors in file order. Weights are read only when ``make`` is called."""
     from sqft_export.model.storage import plain_names, quantized_names
 
     quantized = quantized_names(checkpoint)
@@ -154,12 +162,13 @@ def _tensors(checkpoint: "Checkpoint", names: Names, config: dict[str, Any]) -> 
     if checkpoint.tied and names.architecture.head_always:
         embedding = f"{checkpoint.family.embedding}.weight"
         yield replace(_float_tensor(checkpoint, names, embedding), name="output.weight")
-    for name, factors in factors_of(config):
+    for name, factors in rotary_factors(config):
         made = functools.partial(np.asarray, factors)
         yield _Tensor(f"{name}.weight", factors.shape, np.float32, None, made)
 
 
 def _codes_tensor(checkpoint: "Checkpoint", names: Names, module: str) -> _Tensor:
+    """Return the tensor of a quantized weight."""
     from sqft_export.model.storage import quantized_arrays, read_grid
 
     grid = read_grid(checkpoint, module)
@@ -171,7 +180,9 @@ def _codes_tensor(checkpoint: "Checkpoint", names: Names, module: str) -> _Tenso
     def make() -> np.ndarray:
         found = quantized_arrays(checkpoint, module)
         try:
-            return to_blocks(Quantized(*(names.there(module, array) for array in found)), kind)
+            return to_blocks(
+                Quantized(*(names.permute_rows(module, array) for array in found)), kind
+            )
         except ValueError as error:
             raise UserError(f"{module}: {error}") from error
 
@@ -180,32 +191,38 @@ def _codes_tensor(checkpoint: "Checkpoint", names: Names, module: str) -> _Tenso
 
 
 def _float_tensor(checkpoint: "Checkpoint", names: Names, key: str) -> _Tensor:
-    """Matrices as they are stored; vectors in float32, as llama.cpp wants them."""
+    """Return the tensor of a float parameter.
+
+    Matrices keep their dtype. Vectors become float32, which llama.cpp expects.
+    """
     import torch
 
     module, _, part = key.rpartition(".")
     shape = checkpoint.shapes[key]
     offset = checkpoint.family.norm_offset if "norm" in module else 0.0
-    narrow = len(shape) > 1 and checkpoint.headers[key].dtype in ("BF16",)
-    halves = len(shape) > 1 and checkpoint.headers[key].dtype == "F16"
-    dtype = np.float16 if halves else np.float32  # of float64, which is rounded
+    is_bfloat16 = len(shape) > 1 and checkpoint.headers[key].dtype in ("BF16",)
+    is_float16 = len(shape) > 1 and checkpoint.headers[key].dtype == "F16"
+    dtype = np.float16 if is_float16 else np.float32  # float64 is rounded
 
     def make() -> np.ndarray:
         tensor = checkpoint.tensor(key)
-        if narrow:
-            return names.there(module, tensor.view(torch.int16).numpy()).view(np.uint8)
+        if is_bfloat16:
+            return names.permute_rows(module, tensor.view(torch.int16).numpy()).view(np.uint8)
         if len(shape) > 1:
-            return names.there(module, tensor.numpy().astype(dtype, copy=False))
-        return names.there(module, tensor.float().numpy()) + np.float32(offset)
+            return names.permute_rows(module, tensor.numpy().astype(dtype, copy=False))
+        return names.permute_rows(module, tensor.float().numpy()) + np.float32(offset)
 
     name = f"{names.tensor_of(module)}.{part}"
-    if narrow:
+    if is_bfloat16:
         return _Tensor(name, (shape[0], 2 * shape[1]), np.uint8, "BF16", make)
     return _Tensor(name, shape, dtype, None, make)
 
 
 def add_adapter(folder: Path, adapter: Path) -> None:
-    """Put an adapter beside the file, as ``llama-cli --lora`` reads it; the scaling is within B."""
+    """Write an adapter next to the file, in the format of ``llama-cli --lora``.
+
+    The scaling is multiplied into B.
+    """
     import gguf
 
     from sqft_export.adapters.files import read_low_rank
@@ -215,9 +232,9 @@ def add_adapter(folder: Path, adapter: Path) -> None:
     writer = gguf.GGUFWriter(folder / ADAPTER_FOLDER / ADAPTER_FILE, names.architecture.name)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # llama.cpp: no scaling then
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # llama.cpp then applies no scaling
     for module, (lora_a, lora_b) in read_low_rank(adapter).items():
-        lora_b = names.there(module, lora_b)
+        lora_b = names.permute_rows(module, lora_b)
         tensor = f"{names.tensor_of(module)}.weight"
         writer.add_tensor(f"{tensor}.lora_a", np.ascontiguousarray(lora_a))
         writer.add_tensor(f"{tensor}.lora_b", np.ascontiguousarray(lora_b))
@@ -229,17 +246,17 @@ def add_adapter(folder: Path, adapter: Path) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _reader(file: Path, stamp: tuple[int, ...]) -> Any:
-    """The file as the ``gguf`` package reads it, which takes seconds for a large vocabulary.
+    """Read a file with the ``gguf`` package, which takes seconds for a large vocabulary.
 
-    :param stamp: of the file; another one is read anew.
+    :param stamp: inode, size and time of the file; the file is read again if it changes.
     """
     return read_gguf(file)
 
 
 def _read(folder: Path) -> tuple[Any, Names]:
-    """The file, and what its tensors are called.
+    """Return the opened file and the names of its tensors.
 
-    :raises UserError: if it was not written here.
+    :raises UserError: if another program wrote the file.
     """
     with dense_gguf(folder) as file:
         status = file.stat()
@@ -256,25 +273,32 @@ def _read(folder: Path) -> tuple[Any, Names]:
 
 
 def read_back(folder: Path) -> Iterator[tuple[str, Quantized]]:
-    """By module, scale in float16; read from the written file, one at a time."""
+    """Yield module and quantized weight, scale float16, one at a time, from the written file."""
     reader, names = _read(folder)
     for tensor in reader.tensors:
         kind = BLOCK_TYPES.get(tensor.tensor_type.name)
         module = names.module_of(tensor.name.rpartition(".")[0])
         if kind is not None and module is not None:
             found = from_blocks(tensor.data, kind)
-            yield module, _longest_groups(Quantized(*(names.back(module, a) for a in found)))
+            yield (
+                module,
+                _longest_groups(Quantized(*(names.restore_rows(module, a) for a in found))),
+            )
 
 
 def _longest_groups(found: Quantized) -> Quantized:
-    """Blocks that say the same scale and zero point are one group."""
-    said = np.stack([found.scale.view(np.uint16), found.zero_point.astype(np.uint16)], axis=2)
-    count = count_repeats(said.reshape(-1, 2), said.shape[1])
+    """Merge neighbouring blocks with equal scale and zero point into one group."""
+    numbers = np.stack([found.scale.view(np.uint16), found.zero_point.astype(np.uint16)], axis=2)
+    count = count_repeats(numbers.reshape(-1, 2), numbers.shape[1])
     return Quantized(found.codes, found.scale[:, ::count], found.zero_point[:, ::count])
 
 
 def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """A matrix ``[out, in]`` by its module; vectors by their tensor, rows in our order."""
+    """Yield name and values of float tensors, float32, rows in the checkpoint's order.
+
+    The name of a matrix ``[out, in]`` is its module. A vector has its parameter name, or an empty
+    name if it belongs to no module.
+    """
     reader, names = _read(folder)
     for tensor in reader.tensors:
         stem, _, part = tensor.name.rpartition(".")
@@ -285,18 +309,19 @@ def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
         if module is None:
             yield "", values
             continue
-        values = names.back(module, values)
+        values = names.restore_rows(module, values)
         yield module if values.ndim == 2 else f"{module}.{part}", values
 
 
 def _floats(tensor: Any) -> np.ndarray:
+    """Return the values of a float tensor, float32."""
     if tensor.tensor_type.name == "BF16":
         return (tensor.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return tensor.data.astype(np.float32, copy=False)
 
 
 def metadata(folder: Path) -> dict[str, str]:
-    """What the file says of the model it was made from."""
+    """Return the model facts that the file stores."""
     reader, _ = _read(folder)
     return {
         key.removeprefix(_PREFIX): str(field.contents())
@@ -306,7 +331,7 @@ def metadata(folder: Path) -> dict[str, str]:
 
 
 def compressed_kernels(folder: Path, scratch: Path) -> set[str]:
-    """Modules whose tensors are in blocks: llama.cpp multiplies those as they are."""
+    """Return the modules whose tensors are quantized blocks, which llama.cpp multiplies."""
     reader, names = _read(folder)
     stored = [t.name for t in reader.tensors if t.tensor_type.name in BLOCK_TYPES]
     return {str(names.module_of(name.rpartition(".")[0])) for name in stored}

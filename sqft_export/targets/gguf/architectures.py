@@ -1,7 +1,7 @@
-"""What llama.cpp calls the tensors of a family, and the numbers of its config; as data.
+"""llama.cpp's names for the tensors and config keys of each family.
 
-Names are those of llama.cpp's ``gguf`` package. Where its rotary layout wants pairs of rows side by
-side, or q, k and v one after the other, rows are moved; no value changes.
+Names are those of llama.cpp's ``gguf`` package. llama.cpp expects rotary pairs in neighbouring rows
+for some families, and all rows of q before those of k and v. Rows are permuted; no value changes.
 """
 
 from collections.abc import Iterator
@@ -20,14 +20,14 @@ SILU, GELU_TANH = ("silu",), ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 class Architecture:
     """A family in llama.cpp.
 
-    name: its architecture.
-    blocks: what a decoder block's tensors are called -> the module there.
-    outer: the same of the others.
-    pairs: Linears whose rows rotary positions take in neighbouring pairs -> the count of heads.
-    joined: Linears that have q, k and v of a head side by side, where llama.cpp has all q first.
-    head_always: the output matrix is expected even where it is the embedding.
-    activations: what ``hidden_act`` may be; llama.cpp has one function a family.
-    ropes: scalings of rotary positions that are computed alike.
+    name: llama.cpp's name of the architecture.
+    blocks: tensor of a decoder block -> module in the block.
+    outer: tensor outside the blocks -> module.
+    pairs: Linears whose rotary pairs are neighbouring rows in llama.cpp -> config key of the heads.
+    joined: Linears with q, k and v per head, where llama.cpp has all rows of q first.
+    head_always: llama.cpp expects an output matrix even if it equals the embedding.
+    activations: supported values of ``hidden_act``; llama.cpp has one function per family.
+    ropes: rotary scalings that llama.cpp computes in the same way.
     """
 
     name: str
@@ -66,7 +66,10 @@ _LLAMA = Architecture(
 
 
 def _joined(attention: str) -> dict[str, str]:
-    """A block whose q, k and v are one Linear. attention: the module that it is in."""
+    """Return the tensors of a block whose q, k and v are one Linear.
+
+    :param attention: module that has this Linear.
+    """
     return {
         "attn_qkv": f"{attention}.query_key_value",
         "attn_output": f"{attention}.dense",
@@ -93,7 +96,7 @@ ARCHITECTURES = {
             **_NORM,
         },
         _OUTER,
-        # longrope: chosen by the length of the context there, by that of the text in transformers.
+        # no longrope: llama.cpp chooses its factors by context length, transformers by text length
         ropes=("default",),
     ),
     "gemma2": Architecture(
@@ -129,22 +132,22 @@ ARCHITECTURES = {
 }
 
 
-# Model types that llama.cpp itself does not compute.
+# Model types that llama.cpp does not support.
 WITHOUT_ARCHITECTURE = ("opt",)
-# What no family has otherwise there; Gemma 2 caps its logits.
-_ONLY = {"use_sliding_window": False, "apply_residual_connection_post_layernorm": False}
+# The only values that llama.cpp supports, in every family.
+_REQUIRED_VALUES = {"use_sliding_window": False, "apply_residual_connection_post_layernorm": False}
 
 
 def rope_of(config: dict[str, Any]) -> dict[str, Any]:
-    """How positions are turned; of full attention, where each kind of layer has its own."""
-    said = config.get(ROPE) or {"rope_type": "default"}
-    return said.get("full_attention", said)
+    """Return the rotary parameters; those of full attention if they differ per kind of layer."""
+    parameters = config.get(ROPE) or {"rope_type": "default"}
+    return parameters.get("full_attention", parameters)
 
 
 def architecture_lacks(config: dict[str, Any]) -> str | None:
-    """Why a model can't be told to llama.cpp; None where it can.
+    """Return why GGUF can't represent a model; None if it can.
 
-    :param config: of transformers' class, with what ``config.json`` leaves to it.
+    :param config: the transformers config as a dict, with the defaults of its class.
     """
     model_type = config["model_type"]
     known = ARCHITECTURES.get(model_type)
@@ -159,23 +162,23 @@ def architecture_lacks(config: dict[str, Any]) -> str | None:
     rope = rope_of(config)["rope_type"]
     if rope not in known.ropes:
         return f"llama.cpp's {known.name} is not written with rope_type {rope}"
-    for key, only in _ONLY.items():
+    for key, only in _REQUIRED_VALUES.items():
         if (config.get(key) or only) != only:
             return f"llama.cpp's {known.name} has {key} {only}, not {config[key]}"
     if model_type == "gpt_neox" and not config.get("attention_bias", True):
-        return "llama.cpp's gptneox has biases in its attention"
+        return "llama.cpp's gptneox requires attention biases"
     if model_type.startswith("gemma"):
         return _gemma_lacks(config)
     return None
 
 
 def _gemma_lacks(config: dict[str, Any]) -> str | None:
-    """Constants that llama.cpp has in its graphs."""
+    """Return which constant of llama.cpp's Gemma graphs differs from the config; None if none."""
     scalar, size = config.get("query_pre_attn_scalar", 256), config.get("head_dim", 256)
     if scalar != size:
         return f"llama.cpp takes query_pre_attn_scalar to be head_dim ({size}), not {scalar}"
     if config["model_type"] != "gemma2" and config.get("final_logit_softcapping"):
-        return "llama.cpp's gemma3 caps no logits"
+        return "llama.cpp's gemma3 does not cap logits"
     period = 2 if config["model_type"] == "gemma2" else 6
     kinds = config.get("layer_types") or []
     wanted = [
@@ -187,14 +190,14 @@ def _gemma_lacks(config: dict[str, Any]) -> str | None:
     return None
 
 
-def reads_a_table(model_type: str) -> bool:
-    """Whether llama.cpp takes the activation from a table, which it has of GELU, in float16."""
+def uses_gelu_table(model_type: str) -> bool:
+    """Return whether llama.cpp reads the activation from a float16 table, as it does for GELU."""
     return ARCHITECTURES[model_type].activations != SILU
 
 
 @dataclass(frozen=True)
 class Names:
-    """Modules and tensors of one model.
+    """Map modules to llama.cpp's tensors, and back, for one model.
 
     heads: ``num_attention_heads`` and ``num_key_value_heads``.
     """
@@ -204,6 +207,7 @@ class Names:
 
     @property
     def architecture(self) -> Architecture:
+        """llama.cpp's architecture of the model type."""
         return ARCHITECTURES[self.model_type]
 
     @property
@@ -211,9 +215,9 @@ class Names:
         return FAMILIES[self.model_type].blocks
 
     def tensor_of(self, module: str) -> str:
-        """What llama.cpp calls a module's tensor, without ``.weight`` or ``.bias``.
+        """Return llama.cpp's name of a module's tensor, without ``.weight`` or ``.bias``.
 
-        :raises KeyError: if it has no name for it.
+        :raises KeyError: if llama.cpp has no name for it.
         """
         if module.startswith(f"{self._blocks}."):
             block, _, path = module.removeprefix(f"{self._blocks}.").partition(".")
@@ -222,7 +226,7 @@ class Names:
         return {m: t for t, m in self.architecture.outer.items()}[module]
 
     def module_of(self, tensor: str) -> str | None:
-        """The module of a tensor; None where it is none of a module's."""
+        """Return the module of a tensor; None if it belongs to no module."""
         if not tensor.startswith("blk."):
             return self.architecture.outer.get(tensor)
         _, block, name = tensor.split(".", 2)
@@ -230,60 +234,71 @@ class Names:
         return f"{self._blocks}.{block}.{path}" if path else None
 
     def order(self, module: str, rows: int) -> np.ndarray | None:
-        """Which of our rows is which of llama.cpp's, int64 ``[rows]``; None: all in place."""
+        """Return the checkpoint's row for each row in llama.cpp, int64 ``[rows]``.
+
+        None means the same order. For rotary pairs, rows ``0, 1, 2, ...`` of a head of size d are
+        ``0, d/2, 1, d/2 + 1, ...`` of the checkpoint.
+        """
         last = module.rpartition(".")[2]
         if key := self.architecture.pairs.get(last):
             halves = np.arange(rows).reshape(self.heads[key], 2, -1)
             return halves.swapaxes(1, 2).reshape(-1)
         if last in self.architecture.joined:
-            apart = np.arange(rows).reshape(self.heads["num_attention_heads"], 3, -1)
-            return apart.swapaxes(0, 1).reshape(-1)
+            per_head = np.arange(rows).reshape(self.heads["num_attention_heads"], 3, -1)
+            return per_head.swapaxes(0, 1).reshape(-1)
         return None
 
-    def there(self, module: str, array: np.ndarray) -> np.ndarray:
-        """Our rows, as llama.cpp has them."""
+    def permute_rows(self, module: str, array: np.ndarray) -> np.ndarray:
+        """Return the rows in llama.cpp's order."""
         order = self.order(module, len(array))
         return array if order is None else array[order]
 
-    def back(self, module: str, array: np.ndarray) -> np.ndarray:
-        """Rows as llama.cpp has them, in our order."""
+    def restore_rows(self, module: str, array: np.ndarray) -> np.ndarray:
+        """Return rows in llama.cpp's order in the checkpoint's order."""
         order = self.order(module, len(array))
         if order is None:
             return array
-        ours = np.empty_like(array)
-        ours[order] = array
-        return ours
+        restored = np.empty_like(array)
+        restored[order] = array
+        return restored
 
 
 def naming_of(config: dict[str, Any]) -> Names:
-    """:param config: as ``config.json`` has it."""
+    """Return the tensor names of a model.
+
+    :param config: content of ``config.json``.
+    """
     heads = config.get("num_attention_heads") or config["n_head"]
-    few = config.get("num_key_value_heads") or heads
-    counts = {"num_attention_heads": heads, "num_key_value_heads": few}
+    key_value_heads = config.get("num_key_value_heads") or heads
+    counts = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads}
     return Names(config["model_type"], counts)
 
 
-def factors_of(config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """What rotary frequencies are divided by, float32 ``[size / 2]``, as tensors of their own."""
+def rotary_factors(config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield tensors of divisors of the rotary frequencies: name and float32 ``[size / 2]``."""
     rope = rope_of(config)
     if rope["rope_type"] == "llama3":
         yield "rope_freqs", _llama3_factors(rope, _rotary_size(config))
 
 
 def _llama3_factors(rope: dict[str, Any], size: int) -> np.ndarray:
-    """Of Llama 3.1: slow frequencies are divided, fast ones stay, those between are blended."""
+    """Return the divisors of Llama 3.1, float32 ``[size / 2]``.
+
+    Low frequencies are divided by ``factor``, high ones by 1. Those between are interpolated.
+    """
     frequencies = 1.0 / rope["rope_theta"] ** (np.arange(0, size, 2, dtype=np.float32) / size)
     lengths = 2 * np.pi / frequencies
-    before = rope["original_max_position_embeddings"]
+    original_length = rope["original_max_position_embeddings"]
     slow, fast = rope["low_freq_factor"], rope["high_freq_factor"]
-    share = np.clip((before / lengths - slow) / (fast - slow), 0, 1)
+    share = np.clip((original_length / lengths - slow) / (fast - slow), 0, 1)
     return (1 / ((1 - share) / rope["factor"] + share)).astype(np.float32)
 
 
 def write_keys(writer: Any, config: dict[str, Any]) -> None:
-    """The numbers of a config, by a ``gguf.GGUFWriter`` of its architecture.
+    """Write the config keys of a model.
 
-    :param config: of transformers' class, with what ``config.json`` leaves to it.
+    :param writer: a ``gguf.GGUFWriter`` of the architecture.
+    :param config: the transformers config as a dict, with the defaults of its class.
     """
     model_type = config["model_type"]
     heads = naming_of(config).heads
@@ -292,8 +307,8 @@ def write_keys(writer: Any, config: dict[str, Any]) -> None:
     writer.add_context_length(context_of_file(config))
     writer.add_embedding_length(width)
     writer.add_block_count(blocks)
-    inside = None if model_type == "bloom" else config.get("intermediate_size")
-    writer.add_feed_forward_length(inside or 4 * width)
+    feed_forward = None if model_type == "bloom" else config.get("intermediate_size")
+    writer.add_feed_forward_length(feed_forward or 4 * width)
     writer.add_head_count(count)
     writer.add_head_count_kv(heads["num_key_value_heads"])
     writer.add_vocab_size(config["vocab_size"])
@@ -314,7 +329,10 @@ def write_keys(writer: Any, config: dict[str, Any]) -> None:
 
 
 def context_of_file(config: dict[str, Any]) -> int:
-    """Tokens that llama.cpp attends over as the model does: it has no sliding window for all."""
+    """Return the context length in which llama.cpp computes the same attention as the model.
+
+    llama.cpp has no sliding window for most families. The context then ends at the window.
+    """
     length = config.get("max_position_embeddings") or config.get("seq_length") or 2048
     window = None if config["model_type"].startswith("gemma") else config.get("sliding_window")
     return min(length, window) if window and "use_sliding_window" not in config else length

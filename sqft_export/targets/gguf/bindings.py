@@ -1,7 +1,7 @@
-"""llama.cpp in this process, by whichever binding is installed: what a session asks of it.
+"""One interface to llama.cpp in this process, for either Python binding.
 
-``cyllama`` has wheels and comes with the extra ``gguf-runtime``; ``llama-cpp-python`` is compiled
-by those who have it, and is taken where it is alone.
+``cyllama`` has wheels and comes with the extra ``gguf-runtime``. ``llama-cpp-python`` is compiled
+by its users; it is used if ``cyllama`` is not installed.
 """
 
 from pathlib import Path
@@ -13,56 +13,74 @@ from sqft_export.errors import UserError
 from sqft_export.packed.loaders import gguf_model, silence_llama_cpp
 from sqft_export.run.host import installed
 
-SEQUENCES = 256  # that llama.cpp keeps apart
-PASS = 512  # tokens that go through it at once
-_FLOAT32 = 0  # ggml's number of the type
+MAX_SEQUENCES = 256  # separate sequences in a cache of llama.cpp
+PASS_TOKENS = 512  # tokens per call of llama_decode
+_FLOAT32 = 0  # ggml's type number
 
 
 class Token(NamedTuple):
-    """One of a pass. asked: whether its logits are."""
+    """A token of a pass. needs_logits: whether llama.cpp keeps its logits."""
 
     id: int
     position: int
     sequence: int
-    asked: bool
+    needs_logits: bool
 
 
 class Cache(Protocol):
-    """A context of llama.cpp: a cache of so many tokens, and the pass that fills it."""
+    """A context of llama.cpp: a key-value cache of fixed size and the logits of the last pass."""
 
-    def clear(self) -> None: ...
+    def clear(self) -> None:
+        """Remove all sequences."""
 
-    def copy(self, sequence: int, to: int) -> None: ...
+    def copy(self, sequence: int, to: int) -> None:
+        """Copy a sequence to another number."""
 
-    def forget(self, sequence: int) -> None: ...
+    def forget(self, sequence: int) -> None:
+        """Remove a sequence."""
 
     def decode(self, tokens: list[Token]) -> int:
-        """What ``llama_decode`` returns: 0 where all is well."""
+        """Run a pass and return the status of ``llama_decode``; 0 is success."""
 
     def logits(self, index: int) -> np.ndarray:
-        """After the token at a place of the last pass, float32 ``[vocabulary]``; the next pass may
-        overwrite it."""
+        """Return the logits of token ``index`` of the last pass, float32 ``[vocabulary]``.
 
-    def likeliest(self, index: int) -> int: ...
+        The next pass may overwrite them.
+        """
 
-    def close(self) -> None: ...
+    def argmax(self, index: int) -> int:
+        """Return the argmax of the logits of token ``index`` of the last pass."""
+
+    def close(self) -> None:
+        """Free the context."""
 
 
 class Opened(Protocol):
+    """A model that llama.cpp has loaded. vocabulary: logits per token."""
+
     vocabulary: int
 
-    def tokenize(self, text: str) -> list[int]: ...
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of a text, with special tokens parsed and added."""
 
     def cache(self, cells: int, threads: int, exact: bool) -> Cache:
-        """:param exact: keys and values in float32, attention in several steps."""
+        """Return a cache of ``cells`` tokens.
+
+        :param exact: float32 keys and values, and no flash attention.
+        """
 
 
 def open_model(file: Path) -> Opened:
-    """:raises UserError: if llama.cpp refuses the file."""
+    """Load a model with the installed binding.
+
+    :raises UserError: if llama.cpp refuses the file.
+    """
     return CyllamaModel(file) if installed("cyllama") else LlamaCppModel(file)
 
 
 class CyllamaModel:
+    """A model loaded by ``cyllama``."""
+
     def __init__(self, file: Path):
         self.model = gguf_model(file)
         self.vocabulary = self.model.n_vocab
@@ -74,16 +92,16 @@ class CyllamaModel:
         from cyllama.llama import llama_cpp
 
         params = llama_cpp.LlamaContextParams()
-        _set(params, cells, threads, exact)
+        _set_parameters(params, cells, threads, exact)
         context = llama_cpp.LlamaContext(model=self.model, params=params)
         return _CyllamaCache(context, self.vocabulary)
 
 
-def _set(params: Any, cells: int, threads: int, exact: bool) -> None:
-    """What both bindings call alike."""
-    params.n_ctx, params.n_seq_max, params.kv_unified = cells, SEQUENCES, True
-    params.n_batch = params.n_ubatch = PASS
-    # Its own choice is four, which wait in a spin where there are fewer processors.
+def _set_parameters(params: Any, cells: int, threads: int, exact: bool) -> None:
+    """Set the context parameters, which have the same names in both bindings."""
+    params.n_ctx, params.n_seq_max, params.kv_unified = cells, MAX_SEQUENCES, True
+    params.n_batch = params.n_ubatch = PASS_TOKENS
+    # The default is four threads, which busy-wait if there are fewer processors.
     params.n_threads = params.n_threads_batch = threads
     if exact:
         params.type_k = params.type_v = _FLOAT32
@@ -112,15 +130,15 @@ class _CyllamaCache:
 
         batch = llama_cpp.LlamaBatch(n_tokens=len(tokens), embd=0, n_seq_max=1)
         for token in tokens:
-            batch.add(token.id, token.position, [token.sequence], token.asked)
+            batch.add(token.id, token.position, [token.sequence], token.needs_logits)
         return self.context.decode(batch)
 
     def logits(self, index: int) -> np.ndarray:
-        # cyllama has no pointer to them: it makes a list, which is read in one pass.
+        # cyllama returns a list and no pointer; the list is converted once.
         return np.fromiter(self.context.get_logits_ith(index), np.float32, self.vocabulary)
 
-    def likeliest(self, index: int) -> int:
-        # Taking logits out of it as a list costs more than they do.
+    def argmax(self, index: int) -> int:
+        # Converting the logits to a list takes longer than computing them.
         return self.sampler.sample(self.context, index)
 
     def close(self) -> None:
@@ -128,7 +146,7 @@ class _CyllamaCache:
 
 
 class LlamaCppModel:
-    """llama-cpp-python's bindings of the C interface."""
+    """A model loaded by ``llama-cpp-python``, which binds the C interface."""
 
     def __init__(self, file: Path):
         import llama_cpp
@@ -140,8 +158,8 @@ class LlamaCppModel:
         self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), params)
         if not self.model:
             raise UserError(f"{file}: llama.cpp can't load it")
-        self.words = llama_cpp.llama_model_get_vocab(self.model)
-        self.vocabulary = llama_cpp.llama_vocab_n_tokens(self.words)
+        self.vocab = llama_cpp.llama_model_get_vocab(self.model)
+        self.vocabulary = llama_cpp.llama_vocab_n_tokens(self.vocab)
 
     def __del__(self) -> None:
         import llama_cpp
@@ -155,14 +173,14 @@ class LlamaCppModel:
         encoded = text.encode()
         room = len(encoded) + 8
         found = (llama_cpp.llama_token * room)()
-        count = llama_cpp.llama_tokenize(self.words, encoded, len(encoded), found, room, True, True)
+        count = llama_cpp.llama_tokenize(self.vocab, encoded, len(encoded), found, room, True, True)
         return list(found[:count])
 
     def cache(self, cells: int, threads: int, exact: bool) -> "Cache":
         import llama_cpp
 
         params = llama_cpp.llama_context_default_params()
-        _set(params, cells, threads, exact)
+        _set_parameters(params, cells, threads, exact)
         context = llama_cpp.llama_init_from_model(self.model, params)
         if not context:
             raise UserError(f"llama.cpp can't make a cache of {cells} tokens")
@@ -203,7 +221,7 @@ class _LlamaCppCache:
             for index, token in enumerate(tokens):
                 batch.token[index], batch.pos[index] = token.id, token.position
                 batch.n_seq_id[index], batch.seq_id[index][0] = 1, token.sequence
-                batch.logits[index] = token.asked
+                batch.logits[index] = token.needs_logits
             return llama_cpp.llama_decode(self.context, batch)
         finally:
             llama_cpp.llama_batch_free(batch)
@@ -214,7 +232,7 @@ class _LlamaCppCache:
         found = llama_cpp.llama_get_logits_ith(self.context, index)
         return np.ctypeslib.as_array(found, (self.model.vocabulary,))
 
-    def likeliest(self, index: int) -> int:
+    def argmax(self, index: int) -> int:
         return int(self.logits(index).argmax())
 
     def close(self) -> None:

@@ -1,13 +1,12 @@
-"""Blocks of llama.cpp's quantized tensors: 32 weights of a row, a float16 scale before them.
+"""Blocks of llama.cpp's quantized tensors: a float16 scale, then 32 weights of a row.
 
     Q4_0   d, 16 bytes of codes      w = d (q - 8)
     Q4_1   d, m, 16 bytes of codes   w = d q + m
     Q8_0   d, 32 signed bytes        w = d q
 
-Of 4-bit codes, byte j of a block holds number j in its low half and number j + 16 in its high one
-(ggml's ``ggml-common.h``, ``dequantize_row_q4_0``). A symmetric grid is Q4_0 or Q8_0 as it is, its
-scale said again for each block of a group; an asymmetric one is Q4_1 with ``m = -d z``, where that
-is a float16.
+Byte j of a 4-bit block holds code j in its low half and code j + 16 in its high half (ggml's
+``ggml-common.h``, ``dequantize_row_q4_0``). A symmetric grid is Q4_0 or Q8_0; each block of a group
+repeats the scale. An asymmetric grid is Q4_1 with ``m = -d z``, if that is exact in float16.
 """
 
 from dataclasses import dataclass
@@ -19,12 +18,16 @@ from sqft_export.packed.blocks import BLOCK, ZERO_CODE_4BIT, block_bytes, join_b
 from sqft_export.packed.regions import GGUF_BLOCKS
 
 MIDDLE8 = 128
-NO_ZERO_POINT = 255  # read back where an offset is no zero point of the grid
+NO_ZERO_POINT = 255  # returned for an offset that is not a zero point of the grid
 
 
 @dataclass(frozen=True)
 class BlockType:
-    """name: ggml's. floats: float16 numbers before the codes. bytes: of a block."""
+    """A block type of ggml.
+
+    name: ggml's name.
+    floats: float16 numbers before the codes.
+    """
 
     name: str
     bits: int
@@ -32,6 +35,7 @@ class BlockType:
 
     @property
     def bytes(self) -> int:
+        """Bytes per block."""
         return block_bytes(self.bits, self.floats)
 
 
@@ -40,39 +44,41 @@ Q4_0, Q4_1, Q8_0 = (BLOCK_TYPES[name] for name in ("Q4_0", "Q4_1", "Q8_0"))
 
 
 def block_type(bits: int, symmetric: bool) -> BlockType | None:
-    """The type that holds a grid, None where there is none: asymmetric INT8."""
+    """Return the block type of a grid; None for asymmetric INT8, which has no type."""
     if bits == 8:
         return Q8_0 if symmetric else None
     return Q4_0 if symmetric else Q4_1
 
 
 def why_no_blocks(inputs: int, group_size: int) -> str | None:
-    """Why a row is no whole number of blocks that each have one scale; None where it is."""
+    """Return why a row can't be split into blocks with one scale each; None if it can."""
     if inputs % BLOCK:
         return f"{inputs} inputs, which blocks of {BLOCK} do not divide"
     if group_size % BLOCK:
-        return f"groups of {group_size}, where a block of {BLOCK} has one scale"
+        return f"groups of {group_size}, which are not a multiple of blocks of {BLOCK}"
     return None
 
 
 def to_blocks(quantized: Quantized, kind: BlockType) -> np.ndarray:
-    """Bytes of a tensor, uint8 ``[out, in / 32 * kind.bytes]``.
+    """Return the bytes of a tensor, uint8 ``[out, in / 32 * kind.bytes]``.
 
-    :raises ValueError: if a row is no whole number of blocks, or an offset no float16.
+    :raises ValueError: if blocks do not divide a row, or an offset is not exact in float16.
     """
     codes, scale, zero = quantized.in_groups(quantized.codes.shape[1] // BLOCK)
     rows, inputs = codes.shape
     if scale.shape[1] * BLOCK != inputs:
-        raise ValueError(why_no_blocks(inputs, inputs // scale.shape[1]) or "groups of no blocks")
+        raise ValueError(
+            why_no_blocks(inputs, inputs // scale.shape[1]) or "groups that blocks do not divide"
+        )
     floats = [scale.astype(np.float16)]
     if kind is Q4_1:
         exact = -scale.astype(np.float32) * zero
         floats.append(exact.astype(np.float16))
         if not np.array_equal(floats[1].astype(np.float32), exact):
-            raise ValueError("a scale times its zero point is no float16")
+            raise ValueError("scale * zero point is not exact in float16")
     inside = codes.reshape(-1, BLOCK)
     if kind.bits == 8:
-        stored = inside ^ MIDDLE8  # unsigned around 128 as two's complement
+        stored = inside ^ MIDDLE8  # offset binary (zero is 128) to two's complement
     else:
         stored = inside[:, : BLOCK // 2] | inside[:, BLOCK // 2 :] << 4
     numbers = np.stack(floats, axis=2).reshape(-1, kind.floats)
@@ -80,7 +86,7 @@ def to_blocks(quantized: Quantized, kind: BlockType) -> np.ndarray:
 
 
 def from_blocks(stored: np.ndarray, kind: BlockType) -> Quantized:
-    """A weight on groups of 32, of what :func:`to_blocks` gives."""
+    """Return the quantized weight, in groups of 32, from the bytes of :func:`to_blocks`."""
     rows = stored.shape[0]
     numbers, codes = split_blocks(stored, kind.bits, kind.floats)
     floats = numbers.reshape(rows, -1, kind.floats)

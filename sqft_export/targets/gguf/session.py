@@ -1,7 +1,7 @@
-"""A GGUF file in llama.cpp, as deployed or in float32 throughout.
+"""Run a GGUF file in llama.cpp, in its default mode or in float32.
 
-llama.cpp rounds activations to 8 bits where weights are in blocks. What is compared with torch is
-therefore the same numbers written as float32, in a file that lasts as long as it takes to load it.
+llama.cpp rounds activations to 8 bits if weights are quantized blocks. To compare with torch, the
+weights are therefore written as float32 to a temporary file, which is deleted after loading.
 """
 
 import logging
@@ -20,23 +20,23 @@ from sqft_export.run.threads import map_in_order
 from sqft_export.targets import Session, last_columns
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER
-from sqft_export.targets.gguf.bindings import PASS, SEQUENCES, Opened, Token, open_model
+from sqft_export.targets.gguf.bindings import MAX_SEQUENCES, PASS_TOKENS, Opened, Token, open_model
 
-logging.getLogger("gguf").setLevel(logging.WARNING)  # else it tells of every file
-_FIRST_CELLS = 2048  # tokens that a cache holds at first
+logging.getLogger("gguf").setLevel(logging.WARNING)  # it logs every file at INFO
+_FIRST_CELLS = 2048  # initial cache size in tokens
 ADAPTER_FILE = "adapter.gguf"
 
 
 class GgufSession(Session):
-    """A model of llama.cpp; its cache keeps rows as sequences of their own.
+    """A session of a llama.cpp model. Each row is a separate sequence in the cache.
 
-    Rows are filled up on the right, and what fills them is left out.
+    Rows are padded on the right, and padding is not computed.
     """
 
     padding = "right"
     all_logits = False
-    fills_up = False
-    most_rows = SEQUENCES
+    computes_padding = False
+    max_rows = MAX_SEQUENCES
 
     def __init__(self, model: Opened, exact: bool, threads: int | None):
         self.model, self.exact = model, exact
@@ -48,15 +48,15 @@ class GgufSession(Session):
 
     def reset(self) -> None:
         self.cache.clear()
-        self.histories: list[list[int]] = []  # tokens of every row
-        self.sequences: list[int] = []  # llama.cpp's number of every row
+        self.histories: list[list[int]] = []  # tokens per row
+        self.sequences: list[int] = []  # llama.cpp's sequence number per row
 
     def select(self, rows: np.ndarray) -> None:
         _check_rows(len(rows))
         kept = {self.sequences[row] for row in rows}
         for sequence in set(self.sequences) - kept:
             self.cache.forget(sequence)
-        free = iter(sorted(set(range(SEQUENCES)) - kept))
+        free = iter(sorted(set(range(MAX_SEQUENCES)) - kept))
         chosen, taken = [], set[int]()
         for row in rows:
             sequence = self.sequences[row]
@@ -82,49 +82,51 @@ class GgufSession(Session):
                     logits[row, column - columns[row, 0]] = self.cache.logits(index)
         return logits
 
-    def likeliest(self, ids: np.ndarray) -> np.ndarray:
-        """As llama.cpp itself chooses."""
+    def argmax_tokens(self, ids: np.ndarray) -> np.ndarray:
+        """Return the tokens that llama.cpp's greedy sampler chooses, int64 ``[batch]``."""
         chosen = np.zeros(len(ids), np.int64)
         wanted = np.zeros(ids.shape, bool)
         wanted[:, -1] = True
         for places in self._passes(ids, np.ones(ids.shape, bool), wanted):
             for index, (row, column) in enumerate(places):
                 if wanted[row, column]:
-                    chosen[row] = self.cache.likeliest(index)
+                    chosen[row] = self.cache.argmax(index)
         return chosen
 
     def _passes(
         self, ids: np.ndarray, kept: np.ndarray, wanted: np.ndarray
     ) -> Iterator[list[tuple[int, int]]]:
-        """Continue every row; after each pass, which row and column of ``ids`` was where in it.
+        """Continue every row. After each pass, yield (row, column) of ``ids`` for its tokens.
 
-        :param kept: bool, the shape of ``ids``: False where it is filled up.
-        :param wanted: of the same shape: where logits are asked for.
+        :param kept: bool, shape of ``ids``, False at padding.
+        :param wanted: bool, shape of ``ids``, True where logits are needed.
         """
         if not self.sequences:
             self.sequences = list(range(len(ids)))
             self.histories = [[] for _ in ids]
         _check_rows(len(self.sequences))
-        self._make_room(int(kept.sum()))
+        self._grow_cache(int(kept.sum()))
         places = [(int(row), int(column)) for row, column in np.argwhere(kept)]
-        for start in range(0, len(places), PASS):
-            part = places[start : start + PASS]
+        for start in range(0, len(places), PASS_TOKENS):
+            part = places[start : start + PASS_TOKENS]
             tokens = []
             for row, column in part:
                 token, history = int(ids[row, column]), self.histories[row]
-                asked = bool(wanted[row, column])
-                tokens.append(Token(token, len(history), self.sequences[row], asked))
+                needs_logits = bool(wanted[row, column])
+                tokens.append(Token(token, len(history), self.sequences[row], needs_logits))
                 history.append(token)
             self._decode(tokens)
             yield part
 
     def _decode(self, tokens: list[Token]) -> None:
         if failed := self.cache.decode(tokens):
-            raise UserError(f"llama.cpp can't continue: llama_decode says {failed}")
+            raise UserError(f"llama.cpp failed: llama_decode returned {failed}")
 
-    def _make_room(self, more: int) -> None:
-        """A cache that holds what will follow, and as much again: what was in the last one is read
-        anew, which takes as long as it did."""
+    def _grow_cache(self, more: int) -> None:
+        """Replace the cache by one of at least twice the needed size, if ``more`` tokens don't fit.
+
+        The tokens of the old cache are computed again.
+        """
         needed = sum(map(len, self.histories)) + more
         if needed <= self.cells:
             return
@@ -137,29 +139,34 @@ class GgufSession(Session):
             for history, sequence in zip(self.histories, self.sequences, strict=True)
             for place, token in enumerate(history)
         ]
-        for start in range(0, len(known), PASS):
-            self._decode(known[start : start + PASS])
+        for start in range(0, len(known), PASS_TOKENS):
+            self._decode(known[start : start + PASS_TOKENS])
 
 
 def _check_rows(count: int) -> None:
-    if count > SEQUENCES:
-        raise UserError(f"llama.cpp: found a batch of {count} rows; at most {SEQUENCES} fit")
+    """Check the number of rows of a batch.
+
+    :raises UserError: if the cache does not have so many sequences.
+    """
+    if count > MAX_SEQUENCES:
+        raise UserError(f"llama.cpp: found a batch of {count} rows; at most {MAX_SEQUENCES} fit")
 
 
 def open_session(
     folder: Path, exact: bool, threads: int | None, device: str = "cpu"
 ) -> GgufSession:
-    """A GGUF folder in llama.cpp, on the CPU.
+    """Load a GGUF folder into a llama.cpp session on the CPU.
 
-    :param exact: the file's numbers in float32 throughout, to compare with torch; with the adapter
-        beside it, if there is one.
-    :raises UserError: if the device is another, or an adapter is to run as deployed: cyllama can't
-        put it beside the products.
+    :param exact: compute in float32, to compare with torch; an unmerged adapter is added to the
+        weights.
+    :param threads: CPU threads.
+    :raises UserError: if the device is not the CPU, or if an unmerged adapter is to run in default
+        mode, which cyllama does not support.
     """
     find_device("gguf", device)
     adapter = folder / ADAPTER_FOLDER / ADAPTER_FILE
     if adapter.is_file() and not exact:
-        raise UserError(f"{adapter}: cyllama can't apply an adapter; llama-cli --lora does")
+        raise UserError(f"{adapter}: cyllama can't apply an adapter; llama-cli --lora can")
     with dense_gguf(folder) as file:
         if not exact:
             return GgufSession(open_model(file), exact, threads)
@@ -170,9 +177,10 @@ def open_session(
 
 
 def write_float32(file: Path, out: Path, adapter: Path | None = None) -> None:
-    """The same numbers as float32, as llama.cpp's own ``gguf`` package reads them.
+    """Write a copy of a GGUF file with float32 weights, dequantized by the ``gguf`` package.
 
-    :param adapter: a LoRA file whose products are added to the weights.
+    :param out: file to write.
+    :param adapter: a LoRA file whose update ``B @ A`` is added to the weights.
     """
     import gguf
 

@@ -1,7 +1,7 @@
-"""ONNX: a graph of standard or fused operators with our codes as its MatMulNBits.
+"""ONNX: a graph of standard or fused operators, with codes in MatMulNBits nodes.
 
-``fused`` is the ONNX Runtime GenAI builder's graph (``fused.py``), ``standard`` torch's
-(``standard.py``); either stores its weights as ``weights.py`` says.
+``fused`` is the graph of ONNX Runtime GenAI's builder (``fused.py``). ``standard`` is traced by
+torch (``standard.py``). Both store weights in the layout of ``weights.py``.
 """
 
 import shutil
@@ -40,7 +40,10 @@ TOKENIZER_FILES = (
 def export(
     merged: Path, folder: Path, options: Export, facts: dict[str, str] | None = None
 ) -> None:
-    """Write the deployment folder of a merged model: graph, external data, GenAI config."""
+    """Write the deployment folder of a merged model: graph, external data, GenAI config.
+
+    :param merged: Hugging Face folder, in the GPTQ layout or with float weights.
+    """
     import onnx
 
     from sqft_export.model.architecture import transformers_config
@@ -71,7 +74,7 @@ def export(
 
 
 def _fix_cache_sizes(graph: Any, decoder: dict[str, Any]) -> None:
-    """Heads and their size as numbers: whoever makes an empty cache need look nowhere else."""
+    """Write head count and head size into the cache shapes, so that a reader can make a cache."""
     for value in (*graph.input, *graph.output):
         if value.name.startswith(("past_key_values.", "present.")):
             dims = value.type.tensor_type.shape.dim
@@ -82,16 +85,16 @@ def _fix_cache_sizes(graph: Any, decoder: dict[str, Any]) -> None:
 
 
 def add_adapter(folder: Path, adapter: Path) -> None:
-    """Put an adapter beside the graph; see ``adapter.py``."""
+    """Add an unmerged adapter to the deployment; see ``adapter.py``."""
     from sqft_export.targets.onnx import adapter as files
 
     files.add_adapter(folder, adapter)
 
 
 def read_back(folder: Path) -> Iterator[tuple[str, Quantized]]:
-    """By module: codes uint8 ``[out, in]``, scale float32 and zero point uint8 ``[out, groups]``.
+    """Yield module and quantized weight, one at a time, from the written file.
 
-    Read from the written file, one at a time.
+    Codes are uint8 ``[out, in]``, scales float32 and zero points uint8 ``[out, groups]``.
     """
     import onnx
 
@@ -101,7 +104,11 @@ def read_back(folder: Path) -> Iterator[tuple[str, Quantized]]:
 
 
 def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """A matrix ``[out, in]`` by its module; vectors and scalars by their initializer."""
+    """Yield name and values of float constants, float32.
+
+    The name of a matrix ``[out, in]`` is its module. Other constants have the name of their
+    initializer.
+    """
     import onnx
 
     from sqft_export.targets.onnx.weights import read_float_weights
@@ -110,7 +117,7 @@ def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def metadata(folder: Path) -> dict[str, str]:
-    """What the graph says of the model it was made from."""
+    """Return the model facts that the graph stores."""
     import onnx
 
     model = onnx.load(folder / MODEL, load_external_data=False)
@@ -120,7 +127,7 @@ def metadata(folder: Path) -> dict[str, str]:
 
 
 def compressed_kernels(folder: Path, scratch: Path) -> set[str]:
-    """The Linears that are MatMulNBits in the graph as ONNX Runtime optimizes it for the CPU."""
+    """Return the modules that read codes in the graph that ONNX Runtime optimizes for the CPU."""
     import onnx
 
     from sqft_export.targets.onnx.weights import product_parts

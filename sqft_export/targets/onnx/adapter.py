@@ -1,4 +1,4 @@
-"""An adapter that is not merged, as optional inputs of the graph."""
+"""Add an unmerged adapter to the graph as optional inputs."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +16,15 @@ from sqft_export.targets.onnx.weights import Rows, head_rows, product_parts, set
 
 
 def add_adapter(folder: Path, adapter: Path) -> None:
-    """Give the graph inputs for low-rank updates, and write the adapter that fills them.
+    """Add inputs for low-rank updates to the graph, and write the adapter with their values.
 
-    ``<linear>.lora_A`` float32 ``[in, rank]`` and ``.lora_B`` ``[rank, out]`` are inputs with an
-    empty default, so that the graph runs without an adapter too; ``adapter.onnx_adapter`` is what
-    ONNX Runtime's ``LoraAdapter`` and GenAI's ``Adapters`` load.
+    The inputs are ``<linear>.lora_A`` float32 ``[in, rank]`` and ``.lora_B`` ``[rank, out]``. Their
+    default is empty, so the graph runs without an adapter too. ONNX Runtime's ``LoraAdapter`` and
+    GenAI's ``Adapters`` load ``adapter.onnx_adapter``.
     """
     model = onnx.load(folder / GRAPHS["onnx"], load_external_data=False)
     updates = _Updates(model.graph, read_low_rank(adapter), head_rows(decoder_of(folder)))
-    set_nodes(model.graph, [new for node in model.graph.node for new in updates.beside(node)])
+    set_nodes(model.graph, [new for node in model.graph.node for new in updates.add_products(node)])
     onnx.save(model, folder / GRAPHS["onnx"])
     (folder / ADAPTER_FOLDER).mkdir()
     stored = ort.AdapterFormat()
@@ -36,10 +36,10 @@ def add_adapter(folder: Path, adapter: Path) -> None:
 
 
 class _Updates:
-    """Products of a low-rank update beside those of the graph.
+    """Low-rank updates of the products of a graph.
 
     low_rank: Linear -> ``A [rank, in]`` and ``B [out, rank]``.
-    parameters: input of the graph -> what the adapter fills it with.
+    parameters: input of the graph -> its value in the adapter.
     """
 
     def __init__(self, graph: Any, low_rank: dict[str, Any], qkv_rows: list[int]):
@@ -47,8 +47,8 @@ class _Updates:
         self.qkv_rows = dict(zip("qkv", qkv_rows, strict=True))
         self.parameters: dict[str, np.ndarray] = {}
 
-    def beside(self, node: Any) -> Iterator[Any]:
-        """The node, and what adds the updates of its Linears to its output."""
+    def add_products(self, node: Any) -> Iterator[Any]:
+        """Yield the node, then the nodes that add the updates of its Linears to its output."""
         yield node
         parts = product_parts(node)
         adapted = [part for part in parts if part.linear in self.low_rank]
@@ -70,22 +70,23 @@ class _Updates:
         yield helper.make_node("Add", [f"{output}/base", *added], [output])
 
     def _add_inputs(self, part: Rows, inputs: int) -> tuple[str, str]:
-        """Names of the inputs for ``A`` and ``B``, turned round as products take them."""
+        """Add inputs for the transposed ``A`` and ``B``, and return their names."""
         keys = f"{part}.lora_A", f"{part}.lora_B"
         for key, array in zip(keys, self._pair(part, inputs), strict=True):
             self.parameters[key] = np.ascontiguousarray(array)
         outputs = self.parameters[keys[1]].shape[1]
-        # A dimension of one name has one size: the runtime reuses memory by it.
+        # One dimension name must mean one size, because the runtime reuses memory by name.
         rank = f"{part}.rank"
         self._add_optional_input(keys[0], [inputs, rank], [inputs, 0])
         self._add_optional_input(keys[1], [rank, outputs], [0, outputs])
         return keys
 
     def _pair(self, part: Rows, inputs: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return ``A.T [in, rank]`` and ``B.T [rank, out]`` of some rows."""
         if part.linear in self.low_rank:
             lora_a, lora_b = self.low_rank[part.linear]
             return lora_a.T, lora_b[part.rows].T
-        # One that has no adapter but is joined with some that have gets one of rank 0.
+        # A Linear without an adapter, in one product with adapted ones, gets an update of rank 0.
         rows = self.qkv_rows[part.linear.rsplit(".", 1)[1][0]]
         return np.zeros((inputs, 0), np.float32), np.zeros((0, rows), np.float32)
 

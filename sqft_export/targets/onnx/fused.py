@@ -1,10 +1,9 @@
-"""The graph that ONNX Runtime's users expect, by the GenAI model builder, with our weights.
+"""The graph of ONNX Runtime GenAI's model builder, with the weights of the merged model.
 
-The builder makes GroupQueryAttention with rotary embedding in it, the key-value cache in and out,
-and ``genai_config.json``. It is given a model whose matrices are empty; each of its products then
-gets the codes of the merged model as ``com.microsoft::MatMulNBits``, or the floats it multiplies
-with. It joins q, k and v into one product and takes gate and up apart where they are one Linear;
-rows are joined and split in the same order.
+The builder writes GroupQueryAttention with rotary embedding, the key-value cache as inputs and
+outputs, and ``genai_config.json``. It gets a model with empty matrices. Each product then gets its
+codes as ``com.microsoft::MatMulNBits``, or its float weights. The builder concatenates q, k and v
+into one product, and splits a Linear that has both gate and up. Rows follow the same order.
 """
 
 import json
@@ -34,45 +33,43 @@ from sqft_export.targets.onnx.weights import (
     set_nodes,
 )
 
-# GroupQueryAttention on CPU rotates only a multiple of so many columns of a head.
+# Columns. GroupQueryAttention on the CPU rotates only a multiple of this number per head.
 FUSED_ROTARY_STEP = 16
 EMBEDDING_NODE = "/model/embed_tokens/Gather"
-JOINED = ("q_proj", "k_proj", "v_proj")
+QKV = ("q_proj", "k_proj", "v_proj")
 SIZED_CACHE = "sliding_window_cache"  # attribute of GroupQueryAttention
 
 
 def build(weights: Weights, folder: Path, data: ExternalData) -> onnx.ModelProto:
-    """The graph, its weights written to ``data``; ``genai_config.json`` and tokenizer too."""
+    """Return the graph. Write weights to ``data``, GenAI config and tokenizer to ``folder``."""
     checkpoint = weights.checkpoint
     configs, built = folder / "configs", folder / "built"
     copy_companions(checkpoint.folder, configs)
     config = deployed_config(transformers_config(checkpoint.config, checkpoint.where).to_dict())
     write_config(configs, float_config(config, "float32"))
     built.mkdir()
-    model = _without_weights(weights, configs, built, builder_class(checkpoint.family, config))
+    model = _build_empty(weights, configs, built, builder_class(checkpoint.family, config))
     _place_products(model.graph, weights, data)
     _place_embedding(model.graph, weights, data)
     document = json.loads((built / GENAI_CONFIG).read_text())
     decoder = document["model"]["decoder"]
-    was_sized = _window(model.graph, window_layers(config))
-    if was_sized:
+    had_sized_cache = _set_windows(model.graph, window_layers(config))
+    if had_sized_cache:
         decoder.pop("sliding_window", None)
     rotary = int(decoder["head_size"] * partial_rotary(config))
     rotates_outside = rotary % FUSED_ROTARY_STEP != 0
     if rotates_outside:
-        _rotary_outside(model, decoder, rotary)
-    if was_sized or rotates_outside:
+        _move_rotary_out(model, decoder, rotary)
+    if had_sized_cache or rotates_outside:
         (built / GENAI_CONFIG).write_text(json.dumps(document, indent=4) + "\n")
-    shutil.copytree(built, folder, dirs_exist_ok=True)  # several chat templates are in a folder
+    shutil.copytree(built, folder, dirs_exist_ok=True)  # several chat templates are a subfolder
     for transient in (configs, built, folder / "cache"):
         shutil.rmtree(transient, ignore_errors=True)
     return model
 
 
-def _without_weights(
-    weights: Weights, configs: Path, built: Path, class_name: str
-) -> onnx.ModelProto:
-    """The builder's graph of an empty model; initializers of matrices are left out of it."""
+def _build_empty(weights: Weights, configs: Path, built: Path, class_name: str) -> onnx.ModelProto:
+    """Return the builder's graph of an empty model, without initializers of matrices."""
     from onnxruntime_genai.models import builder
 
     arguments = ("", str(configs), str(built), "fp32", "cpu", str(built.parent / "cache"))
@@ -87,7 +84,7 @@ def _without_weights(
 
     config, extra = details["hf_config"], details["extra_kwargs"]
     if rope := getattr(config, "rope_parameters", None):
-        rope["type"] = rope["rope_type"]  # where the class of longrope looks
+        rope["type"] = rope["rope_type"]  # the builder's longrope class reads this key
     graph = Graph(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", arguments[-1], options)
     graph.make_model(str(configs))
     graph.make_genai_config(config, extra, str(built))
@@ -106,7 +103,7 @@ def _without_weights(
 
 
 def _place_products(graph: Any, weights: Weights, data: ExternalData) -> None:
-    """Every product of a matrix gets its codes, or its floats as they are."""
+    """Give every matrix product its codes or its float weights."""
     nodes = []
     for node in graph.node:
         parts = parts_of(node.name, weights) if node.op_type == "MatMul" else []
@@ -123,10 +120,11 @@ def _place_products(graph: Any, weights: Weights, data: ExternalData) -> None:
 def _quantized_products(
     graph: Any, weights: Weights, data: ExternalData, node: Any, parts: list[Rows]
 ) -> list[Any]:
+    """Return the nodes that multiply with the codes of some parts, in place of ``node``."""
     x, output = node.input[0], node.output[0]
     if len({weights.kind(part) for part in parts}) == 1:
         return [matmul_nbits(data, graph, weights, parts, x, output, node.name)]
-    # One product can't mix kinds of grid: each Linear gets its own, then they are joined.
+    # One MatMulNBits has one kind of grid. Each Linear gets a separate node; Concat joins outputs.
     outputs = [f"{output}/{part}" for part in parts]
     return [
         *(
@@ -138,7 +136,7 @@ def _quantized_products(
 
 
 def parts_of(node: str, weights: Weights) -> list[Rows]:
-    """What a builder's product multiplies with, as ``/model/layers.0/attn/o_proj/MatMul``."""
+    """Return the rows of a product by its name, such as ``/model/layers.0/attn/o_proj/MatMul``."""
     family = weights.checkpoint.family
     path = (
         node.strip("/").removesuffix("/MatMul").replace("/", ".").replace(".attn.", ".self_attn.")
@@ -146,11 +144,12 @@ def parts_of(node: str, weights: Weights) -> list[Rows]:
     if path in weights.linears:
         return [Rows(path)]
     if path.endswith("self_attn.qkv_proj"):
-        return [Rows(path.removesuffix("qkv_proj") + one) for one in JOINED]
+        return [Rows(path.removesuffix("qkv_proj") + one) for one in QKV]
     return _part_of_joined(path, family, weights)
 
 
 def _part_of_joined(path: str, family: Family, weights: Weights) -> list[Rows]:
+    """Return the rows of a product that is one part of a Linear, such as gate of gate and up."""
     for whole, names in family.joined.items():
         for index, name in enumerate(names):
             if path.endswith(name):
@@ -161,51 +160,52 @@ def _part_of_joined(path: str, family: Family, weights: Weights) -> list[Rows]:
 
 
 def _place_embedding(graph: Any, weights: Weights, data: ExternalData) -> None:
+    """Give the embedding its codes or its float weights."""
     family = weights.checkpoint.family
     node = next(n for n in graph.node if n.name == EMBEDDING_NODE)
-    # The builder ties by turning the head's matrix round.
-    turned = [n for n in graph.node if list(n.output) == [node.input[0]]]
+    # For tied weights the builder transposes the matrix of the head.
+    transposes = [n for n in graph.node if list(n.output) == [node.input[0]]]
     if family.embedding in weights.quantized:
-        for one in turned:
-            graph.node.remove(one)
+        for transpose in transposes:
+            graph.node.remove(transpose)
         head = family.head if weights.checkpoint.tied else None
         quantize_gather(data, graph, weights, node, family.embedding, head)
-    elif turned:
-        turned[0].input[0] = f"{family.head}.weight"
+    elif transposes:
+        transposes[0].input[0] = f"{family.head}.weight"
     else:
         name = f"{family.embedding}.weight"
         node.input[0] = data.add(graph, name, weights.floats([Rows(family.embedding)]))
 
 
-def _window(graph: Any, windows: list[int]) -> bool:
-    """Set the sliding window of every attention, which the builder leaves out of Mistral.
+def _set_windows(graph: Any, windows: list[int]) -> bool:
+    """Set the sliding window of every attention. The builder sets none for Mistral.
 
-    The builder marks windowed layers of Qwen for a cache of the window's size. That cache exists in
-    ONNX Runtime GenAI alone, so it is turned off.
+    The builder marks windowed layers of Qwen for a cache of the window's size. Only ONNX Runtime
+    GenAI has such a cache, so the mark is removed.
 
-    :param windows: of every layer; 0 for full attention.
-    :return: whether such a cache was turned off.
+    :param windows: tokens per layer; 0 for full attention.
+    :return: whether a mark was removed.
     """
     attention = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
-    was_sized = False
+    had_sized_cache = False
     for node, window in zip(attention, windows, strict=True):
         attributes = [a for a in node.attribute if a.name != SIZED_CACHE]
-        was_sized = was_sized or len(attributes) < len(node.attribute)
+        had_sized_cache = had_sized_cache or len(attributes) < len(node.attribute)
         for attribute in attributes:
             if attribute.name == "local_window_size":
                 attribute.i = window or -1
         kept = [onnx.AttributeProto.FromString(a.SerializeToString()) for a in attributes]
         del node.attribute[:]
         node.attribute.extend(kept)
-    return was_sized
+    return had_sized_cache
 
 
-def _rotary_outside(model: Any, decoder: dict[str, Any], rotary: int) -> None:
-    """Rotate queries and keys before each GroupQueryAttention instead of in it.
+def _move_rotary_out(model: Any, decoder: dict[str, Any], rotary: int) -> None:
+    """Rotate queries and keys before each GroupQueryAttention instead of inside it.
 
     Adds ``position_ids`` to the graph's inputs and to the GenAI config.
 
-    :param rotary: columns of a head that are rotated.
+    :param rotary: rotated columns per head.
     """
     partial = {} if rotary == decoder["head_size"] else {"rotary_embedding_dim": rotary}
     graph, sizes = model.graph, head_rows(decoder)

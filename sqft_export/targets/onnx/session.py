@@ -1,4 +1,4 @@
-"""A decoder graph in ONNX Runtime, as deployed or in float32 throughout."""
+"""Run a decoder graph in ONNX Runtime, in its default mode or with float32 activations."""
 
 import re
 from collections.abc import Callable
@@ -18,19 +18,19 @@ from sqft_export.textfiles import read_json
 from sqft_export.untrusted import MAX_ONNX_BYTES, read_bounded
 
 ADAPTER_FILE = "adapter.onnx_adapter"
-FUSED = b"GroupQueryAttention"
+FUSED_OPERATOR = b"GroupQueryAttention"
 CPU_PROVIDER = "CPUExecutionProvider"
-HEADS = ("MatMulNBits", "MatMul", "Gemm")
-WANTED = "wanted_logits"
+LOGIT_OPERATORS = ("MatMulNBits", "MatMul", "Gemm")
+WANTED_INPUT = "wanted_logits"
 CACHE_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-ROOM = 64  # tokens that a cache is given room for at first; then twice as many, and so on
-EXACT_ACCURACY = 1  # float32 activations; as deployed they are int8
+FIRST_SPARE_TOKENS = 64  # initial spare capacity of a cache; it doubles each time it is used up
+FLOAT32_ACCURACY = 1  # accuracy level of float32 activations; the default mode uses int8
 
 
 def decoder_of(folder: Path) -> dict[str, Any]:
-    """What ``genai_config.json`` says of the decoder.
+    """Return the decoder section of ``genai_config.json``.
 
-    :raises UserError: if it says nothing.
+    :raises UserError: if it is missing or has no head count or head size.
     """
     model = read_json(folder / GENAI_CONFIG).get("model")
     decoder = model.get("decoder") if isinstance(model, dict) else None
@@ -42,74 +42,81 @@ def decoder_of(folder: Path) -> dict[str, Any]:
 
 
 def set_accuracy(graph: Any, level: int) -> None:
-    """The same accuracy level on every MatMulNBits."""
+    """Set the accuracy level of every MatMulNBits."""
     for node in graph.node:
         for attribute in node.attribute:
             if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
                 attribute.i = level
 
 
-def _ask_for_logits(graph: Any) -> None:
-    """An input more: of which tokens of every row logits are wanted, int64 ``[batch, n, 1]``."""
+def _add_wanted_input(graph: Any) -> None:
+    """Add an input: the columns that need logits per row, int64 ``[batch, n, 1]``."""
     from onnx import TensorProto, helper
 
     makers = {name: node for node in graph.node for name in node.output}
-    head, passed = makers.get("logits"), set[str]()
-    while head is not None and head.op_type not in HEADS:
+    head, visited = makers.get("logits"), set[str]()
+    while head is not None and head.op_type not in LOGIT_OPERATORS:
         source = head.input[0] if head.input else ""
-        head = None if source in passed else makers.get(source)
-        passed.add(source)
+        head = None if source in visited else makers.get(source)
+        visited.add(source)
     if head is None:
-        raise UserError(f"the graph makes no logits by any of {', '.join(HEADS)}")
+        raise UserError(f"the graph does not compute logits by any of {', '.join(LOGIT_OPERATORS)}")
     wanted = f"{head.input[0]}/wanted"
-    gather = helper.make_node("GatherND", [head.input[0], WANTED], [wanted], batch_dims=1)
+    gather = helper.make_node("GatherND", [head.input[0], WANTED_INPUT], [wanted], batch_dims=1)
     head.input[0] = wanted
     graph.node.insert(list(graph.node).index(head), gather)
-    shape = ["batch_size", WANTED, 1]
-    graph.input.append(helper.make_tensor_value_info(WANTED, TensorProto.INT64, shape))
+    shape = ["batch_size", WANTED_INPUT, 1]
+    graph.input.append(helper.make_tensor_value_info(WANTED_INPUT, TensorProto.INT64, shape))
     logits = next(output for output in graph.output if output.name == "logits")
-    logits.type.tensor_type.shape.dim[1].dim_param = WANTED
+    logits.type.tensor_type.shape.dim[1].dim_param = WANTED_INPUT
 
 
-def _edited(exact: bool, graph: bytes) -> bytes:
+def _edit_graph(exact: bool, graph: bytes) -> bytes:
+    """Return the graph with a ``wanted_logits`` input, and float32 activations if ``exact``."""
     import onnx
 
     model = onnx.load_from_string(graph)
-    _ask_for_logits(model.graph)
+    _add_wanted_input(model.graph)
     if exact:
-        set_accuracy(model.graph, EXACT_ACCURACY)
+        set_accuracy(model.graph, FLOAT32_ACCURACY)
     return model.SerializeToString()
 
 
-def _of_like_lengths(lengths: np.ndarray, pass_tokens: int) -> list[np.ndarray]:
-    """Rows in parts, the longest first; what fills a part up takes no longer than one more pass.
+def _split_by_length(lengths: np.ndarray, pass_tokens: int) -> list[np.ndarray]:
+    """Split a batch into parts of similar lengths, longest first.
 
-    :param lengths: int64 ``[batch]``.
+    The padding of a part takes no longer than one more pass.
+
+    :param lengths: tokens per row, int64 ``[batch]``.
+    :param pass_tokens: padding tokens that take as long as one more pass.
+    :return: rows of each part.
     """
     parts: list[list[int]] = []
-    longest = spare = 0
+    longest = padding = 0
     for row in np.argsort(-lengths, kind="stable").tolist():
-        spare += longest - lengths[row]
-        if not parts or spare > pass_tokens:
-            parts, longest, spare = [*parts, []], lengths[row], 0
+        padding += longest - lengths[row]
+        if not parts or padding > pass_tokens:
+            parts, longest, padding = [*parts, []], lengths[row], 0
         parts[-1].append(row)
     return [np.array(part) for part in parts]
 
 
 class OnnxSession(Session):
-    """A decoder graph with its cache as inputs and outputs, kept in the runtime's memory.
+    """A session of a decoder graph whose cache is inputs and outputs, in the runtime's memory.
 
-    The fused attention fills up on the right: prompts go in parts of like lengths, whose caches are
-    joined. It writes to a cache that has room where it lies. Several tokens after a cache it takes
-    for one row alone: those of more rows go one after the other.
+    The fused attention (GroupQueryAttention) has three constraints:
 
-    :param load: the graph in the runtime; told to, with ``wanted_logits``.
-    :param asked: with them from the start; else as deployed, with logits of every token, until
-        those of some alone are asked for.
+    - It pads on the right. Prompts run in parts of similar lengths, whose caches are joined.
+    - It writes in place to a cache with spare capacity.
+    - It continues a cache by several tokens for one row only. Several rows continue token by token.
+
+    :param load: loads the graph into the runtime; ``load(True)`` adds the ``wanted_logits`` input.
+    :param selects_logits: load with this input at once. Otherwise the graph is unchanged and
+        computes all logits, until a caller requests only some; it is then loaded again.
     """
 
     all_logits = False
-    fills_up = True
+    computes_padding = True
     pass_tokens = 8
 
     def __init__(
@@ -117,10 +124,11 @@ class OnnxSession(Session):
         load: Callable[[bool], Any],
         decoder: dict[str, Any],
         fused: bool,
-        asked: bool,
+        selects_logits: bool,
         adapter: Any = None,
     ):
-        self.load, self.session, self.asked = load, load(asked), asked
+        self.load, self.session = load, load(selects_logits)
+        self.selects_logits = selects_logits
         self.decoder, self.adapter = decoder, adapter
         self.options = ort.RunOptions()
         if adapter is not None:
@@ -132,7 +140,7 @@ class OnnxSession(Session):
         self.presents = [re.sub("^past_key_values", "present", name) for name in self.caches]
         self.padding = "right" if fused else "left"
         on_cpu = self.session.get_providers()[0] == CPU_PROVIDER
-        self.in_place = fused and on_cpu and adapter is None  # bound outputs take no adapter
+        self.in_place = fused and on_cpu and adapter is None  # bound outputs exclude adapters
         self.vocabulary = next(
             output.shape[2] for output in self.session.get_outputs() if output.name == "logits"
         )
@@ -140,11 +148,11 @@ class OnnxSession(Session):
 
     def reset(self) -> None:
         self.past: list[Any] | None = None
-        self.rows: np.ndarray | None = None  # of the cache, that go on
-        self.length, self.room = 0, ROOM
+        self.rows: np.ndarray | None = None  # rows of the cache to continue
+        self.length, self.spare = 0, FIRST_SPARE_TOKENS
 
-    def _room_for(self, batch: int, tokens: int) -> np.ndarray:
-        """Zeros for the keys or the values of a layer: ``[batch, heads, tokens, head_size]``."""
+    def _empty_cache(self, batch: int, tokens: int) -> np.ndarray:
+        """Return zeros for the keys or values of a layer, ``[batch, heads, tokens, head_size]``."""
         heads, size = self.decoder["num_key_value_heads"], self.decoder["head_size"]
         return np.zeros((batch, heads, tokens, size), self.cache_dtype)
 
@@ -156,31 +164,31 @@ class OnnxSession(Session):
     ) -> np.ndarray:
         batch, length = ids.shape
         self.length += length
-        if last and not self.asked:
-            self.session = None  # not beside the other
-            self.session, self.asked = self.load(True), True
+        if last and not self.selects_logits:
+            self.session = None  # free its memory before the second load
+            self.session, self.selects_logits = self.load(True), True
         if mask is None:
             mask = np.ones((batch, self.length), np.int64)
         wanted = last_columns(mask[:, -length:], last)
         if self.padding == "right" and batch > 1:
             if not self.past and last:
-                return self._in_parts(ids, mask, wanted)
+                return self._run_in_parts(ids, mask, wanted)
             if self.past and length > 1:
-                return self._token_by_token(ids, mask, wanted)
+                return self._run_columns(ids, mask, wanted)
         return self._run(ids, mask, wanted)
 
-    def likeliest(self, ids: np.ndarray) -> np.ndarray:
-        """By the logits of every token, as where it is deployed."""
+    def argmax_tokens(self, ids: np.ndarray) -> np.ndarray:
+        """Return the argmax token per row from all logits, as users of the deployment get it."""
         return self.forward(ids)[:, -1].argmax(axis=-1).astype(np.int64)
 
-    def _in_parts(self, ids: np.ndarray, mask: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        """Prompts by their lengths, so that little of what fills them up is computed."""
+    def _run_in_parts(self, ids: np.ndarray, mask: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """Run prompts in parts of similar lengths, so that little padding is computed."""
         lengths = mask.sum(axis=1)
-        parts = _of_like_lengths(lengths, self.pass_tokens)
+        parts = _split_by_length(lengths, self.pass_tokens)
         if len(parts) == 1:
             return self._run(ids, mask, wanted)
-        capacity = ids.shape[1] + (self.room if self.in_place else 0)
-        whole = [self._room_for(len(ids), capacity) for _ in self.caches]
+        capacity = ids.shape[1] + (self.spare if self.in_place else 0)
+        whole = [self._empty_cache(len(ids), capacity) for _ in self.caches]
         logits = np.empty((*wanted.shape, self.vocabulary), np.float32)
         for rows in parts:
             longest, self.past = lengths[rows].max(), None
@@ -191,23 +199,27 @@ class OnnxSession(Session):
         self.past = [ort.OrtValue.ortvalue_from_numpy(joined) for joined in whole]
         return logits
 
-    def _token_by_token(self, ids: np.ndarray, mask: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        """What fills a row up is written behind its last token, where the next one will be."""
-        before = self.length - ids.shape[1]
+    def _run_columns(self, ids: np.ndarray, mask: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """Continue several rows, one column at a time.
+
+        Padding is written to the cache after the last token of a row. The next token overwrites it.
+        """
+        cached = self.length - ids.shape[1]
         logits = np.empty((*wanted.shape, self.vocabulary), np.float32)
         for column in range(ids.shape[1]):
-            seen = mask[:, : before + column + 1].copy()
+            seen = mask[:, : cached + column + 1].copy()
             seen[:, -1] = 1
             step = self._run(ids[:, [column]], seen, np.zeros((len(ids), 1), np.int64))
-            at = np.nonzero(wanted == column)
-            logits[at] = step[at[0], 0]
+            selected = np.nonzero(wanted == column)
+            logits[selected] = step[selected[0], 0]
         return logits
 
     def _run(self, ids: np.ndarray, mask: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """Run the graph once and keep its cache; return the logits of the wanted columns."""
         batch, length = ids.shape
         arrays = {"input_ids": ids, "attention_mask": mask}
-        if self.asked:
-            arrays[WANTED] = wanted[..., None]
+        if self.selects_logits:
+            arrays[WANTED_INPUT] = wanted[..., None]
         if self.wants_positions:
             arrays["position_ids"] = positions_of(mask, length)
         feeds = {
@@ -215,11 +227,11 @@ class OnnxSession(Session):
             for name, array in arrays.items()
         }
         if self.past:
-            self._make_ready(mask.shape[1] - length, mask.shape[1])
+            self._prepare_cache(mask.shape[1] - length, mask.shape[1])
             if self.in_place:
                 return self._run_in_place(feeds)
         past = self.past or [
-            ort.OrtValue.ortvalue_from_numpy(self._room_for(batch, 0)) for _ in self.caches
+            ort.OrtValue.ortvalue_from_numpy(self._empty_cache(batch, 0)) for _ in self.caches
         ]
         feeds |= dict(zip(self.caches, past, strict=True))
         logits, *self.past = self.session.run_with_ort_values(
@@ -227,22 +239,27 @@ class OnnxSession(Session):
         )
         return logits.numpy().astype(np.float32, copy=False)
 
-    def _make_ready(self, cached: int, tokens: int) -> None:
-        """Of the cache the rows that go on, with room for so many tokens where it is written to."""
+    def _prepare_cache(self, cached: int, tokens: int) -> None:
+        """Copy the selected rows of the cache, with more capacity if it is written in place.
+
+        :param cached: tokens in the cache.
+        :param tokens: tokens that it must hold.
+        """
         assert self.past is not None
         batch, _, capacity, _ = self.past[0].shape()
         if self.in_place and capacity < tokens:
-            capacity, self.room = tokens + self.room, 2 * self.room
+            capacity, self.spare = tokens + self.spare, 2 * self.spare
         elif self.rows is None:
             return
         rows = np.arange(batch) if self.rows is None else self.rows
-        for index, cache in enumerate(self.past):  # one at a time: two whole caches take room
-            copy = self._room_for(len(rows), capacity)
+        for index, cache in enumerate(self.past):  # one tensor at a time, to save memory
+            copy = self._empty_cache(len(rows), capacity)
             copy[:, :, :cached] = cache.numpy()[rows, :, :cached]
             self.past[index] = ort.OrtValue.ortvalue_from_numpy(copy)
         self.rows = None
 
     def _run_in_place(self, feeds: dict[str, Any]) -> np.ndarray:
+        """Run the graph with each cache tensor bound as both input and output."""
         assert self.past is not None
         binding = self.session.io_binding()
         binding.bind_output("logits")
@@ -256,9 +273,9 @@ class OnnxSession(Session):
 
 
 def cache_dtype(session: Any) -> Any:
-    """The dtype of a graph's key-value cache.
+    """Return the dtype of a graph's key-value cache.
 
-    :raises UserError: naming the input, if numpy has no such type or there is no cache.
+    :raises UserError: if the graph has no cache, or its type is not float32 or float16.
     """
     caches = [i for i in session.get_inputs() if i.name.startswith("past_")]
     if not caches:
@@ -271,7 +288,7 @@ def cache_dtype(session: Any) -> Any:
 
 
 def has_half_cache(session: Any) -> bool:
-    """Whether the key-value cache of a graph is float16."""
+    """Return whether the key-value cache of a graph is float16."""
     inputs = session.get_inputs()
     return any(i.name.startswith("past_") and i.type == "tensor(float16)" for i in inputs)
 
@@ -279,11 +296,11 @@ def has_half_cache(session: Any) -> bool:
 def open_session(
     folder: Path, exact: bool, threads: int | None, device: str = "cpu"
 ) -> OnnxSession:
-    """An ONNX folder on a device.
+    """Load an ONNX folder into a session.
 
-    :param exact: float32 activations in every MatMulNBits; else as deployed.
-    :param threads: of the CPU.
-    :raises UserError: if the device is not here.
+    :param exact: float32 activations in every MatMulNBits; else the accuracy level of the file.
+    :param threads: CPU threads.
+    :raises UserError: if the device is unavailable.
     """
     provider = CPU_PROVIDER if device == "cpu" else find_device("onnx", device).name
 
@@ -292,13 +309,15 @@ def open_session(
         options.log_severity_level = 3
         if threads:
             options.intra_op_num_threads = threads
-        edit = partial(_edited, exact) if wanted_logits else None
+        edit = partial(_edit_graph, exact) if wanted_logits else None
         session = load_onnx(folder, options, [provider], edit)
         if provider == CPU_PROVIDER and has_half_cache(session):
-            # GenAI's builder names sizes wrongly there: a reused buffer would be too small.
+            # GenAI's builder names sizes of such a graph wrongly; reused buffers are too small.
             options.enable_mem_reuse = False
             session = load_onnx(folder, options, [provider], edit)
-        if session.get_providers()[0] != provider:  # the runtime goes on without, and logs it alone
+        if (
+            session.get_providers()[0] != provider
+        ):  # ONNX Runtime falls back to another provider and only logs it
             raise UserError(f"{folder}: {provider} could not be started; see ONNX Runtime's log")
         return session
 
@@ -306,6 +325,6 @@ def open_session(
     if (file := folder / ADAPTER_FOLDER / ADAPTER_FILE).is_file():
         adapter = ort.LoraAdapter()
         adapter.Load(str(file))
-    fused = FUSED in read_bounded(folder / GRAPHS["onnx"], MAX_ONNX_BYTES)
-    # An exact one is edited in any case, and so asked from the start.
+    fused = FUSED_OPERATOR in read_bounded(folder / GRAPHS["onnx"], MAX_ONNX_BYTES)
+    # An exact session edits the graph anyway, so it selects logits from the start.
     return OnnxSession(load, decoder_of(folder), fused, exact, adapter)

@@ -1,8 +1,8 @@
-"""A graph of standard operators, traced by torch from the Hugging Face model.
+"""Trace a graph of standard operators from the Hugging Face model by torch.
 
-It passes ``onnx.checker`` in full and OpenVINO reads it. Every Linear is one node from the start,
-``MatMulNBits`` where it has codes and ``MatMul`` where not, and its weights are written to the
-data file; torch never sees them.
+The graph passes the full ``onnx.checker``, and OpenVINO reads it. Every Linear is traced as one
+node: ``MatMulNBits`` if it is quantized, else ``MatMul``. Its weights are written directly to the
+data file. torch never loads them.
 """
 
 import inspect
@@ -30,14 +30,14 @@ from sqft_export.targets.onnx.weights import (
 )
 
 OPSET = 21
-GENAI_TYPE = "decoder"  # any decoder, told by its inputs and outputs alone
+GENAI_TYPE = "decoder"  # GenAI's type for any decoder that is described by its inputs and outputs
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class _Product(nn.Module):
-    """Stands for a Linear; its weights are named after it and empty.
+    """A placeholder for a Linear. Its weights are empty and named after the Linear.
 
-    :param number: of this product; the exporter stores equal constants once.
+    :param number: differs per product, because the exporter stores equal constants once.
     """
 
     def __init__(self, name: str, linear: nn.Linear, weights: Weights, number: int):
@@ -74,7 +74,7 @@ class _Product(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """The model with its cache as plain tensors in and out."""
+    """The model with its cache as plain input and output tensors."""
 
     def __init__(self, model: nn.Module, positions: bool):
         super().__init__()
@@ -93,7 +93,7 @@ class _Decoder(nn.Module):
 
 
 def build(weights: Weights, folder: Path, data: ExternalData) -> onnx.ModelProto:
-    """The graph, its weights written to ``data``; ``genai_config.json`` and tokenizer too."""
+    """Return the graph. Write weights to ``data`` and ``genai_config.json`` to ``folder``."""
     model = skeleton(weights.checkpoint, attention=PLAIN_ATTENTION)
     for number, (name, module) in enumerate(list(model.named_modules()), start=1):
         if isinstance(module, nn.Linear):
@@ -107,6 +107,7 @@ def build(weights: Weights, folder: Path, data: ExternalData) -> onnx.ModelProto
 
 
 def _decoder_config(config: Any) -> dict[str, int]:
+    """Return the sizes of the decoder by GenAI's names."""
     heads = config.num_attention_heads
     return {
         "head_size": getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -117,12 +118,13 @@ def _decoder_config(config: Any) -> dict[str, int]:
     }
 
 
-def _names(layers: int, kind: str) -> list[str]:
+def _cache_names(layers: int, kind: str) -> list[str]:
+    """Return the names of the cache tensors, keys and values per layer."""
     return [f"{kind}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
 
 
 def _trace(model: nn.Module, decoder: dict[str, int]) -> onnx.ModelProto:
-    """The graph by torch's exporter; initializers of matrices are left out of it."""
+    """Return the graph by torch's exporter, without initializers of matrices."""
     layers, batch, length, cached = decoder["num_hidden_layers"], 2, 3, 4
     shape = (batch, decoder["num_key_value_heads"], cached, decoder["head_size"])
     past = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(layers)]
@@ -132,8 +134,8 @@ def _trace(model: nn.Module, decoder: dict[str, int]) -> onnx.ModelProto:
         torch.arange(cached, cached + length).repeat(batch, 1),
         past,
     )
-    free = torch.export.Dim.DYNAMIC
-    both, cache = {0: free, 1: free}, {0: free, 2: free}
+    dynamic = torch.export.Dim.DYNAMIC
+    tokens, cache = {0: dynamic, 1: dynamic}, {0: dynamic, 2: dynamic}
     positions = "position_ids" in inspect.signature(model.forward).parameters
     program = torch.onnx.export(
         _Decoder(model, positions).eval(),
@@ -141,9 +143,9 @@ def _trace(model: nn.Module, decoder: dict[str, int]) -> onnx.ModelProto:
         dynamo=True,
         verbose=False,
         opset_version=OPSET,
-        dynamic_shapes=(both, both, both, [(cache, cache) for _ in past]),
-        input_names=[*INPUTS, *_names(layers, "past_key_values")],
-        output_names=["logits", *_names(layers, "present")],
+        dynamic_shapes=(tokens, tokens, tokens, [(cache, cache) for _ in past]),
+        input_names=[*INPUTS, *_cache_names(layers, "past_key_values")],
+        output_names=["logits", *_cache_names(layers, "present")],
     )
     assert program is not None
     initializers = program.model.graph.initializers
@@ -154,7 +156,7 @@ def _trace(model: nn.Module, decoder: dict[str, int]) -> onnx.ModelProto:
 
 
 def _place(graph: Any, weights: Weights, data: ExternalData) -> None:
-    """Weights of every product, and the embeddings, under the names that the trace gave them."""
+    """Write the weights of all products and embeddings, and connect them to the traced nodes."""
     wanted = {name for node in graph.node for name in node.input}
     gathers = {node.input[0]: node for node in graph.node if node.op_type == "Gather"}
     for name in sorted(weights.linears):
@@ -172,6 +174,7 @@ def _place(graph: Any, weights: Weights, data: ExternalData) -> None:
 
 
 def _rename(graph: Any, old: str, new: str) -> None:
+    """Rename a node input everywhere in the graph."""
     for node in graph.node:
         for index, name in enumerate(node.input):
             if name == old:
@@ -181,7 +184,7 @@ def _rename(graph: Any, old: str, new: str) -> None:
 def _write_config(
     config: dict[str, Any], model: nn.Module, decoder: dict[str, int], proto: Any, folder: Path
 ) -> None:
-    """``genai_config.json``, by the names that the graph has."""
+    """Write ``genai_config.json`` with the input and output names of the graph."""
     generation = model.generation_config
 
     def token(name: str) -> Any:
@@ -194,7 +197,7 @@ def _write_config(
         "context_length": context,
         "decoder": _decoder_section(decoder, [i.name for i in proto.graph.input]),
         "eos_token_id": token("eos_token_id"),
-        "pad_token_id": _one(token("pad_token_id"), token("eos_token_id")),
+        "pad_token_id": _pad_token(token("pad_token_id"), token("eos_token_id")),
         "type": GENAI_TYPE,
         "vocab_size": config["vocab_size"],
     }
@@ -211,7 +214,7 @@ def _write_config(
 
 
 def _decoder_section(decoder: dict[str, int], inputs: list[str]) -> dict[str, Any]:
-    """What GenAI is told of the graph: its sizes, and the names of inputs and outputs."""
+    """Return the decoder section of GenAI's config: sizes, and names of inputs and outputs."""
     return {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
         "filename": "model.onnx",
@@ -229,7 +232,8 @@ def _decoder_section(decoder: dict[str, int], inputs: list[str]) -> dict[str, An
     }
 
 
-def _one(pad: Any, end: Any) -> Any:
+def _pad_token(pad: Any, end: Any) -> Any:
+    """Return the padding token, or the first end token if it is missing."""
     if pad is not None:
         return pad
     return end[0] if isinstance(end, list) else end

@@ -1,13 +1,13 @@
-"""The weights of an ONNX deployment: names, MatMulNBits' layout, and the file they are in.
+"""Weights of an ONNX deployment: names, the layout of MatMulNBits, and the data file.
 
-Weights go to ``model.onnx.data`` as they come, so that one layer at a time is in memory:
+Weights are appended to ``model.onnx.data`` one layer at a time, to save memory:
 
     <parts>.B            uint8 [out, blocks, block_size * bits / 8]   low nibble first
-    <parts>.scales       float32 [out, blocks]                        the float16 scales, widened
-    <parts>.zero_points  uint8 [out, ceil(blocks * bits / 8)]         left out where symmetric
+    <parts>.scales       float32 [out, blocks]                        float16 scales as float32
+    <parts>.zero_points  uint8 [out, ceil(blocks * bits / 8)]         omitted if symmetric
 
-``parts`` are the Linears whose rows follow each other, as ``q_proj,k_proj,v_proj`` of a joined
-product; ``gate_up_proj[0:160]`` is a range of rows where one Linear feeds several products.
+``parts`` names the Linears whose rows are concatenated, such as ``q_proj,k_proj,v_proj``. A range
+of rows is written ``gate_up_proj[0:160]``; it is used if one Linear feeds several products.
 """
 
 import re
@@ -30,16 +30,16 @@ from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
 from sqft_export.packed.container import PackedFile
 from sqft_export.packed.folders import packed_file
 
-# Activations in int8, as the builder's own default on CPU.
+# Accuracy level of int8 activations, the builder's default on the CPU.
 DEPLOYED_ACCURACY = 4
-BLOCK_SIZES = (16, 32, 64, 128, 256)  # that MatMulNBits has fast kernels for
-INLINE_BYTES = 1024  # smaller tensors stay in the graph's own file
-DATA_ALIGNMENT = 4096  # of a tensor in the data file, so that it can be mapped
+BLOCK_SIZES = (16, 32, 64, 128, 256)  # sizes with fast MatMulNBits kernels
+INLINE_BYTES = 1024  # smaller tensors stay in the graph file
+DATA_ALIGNMENT = 4096  # bytes; alignment of tensors in the data file, so that they can be mapped
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows ``start`` to ``stop`` of a Linear; all of them if ``stop`` is None."""
+    """Rows ``start`` to ``stop`` of a Linear; all rows if ``stop`` is None."""
 
     linear: str
     start: int = 0
@@ -50,20 +50,23 @@ class Rows:
 
     @classmethod
     def parse(cls, text: str) -> "Rows":
+        """Parse the result of ``str``."""
         found = re.fullmatch(r"(.+)\[(\d+):(\d+)\]", text)
         return cls(found[1], int(found[2]), int(found[3])) if found else cls(text)
 
     @property
     def rows(self) -> slice:
+        """The rows as a slice."""
         return slice(self.start, self.stop)
 
 
 def parts_name(parts: list[Rows]) -> str:
+    """Return the prefix of the tensor names of concatenated parts."""
     return ",".join(map(str, parts))
 
 
 class ExternalData:
-    """Initializers appended to ``model.onnx.data``; small ones stay in the graph."""
+    """Write initializers to ``model.onnx.data``; small ones stay in the graph."""
 
     def __init__(self, file: Path):
         self.file, self.stream = file, file.open("wb")
@@ -75,7 +78,7 @@ class ExternalData:
         self.stream.close()
 
     def add(self, graph: Any, name: str, array: np.ndarray) -> str:
-        """Store an array as an initializer of ``graph``; returns its name."""
+        """Store an array as an initializer of ``graph`` and return its name."""
         array = np.ascontiguousarray(array)
         if array.nbytes < INLINE_BYTES:
             graph.initializer.append(numpy_helper.from_array(array, name))
@@ -99,7 +102,7 @@ class ExternalData:
 
 
 class Weights:
-    """The matrices of a merged model, read one at a time."""
+    """Read the matrices of a merged model, one at a time."""
 
     def __init__(self, merged: Path):
         from sqft_export.model.storage import quantized_names, read_grid, read_quantized
@@ -109,24 +112,24 @@ class Weights:
         self.head = self.checkpoint.family.head
         if self.checkpoint.stored_name(self.head) in self.quantized:
             self.quantized.add(self.head)
-        # The last one is kept: one Linear may feed several products, one after the other.
+        # Cache the last one: consecutive products may use rows of the same Linear.
         self._read = lru_cache(maxsize=1)(partial(read_quantized, self.checkpoint))
         self._grid = partial(read_grid, self.checkpoint)
 
     @cached_property
     def linears(self) -> set[str]:
-        """Modules with a matrix: decoder Linears, embeddings, head."""
+        """Names of the modules with a matrix: decoder Linears, embeddings, head."""
         shapes = self.checkpoint.shapes.items()
         found = {n.removesuffix(".weight") for n, shape in shapes if len(shape) == 2}
         return found | {self.head}
 
     def codes(self, part: Rows) -> tuple[np.ndarray, Grid]:
-        """Codes uint8 ``[out, in]`` and grid of some rows."""
+        """Return codes uint8 ``[out, in]`` and the grid of some rows."""
         codes, grid = self._read(self.checkpoint.stored_name(part.linear))
         return codes[part.rows].numpy(), grid.rows(part.rows)
 
     def floats(self, parts: list[Rows]) -> np.ndarray:
-        """float32 ``[out, in]``, the rows of the parts joined."""
+        """Return the concatenated rows of the parts, float32 ``[out, in]``."""
         found = []
         for part in parts:
             name = self.checkpoint.stored_name(part.linear)
@@ -134,29 +137,34 @@ class Weights:
         return np.concatenate(found) if len(found) > 1 else found[0]
 
     def kind(self, part: Rows) -> tuple[int, int, bool]:
-        """Bits, group size and symmetry; what one MatMulNBits has one of."""
+        """Return bits, group size and symmetry. All parts of a MatMulNBits must share them."""
         grid = self._grid(self.checkpoint.stored_name(part.linear)).rows(part.rows)
         return grid.bits, grid.group_size, grid.symmetric
 
 
 def block_size(inputs: int, group_size: int) -> int:
-    """MatMulNBits' block: the group; of one group a row the largest power of two that divides it.
+    """Return the block size of MatMulNBits for a group size.
 
-    The scale is said again for every block then. A row that none divides is one block, filled up
-    to the next power of two.
+    It is the group size. If a row is one group, it is the largest supported size that divides the
+    row, and every block repeats the scale. If none divides it, the row is one block, padded to the
+    next power of two.
     """
     if group_size < inputs:
         return group_size
-    dividing = [size for size in BLOCK_SIZES if inputs % size == 0]
-    return max(dividing, default=max(16, 1 << (inputs - 1).bit_length()))
+    divisors = [size for size in BLOCK_SIZES if inputs % size == 0]
+    return max(divisors, default=max(16, 1 << (inputs - 1).bit_length()))
 
 
-def _packed_rows(values: np.ndarray, bits: int) -> np.ndarray:
+def _pack_rows(values: np.ndarray, bits: int) -> np.ndarray:
+    """Pack 4-bit values into bytes, low nibble first; return 8-bit values unchanged."""
     return values if bits == 8 else pack_nibbles(values)
 
 
 def block_arrays(layers: list[tuple[np.ndarray, Grid]]) -> tuple[dict[str, np.ndarray], dict]:
-    """Codes, scales and zero points as blocks, and the sizes, of Linears that share their input."""
+    """Return the tensors and attributes of one MatMulNBits for Linears that share their input.
+
+    :param layers: codes uint8 ``[out, in]`` and grid of each.
+    """
     bits, inputs = layers[0][1].bits, layers[0][0].shape[1]
     size = block_size(inputs, layers[0][1].group_size)
     codes = np.concatenate([codes for codes, _ in layers])
@@ -165,13 +173,13 @@ def block_arrays(layers: list[tuple[np.ndarray, Grid]]) -> tuple[dict[str, np.nd
     blocks = -(-inputs // size)
     _, scales, zeros = Quantized(codes, scales, zeros).in_groups(blocks)
     outputs = len(codes)
-    if blocks * size != inputs:  # a short last block is filled with zeros
+    if blocks * size != inputs:  # pad a short last block with codes that mean zero
         padded = np.repeat(zeros, size, axis=1)
         padded[:, :inputs] = codes
         codes = padded
-    arrays = {"B": _packed_rows(codes.reshape(outputs, blocks, size), bits), "scales": scales}
+    arrays = {"B": _pack_rows(codes.reshape(outputs, blocks, size), bits), "scales": scales}
     if not all(grid.symmetric for _, grid in layers):
-        arrays["zero_points"] = _packed_rows(zeros, bits)
+        arrays["zero_points"] = _pack_rows(zeros, bits)
     return arrays, {"K": inputs, "N": outputs, "bits": bits, "block_size": size}
 
 
@@ -184,7 +192,7 @@ def matmul_nbits(
     output: str,
     name: str,
 ) -> Any:
-    """The product of ``x`` with the codes of some parts, their rows joined."""
+    """Return a MatMulNBits node of ``x`` and the concatenated rows of some parts."""
     arrays, sizes = block_arrays([weights.codes(part) for part in parts])
     prefix = parts_name(parts)
     names = [data.add(graph, f"{prefix}.{key}", array) for key, array in arrays.items()]
@@ -202,9 +210,9 @@ def matmul_nbits(
 def quantize_gather(
     data: ExternalData, graph: Any, weights: Weights, node: Any, embedding: str, head: str | None
 ) -> None:
-    """The embedding's Gather reads codes: GatherBlockQuantized, one block a row.
+    """Replace the Gather of an embedding by GatherBlockQuantized, which reads codes.
 
-    :param head: module whose MatMulNBits already holds the same codes, None where it is apart.
+    :param head: module whose MatMulNBits already stores the same codes, or None.
     """
     codes, grid = weights.codes(Rows(embedding))
     rows, columns = codes.shape
@@ -234,7 +242,7 @@ def quantize_gather(
 
 
 def product_parts(node: Any) -> list[Rows]:
-    """The rows that a node of a deployment multiplies with; none if it is no product of weights."""
+    """Return the rows that a node multiplies with; empty if it is not a product with weights."""
     if node.op_type not in ("MatMulNBits", "MatMul"):
         return []
     stem, _, key = node.input[1].rpartition(".")
@@ -242,15 +250,18 @@ def product_parts(node: Any) -> list[Rows]:
 
 
 def set_nodes(graph: Any, nodes: list[Any]) -> None:
+    """Replace all nodes of a graph."""
     fresh = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(fresh)
 
 
 def read_quantized_weights(model: Any, folder: Path) -> Iterator[tuple[str, Quantized]]:
-    """By Linear: codes uint8 ``[out, in]``, scale float32 and zero point uint8 ``[out, groups]``.
+    """Yield module and quantized weight, one at a time.
 
-    :param folder: where its external data is, of which what is asked for is read.
+    Codes are uint8 ``[out, in]``, scales float32 and zero points uint8 ``[out, groups]``.
+
+    :param folder: folder of the external data.
     """
     array = _reader(model, folder)
     for node in model.graph.node:
@@ -269,7 +280,7 @@ def read_quantized_weights(model: Any, folder: Path) -> Iterator[tuple[str, Quan
 
 
 def _reader(model: Any, folder: Path) -> Callable[[str], np.ndarray]:
-    """Reads an initializer by its name, from the data file too, dense or packed."""
+    """Return a function that reads an initializer by name, from the graph or the data file."""
     tensors = {t.name: t for t in model.graph.initializer}
     packed, content = packed_file(folder), np.empty(0, np.uint8)
     if packed is not None:
@@ -277,7 +288,7 @@ def _reader(model: Any, folder: Path) -> Callable[[str], np.ndarray]:
             content = opened.inflate_checked()
 
     def array(name: str) -> np.ndarray:
-        copy = onnx.TensorProto()  # reading external data fills the proto, which then stays
+        copy = onnx.TensorProto()  # reading external data stores it in the proto, so use a copy
         copy.CopyFrom(tensors[name])
         where = {entry.key: entry.value for entry in copy.external_data}
         if not len(content) or "offset" not in where:
@@ -291,7 +302,7 @@ def _reader(model: Any, folder: Path) -> Callable[[str], np.ndarray]:
 
 
 def read_float_weights(model: Any, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """By module, a matrix ``[out, in]``; other float initializers by their name."""
+    """Yield module and matrix ``[out, in]``, then name and values of other float initializers."""
     array = _reader(model, folder)
     matrices = set()
     for node in model.graph.node:
@@ -314,7 +325,7 @@ def read_float_weights(model: Any, folder: Path) -> Iterator[tuple[str, np.ndarr
 
 
 def _split_rows(node: Any, joined: Quantized, model: Any) -> Iterator[tuple[Rows, Quantized]]:
-    """What a joined product holds of each Linear."""
+    """Yield each part of a product with its rows."""
     row, parts = 0, product_parts(node)
     for part in parts:
         count = _rows_of(part, parts, joined, model)
@@ -323,7 +334,7 @@ def _split_rows(node: Any, joined: Quantized, model: Any) -> Iterator[tuple[Rows
 
 
 def _rows_of(part: Rows, parts: list[Rows], joined: Quantized, model: Any) -> int:
-    """Rows of one part of a joined product; what the graph says of its heads tells q from k, v."""
+    """Return the row count of a part. The head counts of the graph give the rows of q, k and v."""
     if len(parts) == 1:
         return len(joined.codes)
     heads = next(
@@ -331,11 +342,12 @@ def _rows_of(part: Rows, parts: list[Rows], joined: Quantized, model: Any) -> in
         for n in model.graph.node
         if n.op_type == "GroupQueryAttention"
     )
-    share = len(joined.codes) // (heads["num_heads"] + 2 * heads["kv_num_heads"])
-    return share * heads["num_heads" if part == parts[0] else "kv_num_heads"]
+    head_size = len(joined.codes) // (heads["num_heads"] + 2 * heads["kv_num_heads"])
+    return head_size * heads["num_heads" if part == parts[0] else "kv_num_heads"]
 
 
 def _read_gather(model: Any, node: Any, array: Callable[[str], np.ndarray]) -> Quantized:
+    """Read the quantized embedding, whose codes may be those of the head."""
     scale, zero = (array(node.input[i]) for i in (2, 3))
     shared = [n.input[0] for n in model.graph.node if list(n.output) == [node.input[0]]]
     codes = array((shared or node.input)[0])
@@ -343,21 +355,22 @@ def _read_gather(model: Any, node: Any, array: Callable[[str], np.ndarray]) -> Q
 
 
 def _read_product(node: Any, array: Callable[[str], np.ndarray]) -> Quantized:
+    """Read the quantized weight of a MatMulNBits."""
     size = {a.name: a.i for a in node.attribute}
     scales = array(node.input[2]).reshape(size["N"], -1)
     stored = array(node.input[1])
-    four = size["bits"] == 4
-    codes = unpack_nibbles(stored, size["block_size"]) if four else stored
+    is_4_bit = size["bits"] == 4
+    codes = unpack_nibbles(stored, size["block_size"]) if is_4_bit else stored
     codes = codes.reshape(size["N"], -1)[:, : size["K"]]
     if len(node.input) > 3 and node.input[3]:
         stored = array(node.input[3]).reshape(size["N"], -1)
-        zeros = unpack_nibbles(stored, scales.shape[1]) if four else stored
+        zeros = unpack_nibbles(stored, scales.shape[1]) if is_4_bit else stored
     else:
         zeros = np.full(scales.shape, 2 ** (size["bits"] - 1), np.uint8)
     return Quantized(codes, scales, zeros)
 
 
 def head_rows(decoder: dict[str, Any]) -> list[int]:
-    """Rows of q, k and v."""
+    """Return the number of rows of q, k and v."""
     keys = decoder["num_key_value_heads"] * decoder["head_size"]
     return [decoder["num_attention_heads"] * decoder["head_size"], keys, keys]
