@@ -20,7 +20,7 @@ from document import finish, table
 from sqft_export.data.items import Data, first_of_every_set, load_tokenizer, stop_ids
 from sqft_export.data.scoring import judge, questions
 from sqft_export.measure.statistics import wilson
-from sqft_export.measure.worker import in_a_process
+from sqft_export.measure.worker import measure_in_process
 from sqft_export.model.storage import load_mask_bits
 from sqft_export.recipe.load import load_recipe
 from sqft_export.recipe.schema import Recipe
@@ -60,7 +60,7 @@ def accuracy(folder: Path, recipe: Recipe) -> tuple[int, int]:
     items = first_of_every_set(Data(recipe, tokenizer).test, recipe.benchmark.items)
     job: dict[str, Any] = {"kind": "openvino", "folder": str(folder), "threads": None}
     job |= {"device": "cpu", "questions": questions(recipe, items, stop_ids(folder, tokenizer))}
-    judged = judge(recipe, items, in_a_process(job), tokenizer)
+    judged = judge(recipe, items, measure_in_process(job), tokenizer)
     return sum(one.right for one in judged), len(judged)
 
 

@@ -1,4 +1,4 @@
-"""The command line.  ``--help`` imports neither torch nor a runtime."""
+"""The command line. ``--help`` imports no torch and no runtime."""
 
 import io
 import itertools
@@ -23,43 +23,72 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeFile = Annotated[Path, typer.Argument(help="recipe, such as recipes/tiny.yaml")]
+RecipeFile = Annotated[Path, typer.Argument(help="recipe file, such as recipes/tiny.yaml")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="settings such as sparsify.sparsity=0.6")
+    list[str] | None,
+    typer.Argument(help="recipe settings to replace, such as sparsify.sparsity=0.6"),
 ]
 ModelPath = Annotated[
-    Path | None, typer.Option(help="local Hugging Face folder in place of the recipe's model")
+    Path | None, typer.Option(help="local Hugging Face folder, instead of the recipe's model")
 ]
-Runs = Annotated[Path, typer.Option(help="where artifacts are kept")]
-Json = Annotated[bool, typer.Option("--json", help="nothing on stdout but one JSON document")]
+Runs = Annotated[Path, typer.Option(help="folder for all artifacts")]
+Json = Annotated[
+    bool, typer.Option("--json", help="print one JSON document on stdout and nothing else")
+]
 
-Deployment = Annotated[Path, typer.Argument(help="a deployment: OpenVINO, ONNX or GGUF folder")]
-LARGEST_OPTION = 2**20
+Deployment = Annotated[Path, typer.Argument(help="deployment: an OpenVINO, ONNX or GGUF folder")]
+MAX_OPTION = 2**20
 Items = Annotated[
-    int, typer.Option(min=1, max=LARGEST_OPTION, help="of the task or windows of the text")
+    int,
+    typer.Option(
+        min=1, max=MAX_OPTION, help="number of items of the task, or of windows of the text"
+    ),
 ]
 Threads = Annotated[
     int | None,
     typer.Option(
         min=1,
         max=4096,
-        help="threads that compute; else OMP_NUM_THREADS, else as many as processors are free",
+        help="compute threads; default: OMP_NUM_THREADS, else the number of idle processors",
     ),
 ]
 Device = Annotated[
-    str, typer.Option("--device", help="cpu, gpu or npu; `list targets` says which are here")
+    str,
+    typer.Option("--device", help="cpu, gpu or npu; `list targets` lists those of this machine"),
 ]
 Kernels = Annotated[
-    str, typer.Option(help="kernels that OpenVINO folders run on: stock,dense,sparse,auto")
+    str,
+    typer.Option(
+        help="kernels for OpenVINO folders: stock, dense, sparse, auto, or several with commas"
+    ),
 ]
-Task = Annotated[str | None, typer.Option(help="answer a dataset too: gsm8k, arc_easy, boolq, ...")]
+Task = Annotated[str | None, typer.Option(help="dataset for accuracy: gsm8k, arc_easy, boolq, ...")]
 LmEval = Annotated[
-    str | None, typer.Option(help="tasks of lm-eval, as hellaswag,mmlu (extra lm-eval)")
+    str | None, typer.Option(help="lm-eval tasks, such as hellaswag,mmlu (extra lm-eval)")
 ]
-IncludePath = Annotated[
-    Path | None, typer.Option(help="folder with lm-eval task files of your own")
+IncludePath = Annotated[Path | None, typer.Option(help="folder with your own lm-eval task files")]
+Out = Annotated[Path, typer.Argument(help="folder to write; it must not exist")]
+Deployments = Annotated[
+    list[Path], typer.Argument(help="deployments; all are compared with the first")
 ]
-Out = Annotated[Path, typer.Argument(help="folder to write; must not exist")]
+PromptLengths = Annotated[str, typer.Option(help="prompt lengths in tokens")]
+NewTokens = Annotated[int, typer.Option(min=2, max=MAX_OPTION, help="generated tokens per prompt")]
+BatchSizes = Annotated[str, typer.Option(help="batch sizes for tokens per second")]
+RuntimeThreads = Annotated[
+    int | None,
+    typer.Option(min=1, max=4096, help="compute threads; default: the runtime's choice"),
+]
+Processors = Annotated[
+    str | None, typer.Option(help="processors that may be used, such as 0,1; default: all")
+]
+Results = Annotated[Path | None, typer.Option(help="folder for results.json and items.jsonl")]
+SweepAxes = Annotated[
+    list[str],
+    typer.Option(
+        "--over",
+        help="setting and its values, such as sparsify.sparsity=0.3,0.5; may be repeated",
+    ),
+]
 
 
 @app.command()
@@ -71,7 +100,10 @@ def run(
     threads: Threads = None,
     json_only: Json = False,
 ) -> None:
-    """Run a recipe to its report; passes already done are skipped."""
+    """Run all passes of a recipe and write its report. Finished passes are not run again.
+
+    Example: sqft-export run recipes/tiny.yaml sparsify.sparsity=0.6
+    """
     from sqft_export.recipe.load import load_recipe
     from sqft_export.report.terminal import run_text
     from sqft_export.run.host import writing_to
@@ -105,7 +137,10 @@ def plan_command(
     threads: Threads = None,
     json_only: Json = False,
 ) -> None:
-    """Check a recipe and show its passes, what is cached, and what each will cost here."""
+    """Check a recipe and predict the time, memory and disk space of each pass on this machine.
+
+    Example: sqft-export plan recipes/tiny.yaml
+    """
     from sqft_export.recipe.load import load_recipe
     from sqft_export.report.text import plan_text
 
@@ -122,13 +157,16 @@ def export(
     recipe: RecipeFile,
     overrides: Overrides = None,
     only: Annotated[
-        str | None, typer.Option(help="openvino, onnx or gguf; default: what the recipe names")
+        str | None, typer.Option(help="openvino, onnx or gguf; default: the targets of the recipe")
     ] = None,
     model_path: ModelPath = None,
     runs: Runs = Path("runs"),
     threads: Threads = None,
 ) -> None:
-    """Write the deployment folders of a recipe; what was trained is not trained again."""
+    """Write the deployment folders of a recipe. Finished passes are not run again.
+
+    Example: sqft-export export recipes/tiny.yaml --only onnx
+    """
     from sqft_export.recipe.load import load_recipe
     from sqft_export.run.host import writing_to
 
@@ -136,7 +174,7 @@ def export(
     loaded = load_recipe(recipe, (*(overrides or ()), *settings), model_path)
     last = tuple(f"export-{target}" for target in loaded.export.targets)
     if not last:
-        raise UserError(f"{loaded.file}: export.targets: is empty; name one with --only")
+        raise UserError(f"{loaded.file}: export.targets: found no target; name one with --only")
     _set_threads(threads, runs / loaded.name)
     from sqft_export.run.pipeline import run_recipe
 
@@ -151,11 +189,11 @@ def export(
 def list_command(
     what: Annotated[
         Literal["targets", "recipes", "families", "methods", "fields"],
-        typer.Argument(help="targets: runtimes and devices of this machine"),
+        typer.Argument(help="what to list; targets are runtimes and devices of this machine"),
     ],
     json_only: Json = False,
 ) -> None:
-    """List targets of this machine, recipes, model families, methods, or fields of a recipe."""
+    """List targets of this machine, recipes, model families, methods, or recipe fields."""
     from sqft_export.plan.catalog import CATALOG
 
     entries = CATALOG[what]()
@@ -168,53 +206,56 @@ def list_command(
 
 @app.command("benchmark")
 def benchmark_command(
-    folders: Annotated[list[Path], typer.Argument(help="deployments, compared with the first")],
-    prompt_tokens: Annotated[str, typer.Option(help="lengths of prompts")] = "32,128,512,2048",
-    new_tokens: Annotated[int, typer.Option(min=2, max=LARGEST_OPTION)] = 32,
-    batch: Annotated[str, typer.Option(help="batch sizes for tokens per second")] = "1,4,16",
+    folders: Deployments,
+    prompt_tokens: PromptLengths = "32,128,512,2048",
+    new_tokens: NewTokens = 32,
+    batch: BatchSizes = "1,4,16",
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="processes per folder")] = 5,
-    threads: Annotated[int | None, typer.Option(min=1, max=4096)] = None,
-    cpus: Annotated[str | None, typer.Option(help="stay on these processors, as 0,1")] = None,
+    threads: RuntimeThreads = None,
+    cpus: Processors = None,
     device: Device = "cpu",
     execution: Kernels = "stock",
     task: Task = None,
-    data: Annotated[Path | None, typer.Option(help="local folder of the task's dataset")] = None,
-    text: Annotated[Path | None, typer.Option(help="a text file, for perplexity")] = None,
+    data: Annotated[Path | None, typer.Option(help="local folder of the dataset")] = None,
+    text: Annotated[Path | None, typer.Option(help="text file for perplexity")] = None,
     lm_eval: LmEval = None,
     include_path: IncludePath = None,
     items: Items = 100,
-    out: Annotated[Path | None, typer.Option(help="folder for results.json, items.jsonl")] = None,
+    out: Results = None,
     json_only: Json = False,
 ) -> None:
-    """Measure deployments on this machine: latency, memory, energy, accuracy."""
-    from sqft_export.measure.deployments import (
-        DeviceSettings,
-        benchmark_folders,
-        questions_of,
-        write_results,
-    )
+    """Measure latency, memory, energy and accuracy of deployments on this machine.
+
+    Example: sqft-export benchmark deployed/openvino deployed/onnx --task arc_easy --items 50
+    """
+    from sqft_export.measure import deployments
     from sqft_export.report.text import deployments_text
 
     lengths, batches = _numbers(prompt_tokens, "--prompt-tokens"), _numbers(batch, "--batch")
-    stay = _numbers(cpus, "--cpus", least=0) if cpus else None
+    allowed_cpus = _numbers(cpus, "--cpus", least=0) if cpus else None
     _check_before_measuring(folders)
-    ways = tuple(dict.fromkeys(execution.split(",")))
-    settings = DeviceSettings(lengths, new_tokens, batches, rounds, threads, stay, device, ways)
-    questions = questions_of(folders[0], task, data, text, items)
-    scored = _by_lm_eval(folders, settings, lm_eval, include_path, items) if lm_eval else {}
-    document = benchmark_folders(folders, settings, questions) | scored
+    kernels = tuple(dict.fromkeys(execution.split(",")))
+    settings = deployments.DeviceSettings(
+        lengths, new_tokens, batches, rounds, threads, allowed_cpus, device, kernels
+    )
+    questions = deployments.questions_of(folders[0], task, data, text, items)
+    scored = _score_with_lm_eval(folders, settings, lm_eval, include_path, items)
+    document = deployments.benchmark_folders(folders, settings, questions) | scored
     if out:
-        write_results(document, out)
+        deployments.write_results(document, out)
     print(json.dumps(document) if json_only else deployments_text(document))
 
 
-def _by_lm_eval(
-    folders: list[Path], settings: Any, tasks: str, include: Path | None, items: int
+def _score_with_lm_eval(
+    folders: list[Path], settings: Any, tasks: str | None, include: Path | None, items: int
 ) -> dict[str, Any]:
-    """What lm-eval says of every folder.
+    """Return the results of lm-eval for every folder; print its warnings on stderr.
 
-    :raises UserError: if lm-eval is not installed, or has no such task.
+    :param tasks: names with commas; None: return an empty document.
+    :raises UserError: if lm-eval is not installed or does not know a task.
     """
+    if not tasks:
+        return {}
     from sqft_export.run.host import installed
 
     if not installed("lm_eval"):
@@ -234,9 +275,11 @@ def _numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text[:1000].split(","))
     except ValueError as error:
-        raise UserError(f"{option}: found {text!r}; numbers with commas are expected") from error
-    if min(numbers) < least or max(numbers) > LARGEST_OPTION:
-        raise UserError(f"{option}: found {text!r}; allowed are {least} to {LARGEST_OPTION}")
+        raise UserError(
+            f"{option}: found {text!r}; expected whole numbers with commas, such as 1,4"
+        ) from error
+    if min(numbers) < least or max(numbers) > MAX_OPTION:
+        raise UserError(f"{option}: found {text!r}; allowed are {least} to {MAX_OPTION}")
     return tuple(dict.fromkeys(numbers))
 
 
@@ -245,7 +288,12 @@ def inspect(
     folder: Deployment,
     json_only: Json = False,
 ) -> None:
-    """Show what a deployment holds: layers, bits, sparsity, bytes, digests, runtimes."""
+    """Show the content of a deployment: layers, bits, sparsity, bytes, digests, runtimes.
+
+    It also prints the code that loads the folder.
+
+    Example: sqft-export inspect deployed/openvino
+    """
     from sqft_export.targets.inspect import inspect_folder, inspection_text
 
     _require_folder(folder)
@@ -255,10 +303,15 @@ def inspect(
 
 @app.command()
 def compare(
-    folders: Annotated[list[Path], typer.Argument(help="runs (runs/tiny) or their reports")],
-    out: Annotated[Path, typer.Option(help="folder for the page")] = Path("runs/comparison"),
+    folders: Annotated[
+        list[Path], typer.Argument(help="at least two runs, such as runs/tiny, or reports")
+    ],
+    out: Annotated[Path, typer.Option(help="folder for the comparison")] = Path("runs/comparison"),
 ) -> None:
-    """Write one page over several runs."""
+    """Compare several runs on one HTML page.
+
+    Example: sqft-export compare runs/tiny runs/other --out comparison
+    """
     from sqft_export.report.runs import compare_runs
     from sqft_export.run.host import writing_to
 
@@ -271,16 +324,18 @@ def compare(
 @app.command()
 def sweep(
     recipe: RecipeFile,
-    over: Annotated[
-        list[str],
-        typer.Option("--over", help="a setting and its values: sparsify.sparsity=0.3,0.5"),
-    ],
+    over: SweepAxes,
     overrides: Overrides = None,
     model_path: ModelPath = None,
     runs: Runs = Path("runs"),
     threads: Threads = None,
 ) -> None:
-    """Run a recipe with every combination of values, then compare; done passes are shared."""
+    """Run a recipe with every combination of values, then compare the runs.
+
+    Passes that do not depend on the values run once.
+
+    Example: sqft-export sweep recipes/tiny.yaml --over quantize.bits=4,8
+    """
     from sqft_export.recipe.load import load_recipe
     from sqft_export.run.host import writing_to
 
@@ -291,7 +346,7 @@ def sweep(
     from sqft_export.plan.checks import check_recipe
     from sqft_export.run.pipeline import run_recipe
 
-    for one in recipes:  # all of them before the first runs
+    for one in recipes:  # check all of them before the first one runs
         check_recipe(one, model_folder(one, download=False))
     reports = []
     for one, settings in zip(recipes, chosen, strict=True):
@@ -301,13 +356,15 @@ def sweep(
     if len(reports) > 1:
         compare(reports, runs / recipes[0].name / "sweep")
     else:
-        print(f"one combination, nothing to compare; report: {reports[0] / 'index.html'}")
+        print(
+            f"found one combination, so there is no comparison; report: {reports[0] / 'index.html'}"
+        )
 
 
 def _combinations(over: list[str]) -> list[tuple[str, ...]]:
     """Return every combination of the values of ``--over path=value,value``.
 
-    :raises UserError: if an axis is not of that form.
+    :raises UserError: if an option does not have that form.
     """
     from sqft_export.recipe.overrides import split_values
 
@@ -326,30 +383,37 @@ def pack_command(
     folder: Deployment,
     out: Out,
     entropy: Annotated[
-        bool, typer.Option("--entropy", help="compress too: smaller, slower to load")
+        bool,
+        typer.Option("--entropy", help="also compress by entropy coding: smaller, slower to load"),
     ] = False,
 ) -> None:
-    """Write a copy of a deployment whose weight file zeros make smaller."""
+    """Write a smaller copy of a deployment that does not store zero weights.
+
+    Example: sqft-export pack deployed/onnx deployed/onnx-packed
+    """
     from sqft_export.packed.folders import pack
     from sqft_export.run.host import writing_to
 
     with writing_to(out):
         sizes = pack(folder, out, entropy)
-    _say_packed(out, sizes)
+    _print_packed(out, sizes)
 
 
 @app.command("unpack")
 def unpack_command(folder: Deployment, out: Out) -> None:
-    """Write the plain folder of a packed one, byte for byte as it was."""
+    """Restore the folder that `pack` read, byte for byte.
+
+    Example: sqft-export unpack deployed/onnx-packed deployed/onnx-restored
+    """
     from sqft_export.packed.folders import unpack
     from sqft_export.run.host import writing_to
 
     with writing_to(out):
         sizes = unpack(folder, out)
-    _say_packed(out, sizes)
+    _print_packed(out, sizes)
 
 
-def _say_packed(out: Path, sizes: dict[str, Any]) -> None:
+def _print_packed(out: Path, sizes: dict[str, Any]) -> None:
     dense, packed = sizes["dense_bytes"], sizes["packed_bytes"]
     print(f"{out}: weights {dense:,} bytes dense, {packed:,} packed ({packed / dense:.1%})")
 
@@ -360,10 +424,15 @@ def specialize_command(
     out: Out,
     execution: Annotated[
         Literal["auto", "sparse", "dense"],
-        typer.Option(help="sparse: from mask and kept codes; dense; auto: the fastest here"),
+        typer.Option(
+            help="kernels: sparse (mask and non-zero codes), dense, or auto (the fastest)"
+        ),
     ] = "sparse",
 ) -> None:
-    """Write a copy of an OpenVINO deployment that runs on this package's kernels."""
+    """Write a copy of an OpenVINO deployment that runs on the kernels of this package.
+
+    Example: sqft-export specialize deployed/openvino deployed/openvino-sparse
+    """
     from sqft_export.packed.execution import specialize
     from sqft_export.run.host import writing_to
 
@@ -376,11 +445,16 @@ def specialize_command(
 
 @app.command("verify")
 def verify_command(
-    folder: Annotated[Path, typer.Argument(help="a run, such as runs/tiny, or a deployment")],
+    folder: Annotated[Path, typer.Argument(help="run, such as runs/tiny, or deployment")],
     threads: Threads = None,
     json_only: Json = False,
 ) -> None:
-    """Derive every digest and line of a certificate again, from the files alone."""
+    """Recompute all digests and re-run every certificate check from the files.
+
+    For a deployment, only the digests of its files are checked.
+
+    Example: sqft-export verify runs/tiny
+    """
     import tempfile
 
     _set_threads(threads)
@@ -391,45 +465,46 @@ def verify_command(
     _require_folder(folder)
     if is_deployment(folder):
         files = require_seal(folder)["files"]
-        done: dict[str, Any] = {"folder": str(folder), "files": len(files)}
-        print(json.dumps(done) if json_only else f"{folder}: {len(files)} files as sealed")
+        found: dict[str, Any] = {"folder": str(folder), "files": len(files)}
+        print(json.dumps(found) if json_only else f"{folder}: {len(files)} files match their seal")
         return
     from sqft_export.verify.certify import certify_again  # imports torch
 
-    # Not in the run: it may be read-only, or its disk full. TMPDIR names another place.
+    # Not in the run, which may be read-only or on a full disk. TMPDIR selects another folder.
     scratch_folder = tempfile.TemporaryDirectory(prefix="sqft-verify-")
     with writing_to(Path(tempfile.gettempdir())), scratch_folder as scratch:
         artifacts, certificate = certify_again(folder, Path(scratch))
     if json_only:
         print(json.dumps(certificate.document()))
     else:
-        print(f"{len(artifacts)} artifacts as sealed")
+        print(f"{len(artifacts)} artifacts match their seals")
         for check in certificate.checks:
             state = "passed" if check.passed else "FAILED"
-            found = f"{check.differing:.3g} of {check.compared:,} {check.unit}"
-            print(f"  {state}  {check.part:8}  {check.name}: {found}")
+            result = f"{check.differing:.3g} of {check.compared:,} {check.unit}"
+            print(f"  {state}  {check.part:8}  {check.name}: {result}")
     certificate.require()
 
 
 def _set_threads(threads: int | None, root: Path | None = None) -> None:
-    """Set how many threads compute, and say so where the machine is busy; torch counts them as it
-    is imported.
+    """Set the number of compute threads; print it on stderr if the machine is busy.
 
-    :param root: of a run that may have been interrupted.
+    Call this before torch is imported, because torch reads the number at import.
+
+    :param root: folder of a run that may have been interrupted.
     """
     from sqft_export.run.launcher import process_count
     from sqft_export.run.processors import set_threads
 
-    if threads is None and process_count() > 1:  # a launcher shares the processors out
+    if threads is None and process_count() > 1:  # a launcher assigns the processors
         return
-    if said := set_threads(threads, root):
-        print(said, file=sys.stderr)
+    if message := set_threads(threads, root):
+        print(message, file=sys.stderr)
 
 
 def _check_before_measuring(folders: list[Path]) -> None:
-    """Say so where the machine is busy.
+    """Print a warning on stderr if the machine is busy.
 
-    :raises UserError: if there is no such folder.
+    :raises UserError: if a folder does not exist.
     """
     import time
 
@@ -440,75 +515,78 @@ def _check_before_measuring(folders: list[Path]) -> None:
     before = sample()
     time.sleep(SAMPLE_SECONDS)
     if found := busy_text(used_by_others(before)):
-        print(f"machine: {found}; latencies are longer than on a quiet one", file=sys.stderr)
+        print(f"machine: {found}; latencies are longer than on an idle machine", file=sys.stderr)
 
 
 def _require_folder(folder: Path) -> None:
     try:
         found = folder.is_dir()
-    except OSError:  # its name is too long
+    except OSError:  # the name is too long
         found = False
     if not found:
         raise UserError(f"{one_line(folder)}: no such folder")
 
 
 class _Terminated(BaseException):
-    """SIGTERM, so that what is half-written is cleaned up like at Ctrl-C."""
+    """Raised on SIGTERM, so that half-written files are removed as on Ctrl-C."""
 
 
 def _terminate(*_: object) -> None:
     raise _Terminated
 
 
-INTERRUPTED = "passes that were done are kept; the same command goes on from there"
+RESUME_HINT = "finished passes are kept; the same command resumes the run"
 
 
 def _run() -> int:
-    """The exit code: 2 for what the user can put right, 3 for what the machine lacks, 4 for damaged
-    files, 5 for a certificate that failed, 130 and 143 when interrupted."""
+    """Run the command and return its exit code.
+
+    2: error of the user. 3: the machine lacks memory, disk or permission. 4: damaged files.
+    5: a certificate failed. 130: Ctrl-C. 143: SIGTERM.
+    """
     from sqft_export.run.host import exhausted_resource
 
     try:
         code = app(standalone_mode=False) or 0
-        return _say(f"interrupted; {INTERRUPTED}", code) if code == 130 else code
+        return _print_error(f"interrupted; {RESUME_HINT}", code) if code == 130 else code
     except UserError as error:
-        return _say(str(error), error.code)
+        return _print_error(str(error), error.code)
     except click.exceptions.Abort:
-        return _say(f"interrupted; {INTERRUPTED}", 130)
+        return _print_error(f"interrupted; {RESUME_HINT}", 130)
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except KeyboardInterrupt:
-        return _say(f"interrupted; {INTERRUPTED}", 130)
+        return _print_error(f"interrupted; {RESUME_HINT}", 130)
     except _Terminated:
-        return _say(f"terminated; {INTERRUPTED}", 143)
-    except BrokenPipeError:  # what reads the output has seen enough
+        return _print_error(f"terminated; {RESUME_HINT}", 143)
+    except BrokenPipeError:  # the reader of the output closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("sqft_export"):
             raise
-        needs = f"{error.name} is not installed, which this command needs"
-        return _say(f"{needs}; pip install 'sqft-export[all]'", 2)
+        message = f"{error.name} is not installed, but this command needs it"
+        return _print_error(f"{message}; pip install 'sqft-export[all]'", 2)
     except (OSError, MemoryError) as error:
         found = exhausted_resource(error, None)
-        return _say(found or f"{getattr(error, 'filename', None) or ''}: {error}", 3)
-    except RuntimeError as error:  # of torch, which raises one for an accelerator's memory
+        return _print_error(found or f"{getattr(error, 'filename', None) or ''}: {error}", 3)
+    except RuntimeError as error:  # torch raises one if an accelerator's memory is exhausted
         if found := exhausted_resource(error, None):
-            return _say(found, 3)
+            return _print_error(found, 3)
         raise
 
 
-def _say(message: str, code: int) -> int:
+def _print_error(message: str, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code
 
 
 def main() -> None:
-    """Entry point: what a user can put right is one message and an exit code, never a traceback."""
+    """Run the command line. Errors of the user print one message and no traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files may be no text
+            stream.reconfigure(errors="backslashreplace")  # file names may be invalid UTF-8
     signal.signal(signal.SIGTERM, _terminate)
     limit_openmp_spinning()
     sys.exit(_run())

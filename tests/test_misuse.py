@@ -91,9 +91,9 @@ def test_an_option_out_of_range_is_one_message(tiny_run, option, value):
 
 def test_the_same_folder_twice_and_a_task_beside_a_text_are_refused(tiny_run):
     folder = str(tiny_run["export-onnx"].path / "model")
-    assert "found one twice" in refused(sqft("benchmark", folder, folder))
+    assert "found the same folder twice" in refused(sqft("benchmark", folder, folder))
     both = sqft("benchmark", folder, "--task", "gsm8k", "--text", "README.md")
-    assert "one of them is asked" in refused(both)
+    assert "only one of them is allowed" in refused(both)
 
 
 def test_a_name_that_is_no_text_is_one_message():
@@ -142,7 +142,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on(tmp_path, number, code):
     process.send_signal(number)
     _, said = process.communicate(timeout=300)
     assert process.returncode == code, said
-    assert "the same command goes on from there" in said and "Traceback" not in said
+    assert "the same command resumes the run" in said and "Traceback" not in said
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -1,1 +1,1 @@
-"""Every latency, accuracy, memory and energy figure."""
+"""Measure and compare the latency, accuracy, memory and energy of models."""

@@ -1,4 +1,4 @@
-"""Prompts of unequal lengths as one batch, filled up as a runtime wants it; needs no torch."""
+"""Group prompts of unequal lengths into padded batches. Needs no torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,35 +7,37 @@ import numpy as np
 
 from sqft_export.targets import Session
 
-ROWS = 64  # of a batch
-CACHED = 2**14  # tokens whose cache a batch may take
-SCORED = 2**9  # tokens of a pass: enough to be fast, few enough to be of like lengths
-PASS_BYTES = 2**28  # of one pass
+MAX_BATCH_ROWS = 64
+MAX_CACHE_TOKENS = 2**14  # tokens of one batch in the key-value cache, padding included
+# Tokens of one pass that scores. A pass of this size is fast. Larger ones mix unequal lengths.
+SCORING_PASS_TOKENS = 2**9
+MAX_LOGIT_BYTES = 2**28  # float32 logits of one pass
 
 
-def batches(
+def split_batches(
     session: Session,
     lengths: list[int],
     order: list[int],
     tokens: int,
     growth: int = 0,
-    wanted: int | None = None,
+    scored_tokens: int | None = None,
 ) -> Iterator[list[int]]:
-    """Indices of every sequence once, in a given order, in batches that fit.
+    """Yield the indices of all sequences, in the given order, in batches that fit into memory.
 
-    :param order: indices; sequences of like lengths should be neighbours.
-    :param tokens: of a batch filled up, growth included.
-    :param growth: tokens that will follow each.
-    :param wanted: tokens of each whose logits are asked for in one pass; None: all.
+    :param order: indices. Sequences of similar lengths should be neighbours.
+    :param tokens: largest number of tokens of a batch, padding and growth included.
+    :param growth: number of tokens that are generated after each sequence.
+    :param scored_tokens: number of tokens per sequence whose logits one pass returns; None: all.
     """
     batch: list[int] = []
     longest = 0
     for index in order:
         rows, longest = len(batch) + 1, max(longest, lengths[index])
-        scored = max(longest if session.all_logits or wanted is None else 0, wanted or 0)
+        every_token = session.all_logits or scored_tokens is None
+        scored = max(longest if every_token else 0, scored_tokens or 0)
         logit_bytes = rows * scored * session.vocabulary * 4
-        fits = rows * (longest + growth) <= tokens and logit_bytes <= PASS_BYTES
-        if batch and (rows > ROWS or not fits):
+        fits = rows * (longest + growth) <= tokens and logit_bytes <= MAX_LOGIT_BYTES
+        if batch and (rows > MAX_BATCH_ROWS or not fits):
             yield batch
             batch, longest = [], lengths[index]
         batch.append(index)
@@ -43,46 +45,56 @@ def batches(
         yield batch
 
 
-def by_length(lengths: list[int]) -> list[int]:
-    """Indices, the shortest first."""
+def sort_by_length(lengths: list[int]) -> list[int]:
+    """Return the indices of ``lengths``, sorted from the shortest to the longest."""
     return sorted(range(len(lengths)), key=lengths.__getitem__)
 
 
 @dataclass
 class Batch:
-    """Sequences side by side.
+    """Padded sequences.
 
-    ids: int64 ``[batch, length]``. mask: int64 of that shape, 0 where filled up.
+    ids: int64 ``[batch, length]``, 0 at padding.
+    mask: int64 ``[batch, length]``, 1 at tokens and 0 at padding.
     """
 
     ids: np.ndarray
     mask: np.ndarray
 
 
-def padded(sequences: list[list[int]], side: str) -> Batch:
-    """:param side: left or right, where shorter ones are filled up."""
+def pad_sequences(sequences: list[list[int]], side: str) -> Batch:
+    """Pad sequences to the longest one.
+
+    :param side: ``left`` or ``right``, the side of the padding.
+    """
     longest = max(map(len, sequences))
     ids = np.zeros((len(sequences), longest), np.int64)
     mask = np.zeros_like(ids)
     for row, sequence in enumerate(sequences):
         count = len(sequence)
-        place = slice(longest - count, None) if side == "left" else slice(count)
-        ids[row, place], mask[row, place] = sequence, 1
+        columns = slice(longest - count, None) if side == "left" else slice(count)
+        ids[row, columns], mask[row, columns] = sequence, 1
     return Batch(ids, mask)
 
 
 def last_logits(session: Session, batch: Batch) -> np.ndarray:
-    """Logits ``[batch, vocabulary]`` after the last token of every sequence, on an empty cache.
+    """Return the logits ``[batch, vocabulary]`` after the last token of every sequence.
 
-    Where shorter ones are filled up on the left, they join when they begin: what is cached before
-    that is another one's, and their mask hides it.
+    The cache is emptied first. With padding on the left, a shorter row joins the batch at the
+    column where it begins. Its padding before that column is not computed. Two rows of 6 and 2
+    tokens can take two passes::
+
+        row 0   a b c d | e f     pass 1: columns 0 to 3 of row 0
+        row 1   . . . . | g h     pass 2: columns 4 and 5 of rows 0 and 1
+
+    A row that joins gets a copy of another row's cache. Its mask hides these entries.
     """
     session.reset()
-    length, firsts = batch.ids.shape[1], batch.mask.argmax(axis=1)
+    length, begins = batch.ids.shape[1], batch.mask.argmax(axis=1)
     start, before = 0, np.empty(0, np.int64)
-    joining = session.padding == "left"
-    for stop in _stops(firsts, length, session.pass_tokens) if joining else [length]:
-        rows = np.flatnonzero(firsts < stop)
+    joins = session.padding == "left"
+    for stop in _pass_ends(begins, length, session.pass_tokens) if joins else [length]:
+        rows = np.flatnonzero(begins < stop)
         if start:
             session.select(np.searchsorted(before, rows).clip(max=len(before) - 1))
         logits = session.forward(batch.ids[rows, start:stop], batch.mask[rows, :stop], 1)
@@ -90,18 +102,20 @@ def last_logits(session: Session, batch: Batch) -> np.ndarray:
     return logits[:, -1]
 
 
-def _stops(firsts: np.ndarray, length: int, pass_tokens: int) -> list[int]:
-    """Where the passes over a batch end, each over those rows that have begun before its end, for
-    the least tokens in all.
+def _pass_ends(begins: np.ndarray, length: int, pass_tokens: int) -> list[int]:
+    """Return the columns at which the passes over a left-padded batch end.
 
-    :param firsts: int64 ``[batch]``, where each row begins; one begins at 0.
-    :param pass_tokens: that a pass counts as, beside its own.
+    A pass computes every row that begins before the end of the pass. The ends minimize the number
+    of computed tokens, plus ``pass_tokens`` per pass (dynamic programming over the columns).
+
+    :param begins: int64 ``[batch]``, the first column of each row. At least one is 0.
+    :param pass_tokens: fixed cost of a pass, in tokens.
     """
-    columns = [*np.unique(firsts).tolist(), length]
-    cost, way = [0] * len(columns), [list[int]()] * len(columns)
+    columns = [*np.unique(begins).tolist(), length]
+    cost, ends = [0] * len(columns), [list[int]()] * len(columns)
     for end, stop in enumerate(columns[1:], 1):
-        rows = int((firsts < stop).sum())
+        rows = int((begins < stop).sum())
         costs = [cost[begin] + pass_tokens + rows * (stop - columns[begin]) for begin in range(end)]
         best = int(np.argmin(costs))
-        cost[end], way[end] = costs[best], [*way[best], stop]
-    return way[-1]
+        cost[end], ends[end] = costs[best], [*ends[best], stop]
+    return ends[-1]

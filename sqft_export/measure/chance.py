@@ -1,15 +1,18 @@
-"""Tests whether a model's accuracy on a task is above that of guessing."""
+"""Test whether a model's accuracy on a task is above that of guessing."""
 
 from typing import Any
 
 from sqft_export.data.items import Item
 
-GUESSING_PERPLEXITY = 1000  # of held-out text; a model that guesses is above
+GUESSING_PERPLEXITY = 1000  # a model whose perplexity on held-out text is higher guesses
 
 
 def chance_accuracy(items: list[Item]) -> float | None:
-    """Accuracy of a model that guesses: 1 over the number of choices, 0 where answers are
-    generated, the mean over sets; None for plain text, which has no answers."""
+    """Return the accuracy of guessing, as the mean over sets.
+
+    An item with choices counts as 1 over the number of choices, an item with a generated answer as
+    0. Returns None for plain text, which has no answers.
+    """
     by_set: dict[str, list[float]] = {}
     for item in items:
         if item.text is not None:
@@ -22,8 +25,11 @@ def chance_accuracy(items: list[Item]) -> float | None:
 
 
 def is_at_chance(row: dict[str, Any]) -> bool:
-    """Whether the accuracy of a row is not significantly above ``chance`` (95 %); for plain text,
-    whether its perplexity is that of a model that guesses."""
+    """Return whether the accuracy of a row is not significantly above ``chance`` (95 %).
+
+    Plain text has no chance accuracy. For it, return whether the perplexity is above
+    ``GUESSING_PERPLEXITY`` or NaN.
+    """
     if row["interval"] is None or row["chance"] is None:
         return not row["perplexity"] <= GUESSING_PERPLEXITY
     return row["interval"][0] <= row["chance"]

@@ -1,5 +1,4 @@
-"""Continue prompts and time a model through the one interface of ``targets.Session``; needs no
-torch."""
+"""Continue prompts and time a model through ``targets.Session``. Needs no torch."""
 
 import time
 from collections.abc import Iterator
@@ -7,20 +6,28 @@ from typing import Any
 
 import numpy as np
 
-from sqft_export.measure.batches import CACHED, batches, by_length, last_logits, padded
+from sqft_export.measure.batches import (
+    MAX_CACHE_TOKENS,
+    last_logits,
+    pad_sequences,
+    sort_by_length,
+    split_batches,
+)
 from sqft_export.measure.stops import Stops
 from sqft_export.targets import Session
 
-DONE = 0.25  # share of a batch that has ended, and the others go on without it
-FEW = 0.125  # share of a batch that is left, and it is not worth a pass of its own
+# Drop the ended rows from the cache once they are this share of its rows.
+DROP_ENDED_SHARE = 0.25
+# Stop a batch once this share of it runs. The rest continues with the rest of other batches.
+MIN_RUNNING_SHARE = 0.125
 
 
 def greedy(
     session: Session, ids: np.ndarray, new_tokens: int
 ) -> Iterator[tuple[np.ndarray, float]]:
-    """Int64 ``[batch]``, the likeliest next token of every row, and the seconds of its pass.
+    """Yield the argmax token of every row, int64 ``[batch]``, and the seconds of its pass.
 
-    :param ids: int64 ``[batch, length]``, the prompts; the first pass is over them.
+    :param ids: int64 ``[batch, length]``, the prompts. The first pass is the prefill.
     """
     session.reset()
     for _ in range(new_tokens):
@@ -33,54 +40,63 @@ def greedy(
 def generate(
     session: Session, prompts: list[list[int]], new_tokens: int, stop: list[int] | Stops
 ) -> list[list[int]]:
-    """Greedy continuation of every prompt, up to ``new_tokens``, before a stop id or after a stop
-    text; prompt and continuation never exceed the context of ``stop``.
+    """Return the greedy continuation of every prompt, at most ``new_tokens`` tokens.
 
-    Prompts of like lengths go together; of a batch only those go on that have not ended, and the
-    few that are left at last wait for those of the other batches, to go on together.
+    A continuation ends before a stop id or after a stop text. Prompt and continuation never exceed
+    the context of ``stop``.
+
+    Prompts of similar lengths share a batch. Rows that end leave their batch. The last few rows of
+    each batch wait and continue in a batch of such rows.
     """
     stops = stop if isinstance(stop, Stops) else Stops(stop)
-    rooms = [stops.room(prompt, new_tokens) for prompt in prompts]
-    said: list[list[int]] = [[] for _ in prompts]
-    waiting = [index for index, room in enumerate(rooms) if room]
+    limits = [stops.max_answer_tokens(prompt, new_tokens) for prompt in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    waiting = [index for index, limit in enumerate(limits) if limit]
     while waiting:
-        lengths = [len(prompts[i]) + len(said[i]) for i in waiting]
-        groups = list(batches(session, lengths, by_length(lengths), CACHED, new_tokens, 1))
-        few = FEW if len(groups) > 1 else 0.0
-        chosen = [[waiting[place] for place in group] for group in groups]
+        lengths = [len(prompts[i]) + len(answers[i]) for i in waiting]
+        order = sort_by_length(lengths)
+        groups = list(split_batches(session, lengths, order, MAX_CACHE_TOKENS, new_tokens, 1))
+        share = MIN_RUNNING_SHARE if len(groups) > 1 else 0.0
+        batches = [[waiting[position] for position in group] for group in groups]
         waiting = [
             index
-            for group in chosen
-            for index in _continue(session, prompts, said, group, rooms, stops, few)
+            for batch in batches
+            for index in _continue_batch(session, prompts, answers, batch, limits, stops, share)
         ]
-    return said
+    return answers
 
 
-def _continue(
+def _continue_batch(
     session: Session,
     prompts: list[list[int]],
-    said: list[list[int]],
+    answers: list[list[int]],
     group: list[int],
-    rooms: list[int],
+    limits: list[int],
     stops: Stops,
-    few: float,
+    min_share: float,
 ) -> list[int]:
-    """Go on with a batch, adding to what each has ``said``; those that were left when they were so
-    ``few`` a share of it."""
-    batch = padded([prompts[i] + said[i] for i in group], session.padding)
+    """Continue a batch greedily and append to ``answers``.
+
+    :param group: indices of the prompts of the batch.
+    :param limits: largest number of answer tokens, for every prompt.
+    :return: the indices that still run once they are at most ``min_share`` of the batch.
+    """
+    batch = pad_sequences([prompts[i] + answers[i] for i in group], session.padding)
     logits, mask = last_logits(session, batch), batch.mask
-    running = np.array(group)  # the prompt of every row of the cache
-    ended = np.zeros(len(group), bool)  # of every row of the cache
+    running = np.array(group)  # the prompt index of every row of the cache
+    ended = np.zeros(len(group), bool)  # for every row of the cache
     while True:
         chosen = logits.argmax(axis=-1).astype(np.int64)
         ended |= np.isin(chosen, stops.ids)
         for row in np.flatnonzero(~ended):
-            said[running[row]].append(int(chosen[row]))
-        ended |= [len(said[i]) == rooms[i] or stops.at_text(said[i]) for i in running]
+            answers[running[row]].append(int(chosen[row]))
+        ended |= [
+            len(answers[i]) == limits[i] or stops.ends_with_stop_text(answers[i]) for i in running
+        ]
         left = running[~ended]
-        if len(left) <= few * len(group):
+        if len(left) <= min_share * len(group):
             return left.tolist()
-        if ended.mean() >= DONE:
+        if ended.mean() >= DROP_ENDED_SHARE:
             rows = np.flatnonzero(~ended)
             session.select(rows)
             mask, running, chosen, ended = mask[rows], running[rows], chosen[rows], ended[rows]
@@ -88,21 +104,22 @@ def _continue(
         logits = session.forward(chosen.reshape(-1, 1), mask, 1)[:, -1]
 
 
-def _seconds(session: Session, ids: np.ndarray, new_tokens: int) -> list[float]:
-    """Of the pass over the prompts and of each later one, greedy."""
+def _pass_seconds(session: Session, ids: np.ndarray, new_tokens: int) -> list[float]:
+    """Return the seconds of the prefill and of each later pass of a greedy decode."""
     return [seconds for _, seconds in greedy(session, ids, new_tokens)]
 
 
 def measure_latency(
     session: Session, prompt: list[int], new_tokens: int, repeats: int
 ) -> dict[str, Any]:
-    """Batch-1 latency after one warm-up round, every sample in milliseconds.
+    """Measure batch-1 latency after one warm-up round. Every sample is in milliseconds.
 
-    TTFT: the forward pass over the prompt and the choice of the first token. TPOT: one forward
-    pass over one token and the choice of the next, over all ``repeats * (new_tokens - 1)``.
+    :return: ``ttft_samples``: one per repeat, the forward pass over the prompt and the argmax of
+        the first token. ``tpot_samples``: ``repeats * (new_tokens - 1)``, each one forward pass
+        over one token and the argmax of the next.
     """
     ids = np.array([prompt], np.int64)
-    _, *rounds = [_seconds(session, ids, new_tokens) for _ in range(repeats + 1)]
+    _, *rounds = [_pass_seconds(session, ids, new_tokens) for _ in range(repeats + 1)]
     return {
         "ttft_samples": [1e3 * seconds[0] for seconds in rounds],
         "tpot_samples": [1e3 * s for seconds in rounds for s in seconds[1:]],
@@ -116,26 +133,27 @@ def profile(
     batches: list[int],
     vocabulary: int,
 ) -> dict[str, Any]:
-    """TTFT at every prompt length, TPOT, tokens per second at every batch size.
+    """Measure TTFT at every prompt length, TPOT, and tokens per second at every batch size.
 
-    The prompts are made of all tokens in turn: what they say has no part in how long it takes.
+    The prompts are synthetic token ids: latency does not depend on their content.
 
-    :return: ``ttft_ms`` and ``tokens_per_second`` by length and batch (as strings), ``tpot_ms`` of
-        every pass, ``passes`` measured in all, times their batch.
+    :return: ``ttft_ms`` by prompt length and ``tokens_per_second`` by batch size (keys are
+        strings), ``tpot_ms`` of every pass, and ``passes``, the number of measured passes, each
+        counted once per row of its batch.
     """
 
     def prompt(length: int, batch: int = 1) -> np.ndarray:
         return np.tile(np.arange(length, dtype=np.int64) * 7 % vocabulary, (batch, 1))
 
-    _seconds(session, prompt(prompt_tokens[0]), 4)
-    first = _seconds(session, prompt(prompt_tokens[0]), new_tokens)
+    _pass_seconds(session, prompt(prompt_tokens[0]), 4)
+    first = _pass_seconds(session, prompt(prompt_tokens[0]), new_tokens)
     ttft = {str(prompt_tokens[0]): [1e3 * first[0]]}
     for length in prompt_tokens[1:]:
-        _seconds(session, prompt(length), 1)  # what is new for this length is made now
-        ttft[str(length)] = [1e3 * _seconds(session, prompt(length), 1)[0]]
+        _pass_seconds(session, prompt(length), 1)  # warm-up: allocations for this length
+        ttft[str(length)] = [1e3 * _pass_seconds(session, prompt(length), 1)[0]]
     rates = {}
     for batch in batches:
-        later = _seconds(session, prompt(prompt_tokens[0], batch), new_tokens)[1:]
+        later = _pass_seconds(session, prompt(prompt_tokens[0], batch), new_tokens)[1:]
         rates[str(batch)] = batch * len(later) / sum(later)
     passes = new_tokens + 2 * (len(prompt_tokens) - 1) + new_tokens * sum(batches)
     return {

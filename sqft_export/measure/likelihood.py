@@ -1,4 +1,4 @@
-"""Likelihoods of given tokens, and all that items are scored by; needs no torch."""
+"""Score target tokens after prompts: log-likelihoods, argmax hits and answers. Needs no torch."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,27 +6,35 @@ from typing import Any
 
 import numpy as np
 
-from sqft_export.measure.batches import SCORED, batches, by_length, last_logits, padded
+from sqft_export.measure.batches import (
+    SCORING_PASS_TOKENS,
+    last_logits,
+    pad_sequences,
+    sort_by_length,
+    split_batches,
+)
 from sqft_export.measure.decode import generate
 from sqft_export.measure.stops import Stops
 from sqft_export.targets import Session
 
-PART = 64  # distributions at once in float64
-LIKE = 8  # tokens by which continuations of a batch may differ in length
-ALIKE = 2  # by which those of one pass may, and it is not worth another pass
+FLOAT64_CHUNK_TOKENS = 64  # distributions that are in float64 at the same time
+LENGTH_BUCKET_TOKENS = 8  # continuations are sorted by length in steps of this size
+MAX_LENGTH_GAP = 2  # tokens; a smaller difference does not justify a second pass
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Return the float64 log-softmax over the last axis."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 @dataclass
-class Scored:
-    """A target after its prompt, and what a pass says of each of its tokens.
+class ScoredTarget:
+    """A target after its prompt, with the scores of its first tokens.
 
-    log_probabilities: float64. first: whether the token is the likeliest.
+    log_probabilities: float64, one per scored token.
+    first: whether the token is the argmax, one per scored token.
     """
 
     target: list[int]
@@ -34,8 +42,10 @@ class Scored:
     first: list[bool] = field(default_factory=list)
 
     def add(self, logits: np.ndarray) -> None:
-        """:param logits: ``[tokens, vocabulary]`` that the next tokens of the target are held
-        against."""
+        """Score the next tokens of the target.
+
+        :param logits: ``[tokens, vocabulary]``, the predictions of these tokens.
+        """
         start = len(self.first)
         expected = np.array(self.target[start : start + len(logits)])
         of_expected = logits[np.arange(len(expected)), expected].astype(np.float64)
@@ -45,30 +55,31 @@ class Scored:
         self.first += (logits.argmax(axis=-1) == expected).tolist()
 
 
-def rows_of(targets: list[list[int]]) -> list[Scored]:
-    """A row for every target that no other one begins with."""
-    rows: list[Scored] = []
+def merge_prefixes(targets: list[list[int]]) -> list[ScoredTarget]:
+    """Keep one row per target. A target that is a prefix of another shares its row."""
+    rows: list[ScoredTarget] = []
     for target in sorted(targets, key=len, reverse=True):
         if not any(row.target[: len(target)] == target for row in rows):
-            rows.append(Scored(target))
+            rows.append(ScoredTarget(target))
     return rows
 
 
 def log_likelihoods(
     session: Session, prompts: list[list[int]], targets: list[list[int]]
 ) -> list[tuple[float, int]]:
-    """Of every target after its prompt: summed log likelihood, and how many tokens rank first.
+    """Return the summed log-likelihood of every target, and how many of its tokens are the argmax.
 
-    Targets of one prompt share the pass over it, and a target that begins another one that one's.
+    Targets with the same prompt share its prefill. A target that is a prefix of another one shares
+    its row.
     """
-    together: dict[tuple[int, ...], list[list[int]]] = {}
+    by_prompt: dict[tuple[int, ...], list[list[int]]] = {}
     for prompt, target in zip(prompts, targets, strict=True):
-        together.setdefault(tuple(prompt), []).append(target)
-    groups = {prompt: rows_of(each) for prompt, each in together.items()}
-    alone = [(list(prompt), rows[0]) for prompt, rows in groups.items() if len(rows) == 1]
-    forked = [(list(prompt), rows) for prompt, rows in groups.items() if len(rows) > 1]
-    _score_alone(session, alone)
-    _score_forked(session, forked)
+        by_prompt.setdefault(tuple(prompt), []).append(target)
+    groups = {prompt: merge_prefixes(each) for prompt, each in by_prompt.items()}
+    single = [(list(prompt), rows[0]) for prompt, rows in groups.items() if len(rows) == 1]
+    shared = [(list(prompt), rows) for prompt, rows in groups.items() if len(rows) > 1]
+    _score_single(session, single)
+    _score_shared(session, shared)
     found = []
     for prompt, target in zip(prompts, targets, strict=True):
         count = len(target)
@@ -77,13 +88,16 @@ def log_likelihoods(
     return found
 
 
-def _score_alone(session: Session, pairs: list[tuple[list[int], Scored]]) -> None:
-    """Prompt and target in one pass; what fills a batch up comes last, where nothing looks."""
+def _score_single(session: Session, pairs: list[tuple[list[int], ScoredTarget]]) -> None:
+    """Score prompts with one target each, prompt and target in one pass.
+
+    Padding is on the right. A causal model does not attend to it, so no mask is needed.
+    """
     sequences = [prompt + row.target[:-1] for prompt, row in pairs]
     lengths = [len(sequence) for sequence in sequences]
-    for indices in batches(session, lengths, by_length(lengths), SCORED):
+    for indices in split_batches(session, lengths, sort_by_length(lengths), SCORING_PASS_TOKENS):
         session.reset()
-        batch = padded([sequences[i] for i in indices], "right")
+        batch = pad_sequences([sequences[i] for i in indices], "right")
         length = batch.ids.shape[1]
         last = length - min(len(pairs[i][0]) for i in indices) + 1
         logits = session.forward(batch.ids, None, last)
@@ -93,35 +107,37 @@ def _score_alone(session: Session, pairs: list[tuple[list[int], Scored]]) -> Non
             row.add(one[start : start + len(row.target)])
 
 
-Forked = tuple[list[int], list[Scored]]  # a prompt and the targets that follow it
+PromptGroup = tuple[list[int], list[ScoredTarget]]  # a prompt and its targets
 
 
-def _score_forked(session: Session, groups: list[Forked]) -> None:
-    """A pass over the prompts, then one over the targets that follow each."""
-    most = session.max_rows
+def _score_shared(session: Session, groups: list[PromptGroup]) -> None:
+    """Score prompts with several targets: one prefill per prompt, then passes over the targets."""
+    max_rows = session.max_rows
     groups = [
-        (prompt, rows[start : start + most])
+        (prompt, rows[start : start + max_rows])
         for prompt, rows in groups
-        for start in range(0, len(rows), most)
+        for start in range(0, len(rows), max_rows)
     ]
     lengths = [len(prompt) for prompt, _ in groups]
     longest = [max(len(row.target) for row in rows) for _, rows in groups]
-    # Both the prompts of a batch and what follows them are filled up to the longest.
-    order = sorted(range(len(groups)), key=lambda i: (longest[i] // LIKE, lengths[i]))
+    # Both the prompts and the continuations of a batch are padded to their longest.
+    order = sorted(
+        range(len(groups)), key=lambda i: (longest[i] // LENGTH_BUCKET_TOKENS, lengths[i])
+    )
     after = max(
         (len(rows) * tokens for (_, rows), tokens in zip(groups, longest, strict=True)), default=0
     )
-    for indices in batches(session, lengths, order, SCORED, 0, after):
-        for part in _split_by_rows([groups[i] for i in indices], most):
+    for indices in split_batches(session, lengths, order, SCORING_PASS_TOKENS, 0, after):
+        for part in _split_by_rows([groups[i] for i in indices], max_rows):
             _score_batch(session, part)
 
 
-def _split_by_rows(groups: list[Forked], most: int) -> list[list[Forked]]:
-    """Consecutive parts of a batch, each with at most ``most`` targets."""
-    parts: list[list[Forked]] = []
-    count = most
+def _split_by_rows(groups: list[PromptGroup], max_rows: int) -> list[list[PromptGroup]]:
+    """Split a batch into consecutive parts with at most ``max_rows`` targets each."""
+    parts: list[list[PromptGroup]] = []
+    count = max_rows
     for group in groups:
-        if count + len(group[1]) > most:
+        if count + len(group[1]) > max_rows:
             parts.append([])
             count = 0
         parts[-1].append(group)
@@ -129,8 +145,9 @@ def _split_by_rows(groups: list[Forked], most: int) -> list[list[Forked]]:
     return parts
 
 
-def _score_batch(session: Session, groups: list[Forked]) -> None:
-    batch = padded([prompt for prompt, _ in groups], session.padding)
+def _score_batch(session: Session, groups: list[PromptGroup]) -> None:
+    """Score a batch of prompts with their targets; the prefill gives each first token's score."""
+    batch = pad_sequences([prompt for prompt, _ in groups], session.padding)
     for (_, rows), logits in zip(groups, last_logits(session, batch), strict=True):
         for row in rows:
             row.add(logits[None])
@@ -140,19 +157,27 @@ def _score_batch(session: Session, groups: list[Forked]) -> None:
         owners += [number] * len(longer)
         continued += longer
     if continued:
-        _score_rest(session, batch.mask[owners], np.array(owners), continued)
+        _score_continuations(session, batch.mask[owners], np.array(owners), continued)
 
 
-def _score_rest(session: Session, mask: np.ndarray, owners: np.ndarray, rows: list[Scored]) -> None:
-    """What follows the prompts; where filling up costs, in passes that half of the rows end with
-    and the others go on without them."""
+def _score_continuations(
+    session: Session, mask: np.ndarray, owners: np.ndarray, rows: list[ScoredTarget]
+) -> None:
+    """Score the targets' tokens after their first, on the cache of the prompts.
+
+    If the session computes padding (``computes_padding``) and lengths differ much, each pass ends at the
+    median length. Rows that are complete then leave the batch.
+
+    :param mask: int64 ``[rows, cached]``.
+    :param owners: int64 ``[rows]``, the cache row of each target's prompt.
+    """
     start = 0
     while rows:
         session.select(owners)
         lengths = np.array([len(row.target) - 1 for row in rows])
-        half, longest = np.sort(lengths)[[len(lengths) // 2, -1]]
-        stop = half if session.computes_padding and longest - half > ALIKE else longest
-        part = padded([row.target[start:-1][: stop - start] for row in rows], "right")
+        median, longest = np.sort(lengths)[[len(lengths) // 2, -1]]
+        stop = median if session.computes_padding and longest - median > MAX_LENGTH_GAP else longest
+        part = pad_sequences([row.target[start:-1][: stop - start] for row in rows], "right")
         mask = np.concatenate([mask, part.mask], axis=1)
         for one, real, row in zip(session.forward(part.ids, mask), part.mask, rows, strict=True):
             row.add(one[real == 1])
@@ -171,29 +196,34 @@ def _summary(found: list[tuple[float, int]], targets: list[list[int]]) -> dict[s
 def likelihood(
     session: Session, prompts: list[list[int]], targets: list[list[int]]
 ) -> dict[str, float]:
-    """Perplexity of the targets after their prompts, and the share of their tokens ranked first."""
+    """Return the perplexity of the targets and the share of their tokens that are the argmax."""
     return _summary(log_likelihoods(session, prompts, targets), targets)
 
 
 def score(session: Session, questions: dict[str, Any]) -> dict[str, Any]:
-    """Answer ``scoring.questions``: perplexity, generated ids, log likelihood of every choice."""
+    """Run the requests of ``scoring.questions``.
+
+    :return: ``perplexity`` and ``token_accuracy`` of the targets, ``answers`` (generated ids), and
+        ``likelihoods``, the log-likelihood of every choice.
+    """
     prompts, targets = questions["prompts"], questions["targets"]
     found = log_likelihoods(
         session, prompts + questions["contexts"], targets + questions["continuations"]
     )
     result: dict[str, Any] = _summary(found[: len(prompts)], targets)
     result["likelihoods"] = [total for total, _ in found[len(prompts) :]]
-    stops = Stops.of_questions(questions)
+    stops = Stops.from_questions(questions)
     result["answers"] = generate(session, questions["asked"], questions["max_new_tokens"], stops)
     return result
 
 
 def distributions(session: Session, sequences: list[list[int]]) -> np.ndarray:
-    """Logarithms of the next-token distribution after every token: float32 ``[tokens, vocab]``."""
+    """Return the next-token log-probabilities after every token: float32 ``[tokens, vocab]``."""
     rows = []
     for ids in sequences:
         session.reset()
         logits = session.forward(np.array([ids], np.int64))[0]
-        parts = (logits[start : start + PART] for start in range(0, len(ids), PART))
-        rows += [log_softmax(part).astype(np.float32) for part in parts]
+        for start in range(0, len(ids), FLOAT64_CHUNK_TOKENS):
+            chunk = logits[start : start + FLOAT64_CHUNK_TOKENS]
+            rows.append(log_softmax(chunk).astype(np.float32))
     return np.concatenate(rows)

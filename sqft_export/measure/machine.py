@@ -1,4 +1,4 @@
-"""What a number was measured on, and what the process that measured took."""
+"""Describe the machine of a measurement; read energy and memory counters."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "as
 
 
 def machine_facts() -> dict[str, Any]:
-    """Processor, its vector features, cores, memory, operating system."""
+    """Return processor, vector extensions, cores, memory, operating system and Python version."""
     fields: dict[str, str] = {}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -31,17 +31,19 @@ def machine_facts() -> dict[str, Any]:
 
 
 def energy_joules(device: str = "cpu") -> float | None:
-    """Energy that a device has used since some moment; None where the machine does not tell.
+    """Return the energy counter of a device in joules; None if it cannot be read.
 
-    :param device: gpu: all NVIDIA GPUs, by NVML where nvidia-ml-py is installed; else the processor
-        packages, by RAPL.
+    Only differences of two readings have a meaning.
+
+    :param device: ``gpu``: all NVIDIA GPUs through NVML (needs nvidia-ml-py). Else: the processor
+        packages through RAPL.
     """
     if device == "gpu":
         return _gpu_joules()
     counters = sorted(Path("/sys/class/powercap").glob("intel-rapl:[0-9]/energy_uj"))
     try:
         return sum(int(counter.read_text()) for counter in counters) / 1e6 if counters else None
-    except PermissionError:  # root alone may read it
+    except PermissionError:  # only root may read it
         return None
 
 
@@ -54,12 +56,12 @@ def _gpu_joules() -> float | None:
         pynvml.nvmlInit()
         gpus = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
         return sum(map(pynvml.nvmlDeviceGetTotalEnergyConsumption, gpus)) / 1e3
-    except pynvml.NVMLError:  # no driver, or a GPU that does not count
+    except pynvml.NVMLError:  # no driver, or a GPU without an energy counter
         return None
 
 
 def _status(field: str) -> int | None:
-    """Bytes that the kernel tells of this process; None where it has no such file."""
+    """Return a field of /proc/self/status in bytes; None if the file does not exist."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -68,11 +70,11 @@ def _status(field: str) -> int | None:
 
 
 def peak_memory() -> int:
-    """Peak resident bytes of this process since it was started."""
-    # Not ru_maxrss where it can be helped: Linux carries the parent's peak over into it.
+    """Return the peak resident bytes of this process since its start."""
+    # ru_maxrss is the fallback only: on Linux it includes the peak of the parent process.
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def memory_now() -> int:
-    """Resident bytes of this process."""
+    """Return the current resident bytes of this process."""
     return _status("VmRSS") or peak_memory()

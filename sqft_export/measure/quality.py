@@ -1,7 +1,7 @@
-"""KL divergence and perplexity of the model that a pass leaves, on a small held-out sample.
+"""Measure KL divergence and perplexity of the model after a pass, on a small held-out sample.
 
-Every model runs in float32 with one module's weights in memory. The sample is a few test items. The
-distributions that predict the tokens of their targets are compared.
+Every model runs in float32 with the weights of one module in memory. The sample is a few test
+items. The distributions that predict their target tokens are compared.
 """
 
 import json
@@ -27,13 +27,17 @@ from sqft_export.recipe.schema import Recipe
 from sqft_export.run.artifact import SEAL, key_of
 
 SAMPLED_ITEMS = 8
-TARGET_TOKENS = 64  # of an item, at most
-SEQUENCE_TOKENS = 256  # of an item with its prompt, whose first tokens go
+MAX_TARGET_TOKENS = 64  # per item
+MAX_SEQUENCE_TOKENS = 256  # per item, prompt and target; the prompt is cut at its beginning
 
 
 @dataclass(frozen=True)
 class SampledItem:
-    """ids: a prompt and its target, cut. count: how many of the last ids are the target."""
+    """A prompt with its target, cut to the limits above.
+
+    ids: token ids of prompt and target.
+    count: number of ids at the end that are the target.
+    """
 
     ids: list[int]
     count: int
@@ -41,9 +45,10 @@ class SampledItem:
 
 @dataclass(frozen=True)
 class PassModel:
-    """The model that a pass leaves.
+    """The model after a pass.
 
-    base: its weights, masks and grids. adapter: folder of what tuning adds to it, or None.
+    base: its weights, masks and grids.
+    adapter: folder of the adapter that is added to them, or None.
     """
 
     base: Base
@@ -51,24 +56,24 @@ class PassModel:
 
 
 def held_out_sample(recipe: Recipe, model: Path) -> list[SampledItem]:
-    """A few items of the test split, evenly spread, tokenized by the base model's tokenizer."""
+    """Return evenly spread items of the test split, tokenized by the base model's tokenizer."""
     tokenizer = load_tokenizer(model)
     _, items = sampled(recipe, tokenizer, "test", SAMPLED_ITEMS)
     found = []
     for item in items[:SAMPLED_ITEMS]:
-        target = item.target[:TARGET_TOKENS]
-        found.append(SampledItem((item.prompt + target)[-SEQUENCE_TOKENS:], len(target)))
+        target = item.target[:MAX_TARGET_TOKENS]
+        found.append(SampledItem((item.prompt + target)[-MAX_SEQUENCE_TOKENS:], len(target)))
     return found
 
 
 class _EffectiveWeights(Mapping[str, Tensor]):
-    """Every weight that a model computes with, in float32, read on access."""
+    """Maps parameter names to effective float32 weights, which are read on access."""
 
     def __init__(self, model: PassModel):
         self.layers = Layers(model.base, model.adapter)
         self.checkpoint = self.layers.checkpoint
-        beside = model.adapter if model.base.unmerged else None
-        self.beside = read_low_rank(beside) if beside else {}
+        unmerged = model.adapter if model.base.unmerged else None
+        self.low_rank = read_low_rank(unmerged) if unmerged else {}
 
     def __getitem__(self, name: str) -> Tensor:
         module, _, parameter = name.rpartition(".")
@@ -79,8 +84,8 @@ class _EffectiveWeights(Mapping[str, Tensor]):
             return fake_quantize(weight, grid) if grid else weight
         layer, update = self.layers.layer(module)
         weight = layer.effective_weight(update)
-        if module in self.beside:
-            lora_a, lora_b = map(torch.from_numpy, self.beside[module])
+        if module in self.low_rank:
+            lora_a, lora_b = map(torch.from_numpy, self.low_rank[module])
             weight = weight + lora_b @ lora_a
         return weight
 
@@ -95,9 +100,9 @@ class _EffectiveWeights(Mapping[str, Tensor]):
 def target_distributions(
     model: PassModel, sample: list[SampledItem], device: torch.device
 ) -> np.ndarray:
-    """Logarithms of the distributions that predict the targets: float32 ``[tokens, vocabulary]``.
+    """Return the log-probabilities that predict the targets: float32 ``[tokens, vocabulary]``.
 
-    Shorter items are padded on the right, where a causal model does not look.
+    Shorter items are padded on the right, where a causal model does not attend.
     """
     weights = _EffectiveWeights(model)
     streamed = streamed_model(weights.checkpoint, weights, device)
@@ -113,7 +118,7 @@ def target_distributions(
 
 
 def perplexity_of(distributions: np.ndarray, sample: list[SampledItem]) -> float:
-    """Perplexity of the targets; infinite or NaN where the model's distributions are."""
+    """Return the perplexity of the targets; infinite or NaN if the log-probabilities are."""
     targets = [token for item in sample for token in item.ids[-item.count :]]
     mean = float(distributions[np.arange(len(targets)), targets].astype(np.float64).mean())
     return math.exp(-mean) if mean > -700 else math.nan if math.isnan(mean) else math.inf
@@ -122,7 +127,7 @@ def perplexity_of(distributions: np.ndarray, sample: list[SampledItem]) -> float
 def compare_quality(
     before: np.ndarray, after: np.ndarray, sample: list[SampledItem]
 ) -> dict[str, Any]:
-    """KL divergence from the model before in nats per token, and both perplexities."""
+    """Return the KL divergence from the earlier model (nats per token) and both perplexities."""
     found = agreement(before, after)
     return {
         "items": len(sample),
@@ -135,11 +140,12 @@ def compare_quality(
 
 
 def quality_file(root: Path, name: str, key: str) -> Path:
+    """Return the path of the record of a pass ``name`` with the artifact key ``key``."""
     return root / f"quality-{name}-{key[:16]}.json"
 
 
 def write_quality(file: Path, record: dict[str, Any]) -> None:
-    """Write a record with its seal, then move it into place."""
+    """Write a record with its seal to a temporary file, then rename it to ``file``."""
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(record | {SEAL: key_of(record)}, indent=2) + "\n")
     partial.rename(file)
@@ -148,7 +154,7 @@ def write_quality(file: Path, record: dict[str, Any]) -> None:
 def read_quality(file: Path) -> dict[str, Any] | None:
     """Read a record; None if the file is missing.
 
-    :raises DamagedError: if it is not as it was written.
+    :raises DamagedError: if the seal does not match the content.
     """
     if not file.is_file():
         return None

@@ -1,4 +1,4 @@
-"""One row of a table: what stands in it, and how right its answers are."""
+"""Rows of the benchmark table: model, size, latency, accuracy."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +9,11 @@ from sqft_export.measure.statistics import mcnemar, mean_interval, percentiles
 from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.targets.folder import kind_of
 
-# Targets, and how rows of their deployments begin.
+# For every target, the first words of the names of its deployments' rows.
 TITLES = {"openvino": "OpenVINO", "onnx": "ONNX Runtime", "gguf": "llama.cpp"}
-DEPLOYED = tuple(TITLES.values())
+DEPLOYMENT_ROWS = tuple(TITLES.values())
 DENSE = "dense base"
-MADE = ("merged", *DEPLOYED)  # rows of a model that is to live on the target
+FINAL_ROWS = ("merged", *DEPLOYMENT_ROWS)  # the merged model and its deployments
 MODEL_FILES = (
     *("*.safetensors", "*.bin", "*.xml", "*.onnx", "*.data", "*.onnx_adapter", "*.gguf"),
     "*.sqft",
@@ -24,9 +24,9 @@ MODEL_FILES = (
 class Row:
     """One line of the table.
 
-    kind: torch, adapted, openvino, onnx or gguf: how the worker opens it.
+    kind: torch, adapted, openvino, onnx or gguf; selects how the worker opens the folder.
     stored: files and folders whose model files count as its size.
-    sparsity: share of zero weights in the decoder Linears.
+    sparsity: share of zero weights in the decoder's Linears, 0 to 1.
     device: cpu, gpu or npu.
     """
 
@@ -39,7 +39,7 @@ class Row:
 
 
 def stored_bytes(paths: tuple[Path, ...]) -> int:
-    """Bytes of the model files: weights and graphs, without tokenizers and configs."""
+    """Return the bytes of all model files: weights and graphs, no tokenizers or configs."""
     files = {file for path in paths for file in _model_files(path)}
     return sum(file.stat().st_size for file in files)
 
@@ -49,7 +49,7 @@ def _model_files(path: Path) -> list[Path]:
         return [path]
     checkpoint = TensorFiles(path)
     if (path / "config.json").is_file() and checkpoint.exists and kind_of(path) == "torch":
-        # What is loaded: a folder may hold the same weights in another form too.
+        # Only the files that are loaded: the folder may hold the weights in a second format.
         grids = path.glob("grids*.safetensors")
         return [*(path / name for name in checkpoint.shards), *grids]
     found = [file for pattern in MODEL_FILES for file in path.glob(pattern)]
@@ -57,7 +57,7 @@ def _model_files(path: Path) -> list[Path]:
 
 
 def latency_row(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """TTFT and TPOT over all processes of a row: medians, 10th and 90th percentiles."""
+    """Return the median, 10th and 90th percentile of TTFT and TPOT over all processes of a row."""
     row = {}
     for figure in ("ttft", "tpot"):
         samples = [sample for run in runs for sample in run[f"{figure}_samples"]]
@@ -69,11 +69,12 @@ def latency_row(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 def accuracy_row(
     judged: list[Judged], result: dict[str, Any], first_right: list[bool]
 ) -> dict[str, Any]:
-    """Accuracy with its 95 % interval, by set, and the chance that it is the first row's.
+    """Return the accuracy with its 95 % interval, per set, and compared with the first row.
 
-    :param judged: nothing for plain text, whose accuracy is of tokens and has no interval.
+    :param judged: empty for plain text, whose accuracy counts tokens and has no interval.
     :param result: of ``likelihood.score``.
-    :param first_right: what the first row answered right.
+    :param first_right: whether the first row answered each item right.
+    :return: ``p_same_as_first`` is the p-value of McNemar's test.
     """
     right = [answer.right for answer in judged]
     by_set: dict[str, list[bool]] = {}
@@ -89,7 +90,7 @@ def accuracy_row(
 
 
 def answer_entry(judged: Judged) -> dict[str, Any]:
-    """One answered item, as ``items.jsonl`` has it."""
+    """Return the line of ``items.jsonl`` for one answered item."""
     item = judged.item
     return {
         "set": item.source,

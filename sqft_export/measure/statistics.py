@@ -1,4 +1,4 @@
-"""Percentiles, intervals and tests for what is measured; numpy and the standard library alone."""
+"""Percentiles, confidence intervals and tests. Needs only numpy and the standard library."""
 
 import math
 from statistics import NormalDist
@@ -9,24 +9,27 @@ CONFIDENCE = 0.95
 RESAMPLES = 2000
 
 
-def percentiles(samples: list[float], *wanted: float) -> list[float]:
-    """The wanted percentiles, linear between samples."""
-    return [float(p) for p in np.percentile(np.array(samples), wanted)]
+def percentiles(samples: list[float], *percents: float) -> list[float]:
+    """Return the requested percentiles (0 to 100), interpolated linearly between samples."""
+    return [float(p) for p in np.percentile(np.array(samples), percents)]
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """Interval of a share, ``right`` of ``count`` (Wilson 1927), at 95 %."""
+    """Return the 95 % score interval of the share ``right / count`` (Wilson 1927)."""
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     share, spread = right / count, z * z / count
     middle = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / count / 4)
-    # Rounding may cross an end, or leave the share itself out of its interval there.
+    # Rounding may move a bound past 0 or 1, or exclude the share itself.
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def mean_interval(right: list[int], counts: list[int]) -> tuple[float, float]:
-    """Interval of the mean of several sets' shares, at 95 %: Wilson's of each, put together as
-    MOVER does (Zou and Donner 2008). Of one set it is Wilson's."""
+    """Return the 95 % interval of the mean of several sets' shares.
+
+    Combines the Wilson intervals of the sets by MOVER (Zou and Donner 2008). For a single set this
+    is the Wilson interval.
+    """
     shares = [r / n for r, n in zip(right, counts, strict=True)]
     bounds = [wilson(r, n) for r, n in zip(right, counts, strict=True)]
     mean = sum(shares) / len(shares)
@@ -36,9 +39,9 @@ def mean_interval(right: list[int], counts: list[int]) -> tuple[float, float]:
 
 
 def mcnemar(one: list[bool], other: list[bool]) -> float:
-    """Two-sided exact p-value that two models answer the same items equally well.
+    """Return the two-sided exact p-value that two models answer the same items equally well.
 
-    Only items that one gets right and the other wrong count (McNemar 1947, exact binomial).
+    Only items that exactly one of them answers right count (McNemar 1947, exact binomial).
     """
     better = sum(a and not b for a, b in zip(one, other, strict=True))
     worse = sum(b and not a for a, b in zip(one, other, strict=True))
@@ -50,9 +53,10 @@ def mcnemar(one: list[bool], other: list[bool]) -> float:
 
 
 def bootstrap_ratio(one: list[float], other: list[float], seed: int = 0) -> tuple[float, float]:
-    """95 % interval of ``median(one) / median(other)``, rounds drawn in pairs.
+    """Return the 95 % bootstrap interval of ``median(one) / median(other)``.
 
-    :param one, other: a measurement a round each, in the same rounds.
+    :param one, other: one measurement per round, from the same rounds. Rounds are resampled in
+        pairs.
     """
     random = np.random.default_rng(seed)
     rounds = random.integers(0, len(one), (RESAMPLES, len(one)))

@@ -1,19 +1,20 @@
-"""Where generation ends; needs neither tokenizer nor torch."""
+"""Decide where generation ends. Needs no tokenizer and no torch."""
 
 import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-BREAK = "\0"  # stands for a token that no stop text has
+BREAK = "\0"  # text of a token that is part of no stop text
 
 
 @dataclass(frozen=True)
 class Stops:
     """Ids, texts and lengths that end a generated answer.
 
-    ids: end before one of them.
-    texts: end after one of them; ``pieces`` has the text of every token they may be made of.
-    context: most tokens of prompt and answer together.
+    ids: generation ends before one of these tokens.
+    texts: generation ends after one of these texts.
+    pieces: text of every token that can be part of a stop text.
+    context: largest number of tokens of prompt and answer in total.
     """
 
     ids: list[int]
@@ -22,8 +23,8 @@ class Stops:
     context: int = sys.maxsize
 
     @classmethod
-    def of_questions(cls, questions: dict[str, Any]) -> "Stops":
-        """As ``scoring.questions`` has them, plain JSON."""
+    def from_questions(cls, questions: dict[str, Any]) -> "Stops":
+        """Return the stops in the plain JSON of ``scoring.questions``."""
         return cls(
             questions["stop"],
             tuple(questions.get("stop_texts", ())),
@@ -31,13 +32,12 @@ class Stops:
             questions.get("context") or sys.maxsize,
         )
 
-    def room(self, prompt: list[int], new_tokens: int) -> int:
-        """How many tokens an answer to a prompt may have: ``new_tokens``, or fewer in the
-        context."""
+    def max_answer_tokens(self, prompt: list[int], new_tokens: int) -> int:
+        """Return ``new_tokens``, or fewer if the context cannot hold them after the prompt."""
         return max(0, min(new_tokens, self.context - len(prompt)))
 
-    def at_text(self, answer: list[int]) -> bool:
-        """Whether the last tokens of an answer complete a stop text."""
+    def ends_with_stop_text(self, answer: list[int]) -> bool:
+        """Return whether the last token of an answer completes a stop text."""
         if not self.pieces or not answer or answer[-1] not in self.pieces:
             return False
         last = answer[-max(map(len, self.texts)) - 1 :]

@@ -1,8 +1,8 @@
-"""Score and time one model in a process of its own, so that peak memory is that model's.
+"""Score and time one model in a separate process, so that peak memory is that of this model.
 
     python -m sqft_export.measure.worker <job.json> <result.json>
 
-The job holds token ids, so that a runtime's worker needs neither tokenizer nor torch.
+The job holds token ids, so the worker of a runtime needs no tokenizer and no torch.
 """
 
 import json
@@ -26,6 +26,7 @@ from sqft_export.targets import Session, runner
 
 
 def open_job(job: dict[str, Any]) -> Session:
+    """Open the session of a job's model; kind ``adapted`` is a base with an adapter in torch."""
     if job["kind"] != "adapted":
         folder, threads, device = Path(job["folder"]), job["threads"], job["device"]
         if job["kind"] == "openvino":
@@ -58,19 +59,22 @@ def open_job(job: dict[str, Any]) -> Session:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """What the job asks for: ``profile``, ``latency_prompt``, ``questions``, ``distributions``,
-    ``lm_eval``."""
-    asked = job.get("profile") or {}
-    if asked.get("cpus"):
-        os.sched_setaffinity(0, asked["cpus"])
+    """Run the measurements that the job requests and return their results.
+
+    Keys of a job that request one: ``profile``, ``latency_prompt``, ``questions``,
+    ``distributions``, ``lm_eval``.
+    """
+    settings = job.get("profile") or {}
+    if settings.get("cpus"):
+        os.sched_setaffinity(0, settings["cpus"])
     started = time.perf_counter()
     session = open_job(job)
     result: dict[str, Any] = {"load_seconds": time.perf_counter() - started}
-    if asked:
-        before = energy_joules(asked["device"])
-        sizes = asked["prompt_tokens"], asked["new_tokens"], asked["batches"]
+    if settings:
+        before = energy_joules(settings["device"])
+        sizes = settings["prompt_tokens"], settings["new_tokens"], settings["batches"]
         result |= profile(session, *sizes, job["vocabulary"])
-        after = energy_joules(asked["device"])
+        after = energy_joules(settings["device"])
         result["energy_joules"] = None if before is None or after is None else after - before
     if "latency_prompt" in job:
         result |= measure_latency(session, job["latency_prompt"], job["new_tokens"], job["repeats"])
@@ -80,34 +84,35 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         result["score_seconds"] = time.perf_counter() - started
     result["steady_memory_bytes"] = memory_now()
     result["peak_memory_bytes"] = peak_memory()
-    # What follows takes memory that a deployment does not.
+    # The rest takes memory that a deployment does not need, so memory is read before it.
     if "distributions" in job:
         np.save(job["distributions"]["file"], distributions(session, job["distributions"]["ids"]))
     if "lm_eval" in job:
-        result |= _by_lm_eval(session, job)
+        result |= _score_with_lm_eval(session, job)
     return result
 
 
-def _by_lm_eval(session: Session, job: dict[str, Any]) -> dict[str, Any]:
+def _score_with_lm_eval(session: Session, job: dict[str, Any]) -> dict[str, Any]:
     from sqft_export.measure.harness import SessionLM, evaluate
 
-    asked, folder = job["lm_eval"], Path(job["folder"])
-    include = Path(asked["folder"]) if asked["folder"] else None
+    request, folder = job["lm_eval"], Path(job["folder"])
+    include = Path(request["folder"]) if request["folder"] else None
     model = SessionLM(folder, session=session)
-    found = evaluate(model, asked["tasks"], include, asked["items"])
+    found = evaluate(model, request["tasks"], include, request["items"])
     return {"lm_eval": found, "lm_eval_warnings": model.warnings}
 
 
-def in_a_process(job: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:
-    """:func:`measure` in a process of its own, which ends with this one.
+def measure_in_process(job: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:
+    """Run :func:`measure` in a child process, which ends if this process ends.
 
-    :param scratch: folder for its temporary files; None: the system's.
-    :raises UserError: with the last that it said, if it failed.
+    :param scratch: folder for temporary files; None: the system's.
+    :raises UserError: if the child fails; the message ends with the child's error.
+    :raises HostError: if it fails because the machine lacks memory or disk.
     """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         job_file, result_file = Path(folder) / "job.json", Path(folder) / "result.json"
         job_file.write_text(json.dumps(job | {"parent": os.getpid()}))
-        # -P: modules are not looked for in the current folder, which may be a stranger's.
+        # -P: do not import from the current folder, which may be untrusted.
         command = [sys.executable, "-P", "-m", "sqft_export.measure.worker"]
         done = subprocess.run(
             [*command, str(job_file), str(result_file)],
@@ -118,19 +123,19 @@ def in_a_process(job: dict[str, Any], scratch: Path | None = None) -> dict[str, 
             check=False,
         )
         if done.returncode:
-            said = _last_words(done)
-            kind = HostError if exhausted_resource(RuntimeError(said), None) else UserError
-            raise kind(f"{job['folder']}: could not be measured:\n{said}")
+            message = _error_message(done)
+            kind = HostError if exhausted_resource(RuntimeError(message), None) else UserError
+            raise kind(f"{job['folder']}: the measurement failed:\n{message}")
         return json.loads(result_file.read_text())
 
 
-def _last_words(done: subprocess.CompletedProcess) -> str:
-    """What a worker said before it failed: its message, without the traceback around it."""
+def _error_message(done: subprocess.CompletedProcess) -> str:
+    """Return the error message of a failed worker, without its traceback."""
     if done.returncode < 0:
-        return f"ended by signal {-done.returncode}; out of memory?"
-    said = done.stderr[-2000:].strip().splitlines()
-    messages = [line for line in said if "UserError: " in line or "Error: " in line]
-    return messages[-1].partition("Error: ")[2] if messages else "\n".join(said[-5:])
+        return f"ended by signal {-done.returncode}; the machine may be out of memory"
+    lines = done.stderr[-2000:].strip().splitlines()
+    messages = [line for line in lines if "UserError: " in line or "Error: " in line]
+    return messages[-1].partition("Error: ")[2] if messages else "\n".join(lines[-5:])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ machine has them."""
 from math import prod
 
 from sqft_export.errors import HostError
-from sqft_export.measure.batches import CACHED, PASS_BYTES, ROWS
+from sqft_export.measure.batches import MAX_BATCH_ROWS, MAX_CACHE_TOKENS, MAX_LOGIT_BYTES
 from sqft_export.plan.disk import adapter_bytes, predict_bytes
 from sqft_export.plan.layout import Layout
 from sqft_export.plan.workload import Workload, calibration_tokens, checked_tokens
@@ -52,7 +52,7 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
         "export-onnx": MAPPED + 2 * largest + outer,
         "export-gguf": MAPPED + largest,
         "verify": _compared(recipe, layout, workload) + 2 * deployed + _in_llama_cpp(recipe, whole),
-        "benchmark": max(deployed, in_float) + PASS_BYTES + _cached(recipe, layout, workload),
+        "benchmark": max(deployed, in_float) + MAX_LOGIT_BYTES + _cached(recipe, layout, workload),
     }
     of_pass["baselines"] = of_pass["merge"]
     if recipe.adapt is None:  # verify runs what was compressed, as search does what was tuned
@@ -154,9 +154,9 @@ def _compared(recipe: Recipe, layout: Layout, workload: Workload) -> float:
 def _cached(recipe: Recipe, layout: Layout, workload: Workload) -> float:
     """Bytes of the keys and values of a batch, in float32."""
     _, width = layout.embedding
-    rows = min(ROWS, recipe.benchmark.items)
+    rows = min(MAX_BATCH_ROWS, recipe.benchmark.items)
     most = workload.prompt + getattr(recipe.task, "max_new_tokens", 0) if workload.answer else 0
-    return min(CACHED, rows * most) * 2 * 4 * width * layout.blocks * KEYS
+    return min(MAX_CACHE_TOKENS, rows * most) * 2 * 4 * width * layout.blocks * KEYS
 
 
 def _reconstruction_bytes(

@@ -6,8 +6,8 @@
 
 from dataclasses import dataclass
 
-from sqft_export.measure.agreement import COMPARED
-from sqft_export.measure.batches import ROWS
+from sqft_export.measure.agreement import COMPARED_TOKENS
+from sqft_export.measure.batches import MAX_BATCH_ROWS
 from sqft_export.plan import work as counted
 from sqft_export.plan.disk import predict_bytes
 from sqft_export.plan.layout import Layout
@@ -122,7 +122,7 @@ def _scoring_seconds(recipe: Recipe, layout: Layout, workload: Workload, machine
     items = wanted.items if workload.test is None else workload.test
     untrained = () if recipe.adapt else ("dense-lora", "sparse-quantized", "adapted")
     in_torch = [row for row in wanted.baselines if row not in untrained]
-    compared = COMPARED if {"dense", "merged"} & set(in_torch) else 0
+    compared = COMPARED_TOKENS if {"dense", "merged"} & set(in_torch) else 0
     passes = wanted.rounds * (wanted.repeats + 1)
     dtype = machine.device.dtype("auto") if layout.width == 2 else FLOAT32
     bits = 32 if recipe.quantize.method == "none" else max(4, recipe.quantize.bits)
@@ -138,7 +138,7 @@ def _scoring_seconds(recipe: Recipe, layout: Layout, workload: Workload, machine
         kl = Work(0, KL_PASSES * compared * layout.embedding[0])
         seconds += rows * (row.on(speed) + kl.on(machine.cpu))
     if "adapted" in in_torch:
-        calls = passes * (wanted.new_tokens + 1) + items / ROWS * (1 + workload.answer)
+        calls = passes * (wanted.new_tokens + 1) + items / MAX_BATCH_ROWS * (1 + workload.answer)
         made = counted.count_effective_weights(layout, calls / wanted.rounds) * wanted.rounds
         seconds += made.on(machine.device)
     return seconds

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import prod
 
-from sqft_export.measure.batches import ROWS
+from sqft_export.measure.batches import MAX_BATCH_ROWS
 from sqft_export.model.families import adapted
 from sqft_export.plan.layout import Layout
 from sqft_export.plan.speeds import Speed
@@ -121,7 +121,7 @@ def count_evaluations(recipe: Recipe, layout: Layout, workload: Workload) -> Wor
     if not search.evaluates:
         return Work()
     flops = 2 * (layout.weights + layout.head) * count_scored_tokens(search.items, workload)
-    made = count_effective_weights(layout, search.items / ROWS * (1 + workload.answer))
+    made = count_effective_weights(layout, search.items / MAX_BATCH_ROWS * (1 + workload.answer))
     return (Work(flops) + made) * search.budget
 
 

@@ -8,7 +8,7 @@ from statistics import mean
 from typing import Any, Literal
 
 from sqft_export.data.items import Item, load_tokenizer, sampled
-from sqft_export.measure.likelihood import rows_of
+from sqft_export.measure.likelihood import merge_prefixes
 from sqft_export.recipe.schema import Dataset, Recipe, Text
 
 SAMPLE = 128  # items that are tokenized
@@ -54,7 +54,7 @@ def tokens_of(item: Item) -> int:
     groups: dict[tuple[int, ...], list[list[int]]] = {}
     for context, continuation in (*item.choices, (item.prompt, item.target)):
         groups.setdefault(tuple(context), []).append(continuation)
-    rests = (len(row.target) - 1 for targets in groups.values() for row in rows_of(targets))
+    rests = (len(row.target) - 1 for targets in groups.values() for row in merge_prefixes(targets))
     return sum(map(len, groups)) + sum(rests)
 
 

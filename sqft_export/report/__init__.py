@@ -1,1 +1,1 @@
-"""Reports: what measured numbers become for a reader."""
+"""Write measured numbers as reports: text, tables, charts and HTML pages."""

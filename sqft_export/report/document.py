@@ -1,4 +1,4 @@
-"""What a report says: ``report.json``, and the cells of its table."""
+"""Build ``report.json`` and the cells of its tables."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ MEASURES = {
     "dataset": "answered right",
     "text": "tokens predicted right",
 }
-# What a reader looks for first, then the details.
+# The columns of the first table, then those of the detailed one.
 MAIN = (
     ("model", lambda r: r["name"]),
     ("accuracy", accuracy_text),
@@ -27,12 +27,12 @@ MAIN = (
 )
 DETAILS = (
     ("perplexity", lambda r: f"{r['perplexity']:.3f}"),
-    ("of dense", lambda r: f"{100 * r['recovery']:.1f} %" if "recovery" in r else None),
-    ("same token", lambda r: _agreement(r)),
-    ("KL nats", lambda r: _divergence(r, "beside_dense")),
-    ("KL to merged", lambda r: _divergence(r, "beside_merged")),
+    ("recovery", lambda r: f"{100 * r['recovery']:.1f} %" if "recovery" in r else None),
+    ("top-1 agreement", lambda r: _agreement(r)),
+    ("KL nats/token", lambda r: _divergence(r, "beside_dense")),
+    ("KL to merged nats/token", lambda r: _divergence(r, "beside_merged")),
     ("sparsity", lambda r: f"{100 * r['sparsity']:.1f} %"),
-    ("bits per weight", lambda r: f"{r['bits_per_weight']:.2f}"),
+    ("bits/weight", lambda r: f"{r['bits_per_weight']:.2f}"),
     ("TTFT ms (p10 to p90)", lambda r: _latency(r["ttft"])),
     ("TPOT ms (p10 to p90)", lambda r: _latency(r["tpot"])),
 )
@@ -47,25 +47,26 @@ def _agreement(row: dict[str, Any]) -> str | None:
     return f"{100 * row['beside_dense']['agreement']:.1f} %" if "beside_dense" in row else None
 
 
-def _divergence(row: dict[str, Any], of: str) -> str | None:
-    return f"{row[of]['kl_nats']:.2g}" if of in row else None
+def _divergence(row: dict[str, Any], field: str) -> str | None:
+    return f"{row[field]['kl_nats']:.2g}" if field in row else None
 
 
 def cells(rows: list[dict[str, Any]], columns: Columns = (*MAIN, *DETAILS)) -> list[list[str]]:
-    """The table of numbers, a header row first; no column that none of the rows has."""
+    """Return the table as text cells, header first, without columns that no row has."""
     columns_of_cells = [(name, [cell(row) for row in rows]) for name, cell in columns]
     kept = [[name, *found] for name, found in columns_of_cells if any(c is not None for c in found)]
     return [[cell or "" for cell in line] for line in zip(*kept, strict=True)]
 
 
-def by_lm_eval(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """lm-eval's figures of every row, a header row first; nothing if none was asked."""
-    asked: dict[str, dict[str, float]] = rows[0].get("lm_eval", {})
+def lm_eval_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Return lm-eval's metrics of every row, header first; empty if none were requested."""
+    tasks: dict[str, dict[str, float]] = rows[0].get("lm_eval", {})
     chosen = [
         (task, figure)
-        for task, found in asked.items()
+        for task, found in tasks.items()
         for figure in found
-        if "," in figure and "stderr" not in figure  # not its own notes, such as `sample_len`
+        if "," in figure
+        and "stderr" not in figure  # skip entries that are no metrics, such as `sample_len`
     ]
     if not chosen:
         return []
@@ -89,7 +90,7 @@ def _passes(inputs: dict[str, Artifact]) -> list[dict[str, Any]]:
 
 
 def _layers(inputs: dict[str, Artifact]) -> list[dict[str, Any]]:
-    """Sparsity, bits and group size of every decoder Linear of the merged model."""
+    """Return sparsity, bits and group size of every decoder Linear of the merged model."""
     sparsity = inputs["merge"].metrics["sparsity"]
     grids = inputs["quantize"].metrics if "quantize" in inputs else {"group_size": {}, "bits": {}}
     return [
@@ -107,23 +108,23 @@ def _layers(inputs: dict[str, Artifact]) -> list[dict[str, Any]]:
 def _sparse_execution(
     inputs: dict[str, Artifact], rows: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
-    """What products of the folder of sparse execution run on, and what that brought in this run."""
+    """Return the kernels of the sparse-execution folder, and its measured gains in this run."""
     export = inputs.get("export-openvino")
-    made = export.metrics.get("sparse") if export else None
+    sparse = export.metrics.get("sparse") if export else None
     by_name = {row["name"]: row for row in rows}
     ours, theirs = (by_name.get(f"OpenVINO{end}") for end in (", sparse execution", ""))
-    if not made or not ours or not theirs:
-        return made
+    if not sparse or not ours or not theirs:
+        return sparse
     gains = {
         "tpot_times_as_fast": theirs["tpot"]["median_ms"] / ours["tpot"]["median_ms"],
         "bytes_ratio": ours["file_bytes"] / theirs["file_bytes"],
         "memory_ratio": ours["steady_memory_bytes"] / theirs["steady_memory_bytes"],
     }
-    return made | gains
+    return sparse | gains
 
 
 def report_of_run(recipe: Recipe, inputs: dict[str, Artifact]) -> dict[str, Any]:
-    """``report.json``: every number of the page, each from a sealed artifact."""
+    """Return the document of ``report.json``. Every number comes from a sealed artifact."""
     benchmark = json.loads((inputs["benchmark"].path / "results.json").read_text())
     return {
         "schema": SCHEMA,

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages from the templates beside this file."""
+"""Render self-contained HTML pages from the templates in this folder."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
 def render(template: str, **values: Any) -> str:
-    """The page; a value that a template names and nobody gave is an error."""
+    """Return the page; a value that the template uses and that is missing raises an error."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,

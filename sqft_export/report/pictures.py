@@ -1,4 +1,4 @@
-"""The report's pictures, as inline SVG through matplotlib."""
+"""Draw the charts of a report as inline SVG with matplotlib."""
 
 import io
 import re
@@ -14,7 +14,7 @@ matplotlib.use("svg")
 COLOURS = {"torch": "#4c72b0", "openvino": "#dd8452", "onnx": "#55a868", "gguf": "#8172b3"}
 
 
-# A fixed salt and no date: the same numbers give the same bytes.
+# A fixed salt and no date, so that the same numbers give the same bytes.
 matplotlib.rcParams.update(
     {
         "svg.fonttype": "none",
@@ -37,7 +37,7 @@ def _svg(draw: Callable[[Any], None], width: float = 7.5, height: float = 3.4) -
     plt.close(figure)
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :]
-    # Black becomes the page's own text colour, so that dark mode is readable.
+    # Black becomes the text colour of the page, which is readable in dark mode.
     return re.sub(r"#000000|(?<=: )black", "currentColor", svg)
 
 
@@ -45,12 +45,12 @@ def _colours(rows: list[dict]) -> list[str]:
     return [COLOURS[row["runtime"]] for row in rows]
 
 
-def _legend_beside(axes: Any, **settings: Any) -> None:
+def _legend_at_right(axes: Any, **settings: Any) -> None:
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), **settings)
 
 
 def search_front(front: list[dict], measure: str) -> str:
-    """Accuracy against adapter parameters of all that search evaluated."""
+    """Draw accuracy against adapter parameters for every configuration that search evaluated."""
 
     def draw(axes: Any) -> None:
         axes.scatter(
@@ -65,7 +65,7 @@ def search_front(front: list[dict], measure: str) -> str:
 
 
 def _bar_axes(axes: Any, names: list[str], unit: str) -> None:
-    """Names beside horizontal bars, the first row on top."""
+    """Label the axes of a horizontal bar chart; the first row is on top."""
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel(unit)
@@ -76,8 +76,8 @@ def _bars_height(rows: int, inches: float) -> float:
     return 1.0 + inches * rows
 
 
-def accuracy_along_passes(rows: list[dict], measure: str) -> str:
-    """A bar for every row, with its 95 % interval where it has one."""
+def accuracy_bars(rows: list[dict], measure: str) -> str:
+    """Draw one bar per row, with its 95 % interval if it has one."""
 
     def draw(axes: Any) -> None:
         for at, (row, colour) in enumerate(zip(rows, _colours(rows), strict=True)):
@@ -101,11 +101,12 @@ COSTS: dict[str, tuple[str, Callable[[dict], float]]] = {
 
 
 def cost_of(row: dict, cost: str) -> float:
+    """Return the value of a row on the axis ``cost``, a key of ``COSTS``."""
     return COSTS[cost][1](row)
 
 
 def pareto(points: list["Point"]) -> list["Point"]:
-    """Points that no other one beats in both cost (first) and accuracy (second), by cost."""
+    """Return the Pareto front, sorted by cost: no other point is cheaper and more accurate."""
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p[0], -p[1])):
         if not front or point[1] > front[-1][1]:
@@ -114,7 +115,7 @@ def pareto(points: list["Point"]) -> list["Point"]:
 
 
 def _plane(axes: Any, rows: list[dict], measure: str, cost: str) -> list["Point"]:
-    """Axes of cost and accuracy with the line of what nothing beats; the rows as points."""
+    """Set up axes of cost and accuracy with the Pareto front; return the rows as points."""
     points = [(cost_of(row, cost), 100 * row["accuracy"]) for row in rows]
     front = zip(*pareto(points), strict=True)
     axes.step(*front, where="post", color="#888888", lw=1, zorder=2)
@@ -125,10 +126,10 @@ def _plane(axes: Any, rows: list[dict], measure: str, cost: str) -> list["Point"
     return points
 
 
-def accuracy_against(rows: list[dict], measure: str, cost: str) -> str:
-    """Accuracy against ``file_bytes`` or ``tpot``; the line joins what nothing else beats.
+def accuracy_scatter(rows: list[dict], measure: str, cost: str) -> str:
+    """Draw accuracy against ``file_bytes`` or ``tpot`` with the Pareto front.
 
-    Points are numbered as rows are, and named beside the picture: many lie together.
+    Points have the numbers of the rows, because many are close; the legend has the names.
     """
 
     def draw(axes: Any) -> None:
@@ -137,10 +138,10 @@ def accuracy_against(rows: list[dict], measure: str, cost: str) -> str:
             colour, name = COLOURS[row["runtime"]], f"{number}  {row['name']}"
             axes.scatter(*point, color=colour, s=45, zorder=3, label=name)
         for (x, y), numbers in _clusters(axes, points):
-            # The line goes up to a point and right from it, so below it to the right is free.
-            place = {"xytext": (5, -5), "textcoords": "offset points", "ha": "left", "va": "top"}
-            axes.annotate(in_ranges(numbers), (x, y), size=9, **place)
-        _legend_beside(axes, fontsize=9)
+            # The front goes up to a point and right from it; the lower right of a point is free.
+            offset = {"xytext": (5, -5), "textcoords": "offset points", "ha": "left", "va": "top"}
+            axes.annotate(format_ranges(numbers), (x, y), size=9, **offset)
+        _legend_at_right(axes, fontsize=9)
 
     return _svg(draw, height=4.2)
 
@@ -148,10 +149,10 @@ def accuracy_against(rows: list[dict], measure: str, cost: str) -> str:
 MARKERS = {"torch": "o", "openvino": "s", "onnx": "^", "gguf": "D"}
 
 
-def runs_against(rows: list[dict], measure: str, cost: str) -> str:
-    """As :func:`accuracy_against` for rows of several runs: a colour per run, a shape per runtime.
+def runs_scatter(rows: list[dict], measure: str, cost: str) -> str:
+    """Draw :func:`accuracy_scatter` for several runs: a colour per run, a marker per runtime.
 
-    The legend has the runs' numbers (``run_number``); their names are below the picture.
+    The legend has the numbers of the runs (``run_number``); the page lists their names below.
     """
 
     def draw(axes: Any) -> None:
@@ -167,7 +168,7 @@ def runs_against(rows: list[dict], measure: str, cost: str) -> str:
         runtimes = {row["runtime"] for row in rows}
         for runtime, marker in ((r, m) for r, m in MARKERS.items() if r in runtimes):
             axes.scatter([], [], color="#888888", marker=marker, label=runtime)
-        _legend_beside(axes, fontsize=9)
+        _legend_at_right(axes, fontsize=9)
 
     return _svg(draw, height=4.2)
 
@@ -176,13 +177,13 @@ Point = tuple[float, float]
 
 
 def _clusters(axes: Any, points: list[Point]) -> list[tuple[Point, list[int]]]:
-    """Points too close for a label each, with the numbers of all at the rightmost of them."""
+    """Group points that are too close for separate labels; the rightmost one gets the label."""
     clusters: list[tuple[Point, list[int]]] = []
     for point, number in sorted(zip(points, range(1, len(points) + 1), strict=True), reverse=True):
         x, y = axes.transLimits.transform(point)
         for other, numbers in clusters:
-            there = axes.transLimits.transform(other)
-            if abs(there[0] - x) < 0.12 and abs(there[1] - y) < 0.06:
+            other_x, other_y = axes.transLimits.transform(other)
+            if abs(other_x - x) < 0.12 and abs(other_y - y) < 0.06:
                 numbers.append(number)
                 break
         else:
@@ -190,8 +191,8 @@ def _clusters(axes: Any, points: list[Point]) -> list[tuple[Point, list[int]]]:
     return clusters
 
 
-def in_ranges(numbers: list[int]) -> str:
-    """As people write them: 1, 3-5."""
+def format_ranges(numbers: list[int]) -> str:
+    """Return numbers as text with ranges, such as ``1, 3-5``."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
@@ -202,7 +203,7 @@ def in_ranges(numbers: list[int]) -> str:
 
 
 def latency_bars(rows: list[dict]) -> str:
-    """Time to first token above time per output token, for every row."""
+    """Draw two bars per row: time to first token, and time per output token below it."""
 
     def draw(axes: Any) -> None:
         for offset, key, alpha in ((-0.2, "ttft", 0.55), (0.2, "tpot", 1.0)):
@@ -228,7 +229,7 @@ def latency_bars(rows: list[dict]) -> str:
 
 
 def sparsity_by_layer(layers: list[dict]) -> str:
-    """Share of zero weights of every Linear, by block: one line for all of a name."""
+    """Draw the share of zero weights by decoder block, one line per name of a Linear."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for layer in layers:
         block = next(int(part) for part in layer["layer"].split(".") if part.isdigit())
@@ -243,12 +244,14 @@ def sparsity_by_layer(layers: list[dict]) -> str:
         axes.set_ylabel("zero weights, %")
         low, high = axes.get_ylim()
         axes.set_ylim(max(0, low - 2), min(100, high + 2))
-        _legend_beside(axes, fontsize=8, ncols=2)
+        _legend_at_right(axes, fontsize=8, ncols=2)
 
     return _svg(draw)
 
 
 def training_curve(log: list[dict]) -> str:
+    """Draw the loss by optimizer step, and the mean drawn rank if ranks vary."""
+
     def draw(axes: Any) -> None:
         axes.plot([e["step"] for e in log], [e["loss"] for e in log], color="#4c72b0", lw=1)
         axes.set_xlabel("optimizer step")

@@ -1,4 +1,4 @@
-"""Where a model is from, for its folder: facts, and a card in the Hugging Face form."""
+"""Write the origin of a model: facts for ``provenance.json``, and a Hugging Face model card."""
 
 import importlib.metadata
 import json
@@ -10,7 +10,7 @@ from sqft_export.errors import one_line
 from sqft_export.recipe.schema import Dataset, Recipe
 from sqft_export.untrusted import fault_of_file, open_regular
 
-# Licences of named sets, as their publishers state them; others are to be looked up.
+# Licences of named datasets, as their publishers state them. Others are reported as unknown.
 LICENCES = {
     "gsm8k": "MIT",
     "svamp": "MIT",
@@ -20,7 +20,7 @@ LICENCES = {
     "hellaswag": "MIT",
 }
 UNKNOWN = "unknown"
-MAX_CARD_BYTES = 2**16  # of a model card; its head is read
+MAX_CARD_BYTES = 2**16  # only the beginning of a model card is read
 # The recipe fields that a card or an origin shows.
 PROVENANCE_FIELDS = (
     *("name", "base_name", "model.revision", "task.kind", "task.name", "task.train_sets"),
@@ -30,7 +30,7 @@ PROVENANCE_FIELDS = (
 
 
 def base_licence(folder: Path) -> str:
-    """What the base's own card says; unknown without one."""
+    """Return the licence in the base model's card, or ``unknown`` without one."""
     card = folder / "README.md"
     if fault_of_file(card):
         return UNKNOWN
@@ -43,9 +43,9 @@ def base_licence(folder: Path) -> str:
 
 
 def origin_of(recipe: Recipe, base: Path, lineage: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Base, data, passes with their settings and versions, licences.
+    """Return the origin of a model: base, data, licences, and passes with settings and versions.
 
-    :param lineage: facts of every pass that the model is made from.
+    :param lineage: facts of every pass that the model depends on.
     """
     reads = {source: d for facts in lineage.values() for source, d in facts["reads"].items()}
     return {
@@ -76,12 +76,13 @@ def _data_licences(recipe: Recipe) -> dict[str, str]:
 
 
 def model_card(recipe: Recipe, origin: dict[str, Any], sparsity: float, usage: str) -> str:
-    """README.md of a model folder.
+    """Return README.md of a model folder.
 
-    :param usage: a section with code that loads and runs it.
+    :param sparsity: share of zero weights in the decoder's Linears, 0 to 1.
+    :param usage: a section with code that loads and runs the model.
     """
     base, quantize = origin["base"], recipe.quantize
-    codes = "floats as stored"
+    codes = "floats"
     if quantize.method != "none":
         group = quantize.group_size or "a whole row"
         kind = "symmetric" if quantize.symmetric else "asymmetric"
@@ -90,11 +91,11 @@ def model_card(recipe: Recipe, origin: dict[str, Any], sparsity: float, usage: s
     merged = "unmerged" if recipe.unmerged else "merged"
     facts = {
         "zero weights in the decoder's Linears": f"{100 * sparsity:.1f} %",
-        "pruned by": recipe.sparsify.method,
+        "pruning method": recipe.sparsify.method,
         "weights": codes,
         "adapter": f"{recipe.adapt.pipeline}, {merged}" if recipe.adapt else "none",
         "task": recipe.task.kind,
-        "base, SHA-256": base["sha256"],
+        "SHA-256 of the base": base["sha256"],
         "licence of the base": base["license"],
         **{f"licence of {name}": found for name, found in origin["data"]["licenses"].items()},
     }
@@ -104,8 +105,8 @@ def model_card(recipe: Recipe, origin: dict[str, Any], sparsity: float, usage: s
         *(f"# {recipe.name}", "", f"Made from {base['model']}{revision}.", ""),
         *("| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items())),
         *("", usage),
-        *("## Where it is from", ""),
-        "`provenance.json`, where there is one, lists passes, settings and every file's digest.",
+        *("## Origin", ""),
+        "`provenance.json`, if present, lists passes, settings and the digest of every file.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -116,9 +117,9 @@ def merged_usage(recipe: Recipe, prompt: str) -> str:
     first = ["In this folder:", ""]
     if in_gptq_layout:
         first = [
-            "The weights are in the GPTQ layout, which transformers reads through gptqmodel. That "
+            "The weights are in the GPTQ layout, which transformers reads through gptqmodel. It "
             "needs other versions",
-            "of torch and transformers than sqft_export, so use a Python environment of its own:",
+            "of torch and transformers than sqft_export, so use a separate Python environment:",
             *("", "```sh", "pip install gptqmodel optimum", "```", "", *first),
         ]
     peft = ['model = peft.PeftModel.from_pretrained(model, "../adapter")'] * recipe.unmerged

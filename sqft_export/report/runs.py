@@ -1,6 +1,6 @@
-"""`sqft-export compare`: what several runs made, on one page.
+"""`sqft-export compare`: compare several runs on one page.
 
-Reads ``report.json`` alone, so runs can come from other machines. A run is named after the settings
+Reads only ``report.json``, so runs may come from other machines. A run is named after the settings
 in which it differs from the others.
 """
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sqft_export.errors import UserError
-from sqft_export.measure.rows import MADE
+from sqft_export.measure.rows import FINAL_ROWS
 from sqft_export.report import pictures
 from sqft_export.report.document import DETAILS, MAIN, SCHEMA, cells
 from sqft_export.report.html import render
@@ -23,7 +23,7 @@ from sqft_export.textfiles import read_json
 from sqft_export.untrusted import MAX_JSON_BYTES
 
 REPORT = "report.json"
-_BEYOND = 1e-9
+_ROUNDING_ERROR = 1e-9  # an accuracy may be outside its interval by this much
 
 
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -37,13 +37,13 @@ class _Spread(BaseModel):
     p90_ms: _Amount
 
     @model_validator(mode="after")
-    def _in_order(self) -> Self:
+    def _check_order(self) -> Self:
         if not self.p10_ms <= self.median_ms <= self.p90_ms:
-            raise ValueError("10th percentile, median and 90th percentile are not in order")
+            raise ValueError("10th percentile, median and 90th percentile are not ascending")
         return self
 
 
-class _Beside(BaseModel):
+class _Divergence(BaseModel):
     agreement: _Share
     kl_nats: _Finite
 
@@ -62,16 +62,16 @@ class _Row(BaseModel):
     ttft: _Spread
     tpot: _Spread
     peak_memory_bytes: _Amount
-    # Not there where they were not asked for, but then not null either.
+    # These may be missing, but not null.
     recovery: _Amount = 1.0
-    beside_dense: _Beside = _Beside(agreement=1.0, kl_nats=0.0)
-    beside_merged: _Beside = _Beside(agreement=1.0, kl_nats=0.0)
+    beside_dense: _Divergence = _Divergence(agreement=1.0, kl_nats=0.0)
+    beside_merged: _Divergence = _Divergence(agreement=1.0, kl_nats=0.0)
 
     @model_validator(mode="after")
-    def _held(self) -> Self:
+    def _check_interval(self) -> Self:
         low, high = self.interval or (0.0, 1.0)
-        if not low - _BEYOND <= self.accuracy <= high + _BEYOND:
-            raise ValueError(f"accuracy {self.accuracy} is not in its interval")
+        if not low - _ROUNDING_ERROR <= self.accuracy <= high + _ROUNDING_ERROR:
+            raise ValueError(f"accuracy {self.accuracy} is outside its interval")
         return self
 
 
@@ -85,7 +85,7 @@ class _Machine(BaseModel):
 
 
 class _Report(BaseModel):
-    """What a comparison reads of a ``report.json``, which may come from anywhere."""
+    """The fields of a ``report.json`` that a comparison reads. The file is untrusted."""
 
     model_config = ConfigDict(strict=True)
 
@@ -99,8 +99,8 @@ class _Report(BaseModel):
 def _check_report(file: Path, document: dict[str, Any]) -> None:
     if document.get("schema") != SCHEMA:
         raise UserError(
-            f"{file}: schema {document.get('schema')!r}, this program reads {SCHEMA}; run the "
-            "recipe again"
+            f"{file}: found schema {document.get('schema')!r}, this version reads {SCHEMA}; "
+            "run the recipe again"
         )
     try:
         _Report.model_validate(document)
@@ -110,8 +110,10 @@ def _check_report(file: Path, document: dict[str, Any]) -> None:
         raise UserError(
             f"{file}: {where}: {first['msg']}, found {str(first['input'])[:60]}"
         ) from error
-    if not any(row["name"].startswith(MADE) for row in document["rows"]):
-        raise UserError(f"{file}: has no row of a deployment ({', '.join(MADE)}) to compare")
+    if not any(row["name"].startswith(FINAL_ROWS) for row in document["rows"]):
+        raise UserError(
+            f"{file}: found no row to compare, expected one of: {', '.join(FINAL_ROWS)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -124,53 +126,56 @@ class Run:
 
 
 def report_of(folder: Path) -> Path:
-    """The report in a folder: its own, or the latest of a run.
+    """Return the path of a folder's ``report.json``: its own, or the latest of a run.
 
-    :raises UserError: if there is none.
+    :raises UserError: if the folder has no report.
     """
     if (folder / REPORT).is_file():
         return folder / REPORT
     found = [f for f in folder.glob(f"report-*/{REPORT}") if (f.parent / MANIFEST).is_file()]
     if not found:
-        raise UserError(f"{folder}: neither a report nor a run with one; expected {REPORT} in it")
+        raise UserError(f"{folder}: found no report; expected {REPORT} or a run that has one")
     return max(found, key=lambda file: file.stat().st_mtime)
 
 
 def read_run(folder: Path) -> Run:
-    """:raises UserError: if there is no report, or it is damaged or of another version."""
+    """Read the report in a folder.
+
+    :raises UserError: if the report is missing, damaged or of another version.
+    """
     file = report_of(folder)
     if (file.parent / MANIFEST).is_file():
         check_artifact(file.parent)
     document = read_json(file, MAX_JSON_BYTES)
     _check_report(file, document)
-    return Run(file.parent.name, document, dict(_flat(document["recipe"])))
+    return Run(file.parent.name, document, dict(_flatten(document["recipe"])))
 
 
-def _flat(node: Any, path: str = "") -> list[tuple[str, Any]]:
+def _flatten(node: Any, path: str = "") -> list[tuple[str, Any]]:
     if isinstance(node, dict):
-        return [pair for key, value in node.items() for pair in _flat(value, f"{path}.{key}")]
+        return [pair for key, value in node.items() for pair in _flatten(value, f"{path}.{key}")]
     return [(path.removeprefix("."), node)]
 
 
-def differing(runs: list[Run]) -> list[str]:
-    """Settings that are not the same in all runs."""
+def differing_settings(runs: list[Run]) -> list[str]:
+    """Return the settings that are not equal in all runs."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     return [name for name in names if len({json.dumps(run.settings.get(name)) for run in runs}) > 1]
 
 
-# Settings that change what is measured of a model, or where; not the model.
-WITHOUT_EFFECT = ("name", "model.", "task.", "benchmark.", "verify.", "export.", "device")
+# Settings that do not change the model, only how and where it is measured.
+MEASUREMENT_SETTINGS = ("name", "model.", "task.", "benchmark.", "verify.", "export.", "device")
 
 
 def _names_of(runs: list[Run], fields: list[str]) -> list[str]:
-    """A short name of every run: recipe or model where they differ, then settings where needed."""
+    """Return a short name of every run: recipe or model if they differ, then settings if needed."""
     names = ["" for _ in runs]
     for source in (lambda run: str(run.settings.get("name")), _model_of):
         found = [source(run) for run in runs]
         if len(set(found)) > 1 and len(set(names)) < len(runs):
             names = [f"{name} {more}".strip() for name, more in zip(names, found, strict=True)]
     if len(set(names)) < len(runs):
-        chosen = [field for field in fields if not field.startswith(WITHOUT_EFFECT)]
+        chosen = [field for field in fields if not field.startswith(MEASUREMENT_SETTINGS)]
         settings = [_settings_text(run, chosen) for run in runs]
         names = [", ".join(filter(None, pair)) for pair in zip(names, settings, strict=True)]
     names = [name or str(run.settings.get("name")) for name, run in zip(names, runs, strict=True)]
@@ -181,7 +186,7 @@ def _names_of(runs: list[Run], fields: list[str]) -> list[str]:
 
 
 def _model_of(run: Run) -> str:
-    """The last part of the model's path, or of its name on the hub."""
+    """Return the last part of the model's path, or of its name on the hub."""
     found = run.settings.get("model.hub") or run.settings.get("model.path")
     return str(found).rstrip("/").rpartition("/")[2]
 
@@ -191,14 +196,14 @@ def _settings_text(run: Run, fields: list[str]) -> str:
 
 
 def comparison_of(runs: list[Run]) -> dict[str, Any]:
-    """What the page says, as one document.
+    """Return the document of ``comparison.json``.
 
     :raises UserError: if the runs were scored by different measures.
     """
     measures = {run.document["measure"] for run in runs}
     if len(measures) > 1:
-        raise UserError(f"compare: runs measure {' and '.join(sorted(measures))}; expected one")
-    fields = differing(runs)
+        raise UserError(f"compare: found measures {' and '.join(sorted(measures))}; expected one")
+    fields = differing_settings(runs)
     names = _names_of(runs, fields)
     rows = [
         row
@@ -206,7 +211,7 @@ def comparison_of(runs: list[Run]) -> dict[str, Any]:
         | {"label": f"{number}: {row['name']}"}
         for number, (name, run) in enumerate(zip(names, runs, strict=True), 1)
         for row in run.document["rows"]
-        if row["name"].startswith(MADE)  # how they were made is in each run's own report
+        if row["name"].startswith(FINAL_ROWS)  # baselines are in the report of each run
     ]
     machines: list[dict[str, Any]] = []
     for run in runs:
@@ -214,7 +219,7 @@ def comparison_of(runs: list[Run]) -> dict[str, Any]:
             machines.append(run.document["machine"])
     warnings = []
     if len(machines) > 1:
-        warnings.append("The runs are of different machines; their latencies can't be compared")
+        warnings.append("The runs are from different machines; their latencies cannot be compared")
     if len({str(run.document["settings"].get("items_sha256")) for run in runs}) > 1:
         warnings.append("The runs were not scored on the same items")
     return {
@@ -231,9 +236,11 @@ def comparison_of(runs: list[Run]) -> dict[str, Any]:
     }
 
 
-def _marked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows, with a mark those that nothing beats in accuracy and bytes (*), and in accuracy and
-    tokens a second (+)."""
+def _mark_pareto_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with marks in their names.
+
+    ``*``: on the Pareto front of accuracy and bytes. ``+``: on that of accuracy and TPOT.
+    """
     marks = [""] * len(rows)
     for mark, cost in (("*", "file_bytes"), ("+", "tpot")):
         points = [(pictures.cost_of(row, cost), 100 * row["accuracy"]) for row in rows]
@@ -247,20 +254,21 @@ def _marked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def compare_runs(folders: list[Path], out: Path) -> dict[str, Any]:
     """Write ``index.html``, ``comparison.json`` and ``comparison.md`` of several runs.
 
-    :param folders: runs or reports, two at least.
-    :raises UserError: if one has no report, or they can't be compared.
+    :param folders: at least two runs or reports.
+    :raises UserError: if a folder has no report, or the runs have different measures.
     """
     if len(folders) < 2:
-        raise UserError(f"compare: found {len(folders)} run; two or more are expected")
+        raise UserError(f"compare: found {len(folders)} run; expected at least two")
     document = comparison_of([read_run(folder) for folder in folders])
     rows, measure = document["rows"], document["measure"]
     drawn = [
-        ("Accuracy against file size", pictures.runs_against(rows, measure, "file_bytes")),
-        ("Accuracy against latency", pictures.runs_against(rows, measure, "tpot")),
+        ("Accuracy against file size", pictures.runs_scatter(rows, measure, "file_bytes")),
+        ("Accuracy against latency", pictures.runs_scatter(rows, measure, "tpot")),
         ("Latency", pictures.latency_bars(rows)),
     ]
-    table = cells(_marked(rows))
-    main, details = cells(_marked(rows), MAIN), cells(_marked(rows), (MAIN[0], *DETAILS))
+    marked = _mark_pareto_rows(rows)
+    table, main = cells(marked), cells(marked, MAIN)
+    details = cells(marked, (MAIN[0], *DETAILS))
     out.mkdir(parents=True, exist_ok=True)
     page = render("comparison.html", document=document, table=main, details=details, pictures=drawn)
     (out / "comparison.json").write_text(json.dumps(document, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The end of a run on a terminal: a table that fits, the verdict, paths, and a next command."""
+"""Format the end of a run for a terminal: a table, the verdict, paths, and a next command."""
 
 import shlex
 import textwrap
@@ -27,21 +27,21 @@ COLUMNS = {
     "TTFT ms": lambda row: f"{row['ttft']['median_ms']:.2f}",
     "peak MiB": lambda row: f"{row['peak_memory_bytes'] / 2**20:.0f}",
 }
-FIRST_LINE = 3  # columns of a row's first line where a terminal is narrow
+FIRST_LINE_COLUMNS = 3  # on a narrow terminal, the other columns are on a second line
 
 
 def run_text(document: dict[str, Any], artifacts: dict[str, Artifact], width: int) -> str:
-    """The end of a run as text.
+    """Return the text that `run` prints at its end.
 
     :param document: `report.json`.
-    :param width: of the terminal, in characters.
+    :param width: width of the terminal in characters.
     """
     deployments = deployment_folders(artifacts)
     parts = ["\n".join(_table(document["rows"], width))]
     if document["verdict"]:
         parts.append("\n".join(textwrap.wrap(document["verdict"], width)))
-    parts.append("\n".join(_labelled(name, path) for name, path in deployments.items()))
-    parts.append(_labelled("report", artifacts["report"].path / "index.html"))
+    parts.append("\n".join(_label_path(name, path) for name, path in deployments.items()))
+    parts.append(_label_path("report", artifacts["report"].path / "index.html"))
     if deployments:
         folder = deployments[_fastest(document["rows"], deployments)]
         command = f"sqft-export inspect {shlex.quote(str(folder))}"
@@ -50,7 +50,7 @@ def run_text(document: dict[str, Any], artifacts: dict[str, Artifact], width: in
 
 
 def deployment_folders(artifacts: dict[str, Artifact]) -> dict[str, Path]:
-    """The folder of every deployment of a run, by the name of its row."""
+    """Return the folder of every deployment of a run, by the name of its row."""
     return {
         f"{title}{form}": artifacts[f"export-{target}"].path / folder
         for target, title in TITLES.items()
@@ -61,23 +61,23 @@ def deployment_folders(artifacts: dict[str, Artifact]) -> dict[str, Path]:
 
 
 def _fastest(rows: list[dict[str, Any]], deployments: dict[str, Path]) -> str:
-    """The fastest deployment of those that were measured; the first one if none was."""
+    """Return the name of the fastest measured deployment, or of the first if none is measured."""
     measured = [row for row in rows if row["name"] in deployments]
     if not measured:
         return next(iter(deployments))
     return max(measured, key=_tokens_per_second)["name"]
 
 
-def _labelled(name: str, path: Path) -> str:
+def _label_path(name: str, path: Path) -> str:
     return f"{name:{LABEL_CHARACTERS}}{path}"
 
 
 def _table(rows: list[dict[str, Any]], width: int) -> list[str]:
-    """Aligned columns; in a narrow terminal each row has a second line."""
+    """Return the lines of the table; on a narrow terminal each row takes two lines."""
     cells = [list(COLUMNS), *([cell(row) for cell in COLUMNS.values()] for row in rows)]
     whole = align_columns(cells)
     if max(map(len, whole)) <= width:
         return whole
-    above = align_columns([line[:FIRST_LINE] for line in cells])
-    below = align_columns([["", *line[FIRST_LINE:]] for line in cells])
+    above = align_columns([line[:FIRST_LINE_COLUMNS] for line in cells])
+    below = align_columns([["", *line[FIRST_LINE_COLUMNS:]] for line in cells])
     return [line for pair in zip(above, below, strict=True) for line in pair]

@@ -1,4 +1,4 @@
-"""Tables as plain text and as Markdown; needs no library."""
+"""Format results as plain text and as Markdown. Needs no library."""
 
 from typing import Any
 
@@ -6,15 +6,16 @@ from sqft_export.run.host import size_text
 from sqft_export.run.processors import busy_text
 from sqft_export.run.progress import duration
 
-# How plan knows lengths where not by the model's tokenizer.
-LENGTHS = {
-    "words": "lengths in words, digits and marks: the model's tokenizer is not on this machine",
-    "longest": "lengths as long as is allowed: the data is not on this machine",
+# How plan estimates lengths without the model's tokenizer or the data.
+LENGTH_ESTIMATES = {
+    "words": "lengths are estimated from words, digits and punctuation: the model's tokenizer is "
+    "not on this machine",
+    "longest": "lengths are assumed to be the longest allowed: the data is not on this machine",
 }
 
 
 def accuracy_text(row: dict[str, Any]) -> str:
-    """In percent, with its interval where it has one."""
+    """Return the accuracy in percent, with its 95 % interval if it has one."""
     share = f"{100 * row['accuracy']:.1f} %"
     if row["interval"] is None:
         return share
@@ -23,28 +24,27 @@ def accuracy_text(row: dict[str, Any]) -> str:
 
 
 def plan_text(document: dict[str, Any]) -> str:
-    """What ``run.preview`` foretold."""
+    """Return the document of ``run.preview`` as text."""
     lines = [f"{document['recipe']}: {document['model']}, {document['weights']:,} weights"]
     for step in document["passes"]:
         lines.append(
             f"  {step['pass']:16} {'cached' if step['cached'] else 'to run'} "
             f"{size_text(step['predicted_bytes']):>12} on disk"
             f"{size_text(step['predicted_memory_bytes']):>12} of memory"
-            f"  {_expected(step)}"
+            f"  {_duration_text(step)}"
         )
     for name in ("disk", "memory", "device_memory"):
         if document[name] is None:
             continue
         needed, free = document[name].values()
-        short = "" if free >= needed else ": too little, a run will be refused here"
+        short = "" if free >= needed else ": too little, `run` will refuse to start"
         lines.append(
             f"  {name.replace('_', ' ')} {size_text(needed)} needed, {size_text(free)} free{short}"
         )
-    asked = document["group_size"]
     lines += _speed_lines(document["machine"])
-    if counted := LENGTHS.get(document["lengths_counted"]):
+    if counted := LENGTH_ESTIMATES.get(document["lengths_counted"]):
         lines.append(f"  {counted}")
-    lines.append(f"  the whole takes about {duration(document['seconds'])} here")
+    lines.append(f"  total time on this machine: about {duration(document['seconds'])}")
     if document["within_a_day"]:
         lines.append(f"  within a day: {document['within_a_day']}")
     if document["gguf"]:
@@ -52,35 +52,38 @@ def plan_text(document: dict[str, Any]) -> str:
     if document["sparse_execution"]:
         lines.append(f"  sparse execution {document['sparse_execution']}")
     for name, size in document["group_size_fallback"].items():
-        lines.append(f"  {name}: group_size {asked} does not divide its inputs; {size} is used")
+        lines.append(
+            f"  {name}: group_size {document['group_size']} does not divide its number of inputs; "
+            f"{size} is used"
+        )
     lines += [f"  warning: {warning}" for warning in document["warnings"]]
     return "\n".join(lines)
 
 
 def _speed_lines(machine: dict[str, Any]) -> list[str]:
-    """How fast this machine is, and whether it was busy as that was measured."""
+    """Return the measured speeds of this machine, and whether it was busy at that time."""
     device = machine["device"]
     float32, bfloat16 = (device["products"][name] / 1e9 for name in ("float32", "bfloat16"))
     lines = [
-        f"  times for {device['name']}: {float32:.0f} GFLOP/s in float32, {bfloat16:.0f} in "
-        f"bfloat16; {machine['disk'] / 1e6:.0f} MB/s of disk"
+        f"  speed of {device['name']}: {float32:.0f} GFLOP/s in float32, {bfloat16:.0f} in "
+        f"bfloat16; {machine['disk'] / 1e6:.0f} MB/s disk"
     ]
     if busy := busy_text(machine["others"]):
-        lines.append(f"  measured on a busy machine: {busy}; a quiet machine takes less time")
+        lines.append(f"  measured on a busy machine: {busy}; an idle machine takes less time")
     return lines
 
 
-def _expected(step: dict[str, Any]) -> str:
-    """Of a pass that was run, what it took beside what is foretold of another run."""
+def _duration_text(step: dict[str, Any]) -> str:
+    """Return the predicted duration of a pass, and the measured one if it is cached."""
     seconds, taken = step["predicted_seconds"], step["taken_seconds"]
-    told = "time depends on data that is not here"
+    predicted = "time depends on data that is not on this machine"
     if seconds is not None:
-        told = f"about {duration(seconds)}"
-    return told if taken is None else f"{told}, took {duration(taken)}"
+        predicted = f"about {duration(seconds)}"
+    return predicted if taken is None else f"{predicted}, took {duration(taken)}"
 
 
 def deployments_text(document: dict[str, Any]) -> str:
-    """What ``measure.deployments`` found, for a terminal."""
+    """Return the document of ``measure.deployments`` as text for a terminal."""
     lines = _latency_table(document)
     for ratio in document["ratios"]:
         note = f"  ({ratio['warning']})" if ratio["warning"] else ""
@@ -94,17 +97,21 @@ def deployments_text(document: dict[str, Any]) -> str:
         lines.append(
             f"accuracy: {row['folder']} {row['accuracy']:.1%}{interval}, perplexity "
             f"{row['perplexity']:.3f}"
-            + (f", p {row['p_same_as_first']:.2g} to be the first's" if low_high else "")
+            + (
+                f", compared with the first: McNemar p = {row['p_same_as_first']:.2g}"
+                if low_high
+                else ""
+            )
         )
     for row in document.get("agreement", []):
         lines.append(
             f"agreement: {row['folder']} {row['agreement']:.1%} ({row['low']:.1%} to "
-            f"{row['high']:.1%}) of {row['tokens']} tokens, KL {row['kl_nats']:.2g} nats"
+            f"{row['high']:.1%}) of {row['tokens']} tokens, KL {row['kl_nats']:.2g} nats per token"
         )
     for folder, tasks in document.get("lm_eval", {}).items():
         for task, figures in tasks.items():
-            said = ", ".join(f"{k.removesuffix(',none')} {v:.4g}" for k, v in figures.items())
-            lines.append(f"lm-eval: {folder} {task}: {said}")
+            listed = ", ".join(f"{k.removesuffix(',none')} {v:.4g}" for k, v in figures.items())
+            lines.append(f"lm-eval: {folder} {task}: {listed}")
     machine = document["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in document["versions"].items())
     lines.append(f"{machine['processor']}, {machine['cores']} cores, {versions}")
@@ -114,8 +121,9 @@ def deployments_text(document: dict[str, Any]) -> str:
 def _latency_table(document: dict[str, Any]) -> list[str]:
     lengths = list(next(iter(document["folders"].values()))["ttft_ms"])
     batches = list(next(iter(document["folders"].values()))["tokens_per_second"])
-    header = ["deployment", "files MB", "load s", *(f"TTFT {n}" for n in lengths)]
-    header += ["TPOT ms", "p90", "p99", *(f"tok/s x{b}" for b in batches), "peak MiB", "J/token"]
+    header = ["deployment", "files MB", "load s", *(f"TTFT ms ({n})" for n in lengths)]
+    header += ["TPOT ms", "p90", "p99", *(f"tokens/s x{b}" for b in batches)]
+    header += ["peak MiB", "J/token"]
     rows = [header]
     for name, row in document["folders"].items():
         tpot, joules = row["tpot_ms"], row["joules_per_token"]
@@ -124,13 +132,13 @@ def _latency_table(document: dict[str, Any]) -> list[str]:
         cells += [f"{tpot[key]:.2f}" for key in ("median", "p90", "p99")]
         cells += [f"{row['tokens_per_second'][b]:.0f}" for b in batches]
         cells += [f"{row['peak_memory_bytes'] / 2**20:.0f}"]
-        cells += [f"{joules:.2f}" if joules is not None else "not measurable here"]
+        cells += [f"{joules:.2f}" if joules is not None else "not measurable"]
         rows.append(cells)
     return align_columns(rows)
 
 
 def align_columns(rows: list[list[str]]) -> list[str]:
-    """Rows as lines of text: the first column to the left, others to the right."""
+    """Return rows as lines of text: the first column left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(
@@ -144,9 +152,9 @@ def align_columns(rows: list[list[str]]) -> list[str]:
 
 
 def markdown(table: list[list[str]], first: str | None) -> str:
-    """A table for pasting, its first row the header.
+    """Return a Markdown table; its first row is the header.
 
-    :param first: a line that comes before it; None for none.
+    :param first: a line before the table, or None.
     """
     lines = ["| " + " | ".join(row) + " |" for row in table]
     before = [first, ""] if first else []
@@ -154,6 +162,6 @@ def markdown(table: list[list[str]], first: str | None) -> str:
 
 
 def skipped_lines(skipped: list[dict[str, str]]) -> str:
-    """A line for every target that the model cannot have, as Markdown; nothing without one."""
+    """Return one Markdown line per skipped target, or an empty text."""
     lines = [f"- {one['target']} is skipped: {one['reason']}" for one in skipped]
     return "\n".join(["", *lines, ""]) if lines else ""

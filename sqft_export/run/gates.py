@@ -26,7 +26,7 @@ from sqft_export.measure.quality import (
     target_distributions,
     write_quality,
 )
-from sqft_export.measure.rows import DENSE, MADE
+from sqft_export.measure.rows import DENSE, FINAL_ROWS
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.artifact import Artifact, digest_of, key_of
 from sqft_export.run.device import device_of
@@ -144,7 +144,7 @@ class QualityGates:
         rows = json.loads((benchmark.path / "results.json").read_text())["rows"]
         dense = [row["accuracy"] for row in rows if row["name"] == DENSE]
         limit, warnings = self.recipe.gates.accuracy_drop, list[str]()
-        for row in (row for row in rows if dense and row["name"].startswith(MADE)):
+        for row in (row for row in rows if dense and row["name"].startswith(FINAL_ROWS)):
             drop = 100 * (dense[0] - row["accuracy"])
             text = (
                 f"benchmark: {row['name']} answers {100 * row['accuracy']:.1f} % right, {drop:.1f} "

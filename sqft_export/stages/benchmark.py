@@ -23,12 +23,12 @@ from sqft_export.data.items import (
     stop_ids,
 )
 from sqft_export.data.scoring import Judged, judge, questions
-from sqft_export.measure.agreement import Beside
+from sqft_export.measure.agreement import ReferenceModels
 from sqft_export.measure.chance import GUESSING_PERPLEXITY, chance_accuracy, is_at_chance
 from sqft_export.measure.machine import machine_facts
 from sqft_export.measure.rows import (
     DENSE,
-    MADE,
+    FINAL_ROWS,
     TITLES,
     Row,
     accuracy_row,
@@ -37,7 +37,7 @@ from sqft_export.measure.rows import (
     stored_bytes,
 )
 from sqft_export.measure.statistics import mcnemar
-from sqft_export.measure.worker import in_a_process
+from sqft_export.measure.worker import measure_in_process
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.packed.folders import PACKED, SPARSE
 from sqft_export.recipe.schema import Benchmark, Recipe
@@ -155,7 +155,7 @@ def on_devices(table: list[Row], targets: tuple[str, ...]) -> list[Row]:
     """
     others = [d for d in DEVICE_KINDS[1:] if {d, "auto"} & set(targets)]
     available = {(d.runtime, d.kind) for d in devices() if d.missing is None} if others else set()
-    made = [row for row in table if row.name in MADE]
+    made = [row for row in table if row.name in FINAL_ROWS]
     on_others = [
         replace(row, name=f"{row.name}, {kind.upper()}", device=kind)
         for kind in others
@@ -280,7 +280,7 @@ def _measure_rows(
     found: dict[str, list[dict[str, Any]]] = {row.name: [] for row in table}
 
     def run_row(row: Row, job: dict[str, Any]) -> dict[str, Any]:
-        result = in_a_process(_job(context, row) | job, context.folder)
+        result = measure_in_process(_job(context, row) | job, context.folder)
         advance(row.name)
         return result
 
@@ -288,11 +288,11 @@ def _measure_rows(
     # The limit of minutes does not include lm-eval's tasks. They run last.
     lm_eval = _lm_eval_job(recipe)
     once = {"questions": _questions(context, tokenizer, scored)} | ({} if minutes else lm_eval)
-    beside = Beside(context.folder, items) if REFERENCES.keys() & found.keys() else None
+    beside = ReferenceModels(context.folder, items) if REFERENCES.keys() & found.keys() else None
     for row in table:
-        found[row.name].append(run_row(row, timed | once | (beside.asked() if beside else {})))
+        found[row.name].append(run_row(row, timed | once | (beside.job_part() if beside else {})))
         if beside:
-            found[row.name][0] |= beside.found(REFERENCES.get(row.name))
+            found[row.name][0] |= beside.compare(REFERENCES.get(row.name))
     for number in range(1, rounds):
         for row in table if number % 2 == 0 else table[::-1]:
             found[row.name].append(run_row(row, timed))

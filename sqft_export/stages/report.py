@@ -5,7 +5,7 @@ import json
 from sqft_export.adapters.files import read_training_log
 from sqft_export.recipe.schema import Recipe
 from sqft_export.report import pictures
-from sqft_export.report.document import DETAILS, MAIN, by_lm_eval, cells, report_of_run
+from sqft_export.report.document import DETAILS, MAIN, cells, lm_eval_cells, report_of_run
 from sqft_export.report.html import render
 from sqft_export.report.text import markdown, skipped_lines
 from sqft_export.stages import Context
@@ -45,9 +45,9 @@ def run(context: Context) -> dict:
     text = markdown(cells(rows), document["verdict"]) + skipped_lines(document["skipped"])
     (context.folder / "report.md").write_text(text)
     drawn = [
-        ("Accuracy along the passes", pictures.accuracy_along_passes(rows, measure)),
-        ("Accuracy against file size", pictures.accuracy_against(rows, measure, "file_bytes")),
-        ("Accuracy against latency", pictures.accuracy_against(rows, measure, "tpot")),
+        ("Accuracy along the passes", pictures.accuracy_bars(rows, measure)),
+        ("Accuracy against file size", pictures.accuracy_scatter(rows, measure, "file_bytes")),
+        ("Accuracy against latency", pictures.accuracy_scatter(rows, measure, "tpot")),
         ("Latency", pictures.latency_bars(rows)),
         ("Sparsity by layer", pictures.sparsity_by_layer(document["layers"])),
     ]
@@ -63,7 +63,7 @@ def run(context: Context) -> dict:
         table=cells(rows, MAIN),
         details=cells(rows, (MAIN[0], *DETAILS)),
         sets=[name for name in rows[0]["accuracy_by_set"] if name],
-        lm_eval=by_lm_eval(rows),
+        lm_eval=lm_eval_cells(rows),
         recipe=json.dumps(document["recipe"], indent=2),
         pictures=drawn,
     )

@@ -4,7 +4,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from sqft_export.measure.batches import SCORED, batches, by_length, padded
+from sqft_export.measure.batches import (
+    SCORING_PASS_TOKENS,
+    pad_sequences,
+    sort_by_length,
+    split_batches,
+)
 from sqft_export.measure.decode import generate
 from sqft_export.measure.likelihood import log_softmax
 from sqft_export.model.floats import Reference
@@ -78,7 +83,7 @@ def prompt_logits(session: Session, prompts: list[list[int]]) -> list[np.ndarray
     """
     found: list[np.ndarray] = [np.empty(0)] * len(prompts)
     lengths = [len(prompt) for prompt in prompts]
-    for indices in batches(session, lengths, by_length(lengths), SCORED):
+    for indices in split_batches(session, lengths, sort_by_length(lengths), SCORING_PASS_TOKENS):
         logits = _prefill_and_step([prompts[i] for i in indices], session)
         for index, one in zip(indices, logits, strict=True):
             found[index] = one
@@ -88,7 +93,7 @@ def prompt_logits(session: Session, prompts: list[list[int]]) -> list[np.ndarray
 def _prefill_and_step(prompts: list[list[int]], session: Session) -> Iterator[np.ndarray]:
     """Yield the logits of a batch of prompts: a prefill without the last token, then one step."""
     session.reset()
-    before = padded([prompt[:-1] or prompt for prompt in prompts], session.padding)
+    before = pad_sequences([prompt[:-1] or prompt for prompt in prompts], session.padding)
     first = session.forward(before.ids, before.mask)
     steps = np.array([[prompt[-1]] for prompt in prompts])
     mask = np.concatenate([before.mask, np.ones_like(steps)], axis=1)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sqft_export.measure import batches as rooms
 from sqft_export.measure import decode
-from sqft_export.measure.batches import batches, by_length, last_logits, padded
+from sqft_export.measure.batches import last_logits, pad_sequences, sort_by_length, split_batches
 from sqft_export.measure.decode import generate
 from sqft_export.measure.likelihood import log_likelihoods, log_softmax
 from sqft_export.recipe.schema import Export
@@ -82,8 +82,8 @@ def test_answers_are_those_of_every_prompt_alone(session, monkeypatch):
     assert generate(session, prompts, 12, stop=[stop]) == cut
     assert {len(said) for said in cut} > {12}
     # Many small batches, whose last rows wait for one another.
-    monkeypatch.setattr(decode, "CACHED", 160)
-    monkeypatch.setattr(decode, "FEW", 0.5)
+    monkeypatch.setattr(decode, "MAX_CACHE_TOKENS", 160)
+    monkeypatch.setattr(decode, "MIN_RUNNING_SHARE", 0.5)
     assert generate(session, prompts, 12, stop=[stop]) == cut
 
 
@@ -117,7 +117,7 @@ def test_rows_that_have_ended_are_not_computed(random_llama, monkeypatch):
     passes = watched(session, monkeypatch)
     generate(session, prompts, 10, stop=[said[2] for said in free[:6]])
     rows = [rows for rows, _ in passes]
-    assert rows[0] == 8 and min(rows) < 8 * (1 - decode.DONE) + 1
+    assert rows[0] == 8 and min(rows) < 8 * (1 - decode.DROP_ENDED_SHARE) + 1
 
 
 def test_the_last_rows_of_batches_go_on_together(random_llama, monkeypatch):
@@ -128,11 +128,11 @@ def test_the_last_rows_of_batches_go_on_together(random_llama, monkeypatch):
     stop = list({token for said in free for token in said} - long)
     assert sum(not set(said) & set(stop) for said in free) <= 8
     passes = watched(session, monkeypatch)
-    monkeypatch.setattr(decode, "CACHED", 8 * (3 + 40))  # eight rows a batch
-    monkeypatch.setattr(decode, "FEW", 0.5)
+    monkeypatch.setattr(decode, "MAX_CACHE_TOKENS", 8 * (3 + 40))  # eight rows a batch
+    monkeypatch.setattr(decode, "MIN_RUNNING_SHARE", 0.5)
     together = generate(session, prompts, 40, stop)
     taken = len(passes)
-    monkeypatch.setattr(decode, "FEW", 0.0)
+    monkeypatch.setattr(decode, "MIN_RUNNING_SHARE", 0.0)
     assert generate(session, prompts, 40, stop) == together
     assert taken < 0.6 * (len(passes) - taken)
 
@@ -141,11 +141,11 @@ def test_rows_that_were_filled_up_go_on(session):
     random = np.random.RandomState(0)
     prompts = [random.randint(5, 400, size).tolist() for size in (4, 7)]
     parts = [[[11, 12, 13], [21]], [[14], [22]], [[15, 16], [23, 24, 25]]]
-    batch = padded(prompts, session.padding)
+    batch = pad_sequences(prompts, session.padding)
     last_logits(session, batch)
     mask = batch.mask
     for part in parts:
-        filled_up = padded(part, "right")
+        filled_up = pad_sequences(part, "right")
         mask = np.concatenate([mask, filled_up.mask], axis=1)
         found = session.forward(filled_up.ids, mask)
     for row, prompt in enumerate(prompts):
@@ -183,7 +183,7 @@ def test_prompts_that_are_filled_up_on_the_right_go_in_parts_of_like_lengths(tin
         return run(ids, mask, wanted)
 
     monkeypatch.setattr(session, "_run", counted)
-    found = last_logits(session, padded(prompts, "right"))
+    found = last_logits(session, pad_sequences(prompts, "right"))
     assert passes == [(2, 40), (1, 20), (4, 6), (1, 2)]
     for prompt, logits in zip(prompts, found, strict=True):
         session.reset()
@@ -213,7 +213,7 @@ def test_prompts_that_are_filled_up_on_the_left_join_when_they_begin(session, mo
         alone.append(session.forward(np.array([prompt]))[0, -1])
     passes, forward = watched(session, monkeypatch), session.forward
     monkeypatch.setattr(session, "pass_tokens", 10)
-    batch = padded(prompts, session.padding)
+    batch = pad_sequences(prompts, session.padding)
     found = last_logits(session, batch)
     np.testing.assert_allclose(found, alone, atol=1e-3 * np.std(alone))
     if session.padding == "left":
@@ -233,7 +233,7 @@ def test_prompts_that_are_filled_up_on_the_left_join_when_they_begin(session, mo
 @given(st.lists(st.integers(0, 500), max_size=64), st.integers(0, 2048))
 def test_passes_over_a_batch_take_no_longer_than_one(firsts, pass_tokens):
     begins, length = np.array([0, *firsts]), 501
-    stops = rooms._stops(begins, length, pass_tokens)
+    stops = rooms._pass_ends(begins, length, pass_tokens)
     assert stops == sorted(set(stops)) and stops[-1] == length
     passes = zip([0, *stops], stops, strict=False)
     tokens = sum((begins < stop).sum() * (stop - start) for start, stop in passes)
@@ -257,18 +257,18 @@ def test_batches_hold_every_sequence_once_and_stay_within_their_bounds(
     session = _Sizes()
     session.all_logits, bound = all_logits, 2000
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rooms, "PASS_BYTES", 4 * 1000 * 1500)
-        made = list(batches(session, lengths, by_length(lengths), bound, growth, wanted))
+        patch.setattr(rooms, "MAX_LOGIT_BYTES", 4 * 1000 * 1500)
+        made = list(split_batches(session, lengths, sort_by_length(lengths), bound, growth, wanted))
     assert sorted(index for batch in made for index in batch) == list(range(len(lengths)))
     for batch in made:
         longest = max(lengths[index] for index in batch)
         scored = max(longest if all_logits or wanted is None else 0, wanted or 0)
         fits = len(batch) * (longest + growth) <= bound and len(batch) * scored <= 1500
-        assert len(batch) == 1 or (fits and len(batch) <= rooms.ROWS)
+        assert len(batch) == 1 or (fits and len(batch) <= rooms.MAX_BATCH_ROWS)
 
 
 def test_prompts_are_filled_up_on_the_side_that_is_asked_for():
-    left, right = (padded([[5], [6, 7, 8]], side) for side in ("left", "right"))
+    left, right = (pad_sequences([[5], [6, 7, 8]], side) for side in ("left", "right"))
     assert left.ids.tolist() == [[0, 0, 5], [6, 7, 8]]
     assert right.ids.tolist() == [[5, 0, 0], [6, 7, 8]]
     assert left.mask.tolist() == [[0, 0, 1], [1, 1, 1]]

@@ -186,7 +186,7 @@ def test_rows_of_a_run_are_scored_on_what_the_recipe_asks_for(deployed, tasks):
         found = by_lm_eval(folder, tasks, "our_arc", items=items)["our_arc"]
         assert rows[name]["acc,none"] == found["acc,none"]
     page = (run["report"].path / "index.html").read_text()
-    assert "Tasks of lm-eval" in page and "our_arc, acc_norm" in page
+    assert "lm-eval tasks" in page and "our_arc, acc_norm" in page
 
 
 def test_what_a_recipe_asks_of_lm_eval_is_looked_up_before_any_work(tasks, tmp_path):

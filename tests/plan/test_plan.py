@@ -257,7 +257,7 @@ def test_where_the_tokenizer_is_not_here_words_are_counted(tmp_path):
     # What SmolLM2's tokenizer of 49,152 tokens makes of the same items.
     assert work.example == pytest.approx(182.6, rel=0.1)
     assert work.prompt == pytest.approx(68.7, rel=0.1)
-    assert "lengths in words" in plan_text(preview.preview(recipe, tmp_path))
+    assert "lengths are estimated from words" in plan_text(preview.preview(recipe, tmp_path))
     hub = load_recipe(ROOT / "recipes" / "mistral.yaml", ("task.folder=null",))
     assert workload_of(hub, None).example == 512
 
@@ -279,7 +279,7 @@ def test_an_accelerator_is_named_with_its_memory(odd, monkeypatch, tmp_path):
     recipe = small_recipe(model_path=odd)
     document = preview.preview(recipe, tmp_path)
     text = plan_text(document)
-    assert "times for cuda (a card): 20000 GFLOP/s in float32, 100000 in bfloat16" in text
+    assert "speed of cuda (a card): 20000 GFLOP/s in float32, 100000 in bfloat16" in text
     assert "device memory" in text and "8.0 GiB free" in text
     monkeypatch.setattr(preview, "measure_speeds", lambda *_: Speeds(SLOW, SLOW, SLOW, 1e9))
     slower = preview.preview(recipe, tmp_path)

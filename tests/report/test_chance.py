@@ -59,7 +59,7 @@ def test_the_verdict_says_so_and_gives_no_share_of_dense():
     dense = row("dense base", 0.25, chance=0.25, at_chance=True)
     said = verdict([dense, row("OpenVINO", 0.5, p_same_as_first=0.01)], "answered right")
     assert said.endswith(
-        "It has 50.0 % (45.0 to 55.0) answered right; the dense base knows nothing about this "
+        "Accuracy: 50.0 % (45.0 to 55.0) answered right; the dense base knows nothing about this "
         "task: its 25.0 % (20.0 to 30.0) is not significantly above chance, 25.0 %."
     )
     assert "points" not in said
@@ -77,5 +77,5 @@ def test_a_report_of_a_model_that_knows_nothing(tmp_path):
     document = json.loads((report / "report.json").read_text())
     assert "the dense base knows nothing about this task" in document["verdict"]
     assert not any("recovery" in found for found in document["rows"])
-    assert "of dense" not in (report / "report.md").read_text().splitlines()[2]
-    assert "Of dense" not in (report / "index.html").read_text()
+    assert "recovery" not in (report / "report.md").read_text().splitlines()[2]
+    assert '"recovery" is' not in (report / "index.html").read_text()

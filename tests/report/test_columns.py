@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from sqft_export.measure.agreement import COMPARED, agreement, sequences_of
+from sqft_export.measure.agreement import COMPARED_TOKENS, agreement, sequences_of
 from sqft_export.measure.likelihood import log_softmax
 from sqft_export.report.document import cells
 
-COLUMNS = ("of dense", "same token", "KL nats")
-TO_MERGED = "KL to merged"
+COLUMNS = ("recovery", "top-1 agreement", "KL nats/token")
+TO_MERGED = "KL to merged nats/token"
 
 
 def results(tiny_run) -> dict[str, dict]:
@@ -35,7 +35,7 @@ def test_the_dense_base_is_itself_and_what_is_merged_diverges_alike_everywhere(t
     for row in rows.values():
         assert row["recovery"] == pytest.approx(row["accuracy"] / dense["accuracy"])
         beside = row["beside_dense"]
-        assert beside["tokens"] == dense["beside_dense"]["tokens"] <= COMPARED
+        assert beside["tokens"] == dense["beside_dense"]["tokens"] <= COMPARED_TOKENS
         assert beside["low"] <= beside["agreement"] <= beside["high"]
 
 
@@ -44,8 +44,8 @@ def test_a_report_has_them_and_says_what_they_are(tiny_run):
     header = (folder / "report.md").read_text().splitlines()[2]
     assert all(f"| {column} |" in header for column in (*COLUMNS, TO_MERGED))
     page = (folder / "index.html").read_text()
-    assert "held-out tokens after which both hold the same next token" in page
-    assert "mean divergence from the merged model in torch after" in page
+    assert "held-out tokens at which the argmax is that of the dense base" in page
+    assert "mean KL divergence from the merged model in torch at" in page
 
 
 def test_a_table_without_a_dense_base_has_no_such_columns(tiny_run):
@@ -55,7 +55,7 @@ def test_a_table_without_a_dense_base_has_no_such_columns(tiny_run):
     assert TO_MERGED in cells(bare)[0]
     assert set(cells(rows)[0]) >= set(COLUMNS)
     mixed = cells([rows[0], bare[1]])  # of reports from before and after they were there
-    place = mixed[0].index("KL nats")
+    place = mixed[0].index("KL nats/token")
     assert mixed[1][place] and not mixed[2][place]
 
 
@@ -79,7 +79,7 @@ def test_tokens_are_of_items_from_everywhere():
             self.ids = [number] * 10
 
     sequences = sequences_of([Numbered(number) for number in range(1000)])
-    assert sum(map(len, sequences)) == COMPARED
+    assert sum(map(len, sequences)) == COMPARED_TOKENS
     numbers = [sequence[0] for sequence in sequences]
     assert min(np.diff(numbers)) > 10 and numbers[-1] > 900
     assert sequences_of([Numbered(7)]) == [[7] * 10]

@@ -48,7 +48,7 @@ def test_a_sweep_compares_every_value(swept):
 
 def test_the_page_needs_nothing_but_itself(swept):
     page = (swept[1] / "index.html").read_text()
-    assert page.count("<svg") == 3 and "What differs" in page
+    assert page.count("<svg") == 3 and "Settings that differ" in page
     assert "<script" not in page and "<link" not in page and "src=" not in page
 
 
@@ -61,7 +61,7 @@ def test_runs_that_do_not_compare_are_told(tiny_run, tmp_path):
     report = tiny_run["report"].path
     with pytest.raises(UserError, match="found 1 run"):
         compare_runs([report], tmp_path / "out")
-    with pytest.raises(UserError, match=r"neither a report nor a run"):
+    with pytest.raises(UserError, match=r"found no report"):
         compare_runs([report, tmp_path], tmp_path / "out")
     other = tmp_path / "other"
     shutil.copytree(report, other)
@@ -70,10 +70,10 @@ def test_runs_that_do_not_compare_are_told(tiny_run, tmp_path):
     with pytest.raises(DamagedError, match=r"report.json is damaged"):
         compare_runs([report, other], tmp_path / "out")
     (other / "manifest.json").unlink()  # a report alone, from wherever
-    with pytest.raises(UserError, match="runs measure exact match and tokens"):
+    with pytest.raises(UserError, match="found measures exact match and tokens"):
         compare_runs([report, other], tmp_path / "out")
     (other / "report.json").write_text(json.dumps(document | {"schema": 1}))
-    with pytest.raises(UserError, match=r"schema 1, this program reads \d"):
+    with pytest.raises(UserError, match=r"schema 1, this version reads \d"):
         compare_runs([report, other], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

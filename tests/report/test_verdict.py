@@ -26,15 +26,15 @@ SLOWER = row("ONNX Runtime", 0.53, 60e6, 12.0, p_same_as_lora=0.2, p_same_as_fir
 def test_what_was_bought_and_what_it_cost():
     assert verdict([DENSE, LORA, MADE, SLOWER], "answered right") == (
         "OpenVINO, the fastest deployment: 25 % of the dense base's bytes (50.0 of 200.0 MB), "
-        "4.0 times its tokens a second in torch (100 a second), 25 % of its peak memory. It cost: "
-        "52.0 % (45.0 to 59.0) answered right, 12.5 points below dense + LoRA's 64.5 %; a paired "
-        "test tells them apart (p 0.0004)."
+        "4.0 times its tokens per second in torch (100 tokens/s), 25 % of its peak memory. "
+        "Accuracy: 52.0 % (45.0 to 59.0) answered right, 12.5 points below dense + LoRA's 64.5 %, "
+        "significantly different (McNemar, p = 0.0004)."
     )
 
 
 def test_a_model_that_was_not_trained_is_held_against_the_dense_base():
     said = verdict([DENSE, MADE], "answered right")
-    assert "0.5 points above dense base's 51.5 %; a paired test does not tell them apart" in said
+    assert "above dense base's 51.5 %, not significantly different (McNemar, p = 0.9)" in said
 
 
 def test_plain_text_has_no_interval_and_no_test():
@@ -55,16 +55,16 @@ def test_what_is_worth_it_may_be_dense():
     dense = row("bits 3: OpenVINO", 0.58, 40e6, 11.0)
     best = row("bits 4: OpenVINO", 0.60, 50e6, 9.0)
     assert choice([sparse, dense, best]) == (
-        "Most accurate: bits 4: OpenVINO, 60.0 %. Of the 2 whose interval reaches that, the "
-        "smallest is bits 3: OpenVINO (58.0 %, 40.0 MB) and the fastest bits 4: OpenVINO (60.0 %, "
-        "9.00 ms a token)"
+        "Most accurate: bits 4: OpenVINO, 60.0 %. Among the 2 whose 95 % interval reaches that, "
+        "the smallest is bits 3: OpenVINO (58.0 %, 40.0 MB) and the fastest is bits 4: OpenVINO "
+        "(60.0 %, 9.00 ms per token)"
     )
 
 
 def test_the_report_begins_with_it(tiny_run):
     folder = tiny_run["report"].path
     document = json.loads((folder / "report.json").read_text())
-    assert "a paired test" in document["verdict"]
+    assert "significantly different" in document["verdict"]
     assert (folder / "report.md").read_text().startswith(document["verdict"])
     page = (folder / "index.html").read_text()
     assert page.index("the fastest deployment") < page.index("Accuracy is")

@@ -146,7 +146,7 @@ def test_a_run_on_a_read_only_medium_is_verified(tiny_run, tmp_path):
         mounted("-o", "remount,ro,bind", root)
         done = sqft("verify", root, temporary=temporary)
         assert done.returncode == 0, done.stderr
-        assert "artifacts as sealed" in done.stdout
+        assert "artifacts match their seals" in done.stdout
         assert not list(temporary.glob("sqft-*"))  # torch keeps files of its own there
     finally:
         subprocess.run(["umount", str(root)], check=True)

@@ -30,7 +30,7 @@ def measured(tiny_run, monkeypatch, tmp_path):
         table = [Row(name, "torch", tmp_path / name, (), 0.0) for name in seconds]
         names = {str(row.folder): row.name for row in table}
 
-        def in_a_process(job, scratch):
+        def measure_in_process(job, scratch):
             name, asked = names[job["folder"]], job.get("questions")
             taken = seconds[name] * len(asked["prompts"]) if asked else 0.0
             clock.now += taken + 1
@@ -40,7 +40,7 @@ def measured(tiny_run, monkeypatch, tmp_path):
             timed = {"ttft_samples": [1.0]} if "latency_prompt" in job else {}
             return timed | ({"score_seconds": taken, "answers": []} if asked else {})
 
-        monkeypatch.setattr(benchmark, "in_a_process", in_a_process)
+        monkeypatch.setattr(benchmark, "measure_in_process", measure_in_process)
         monkeypatch.setattr(benchmark.time, "monotonic", clock.monotonic)
         silent = lambda total: lambda note="": None  # noqa: E731
         context = Context("benchmark", recipe, folder, tiny_run, tmp_path, silent)
