@@ -113,7 +113,7 @@ def predict(
     for speed in {speed.name: speed for speed in (speeds.cpu, speeds.device)}.values():
         products = ", ".join(f"{rate / 1e9:.0f} in {d}" for d, rate in speed.products.items())
         print(f"{speed.name}: GFLOP/s {products}; 1e9 elements/s {speed.elements / 1e9:.2f}")
-    print(f"one thread: 1e9 elements/s {speeds.alone.elements / 1e9:.2f}")
+    print(f"one thread: 1e9 elements/s {speeds.one_thread.elements / 1e9:.2f}")
     seconds = predict_seconds(recipe, layout, speeds, workload)
     memory = predict_memory(recipe, layout, workload)
     return {name: (seconds[name] or 0, memory[name]) for name in seconds}

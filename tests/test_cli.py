@@ -108,7 +108,7 @@ def test_what_does_not_fit_the_model_is_refused_before_any_work(tmp_path):
         tmp_path, "adapt.target_modules=[q_proj,k_proj,v_proj,out]"
     )
     assert "task.train: no such file" in refused(tmp_path, "task.train=nope.jsonl")
-    assert "the template asks for query; the item has question, answer" in refused(
+    assert "the template needs query; the item has question, answer" in refused(
         tmp_path, "task.prompt='{query}'"
     )
     assert "no Hugging Face model in /nowhere" in faults("model.path=/nowhere", *runs)

@@ -1,1 +1,1 @@
-"""Tasks and calibration data as token ids, and how answers are scored."""
+"""Data of tasks and calibration as token ids, and the scoring of answers."""

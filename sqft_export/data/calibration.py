@@ -1,4 +1,4 @@
-"""The samples that pruning and quantization see."""
+"""The calibration samples that pruning and quantization read."""
 
 import random
 from collections.abc import Sequence
@@ -16,29 +16,34 @@ from sqft_export.data.items import (
     encode,
     first_token,
     load_tokenizer,
-    windows_of,
+    split_windows,
 )
 from sqft_export.errors import UserError
 from sqft_export.recipe.schema import HUB, Recipe
 from sqft_export.recipe.templates import text_field
 
-SHORTEST = 16  # tokens of a dataset row that is calibrated on
-SHUFFLED_ROWS = 10_000
+MIN_ROW_TOKENS = 16  # shorter dataset rows (headings, blank lines) are skipped
+SHUFFLE_BUFFER_ROWS = 10_000
 
 
 def calibration_fields(recipe: Recipe) -> tuple[str, ...]:
-    """The recipe fields that the samples depend on: those of training data where they are of it."""
+    """Return the recipe fields that the samples depend on.
+
+    They include the fields of the training data if the samples come from it.
+    """
     return ("calibration", "seed", *(TRAIN_FIELDS if recipe.calibration.source == "task" else ()))
 
 
 def calibration_samples(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
-    """Seeded choice of samples, each cut to the calibration length; lengths may differ.
+    """Return a seeded choice of samples, each cut to the calibration length; lengths may differ.
 
-    :raises UserError: if the source has fewer samples than asked for.
+    :raises UserError: if the source has fewer samples than requested.
     """
     config = recipe.calibration
     task = config.source == "task"
-    samples: Sequence[Any] = Data(recipe, tokenizer).train if task else _texts(recipe, tokenizer)
+    samples: Sequence[Any] = (
+        Data(recipe, tokenizer).train if task else _tokenize_source(recipe, tokenizer)
+    )
     if len(samples) < config.samples:
         where = "the training split" if task else config.source
         raise UserError(
@@ -50,24 +55,25 @@ def calibration_samples(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
     return [one[: config.sequence_length] for one in ids]
 
 
-def _texts(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
-    """Samples of a source of its own."""
+def _tokenize_source(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
+    """Return the samples of a source that is not the task's training split."""
     config = recipe.calibration
     file = recipe.resolve(config.source)
     if config.source.startswith(HUB) or file.is_dir():
-        return _dataset_texts(recipe, tokenizer)
+        return _stream_dataset(recipe, tokenizer)
     if file.suffix == ".jsonl":
         rows = numbered_rows(file)
         texts = [str(text_field(config.field, item, file, number)) for number, item in rows]
         return [ids for ids in encode(tokenizer, texts) if ids]
     ids = tokenizer(read_text(file), add_special_tokens=False)["input_ids"]
-    return windows_of(ids, config.sequence_length, first_token(tokenizer))
+    return split_windows(ids, config.sequence_length, first_token(tokenizer))
 
 
-def _dataset_texts(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
-    """The first rows of a seeded shuffle, streamed, so that a large dataset is not fetched whole.
+def _stream_dataset(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
+    """Return the first rows of a seeded shuffle as token ids.
 
-    Rows of fewer than ``SHORTEST`` tokens (headings, blank lines) are passed over.
+    Rows are streamed, so that a large dataset is not downloaded completely. Rows of fewer than
+    ``MIN_ROW_TOKENS`` tokens are skipped.
     """
     import datasets
 
@@ -80,25 +86,25 @@ def _dataset_texts(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
             where, config.subset, split=config.split, revision=revision, streaming=True
         )
         samples: list[list[int]] = []
-        for row in rows.shuffle(seed=recipe.seed, buffer_size=SHUFFLED_ROWS):
+        for row in rows.shuffle(seed=recipe.seed, buffer_size=SHUFFLE_BUFFER_ROWS):
             if config.field not in row:
                 raise UserError(
                     f"{recipe.file}: calibration.field: found {config.field!r}; rows of {where} "
                     f"have {', '.join(row)}"
                 )
             (ids,) = encode(tokenizer, [row[config.field]])
-            if len(ids) >= SHORTEST:
+            if len(ids) >= MIN_ROW_TOKENS:
                 samples.append(ids)
             if len(samples) == config.samples:
                 break
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"{recipe.file}: calibration.source: {config.source} can't be read "
-            f"({type(error).__name__}: {error}); a local .txt or .jsonl file needs no hub"
+            f"({type(error).__name__}: {error}); use a local .txt or .jsonl file to avoid the hub"
         ) from error
     return samples
 
 
 def calibration_tensors(recipe: Recipe, model: Path) -> list[Tensor]:
-    """The same, int64 ``[length]`` each, by the tokenizer in a model folder."""
+    """Return the samples as int64 tensors ``[length]``, tokenized by a model folder's tokenizer."""
     return [torch.tensor(ids) for ids in calibration_samples(recipe, load_tokenizer(model))]

@@ -1,14 +1,15 @@
-"""The datasets that a recipe calls by name, as prompts and answers.
+"""The known datasets of ``task.kind: dataset``, as prompts and answers.
 
-A set is read from a local folder or from the Hugging Face hub. Its rows come in the hub's columns
-or in the LLM-Adapters form (``instruction``, ``output``, ``answer``; arXiv 2304.01933); either
-becomes the same :class:`Record`. Prompts are those of lm-evaluation-harness, which the SQFT authors
-trained and scored with; instructions (``math_10k``) take the Alpaca or the Phi-3 template.
+A set is read from a local folder or from the Hugging Face hub. Its rows have the hub's columns or
+those of LLM-Adapters (``instruction``, ``output``, ``answer``; arXiv 2304.01933). Both become the
+same :class:`Record`. Prompts are those of lm-evaluation-harness, which the SQFT authors used for
+training and scoring. Instructions (``math_10k``) use the Alpaca or the Phi-3 template.
 
-How an answer is scored (``scoring``):
+An answer is right (``scoring``) if:
 
-    mark     what follows ``####`` is equal, commas and dollar signs aside (lm-eval's gsm8k)
-    number   the last number is equal to within 1e-3 (LLM-Adapters' evaluator)
+    exact    the generated text is equal, after the recipe's ``final`` mark if it has one
+    mark     the text after ``####`` is equal, without commas and dollar signs (lm-eval's gsm8k)
+    number   the last number differs by at most 1e-3 (LLM-Adapters' evaluator)
     choice   the right choice has the highest likelihood (lm-eval's acc; acc_norm is recorded too)
 """
 
@@ -36,11 +37,11 @@ SUFFIXES = (".jsonl", ".json")
 class Record:
     """One item of a set.
 
-    prompt, answer: what is trained on, joined as they stand.
-    choices: (context, continuation) of every choice, where there are any.
-    right: index of the right one.
-    final: the expected answer as it is compared: a number, or what follows the mark.
-    labels: what every choice is called in a log of answers.
+    prompt, answer: texts for training; they are joined without a separator.
+    choices: (context, continuation) of every choice; empty if the item has no choices.
+    right: index of the right choice.
+    final: expected answer for the comparison: a number, or the text after the mark.
+    labels: name of every choice in the log of answers.
     """
 
     prompt: str
@@ -53,11 +54,11 @@ class Record:
 
 @dataclass(frozen=True)
 class Set:
-    """Where a set is and how its rows are read.
+    """Where a set is stored and how its rows are read.
 
-    hub: dataset, configuration, and what its train and test splits are called; None: local alone.
-    read: row and template to record.
-    files: other names that a local file or folder of it goes by.
+    hub: dataset, configuration, and names of its train and test splits; None: only local files.
+    read: function of row and template that returns a record.
+    files: other names of its local file or folder.
     """
 
     hub: tuple[str, str | None, str, str] | None
@@ -66,39 +67,43 @@ class Set:
     files: tuple[str, ...] = ()
 
 
-def _choices(context: str, continuations: list[str], right: int) -> Record:
-    """Choices that differ in what follows one context."""
+def _choice_record(context: str, continuations: list[str], right: int) -> Record:
+    """Return a record whose choices are continuations of the same context."""
     pairs = tuple((context, f" {text.strip()}") for text in continuations)
     labels = tuple(text.strip() for text in continuations)
     return Record(*pairs[right], pairs, right, labels[right], labels)
 
 
 def _split_instruction(row: Fields) -> tuple[str, list[str], int]:
-    """Question, choices and index of the right one of a row in the LLM-Adapters form."""
+    """Return question, choices and index of the right choice of a row in the LLM-Adapters form."""
     text, _, _ = row["instruction"].partition("Answer format:")
     head, *parts = re.split(r"\s*(?:Answer|Solution|Ending|Option)\d+: ?", text)
     question = re.sub(r"^Please [^:]*: ", "", head)
-    if not parts:  # an instruction and its answer, no choices (the SQFT repository's ARC-Easy)
+    if not parts:  # an instruction and an answer without choices (the SQFT repository's ARC-Easy)
         return question.strip(), [row["output"]], 0
     return question.strip(), parts, int(re.sub(r"\D", "", row["answer"])) - 1
 
 
-def _labelled(row: Fields, question: str) -> tuple[str, list[str], int]:
-    """The same of a row with ``choices`` and an ``answerKey``, as ARC and OpenBookQA have."""
+def _split_labelled(row: Fields, question: str) -> tuple[str, list[str], int]:
+    """Return the same of a row with ``choices`` and ``answerKey``, as in ARC and OpenBookQA."""
     choices = row["choices"]
     return row[question].strip(), choices["text"], choices["label"].index(row["answerKey"])
 
 
 def _arc(row: Fields, template: str) -> Record:
     question, choices, right = (
-        _split_instruction(row) if "instruction" in row else _labelled(row, "question")
+        _split_instruction(row) if "instruction" in row else _split_labelled(row, "question")
     )
-    return _choices(TEMPLATES["question"].format(question=question), choices, right)
+    return _choice_record(TEMPLATES["question"].format(question=question), choices, right)
 
 
 def _openbookqa(row: Fields, template: str) -> Record:
-    return _choices(
-        *(_split_instruction(row) if "instruction" in row else _labelled(row, "question_stem"))
+    return _choice_record(
+        *(
+            _split_instruction(row)
+            if "instruction" in row
+            else _split_labelled(row, "question_stem")
+        )
     )
 
 
@@ -108,22 +113,24 @@ def _piqa(row: Fields, template: str) -> Record:
         if "instruction" in row
         else (row["goal"].strip(), [row["sol1"], row["sol2"]], int(row["label"]))
     )
-    return _choices(TEMPLATES["question"].format(question=question), choices, right)
+    return _choice_record(TEMPLATES["question"].format(question=question), choices, right)
 
 
 def _boolq(row: Fields, template: str) -> Record:
-    """The LLM-Adapters form has no passage; where there is none, the question stands alone."""
+    """Read a yes/no question; rows in the LLM-Adapters form have no passage before it."""
     if "instruction" in row:
         text, _, _ = row["instruction"].partition("Answer format:")
         question, right, passage = text.split("question: ", 1)[1], row["answer"] == "true", None
     else:
         question, right, passage = row["question"], bool(row["answer"]), row.get("passage")
     context = f"Question: {question.strip().rstrip('?')}?\nAnswer:"
-    return _choices(f"{passage}\n{context}" if passage else context, ["no", "yes"], int(right))
+    return _choice_record(
+        f"{passage}\n{context}" if passage else context, ["no", "yes"], int(right)
+    )
 
 
 def _winogrande(row: Fields, template: str) -> Record:
-    """The choices differ in the context; the rest of the sentence follows either."""
+    """Read a sentence with a gap; choices differ in the context and share the continuation."""
     if "instruction" in row:
         sentence, options, right = _split_instruction(row)
     else:
@@ -146,11 +153,13 @@ def _hellaswag(row: Fields, template: str) -> Record:
     else:
         question = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
         endings, right = row["endings"], int(row["label"])
-    return _choices(_without_brackets(question), [_without_brackets(e) for e in endings], right)
+    return _choice_record(
+        _without_brackets(question), [_without_brackets(e) for e in endings], right
+    )
 
 
 def _math(row: Fields, template: str) -> Record:
-    """Instruction and worked answer, in any of the forms the math sets come in."""
+    """Read a math problem and its worked answer, in any form of the math sets."""
     if "Body" in row:
         body = row["Body"].strip().rstrip(".")
         question, answer, final = f"{body}. {row['Question']}", "", row["Answer"]
@@ -166,24 +175,24 @@ def _math(row: Fields, template: str) -> Record:
     final = plain_number(str(final))
     answer = answer.strip().removeprefix("A:").strip() or final
     prompt = TEMPLATES[template].format(question=question.strip())
-    joint = "" if prompt[-1].isspace() else " "
-    return Record(prompt, joint + answer, final=final)
+    separator = "" if prompt[-1].isspace() else " "
+    return Record(prompt, separator + answer, final=final)
 
 
-def number_of(text: str) -> float | None:
-    """A decimal number or a fraction such as ``1/2``; None for what is neither."""
+def parse_number(text: str) -> float | None:
+    """Return the value of a decimal number or of a fraction such as ``1/2``; else None."""
     found = re.fullmatch(r"(-?\d*\.?\d+)(?:/(\d*\.?\d+))?", text.strip())
     if not found or float(found[2] or 1) == 0:
         return None
     return float(found[1]) / float(found[2] or 1)
 
 
-# A sign, a dollar, digits with commas between groups of three, a fraction, a full stop.
+# A sign, a dollar sign, digits with commas between groups of three, a fraction, a full stop.
 WRITTEN_NUMBER = re.compile(r"(-?)\$?(-?)(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?\.?")
 
 
 def plain_number(text: str) -> str:
-    """A number without dollar sign, commas, ``.0`` and full stop; other text as it is."""
+    """Return a number without dollar sign, commas, ``.0`` and full stop; other text unchanged."""
     text = text.strip()
     found = WRITTEN_NUMBER.fullmatch(text)
     if found is None:
@@ -218,7 +227,7 @@ COMMONSENSE = (
     "piqa",
     "winogrande",
 )
-# Task -> the sets it trains on and those it is tested on, as the SQFT authors did.
+# Task -> sets for training and sets for testing, as chosen by the SQFT authors.
 MIXES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "math_10k": (("math_10k",), ("gsm8k", "svamp", "mawps")),
     "commonsense": (COMMONSENSE, COMMONSENSE),
@@ -226,14 +235,14 @@ MIXES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def set_names(task: Dataset, split: str) -> tuple[str, ...]:
-    """Names of the sets of a split, ``train`` or ``test``."""
-    asked = task.train_sets if split == "train" else task.test_sets
+    """Return the names of the sets of a split, ``train`` or ``test``."""
+    requested = task.train_sets if split == "train" else task.test_sets
     train, test = MIXES.get(task.name, ((task.name,), (task.name,)))
-    return asked or (train if split == "train" else test)
+    return requested or (train if split == "train" else test)
 
 
 def scoring_of(task: Dataset, name: str) -> Scoring:
-    """How answers to a set are scored: GSM8K by its mark where that is what was trained on."""
+    """Return how answers to a set are scored: GSM8K by its mark if the task trains on GSM8K."""
     return "mark" if name == task.name == "gsm8k" else SETS[name].scoring
 
 
@@ -242,7 +251,7 @@ def _same_name(path: Path, name: str) -> bool:
 
 
 def local_file(folder: Path, name: str, split: str) -> Path | None:
-    """The file of a set's split: ``<set>/<split>.json`` or ``.jsonl``, or ``<set>.json``."""
+    """Return the file of a split: ``<set>/<split>.json`` or ``.jsonl``, or ``<set>.json``."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if not _same_name(path, name):
             continue
@@ -260,33 +269,29 @@ def local_file(folder: Path, name: str, split: str) -> Path | None:
 def missing_sets(
     task: Dataset, folder: Path | None, splits: tuple[str, ...] = ("train", "test")
 ) -> Iterator[str]:
-    """What is wrong with a task's sets: names there are not, files that are not there."""
+    """Yield a message for every unknown set and for every set without a file."""
     if folder is not None and not folder.is_dir():
         yield f"task.folder: no such folder: {folder}"
         return
     for split in splits:
         names = set_names(task, split)
-        if strangers := [name for name in names if name not in SETS]:
-            yield (
-                f"task.{split}_sets: found {', '.join(strangers)}; allowed are {', '.join(SETS)}"
-            )
+        if unknown := [name for name in names if name not in SETS]:
+            yield f"task.{split}_sets: found {', '.join(unknown)}; allowed are {', '.join(SETS)}"
         elif folder is None:
             yield from (
-                f"task.folder: is missing; {name} is not on the hub and is read from a local folder"
+                f"task.folder: is missing; {name} is not on the hub, set the folder of a local copy"
                 for name in names
                 if SETS[name].hub is None
             )
-        elif exhausted_resource := [
-            name for name in names if local_file(folder, name, split) is None
-        ]:
+        elif missing := [name for name in names if local_file(folder, name, split) is None]:
             yield (
-                f"task.folder: {folder} has no {split} file of {', '.join(exhausted_resource)} "
-                f"(<set>/{split}.json or .jsonl); name those there are in task.{split}_sets"
+                f"task.folder: {folder} has no {split} file of {', '.join(missing)} "
+                f"(<set>/{split}.json or .jsonl); list only existing sets in task.{split}_sets"
             )
 
 
 def hub_datasets(task: Dataset) -> list[str]:
-    """Datasets on the hub that a task's sets are read from."""
+    """Return the datasets on the hub that contain a task's sets; empty for a local folder."""
     names = dict.fromkeys((*set_names(task, "train"), *set_names(task, "test")))
     sources = [SETS[name].hub for name in names] if task.folder is None else []
     return [source[0] for source in sources if source]
@@ -295,10 +300,10 @@ def hub_datasets(task: Dataset) -> list[str]:
 def hub_rows(
     name: str, split: str, where: str, revisions: dict[str, str | None] | None = None
 ) -> list[Fields]:
-    """Rows of a set on the hub.
+    """Return the rows of a set on the hub.
 
-    :param revisions: dataset -> commit that is read; of others the newest is.
-    :raises UserError: if it can't be reached.
+    :param revisions: dataset -> commit to read; the newest commit of datasets not listed.
+    :raises UserError: if the dataset cannot be read.
     """
     import datasets
 
@@ -315,7 +320,7 @@ def hub_rows(
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"{where}: task: {dataset} can't be read from the hub ({type(error).__name__}); "
-            "task.folder names a local copy"
+            "set task.folder to read a local copy"
         ) from error
     return list(found)
 
@@ -327,10 +332,10 @@ def records(
     where: str,
     revisions: dict[str, str | None] | None = None,
 ) -> Iterator[tuple[str, Scoring, Record]]:
-    """Set, scoring and record of every item of a split, in the order of the sets.
+    """Yield set, scoring and record of every item of a split, in the order of the sets.
 
     :param revisions: see :func:`hub_rows`.
-    :raises UserError: naming the file and the field that a row lacks.
+    :raises UserError: if a row does not fit its set; the message names the file and the item.
     """
     for name in set_names(task, split):
         file = local_file(folder, name, split) if folder else None
@@ -342,14 +347,14 @@ def records(
                 place = f"{file or name}: item {number}"
                 raise UserError(f"{place}: not a row of {name}: {error!r}") from error
             number_wanted = split == "test" and scoring_of(task, name) == "number"
-            if number_wanted and number_of(record.final) is None:
+            if number_wanted and parse_number(record.final) is None:
                 raise UserError(
                     f"{file or name}: item {number}: not a row of {name}: its answer "
-                    f"{record.final!r} is no number"
+                    f"{record.final!r} is not a number"
                 )
             if split == "test" and SETS[name].scoring == "choice" and len(record.choices) < 2:
                 raise UserError(
-                    f"{file or name}: item {number}: has its answer alone, and no choices to tell "
-                    "it from; such a file can be trained on, not tested on"
+                    f"{file or name}: item {number}: has an answer but no other choices; use such "
+                    "a file for training, not for testing"
                 )
             yield name, scoring_of(task, name), record

@@ -1,4 +1,4 @@
-"""Data files as people have them: text and JSON lines, or one message that says what is wrong."""
+"""Readers of data files: text, JSON and JSON Lines, with a message for each kind of damage."""
 
 import itertools
 from collections.abc import Iterator
@@ -16,12 +16,12 @@ from sqft_export.untrusted import (
 )
 
 Fields = dict[str, Any]
-# First bytes of what is no text, and what it is called.
-BINARY = {b"PAR1": "a parquet file", b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "gzipped"}
+# First bytes -> name of common formats that are not text.
+BINARY_FORMATS = {b"PAR1": "a parquet file", b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "gzipped"}
 
 
 class WrittenFloat(float):
-    """A number with a fraction or exponent whose text is the one in the file: 1.50 stays 1.50."""
+    """A float that keeps its text from the file: 1.50 is printed as 1.50."""
 
     def __new__(cls, text: str) -> "WrittenFloat":
         number = super().__new__(cls, text)
@@ -35,9 +35,9 @@ class WrittenFloat(float):
 
 
 def read_text(file: Path) -> str:
-    """UTF-8, with or without a byte order mark.
+    """Return the text of a UTF-8 file, with or without a byte order mark.
 
-    :raises UserError: naming the file and the first byte that is no text.
+    :raises UserError: if it is not text; the message names the file and the first invalid byte.
     """
     content = read_bounded(file, MAX_TEXT_BYTES)
     _check_is_text(content, file)
@@ -45,22 +45,24 @@ def read_text(file: Path) -> str:
 
 
 def _check_is_text(content: bytes, file: Path) -> None:
-    for magic, name in BINARY.items():
+    for magic, name in BINARY_FORMATS.items():
         if content.startswith(magic):
-            raise UserError(f"{file}: is {name}; text in UTF-8, .json or .jsonl is read")
+            raise UserError(f"{file}: is {name}; text in UTF-8, .json or .jsonl is allowed")
 
 
 def read_rows(file: Path) -> list[Fields]:
-    """Objects of a json list or of jsonl, whose lines end with a line feed; blank ones count for
-    nothing.
+    """Return the objects of a JSON list or of a JSON Lines file; blank lines are skipped.
 
-    :raises UserError: naming the file, and the line, that is not JSON or has no objects.
+    Only a line feed ends a line.
+
+    :raises UserError: if the file has no items, or a line is not a JSON object; the message names
+        file and line.
     """
     return [row for _, row in numbered_rows(file)]
 
 
 def numbered_rows(file: Path) -> list[tuple[int, Fields]]:
-    """The same with the line of each, in a list its place."""
+    """Return the same with the line number of each object; in a JSON list, its position from 1."""
     found: list[tuple[int, Any]]
     if file.suffix == ".json":
         document = parse_json(read_text(file), f"{file}:1", number=WrittenFloat)
@@ -80,9 +82,9 @@ def numbered_rows(file: Path) -> list[tuple[int, Fields]]:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Number and text of every line, one in memory at a time.
+    """Yield number and text of every line, with one line in memory at a time.
 
-    :raises UserError: naming the file and the line that is no text or too long.
+    :raises UserError: if a line is not text or too long; the message names file and line.
     """
     with open_regular(file) as stream:
         start = 0

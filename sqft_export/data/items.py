@@ -1,7 +1,7 @@
 """Tasks: a recipe's data as token ids for calibration, training and evaluation.
 
-Items become token ids here and nowhere else, so that every row of a report scores the same ids.
-No padding is made here, but where batches are formed: ``measure/batches.py`` (evaluation) and
+Only this module converts items to token ids, so that every row of a report scores the same ids.
+Padding is added where batches are formed: in ``measure/batches.py`` (evaluation) and in
 ``adapters/training.py``.
 """
 
@@ -21,7 +21,7 @@ from sqft_export.recipe.schema import Dataset, Problems, Recipe, Text
 from sqft_export.recipe.templates import fill_template
 from sqft_export.textfiles import read_json
 
-# What the examples and items of a split depend on, besides the content of its files.
+# Recipe fields that determine the examples and items of a split, besides the content of its files.
 TASK_FIELDS = (
     *("task.kind", "task.prompt", "task.answer", "task.name", "task.template"),
     *("task.test_share", "task.sequence_length"),
@@ -32,23 +32,24 @@ ANSWER_FIELDS = ("task.max_new_tokens", "task.stop", "task.final")
 TRAIN_FILES = ("task.train", "task.folder", "task.text")
 TEST_FILES = ("task.test", "task.folder", "task.text")
 
-Found = tuple[str, Scoring, Record]  # its set, how it is scored, and itself
-# transformers warns once of more tokens than a model reads; texts are cut after they are tokenized.
-TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
+SetRecord = tuple[str, Scoring, Record]  # name of the set, scoring, item
+# Key of transformers' warning about texts beyond a model's limit. Here texts are cut afterwards.
+LENGTH_WARNING = "sequence-length-is-longer-than-the-specified-maximum"
 
 
 @dataclass(frozen=True)
 class Item:
     """One evaluation item.
 
-    prompt: token ids the model is given (empty for plain text).
-    target: token ids that perplexity is measured on, after the prompt.
-    text: the expected answer, None for plain text.
-    source: the set it is from, where a task has several.
-    scoring: how an answer is scored; see ``datasets``. exact: equal after the recipe's mark.
-    choices: (context, continuation) ids of every choice, and ``right`` the index of the right one.
+    prompt: token ids of the prompt; for plain text, the first token of the window.
+    target: token ids after the prompt, on which perplexity is measured.
+    text: the expected answer; None for plain text.
+    source: name of the set, for tasks with several sets.
+    scoring: how an answer is scored; see ``datasets``.
+    choices: (context, continuation) ids of every choice.
+    right: index of the right choice.
     lengths: characters of every continuation.
-    labels: what every choice is called.
+    labels: name of every choice.
     """
 
     prompt: list[int]
@@ -63,61 +64,62 @@ class Item:
 
     @property
     def ids(self) -> list[int]:
-        """Prompt and target."""
+        """Return prompt and target, concatenated."""
         return self.prompt + self.target
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training example: ids, and how many of the first ones stay out of the loss."""
+    """One training example: token ids, of which the loss excludes the first ``skip``."""
 
     ids: list[int]
     skip: int
 
     @property
     def has_no_answer(self) -> bool:
-        """Whether nothing but the prompt was kept."""
+        """Return whether the cut example contains only tokens of the prompt."""
         return self.skip >= len(self.ids)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder; where it names no end token, the model's is its own."""
+    """Return the tokenizer of a model folder; if it has no end token, set that of the configs."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.eos_token_id is None and (ends := end_tokens(folder)):
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
-    tokenizer.deprecation_warnings[TOO_LONG] = True
+    tokenizer.deprecation_warnings[LENGTH_WARNING] = True
     return tokenizer
 
 
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Ids of every text, as training, calibration, scoring and verify have them.
+    """Return the token ids of every text, for training, calibration, scoring and verify.
 
-    With the tokenizer's start token, once, also where a text begins with it already; without an end
-    token that is not in the text.
+    The tokenizer's start token appears once, even if the text already begins with it. An end token
+    that the tokenizer adds is removed; one in the text is kept.
     """
     found = tokenizer(texts)["input_ids"] if texts else []
-    return [_as_written(tokenizer, *pair) for pair in zip(texts, found, strict=True)]
+    return [_strip_added(tokenizer, *pair) for pair in zip(texts, found, strict=True)]
 
 
-def begins_twice(tokenizer: Any, text: str) -> bool:
-    """Whether the tokenizer adds a start token to a text that begins with one."""
+def doubles_start_token(tokenizer: Any, text: str) -> bool:
+    """Return whether the tokenizer adds a start token to a text that begins with one."""
     return _is_doubled(tokenizer, tokenizer(text)["input_ids"]) and not _is_doubled(
         tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"]
     )
 
 
 def deployed_text(tokenizer: Any, text: str) -> str:
-    """What is given to a runtime, whose tokenizer adds a start token to every text."""
-    return text.removeprefix(tokenizer.bos_token) if begins_twice(tokenizer, text) else text
+    """Return the text to give to a runtime, whose tokenizer adds a start token to every text."""
+    return text.removeprefix(tokenizer.bos_token) if doubles_start_token(tokenizer, text) else text
 
 
 def _is_doubled(tokenizer: Any, ids: list[int]) -> bool:
     return len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
 
 
-def _as_written(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
+def _strip_added(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
+    """Remove a second start token and an end token that the tokenizer added to a text."""
     doubled = _is_doubled(tokenizer, ids)
     if not doubled and ids[-1:] != [tokenizer.eos_token_id]:
         return ids
@@ -130,32 +132,32 @@ def _as_written(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
 
 
 def _count_last(ids: list[int], token: int) -> int:
-    """How many tokens at the end are a given one."""
+    """Return how often ``token`` is repeated at the end."""
     return sum(1 for _ in itertools.takewhile(token.__eq__, reversed(ids)))
 
 
-def _ended(answer: list[int], end: int) -> list[int]:
-    """An answer with one end token after it, also where its text has one already."""
+def _append_end(answer: list[int], end: int) -> list[int]:
+    """Return an answer that ends with an end token; one is appended only if it has none."""
     return answer if answer[-1:] == [end] else [*answer, end]
 
 
 def stop_ids(folder: Path, tokenizer: Any) -> list[int]:
-    """Ids that end an answer: the tokenizer's, and those that the configs beside it name."""
+    """Return the ids that end an answer: the tokenizer's and those of the folder's configs."""
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return list(dict.fromkeys([*own, *end_tokens(folder)]))
 
 
 def end_tokens(folder: Path) -> list[int]:
-    """Ids that end an answer, as the configs of a model or a deployment name them.
+    """Return the ids that end an answer, from the configs of a model or deployment.
 
-    :raises UserError: naming the config, if it is none or they are no ids.
+    :raises UserError: if a config is damaged or its ``eos_token_id`` contains no valid ids.
     """
     names = ("generation_config.json", "config.json", "genai_config.json")
-    found = [_ends_in(folder / name) for name in names if (folder / name).is_file()]
+    found = [_read_end_tokens(folder / name) for name in names if (folder / name).is_file()]
     return list(dict.fromkeys(itertools.chain.from_iterable(found)))
 
 
-def _ends_in(file: Path) -> list[int]:
+def _read_end_tokens(file: Path) -> list[int]:
     document = read_json(file)
     if "eos_token_id" not in document and isinstance(document.get("model"), dict):
         document = document["model"]
@@ -167,14 +169,14 @@ def _ends_in(file: Path) -> list[int]:
 
 
 def problem_records(task: Problems, file: Path) -> Iterator[Record]:
-    """Every item of a jsonl file as a record."""
+    """Yield every item of a JSON Lines file as a record."""
     for number, item in numbered_rows(file):
         answer = fill_template(task.answer, item, file, number)
         yield Record(fill_template(task.prompt, item, file, number), answer, final=answer)
 
 
 def data_files(recipe: Recipe, split: str) -> list[Path]:
-    """The files that a split is read from; none where it is on the hub."""
+    """Return the files of a split; empty if the split is on the hub."""
     task = recipe.task
     if isinstance(task, Problems):
         return [recipe.resolve(task.train if split == "train" else task.test)]
@@ -188,8 +190,8 @@ def data_files(recipe: Recipe, split: str) -> list[Path]:
     return [file for file in found if file is not None]
 
 
-def _records(recipe: Recipe, split: str) -> Iterator[Found]:
-    """Set, scoring and record of every item of a split."""
+def _records(recipe: Recipe, split: str) -> Iterator[SetRecord]:
+    """Yield set, scoring and record of every item of a split."""
     task = recipe.task
     if isinstance(task, Dataset):
         folder = recipe.resolve(task.folder) if task.folder else None
@@ -201,8 +203,14 @@ def _records(recipe: Recipe, split: str) -> Iterator[Found]:
             yield "", "exact", record
 
 
-def _pairs(tokenizer: Any, texts: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-    """Ids of every prompt, and of its answer as they follow them; each text is tokenized once."""
+def _encode_pairs(
+    tokenizer: Any, texts: list[tuple[str, str]]
+) -> list[tuple[list[int], list[int]]]:
+    """Return the ids of every prompt and of its answer; each text is tokenized once.
+
+    The answer's ids are those of prompt + answer without the prompt's ids. If the joined text does
+    not begin with the prompt's ids, the answer is tokenized separately.
+    """
     wanted = dict.fromkeys(text for prompt, answer in texts for text in (prompt, prompt + answer))
     ids = dict(zip(wanted, encode(tokenizer, list(wanted)), strict=True))
     found = []
@@ -215,17 +223,17 @@ def _pairs(tokenizer: Any, texts: list[tuple[str, str]]) -> list[tuple[list[int]
     return found
 
 
-def to_items(tokenizer: Any, found: list[Found]) -> list[Item]:
-    """Records of a split as token ids."""
+def to_items(tokenizer: Any, found: list[SetRecord]) -> list[Item]:
+    """Return the records of a split as items of token ids."""
     texts = [pair for _, _, r in found for pair in ((r.prompt, r.answer), *r.choices)]
-    pairs = iter(_pairs(tokenizer, texts))
+    pairs = iter(_encode_pairs(tokenizer, texts))
     items = []
     for source, scoring, record in found:
         prompt, answer = next(pairs)
         items.append(
             Item(
                 prompt,
-                _ended(answer, tokenizer.eos_token_id),
+                _append_end(answer, tokenizer.eos_token_id),
                 record.final,
                 source,
                 scoring,
@@ -238,26 +246,27 @@ def to_items(tokenizer: Any, found: list[Found]) -> list[Item]:
     return items
 
 
-def _set_aside(recipe: Recipe, count: int) -> list[int]:
-    """A seeded choice of the training items, that search scores on instead.
+def _choose_validation(recipe: Recipe, count: int) -> list[int]:
+    """Return the indices of the training items that only search uses, a seeded choice.
 
-    :raises UserError: if nothing would be left to train on.
+    :raises UserError: if no item would remain for training.
     """
     wanted = recipe.set_aside
     if not wanted:
         return []
     if wanted >= count:
         raise UserError(
-            f"{recipe.file}: search.items: found {wanted}, but the training data has "
-            f"{count} items in all"
+            f"{recipe.file}: search.items: found {wanted}, but the training data has only "
+            f"{count} items"
         )
     return sorted(random.Random(recipe.seed).sample(range(count), wanted))
 
 
 class Examples(Sequence[Example]):
-    """Training examples; only those that are asked for are tokenized.
+    """Training examples; an index tokenizes only the examples that it selects.
 
-    texts: prompt and answer of every one. longest: tokens that are kept of it.
+    texts: prompt and answer of every example.
+    longest: largest number of tokens per example; longer ones are cut.
     """
 
     def __init__(self, tokenizer: Any, texts: list[tuple[str, str]], longest: int):
@@ -272,36 +281,36 @@ class Examples(Sequence[Example]):
     def __getitem__(self, at: slice) -> list[Example]: ...
     def __getitem__(self, at):
         if isinstance(at, slice):
-            return [self._cut(whole) for whole in self._tokenized(self.texts[at])]
-        return self._cut(self._tokenized([self.texts[at]])[0])
+            return [self._truncate(whole) for whole in self._tokenize(self.texts[at])]
+        return self._truncate(self._tokenize([self.texts[at]])[0])
 
     def __iter__(self) -> Iterator[Example]:
-        return map(self._cut, self._all)
+        return map(self._truncate, self._untruncated)
 
     @property
     def truncated(self) -> int:
-        """How many are longer."""
-        return sum(len(whole.ids) > self.longest for whole in self._all)
+        """Return the number of examples that are cut."""
+        return sum(len(whole.ids) > self.longest for whole in self._untruncated)
 
     @cached_property
-    def _all(self) -> list[Example]:
-        return self._tokenized(self.texts)
+    def _untruncated(self) -> list[Example]:
+        return self._tokenize(self.texts)
 
-    def _cut(self, whole: Example) -> Example:
+    def _truncate(self, whole: Example) -> Example:
         return Example(whole.ids[: self.longest], whole.skip)
 
-    def _tokenized(self, texts: list[tuple[str, str]]) -> list[Example]:
-        end, pairs = self.tokenizer.eos_token_id, _pairs(self.tokenizer, texts)
-        return [Example(prompt + _ended(answer, end), len(prompt)) for prompt, answer in pairs]
+    def _tokenize(self, texts: list[tuple[str, str]]) -> list[Example]:
+        end, pairs = self.tokenizer.eos_token_id, _encode_pairs(self.tokenizer, texts)
+        return [Example(prompt + _append_end(answer, end), len(prompt)) for prompt, answer in pairs]
 
 
 class Data:
-    """A task read, split and tokenized; each part when it is first asked for.
+    """The data of a task, split and tokenized; each part is made at its first use.
 
-    train: training examples; of texts that are not windows, tokenized as they are asked for.
-    validation: training items set aside for search, if it evaluates any.
-    test: held-out items, for benchmark and verify alone.
-    truncated: how many training examples are longer than the limit and are cut.
+    train: training examples; those with a prompt and an answer are tokenized at access.
+    validation: training items that only search uses, if its strategy evaluates.
+    test: held-out items, only for benchmark and verify.
+    truncated: number of training examples that are cut.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: Any):
@@ -312,14 +321,14 @@ class Data:
         task, tokenizer = self.recipe.task, self.tokenizer
         if isinstance(task, Text):
             items, _ = _text_items(task, self.recipe, tokenizer)
-            aside = set(_set_aside(self.recipe, len(items)))
-            chosen = [item for n, item in enumerate(items) if n in aside]
-            rest = [Example(i.ids, 1) for n, i in enumerate(items) if n not in aside]
+            validation = set(_choose_validation(self.recipe, len(items)))
+            chosen = [item for n, item in enumerate(items) if n in validation]
+            rest = [Example(i.ids, 1) for n, i in enumerate(items) if n not in validation]
             return rest, chosen
         found = list(_records(self.recipe, "train"))
-        aside = set(_set_aside(self.recipe, len(found)))
-        chosen = to_items(tokenizer, [one for n, one in enumerate(found) if n in aside])
-        texts = [(r.prompt, r.answer) for n, (_, _, r) in enumerate(found) if n not in aside]
+        validation = set(_choose_validation(self.recipe, len(found)))
+        chosen = to_items(tokenizer, [one for n, one in enumerate(found) if n in validation])
+        texts = [(r.prompt, r.answer) for n, (_, _, r) in enumerate(found) if n not in validation]
         return Examples(tokenizer, texts, task.sequence_length), chosen
 
     @property
@@ -341,14 +350,14 @@ class Data:
         return to_items(self.tokenizer, list(_records(self.recipe, "test")))
 
 
-def windows_of(ids: list[int], length: int, first: list[int]) -> list[list[int]]:
-    """Whole windows of ``length`` ids, each led by the tokenizer's start token if it has one."""
+def split_windows(ids: list[int], length: int, first: list[int]) -> list[list[int]]:
+    """Split ids into complete windows of ``length`` ids; each begins with the ids ``first``."""
     step = length - len(first)
     return [first + ids[at : at + step] for at in range(0, len(ids) - step + 1, step)]
 
 
-def _boundary(text: str, wanted: int) -> int:
-    """Where a text is cut: after the last line that ends before, else the last word, else there."""
+def _find_cut(text: str, wanted: int) -> int:
+    """Return the end of the last line before ``wanted``, else of the last word, else ``wanted``."""
     for end in ("\n", " "):
         if (found := text.rfind(end, 0, wanted)) > 0:
             return found + 1
@@ -356,14 +365,14 @@ def _boundary(text: str, wanted: int) -> int:
 
 
 def _text_items(task: Text, recipe: Recipe, tokenizer: Any) -> tuple[list[Item], list[Item]]:
-    """Windows to train on, and held out."""
+    """Return the windows for training and the held-out windows."""
     file = recipe.resolve(task.text)
     text = read_text(file)
-    boundary = _boundary(text, int(len(text) * (1 - task.test_share)))
+    boundary = _find_cut(text, int(len(text) * (1 - task.test_share)))
 
     def windows(part: str) -> list[list[int]]:
         ids = tokenizer(part, add_special_tokens=False)["input_ids"]
-        return windows_of(ids, task.sequence_length, first_token(tokenizer))
+        return split_windows(ids, task.sequence_length, first_token(tokenizer))
 
     train, test = (
         [Item(ids[:1], ids[1:], None) for ids in windows(part)]
@@ -375,9 +384,9 @@ def _text_items(task: Text, recipe: Recipe, tokenizer: Any) -> tuple[list[Item],
 
 
 def count_examples(recipe: Recipe) -> int | None:
-    """Training examples there will be, from the files alone; None where they are on the hub.
+    """Return the number of training examples, without a tokenizer; None if they are on the hub.
 
-    A text's windows are guessed at four characters a token.
+    The windows of a text are estimated at four characters per token.
     """
     task = recipe.task
     if isinstance(task, Dataset) and task.folder is None:
@@ -388,10 +397,10 @@ def count_examples(recipe: Recipe) -> int | None:
     return sum(1 for _ in _records(recipe, "train"))
 
 
-def sampled(
+def sample_items(
     recipe: Recipe, tokenizer: Any, split: str, count: int
 ) -> tuple[dict[str, int], list[Item]]:
-    """Items of a split by set, and about ``count`` of them, evenly spread, as token ids."""
+    """Return the number of items per set, and about ``count`` evenly spread items as token ids."""
     if isinstance(recipe.task, Text):
         items = _text_items(recipe.task, recipe, tokenizer)[split == "test"]
         return {"": len(items)}, items[:: max(1, len(items) // count)]
@@ -400,8 +409,8 @@ def sampled(
     return Counter(name for name, _, _ in found), to_items(tokenizer, chosen)
 
 
-def spread_records(recipe: Recipe, split: str, most: int | None) -> list[Found]:
-    """Records of a split, evenly spread; None: all."""
+def spread_records(recipe: Recipe, split: str, most: int | None) -> list[SetRecord]:
+    """Return at most ``most`` evenly spread records of a split; None: all records."""
     found = list(_records(recipe, split))
     if most is None or len(found) <= most:
         return found
@@ -409,12 +418,12 @@ def spread_records(recipe: Recipe, split: str, most: int | None) -> list[Found]:
 
 
 def train_records(recipe: Recipe) -> Iterator[Record]:
-    """Training items as prompt and answer."""
+    """Yield the training items as records."""
     return (record for _, _, record in _records(recipe, "train"))
 
 
 def scored_items(recipe: Recipe, tokenizer: Any, count: int) -> list[Item]:
-    """The first ``count`` test items of every set."""
+    """Return the first ``count`` test items of every set."""
     taken: Counter[str] = Counter()
     chosen = []
     for found in _records(recipe, "test"):
@@ -425,15 +434,15 @@ def scored_items(recipe: Recipe, tokenizer: Any, count: int) -> list[Item]:
 
 
 def held_out(recipe: Recipe, tokenizer: Any) -> list[Item]:
-    """The test items alone; of several sets in turn, so that a first few are of all of them."""
+    """Return the test items; several sets are interleaved, so that the first items cover them."""
     by_set: dict[str, list[Item]] = {}
     for item in Data(recipe, tokenizer).test:
         by_set.setdefault(item.source, []).append(item)
-    turns = itertools.zip_longest(*by_set.values())
-    return [item for turn in turns for item in turn if item is not None]
+    rounds = itertools.zip_longest(*by_set.values())
+    return [item for one_of_each in rounds for item in one_of_each if item is not None]
 
 
-# Texts that tokenizers have been known to take apart differently.
+# Texts that tokenizers are known to split differently.
 HARD_TEXTS = (
     "two  spaces, a\ttab and\nanother line",
     " a blank before, and one after ",
@@ -444,8 +453,7 @@ HARD_TEXTS = (
 
 
 def train_texts(recipe: Recipe) -> Iterator[str]:
-    """What is trained on, as text, one example or line after the other; nothing where it is on the
-    hub or missing."""
+    """Yield the training texts, one per example or line; none if on the hub or missing."""
     task = recipe.task
     if isinstance(task, Dataset) and not set(set_names(task, "train")) <= SETS.keys():
         return
@@ -460,7 +468,7 @@ def train_texts(recipe: Recipe) -> Iterator[str]:
 
 
 def sample_texts(recipe: Recipe, count: int) -> list[str]:
-    """Texts that tokenizers are tried with: some of the test split, and hard ones."""
+    """Return texts to compare tokenizers with: ``count`` of the test split, and hard cases."""
     task = recipe.task
     if isinstance(task, Text):
         lines = [line for line in read_text(recipe.resolve(task.text)).split("\n") if line.strip()]
@@ -470,12 +478,12 @@ def sample_texts(recipe: Recipe, count: int) -> list[str]:
 
 
 def first_token(tokenizer: Any) -> list[int]:
-    """What leads a window of text: the tokenizer's start token, if it has one."""
+    """Return the ids that begin every window of text: the start token, if there is one."""
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
 
 
 def first_of_every_set(items: list[Item], count: int) -> list[Item]:
-    """So that a mix is scored on all of its sets."""
+    """Return the first ``count`` items of every set, so that a mix is scored on all sets."""
     taken: dict[str, int] = {}
     chosen = []
     for item in items:

@@ -1,10 +1,10 @@
-"""What models are asked about items, and whether what they say is right."""
+"""Scoring of items: the request to a model, and the judgement of its answers."""
 
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from sqft_export.data.datasets import number_of, plain_number
+from sqft_export.data.datasets import parse_number, plain_number
 from sqft_export.data.items import Item
 from sqft_export.data.stops import cut_at_stop, stop_pieces, stop_texts
 from sqft_export.recipe.schema import Dataset, Problems, Recipe, Text
@@ -20,15 +20,15 @@ def questions(
     tokenizer: Any = None,
     context: int | None = None,
 ) -> dict[str, Any]:
-    """What ``likelihood.score`` is asked about items, as plain JSON; no tokenizer is needed there.
+    """Return the request to ``likelihood.score`` for these items, as plain JSON.
 
-    Items with choices are asked for the likelihood of each, others for a generated answer, plain
-    text for neither.
+    The process that answers it needs no tokenizer. It returns a likelihood per choice for items
+    with choices, and a generated answer for other items; plain text needs neither.
 
-    :param stop: ids that end an answer.
-    :param tokenizer: whose tokens the task's stop texts are made of; None: answers are cut there
-        when they are judged, and generated beyond.
-    :param context: most tokens of prompt and answer together; None: no limit.
+    :param stop: token ids that end an answer.
+    :param tokenizer: tokenizer of the model, to find the task's stop texts during generation; None:
+        generation continues after a stop text, and the answer is cut when it is judged.
+    :param context: largest number of tokens of prompt plus answer; None: no limit.
     """
     task, texts = recipe.task, stop_texts(recipe.task)
     generated = [i for i in items if i.text is not None and i.scoring != "choice"]
@@ -48,14 +48,16 @@ def questions(
 
 @dataclass(frozen=True)
 class Judged:
-    """What became of one item.
+    """The judgement of one item.
 
-    said: the generated answer, or the choice taken.
-    right_normalized: with likelihoods divided by the length of the choices; else the same.
+    answer: the generated answer, or the label of the choice with the highest likelihood.
+    right: whether the answer is right.
+    right_normalized: the same with likelihoods divided by the length of the choices; equal to
+        ``right`` for generated answers.
     """
 
     item: Item
-    said: str
+    answer: str
     right: bool
     right_normalized: bool
 
@@ -63,7 +65,7 @@ class Judged:
 def judge(
     recipe: Recipe, items: list[Item], result: dict[str, Any], tokenizer: Any
 ) -> list[Judged]:
-    """Score the answers to :func:`questions`; nothing for plain text, which has none."""
+    """Judge the answers to :func:`questions`; plain text has none and is skipped."""
     answers = iter(result["answers"])
     likelihoods = iter(result["likelihoods"])
     judged = []
@@ -76,24 +78,23 @@ def judge(
             means = [s / n for s, n in zip(sums, item.lengths, strict=True)]
             best_mean = max(range(len(means)), key=means.__getitem__)
             right = best == item.right, best_mean == item.right
-            said = item.labels[best]
-            judged.append(Judged(item, said, *right))
+            judged.append(Judged(item, item.labels[best], *right))
             continue
-        said = decode_answer(tokenizer, next(answers), recipe.task)
-        same = is_right(recipe.task, said, item)
-        judged.append(Judged(item, said, same, same))
+        answer = decode_answer(tokenizer, next(answers), recipe.task)
+        correct = is_right(recipe.task, answer, item)
+        judged.append(Judged(item, answer, correct, correct))
     return judged
 
 
 def decode_answer(tokenizer: Any, ids: list[int], task: Problems | Dataset | Text) -> str:
-    """What a model said, up to the task's first stop text.
+    """Return a generated answer as text, up to the task's first stop text.
 
-    Only start, end and padding tokens are left out, and blanks stay as they are: an expected answer
-    may have other special tokens, or a blank before a mark.
+    Start, end and padding tokens are removed. Other special tokens and blanks are kept, because an
+    expected answer may contain other special tokens, or a blank before a mark.
     """
-    silent = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    removed = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     text = tokenizer.decode(
-        [token for token in ids if token not in silent],
+        [token for token in ids if token not in removed],
         skip_special_tokens=False,
         clean_up_tokenization_spaces=False,
     )
@@ -101,7 +102,7 @@ def decode_answer(tokenizer: Any, ids: list[int], task: Problems | Dataset | Tex
 
 
 def accuracy_of(judged: list[Judged], result: dict[str, Any]) -> float:
-    """Mean over the sets of the share answered right; for plain text of tokens predicted right."""
+    """Return the mean accuracy over the sets; for plain text, the share of correct tokens."""
     if not judged:
         return result["token_accuracy"]
     by_set = accuracy_by_set(judged)
@@ -109,7 +110,7 @@ def accuracy_of(judged: list[Judged], result: dict[str, Any]) -> float:
 
 
 def accuracy_by_set(judged: list[Judged]) -> dict[str, dict[str, float]]:
-    """Set -> share answered right, plain and length-normalized, and number of items."""
+    """Return set -> accuracy, length-normalized accuracy, and number of items."""
     found: dict[str, list[Judged]] = {}
     for entry in judged:
         found.setdefault(entry.item.source, []).append(entry)
@@ -123,23 +124,25 @@ def accuracy_by_set(judged: list[Judged]) -> dict[str, dict[str, float]]:
     }
 
 
-def is_right(task: Problems | Dataset | Text, said: str, item: Item) -> bool:
-    """Whether a generated answer is the expected one up to its first stop text, by the item's way
-    of scoring."""
+def is_right(task: Problems | Dataset | Text, answer: str, item: Item) -> bool:
+    """Return whether a generated answer, up to its first stop text, is the expected one.
+
+    The item's ``scoring`` says how they are compared; see ``datasets``.
+    """
     assert item.text is not None
-    said = cut_at_stop(said, stop_texts(task))
+    answer = cut_at_stop(answer, stop_texts(task))
     if item.scoring == "exact":
         final = task.final if isinstance(task, Problems) else None
-        return final_answer(said, final) == final_answer(item.text, final)
+        return final_answer(answer, final) == final_answer(item.text, final)
     if item.scoring == "mark":
-        # lm-eval's strict match leaves commas, dollar signs and a full stop out, and no more.
-        marked = re.search(r"#### (-?[0-9.,]+)", said)
+        # lm-eval's strict match ignores commas, dollar signs and a full stop, but nothing else.
+        marked = re.search(r"#### (-?[0-9.,]+)", answer)
         return marked is not None and marked[1].replace(",", "").removesuffix(".") == item.text
-    numbers, expected = NUMBER.findall(said.replace(",", "")), number_of(item.text)
-    assert expected is not None  # a row without a number was refused when it was read
+    numbers, expected = NUMBER.findall(answer.replace(",", "")), parse_number(item.text)
+    assert expected is not None  # reading refuses a row without a number
     return bool(numbers) and abs(float(numbers[-1]) - expected) <= NUMBER_TOLERANCE
 
 
 def final_answer(text: str, final: str | None) -> str:
-    """What is compared: all that follows the last ``final`` mark, a number in its plain form."""
+    """Return the text after the last ``final`` mark, or all text; numbers in plain form."""
     return plain_number(text.rsplit(final, 1)[-1] if final else text)

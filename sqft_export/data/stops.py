@@ -1,5 +1,7 @@
-"""Stop texts: where a generated answer ends, as text and as token ids for a process without
-tokenizer."""
+"""Stop texts, which end a generated answer: as text, and as token texts for workers.
+
+A worker process has no tokenizer.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -8,17 +10,17 @@ from sqft_export.recipe.schema import Dataset, Problems, Text
 
 
 def stop_texts(task: Problems | Dataset | Text) -> tuple[str, ...]:
-    """Texts at which an answer to a task ends, for every row; none for plain text."""
+    """Return the texts that end an answer to a task, the same for every row; () for plain text."""
     return () if isinstance(task, Text) else task.stop_texts
 
 
 def cut_at_stop(text: str, stops: Iterable[str]) -> str:
-    """The text before the first stop text in it."""
+    """Return the text before its first stop text; all of it if it has none."""
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 def _may_belong(piece: str, stop: str) -> bool:
-    """Whether a token's text can be part of a stop text among other tokens."""
+    """Return whether a token's text can overlap a stop text, alone or with its neighbours."""
     if piece in stop or stop in piece:
         return True
     lengths = range(1, min(len(piece), len(stop)))
@@ -26,17 +28,18 @@ def _may_belong(piece: str, stop: str) -> bool:
 
 
 def stop_pieces(tokenizer: Any, stops: Sequence[str]) -> dict[str, str]:
-    """Token id -> its text, of the tokens that a stop text may be made of.
+    """Return token id -> text of all tokens that can overlap a stop text.
 
-    A worker joins them to end generation early (``measure/stops.py``). What is scored is cut as
-    text, so that a tokenizer whose tokens are not simply joined costs time and no accuracy. Empty
-    without stop texts, or where the tokenizer is not of the tokenizers library.
+    A worker concatenates them to end generation early (``measure/stops.py``). The scored answer is
+    cut as decoded text. So if token texts do not simply concatenate, generation takes longer and
+    the score is the same. The result is empty without stop texts, and for tokenizers that do not
+    use the tokenizers library.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not stops:
         return {}
     ids = sorted(backend.get_vocab(with_added_tokens=True).values())
-    # A token at the beginning may lose its blank, so that each is decoded after another one.
+    # Decoding may drop the blank of a first token, so each token is decoded after another one.
     before = backend.encode("a", add_special_tokens=False).ids[-1:]
     start = backend.decode(before, skip_special_tokens=False)
     texts = backend.decode_batch([[*before, one] for one in ids], skip_special_tokens=False)

@@ -165,8 +165,8 @@ def _score_continuations(
 ) -> None:
     """Score the targets' tokens after their first, on the cache of the prompts.
 
-    If the session computes padding (``computes_padding``) and lengths differ much, each pass ends at the
-    median length. Rows that are complete then leave the batch.
+    If the session computes padding (``computes_padding``) and lengths differ much, each pass ends
+    at the median length. Rows that are complete then leave the batch.
 
     :param mask: int64 ``[rows, cached]``.
     :param owners: int64 ``[rows]``, the cache row of each target's prompt.

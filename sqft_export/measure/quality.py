@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sqft_export.adapters.files import Base, read_low_rank
 from sqft_export.adapters.loading import Layers
-from sqft_export.data.items import load_tokenizer, sampled
+from sqft_export.data.items import load_tokenizer, sample_items
 from sqft_export.errors import DamagedError
 from sqft_export.measure.agreement import agreement
 from sqft_export.measure.likelihood import log_softmax
@@ -58,7 +58,7 @@ class PassModel:
 def held_out_sample(recipe: Recipe, model: Path) -> list[SampledItem]:
     """Return evenly spread items of the test split, tokenized by the base model's tokenizer."""
     tokenizer = load_tokenizer(model)
-    _, items = sampled(recipe, tokenizer, "test", SAMPLED_ITEMS)
+    _, items = sample_items(recipe, tokenizer, "test", SAMPLED_ITEMS)
     found = []
     for item in items[:SAMPLED_ITEMS]:
         target = item.target[:MAX_TARGET_TOKENS]

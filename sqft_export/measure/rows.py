@@ -94,7 +94,7 @@ def answer_entry(judged: Judged) -> dict[str, Any]:
     item = judged.item
     return {
         "set": item.source,
-        "answer": judged.said,
+        "answer": judged.answer,
         "expected": item.text,
         "right": judged.right,
     }

@@ -1,1 +1,1 @@
-"""What a recipe will do: every fault, and the cost of every pass, before any work."""
+"""Checks of a recipe before it runs: its faults, and the predicted cost of every pass."""

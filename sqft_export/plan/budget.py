@@ -4,7 +4,7 @@ from sqft_export.plan.workload import Workload
 from sqft_export.recipe.schema import Recipe
 
 DAY_SECONDS = 24 * 3600.0
-BENCHMARK_MINUTES = 30  # of a benchmark that has to fit a day
+BENCHMARK_MINUTES = 30  # limit of the benchmark in a run of one day
 
 
 def settings_for_a_day(

@@ -1,4 +1,4 @@
-"""What `list` shows: the words that a recipe's author chooses from."""
+"""The tables of ``list``: targets, recipes, families, methods and fields to choose from."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,13 +9,13 @@ Entries = list[dict[str, Any]]
 
 
 def _targets() -> Entries:
-    """Runtimes and devices of this machine, and why it lacks the others."""
+    """Return runtimes and devices, and for missing ones the reason."""
     from sqft_export.kernels.extension import unavailable_reason
     from sqft_export.kernels.library import find_kernels
     from sqft_export.targets.devices import devices
 
     found = [asdict(device) for device in devices()]
-    kernels = find_kernels()  # of this package
+    kernels = find_kernels()  # kernels of this package
     name = kernels.name if kernels else "none"
     found.append(
         {"runtime": "openvino", "kind": "kernels", "name": name, "missing": unavailable_reason()}
@@ -24,7 +24,7 @@ def _targets() -> Entries:
 
 
 def _recipes() -> Entries:
-    """The recipes in the folder ``recipes``, by the comment that each begins with."""
+    """Return the recipes in the folder ``recipes``, each with its first comment line."""
     files = sorted(Path("recipes").glob("*.yaml"))
     first = [file.read_text().partition("\n")[0] for file in files]
     return [
@@ -34,7 +34,7 @@ def _recipes() -> Entries:
 
 
 def _families() -> Entries:
-    """Model types that are tested, the Linears that get an adapter, and llama.cpp's name."""
+    """Return tested model types, the Linears that get an adapter, and llama.cpp's name."""
     from sqft_export.model.families import FAMILIES
     from sqft_export.targets.gguf.architectures import ARCHITECTURES
 
@@ -49,7 +49,7 @@ def _families() -> Entries:
 
 
 def _methods() -> Entries:
-    """Words of the fields that choose a method."""
+    """Return the allowed words of the fields that choose a method."""
     from sqft_export.recipe.schema import Adapt, Quantize, Search, Sparsify
 
     fields = [
@@ -64,7 +64,7 @@ def _methods() -> Entries:
 
 
 def _fields() -> Entries:
-    """Return every field of a recipe: what is allowed, its default, its meaning."""
+    """Return every field of a recipe with allowed values, default and meaning."""
     from sqft_export.recipe.fields import recipe_fields
 
     shown = ("field", "default", "allowed", "about")

@@ -1,6 +1,6 @@
-"""Every fault of a recipe, found from headers and data files alone; nothing is loaded.
+"""Checks that find every fault of a recipe from headers and data files, without loading a model.
 
-A check takes recipe and layout and yields what is wrong: field, what was found, what is allowed.
+A check takes recipe and layout. It yields a message per fault: field, value found, values allowed.
 """
 
 import os
@@ -21,7 +21,7 @@ from sqft_export.plan.context import context_faults
 from sqft_export.plan.exporters import PACKAGES as TARGET_PACKAGES
 from sqft_export.plan.exporters import drop_unsupported, target_faults
 from sqft_export.plan.gates import gate_faults
-from sqft_export.plan.layout import Layout, fallbacks, group_sizes, layout_of
+from sqft_export.plan.layout import Layout, fallback_sizes, group_sizes, layout_of
 from sqft_export.plan.readers import token_faults
 from sqft_export.plan.tokenizer import tokenizer_faults
 from sqft_export.recipe.schema import HUB, Amount, Dataset, Problems, Recipe, Text, matches
@@ -38,15 +38,15 @@ NEEDS_DATASETS = "needs the datasets library: pip install 'sqft-export[datasets]
 
 
 def check_recipe(recipe: Recipe, folder: Path | None) -> Layout:
-    """Refuse what can't be run here, before anything is run.
+    """Return the layout of the base model, or refuse a recipe that cannot run on this machine.
 
-    :raises UserError: listing every fault, each with its field, what was found and what is
+    :raises UserError: if there are faults; it lists each one with field, value found and values
         allowed.
     """
     layout = layout_of(recipe, folder)
     kept = drop_unsupported(recipe, layout)
     faults = [fault for check in CHECKS for fault in check(kept, layout)]
-    if not faults:  # these read the data with the model's tokenizer
+    if not faults:  # these checks need data that can be tokenized
         faults = [fault for check in DATA_CHECKS for fault in check(kept, layout)]
     if faults:
         raise UserError("\n".join(f"{recipe.file}: {fault}" for fault in faults))
@@ -54,7 +54,7 @@ def check_recipe(recipe: Recipe, folder: Path | None) -> Layout:
 
 
 def _task_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    """Missing files, and rows or templates that do not fit; no tokenizer is needed."""
+    """Yield missing files; raise on rows or templates that do not fit. Needs no tokenizer."""
     task = recipe.task
     if isinstance(task, Dataset):
         folder = recipe.resolve(task.folder) if task.folder else None
@@ -78,7 +78,10 @@ def _task_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 
 def _read_all(task: Dataset, folder: Path, recipe: Recipe) -> None:
-    """:raises UserError: at the first row that is none of its set."""
+    """Read every row of a dataset.
+
+    :raises UserError: at the first row that does not fit its set.
+    """
     for split in ("train", "test"):
         for _ in records(task, split, folder, str(recipe.file)):
             pass
@@ -106,17 +109,17 @@ def _target_module_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
         return
     targets, _ = adapted(layout.family, adapt.target_modules, None)
     ends = layout.last_names
-    if strangers := sorted(set(targets) - set(ends)):
+    if unknown := sorted(set(targets) - set(ends)):
         yield (
-            f"adapt.target_modules: found {', '.join(strangers)}, which no decoder Linear is "
-            f"called; allowed are {', '.join(ends)}"
+            f"adapt.target_modules: found {', '.join(unknown)}, which is the name of no decoder "
+            f"Linear; allowed are {', '.join(ends)}"
         )
         return
     elastic = {name for group in adapt.elastic_groups or () for name in group}
     if beyond := sorted(elastic - set(targets)):
         yield (
-            f"adapt.elastic_groups: found {', '.join(beyond)}, which get no adapter; those with "
-            f"one are {', '.join(targets)}"
+            f"adapt.elastic_groups: found {', '.join(beyond)}, which get no adapter; allowed "
+            f"are {', '.join(targets)}"
         )
     for end in targets:
         sizes = [s for name, s in layout.linears.items() if name.endswith("." + end)]
@@ -126,11 +129,11 @@ def _target_module_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 def _override_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     for number, override in enumerate(recipe.sparsify.overrides):
-        if strangers := [
+        if unmatched := [
             m for m in override.modules if not any(matches(n, (m,)) for n in layout.linears)
         ]:
             yield (
-                f"sparsify.overrides.{number}.modules: found {', '.join(strangers)}, which matches "
+                f"sparsify.overrides.{number}.modules: found {', '.join(unmatched)}, which matches "
                 f"no decoder Linear; last names are {', '.join(layout.last_names)}"
             )
 
@@ -154,7 +157,7 @@ def _group_size_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     quantize = recipe.quantize
     if quantize.group_size_fallback == "allow":
         return
-    for name, size in fallbacks(recipe, layout).items():
+    for name, size in fallback_sizes(recipe, layout).items():
         yield (
             f"quantize.group_size: found {quantize.group_size}, which does not divide the "
             f"{layout.linears[name][1]} inputs of {name}; group_size_fallback: allow would use "
@@ -163,7 +166,7 @@ def _group_size_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 
 def _existing_grid_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    """What does not go with a base model that is quantized already, or is not."""
+    """Yield settings that do not fit the quantization of the base model, or its absence."""
     stored, quantize = layout.config.get("quantization_config"), recipe.quantize
     if stored is None:
         if quantize.method == "given":
@@ -180,20 +183,20 @@ def _existing_grid_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
             f"sparsify.method: found {recipe.sparsify.method}, but the model is quantized; "
             "allowed are given and none"
         )
-    for field, found, there in (
+    for field, found, stored_value in (
         ("bits", quantize.bits, grid.bits),
         ("group_size", quantize.group_size or -1, grid.group_size),
         ("symmetric", quantize.symmetric, grid.symmetric),
     ):
-        if found != there:
-            yield f"quantize.{field}: found {found}, but the model has {there}"
+        if found != stored_value:
+            yield f"quantize.{field}: found {found}, but the model has {stored_value}"
             return
     if quantize.symmetric and layout.folder is not None:
-        yield from _middle_faults(layout.folder, quantize.bits)
+        yield from _zero_point_faults(layout.folder, quantize.bits)
 
 
-def _middle_faults(folder: Path, bits: int) -> Iterator[str]:
-    """A symmetric grid has its zero in the middle; a layout read wrongly has not."""
+def _zero_point_faults(folder: Path, bits: int) -> Iterator[str]:
+    """Yield a fault if a zero point is not the middle code: a wrong format or asymmetric grid."""
     from sqft_export.model.storage import read_quantized
 
     checkpoint = Checkpoint(folder)
@@ -202,8 +205,8 @@ def _middle_faults(folder: Path, bits: int) -> Iterator[str]:
         if not bool((zeros == 2 ** (bits - 1)).all()):
             yield (
                 f"quantize.symmetric: found true, but {name} has a zero point of "
-                f"{int(zeros[0, 0])} where {2 ** (bits - 1)} is the middle; another "
-                "checkpoint_format than its config says, or an asymmetric grid"
+                f"{int(zeros[0, 0])} instead of {2 ** (bits - 1)}; the grid is asymmetric, or "
+                "checkpoint_format in the model's config is wrong"
             )
 
 
@@ -215,8 +218,7 @@ def _search_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
         count = _readable_examples(recipe)
         if count is not None and search.items >= count:
             yield (
-                f"search.items: found {search.items}, but the training data has {count} items in "
-                "all"
+                f"search.items: found {search.items}, but the training data has only {count} items"
             )
     if search.configuration is None:
         return
@@ -236,7 +238,7 @@ def _search_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 
 def _readable_examples(recipe: Recipe) -> int | None:
-    """Training items; None where they are on the hub, or their files are faults of their own."""
+    """Return the number of training items; None if they are on the hub or cannot be read."""
     files, task = data_files(recipe, "train"), recipe.task
     folder = recipe.resolve(task.folder) if isinstance(task, Dataset) and task.folder else None
     missing = isinstance(task, Dataset) and any(missing_sets(task, folder, ("train",)))
@@ -253,7 +255,7 @@ def _package_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
         if missing:
             yield (
                 f"{field}: {name} needs {', '.join(missing)}, not installed here; "
-                f"pip install 'sqft-export[{extra}]', or leave {name} out"
+                f"pip install 'sqft-export[{extra}]', or remove {name}"
             )
 
 
@@ -268,11 +270,11 @@ def _graph_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 
 def _gguf_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    """What llama.cpp has no blocks for."""
+    """Yield the settings of the grid that llama.cpp's blocks cannot store."""
     if "gguf" not in recipe.export.targets:
         return
     for fault in _gguf_grid_faults(recipe, layout):
-        yield f"export.targets: found gguf, but {fault}; or leave gguf out"
+        yield f"export.targets: found gguf, but {fault}; or remove gguf"
 
 
 def _gguf_grid_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
@@ -284,13 +286,13 @@ def _gguf_grid_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
             yield "llama.cpp has no asymmetric INT8; set quantize.symmetric: true"
         if quantize.method in ("nncf", "given"):
             yield (
-                f"asymmetric scales of {quantize.method} are no multiples that its blocks hold; "
+                f"its blocks cannot hold the asymmetric scales of {quantize.method} exactly; "
                 "set quantize.symmetric: true, or method: gptq"
             )
         if recipe.adapt and recipe.adapt.trainable_scales:
-            yield "its blocks hold no scales that move; set adapt.trainable_scales: false"
+            yield "its blocks cannot hold trained scales; set adapt.trainable_scales: false"
     if quantize.method == "nncf" and quantize.nncf.int4_ratio < 1:
-        yield "llama.cpp has no asymmetric INT8, which nncf.int4_ratio brings; set it to 1"
+        yield "llama.cpp has no asymmetric INT8, which nncf.int4_ratio below 1 uses; set it to 1"
     sizes = group_sizes(recipe, layout)
     if quantize.embedding_bits:
         width = layout.embedding[1]
@@ -303,7 +305,7 @@ def _gguf_grid_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 
 def _row_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    """A benchmark needs a row."""
+    """Yield a fault if the benchmark would have no row."""
     missing = [why_not_run(name, recipe.unmerged) for name in recipe.export.targets]
     if not recipe.benchmark.baselines and all(missing):
         reasons = "; ".join(dict.fromkeys(map(str, missing)))
@@ -322,8 +324,8 @@ def _accelerator_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 
 def _lm_eval_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    asked = recipe.benchmark
-    if not asked.lm_eval:
+    tasks = recipe.benchmark.lm_eval
+    if not tasks:
         return
     if not installed("lm_eval"):
         yield "benchmark.lm_eval: lm-eval is not installed; pip install 'sqft-export[lm-eval]'"
@@ -338,12 +340,12 @@ def _lm_eval_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
             return
     from sqft_export.measure.harness import unknown_tasks
 
-    if strangers := unknown_tasks(asked.lm_eval, folder):
-        yield f"benchmark.lm_eval: found {', '.join(strangers)}, which lm-eval has no task for"
+    if unknown := unknown_tasks(tasks, folder):
+        yield f"benchmark.lm_eval: found {', '.join(unknown)}, which lm-eval does not have"
 
 
 def _device_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    """Devices to measure on that no runtime of the recipe reaches here."""
+    """Yield the requested devices that no runtime of the recipe supports on this machine."""
     wanted = [d for d in recipe.benchmark.targets if d not in ("auto", "cpu")]
     found = devices() if wanted else []
     runtimes = {*recipe.export.targets, "torch"}
@@ -352,8 +354,9 @@ def _device_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
         if all(device.missing for device in candidates):
             reasons = "; ".join(f"{d.runtime} ({d.name}): {d.missing}" for d in candidates)
             yield (
-                f"benchmark.targets: found {kind}, which nothing reaches here "
-                f"({reasons or 'no runtime of export.targets knows it'}); auto takes what is here"
+                f"benchmark.targets: found {kind}, which no runtime supports on this machine "
+                f"({reasons or 'no runtime of export.targets has such a device'}); auto uses all "
+                "available devices"
             )
 
 

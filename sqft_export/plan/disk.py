@@ -1,4 +1,4 @@
-"""Bytes that a pass will write, from shapes and bit widths, and whether the disk has them."""
+"""Predicted bytes that each pass writes, and the check of free disk space."""
 
 import shutil
 from math import prod
@@ -14,22 +14,22 @@ from sqft_export.run.host import nearest_folder, size_text
 
 
 def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
-    """Bytes that each pass will write, from shapes and bit widths."""
+    """Predict the bytes that each pass writes, from shapes and bit widths."""
     stored = (layout.weights + layout.others) * layout.width
     masks = layout.weights // 8
     groups = group_sizes(recipe, layout)
     scales = sum(prod(shape) // groups[name] for name, shape in layout.linears.items())
     adapter = adapter_bytes(recipe, layout)
     quantized = recipe.quantize.method != "none"
-    # A scale is two bytes, a zero point at most one.
+    # A scale has two bytes, a zero point at most one.
     codes = layout.weights * max(4, recipe.quantize.bits) // 8 + 3 * scales if quantized else 0
     merged = codes + layout.others * layout.width if quantized else stored
     deployed = codes + 4 * layout.others if quantized else 4 * (layout.weights + layout.others)
     if recipe.export.sparse_files:
-        deployed *= 2  # at most: a packed copy is never larger
+        deployed *= 2  # upper bound: a packed copy is never larger
     predicted = {
         "sparsify": stored + masks,
-        "reconstruct": 2 * stored,  # blocks that are done, and the whole of them
+        "reconstruct": 2 * stored,  # checkpoint of finished blocks, and the complete model
         "quantize": stored * (3 if recipe.quantize.reconstruct else 1) + 3 * scales,
         "adapt": adapter,
         "search": adapter,
@@ -44,7 +44,7 @@ def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
 
 
 def adapter_bytes(recipe: Recipe, layout: Layout) -> int:
-    """Of the low-rank matrices at their largest rank, in float32."""
+    """Return the bytes of the low-rank matrices at the highest rank, in float32."""
     if recipe.adapt is None:
         return 0
     targets, _ = adapted(layout.family, recipe.adapt.target_modules, None)
@@ -59,10 +59,10 @@ def check_disk(
     passes: list[str],
     download: Download | None = None,
 ) -> None:
-    """Refuse passes that the disk can't hold.
+    """Refuse passes that need more bytes than the disk has free.
 
-    :param download: of the base model; it counts where it goes to the same disk.
-    :raises HostError: with bytes needed and free.
+    :param download: pending download of the base model; counted if it goes to the same disk.
+    :raises HostError: if the disk is too small; the message has the bytes needed and free.
     """
     needed, free = disk_bytes(recipe, layout, root, passes)
     if download and _same_disk(root, download.cache):
@@ -78,9 +78,9 @@ def _same_disk(*places: Path) -> bool:
 
 
 def disk_bytes(recipe: Recipe, layout: Layout, root: Path, passes: list[str]) -> tuple[int, int]:
-    """Bytes that passes need at most, scratch included, and bytes free."""
+    """Return the bytes that the passes need at most, with temporary files, and the free bytes."""
     written = predict_bytes(recipe, layout)
-    # An exporter's traced copy in float32, and what verify and benchmark inflate, come and go.
+    # Temporary files: an exporter's traced float32 copy; unpacked copies in verify and benchmark.
     scratch = {
         **{
             f"export-{name}": 4 * (layout.weights + layout.others) for name in recipe.export.targets
@@ -89,7 +89,7 @@ def disk_bytes(recipe: Recipe, layout: Layout, root: Path, passes: list[str]) ->
         * max((written.get(f"export-{n}", 0) for n in recipe.export.targets), default=0),
     }
     scratch["benchmark"] = scratch["verify"]
-    if "gguf" in recipe.export.targets:  # its numbers as float32
+    if "gguf" in recipe.export.targets:  # its weights in float32
         scratch["verify"] += 4 * (layout.weights + layout.others)
     transient = max((scratch.get(name, 0) for name in passes), default=0)
     needed = sum(written.get(name, 0) for name in passes) + transient

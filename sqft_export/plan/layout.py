@@ -1,4 +1,4 @@
-"""Shapes of the base model, from headers alone, as a recipe sees them."""
+"""Shapes of the base model, read from file headers or from the recipe."""
 
 from dataclasses import dataclass
 from math import prod
@@ -15,10 +15,10 @@ from sqft_export.recipe.schema import Recipe
 
 
 def weight_shapes(recipe: Recipe, folder: Path | None) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight: from the files, or from the recipe's ``model.config``.
+    """Return the shape of every weight, from the files or from the recipe's ``model.config``.
 
-    :raises UserError: if the model is on the hub alone and the recipe does not describe it, or
-        if the folder's config is not what the recipe expects.
+    :raises UserError: if the model is not on this machine and the recipe does not describe it, or
+        if the folder's config differs from the recipe's.
     """
     expected = recipe.model.config
     if folder is None:
@@ -40,7 +40,7 @@ def weight_shapes(recipe: Recipe, folder: Path | None) -> dict[str, tuple[int, .
 
 
 def weight_bytes(recipe: Recipe, folder: Path | None) -> int:
-    """Bytes of one weight as the base checkpoint stores it."""
+    """Return the bytes of one weight in the base checkpoint: those of its largest tensor."""
     if folder is None:
         return 4 if (recipe.model.config or {}).get("dtype") == "float32" else 2
     headers = Checkpoint(folder).headers.values()
@@ -50,15 +50,15 @@ def weight_bytes(recipe: Recipe, folder: Path | None) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Shapes of the base model, as the recipe sees them.
+    """Shapes of the base model.
 
-    family: of the model.
+    family: model family.
     linears: decoder Linear -> (outputs, inputs).
-    embedding: (vocabulary, width) of the embedding, which the head's is too.
-    others: count of all weights outside them.
-    width: bytes of one stored weight.
-    config: of the model, as ``config.json`` has it.
-    folder: of the model; None where it is on the hub alone.
+    embedding: (vocabulary, width) of the embedding; the output head has the same shape.
+    others: number of weights outside the decoder Linears.
+    width: bytes of one weight in the checkpoint.
+    config: contents of ``config.json``.
+    folder: folder of the model; None if it is only on the hub.
     """
 
     family: Family
@@ -71,24 +71,30 @@ class Layout:
 
     @property
     def weights(self) -> int:
+        """Return the number of weights of all decoder Linears."""
         return sum(prod(shape) for shape in self.linears.values())
 
     @property
     def blocks(self) -> int:
+        """Return the number of decoder blocks."""
         return count_blocks(self.linears, self.family.blocks)
 
     @property
     def head(self) -> int:
-        """Weights that the last hidden state is multiplied with."""
+        """Return the number of weights of the output head."""
         return prod(self.embedding)
 
     @property
     def last_names(self) -> list[str]:
-        """What decoder Linears are called in their blocks."""
+        """Return the names of decoder Linears within a block, such as ``down_proj``."""
         return sorted({name.rsplit(".", 1)[1] for name in self.linears})
 
 
 def layout_of(recipe: Recipe, folder: Path | None) -> Layout:
+    """Return the layout of the base model.
+
+    :raises UserError: see :func:`weight_shapes`.
+    """
     shapes = weight_shapes(recipe, folder)
     config = (recipe.model.config if folder is None else Checkpoint(folder).config) or {}
     family = family_of(config, str(recipe.file))
@@ -101,16 +107,16 @@ def layout_of(recipe: Recipe, folder: Path | None) -> Layout:
 
 
 def group_sizes(recipe: Recipe, layout: Layout) -> dict[str, int]:
-    """The group size every Linear really gets."""
-    asked = recipe.quantize.group_size
+    """Return the group size that each Linear gets."""
+    requested = recipe.quantize.group_size
     return {
-        name: fallback_group_size(inputs, asked) for name, (_, inputs) in layout.linears.items()
+        name: fallback_group_size(inputs, requested) for name, (_, inputs) in layout.linears.items()
     }
 
 
-def fallbacks(recipe: Recipe, layout: Layout) -> dict[str, int]:
-    """Linears whose group size is not the one asked for, and the one they get."""
-    asked = recipe.quantize.group_size
-    if recipe.quantize.method == "none" or asked is None:
+def fallback_sizes(recipe: Recipe, layout: Layout) -> dict[str, int]:
+    """Return the group sizes of Linears that do not get the requested one."""
+    requested = recipe.quantize.group_size
+    if recipe.quantize.method == "none" or requested is None:
         return {}
-    return {name: size for name, size in group_sizes(recipe, layout).items() if size != asked}
+    return {name: size for name, size in group_sizes(recipe, layout).items() if size != requested}

@@ -1,5 +1,7 @@
-"""Peak resident bytes of a pass, from shapes, the data and what a library keeps, and whether this
-machine has them."""
+"""Predicted peak memory of each pass, and the check against free memory.
+
+Peaks follow from shapes, from the data, and from constants for the memory that libraries hold.
+"""
 
 from math import prod
 
@@ -15,60 +17,61 @@ from sqft_export.run.host import FLOAT32_MEMORY_SHARE, allowed_processors, size_
 from sqft_export.run.limits import free_memory
 from sqft_export.run.threads import MAX_THREADS
 
-LONG = 2.0  # times the mean, the longest batch of a training
-KEPT, KEPT_LOGITS = 1.0, 3.0  # times an input or output of a Linear and the logits are kept
-KEYS = 0.5  # of the width of a model, a key or a value; fewer heads share them
-MAPPED = 2**28  # bytes of files that a pass has mapped and the system has not taken back
-FIXED_MEMORY = 0.65 * 2**30
-LOGITS = 2**27  # bytes of what search keeps
+LONGEST_TO_MEAN = 2.0  # tokens of the longest training batch, relative to the mean
+ACTIVATION_COPIES = 1.0  # copies of every Linear's input and output that backward needs
+LOGIT_COPIES = 3.0  # float32 copies of the logits that backward needs
+KEY_WIDTH = 0.5  # width of a key or value relative to the model's; several heads share one
+MAPPED_BYTES = 2**28  # resident pages of mapped files that the system has not freed yet
+FIXED_MEMORY = 0.65 * 2**30  # bytes of the imported libraries
+SEARCH_BYTES = 2**27  # logits and other data of search
 
 
 def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[str, float]:
-    """Peak resident bytes of every pass, and of the processes it starts."""
+    """Predict the peak resident bytes of every pass, including the processes that it starts."""
     written = predict_bytes(recipe, layout)
     block = 4 * layout.weights / layout.blocks
     largest = 4 * max(map(prod, layout.linears.values()))
     widest = max(inputs for _, inputs in layout.linears.values())
     activations = 4 * calibration_tokens(recipe, workload) * widest
     outer, whole = 4 * layout.others, layout.weights + layout.others
-    quantize, gptq = recipe.quantize, recipe.quantize.method == "gptq"
+    quantize, data = recipe.quantize, (recipe, layout, workload)
+    hessians = 4 * widest**2 * (quantize.method == "gptq")
     exported = max((written[f"export-{name}"] for name in recipe.export.targets), default=0)
     deployed = exported / (1 + recipe.export.sparse_files)
     loaded = layout.width * whole + layout.weights / 8
-    # The tuned model runs once, for what it computed with: a weight at a time is digested.
+    # The tuned model runs once to record its operands; one weight at a time is hashed.
     tuned = loaded + outer + 3 * largest + 2 * adapter_bytes(recipe, layout)
-    cached = tuned + _cached_weights(layout, LOGITS + tuned)
-    in_float = max(_torch_rows(recipe, layout), cached * _has_tuned_row(recipe))
-    of_pass = {
-        "sparsify": MAPPED + block + 3 * largest + activations * recipe.sparsify.calibrates,
-        "reconstruct": _reconstruction_bytes(recipe.sparsify.reconstruct, recipe, layout, workload),
+    cached = tuned + _cached_weights(layout, SEARCH_BYTES + tuned)
+    in_float = max(_torch_row_bytes(recipe, layout), cached * _has_tuned_row(recipe))
+    peaks = {
+        "sparsify": MAPPED_BYTES + block + 3 * largest + activations * recipe.sparsify.calibrates,
+        "reconstruct": _reconstruction_bytes(recipe.sparsify.reconstruct, *data),
         "quantize": max(
-            MAPPED + block + 2 * largest + 4 * widest**2 * gptq + activations * quantize.calibrates,
-            _reconstruction_bytes(recipe.quantize.reconstruct, recipe, layout, workload),
+            MAPPED_BYTES + block + 2 * largest + hessians + activations * quantize.calibrates,
+            _reconstruction_bytes(quantize.reconstruct, *data),
         ),
-        "search": LOGITS + (cached if recipe.search.evaluates else tuned),
+        "search": SEARCH_BYTES + (cached if recipe.search.evaluates else tuned),
         "merge": 4 * largest + 2**29,
         "export-openvino": deployed,
-        "export-onnx": MAPPED + 2 * largest + outer,
-        "export-gguf": MAPPED + largest,
-        "verify": _compared(recipe, layout, workload) + 2 * deployed + _in_llama_cpp(recipe, whole),
-        "benchmark": max(deployed, in_float) + MAX_LOGIT_BYTES + _cached(recipe, layout, workload),
+        "export-onnx": MAPPED_BYTES + 2 * largest + outer,
+        "export-gguf": MAPPED_BYTES + largest,
+        "verify": _comparison_bytes(*data) + 2 * deployed + _gguf_copy_bytes(recipe, whole),
+        "benchmark": max(deployed, in_float) + MAX_LOGIT_BYTES + _kv_cache_bytes(*data),
     }
-    of_pass["baselines"] = of_pass["merge"]
-    if recipe.adapt is None:  # verify runs what was compressed, as search does what was tuned
-        of_pass["verify"] = max(of_pass["verify"], of_pass["search"])
+    peaks["baselines"] = peaks["merge"]
+    if recipe.adapt is None:  # verify runs the model itself, as search does
+        peaks["verify"] = max(peaks["verify"], peaks["search"])
     else:
-        in_training = _activations(recipe, layout, workload)
-        in_training += outer if recipe.adapt.precision == "float32" else 0
-        of_pass["adapt"] = loaded + in_training + 5 * written["adapt"] + 4 * largest
-        of_pass["teacher"] = of_pass["adapt"]
-    return {name: FIXED_MEMORY + of_pass.get(name, 0) for name in written}
+        kept = _activation_bytes(*data) + (outer if recipe.adapt.precision == "float32" else 0)
+        training = loaded + kept + 5 * written["adapt"] + 4 * largest
+        peaks |= {"adapt": training, "teacher": training}
+    return {name: FIXED_MEMORY + peaks.get(name, 0) for name in written}
 
 
 def check_memory(recipe: Recipe, layout: Layout, workload: Workload, passes: list[str]) -> None:
-    """Refuse passes that this machine's free memory, or its accelerator's, can't hold.
+    """Refuse passes that need more than the free memory of this machine or its accelerator.
 
-    :raises HostError: with the pass, bytes needed and free.
+    :raises HostError: if one does; the message has the pass, the bytes needed and the bytes free.
     """
     free = free_memory()
     needed = {
@@ -80,32 +83,34 @@ def check_memory(recipe: Recipe, layout: Layout, workload: Workload, passes: lis
     device = device_of(recipe.device)
     on_device = device_memory(device)
     if on_device is not None:
-        there = accelerator_bytes(recipe, needed, list(needed))
-        _require_memory(recipe, f"memory of {device_name(device)}", there, on_device)
+        on_accelerator = accelerator_bytes(recipe, needed, list(needed))
+        _require_memory(recipe, f"memory of {device_name(device)}", on_accelerator, on_device)
 
 
 def accelerator_bytes(
     recipe: Recipe, memory: dict[str, float], passes: list[str]
 ) -> dict[str, float]:
-    """Bytes that passes need on the accelerator: what they hold on the CPU without one, but for
-    imports."""
+    """Return the bytes that passes need on the accelerator.
+
+    They are the bytes that the pass needs without an accelerator, minus the imported libraries.
+    """
     return {name: memory[name] - FIXED_MEMORY for name in passes if not runs_on_cpu(name, recipe)}
 
 
 def _require_memory(recipe: Recipe, place: str, needed: dict[str, float], free: int) -> None:
     worst = max(needed, key=needed.__getitem__, default=None)
     if worst is not None and needed[worst] > free:
-        way_out = "" if place == "memory" else "; device=cpu computes in the host's memory"
+        advice = "" if place == "memory" else "; device=cpu computes in the host's memory"
         raise HostError(
             f"{recipe.file}: {place}: {worst} needs {size_text(needed[worst])}, "
-            f"{size_text(free)} are free{way_out}"
+            f"{size_text(free)} are free{advice}"
         )
 
 
-def _activations(recipe: Recipe, layout: Layout, workload: Workload) -> float:
-    """Bytes that a training step keeps for backward, logits included."""
+def _activation_bytes(recipe: Recipe, layout: Layout, workload: Workload) -> float:
+    """Return the bytes that a training step holds for backward, including logits."""
     config = recipe.training
-    tokens = config.batch * min(LONG * workload.example, recipe.task.sequence_length)
+    tokens = config.batch * min(LONGEST_TO_MEAN * workload.example, recipe.task.sequence_length)
     vocabulary, width = layout.embedding
     of_block = sum(sum(shape) for shape in layout.linears.values()) / layout.blocks
     kept = (
@@ -114,11 +119,11 @@ def _activations(recipe: Recipe, layout: Layout, workload: Workload) -> float:
         else (layout.blocks * of_block)
     )
     size = 4 if config.precision == "float32" else 2
-    return tokens * (KEPT * size * kept + 4 * KEPT_LOGITS * vocabulary)
+    return tokens * (ACTIVATION_COPIES * size * kept + 4 * LOGIT_COPIES * vocabulary)
 
 
-def _torch_rows(recipe: Recipe, layout: Layout) -> float:
-    """Bytes of a torch row: float32 where there is room, else what its files take."""
+def _torch_row_bytes(recipe: Recipe, layout: Layout) -> float:
+    """Return the bytes of a torch row: in float32 if it fits, else in the checkpoint's dtype."""
     whole = layout.weights + layout.others
     if not recipe.benchmark.baselines:
         return 0
@@ -126,49 +131,56 @@ def _torch_rows(recipe: Recipe, layout: Layout) -> float:
 
 
 def _has_tuned_row(recipe: Recipe) -> bool:
+    """Return whether the benchmark measures the tuned, unmerged model."""
     return recipe.adapt is not None and "adapted" in recipe.benchmark.baselines
 
 
 def _cached_weights(layout: Layout, taken: float) -> float:
-    """Bytes of the effective weights that a tuned, unmerged model keeps where memory holds them.
+    """Return the bytes of the cached effective weights of a tuned, unmerged model; 0 if too large.
 
-    :param taken: bytes of all else, so that the cache never exceeds what is free.
+    :param taken: bytes of everything else, so that the cache fits into the free memory.
     """
     size = 4 * layout.weights
     return size if size <= FLOAT32_MEMORY_SHARE * (free_memory() - FIXED_MEMORY - taken) else 0
 
 
-def _in_llama_cpp(recipe: Recipe, weights: int) -> float:
-    """Bytes of the float32 copy that a GGUF file is compared by, where there is room for one."""
+def _gguf_copy_bytes(recipe: Recipe, weights: int) -> float:
+    """Return the bytes of the float32 copy that verify makes of a GGUF file; 0 if too large."""
     fits = 4 * weights <= FLOAT32_MEMORY_SHARE * free_memory()
     return 4 * weights if "gguf" in recipe.export.targets and fits else 0
 
 
-def _compared(recipe: Recipe, layout: Layout, workload: Workload) -> float:
-    """Bytes of layers at once, and of the logits of torch and of a runtime in both of its modes."""
+def _comparison_bytes(recipe: Recipe, layout: Layout, workload: Workload) -> float:
+    """Return the bytes of the layers compared at once, and of three sets of logits.
+
+    The logits are those of torch and those of a runtime in both of its modes.
+    """
     layers = min(MAX_THREADS, allowed_processors()) * max(map(prod, layout.linears.values()))
     vocabulary, _ = layout.embedding
     return 4 * layers + 3 * 4 * vocabulary * checked_tokens(recipe, workload)
 
 
-def _cached(recipe: Recipe, layout: Layout, workload: Workload) -> float:
-    """Bytes of the keys and values of a batch, in float32."""
+def _kv_cache_bytes(recipe: Recipe, layout: Layout, workload: Workload) -> float:
+    """Return the bytes of the keys and values of a batch, in float32."""
     _, width = layout.embedding
     rows = min(MAX_BATCH_ROWS, recipe.benchmark.items)
     most = workload.prompt + getattr(recipe.task, "max_new_tokens", 0) if workload.answer else 0
-    return min(MAX_CACHE_TOKENS, rows * most) * 2 * 4 * width * layout.blocks * KEYS
+    return min(MAX_CACHE_TOKENS, rows * most) * 2 * 4 * width * layout.blocks * KEY_WIDTH
 
 
 def _reconstruction_bytes(
     config: Reconstruct | None, recipe: Recipe, layout: Layout, workload: Workload
 ) -> float:
-    """Two blocks, gradients and moments of one and what it is in the step at hand, hidden states of
-    both and targets, and what a step keeps for backward."""
+    """Return the bytes of a block's reconstruction; 0 without one.
+
+    They are: two blocks; gradients, moments and current weights of one of them; the hidden states
+    of both and the targets; and the activations that a step holds for backward.
+    """
     if config is None:
         return 0
     _, width = layout.embedding
     hidden = 4 * calibration_tokens(recipe, workload) * width
     inside = sum(sum(shape) for shape in layout.linears.values()) / layout.blocks
     drawn = min(config.batch, recipe.calibration.samples) / recipe.calibration.samples
-    kept = 4 * KEPT * drawn * calibration_tokens(recipe, workload) * inside
-    return MAPPED + 8 * 4 * layout.weights / layout.blocks + 5 * hidden + kept
+    kept = 4 * ACTIVATION_COPIES * drawn * calibration_tokens(recipe, workload) * inside
+    return MAPPED_BYTES + 8 * 4 * layout.weights / layout.blocks + 5 * hidden + kept

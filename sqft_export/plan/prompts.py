@@ -1,4 +1,4 @@
-"""Whether prompts are those that the base model knows."""
+"""Check of the task's prompts against the base model's chat template."""
 
 from collections.abc import Iterator
 
@@ -8,10 +8,10 @@ from sqft_export.recipe.schema import Recipe
 
 
 def find_unused_template(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    """A chat template of the base that the task's prompts are not made with."""
+    """Yield a warning if the base has a chat template but the task's prompts do not use it."""
     if layout.folder is None or uses_template(recipe.task) or not has_template(layout.folder):
         return
     yield (
-        "task: the base has a chat template, which the task's prompts are not made with; it is not "
-        "deployed, so that runtimes give the model the prompts that it is trained and scored with"
+        "task: the base has a chat template, but the task's prompts do not use it; deployments get "
+        "no chat template, so runtimes use the prompts of training and scoring"
     )

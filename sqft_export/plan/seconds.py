@@ -35,6 +35,7 @@ class Cost:
     place: str = "cpu"
 
     def on(self, speed: Speed, layout: Layout) -> float:
+        """Return the seconds that the pass takes at a measured speed."""
         elements = self.weights * layout.weights + self.others * layout.others
         return Work(0, elements, self.seconds + self.per_block * layout.blocks).on(speed)
 
@@ -65,14 +66,14 @@ KL_PASSES = 90  # elementwise passes over two distributions per compared token
 def predict_seconds(
     recipe: Recipe, layout: Layout, machine: Speeds, workload: Workload
 ) -> dict[str, float | None]:
-    """Predict the seconds of every pass; None where its data is not on this machine."""
+    """Predict the seconds of every pass; None if its data is not on this machine."""
     found = dict[str, float | None]()
     for name, size in predict_bytes(recipe, layout).items():
         speed = _speed(name, recipe, machine)
         seconds = _work_seconds(name, recipe, layout, workload, machine)
         if seconds is not None:
             seconds += PASS_COSTS[name].on(speed, layout) + size / machine.disk
-            seconds += ACCELERATOR_SECONDS * (speed not in (machine.cpu, machine.alone))
+            seconds += ACCELERATOR_SECONDS * (speed not in (machine.cpu, machine.one_thread))
         found[name] = seconds
     if "benchmark" in found and (minutes := recipe.benchmark.minutes):
         found["benchmark"] = 60 * minutes
@@ -81,7 +82,7 @@ def predict_seconds(
 
 def _speed(name: str, recipe: Recipe, machine: Speeds) -> Speed:
     if PASS_COSTS[name].place == "thread":
-        return machine.alone
+        return machine.one_thread
     on_cpu = PASS_COSTS[name].place == "cpu" or runs_on_cpu(name, recipe)
     return machine.cpu if on_cpu else machine.device
 
@@ -89,7 +90,7 @@ def _speed(name: str, recipe: Recipe, machine: Speeds) -> Speed:
 def _work_seconds(
     name: str, recipe: Recipe, layout: Layout, workload: Workload, machine: Speeds
 ) -> float | None:
-    """Seconds of the work that depends on data or on the number of deployments."""
+    """Return the seconds of work that depends on data or deployments; None if data is missing."""
     speed = _speed(name, recipe, machine)
     if name in ("sparsify", "quantize"):
         return counted.count_calibration(name, recipe, layout, workload).on(speed)
@@ -107,7 +108,8 @@ def _work_seconds(
         return _deployments(recipe) * each + forward.on(machine.device)
     if name == "benchmark":
         return _scoring_seconds(recipe, layout, workload, machine)
-    packed = name == "export-gguf" and recipe.export.sparse_files  # every tensor is written again
+    # Packing a GGUF file writes every tensor again.
+    packed = name == "export-gguf" and recipe.export.sparse_files
     return PASS_COSTS[name].on(speed, layout) if packed else 0.0
 
 
@@ -117,28 +119,28 @@ def _deployments(recipe: Recipe) -> int:
 
 
 def _scoring_seconds(recipe: Recipe, layout: Layout, workload: Workload, machine: Speeds) -> float:
-    """Every row scores the items once and is timed in ``rounds`` processes."""
-    wanted, weights = recipe.benchmark, layout.weights + layout.head
-    items = wanted.items if workload.test is None else workload.test
-    untrained = () if recipe.adapt else ("dense-lora", "sparse-quantized", "adapted")
-    in_torch = [row for row in wanted.baselines if row not in untrained]
+    """Return the seconds of the benchmark: each row scores once and is timed in each round."""
+    config, weights = recipe.benchmark, layout.weights + layout.head
+    items = config.items if workload.test is None else workload.test
+    skipped = () if recipe.adapt else ("dense-lora", "sparse-quantized", "adapted")
+    in_torch = [row for row in config.baselines if row not in skipped]
     compared = COMPARED_TOKENS if {"dense", "merged"} & set(in_torch) else 0
-    passes = wanted.rounds * (wanted.repeats + 1)
+    passes = config.rounds * (config.repeats + 1)
     dtype = machine.device.dtype("auto") if layout.width == 2 else FLOAT32
     bits = 32 if recipe.quantize.method == "none" else max(4, recipe.quantize.bits)
-    tokens = counted.count_scored_tokens(items, workload) + compared + passes * wanted.prompt_tokens
+    tokens = counted.count_scored_tokens(items, workload) + compared + passes * config.prompt_tokens
     seconds = 0.0
     for kind, speed, precision, rows, stored in (
         ("torch", machine.device, dtype, len(in_torch), (4 - 2 * (dtype != FLOAT32)) * weights),
         ("runtime", machine.cpu, FLOAT32, _deployments(recipe), layout.weights * bits / 8),
     ):
-        decoded = passes * wanted.new_tokens
-        fixed = decoded * TOKEN_SECONDS[kind] * layout.blocks + wanted.rounds * ROW_SECONDS[kind]
+        decoded = passes * config.new_tokens
+        fixed = decoded * TOKEN_SECONDS[kind] * layout.blocks + config.rounds * ROW_SECONDS[kind]
         row = Work(2 * weights * tokens, decoded * stored / BYTES_PER_ELEMENT, fixed, precision)
         kl = Work(0, KL_PASSES * compared * layout.embedding[0])
         seconds += rows * (row.on(speed) + kl.on(machine.cpu))
     if "adapted" in in_torch:
-        calls = passes * (wanted.new_tokens + 1) + items / MAX_BATCH_ROWS * (1 + workload.answer)
-        made = counted.count_effective_weights(layout, calls / wanted.rounds) * wanted.rounds
+        calls = passes * (config.new_tokens + 1) + items / MAX_BATCH_ROWS * (1 + workload.answer)
+        made = counted.count_effective_weights(layout, calls / config.rounds) * config.rounds
         seconds += made.on(machine.device)
     return seconds

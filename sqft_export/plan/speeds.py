@@ -1,4 +1,4 @@
-"""How fast this machine computes and writes, measured for a second each."""
+"""Measured speeds of this machine: products, memory and disk, one second each."""
 
 import os
 import tempfile
@@ -12,19 +12,19 @@ from sqft_export.run.processors import sample, used_by_others
 if TYPE_CHECKING:
     import torch
 
-MEASURED_SECONDS = 1.0  # of each speed
-TOKENS = 512  # rows of the products that are measured
-IN_CACHE = 2**16  # elements of two tensors that fit the cache of one core
-USUAL_DISK = 5e8  # bytes a second, where it can't be measured
+MEASURED_SECONDS = 1.0  # per speed
+PRODUCT_ROWS = 512  # tokens in the measured matrix product
+CACHED_ELEMENTS = 2**16  # two tensors of this size fit the cache of one core
+DEFAULT_DISK_SPEED = 5e8  # bytes per second, if the disk cannot be measured
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of a device.
+    """Measured speed of one device.
 
-    products: dtype -> multiplications and additions a second, in products of this model's widths.
-    elements: elements a second of a multiply-add over float32 in memory.
-    memory: free bytes of its own; None where it has none.
+    products: dtype -> FLOPs per second of matrix products with this model's widths.
+    elements: elements per second of a multiply-add over float32 in memory.
+    memory: free bytes of the device's own memory; None if it uses the host's.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Speed:
     memory: int | None = None
 
     def dtype(self, precision: str) -> str:
-        """What ``adapt.precision`` comes to, as :func:`run.device.training_dtype` decides it."""
+        """Return the dtype for ``adapt.precision``, like :func:`run.device.training_dtype`."""
         from sqft_export.run.device import MIN_BFLOAT16_SPEEDUP
 
         if precision != "auto":
@@ -44,37 +44,41 @@ class Speed:
 
 @dataclass(frozen=True)
 class Speeds:
-    """cpu: what runtimes run on. device: what torch computes on, the same where there is no other.
-    alone: one thread of the CPU in its own cache, whose speed is that of what goes through files
-    alone more than memory's is. disk: bytes a second. others: processors that other processes used
-    meanwhile: on a busy machine all speeds are lower than on a quiet one."""
+    """Measured speeds of this machine.
+
+    cpu: all threads; runtimes use it.
+    device: device of torch; equal to ``cpu`` without an accelerator.
+    one_thread: one CPU thread with data in its cache; predicts passes that only rewrite files.
+    disk: bytes per second.
+    others: processors that other processes used during the measurement. They lower all speeds.
+    """
 
     cpu: Speed
     device: Speed
-    alone: Speed
+    one_thread: Speed
     disk: float
     others: float = 0.0
 
 
 def measure_speeds(layout: Layout, setting: str) -> Speeds:
-    """Measure this machine; the disk by a nameless file in our own cache folder.
+    """Measure this machine; the disk with a temporary file in this package's cache folder.
 
     :param setting: ``device`` of a recipe.
     """
     from sqft_export.run.device import CPU, device_of
 
     device, before = device_of(setting), sample()
-    cpu = _speed_of(layout, CPU)
+    cpu = _measure_device(layout, CPU)
     try:
-        disk = _disk_speed()
-    except OSError:  # full, or not ours to write to
-        disk = USUAL_DISK
-    alone = replace(cpu, elements=_one_thread())
-    fastest = cpu if device == CPU else _speed_of(layout, device)
-    return Speeds(cpu, fastest, alone, disk, used_by_others(before))
+        disk = _measure_disk()
+    except OSError:  # full or not writable
+        disk = DEFAULT_DISK_SPEED
+    one_thread = replace(cpu, elements=_measure_one_thread())
+    accelerator = cpu if device == CPU else _measure_device(layout, device)
+    return Speeds(cpu, accelerator, one_thread, disk, used_by_others(before))
 
 
-def _speed_of(layout: Layout, device: "torch.device") -> Speed:
+def _measure_device(layout: Layout, device: "torch.device") -> Speed:
     import torch
 
     from sqft_export.run.device import device_memory, device_name, seconds_of
@@ -82,28 +86,31 @@ def _speed_of(layout: Layout, device: "torch.device") -> Speed:
     outputs, inputs = max(layout.linears.values(), key=lambda shape: shape[0] * shape[1])
     products = {}
     for dtype in (torch.float32, torch.bfloat16):
-        left = torch.randn(TOKENS, inputs, device=device, dtype=dtype)
+        left = torch.randn(PRODUCT_ROWS, inputs, device=device, dtype=dtype)
         right = torch.randn(outputs, inputs, device=device, dtype=dtype)
         taken = seconds_of(lambda a=left, b=right: a @ b.T, device, MEASURED_SECONDS / 2)  # type: ignore[misc]
-        products[str(dtype).removeprefix("torch.")] = 2 * TOKENS * inputs * outputs / taken
-    return Speed(device_name(device), products, _elements(device), device_memory(device))
+        products[str(dtype).removeprefix("torch.")] = 2 * PRODUCT_ROWS * inputs * outputs / taken
+    return Speed(device_name(device), products, _measure_elements(device), device_memory(device))
 
 
-def _elements(device: "torch.device", count: int = 2**24) -> float:
-    """:param count: of a tensor; as many as are larger than every cache."""
+def _measure_elements(device: "torch.device", count: int = 2**24) -> float:
+    """Return the elements per second of a multiply-add.
+
+    :param count: elements of a tensor; the default exceeds every cache.
+    """
     import torch
 
     from sqft_export.run.device import seconds_of
 
     values = torch.randn(count, device=device)
-    result = torch.empty_like(values)  # a fresh one would be placed in memory each time
+    result = torch.empty_like(values)  # a new tensor per call would add page faults
     taken = seconds_of(
         lambda: torch.mul(values, 1.5, out=result).add_(values), device, MEASURED_SECONDS
     )
     return values.numel() / taken
 
 
-def _one_thread() -> float:
+def _measure_one_thread() -> float:
     import torch
 
     from sqft_export.run.device import CPU
@@ -111,12 +118,12 @@ def _one_thread() -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _elements(CPU, IN_CACHE)
+        return _measure_elements(CPU, CACHED_ELEMENTS)
     finally:
         torch.set_num_threads(threads)
 
 
-def _disk_speed() -> float:
+def _measure_disk() -> float:
     from sqft_export.run.device import CPU, seconds_of
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sqft_export"

@@ -1,4 +1,4 @@
-"""Whether a model's tokenizer is the one its text was written with."""
+"""Checks of a model's tokenizer: it loads, fits the embedding, and reproduces text."""
 
 import difflib
 import itertools
@@ -14,19 +14,20 @@ from sqft_export.recipe.schema import Recipe, Text
 from sqft_export.textfiles import read_json
 from sqft_export.untrusted import MAX_JSON_BYTES
 
-TEXT = "Once upon a time there was a little girl who liked to play in the park"
-SURVIVES = 0.9  # of a text: a few characters that a vocabulary lacks are let
-TRIED = 3  # texts of the task
-WORDS = 50  # of each
+ROUND_TRIP_TEXT = "Once upon a time there was a little girl who liked to play in the park"
+MIN_SIMILARITY = 0.9  # of a text after encoding and decoding; a vocabulary may lack characters
+TASK_TEXTS = 3  # texts of the task that are tried as well
+COMPARED_WORDS = 50  # per text
 
 
 def tokenizer_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    """Yield the faults of the base model's tokenizer and of its generation config."""
     if layout.folder is None:
         return
     names = {file.name for file in companions(layout.folder)}
     if "tokenizer.json" not in names and "tokenizer.model" in names:
         yield (
-            f"model: {layout.folder} has tokenizer.model alone, which needs sentencepiece or "
+            f"model: {layout.folder} has only tokenizer.model, which needs sentencepiece or "
             "tiktoken; save it with transformers where these are installed, which writes "
             "tokenizer.json"
         )
@@ -37,11 +38,11 @@ def tokenizer_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
         yield from _generation_faults(layout.folder)
     try:
         tokenizer = load_tokenizer(layout.folder)
-    except Exception as error:  # whatever transformers and its converters raise
-        yield f"model: the tokenizer of {layout.folder} can't be loaded: {one_line(error)}"
+    except Exception as error:  # transformers and its converters raise many types
+        yield f"model: the tokenizer of {layout.folder} cannot be loaded: {one_line(error)}"
         return
     yield from _row_faults(recipe, layout, tokenizer)
-    for text in (TEXT, *itertools.islice(train_texts(recipe), TRIED)):
+    for text in (ROUND_TRIP_TEXT, *itertools.islice(train_texts(recipe), TASK_TEXTS)):
         if fault := _round_trip_fault(tokenizer, layout.folder, text):
             yield fault
             return
@@ -53,20 +54,20 @@ def _generation_faults(folder: Path) -> Iterator[str]:
     read_json(folder / "generation_config.json")
     try:
         GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # its values are checked by whatever first uses them
+    except Exception as error:  # invalid values raise many types
         yield f"model: {folder / 'generation_config.json'}: {one_line(error)}"
 
 
 def _row_faults(recipe: Recipe, layout: Layout, tokenizer: Any) -> Iterator[str]:
-    """Tokens that the embedding has no row for; what fills a batch needs none."""
+    """Yield tokens without a row in the embedding; the padding token needs none."""
     rows = layout.config.get("vocab_size")
     if not isinstance(rows, int):
         return
     ends = stop_ids(Path(str(layout.folder)), tokenizer)
     if not ends and not isinstance(recipe.task, Text):
         yield (
-            "model: neither its tokenizer nor its configs name an end token (eos_token), which "
-            "answers are trained to end with"
+            "model: its tokenizer and its configs have no end token (eos_token); training needs "
+            "one at the end of every answer"
         )
     special = {tokenizer.bos_token_id, *ends} - {None}
     for token in sorted(special):
@@ -80,20 +81,22 @@ def _row_faults(recipe: Recipe, layout: Layout, tokenizer: Any) -> Iterator[str]
 
 
 def _round_trip_fault(tokenizer: Any, folder: Path, text: str) -> str | None:
-    """Text that does not survive is not what the model was trained on. Blanks in a row may become
-    one, and some characters may be unknown."""
+    """Return a fault if encoding and decoding changes a text; then the tokenizer is wrong.
+
+    Repeated blanks may become one, and a few characters may be unknown.
+    """
     try:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    except Exception as error:  # the tokenizers library raises nothing narrower
-        return f"model: the tokenizer of {folder} can't encode {text[:60]!r}: {error}"
-    ours, theirs = text.split()[:WORDS], back.split()[:WORDS]
-    alike = difflib.SequenceMatcher(None, " ".join(ours), " ".join(theirs), autojunk=False)
-    if alike.ratio() >= SURVIVES and len(theirs) >= SURVIVES * len(ours):
+        decoded = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    except Exception as error:  # the tokenizers library raises only Exception
+        return f"model: the tokenizer of {folder} cannot encode {text[:60]!r}: {error}"
+    before, after = text.split()[:COMPARED_WORDS], decoded.split()[:COMPARED_WORDS]
+    matcher = difflib.SequenceMatcher(None, " ".join(before), " ".join(after), autojunk=False)
+    if matcher.ratio() >= MIN_SIMILARITY and len(after) >= MIN_SIMILARITY * len(before):
         return None
     config = folder / "tokenizer_config.json"
-    says = read_json(config).get("tokenizer_class") if config.is_file() else None
+    tokenizer_class = read_json(config).get("tokenizer_class") if config.is_file() else None
     return (
-        f"model: text does not survive its tokenizer: {text[:60]!r} comes back as {back[:60]!r}; "
-        f"{config} says {says}, which tokenizer.json may not be"
+        f"model: its tokenizer changes text: {text[:60]!r} is decoded as {decoded[:60]!r}; check "
+        f"that tokenizer.json is a {tokenizer_class}, as {config} states"
     )

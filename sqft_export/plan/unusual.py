@@ -1,4 +1,4 @@
-"""Settings that a recipe may have and seldom means: doubts, each with both values and a way out."""
+"""Warnings about settings that are allowed but unusual; each has both values and a remedy."""
 
 from collections.abc import Iterator
 
@@ -6,20 +6,20 @@ from sqft_export.data.items import count_examples, data_files
 from sqft_export.plan.layout import Layout
 from sqft_export.recipe.schema import Recipe
 
-LEARNING_RATES = 1e-6, 1e-2  # of low-rank adapters
-FEWEST_EPOCHS, MOST_EPOCHS = 0.1, 20.0
+USUAL_LEARNING_RATES = 1e-6, 1e-2  # lowest and highest usual rate of low-rank adapters
+MIN_EPOCHS, MAX_EPOCHS = 0.1, 20.0
 
 
 def find_training_doubts(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    """Doubts about learning rate, warmup, and how often training sees its data."""
+    """Yield warnings about the learning rate, the warmup and the number of epochs."""
     adapt = recipe.adapt
     if adapt is None:
         return
-    low, high = LEARNING_RATES
+    low, high = USUAL_LEARNING_RATES
     if not low <= adapt.learning_rate <= high:
         yield (
             f"adapt.learning_rate: found {adapt.learning_rate:g}; usual are {low:g} to {high:g}, "
-            "the paper's is 0.0003"
+            "the paper uses 0.0003"
         )
     examples = _training_examples(recipe)
     if adapt.steps is None and examples is None:
@@ -36,21 +36,21 @@ def find_training_doubts(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 
 def _epoch_doubts(field: str, steps: int, epochs: float, examples: int) -> Iterator[str]:
-    if epochs < FEWEST_EPOCHS:
+    if epochs < MIN_EPOCHS:
         yield (
-            f"adapt.{field}: found {steps} steps; they see {epochs:.1%} of the {examples} training "
-            f"examples, less than {FEWEST_EPOCHS:.0%}; raise adapt.{field} or adapt.batch"
+            f"adapt.{field}: found {steps} steps; they use {epochs:.1%} of the {examples} training "
+            f"examples, less than {MIN_EPOCHS:.0%}; raise adapt.{field} or adapt.batch"
         )
-    elif epochs > MOST_EPOCHS:
+    elif epochs > MAX_EPOCHS:
         yield (
-            f"adapt.{field}: found {steps} steps; they see each of the {examples} training "
-            f"examples {epochs:.0f} times, more than {MOST_EPOCHS:.0f}; lower adapt.{field}, or "
+            f"adapt.{field}: found {steps} steps; they use each of the {examples} training "
+            f"examples {epochs:.0f} times, more than {MAX_EPOCHS:.0f}; lower adapt.{field}, or "
             "check that the data is complete"
         )
 
 
 def _training_examples(recipe: Recipe) -> int | None:
-    """Examples that training sees; None where they are on the hub or their files are missing."""
+    """Return the number of training examples; None if on the hub or if files are missing."""
     if not all(file.is_file() for file in data_files(recipe, "train")):
         return None
     count = count_examples(recipe)
@@ -58,7 +58,7 @@ def _training_examples(recipe: Recipe) -> int | None:
 
 
 def find_calibration_doubts(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    """A doubt where a Hessian cannot have full rank: fewer tokens than inputs of a Linear."""
+    """Yield a warning if a Hessian cannot have full rank: fewer tokens than inputs of a Linear."""
     config = recipe.calibration
     tokens = config.samples * config.sequence_length
     name, (_, inputs) = max(layout.linears.items(), key=lambda linear: linear[1][1])
@@ -66,6 +66,6 @@ def find_calibration_doubts(recipe: Recipe, layout: Layout) -> Iterator[str]:
     if factored and tokens < inputs:
         yield (
             f"calibration.samples: found {config.samples}; of at most {config.sequence_length} "
-            f"tokens each, {tokens} in all, but {name} has {inputs} inputs and needs as "
-            "many for its Hessian; raise calibration.samples or calibration.sequence_length"
+            f"tokens each, these are {tokens} tokens, but the Hessian of {name} needs {inputs}, "
+            "one per input; raise calibration.samples or calibration.sequence_length"
         )

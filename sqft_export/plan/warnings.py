@@ -1,6 +1,7 @@
-"""Doubts about a recipe that do not stop a run; `plan` prints them, `run` before its first pass.
+"""Warnings about a recipe; ``plan`` prints them, and ``run`` prints them before its first pass.
 
-A finder takes recipe and layout and yields one message per doubt: the field, the value, what helps.
+A finder takes recipe and layout. It yields a message per warning: field, value found, and what
+helps.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,6 +37,6 @@ FINDERS: tuple[WarningFinder, ...] = (
 
 
 def plan_warnings(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    """Every warning about a recipe that :func:`check_recipe` accepted, in the order of FINDERS."""
+    """Yield every warning about a recipe that :func:`check_recipe` accepts, in FINDERS order."""
     for find in FINDERS:
         yield from find(recipe, layout)

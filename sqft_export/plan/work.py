@@ -1,4 +1,4 @@
-"""Work of a pass that depends on its data: FLOPs of matrix products, passes over memory, calls."""
+"""Counts the work of passes that depends on data: FLOPs, memory traffic and calls."""
 
 from dataclasses import dataclass
 from math import prod
@@ -25,7 +25,12 @@ DECODED_TOKENS = 2.0  # cost of a generated token in a batch, in prompt tokens
 
 @dataclass(frozen=True)
 class Work:
-    """flops: of products in ``dtype``. elements: of multiply-adds in memory. seconds: constant."""
+    """Counted work, which takes a time that depends on the speed of a device.
+
+    flops: floating-point operations of matrix products in ``dtype``.
+    elements: float32 elements of multiply-adds in memory.
+    seconds: constant time, independent of the speed.
+    """
 
     flops: float = 0.0
     elements: float = 0.0
@@ -67,14 +72,14 @@ def count_calibration(name: str, recipe: Recipe, layout: Layout, workload: Workl
 
 
 def _calls(recipe: Recipe, layout: Layout) -> Work:
-    """Every block called once per calibration sample; each call reads the block's weights."""
+    """Count one call of every block per calibration sample; each call reads the block's weights."""
     calls = recipe.calibration.samples
     elements = calls * 4 * layout.weights / BYTES_PER_ELEMENT
     return Work(0, elements, calls * layout.blocks * CALL_SECONDS)
 
 
 def _solver_flops(layout: Layout, tokens: float) -> float:
-    """Hessians, their factors and column updates; Linears with one input share a Hessian."""
+    """Count FLOPs of Hessians, factors and column updates; Linears with equal input share one."""
     hessians = {(n.rpartition(".")[0], i): i for n, (_, i) in layout.linears.items()}.values()
     shared = sum(2 * tokens * inputs**2 + 2 / 3 * inputs**3 for inputs in hessians)
     return shared + sum(outputs * inputs**2 for outputs, inputs in layout.linears.values())
@@ -110,7 +115,7 @@ def count_training(recipe: Recipe, layout: Layout, workload: Workload, dtype: st
 
 
 def count_scored_tokens(items: float, workload: Workload) -> float:
-    """Return the prompt tokens that scoring ``items`` is equal to, padding included."""
+    """Return the number of prompt tokens that cost as much as scoring ``items``, with padding."""
     generated = workload.prompt + DECODED_TOKENS * workload.answer
     return PADDED_TOKENS * items * (workload.scored + generated)
 
@@ -126,6 +131,6 @@ def count_evaluations(recipe: Recipe, layout: Layout, workload: Workload) -> Wor
 
 
 def count_effective_weights(layout: Layout, calls: float) -> Work:
-    """Count the effective weights of all Linears: once where memory holds them, else per call."""
+    """Count the effective weights of all Linears: once if they fit into memory, else per call."""
     made = min(1, calls) if float32_fits(layout.weights) else calls
     return Work(0, STEP_PASSES["weights"] * layout.weights * made)

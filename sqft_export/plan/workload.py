@@ -1,4 +1,4 @@
-"""How many tokens a recipe's data comes to, from a sample of it."""
+"""Token counts of a recipe's data, estimated from a sample."""
 
 import re
 from collections.abc import Sequence
@@ -7,26 +7,27 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
-from sqft_export.data.items import Item, load_tokenizer, sampled
+from sqft_export.data.items import Item, load_tokenizer, sample_items
 from sqft_export.measure.likelihood import merge_prefixes
 from sqft_export.recipe.schema import Dataset, Recipe, Text
 
-SAMPLE = 128  # items that are tokenized
-# What a vocabulary of 50,000 has a token for, within a tenth on prose and on word problems.
-WORD = re.compile(r"\d|[^\W\d]{1,7}|[^\w\s]|\n")
+WORKLOAD_ITEMS = 128  # items that are tokenized
+# Its match count is within 10 % of the tokens of a 50,000-token vocabulary, on prose and word
+# problems.
+TOKEN_PATTERN = re.compile(r"\d|[^\W\d]{1,7}|[^\w\s]|\n")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Tokens, as means over items.
+    """Number of items and mean tokens per item.
 
-    examples: to train on; None where they are not on this machine.
-    example: of a training example.
-    test: items of the test split that are scored; None where they are not here.
-    scored: what one of them takes for perplexity and choices.
-    prompt, answer: of one whose answer is generated; 0 where none is.
-    counted: by the model's tokenizer; in words where that is not here; as the longest allowed where
-        the data is not.
+    examples: training examples; None if they are not on this machine.
+    example: tokens of a training example.
+    test: scored items of the test split; None if they are not on this machine.
+    scored: tokens per test item for perplexity and choices.
+    prompt, answer: tokens per test item of prompts and generated answers; 0 if none is generated.
+    counted: "tokens" of the model's tokenizer; "words" without a tokenizer; "longest": the recipe's
+        limits, without data.
     """
 
     examples: int | None
@@ -39,18 +40,18 @@ class Workload:
 
 
 class _Words:
-    """Stands in for a tokenizer: every word, digit and mark is a token."""
+    """A replacement for a tokenizer: every word, digit and punctuation mark is a token."""
 
     bos_token_id = eos_token_id = 0
 
     def __call__(self, text: str | list[str], add_special_tokens: bool = True) -> dict[str, Any]:
         if isinstance(text, str):
-            return {"input_ids": list(map(hash, WORD.findall(text)))}
+            return {"input_ids": list(map(hash, TOKEN_PATTERN.findall(text)))}
         return {"input_ids": [self(one)["input_ids"] for one in text]}
 
 
-def tokens_of(item: Item) -> int:
-    """Tokens that go through a model for perplexity and choices of an item."""
+def count_item_tokens(item: Item) -> int:
+    """Return the tokens that a model processes for perplexity and choices of an item."""
     groups: dict[tuple[int, ...], list[list[int]]] = {}
     for context, continuation in (*item.choices, (item.prompt, item.target)):
         groups.setdefault(tuple(context), []).append(continuation)
@@ -59,50 +60,51 @@ def tokens_of(item: Item) -> int:
 
 
 def workload_of(recipe: Recipe, folder: Path | None) -> Workload:
-    """From the data, tokenized by the model's own tokenizer.
+    """Return the workload of a recipe, from a sample of its data.
 
-    Where the data is on the hub, every example is taken to be as long as the recipe allows.
+    If the data is on the hub, every example is assumed to be as long as the recipe allows.
 
-    :param folder: of the model; None where it is on the hub alone.
+    :param folder: folder of the model, whose tokenizer is used; None if it is only on the hub.
     """
     task, longest = recipe.task, recipe.task.sequence_length
     generated = 0 if isinstance(task, Text) else task.max_new_tokens
     if isinstance(task, Dataset) and task.folder is None:
         return Workload(None, longest, None, 2 * longest, longest, generated, "longest")
     tokenizer = load_tokenizer(folder) if folder else _Words()
-    examples, train = sampled(recipe, tokenizer, "train", SAMPLE)
-    sets, test = sampled(recipe, tokenizer, "test", SAMPLE)
+    examples, train = sample_items(recipe, tokenizer, "train", WORKLOAD_ITEMS)
+    sets, test = sample_items(recipe, tokenizer, "test", WORKLOAD_ITEMS)
     return Workload(
         sum(examples.values()),
         mean(min(len(item.ids), longest) for item in train),
         sum(min(count, recipe.benchmark.items) for count in sets.values()),
-        mean(map(tokens_of, test)),
-        *_generated(test, generated),
+        mean(map(count_item_tokens, test)),
+        *_mean_generated(test, generated),
         "tokens" if folder else "words",
     )
 
 
-def _generated(items: Sequence[Item], most: int) -> tuple[float, float]:
-    """Mean tokens of prompts whose answers are generated, and of answers, over all items.
+def _mean_generated(items: Sequence[Item], most: int) -> tuple[float, float]:
+    """Return mean prompt and answer tokens of items with a generated answer, over all items.
 
-    A tuned model stops where its examples do, another one may not: half of them are taken to.
+    A tuned model stops after the expected answer; another model may continue to the limit. The
+    estimate is the mean of both lengths.
     """
-    asked = [item for item in items if item.text is not None and item.scoring != "choice"]
-    if not asked:
+    chosen = [item for item in items if item.text is not None and item.scoring != "choice"]
+    if not chosen:
         return 0.0, 0.0
-    share = len(asked) / len(items)
-    answer = mean(min(len(item.target), most) for item in asked)
-    return share * mean(len(item.prompt) for item in asked), share * (answer + most) / 2
+    share = len(chosen) / len(items)
+    answer = mean(min(len(item.target), most) for item in chosen)
+    return share * mean(len(item.prompt) for item in chosen), share * (answer + most) / 2
 
 
 def calibration_tokens(recipe: Recipe, workload: Workload) -> float:
-    """Of all calibration samples."""
+    """Return the tokens of all calibration samples."""
     longest = recipe.calibration.sequence_length
     of_task = recipe.calibration.source == "task"
     return recipe.calibration.samples * (min(workload.example, longest) if of_task else longest)
 
 
 def checked_tokens(recipe: Recipe, workload: Workload) -> float:
-    """Of the prompts of verify and what follows them; of a text window, a quarter is the prompt."""
+    """Return the tokens of verify's prompts and continuations; a quarter of a window is prompt."""
     length = workload.prompt or min(workload.scored, recipe.task.sequence_length) / 4
     return recipe.verify.prompts * (length + recipe.verify.new_tokens)

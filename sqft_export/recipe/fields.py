@@ -1,9 +1,9 @@
-"""Every field of a recipe as a table row: for ``list fields`` and the generated reference."""
+"""Rows that describe every field of a recipe, for ``list fields`` and the generated reference."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -17,8 +17,14 @@ REQUIRED = "required"
 
 @dataclass(frozen=True)
 class RecipeField:
-    """section: where the field stands, such as ``task (text)``. field: its dotted path.
-    allowed: type or words. default: as YAML. about: its description."""
+    """One row of the reference.
+
+    section: top-level section that contains the field, such as ``task (text)``.
+    field: dotted path of the field.
+    allowed: type, limits or allowed words.
+    default: default value in YAML.
+    about: description of the field.
+    """
 
     section: str
     field: str
@@ -33,7 +39,7 @@ def recipe_fields() -> list[RecipeField]:
 
 
 def section_about(section: str) -> str:
-    """Return what the schema says about a top-level section; empty where it says nothing."""
+    """Return the first docstring line of a top-level section; empty if it has no docstring."""
     kind = section.removeprefix("task (").removesuffix(")")
     field = Recipe.model_fields.get(section)
     model = TASK_KINDS.get(kind) or (_section_of(field.annotation) if field else None)
@@ -69,7 +75,7 @@ def _first_line(section: type[BaseModel]) -> str:
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """Return the one section within an annotation; None for plain values."""
+    """Return the first section type in an annotation; None if it has only plain values."""
     found = [
         kind
         for kind in (annotation, *get_args(annotation))
@@ -104,8 +110,10 @@ def _allowed(field: FieldInfo) -> str:
 
 
 def _type_text(annotation: Any) -> str:
-    """Name a type as a recipe's author knows it: ``number``, ``list of text``, ``4, 8``."""
+    """Return the name of a type for authors of recipes: ``number``, ``list of text``, ``4, 8``."""
     origin, inside = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_text(inside[0])
     if origin is Literal:
         return ", ".join(map(str, inside))
     if origin in (Union, UnionType):

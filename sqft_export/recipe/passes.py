@@ -1,17 +1,17 @@
-"""Which passes a recipe has."""
+"""The passes that a recipe runs, and where they run."""
 
 from sqft_export.recipe.schema import Recipe
 
-ON_CPU = ("merge", "baselines", "export-openvino", "export-onnx", "export-gguf", "report")
+CPU_PASSES = ("merge", "baselines", "export-openvino", "export-onnx", "export-gguf", "report")
 
 
 def runs_on_cpu(name: str, recipe: Recipe) -> bool:
-    """Whether nothing of a pass runs on an accelerator."""
-    return name in ON_CPU or (name == "quantize" and recipe.quantize.method == "nncf")
+    """Return whether a pass never uses an accelerator."""
+    return name in CPU_PASSES or (name == "quantize" and recipe.quantize.method == "nncf")
 
 
 def pass_names(recipe: Recipe) -> list[str]:
-    """The passes of this recipe, in order; one is made from some of those before it alone."""
+    """Return the names of this recipe's passes, in order; each depends only on earlier ones."""
     names = []
     if recipe.sparsify.method != "none":
         names.append("sparsify")
@@ -20,17 +20,17 @@ def pass_names(recipe: Recipe) -> list[str]:
     if recipe.quantize.method != "none":
         names.append("quantize")
     distill = recipe.adapt.distill if recipe.adapt else None
-    taught = distill is not None and distill.teacher == "dense-lora"
+    learns_from_lora = distill is not None and distill.teacher == "dense-lora"
     if recipe.adapt:
-        names += ["teacher"] if taught else []
+        names += ["teacher"] if learns_from_lora else []
         names += ["adapt", "search"]
     names.append("merge")
     names += [f"export-{target}" for target in recipe.export.targets]
     names.append("verify")
     baselines = recipe.benchmark.baselines
-    # Untrained, these are the base and the merged model.
+    # Without training, these rows would repeat the base and the merged model.
     if "sparse-quantized" in baselines and recipe.adapt and recipe.quantize.method != "none":
         names.append("baselines")
-    if "dense-lora" in baselines and recipe.adapt and not taught:
+    if "dense-lora" in baselines and recipe.adapt and not learns_from_lora:
         names.append("teacher")
     return [*names, "benchmark", "report"]

@@ -1,8 +1,8 @@
-"""The recipe: YAML 1.2 to typed, frozen sections, checked as a whole before anything runs.
+"""The schema of a recipe: typed, frozen sections, checked as a whole before any pass runs.
 
-Every field is described here once; a wrong one is reported with the file, the YAML path, the
-value found and what is allowed. Paths are relative to the recipe file; ``builtin:tiny`` is the
-folder of the embedded model.
+Each field is described here once. An error message names the file, the YAML path, the value found
+and the allowed values. Paths are relative to the recipe file. ``builtin:tiny`` is the folder of the
+embedded model.
 """
 
 import math
@@ -21,17 +21,17 @@ from sqft_export.untrusted import real_path
 
 BUILTIN = "builtin:"
 HUB = "hub:"
-OFFSET_BITS = 7  # of a scale whose product with any 4-bit zero point is a float16
-MAX_NAME_BYTES = 255  # of one name in a path, as file systems have it
+GGUF_SCALE_BITS = 7  # significant bits; scale x any 4-bit zero point is then exact in float16
+MAX_NAME_BYTES = 255  # limit of common file systems for one name in a path
 
 
-def _fits_a_file_system(path: str) -> str:
+def _check_name_lengths(path: str) -> str:
     if any(len(os.fsencode(name)) > MAX_NAME_BYTES for name in path.split("/")):
-        raise ValueError(f"a name in it has more than {MAX_NAME_BYTES} bytes")
+        raise ValueError(f"a name in this path has more than {MAX_NAME_BYTES} bytes")
     return path
 
 
-FileName = Annotated[str, Field(max_length=4000), AfterValidator(_fits_a_file_system)]
+FileName = Annotated[str, Field(max_length=4000), AfterValidator(_check_name_lengths)]
 
 
 class UndeclaredFieldError(Exception):
@@ -42,8 +42,11 @@ _Value = TypeVar("_Value")
 
 
 class Combined(Generic[_Value]):
-    """A property that combines fields of several sections. A view of the recipe may hold its value
-    in ``__dict__``, where Python looks first since this sets nothing."""
+    """A property that combines fields of several sections.
+
+    A view of the recipe stores its value in ``__dict__``. Python finds it there first, because this
+    descriptor has no ``__set__``.
+    """
 
     def __init__(self, compute: Callable[[Any], _Value]):
         self.compute, self.__doc__ = compute, compute.__doc__
@@ -53,11 +56,13 @@ class Combined(Generic[_Value]):
 
 
 class Section(BaseModel):
+    """Base class of every section: frozen, no unknown fields, no infinity or NaN."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, ignored_types=(Combined,)
     )
 
-    if not TYPE_CHECKING:  # else every attribute would exist for mypy
+    if not TYPE_CHECKING:  # mypy would accept any attribute if it saw this method
 
         def __getattr__(self, name: str) -> Any:
             if name in type(self).model_fields:
@@ -67,80 +72,94 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """The base model: a local Hugging Face folder, or a model on the hub."""
+    """The base model: a local Hugging Face folder or a model on the Hugging Face hub."""
 
-    path: FileName | None = Field(None, description="local folder, or builtin:tiny")
-    hub: str | None = Field(None, description="hub name, downloaded when the recipe runs")
-    revision: str | None = Field(None, description="commit or tag on the hub")
+    path: FileName | None = Field(None, description="local model folder, or builtin:tiny")
+    hub: str | None = Field(
+        None, description="name of a model on the hub; the run downloads it if needed"
+    )
+    revision: str | None = Field(None, description="commit or tag of the model on the hub")
     config: dict[str, Any] | None = Field(
-        None, description="expected config.json fields; lets plan work where the model is not"
+        None,
+        description="expected fields of config.json; with them, plan works before the download",
     )
 
     @model_validator(mode="after")
-    def _one_source(self):
+    def _check_source(self):
         if (self.path is None) == (self.hub is None):
             raise ValueError("give either path or hub")
         return self
 
 
-# Texts that begin another item, by the template of a dataset's prompts.
+# Prompt template of a dataset -> texts that begin the next item.
 DATASET_STOPS = {
     "question": ("Question:",),
     "alpaca": ("### Instruction:",),
     "phi3": ("<|end|>", "<|user|>"),
 }
-SHORTEST_LABEL = 5  # characters; "A:" may end a word of an answer
+MIN_LABEL_LENGTH = 5  # characters; a shorter label such as "A:" may end a word of an answer
 StopTexts = Annotated[
     tuple[Annotated[str, Field(min_length=1)], ...] | None,
     Field(
-        description="texts at which a generated answer ends, in every row; []: none; null: the "
-        "words that the prompt begins with, such as Question:"
+        description="texts that end a generated answer, in every row of the report; []: no stop "
+        "texts; null: the text that every prompt begins with, such as Question:"
     ),
 ]
 
 
 class Problems(Section):
-    """Prompt and answer pairs in jsonl, scored by exact match of the generated answer."""
+    """Prompts and answers in JSON Lines files, scored by exact match of the generated answer."""
 
-    kind: Literal["problems"]
-    train: FileName = Field(description="jsonl of training items")
+    kind: Literal["problems"] = Field(description="type of the task")
+    train: FileName = Field(description="JSON Lines file with the training items")
     test: FileName = Field(
-        description="jsonl of held-out items, read by benchmark and verify alone"
+        description="JSON Lines file with the held-out items; only verify and benchmark read it"
     )
-    prompt: str = Field("{prompt}", description="template over the fields of an item")
-    answer: str = Field("{answer}", description="template over the fields of an item")
+    prompt: str = Field(
+        "{prompt}", description="template of the prompt; {name} stands for a field of the item"
+    )
+    answer: str = Field(
+        "{answer}", description="template of the expected answer; {name} as in prompt"
+    )
     final: str | None = Field(
-        None, description="mark before the final answer, as #### in GSM8K; None compares it all"
+        None,
+        description="mark before the final answer, such as #### in GSM8K; only the text after it "
+        "is compared; null: the complete answer is compared",
     )
     stop: StopTexts = None
-    max_new_tokens: int = Field(32, ge=1)
-    sequence_length: int = Field(256, ge=8, description="longest training example in tokens")
+    max_new_tokens: int = Field(32, ge=1, description="largest number of tokens per answer")
+    sequence_length: int = Field(
+        256, ge=8, description="tokens per training example; longer examples are cut"
+    )
 
     @field_validator("prompt", "answer")
     @classmethod
-    def _is_template(cls, template: str) -> str:
+    def _check_template(cls, template: str) -> str:
         if fault := template_fault(template):
             raise ValueError(fault)
         return template
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
-        """``stop``, or the first line of every prompt: a model that goes on after its answer writes
-        it again. A label such as ``Question:`` stops everywhere; other lines may be part of an
-        answer, and stop at the beginning of a line only."""
+        """Return ``stop``, or the first line that all prompts share.
+
+        A model that continues after its answer writes that line again. A label such as
+        ``Question:`` ends an answer anywhere. Other lines may be part of an answer, so they end it
+        only at the beginning of a line.
+        """
         if self.stop is not None:
             return self.stop
         line = leading_text(self.prompt).strip().split("\n")[0].rstrip()
         if not line:
             return ()
-        is_label = line.endswith(":") and len(line) >= SHORTEST_LABEL
+        is_label = line.endswith(":") and len(line) >= MIN_LABEL_LENGTH
         return (line if is_label else f"\n{line}",)
 
 
 class Dataset(Section):
-    """A dataset by name: its prompts, and its scoring as the SQFT authors and lm-eval have them."""
+    """A known dataset, with the prompts and scoring of the SQFT authors and lm-eval."""
 
-    kind: Literal["dataset"]
+    kind: Literal["dataset"] = Field(description="type of the task")
     name: Literal[
         "gsm8k",
         "math_10k",
@@ -152,31 +171,42 @@ class Dataset(Section):
         "boolq",
         "winogrande",
         "hellaswag",
-    ]
+    ] = Field(description="dataset, or mix of datasets, to train and test on")
     folder: FileName | None = Field(
-        None, description="local folder with <set>/train.json and test.json; null: from the hub"
+        None,
+        description="local folder with <set>/train.json and <set>/test.json; null: from the hub",
     )
-    train_sets: tuple[str, ...] | None = Field(None, description="null: those of the name")
-    test_sets: tuple[str, ...] | None = Field(None, description="null: those of the name")
+    train_sets: tuple[str, ...] | None = Field(
+        None, description="datasets to train on; null: those that name implies"
+    )
+    test_sets: tuple[str, ...] | None = Field(
+        None, description="datasets to test on; null: those that name implies"
+    )
     template: Literal["question", "alpaca", "phi3"] = Field(
-        "question", description="prompt of word problems and instructions"
+        "question", description="prompt template of math problems and instructions"
     )
     stop: StopTexts = None
-    max_new_tokens: int = Field(256, ge=1, description="of answers that are generated")
-    sequence_length: int = Field(512, ge=8, description="longest training example in tokens")
+    max_new_tokens: int = Field(
+        256, ge=1, description="largest number of tokens per generated answer"
+    )
+    sequence_length: int = Field(
+        512, ge=8, description="tokens per training example; longer examples are cut"
+    )
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
-        """``stop``, or what the prompts of the template begin with."""
+        """Return ``stop``, or the texts that begin every prompt of the template."""
         return DATASET_STOPS[self.template] if self.stop is None else self.stop
 
 
 class Text(Section):
-    """A plain text file; scored by perplexity and the share of tokens predicted right."""
+    """A plain text file, scored by perplexity and by the share of correctly predicted tokens."""
 
-    kind: Literal["text"]
-    text: FileName = Field(description="text file; its last part is held out")
-    test_share: float = Field(0.1, gt=0, lt=1, description="share of the text that is held out")
+    kind: Literal["text"] = Field(description="type of the task")
+    text: FileName = Field(description="text file in UTF-8; its last part is held out")
+    test_share: float = Field(
+        0.1, gt=0, lt=1, description="fraction of the text, at its end, that is held out"
+    )
     sequence_length: int = Field(256, ge=8, description="tokens per training and test window")
 
 
@@ -185,49 +215,66 @@ TASK_KINDS: dict[str, type[Section]] = {"problems": Problems, "dataset": Dataset
 
 
 class Calibration(Section):
-    """The samples that sparsify and quantize see. Lengths may differ; nothing is padded."""
+    """The samples that pruning and quantization read; lengths may differ, no padding."""
 
     source: FileName = Field(
         "task",
-        description="task: the training split; a .txt or .jsonl file; a local folder that the "
-        "datasets library reads; or hub:<dataset> on the Hugging Face hub",
+        description="task: the training split; or a .txt or .jsonl file; or a local folder that "
+        "the datasets library reads; or hub:<dataset> on the Hugging Face hub",
     )
-    subset: str | None = Field(None, description="configuration of a dataset, such as wikitext's")
-    split: str = Field("train", description="split of a dataset")
-    revision: str | None = Field(None, description="commit or tag of a dataset on the hub")
-    field: str = Field("text", description="field of a jsonl object or dataset row that is read")
-    samples: int = Field(128, ge=1)
-    sequence_length: int = Field(512, ge=8, description="tokens kept of each sample")
+    subset: str | None = Field(
+        None, description="configuration of the dataset, such as wikitext-2-raw-v1 of wikitext"
+    )
+    split: str = Field("train", description="split of the dataset")
+    revision: str | None = Field(None, description="commit or tag of the dataset on the hub")
+    field: str = Field(
+        "text", description="field of a JSON object or dataset row that contains the text"
+    )
+    samples: int = Field(128, ge=1, description="number of samples")
+    sequence_length: int = Field(
+        512, ge=8, description="largest number of tokens per sample; longer samples are cut"
+    )
 
 
 class Amount(Section):
-    """How much is pruned."""
+    """How many weights are pruned."""
 
-    sparsity: float | None = Field(None, ge=0, lt=1, description="share dropped of each row")
+    sparsity: float | None = Field(
+        None, ge=0, lt=1, description="fraction of the weights that is pruned, in each row"
+    )
     pattern: str | None = Field(
-        None, pattern=r"^\d+:\d+$", description='N:M, N of every M columns kept, such as "2:4"'
+        None,
+        pattern=r"^\d+:\d+$",
+        description='N:M sparsity, such as "2:4": N weights of every M consecutive columns are '
+        "kept",
     )
 
     at_most: tuple[int, int] | None = Field(
         None,
-        description="with sparsity: no more than the first of every so many columns are kept, such "
-        "as [32, 64]; nearly free, and a kernel then knows how much it has to read",
+        description="limit in addition to sparsity: [N, M] keeps at most N weights of every M "
+        "consecutive columns, such as [32, 64]; it costs almost no accuracy and bounds the bytes "
+        "that a sparse kernel reads",
     )
 
     def n_of_m(self) -> tuple[int, int] | None:
+        """Return N and M of ``pattern``; None without a pattern."""
         if self.pattern is None:
             return None
         n, m = self.pattern.split(":")
         return int(n), int(m)
 
     def check_pattern(self) -> None:
+        """Check ``pattern`` and ``at_most``.
+
+        :raises ValueError: if they prune nothing, prune everything or contradict ``sparsity``.
+        """
         found = self.n_of_m()
         if found and not 0 < found[0] < found[1]:
-            raise ValueError(f"pattern {self.pattern} must keep at least 1 of M and drop 1")
+            raise ValueError(f"pattern {self.pattern} must keep at least 1 of M and prune 1")
         if self.at_most is None:
             return
         if self.sparsity is None:
-            raise ValueError("at_most goes with sparsity; pattern is an amount of its own")
+            raise ValueError("at_most needs sparsity; pattern needs no at_most")
         most, of = self.at_most
         if not 0 < most < of:
             raise ValueError(f"at_most: found {[most, of]}; at least 1 is kept and 1 dropped")
@@ -240,16 +287,17 @@ class Amount(Section):
 
 
 class Override(Amount):
-    """Another amount for some Linears."""
+    """A different amount for some Linears."""
 
     modules: tuple[str, ...] = Field(
         min_length=1,
-        description="last names (down_proj) or whole ones with wildcards (model.layers.0.*)",
+        description="Linears, by last name (down_proj) or by full name with wildcards "
+        "(model.layers.0.*)",
     )
-    skip: bool = Field(False, description="leave these Linears dense")
+    skip: bool = Field(False, description="true: do not prune these Linears")
 
     @model_validator(mode="after")
-    def _one_amount(self):
+    def _check_amount(self):
         if sum([self.skip, self.sparsity is not None, self.pattern is not None]) != 1:
             raise ValueError("give one of skip, sparsity and pattern")
         self.check_pattern()
@@ -257,36 +305,43 @@ class Override(Amount):
 
 
 class Reconstruct(Section):
-    """Kept weights trained, block by block, to give the dense block's output."""
+    """Training of the kept weights, block by block, to match the output of the dense block."""
 
-    steps: int = Field(60, ge=1, description="of every block")
+    steps: int = Field(60, ge=1, description="optimizer steps per block")
     learning_rate: float | None = Field(
         None,
         gt=0,
-        description="at first; it falls to nothing (cosine). null: a hundredth of the root mean "
-        "square of each row's weights",
+        description="initial learning rate; it decays to 0 (cosine); null: 0.01 times the root "
+        "mean square of each row's weights",
     )
-    batch: int = Field(4, ge=1, description="calibration samples of a step")
+    batch: int = Field(4, ge=1, description="calibration samples per step")
 
 
 class Sparsify(Amount):
+    """How the weights of the decoder's Linears are pruned."""
+
     method: Literal["wanda", "sparsegpt", "magnitude", "given", "none"] = Field(
-        "wanda", description="given: the model is sparse already, its zeros are the mask"
+        "wanda",
+        description="pruning method; given: the model is already sparse and its zeros are the "
+        "mask; none: no pruning",
     )
     reconstruct: Reconstruct | None = Field(
         None,
-        description="train the kept weights, block by block, before anything is rounded; {} takes "
-        "the defaults",
+        description="train the kept weights, block by block, before quantization; {}: with the "
+        "defaults; null: no such training",
     )
-    overrides: tuple[Override, ...] = Field((), description="the first that matches counts")
+    overrides: tuple[Override, ...] = Field(
+        (), description="different amounts for some Linears; the first match applies"
+    )
     allocation: Literal["uniform", "output-error"] = Field(
         "uniform",
-        description="output-error: Linears without an override differ, up to 0.15 from sparsity, "
-        "so that their summed relative output error is least at the same sparsity over all",
+        description="uniform: the same sparsity for all Linears; output-error: the sparsity of "
+        "Linears without an override varies by up to 0.15, to minimize the sum of their relative "
+        "output errors at the same overall sparsity",
     )
 
     @model_validator(mode="after")
-    def _one_measure(self):
+    def _check_amounts(self):
         if self.method in ("none", "given"):
             amounts = self.sparsity is not None or self.pattern or self.at_most
             if amounts or self.overrides or self.allocated:
@@ -296,8 +351,8 @@ class Sparsify(Amount):
                 )
             if self.reconstruct:
                 raise ValueError(
-                    f"reconstruct: method {self.method} prunes nothing that a dense block is known "
-                    "for; it goes with wanda, sparsegpt and magnitude"
+                    f"reconstruct: method {self.method} prunes nothing, so there is no dense block "
+                    "to match; it goes with wanda, sparsegpt and magnitude"
                 )
         elif (self.sparsity is None) == (self.pattern is None):
             raise ValueError("give either sparsity or pattern")
@@ -308,26 +363,31 @@ class Sparsify(Amount):
 
     @property
     def allocated(self) -> bool:
+        """Return whether the sparsity differs between Linears."""
         return self.allocation == "output-error"
 
     @property
     def calibrates(self) -> bool:
-        """Whether pruning looks at calibration data."""
+        """Return whether pruning reads calibration data."""
         return self.method in ("wanda", "sparsegpt") or self.allocated
 
 
 class Nncf(Section):
-    """What NNCF does to find codes and grid (its weight compression, a block at a time)."""
+    """How NNCF finds codes and grid: settings of its weight compression, applied per block."""
 
-    awq: bool = True
-    scale_estimation: bool = True
-    gptq: bool = False
+    awq: bool = Field(
+        True, description="true: rescale weights by activation statistics first (AWQ)"
+    )
+    scale_estimation: bool = Field(
+        True, description="true: choose the scales that minimize the output error"
+    )
+    gptq: bool = Field(False, description="true: correct rounding errors with NNCF's GPTQ")
     int4_ratio: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="share of each block's weights in INT4; the most sensitive rest is INT8 per "
-        "channel",
+        description="fraction of each block's weights in INT4; the others, the most sensitive "
+        "ones, are INT8 per channel",
     )
     sensitivity: Literal[
         "weight_quantization_error",
@@ -335,40 +395,57 @@ class Nncf(Section):
         "mean_activation_variance",
         "max_activation_variance",
         "mean_activation_magnitude",
-    ] = Field("hessian_input_activation", description="what ranks the layers")
+    ] = Field(
+        "hessian_input_activation",
+        description="measure that ranks the layers, if int4_ratio is below 1",
+    )
 
 
 class Quantize(Section):
+    """How the weights of the decoder's Linears become integer codes."""
+
     method: Literal["gptq", "rtn", "nncf", "given", "none"] = Field(
-        "gptq", description="given: the model is a GPTQ checkpoint, its codes and grid are taken"
+        "gptq",
+        description="quantization method; given: the model is a GPTQ checkpoint and its codes and "
+        "grid are used; none: no quantization",
     )
     bits: Literal[2, 3, 4, 8] = Field(
         4,
-        description="2 and 3: four and eight levels, stored in the 4-bit codes that runtimes read; "
-        "export.entropy brings a packed file near their true size",
+        description="bits per code; 2 and 3 bits use four and eight levels of the 4-bit codes that "
+        "runtimes read; export.entropy makes a packed file almost as small as 2 or 3 bits",
     )
     group_size: Literal[16, 32, 64, 128] | None = Field(
-        64, description="inputs that share a scale; null is per channel"
+        64, description="consecutive inputs that share a scale; null: one scale per channel"
     )
-    symmetric: bool = True
+    symmetric: bool = Field(
+        True, description="true: the zero point is the middle code; false: one per group"
+    )
     group_size_fallback: Literal["allow", "error"] = Field(
         "allow",
-        description="where group_size does not divide a layer's inputs: the largest smaller power "
-        "of two from 16 up that does, else per channel; or refuse",
+        description="if group_size does not divide the inputs of a layer; allow: use the largest "
+        "smaller power of two, from 16, that divides them, or else one scale per channel; error: "
+        "refuse the recipe",
     )
-    damping: float = Field(0.01, gt=0, lt=1, description="share of the mean diagonal added by GPTQ")
+    damping: float = Field(
+        0.01,
+        gt=0,
+        lt=1,
+        description="GPTQ adds this fraction of the mean diagonal of the Hessian to the diagonal",
+    )
     embedding_bits: Literal[8] | None = Field(
-        None, description="8: embedding and head in INT8, one scale a row; null: as stored"
+        None,
+        description="8: embedding and output head in INT8, one scale per row; null: in the "
+        "precision of the checkpoint",
     )
     nncf: Nncf = Nncf()
     reconstruct: Reconstruct | None = Field(
         None,
-        description="train kept weights and scales through the grid, block by block; {} takes the "
-        "defaults",
+        description="train kept weights and scales, block by block, with rounding in the forward "
+        "pass; {}: with the defaults; null: no such training",
     )
 
     @model_validator(mode="after")
-    def _nncf_fits(self):
+    def _check_method(self):
         if self.method != "nncf" and self.nncf != Nncf():
             raise ValueError(f"nncf: settings for method nncf, but method is {self.method}")
         if self.method == "nncf" and self.bits < 4:
@@ -385,85 +462,139 @@ class Quantize(Section):
 
     @property
     def calibrates(self) -> bool:
-        """Whether rounding looks at calibration data."""
+        """Return whether quantization reads calibration data."""
         return self.method in ("gptq", "nncf") or self.reconstruct is not None
 
 
 class Distill(Section):
-    """Part of the loss: the divergence from a teacher's next-token distribution."""
+    """Distillation: the student also learns the next-token distribution of a teacher."""
 
     teacher: Literal["dense", "dense-lora"] = Field(
-        "dense", description="the base model, or the base model with LoRA trained on the task"
+        "dense",
+        description="dense: the base model; dense-lora: the base model with LoRA trained on the "
+        "task",
     )
-    weight: float = Field(0.5, gt=0, le=1, description="of the divergence; the rest is the loss")
-    temperature: float = Field(1.0, gt=0)
+    weight: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="weight of the KL divergence from the teacher; the task loss has the weight "
+        "1 - weight",
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="temperature of both distributions; a higher one smooths them"
+    )
     layers: float = Field(
         0.0,
         ge=0,
-        description="of the mean over blocks of the squared error of their outputs, as a share of "
-        "the teacher's squares, which is added",
+        description="weight of an additional loss: the squared error of block outputs divided by "
+        "the teacher's squared outputs, averaged over blocks; 0: none",
     )
 
 
 class Adapt(Section):
-    """Elastic sparse LoRA. Defaults are the paper's (arXiv 2410.03750)."""
+    """Elastic sparse LoRA; the defaults are those of the paper (arXiv 2410.03750)."""
 
     pipeline: Literal["shears", "sparsepeft", "sqft", "qa-sparsepeft"] = Field(
         "qa-sparsepeft",
-        description="sparsepeft: masked adapter, merges into sparse floats; qa-sparsepeft: trained "
-        "through the grid too, merges into sparse codes; shears, sqft: plain adapter, unmerged, "
-        "from a sparse float or quantized base",
+        description="sparsepeft: masked adapter, merges into sparse floats; qa-sparsepeft: masked "
+        "adapter trained with rounding in the forward pass, merges into sparse codes; shears: "
+        "plain adapter on sparse floats, unmerged; sqft: plain adapter on sparse codes, unmerged",
     )
     merge_dense: bool = Field(
-        False, description="shears: merge all the same; the result is no longer sparse"
+        False,
+        description="shears: true merges the adapter anyway; the result is no longer sparse",
     )
-    elastic: bool = Field(True, description="false: every adapter has the highest rank throughout")
-    trainable_scales: bool = Field(False, description="qa-sparsepeft: the grid's scales move too")
+    elastic: bool = Field(
+        True,
+        description="true: each training step draws a rank for every elastic group; false: always "
+        "the highest rank",
+    )
+    trainable_scales: bool = Field(
+        False, description="qa-sparsepeft: true trains the scales of the grid as well"
+    )
     scale_learning_rate: float = Field(
-        0.1, gt=0, description="of trainable scales, as a share of learning_rate, per relative step"
+        0.1,
+        gt=0,
+        description="learning rate of trainable scales, as a fraction of learning_rate; their "
+        "steps are relative to the scale",
     )
-    distill: Distill | None = Field(None, description="learn from a teacher as well")
+    distill: Distill | None = Field(
+        None, description="distillation from a teacher; {}: with the defaults; null: none"
+    )
     target_modules: tuple[str, ...] | None = Field(
-        None, description="Linears with an adapter, by their last name; null: the family's"
+        None,
+        description="last names of the Linears that get an adapter; null: those of the model "
+        "family",
     )
     ranks: tuple[int, ...] = Field(
-        (32, 28, 24, 20, 16), min_length=1, description="ranks of the elastic groups"
+        (32, 28, 24, 20, 16),
+        min_length=1,
+        description="ranks that an elastic group can have; the highest is the adapter's size",
     )
     elastic_groups: tuple[tuple[str, ...], ...] | None = Field(
         None,
-        description="modules that share one drawn rank in a block; other targets keep the highest; "
-        "null: the family's",
+        description="groups of modules that share one rank in each block; other target modules "
+        "always have the highest rank; null: those of the model family",
     )
-    alpha: float = Field(64, gt=0, description="the update is scaled by alpha / highest rank")
-    dropout: float = Field(0.1, ge=0, lt=1, description="on the adapter alone")
-    learning_rate: float = Field(3e-4, gt=0)
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: int = Field(100, ge=0)
-    epochs: float | None = Field(None, gt=0)
-    steps: int | None = Field(None, ge=1)
-    batch: int = Field(16, ge=1)
-    accumulation: int = Field(1, ge=1)
-    weight_decay: float = Field(0.0, ge=0)
-    loss_on: Literal["answer", "all"] = Field("all", description="tokens that enter the loss")
+    alpha: float = Field(
+        64, gt=0, description="LoRA alpha; the update is multiplied by alpha / highest rank"
+    )
+    dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="dropout probability, on the inputs of the adapter only",
+    )
+    learning_rate: float = Field(3e-4, gt=0, description="peak learning rate, after the warmup")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="how the learning rate changes after the warmup"
+    )
+    warmup_steps: int = Field(
+        100, ge=0, description="first steps, in which the learning rate rises from 0"
+    )
+    epochs: float | None = Field(
+        None, gt=0, description="passes over the training data; give either epochs or steps"
+    )
+    steps: int | None = Field(
+        None, ge=1, description="optimizer steps; give either epochs or steps"
+    )
+    batch: int = Field(16, ge=1, description="training examples per batch and process")
+    accumulation: int = Field(
+        1, ge=1, description="batches per optimizer step (gradient accumulation)"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
+    loss_on: Literal["answer", "all"] = Field(
+        "all", description="tokens that enter the loss: those of the answer, or all"
+    )
     precision: Literal["float32", "bfloat16", "auto"] = Field(
-        "float32", description="of activations; auto: bfloat16 where products in it are faster"
+        "float32",
+        description="precision of activations; auto: bfloat16 if its matrix products are faster "
+        "on this device",
     )
-    gradient_checkpointing: bool = False
-    save_steps: int = Field(100, ge=1, description="an interrupted training continues from here")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="true: recompute activations in the backward pass; slower, less memory",
+    )
+    save_steps: int = Field(
+        100,
+        ge=1,
+        description="steps between checkpoints; an interrupted training resumes from the last one",
+    )
 
     @model_validator(mode="after")
-    def _consistent(self):
+    def _check_settings(self):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either epochs or steps")
         if min(self.ranks) < 1 or len(set(self.ranks)) < len(self.ranks):
             raise ValueError(f"ranks must be positive and different, found {list(self.ranks)}")
         if self.target_modules is not None and not self.target_modules:
-            raise ValueError("target_modules is empty; leave it out for those of the family")
+            raise ValueError("target_modules is empty; leave it out to use those of the family")
         elastic = [name for group in self.elastic_groups or () for name in group]
-        if strangers := sorted(set(elastic) - set(self.target_modules or elastic)):
-            raise ValueError(f"elastic_groups name {strangers}, which are not in target_modules")
+        if unknown := sorted(set(elastic) - set(self.target_modules or elastic)):
+            raise ValueError(f"elastic_groups name {unknown}, which are not in target_modules")
         if len(set(elastic)) < len(elastic):
-            raise ValueError("a module stands in two elastic_groups")
+            raise ValueError("a module is listed twice in elastic_groups")
         if self.merge_dense and self.pipeline != "shears":
             raise ValueError(f"merge_dense is for shears, found {self.pipeline}")
         if self.trainable_scales and self.pipeline != "qa-sparsepeft":
@@ -472,25 +603,29 @@ class Adapt(Section):
 
     @property
     def on_grid(self) -> bool:
-        """The base is quantized."""
+        """Return whether the base is quantized."""
         return self.pipeline in ("sqft", "qa-sparsepeft")
 
     @property
     def masked(self) -> bool:
-        """The update is kept inside the pruning mask."""
+        """Return whether the pruning mask is applied to the update."""
         return self.pipeline in ("sparsepeft", "qa-sparsepeft")
 
     @property
     def unmerged(self) -> bool:
-        """The adapter is not merged."""
+        """Return whether the adapter stays separate from the base weights."""
         return self.pipeline == "sqft" or (self.pipeline == "shears" and not self.merge_dense)
 
     @property
     def max_rank(self) -> int:
+        """Return the highest rank, which is the size of the adapter's matrices."""
         return max(self.ranks)
 
     def total_steps(self, examples: int, processes: int = 1) -> int:
-        """Optimizer steps, as the Trainer counts them; every process takes batches of its own."""
+        """Return the number of optimizer steps, counted as the Trainer of transformers does.
+
+        :param processes: training processes; each one reads different batches.
+        """
         if self.steps is not None:
             return self.steps
         assert self.epochs is not None
@@ -499,7 +634,7 @@ class Adapt(Section):
 
 
 class Search(Section):
-    """The rank of every elastic group, chosen on items set aside from the training data."""
+    """How the rank of every elastic group is chosen, on items held out from the training data."""
 
     strategy: Literal[
         "median",
@@ -510,29 +645,51 @@ class Search(Section):
         "lowest-loss",
         "hill-climb",
         "evolutionary",
-    ] = "median"
-    budget: int = Field(20, ge=1, description="evaluations at most, of strategies that evaluate")
-    items: int = Field(64, ge=1, description="training items set aside for them to be scored on")
-    configuration: FileName | None = Field(None, description="given: a search's configuration.json")
+    ] = Field(
+        "median",
+        description="median, maximal, minimal: the same rank for all groups; given: read "
+        "configuration; frequent: the ranks drawn most often in training; lowest-loss, hill-climb, "
+        "evolutionary: evaluate configurations and take the best",
+    )
+    budget: int = Field(
+        20,
+        ge=1,
+        description="largest number of evaluations, for strategies that evaluate configurations",
+    )
+    items: int = Field(
+        64,
+        ge=1,
+        description="training items held out to score the configurations; training does not use "
+        "them",
+    )
+    configuration: FileName | None = Field(
+        None, description="strategy given: configuration.json of an earlier search"
+    )
 
     @model_validator(mode="after")
-    def _given_fits(self):
+    def _check_configuration(self):
         if (self.configuration is not None) != (self.strategy == "given"):
             raise ValueError("configuration and strategy given go together")
         return self
 
     @property
     def evaluates(self) -> bool:
+        """Return whether the strategy evaluates configurations."""
         return self.strategy in ("lowest-loss", "hill-climb", "evolutionary")
 
 
 class Export(Section):
-    targets: tuple[Literal["openvino", "onnx", "gguf"], ...] = ("openvino", "onnx")
+    """Which deployments are written."""
+
+    targets: tuple[Literal["openvino", "onnx", "gguf"], ...] = Field(
+        ("openvino", "onnx"),
+        description="runtimes to write a deployment for; gguf is for llama.cpp",
+    )
     onnx_graph: Literal["auto", "fused", "standard"] = Field(
         "auto",
-        description="fused: the operators of ONNX Runtime GenAI; standard: ONNX's own and "
-        "MatMulNBits, which onnx.checker and OpenVINO read too; auto: fused where GenAI's builder "
-        "knows the model",
+        description="fused: the operators of ONNX Runtime GenAI; standard: ONNX operators and "
+        "MatMulNBits, which onnx.checker and OpenVINO can read; auto: fused if GenAI's builder "
+        "supports the model",
     )
     on_unsupported: Literal["skip", "error"] = Field(
         "skip",
@@ -540,101 +697,135 @@ class Export(Section):
         "a notice and a line in the report; or refuse the recipe",
     )
     sparse_files: bool = Field(
-        False, description="a packed copy of every deployment too, which zeros make smaller"
+        False,
+        description="true: also write a packed copy of every deployment, which stores no zeros",
     )
     entropy: bool = Field(
-        False, description="packed copies compressed as well: smaller, and slower to load"
+        False, description="true: compress the packed copies too; smaller, but slower to load"
     )
 
     sparse_execution: bool = Field(
         False,
-        description="an OpenVINO folder too whose products run on our kernels, straight from mask "
-        "and kept codes; it loads with sqft_export.openvino_extension()",
+        description="true: also write an OpenVINO folder that computes directly from mask and kept "
+        "codes with this package's kernels; load it with sqft_export.openvino_extension()",
     )
 
     @model_validator(mode="after")
-    def _entropy_fits(self):
+    def _check_entropy(self):
         if self.entropy and not self.sparse_files:
             raise ValueError("entropy is for packed copies; set sparse_files: true")
         return self
 
 
 class Verify(Section):
-    prompts: int = Field(32, ge=1, description="test prompts whose greedy tokens must be equal")
-    new_tokens: int = Field(16, ge=1)
+    """How deployments are compared with the model that was trained."""
+
+    prompts: int = Field(
+        32, ge=1, description="number of test prompts; their greedy tokens must be equal"
+    )
+    new_tokens: int = Field(16, ge=1, description="greedy tokens generated per prompt")
     tolerance: float = Field(
-        1e-4, gt=0, description="largest logit difference, in standard deviations of the logits"
+        1e-4,
+        gt=0,
+        description="largest allowed logit difference, in standard deviations of the logits",
     )
     divergence: float = Field(
         0.1,
         gt=0,
-        description="largest mean KL divergence of a runtime's default mode, in nats a token",
+        description="largest allowed mean KL divergence of a runtime in its default precision, in "
+        "nats per token",
     )
     tokenizers: Literal["auto", "required", "reported"] = Field(
         "auto",
-        description="required: a runtime's own tokenizer must give the ids that were trained with; "
-        "reported: it is compared, and may differ; auto: reported for a runtime whose tokenizer is "
-        "known to differ before training, which plan says, else required",
+        description="required: a runtime's tokenizer must give the token ids of the training; "
+        "reported: differences are only reported; auto: reported for a runtime whose tokenizer "
+        "already differs in plan, required for the others",
     )
 
 
 class Benchmark(Section):
-    items: int = Field(400, ge=1, description="of every set, scored by every row")
+    """Which rows are measured, on which devices and for how long."""
+
+    items: int = Field(400, ge=1, description="test items per dataset; every row scores the same")
     minutes: float | None = Field(
         None,
         gt=0,
-        description="instead of items: as many of every set as all rows score in this time, no "
-        "fewer than 8; the same for every row",
+        description="time limit instead of items: all rows score the same number of items per "
+        "dataset, at least 8, as many as fit into this time",
     )
     baselines: tuple[
         Literal["dense", "dense-lora", "sparse", "sparse-quantized", "adapted", "merged"], ...
-    ] = ("dense", "dense-lora", "sparse", "sparse-quantized", "adapted", "merged")
+    ] = Field(
+        ("dense", "dense-lora", "sparse", "sparse-quantized", "adapted", "merged"),
+        description="models that are measured in torch, next to the deployments",
+    )
     targets: tuple[Literal["auto", "cpu", "gpu", "npu"], ...] = Field(
         ("cpu",),
         min_length=1,
-        description="devices that deployments are measured on; auto: all that are here",
+        description="devices to measure deployments on; auto: all devices of this machine",
     )
-    prompt_tokens: int = Field(32, ge=1, description="prompt length of the latency measurement")
-    new_tokens: int = Field(32, ge=2)
-    repeats: int = Field(5, ge=2, description="of the latency measurement, in every process")
-    rounds: int = Field(3, ge=1, description="processes a row, in turns with the other rows")
-    threads: int | None = Field(None, ge=1, description="null: one per processor")
+    prompt_tokens: int = Field(32, ge=1, description="prompt tokens of the latency measurement")
+    new_tokens: int = Field(
+        32, ge=2, description="tokens generated per run of the latency measurement"
+    )
+    repeats: int = Field(5, ge=2, description="runs of the latency measurement per process")
+    rounds: int = Field(
+        3, ge=1, description="processes per row; the processes of different rows are interleaved"
+    )
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads; null: one per available processor"
+    )
     lm_eval: tuple[str, ...] = Field(
-        (), description="tasks of lm-eval that every row is scored on too (extra lm-eval)"
+        (),
+        description="lm-eval tasks to score on every row as well; needs the extra lm-eval",
     )
-    lm_eval_folder: FileName | None = Field(None, description="of task files of your own")
+    lm_eval_folder: FileName | None = Field(
+        None, description="folder with additional lm-eval task files"
+    )
 
     @model_validator(mode="after")
-    def _one_measure(self):
+    def _check_limit(self):
         if self.minutes is not None and "items" in self.model_fields_set:
             raise ValueError("give either items or minutes")
         return self
 
 
 class Gates(Section):
-    """What a run may cost on held-out data before it stops; docs/reliability.md has the defaults
-    that warn."""
+    """Limits on the quality lost on held-out data; a run that exceeds one stops.
+
+    ``docs/reference/reliability.md`` lists the defaults that only warn.
+    """
 
     kl: float | None = Field(
         None,
         gt=0,
-        description="largest KL divergence of a pass from the one before, in nats per token; null: "
-        "a warning above 1. A pass that trains is stopped where its perplexity rose as well",
+        description="largest allowed KL divergence of a pass from the pass before it, in nats per "
+        "token; a pass that trains stops the run only if its perplexity rose too; null: only a "
+        "warning, above 1",
     )
     accuracy_drop: float | None = Field(
         None,
         ge=0,
         le=100,
-        description="most points of accuracy that the merged model or a deployment may lose to the "
-        "dense base; null: a warning above 5 that a paired test tells from chance",
+        description="largest allowed accuracy loss of the merged model or a deployment, in points "
+        "below the dense base; null: only a warning, above 5 points if a paired test finds the "
+        "difference significant",
     )
 
 
 class Recipe(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
-    seed: int = Field(42, ge=0, lt=2**32)
+    """A complete recipe: model, data, and the settings of every pass."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        max_length=100,
+        description="name of the run: letters, digits, dot, underscore and hyphen",
+    )
+    seed: int = Field(
+        42, ge=0, lt=2**32, description="seed of every random choice; the same seed repeats the run"
+    )
     device: Literal["auto", "cpu", "cuda", "xpu", "mps"] = Field(
-        "auto", description="where torch computes; auto: its accelerator where there is one"
+        "auto", description="device for torch; auto: the accelerator if there is one"
     )
     model: Model
     task: Task
@@ -642,7 +833,9 @@ class Recipe(Section):
     sparsify: Sparsify
     quantize: Quantize
     adapt: Adapt | None = Field(
-        None, description="none: nothing is trained; what was pruned and quantized is exported"
+        None,
+        description="settings of the training; none: no training, the pruned and quantized model "
+        "is exported",
     )
     search: Search = Search()
     export: Export = Export()
@@ -656,88 +849,92 @@ class Recipe(Section):
 
     @field_validator("adapt", mode="before")
     @classmethod
-    def _untrained(cls, found: Any) -> Any:
-        if found is None:  # more likely forgotten than meant
+    def _parse_none(cls, found: Any) -> Any:
+        if found is None:  # an empty section is more likely forgotten than intended
             raise ValueError("is empty; none, or no such section, trains nothing")
         return None if found == "none" else found
 
     @model_validator(mode="after")
-    def _pipeline_fits(self):
+    def _check_pipeline(self):
         if self.adapt is None:
             return self
         quantized = self.quantize.method != "none"
         if quantized != self.adapt.on_grid:
             raise ValueError(
                 f"adapt.pipeline {self.adapt.pipeline} does not go with quantize.method "
-                f"{self.quantize.method}: qa-sparsepeft and sqft train on a grid, sparsepeft and "
-                "shears on floats"
+                f"{self.quantize.method}: qa-sparsepeft and sqft need a quantized base, sparsepeft "
+                "and shears need quantize.method: none"
             )
         return self
 
     def resolve(self, path: str) -> Path:
-        """A path of the recipe as one of this machine."""
+        """Return the absolute path of a file that the recipe names."""
         if path.startswith(BUILTIN):
             return Path(__file__).parent.parent / "builtin" / path.removeprefix(BUILTIN)
         return real_path(self._file.parent / path)
 
-    # A view of the recipe holds values of these without the fields that they combine.
+    # A view of the recipe can hold the value of a Combined without the fields that it combines.
 
     @Combined
     def base_name(self) -> str:
-        """Name of the base model in model cards."""
+        """Return the name of the base model for model cards."""
         return self.model.hub or Path(str(self.model.path)).name
 
     @property
     def lm_eval_folder(self) -> Path | None:
-        """Where task files of the recipe's own are."""
+        """Return the folder with the recipe's lm-eval task files."""
         folder = self.benchmark.lm_eval_folder
         return self.resolve(folder) if folder else None
 
     @property
     def training(self) -> Adapt:
-        """The settings of training, for passes that only a recipe with it has."""
+        """Return the settings of training, in passes that run only if the recipe trains."""
         assert self.adapt is not None
         return self.adapt
 
     @Combined
     def scale_bits(self) -> int:
-        """Significant bits of the scales: fewer where GGUF is to have a scale times its zero point
-        as float16 too."""
+        """Return the significant bits of a scale.
+
+        GGUF also stores scale x zero point of an asymmetric grid in float16. That product is exact
+        only if scales have fewer bits.
+        """
         offsets = not self.quantize.symmetric and "gguf" in self.export.targets
-        return OFFSET_BITS if offsets else FLOAT16_BITS
+        return GGUF_SCALE_BITS if offsets else FLOAT16_BITS
 
     @Combined
     def unmerged(self) -> bool:
-        """There is an adapter, and it stays beside the base."""
+        """Return whether there is an adapter that stays separate from the base weights."""
         return self.adapt is not None and self.adapt.unmerged
 
     @Combined
     def dense_update(self) -> bool:
-        """Pruned positions are given up to the adapter's update."""
+        """Return whether merging fills pruned positions with the adapter's update."""
         return self.adapt is not None and self.adapt.merge_dense
 
     @property
     def calibrates(self) -> bool:
-        """Whether any pass looks at calibration data."""
+        """Return whether any pass reads calibration data."""
         sparsify = self.sparsify
         return bool(sparsify.calibrates or sparsify.reconstruct or self.quantize.calibrates)
 
     @Combined
     def set_aside(self) -> int:
-        """Training items that are kept for search alone; nothing else sees them."""
+        """Return the number of training items that only search reads."""
         return self.search.items if self.search.evaluates else 0
 
     @property
     def file(self) -> Path:
+        """Return the path of the recipe file."""
         return self._file
 
     @property
     def revisions(self) -> dict[str, str | None] | None:
-        """Dataset on the hub -> commit that this run reads; None before ``pin_revisions``."""
+        """Return hub dataset -> commit that this run reads; None before ``pin_revisions``."""
         return self._revisions
 
     def at_revisions(self, revisions: dict[str, str | None]) -> "Recipe":
-        """This recipe, its datasets on the hub read at these commits."""
+        """Return a copy of this recipe that reads datasets on the hub at these commits."""
         pinned = self.model_copy()
         pinned._revisions = revisions
         return pinned
@@ -760,11 +957,11 @@ class Recipe(Section):
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """Settings that were applied on top of the file."""
+        """Return the settings that were applied on top of the file."""
         return self._overrides
 
 
 def matches(name: str, modules: tuple[str, ...]) -> bool:
-    """Whether a Linear is meant: by its last name, or by its whole one with wildcards."""
+    """Return whether ``modules`` contains a Linear's last name or a wildcard for its full name."""
     last = name.rsplit(".", 1)[1]
     return any(fnmatchcase(name, module) or last == module for module in modules)

@@ -1,4 +1,4 @@
-"""Prompts and answers from templates over the fields of an item.
+"""Templates that build prompts and answers from the fields of an item. Allowed forms:
 
 {name}   {name[index]}   {name[0][key]}   {name:format}   {{ and }} for braces
 """
@@ -11,14 +11,13 @@ from typing import Any
 from sqft_export.errors import UserError
 
 _FIELD = re.compile(r"([^.\[\]{}!:]+)((?:\[[^\[\]]+\])*)")
-_FORMAT = re.compile(
-    r"[^{}\d]{0,3}\d{0,3}(\.\d{1,2})?[a-zA-Z%]?"
-)  # a width is no way to fill memory
+# At most three digits of width: a larger width would fill the memory.
+_FORMAT = re.compile(r"[^{}\d]{0,3}\d{0,3}(\.\d{1,2})?[a-zA-Z%]?")
 _PLAIN = (str, int, float)
 
 
 def template_fault(template: str) -> str | None:
-    """What is wrong with a template, whatever the items; None if nothing is."""
+    """Return what is wrong with a template itself, independent of items; None if it is valid."""
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -37,8 +36,8 @@ def template_fault(template: str) -> str | None:
 
 
 def leading_text(template: str) -> str:
-    """The literal text of a template before its first field."""
-    parts = string.Formatter().parse(template)  # an escaped brace ends a part, too
+    """Return the literal text of a template before its first field."""
+    parts = string.Formatter().parse(template)  # an escaped brace also ends a part
     leading = []
     for literal, name, _, _ in parts:
         leading.append(literal)
@@ -48,8 +47,10 @@ def leading_text(template: str) -> str:
 
 
 def fill_template(template: str, item: dict[str, Any], file: Path, number: int) -> str:
-    """
-    :raises UserError: naming file, line and field if the item lacks it or it is no text.
+    """Return the text of a template with the fields of an item filled in.
+
+    :raises UserError: if the item lacks a field or the field is not text; the message names file,
+        line and field.
     """
     filled = []
     for literal, name, form, _ in string.Formatter().parse(template):
@@ -65,10 +66,11 @@ def fill_template(template: str, item: dict[str, Any], file: Path, number: int) 
 
 
 def text_field(name: str, item: dict[str, Any], file: Path, number: int) -> str | int | float:
-    """A field of an item, such as ``text`` or ``messages[0][content]``; ``true`` and ``false`` as
-    JSON writes them.
+    """Return a field of an item, such as ``text`` or ``messages[0][content]``.
 
-    :raises UserError: if there is none, or it is a list, an object or null.
+    A boolean becomes ``true`` or ``false``, as in JSON.
+
+    :raises UserError: if the field is missing, or is a list, an object or null.
     """
     found = _FIELD.fullmatch(name)
     path = [found[1], *re.findall(r"\[([^\[\]]+)\]", found[2])] if found else [name]
@@ -78,7 +80,7 @@ def text_field(name: str, item: dict[str, Any], file: Path, number: int) -> str 
             value = value[int(key)] if isinstance(value, list) else value[key]
         except (KeyError, IndexError, ValueError, TypeError) as error:
             raise UserError(
-                f"{file}:{number}: the template asks for {name}; {_has(value, path[:depth])}"
+                f"{file}:{number}: the template needs {name}; {_describe(value, path[:depth])}"
             ) from error
     if not isinstance(value, _PLAIN):
         kind = "null" if value is None else f"a {type(value).__name__}"
@@ -86,7 +88,8 @@ def text_field(name: str, item: dict[str, Any], file: Path, number: int) -> str 
     return str(value).lower() if isinstance(value, bool) else value
 
 
-def _has(value: Any, path: list[str]) -> str:
+def _describe(value: Any, path: list[str]) -> str:
+    """Return what was found at a path, for an error message."""
     owner = path[-1] if path else "the item"
     if isinstance(value, dict):
         return f"{owner} has {', '.join(value) or 'no fields'}"

@@ -1,8 +1,8 @@
-"""The recipe as one pass may read it, and the values that its key takes from it.
+"""Views of a recipe that contain only the fields of one pass, and the values for its cache key.
 
-A pass names fields by their path: ``adapt`` is a whole section, ``adapt.steps`` one field of it,
-``scale_bits`` a property of the recipe that combines several fields. A view is a copy of the recipe
-without all other fields; to read one of those raises :class:`UndeclaredFieldError`.
+A pass declares fields by path: ``adapt`` is a complete section, ``adapt.steps`` is one field, and
+``scale_bits`` is a property of the recipe that combines several fields. A view is a copy of the
+recipe without all other fields. Reading another field raises :class:`UndeclaredFieldError`.
 """
 
 from collections.abc import Iterable
@@ -19,12 +19,12 @@ _Section = TypeVar("_Section", bound=Section)
 def section_fields(
     name: str, section: type[Section], without: tuple[str, ...] = ()
 ) -> tuple[str, ...]:
-    """Paths of all fields of a section but some."""
+    """Return the paths of all fields of a section, except those in ``without``."""
     return tuple(f"{name}.{field}" for field in section.model_fields if field not in without)
 
 
 def view_of(recipe: Recipe, fields: Iterable[str]) -> Recipe:
-    """A copy of the recipe in which only these fields can be read.
+    """Return a copy of the recipe in which only these fields can be read.
 
     >>> view_of(recipe, ["adapt.steps"]).adapt.batch
     UndeclaredFieldError: Adapt.batch is read by a pass that does not declare it
@@ -51,7 +51,7 @@ def _restrict(section: _Section, paths: list[list[str]]) -> _Section:
 
 
 def values_of(recipe: Recipe, fields: Iterable[str]) -> dict[str, Any]:
-    """Path -> value as JSON; None below a section that the recipe does without."""
+    """Return path -> JSON value; None for fields of a section that the recipe lacks."""
     return {path: _value(recipe, path.split(".")) for path in fields}
 
 

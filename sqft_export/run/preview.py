@@ -12,7 +12,7 @@ from sqft_export.plan.budget import settings_for_a_day
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.disk import disk_bytes, predict_bytes
 from sqft_export.plan.exporters import drop_unsupported
-from sqft_export.plan.layout import Layout, fallbacks
+from sqft_export.plan.layout import Layout, fallback_sizes
 from sqft_export.plan.memory import accelerator_bytes, predict_memory
 from sqft_export.plan.seconds import predict_seconds
 from sqft_export.plan.speeds import Speeds, measure_speeds
@@ -54,7 +54,7 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
             for step in steps
         ],
         "group_size": recipe.quantize.group_size,
-        "group_size_fallback": fallbacks(recipe, layout),
+        "group_size_fallback": fallback_sizes(recipe, layout),
         "disk": {"needed_bytes": needed, "free_bytes": free},
         "memory": _memory_fields(memory, wanted, free_memory()),
         "device_memory": _device_memory(recipe, machine, memory, wanted),

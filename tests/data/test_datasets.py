@@ -162,7 +162,7 @@ def test_a_choice_is_right_by_likelihood_and_by_likelihood_a_byte():
     )
     result = {"answers": [], "likelihoods": [-3.0, -4.0], "token_accuracy": 0.0}
     (judged,) = judge(small_recipe(), [item], result, tokenizer)
-    assert (judged.right, judged.right_normalized, judged.said) == (False, True, "so")
+    assert (judged.right, judged.right_normalized, judged.answer) == (False, True, "so")
     assert accuracy_by_set([judged])["arc_easy"]["accuracy_normalized"] == 1
 
 
@@ -214,7 +214,9 @@ def test_answers_without_choices_are_trained_on_but_never_scored(tmp_path):
     task = small_recipe(_dataset(tmp_path, "arc_easy")).task
     [(_, _, record)] = records(task, "train", tmp_path, "")
     assert record.answer.strip() == "iron"
-    with pytest.raises(UserError, match=r"arc_easy/test.json.*: item 1: has its answer alone"):
+    with pytest.raises(
+        UserError, match=r"arc_easy/test.json.*: item 1: has an answer but no other choices"
+    ):
         list(records(task, "test", tmp_path, ""))
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from conftest import small_recipe
-from sqft_export.data.datasets import number_of, plain_number, records
+from sqft_export.data.datasets import parse_number, plain_number, records
 from sqft_export.data.files import numbered_rows, read_rows, read_text
 from sqft_export.data.items import Data, Item
 from sqft_export.data.scoring import is_right
@@ -73,12 +73,12 @@ def test_templates_take_fields_indices_formats_and_braces(tmp_path):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{messages[1][content]}", r"x:6: .* asks for messages\[1\]\[content\]; .* with 1 entry"),
+        ("{messages[1][content]}", r"x:6: .* needs messages\[1\]\[content\]; .* with 1 entry"),
         ("{messages}", "x:6: messages is a list, not text"),
         ("{none}", "x:6: none is null, not text"),
         ("{question:d}", "x:6: {question:d}: Unknown format code"),
-        ("{messages[x]}", "x:6: the template asks for"),
-        ("{question[a]}", "x:6: the template asks for"),
+        ("{messages[x]}", "x:6: the template needs"),
+        ("{question[a]}", "x:6: the template needs"),
     ],
 )
 def test_an_item_that_a_template_does_not_fit_is_named(tmp_path, template, message):
@@ -132,7 +132,7 @@ def test_gsm8k_is_scored_as_lm_eval_does():
     ("answer", "number"), [("1/2", 0.5), ("-3", -3), ("3:4", None), ("12 apples", None), ("", None)]
 )
 def test_numbers_and_fractions_are_told_from_other_answers(answer, number):
-    assert number_of(plain_number(answer)) == number
+    assert parse_number(plain_number(answer)) == number
 
 
 def test_a_test_row_whose_answer_is_no_number_is_refused(tmp_path):

@@ -196,7 +196,7 @@ def test_what_a_recipe_asks_of_lm_eval_is_looked_up_before_any_work(tasks, tmp_p
         return str(found.value)
 
     said = refused(f"benchmark.lm_eval_folder={tasks}")
-    assert "benchmark.lm_eval: found none_such, which lm-eval has no task for" in said
+    assert "benchmark.lm_eval: found none_such, which lm-eval does not have" in said
     missing = refused(f"benchmark.lm_eval_folder={tmp_path / 'away'}")
     assert "benchmark.lm_eval_folder: no such folder" in missing
 

@@ -96,7 +96,7 @@ def test_rows_are_judged_the_same_whether_generation_stops_or_is_cut(random_llam
     for known in (tokenizer, None):
         session.tokens = 0
         result = score(session, questions(recipe, items, ends, known))
-        said.append([one.said for one in judge(recipe, items, result, tokenizer)])
+        said.append([one.answer for one in judge(recipe, items, result, tokenizer)])
         spent.append(session.tokens)
     assert said[0] == said[1] and spent[0] < spent[1]
     assert not any("a" in one or " " in one for one in said[0])

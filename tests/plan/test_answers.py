@@ -90,7 +90,7 @@ def test_answers_longer_than_what_is_generated_are_refused_or_counted(model):
     [
         ("\ufb01ve", "the tokenizer writes the Unicode form NFKC, in which it is ' five'"),
         ("4</s>", "it has the end token '</s>', at which a model stops"),
-        ("4 Question: no", "it has a stop text of task.stop, which is ['Question:']"),
+        ("4 Question: no", "it contains a stop text of task.stop, which is ['Question:']"),
     ],
 )
 def test_the_reason_is_told_why_an_answer_can_not_be_right(model, answer, reason):

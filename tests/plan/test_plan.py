@@ -12,11 +12,11 @@ from sqft_export.plan import disk, memory
 from sqft_export.plan.budget import settings_for_a_day
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.disk import check_disk, predict_bytes
-from sqft_export.plan.layout import fallbacks, layout_of
+from sqft_export.plan.layout import fallback_sizes, layout_of
 from sqft_export.plan.memory import predict_memory
 from sqft_export.plan.seconds import predict_seconds
 from sqft_export.plan.speeds import Speed, Speeds
-from sqft_export.plan.workload import Workload, tokens_of, workload_of
+from sqft_export.plan.workload import Workload, count_item_tokens, workload_of
 from sqft_export.recipe.load import load_recipe
 from sqft_export.recipe.passes import pass_names
 from sqft_export.report.text import plan_text
@@ -39,7 +39,7 @@ def odd(tmp_path_factory):
 def test_a_group_size_that_does_not_divide_is_shown_or_refused(odd):
     allowed = small_recipe("quantize.group_size=64", model_path=odd)
     layout = check_recipe(allowed, odd)
-    assert fallbacks(allowed, layout) == {
+    assert fallback_sizes(allowed, layout) == {
         f"model.layers.{block}.mlp.down_proj": 172 for block in range(2)
     }
     refused = small_recipe(
@@ -222,7 +222,7 @@ def test_tokens_of_an_item_are_those_that_scoring_feeds(random_llama):
     context, right = [5, 6, 7, 8], [9, 10]
     pairs = ((context, right), (context, [11, 12, 13]), (context, [14]))
     item = Item(context, [*right, 1], "A", scoring="choice", choices=pairs)
-    assert tokens_of(item) == len(context) + 2 + 2 + 0
+    assert count_item_tokens(item) == len(context) + 2 + 2 + 0
     session = target("torch").open_session(random_llama, True, None)
     fed = []
     forward = session.forward
@@ -234,7 +234,7 @@ def test_tokens_of_an_item_are_those_that_scoring_feeds(random_llama):
     session.forward = counted
     prompts, targets = zip(*pairs, (context, [*right, 1]), strict=True)
     log_likelihoods(session, list(prompts), list(targets))
-    assert sum(fed) == tokens_of(item)
+    assert sum(fed) == count_item_tokens(item)
 
 
 def test_a_workload_is_counted_from_the_data(odd):

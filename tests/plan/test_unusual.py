@@ -29,7 +29,7 @@ def test_the_embedded_recipe_has_none():
         ("adapt.learning_rate=1e-7", ("learning_rate: found 1e-07", "1e-06 to 0.01")),
         ("adapt.batch=1", ("steps: found 120 steps", f"of the {EXAMPLES} training examples")),
         ("adapt.steps=20000", ("steps: found 20000 steps", f"each of the {EXAMPLES}")),
-        ("calibration.samples=1", ("samples: found 1;", "112 in all", "inputs")),
+        ("calibration.samples=1", ("samples: found 1;", "112 tokens", "one per input")),
     ],
 )
 def test_each_is_told_with_both_values(setting, words):

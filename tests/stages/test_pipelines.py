@@ -176,7 +176,7 @@ def test_trained_scales_are_the_ones_that_are_stored(runs):
     ("settings", "message"),
     [
         (("adapt.pipeline=shears",), "sparsepeft and shears on floats"),
-        (("adapt.pipeline=sqft", "quantize.method=none"), "sqft train on a grid"),
+        (("adapt.pipeline=sqft", "quantize.method=none"), "sqft need a quantized base"),
         (("adapt.merge_dense=true",), "merge_dense is for shears, found qa-sparsepeft"),
         (("adapt.pipeline=sqft", "adapt.trainable_scales=true"), "is for qa-sparsepeft"),
         (("search.strategy=given",), "configuration and strategy given go together"),

@@ -25,7 +25,7 @@ from sqft_export.model.families import FAMILIES
 from sqft_export.model.storage import grid_arrays
 from sqft_export.numerics.affine import dequantize, fit_grid, quantize
 from sqft_export.plan.checks import check_recipe
-from sqft_export.recipe.schema import OFFSET_BITS, Export
+from sqft_export.recipe.schema import GGUF_SCALE_BITS, Export
 from sqft_export.run.device import CPU
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.run.preview import preview
@@ -114,7 +114,7 @@ def test_blocks_are_the_grid_bit_for_bit(shape, bits, symmetric, seed):
     """By ggml's own formula, as its ``gguf`` package has it."""
     rows, inputs, group = shape
     weight = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed)) * 0.1
-    grid = fit_grid(weight, bits, group, symmetric, 11 if symmetric else OFFSET_BITS)
+    grid = fit_grid(weight, bits, group, symmetric, 11 if symmetric else GGUF_SCALE_BITS)
     kind = block_type(bits, symmetric)
     if kind is None:
         assert (bits, symmetric) == (8, False)
@@ -130,7 +130,7 @@ def test_blocks_are_the_grid_bit_for_bit(shape, bits, symmetric, seed):
 
 def test_asymmetric_scales_have_room_for_their_zero_points():
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)) + 0.3
-    for bits, exact in ((11, False), (OFFSET_BITS, True)):
+    for bits, exact in ((11, False), (GGUF_SCALE_BITS, True)):
         grid = fit_grid(weight, 4, 64, False, bits)
         product = grid.scale.float() * torch.arange(16.0)[:, None, None]
         assert bool((product.half().float() == product).all()) is exact
