@@ -29,6 +29,7 @@ TASK_FIELDS = (
 TRAIN_FIELDS = (*TASK_FIELDS, "task.train_sets", "set_aside", "seed")
 TEST_FIELDS = (*TASK_FIELDS, "task.test_sets")
 ANSWER_FIELDS = ("task.max_new_tokens", "task.stop", "task.final")
+CARD_FIELDS = ("task.stop",)  # fields of the prompt format in a model card
 TRAIN_FILES = ("task.train", "task.folder", "task.text")
 TEST_FILES = ("task.test", "task.folder", "task.text")
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from sqft_export.data.items import ANSWER_FIELDS, TRAIN_FIELDS, TRAIN_FILES, load_tokenizer
+from sqft_export.data.items import CARD_FIELDS, TRAIN_FIELDS, TRAIN_FILES, load_tokenizer
 from sqft_export.kernels.extension import unavailable_reason
 from sqft_export.model.checkpoint import file_bytes
 from sqft_export.packed.execution import NothingSpecialized, specialize
@@ -35,7 +35,7 @@ def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     return (
         *PROVENANCE_FIELDS,
         *TRAIN_FIELDS,
-        *ANSWER_FIELDS,
+        *CARD_FIELDS,
         *FIELDS_OF_ALL,
         *FIELDS_OF_TARGET[name.removeprefix("export-")],
     )

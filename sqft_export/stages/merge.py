@@ -7,7 +7,7 @@ import shutil
 
 from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
-from sqft_export.data.items import ANSWER_FIELDS, TRAIN_FIELDS, TRAIN_FILES, load_tokenizer
+from sqft_export.data.items import CARD_FIELDS, TRAIN_FIELDS, TRAIN_FILES, load_tokenizer
 from sqft_export.model.chat import rename_template, uses_template
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.endings import disable_end_token
@@ -28,7 +28,7 @@ DISTRIBUTED = False
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     """Return the fields of the base, the model card and the prompts in it."""
-    return (*BASE_FIELDS, *PROVENANCE_FIELDS, *TRAIN_FIELDS, *ANSWER_FIELDS, "dense_update")
+    return (*BASE_FIELDS, *PROVENANCE_FIELDS, *TRAIN_FIELDS, *CARD_FIELDS, "dense_update")
 
 
 def run(context: Context) -> dict:

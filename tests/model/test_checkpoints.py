@@ -18,6 +18,7 @@ from sqft_export.model.floats import load_model
 from sqft_export.model.storage import read_quantized
 from sqft_export.numerics.gptq_layout import from_gptq, to_gptq
 from sqft_export.plan.checks import check_recipe
+from sqft_export.run.artifact import sha256_of
 from sqft_export.run.digests import model_digest
 
 
@@ -144,13 +145,13 @@ def test_an_adapter_left_behind_is_not_copied_and_not_followed(model):
 
 
 def test_what_lies_about_does_not_change_the_key(model):
-    before = model_digest(model)
+    before = model_digest(model, sha256_of)
     (model / ".cache" / "huggingface").mkdir(parents=True)
     (model / ".cache" / "huggingface" / "metadata").write_text("1")
     (model / "README.md").write_text("changed")
-    assert model_digest(model) == before
+    assert model_digest(model, sha256_of) == before
     configure(model, rms_norm_eps=1e-5)
-    assert model_digest(model) != before
+    assert model_digest(model, sha256_of) != before
 
 
 @pytest.mark.parametrize("name", ["special.json", "vocab.txt", "model.safetensors"])
@@ -303,7 +304,7 @@ def test_rotary_scalings_that_the_builder_leaves_out_take_the_standard_graph(mod
     configure(model, rope_scaling={"rope_type": "yarn", "factor": 2.0})
     plan(model)
     recipe = small_recipe("export.onnx_graph=fused", "adapt.ranks=[8, 4]", model_path=model)
-    with pytest.raises(UserError, match="does not compute rope_scaling yarn as the model does"):
+    with pytest.raises(UserError, match="does not compute rope_type yarn as the model does"):
         check_recipe(recipe, model)
 
 

@@ -167,7 +167,7 @@ REFUSED = [
     ("gemma2", GEMMA | {"query_pre_attn_scalar": 24}, (), "query_pre_attn_scalar to be head_dim"),
     ("gemma3_text", GEMMA | {"layer_types": ["full_attention"] * 2}, (), "every 6th block"),
     ("gemma3_text", GEMMA | {"final_logit_softcapping": 30.0}, (), "gemma3 does not cap logits"),
-    ("gpt_neox", LLAMA | {"attention_bias": False}, (), "has biases in its attention"),
+    ("gpt_neox", LLAMA | {"attention_bias": False}, (), "requires attention biases"),
     ("bloom", {"apply_residual_connection_post_layernorm": True}, (), "post_layernorm False"),
     ("phi3", LLAMA | {"rope_parameters": LONG}, (), "rope_type longrope"),
     ("llama", LLAMA | {"hidden_act": "gelu"}, (), "computes silu for llama, not gelu"),
