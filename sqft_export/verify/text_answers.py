@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from sqft_export.data.items import end_tokens
+from sqft_export.errors import one_line
 from sqft_export.measure.decode import generate
 from sqft_export.targets import Session
 from sqft_export.targets.text_api import TextApi, text_api
@@ -39,9 +40,13 @@ def _compare(check: Check, asked: Asked, api: TextApi, answer: list[int]) -> Non
     """An answer of the same interface to the same ids counts as equal: rounding in its attention
     may choose another one of two tokens that are alike likely."""
     text, ids = asked.texts[0]
-    expected, found = api.text_of(answer), api.answer(text, asked.new_tokens)
-    by_ids = api.answer_ids(ids, asked.new_tokens) if api.answer_ids else expected
     check.compared = 1
+    try:
+        expected, found = api.text_of(answer), api.answer(text, asked.new_tokens)
+        by_ids = api.answer_ids(ids, asked.new_tokens) if api.answer_ids else expected
+    except RuntimeError as error:  # the runtime refuses its own tokenizer, graph or config
+        check.blame(one_line(error, ANSWER_CHARACTERS), 1)
+        return
     if found in (expected, by_ids):
         return
     check.blame(

@@ -53,14 +53,14 @@ def build(weights: Weights, folder: Path, data: ExternalData) -> onnx.ModelProto
     _place_embedding(model.graph, weights, data)
     document = json.loads((built / GENAI_CONFIG).read_text())
     decoder = document["model"]["decoder"]
-    had_sized_cache = _set_windows(model.graph, window_layers(config))
-    if had_sized_cache:
-        decoder.pop("sliding_window", None)
+    _set_windows(model.graph, window_layers(config))
+    # With this entry GenAI allocates a cache of twice the window and fails on longer texts. The
+    # operators apply the window themselves.
+    decoder.pop("sliding_window", None)
     rotary = int(decoder["head_size"] * partial_rotary(config))
-    rotates_outside = rotary % FUSED_ROTARY_STEP != 0
-    if rotates_outside:
+    if rotary % FUSED_ROTARY_STEP:
         _move_rotary_out(model, decoder, rotary)
-    if had_sized_cache or rotates_outside:
+    if document != json.loads((built / GENAI_CONFIG).read_text()):
         (built / GENAI_CONFIG).write_text(json.dumps(document, indent=4) + "\n")
     shutil.copytree(built, folder, dirs_exist_ok=True)  # several chat templates are a subfolder
     for transient in (configs, built, folder / "cache"):
@@ -177,27 +177,23 @@ def _place_embedding(graph: Any, weights: Weights, data: ExternalData) -> None:
         node.input[0] = data.add(graph, name, weights.floats([Rows(family.embedding)]))
 
 
-def _set_windows(graph: Any, windows: list[int]) -> bool:
+def _set_windows(graph: Any, windows: list[int]) -> None:
     """Set the sliding window of every attention. The builder sets none for Mistral.
 
     The builder marks windowed layers of Qwen for a cache of the window's size. Only ONNX Runtime
     GenAI has such a cache, so the mark is removed.
 
     :param windows: tokens per layer; 0 for full attention.
-    :return: whether a mark was removed.
     """
     attention = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
-    had_sized_cache = False
     for node, window in zip(attention, windows, strict=True):
         attributes = [a for a in node.attribute if a.name != SIZED_CACHE]
-        had_sized_cache = had_sized_cache or len(attributes) < len(node.attribute)
         for attribute in attributes:
             if attribute.name == "local_window_size":
                 attribute.i = window or -1
         kept = [onnx.AttributeProto.FromString(a.SerializeToString()) for a in attributes]
         del node.attribute[:]
         node.attribute.extend(kept)
-    return had_sized_cache
 
 
 def _move_rotary_out(model: Any, decoder: dict[str, Any], rotary: int) -> None:
