@@ -172,6 +172,7 @@ def test_a_tokenizer_of_a_deployment_is_named(subject, tmp_path):
     assert failed(subject) == {
         "token ids: base and ONNX Runtime GenAI",
         "token ids: base and OpenVINO GenAI",
+        "answer to a text as OpenVINO GenAI takes it, and to its token ids in openvino",
     }
 
 
