@@ -34,9 +34,9 @@ from sqft_export.textfiles import read_json
 from sqft_export.untrusted import MAX_JSON_BYTES
 
 FILE_STEM = "trained"
-MAX_SEQUENCES = 8  # sequences that the model runs on
-MAX_SEQUENCE_TOKENS = 48  # longer sequences are truncated
-MAX_LOGIT_BYTES = 2**25
+CAPTURED_SEQUENCES = 8  # sequences that the model runs on
+CAPTURED_TOKENS = 48  # longer sequences are truncated
+CAPTURED_LOGIT_BYTES = 2**25
 
 # (Linear, shape) -> mask: bool, True = kept; None for a Linear that was not pruned.
 MaskOf = Callable[[str, torch.Size], Tensor | None]
@@ -163,18 +163,18 @@ def _masks_in(folder: Path | None) -> MaskOf:
 def capture(model: nn.Module, sequences: list[list[int]], masks: Path | None) -> CapturedForward:
     """Run a model at its active ranks and capture its operands, parameters and logits.
 
-    :param sequences: token ids; the run stops before the logits exceed ``MAX_LOGIT_BYTES``.
+    :param sequences: token ids; the run stops before the logits exceed ``CAPTURED_LOGIT_BYTES``.
     :param masks: folder of the pruning masks; None if nothing was pruned.
     """
     captured, all_logits = CapturedForward(), []
     tracer = _OperandTracer(captured, _masks_in(masks))
     with _tracked_linears(model, tracer), tracer:
         for sequence in sequences:
-            ids = sequence[:MAX_SEQUENCE_TOKENS]
+            ids = sequence[:CAPTURED_TOKENS]
             logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().numpy()
             captured.sequences.append(ids)
             all_logits.append(logits)
-            if sum(x.nbytes for x in all_logits) + logits.nbytes > MAX_LOGIT_BYTES:
+            if sum(x.nbytes for x in all_logits) + logits.nbytes > CAPTURED_LOGIT_BYTES:
                 break
     captured.logits = np.concatenate(all_logits)
     _add_parameters(model, captured)

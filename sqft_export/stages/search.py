@@ -19,7 +19,7 @@ from sqft_export.adapters.elastic import (
     groups_of,
     set_ranks,
 )
-from sqft_export.adapters.evidence import MAX_SEQUENCES, CapturedForward, capture
+from sqft_export.adapters.evidence import CAPTURED_SEQUENCES, CapturedForward, capture
 from sqft_export.adapters.files import read_training_log, write_sub_adapter
 from sqft_export.adapters.loading import load_adapted, peft_config
 from sqft_export.data.items import (
@@ -163,7 +163,7 @@ def _choose_ranks(
 
 def _capture(context: Context, model: nn.Module) -> CapturedForward:
     """Capture the operands of the chosen sub-adapter's forward, for ``verify``."""
-    examples = Data(context.recipe, load_tokenizer(context.model)).train[:MAX_SEQUENCES]
+    examples = Data(context.recipe, load_tokenizer(context.model)).train[:CAPTURED_SEQUENCES]
     return capture(model, [example.ids for example in examples], context.path("sparsify"))
 
 

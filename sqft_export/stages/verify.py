@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from sqft_export.adapters.evidence import MAX_SEQUENCES, capture
+from sqft_export.adapters.evidence import CAPTURED_SEQUENCES, capture
 from sqft_export.adapters.loading import load_compressed
 from sqft_export.data.items import (
     TEST_FIELDS,
@@ -92,7 +92,9 @@ def _capture_untrained(context: Context, asked: Asked) -> Path:
     :return: the folder with the captured forward.
     """
     model = load_compressed(context.base(), torch.float32).eval()
-    capture(model, asked.prompts[:MAX_SEQUENCES], context.path("sparsify")).write(context.folder)
+    capture(model, asked.prompts[:CAPTURED_SEQUENCES], context.path("sparsify")).write(
+        context.folder
+    )
     return context.folder
 
 
