@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -80,8 +80,10 @@ def _annotation_at(path: str, data: dict[str, Any]) -> Any:
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type itself."""
-    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    """Return the members of a union, or the type itself, without their constraints."""
+    union = get_origin(annotation) in (Union, UnionType)
+    members = get_args(annotation) if union else (annotation,)
+    return tuple(get_args(m)[0] if get_origin(m) is Annotated else m for m in members)
 
 
 def _is_section(annotation: Any) -> bool:

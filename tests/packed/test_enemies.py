@@ -84,7 +84,7 @@ def test_a_container_of_another_file_is_refused_by_every_loader(dense, ir, tmp_p
         writer.raw(0, content)
         writer.finish(name, len(content), "0" * 64)
         (folder / name).unlink()
-        with pytest.raises(DamagedError, match="is not the file that was packed"):
+        with pytest.raises(DamagedError, match="differs from the file that was packed"):
             load(folder)
 
 
@@ -131,7 +131,7 @@ def test_sizes_of_an_ir_are_not_believed(ir, tmp_path, old, new):
     graph = (ir / "openvino_model.xml").read_text()
     assert old in graph
     (ir / "openvino_model.xml").write_text(graph.replace(old, new))
-    with pytest.raises(UserError, match=r"openvino_model.xml: .* (are not|a weight file)"):
+    with pytest.raises(UserError, match=r"openvino_model.xml: .* (are not|a weight file|digits is expected)"):
         pack(ir, tmp_path / "packed")
     assert not list(tmp_path.glob("packed*"))
 
@@ -254,7 +254,7 @@ def test_provenance_says_where_a_deployment_is_from(tiny_run):
     facts = tiny_run["sparsify"].manifest["facts"]
     assert document["base"]["sha256"] == facts["reads"]["model"]
     assert document["base"]["model"] == "builtin:tiny"
-    assert document["passes"]["sparsify"]["options"]["sparsify"]["sparsity"] == 0.5
+    assert document["passes"]["sparsify"]["options"]["sparsify.sparsity"] == 0.5
     assert {"sparsify", "quantize", "adapt", "search", "merge"} <= document["passes"].keys()
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nbase_model: builtin:tiny\n") and "INT4, symmetric" in card
