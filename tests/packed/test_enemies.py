@@ -131,7 +131,8 @@ def test_sizes_of_an_ir_are_not_believed(ir, tmp_path, old, new):
     graph = (ir / "openvino_model.xml").read_text()
     assert old in graph
     (ir / "openvino_model.xml").write_text(graph.replace(old, new))
-    with pytest.raises(UserError, match=r"openvino_model.xml: .* (are not|a weight file|digits is expected)"):
+    refused = r"openvino_model.xml: .* (are not|a weight file|digits is expected)"
+    with pytest.raises(UserError, match=refused):
         pack(ir, tmp_path / "packed")
     assert not list(tmp_path.glob("packed*"))
 
