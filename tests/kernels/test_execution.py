@@ -213,7 +213,7 @@ def test_a_choice_is_measured_once_and_remembered(exported, monkeypatch):
     for entry in known.values():
         assert entry["form"] == choice.fastest_form(entry["seconds"])
         assert set(entry["seconds"]) >= {"stock", "dense"}
-    monkeypatch.setattr(choice, "_timed", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(choice, "_time_models", lambda *_: pytest.fail("measured again"))
     load_openvino(exported / PACKED)
     file.write_text("{")
     monkeypatch.undo()
