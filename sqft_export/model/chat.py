@@ -34,11 +34,6 @@ def has_template(folder: Path) -> bool:
     return config.is_file() and bool(read_json(config).get("chat_template"))
 
 
-def base_has_template(folder: Path) -> bool:
-    """Return whether a model folder has a chat template, renamed or not."""
-    return (folder / BASE_TEMPLATE_FILE).is_file() or has_template(folder)
-
-
 def remove_template(folder: Path) -> str:
     """Remove all chat templates of a model folder and return their text; empty without one."""
     texts = [text for name in TEMPLATE_FILES if (text := _pop_text(folder / name))]

@@ -61,7 +61,8 @@ class Grid:
         :param scale_bits: significant bits of the scales.
         """
         scale = self.scale.float() * shift.exp()
-        scale = torch.copysign(_round_scale(scale.abs(), scale_bits), scale)
+        # A float32 sign would promote the rounded scales to float32.
+        scale = torch.copysign(_round_scale(scale.abs(), scale_bits), scale.half())
         return Grid(scale, self.zero_point, self.bits, self.group_size)
 
     def rows(self, rows: slice) -> "Grid":

@@ -28,7 +28,7 @@ from sqft_export.measure.quality import (
 )
 from sqft_export.measure.rows import DENSE, FINAL_ROWS
 from sqft_export.recipe.schema import Recipe
-from sqft_export.run.artifact import Artifact, digest_of, key_of
+from sqft_export.run.artifact import Artifact, Store, digest_of, key_of
 from sqft_export.run.device import device_of
 
 # Passes that output a model, in order; the first one is compared with the base model.
@@ -67,11 +67,12 @@ class QualityGates:
     """Measure each finished pass, and stop the run if it costs more than the recipe allows.
 
     :param model: folder of the base model.
-    :param root: folder of the run's artifacts.
+    :param store: the run's artifacts.
     """
 
-    def __init__(self, recipe: Recipe, model: Path, root: Path):
-        self.recipe, self.model, self.root = recipe, model, root
+    def __init__(self, recipe: Recipe, model: Path, store: Store):
+        self.recipe, self.model, self.root = recipe, model, store.root
+        self._hash_file = store.hashes.sha256_of
         self._sample: list[SampledItem] = []
         # Name and distributions of the last measured model.
         self._last: tuple[str, np.ndarray] | None = None
@@ -97,7 +98,7 @@ class QualityGates:
     def _data(self) -> str:
         """Digest of the sample's source and the method; records with another one are outdated."""
         task = self.recipe.task.model_dump(exclude={"train", "test", "text", "folder"})
-        files = [digest_of(file) for file in data_files(self.recipe, "test")]
+        files = [digest_of(f, self._hash_file) for f in data_files(self.recipe, "test")]
         return key_of({"version": MEASURED_VERSION, "task": task, "test": files})
 
     def _measure(self, name: str, made: dict[str, Artifact]) -> dict[str, Any]:

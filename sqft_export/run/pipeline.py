@@ -313,7 +313,7 @@ def run_recipe(recipe: Recipe, root: Path, last: tuple[str, ...] = ()) -> dict[s
     recipe, store = pin_revisions(recipe, online=True), Store(root)
     if process_rank():
         return _run_as_other_rank(recipe, folder, layout, store, last)
-    artifacts, gates = dict[str, Artifact](), QualityGates(recipe, folder, root)
+    artifacts, gates = dict[str, Artifact](), QualityGates(recipe, folder, store)
     with (
         _lock_run_folder(root),
         _redirect_output(root / "log.txt") as terminal,

@@ -74,12 +74,8 @@ def write_openvino_tokenizers(source: Path, folder: Path) -> None:
     from openvino_tokenizers import convert_tokenizer
     from transformers import AutoTokenizer
 
-    from sqft_export.model.chat import remove_template
-
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    tokenizer.chat_template = None  # GenAI would apply it to every text
     tokenizer.save_pretrained(folder)
-    remove_template(folder)
     encoder, decoder = convert_tokenizer(tokenizer, with_detokenizer=True)
     ov.save_model(encoder, folder / "openvino_tokenizer.xml")
     ov.save_model(decoder, folder / "openvino_detokenizer.xml")

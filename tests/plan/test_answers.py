@@ -46,7 +46,9 @@ def refusal(recipe: Recipe, model: Path) -> str:
 
 
 def warnings_of(recipe: Recipe, model: Path) -> list[str]:
-    return list(plan_warnings(recipe, check_recipe(recipe, model)))
+    """Warnings about the data; the recipes here train for a few steps, which plan doubts too."""
+    found = plan_warnings(recipe, check_recipe(recipe, model))
+    return [line for line in found if not line.startswith(("adapt.", "calibration."))]
 
 
 def add_special_token(model: Path, name: str) -> None:
@@ -191,5 +193,6 @@ def test_a_prompt_that_fills_the_context_is_refused_whatever_its_positions(slim)
 def test_plan_prints_warnings(model, tmp_path):
     recipe = task_of(model, ["4", "so it is " * 9], "task.max_new_tokens=8")
     document = preview.preview(recipe, tmp_path / "runs")
-    assert len(document["warnings"]) == 1
-    assert f"  warning: {document['warnings'][0]}" in plan_text(document)
+    assert document["warnings"]
+    for line in document["warnings"]:
+        assert f"  warning: {line}" in plan_text(document)

@@ -78,7 +78,7 @@ def test_a_pass_that_costs_more_than_the_gate_stops_the_run(tiny_run, tmp_path):
 def test_training_may_move_a_model_that_gets_better(tiny_run):
     search, gates = record_of(tiny_run["search"]), small_recipe("gates.kl=1e-9")
     assert search["kl_nats"] > 1e-9 and search["perplexity"] < search["perplexity_before"]
-    judge = QualityGates(gates, TINY, tiny_run["search"].path.parent)
+    judge = QualityGates(gates, TINY, Store(tiny_run["search"].path.parent))
     assert judge.check("search", tiny_run) == []
     with pytest.raises(GateError, match="quantize: KL divergence from sparsify"):
         judge.check("quantize", tiny_run)
@@ -111,7 +111,7 @@ def test_accuracy_is_judged_at_the_benchmark(tmp_path, name):
     made = {"benchmark": benchmark_of(tmp_path, *rows)}
 
     def check(*settings):
-        return QualityGates(small_recipe(*settings), TINY, tmp_path).check("benchmark", made)
+        return QualityGates(small_recipe(*settings), TINY, Store(tmp_path)).check("benchmark", made)
 
     with pytest.raises(GateError, match=rf"{name} answers 73.0 % right, 7.0 points .* allows 5"):
         check("gates.accuracy_drop=5")

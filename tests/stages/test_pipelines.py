@@ -175,7 +175,7 @@ def test_trained_scales_are_the_ones_that_are_stored(runs):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (("adapt.pipeline=shears",), "sparsepeft and shears on floats"),
+        (("adapt.pipeline=shears",), "sparsepeft and shears need quantize.method: none"),
         (("adapt.pipeline=sqft", "quantize.method=none"), "sqft need a quantized base"),
         (("adapt.merge_dense=true",), "merge_dense is for shears, found qa-sparsepeft"),
         (("adapt.pipeline=sqft", "adapt.trainable_scales=true"), "is for qa-sparsepeft"),

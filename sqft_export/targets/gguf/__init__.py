@@ -93,7 +93,6 @@ def export(
     import gguf
 
     from sqft_export.model.architecture import transformers_config
-    from sqft_export.model.chat import remove_template
     from sqft_export.model.checkpoint import Checkpoint
     from sqft_export.model.storage import model_facts
 
@@ -119,7 +118,6 @@ def export(
     for pattern in COPIED_FILES:
         for file in merged.glob(pattern):
             shutil.copyfile(file, folder / file.name)
-    remove_template(folder)
     _cap_context(folder, config)
 
 

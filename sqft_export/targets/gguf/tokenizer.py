@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sqft_export.errors import UserError, one_line
-from sqft_export.model.chat import PLAIN_TEMPLATE, base_has_template
+from sqft_export.model.chat import BASE_TEMPLATE_FILE, PLAIN_TEMPLATE
 from sqft_export.textfiles import read_json
 from sqft_export.untrusted import MAX_JSON_BYTES
 
@@ -237,5 +237,10 @@ def write_tokenizer(writer: Any, folder: Path, rows: int) -> None:
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(bool(ids) and ids[0] == special["bos"])
     writer.add_add_eos_token(bool(ids) and ids[-1] == special["eos"])
-    if base_has_template(folder):
+    if (folder / BASE_TEMPLATE_FILE).is_file():
         writer.add_chat_template(PLAIN_TEMPLATE)
+    elif isinstance(templates := tokenizer.chat_template, dict):
+        named = [{"name": name, "template": text} for name, text in templates.items()]
+        writer.add_chat_template(named)
+    elif templates:
+        writer.add_chat_template(templates)

@@ -47,7 +47,6 @@ def export(
     import onnx
 
     from sqft_export.model.architecture import transformers_config
-    from sqft_export.model.chat import remove_template
     from sqft_export.model.contexts import deployed_config
     from sqft_export.model.families import builder_lacks
     from sqft_export.model.storage import model_facts
@@ -70,7 +69,6 @@ def export(
         for file in merged.glob(pattern):
             if not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
-    remove_template(folder)
 
 
 def _fix_cache_sizes(graph: Any, decoder: dict[str, Any]) -> None:
