@@ -25,7 +25,6 @@ COMMANDS = ("make", "sqft-export", "python", ".venv/bin/python", "pip", "git", "
 COMMANDS += ("lms",)
 # The first words of a block or command that does not run here, and why.
 EXPLAINED = {
-    "base model →": "the order of the passes, not a command",
     "git clone": "needs the network",
     "make test": "is this suite itself",
     "pip install": "needs the network; tests/test_makefile.py tests what `make` installs",

@@ -212,7 +212,7 @@ def test_a_download_that_the_disk_has_no_room_for_is_not_begun(hub, tmp_path):
 
 READ = """
 from pathlib import Path
-from sqft_export.data.calibration import _dataset_texts
+from sqft_export.data.calibration import _stream_dataset
 from sqft_export.data.datasets import hub_rows
 from sqft_export.recipe.load import load_recipe
 from sqft_export.run.digests import Digests, pin_revisions
@@ -227,7 +227,7 @@ print(found["train"], found["calibration"])
 urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/push")
 rows = hub_rows("gsm8k", "train", "recipe", pinned.revisions)
 print([row["question"] for row in rows])
-print(_dataset_texts(pinned, lambda text: {"input_ids": text.split()}))
+print(_stream_dataset(pinned, lambda text: {"input_ids": text.split()}))
 """
 
 
