@@ -257,7 +257,7 @@ def test_data_is_read_at_the_commit_in_the_key(hub, tmp_path):
     done = ask(hub, tmp_path / "home", READ)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(hub.repositories["datasets/some/text"]) == 2, "the push came before the rows"
-    keyed, _, questions, texts = done.stdout.splitlines()
+    keyed, *_, questions, texts = done.stdout.splitlines()
     assert keyed.count(COMMITS[0]) == 2
     assert questions == "['old']"
     assert "'old'" in texts and "'new'" not in texts
