@@ -27,15 +27,8 @@ COMMANDS += ("lms",)
 EXPLAINED = {
     "git clone": "needs the network",
     "make test": "is this suite itself",
-    "pip install": "needs the network; tests/test_makefile.py tests what `make` installs",
     "llama-cli": "llama.cpp's programs are not installed; model cards run the file in cyllama",
     "echo": "needs Ollama",
-    "lms": "needs LM Studio",
-    "adapt            340/2000": "a line that a run prints",
-    "within a day": "a line that `plan` prints",
-    "sparsify: {method": "two fields of a recipe, checked below",
-    "openvino_genai.AdapterConfig": "a part of model cards (tests/report/test_cards.py)",
-    "adapters = onnxruntime_genai": "a part of model cards as well",
 }
 # Options of `benchmark` that need what is not here.
 UNAVAILABLE = {"--lm-eval": "data from the hub", "--device gpu": "a GPU for inference"}
