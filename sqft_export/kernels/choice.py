@@ -42,6 +42,7 @@ from sqft_export.kernels.library import (
 from sqft_export.kernels.rewrite import STOCK, resolve_format
 from sqft_export.numerics.codes import round_up
 from sqft_export.run.host import allowed_processors
+from sqft_export.run.processors import MIN_BUSY_PROCESSORS, sample, used_by_others
 from sqft_export.textfiles import read_json
 
 FORMS = (STOCK, "dense", "sparse")
@@ -52,7 +53,6 @@ MAX_COLD_BYTES = 2**26  # of weight copies per kernel
 MEASUREMENT_VERSION = 3  # raise it when the measurement changes; older results are then ignored
 EXECUTION_VARIABLE = "SQFT_EXPORT_EXECUTION"
 MAX_AGE_SECONDS, BUSY_MAX_AGE_SECONDS = 30 * 24 * 3600.0, 3600.0  # a result is valid
-MAX_OTHER_PROCESSORS = 0.25  # used by other processes; above it a measurement counts as busy
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Chooser:
 
     def _measure(self, matrix: Matrix, kept: KeptCounts) -> Choice:
         """Time all forms of a matrix."""
-        before = _processor_seconds()
+        before = sample()
         size = max(1, len(matrix.codes))
         copies = max(1, min(self.model_bytes, MAX_COLD_BYTES) // size)
         models = {STOCK: stock_model(matrix, copies)}
@@ -146,46 +146,9 @@ class Chooser:
                 models[form], held = made
                 holders.append(held)
         seconds = _time_models(models, matrix.inputs, copies)
-        busy = other_processors_used(before, _processor_seconds()) > MAX_OTHER_PROCESSORS
+        busy = used_by_others(before) > MIN_BUSY_PROCESSORS
         until = time.time() + (BUSY_MAX_AGE_SECONDS if busy else MAX_AGE_SECONDS)
         return Choice(fastest_form(seconds), seconds, until)
-
-
-@dataclass(frozen=True)
-class ProcessorSeconds:
-    """Processor time at one moment, in seconds.
-
-    at: wall clock. busy: of all processes, on the processors that this process may use.
-    own: of this process.
-    """
-
-    at: float
-    busy: float
-    own: float
-
-
-def _processor_seconds() -> ProcessorSeconds:
-    """Read the processor times now."""
-    import psutil
-
-    every = psutil.cpu_times(percpu=True)
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(every))
-    idle = ("idle", "iowait", "guest", "guest_nice")  # user time already includes guests
-    busy = sum(
-        seconds
-        for number, times in enumerate(every)
-        if number in allowed
-        for kind, seconds in times._asdict().items()
-        if kind not in idle
-    )
-    mine = psutil.Process().cpu_times()
-    return ProcessorSeconds(time.monotonic(), busy, mine.user + mine.system)
-
-
-def other_processors_used(before: ProcessorSeconds, after: ProcessorSeconds) -> float:
-    """Return how many processors other processes used between two moments, on average."""
-    others = after.busy - before.busy - (after.own - before.own)
-    return max(0.0, others) / max(after.at - before.at, 1e-9)
 
 
 def pinned_execution() -> str | None:

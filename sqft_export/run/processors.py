@@ -67,7 +67,11 @@ def busy_ticks(stat: str, processors: set[int]) -> int:
 
 def used_by_others(before: Sample | None) -> float:
     """Return how many processors other processes used on average since a sample; 0 if unknown."""
-    after = sample()
+    return used_between(before, sample())
+
+
+def used_between(before: Sample | None, after: Sample | None) -> float:
+    """Return how many processors other processes used on average between two samples."""
     if before is None or after is None or after.at <= before.at:
         return 0.0
     others = after.busy - before.busy - (after.own - before.own)

@@ -14,6 +14,7 @@ from sqft_export.kernels import choice
 from sqft_export.kernels.extension import unavailable_reason
 from sqft_export.kernels.library import Matrix, count_kept
 from sqft_export.packed.execution import available_execution, resolve_execution
+from sqft_export.run import processors
 
 pytestmark = pytest.mark.skipif(bool(unavailable_reason()), reason="the extension is not built")
 
@@ -81,10 +82,10 @@ def test_a_choice_of_another_version_does_not_count(monkeypatch):
 
 
 def test_what_other_processes_use_is_told_from_what_this_one_does():
-    before = choice.ProcessorSeconds(10.0, 100.0, 5.0)
-    assert choice.other_processors_used(before, choice.ProcessorSeconds(12.0, 103.0, 6.0)) == 1.0
-    assert choice.other_processors_used(before, choice.ProcessorSeconds(12.0, 103.0, 8.0)) == 0.0
-    assert choice.other_processors_used(before, choice.ProcessorSeconds(12.0, 102.9, 8.0)) == 0.0
+    before = processors.Sample(10.0, 100.0, 5.0)
+    assert processors.used_between(before, processors.Sample(12.0, 103.0, 6.0)) == 1.0
+    assert processors.used_between(before, processors.Sample(12.0, 103.0, 8.0)) == 0.0
+    assert processors.used_between(before, processors.Sample(12.0, 102.9, 8.0)) == 0.0
 
 
 @pytest.mark.parametrize("pinned", ["sparse", "dense", "stock"])
