@@ -6,7 +6,6 @@ items. The distributions that predict their target tokens are compared.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from sqft_export.data.items import load_tokenizer, sample_items
 from sqft_export.errors import DamagedError
 from sqft_export.measure.agreement import agreement
 from sqft_export.measure.likelihood import log_softmax
-from sqft_export.model.floats import streamed_model
+from sqft_export.model.floats import StreamedWeights, streamed_model
 from sqft_export.numerics.affine import fake_quantize
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.artifact import SEAL, key_of
@@ -66,34 +65,21 @@ def held_out_sample(recipe: Recipe, model: Path) -> list[SampledItem]:
     return found
 
 
-class _EffectiveWeights(Mapping[str, Tensor]):
-    """Maps parameter names to effective float32 weights, which are read on access."""
+class _EffectiveWeights(StreamedWeights):
+    """The weights that the model after a pass multiplies with."""
 
     def __init__(self, model: PassModel):
         self.layers = Layers(model.base, model.adapter)
-        self.checkpoint = self.layers.checkpoint
         unmerged = model.adapter if model.base.unmerged else None
-        self.low_rank = read_low_rank(unmerged) if unmerged else {}
+        super().__init__(self.layers.checkpoint, read_low_rank(unmerged) if unmerged else {})
 
-    def __getitem__(self, name: str) -> Tensor:
-        module, _, parameter = name.rpartition(".")
-        module = self.checkpoint.stored_name(module)
-        if parameter != "weight" or module not in self.layers.names:
-            weight = self.checkpoint.tensor(f"{module}.{parameter}").float()
-            grid = self.layers.grids.get(module) if parameter == "weight" else None
-            return fake_quantize(weight, grid) if grid else weight
-        layer, update = self.layers.layer(module)
-        weight = layer.effective_weight(update)
-        if module in self.low_rank:
-            lora_a, lora_b = map(torch.from_numpy, self.low_rank[module])
-            weight = weight + lora_b @ lora_a
-        return weight
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.checkpoint.shapes)
-
-    def __len__(self) -> int:
-        return len(self.checkpoint.shapes)
+    def read(self, module: str, parameter: str) -> Tensor:
+        if parameter == "weight" and module in self.layers.names:
+            layer, update = self.layers.layer(module)
+            return layer.effective_weight(update)
+        weight = super().read(module, parameter)
+        grid = self.layers.grids.get(module) if parameter == "weight" else None
+        return fake_quantize(weight, grid) if grid else weight
 
 
 @torch.no_grad()

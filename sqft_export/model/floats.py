@@ -19,21 +19,23 @@ MAX_CACHED_BYTES = 2**29  # logits that a Reference caches
 LowRank = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-class _Weights(Mapping[str, Tensor]):
-    """The weights of a merged model in float32; each access reads the weight from disk."""
+class StreamedWeights(Mapping[str, Tensor]):
+    """Maps parameter names to float32 weights; each access reads the weight from disk.
 
-    def __init__(self, folder: Path, updates: LowRank):
-        self.checkpoint = Checkpoint(folder)
-        self.quantized = set(quantized_names(self.checkpoint))
-        self.updates = updates
+    updates: Linear -> the low-rank matrices A and B that are added to its weight.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, updates: LowRank):
+        self.checkpoint, self.updates = checkpoint, updates
+
+    def read(self, module: str, parameter: str) -> Tensor:
+        """Return one parameter without its update, float32."""
+        return self.checkpoint.tensor(f"{module}.{parameter}").float()
 
     def __getitem__(self, name: str) -> Tensor:
         module, _, parameter = name.rpartition(".")
         module = self.checkpoint.stored_name(module)
-        if parameter == "weight" and module in self.quantized:
-            weight = dequantize(*read_quantized(self.checkpoint, module))
-        else:
-            weight = self.checkpoint.tensor(f"{module}.{parameter}").float()
+        weight = self.read(module, parameter)
         if parameter == "weight" and module in self.updates:
             lora_a, lora_b = map(torch.from_numpy, self.updates[module])
             weight = weight + lora_b @ lora_a
@@ -44,6 +46,19 @@ class _Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.checkpoint.shapes)
+
+
+class _MergedWeights(StreamedWeights):
+    """The weights of a merged model, dequantized where they are codes."""
+
+    def __init__(self, folder: Path, updates: LowRank):
+        super().__init__(Checkpoint(folder), updates)
+        self.quantized = set(quantized_names(self.checkpoint))
+
+    def read(self, module: str, parameter: str) -> Tensor:
+        if parameter == "weight" and module in self.quantized:
+            return dequantize(*read_quantized(self.checkpoint, module))
+        return super().read(module, parameter)
 
 
 def streamed_model(
@@ -69,7 +84,7 @@ class Reference:
     """
 
     def __init__(self, folder: Path, updates: LowRank | None = None, device: torch.device = CPU):
-        weights = _Weights(folder, updates or {})
+        weights = _MergedWeights(folder, updates or {})
         self.model = streamed_model(weights.checkpoint, weights, device)
         self.device = device
         self.cached: dict[str, list[np.ndarray]] = {}
