@@ -1,4 +1,4 @@
-"""Whether every target can have the model: asked of its exporter before any work.
+"""Check with every exporter, before any work, whether it supports the model.
 
 A listed family is tested with every target, so that its config decides. A model of another type is
 rehearsed: a random miniature of its config is exported, run, and compared with torch.

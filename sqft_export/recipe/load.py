@@ -31,7 +31,7 @@ SHOWN = 120  # characters of what was found
 
 
 class _Constructor(SafeConstructor):
-    """Refuses merge keys, which copy what they name: a few lines of them stand for billions."""
+    """Refuse merge keys: a few lines of nested copies expand to billions of values."""
 
     def flatten_mapping(self, node: Any) -> Any:
         for key, _ in node.value:
@@ -109,7 +109,7 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
 
 
 def _path_of(location: tuple[int | str, ...]) -> str:
-    """A location as it is written in a recipe; pydantic puts a task's kind after ``task``."""
+    """Return a location in the words of a recipe; pydantic adds a task's kind after ``task``."""
     names = list(location)
     if names[:1] == ["task"] and len(names) > 1 and names[1] in TASK_KINDS:
         del names[1]

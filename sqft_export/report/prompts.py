@@ -1,4 +1,4 @@
-"""How a model is asked, for its card: the exact prompt format, where answers end, an example."""
+"""The prompt section of a model card: the exact format, the end of answers, an example."""
 
 import json
 from itertools import islice

@@ -19,9 +19,9 @@ Ids = list[list[int] | None]  # of every text
 
 
 def read_ids(runtime: str, folder: Path) -> Iterator[tuple[str, IdsOf]]:
-    """Every tokenizer that users of a deployment have, and what makes ids of a text with it.
+    """Yield the name of every deployed tokenizer, and a function from a text to its token ids.
 
-    :raises UserError: if the folder holds what a runtime can't open safely.
+    :raises UserError: if the folder contains a file that is not safe to open.
     """
     check_files(folder)
     if runtime == "openvino" and installed("openvino_genai"):

@@ -1,4 +1,4 @@
-"""The effective weight is computed once while what it is made from stands; never in training."""
+"""The effective weight is cached until its operands change; training never uses the cache."""
 
 import numpy as np
 import pytest

@@ -54,7 +54,7 @@ class NotExpressible(Exception):
 def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     """Read a tokenizer as llama.cpp has it, without tokens that the embedding has no row for.
 
-    :param rows: of the embedding; those without a token are said to be unused.
+    :param rows: number of rows of the embedding; rows without a token are marked as unused.
     :raises NotExpressible: saying what llama.cpp lacks.
     """
     file = folder / "tokenizer.json"
