@@ -17,7 +17,7 @@ SAMPLE_SECONDS = 0.25
 MIN_BUSY_PROCESSORS = 0.25  # used by other programs; below it the machine counts as quiet
 OPENMP_THREADS = "OMP_NUM_THREADS"
 SPIN_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # they set how OpenMP's threads wait
-SPIN_COUNT = "10000"  # tens of microseconds; libgomp spins for a millisecond or more by default
+SPIN_COUNT = "1000"  # iterations, some microseconds; libgomp spins for milliseconds by default
 THREADS_FILE = ".threads"  # in a run's folder: the run's number of threads
 _variables_set: set[str] = set()
 
