@@ -21,6 +21,7 @@ if hasattr(os, "sched_getaffinity"):
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sqft_export.recipe.load import load_recipe
@@ -66,11 +67,25 @@ def start_run(root: Path) -> subprocess.Popen:
 
 @pytest.fixture(scope="session")
 def tiny_cli(tmp_path_factory) -> subprocess.CompletedProcess:
-    """The finished command; ``args[-1]`` is the folder of its runs."""
-    process = start_run(tmp_path_factory.mktemp("runs"))
+    """The finished command; ``args[-1]`` is a copy of its runs that belongs to this process."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "embedded"
+    record = shared / "command.json"
+    with FileLock(f"{shared}.lock"):
+        if not record.exists():
+            _run_once(shared / "runs", record)
+    shutil.copytree(shared / "runs", base / "runs")
+    out, err = json.loads(record.read_text())
+    args = ["sqft-export", "run", "recipes/tiny.yaml", "--runs", str(base / "runs")]
+    return subprocess.CompletedProcess(args, 0, out, err)
+
+
+def _run_once(root: Path, record: Path) -> None:
+    root.mkdir(parents=True)
+    process = start_run(root)
     out, err = process.communicate()
     assert process.returncode == 0, err
-    return subprocess.CompletedProcess(process.args, 0, out, err)
+    record.write_text(json.dumps([out, err]))
 
 
 @pytest.fixture(scope="session")
