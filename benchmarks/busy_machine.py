@@ -3,10 +3,10 @@
     python benchmarks/busy_machine.py [--seconds 8] [--rounds 5] [--busy 1] [--hidden 1024]
         [--settings ours default ...] [--small]
 
-Two Mistral-shaped blocks are trained through mask and INT4 grid. Every measurement is a process of
-its own. A round measures each setting quiet and busy, interleaved; the next round turns the order
-round. Busy: so many processes that spin, each on any processor. The goal is a busy throughput of
-at least 45 % of the quiet one.
+Trains two Mistral-shaped blocks through mask and INT4 grid, each measurement in a separate process.
+A round measures every setting quiet and busy, interleaved; the next round reverses the order. Busy
+means `--busy` processes that spin on any processor. The goal is a busy throughput of at least 45 %
+of the quiet one.
 
     ours        what `sqft-export run` does: threads by free processors, a short spin
     default     all processors; libgomp's long spin
@@ -14,7 +14,7 @@ at least 45 % of the quiet one.
     spin-<n>    all processors; GOMP_SPINCOUNT=<n>
     fewer       one thread less than processors; libgomp's long spin
 
-Run it on a machine where nothing else runs; "others" is what else did, in processors.
+Run it on an idle machine. The column `others` shows how many processors other programs used.
 """
 
 import argparse

@@ -1,16 +1,16 @@
-"""What each sparsifier and quantizer costs a real model, and how fast they are.
+"""Quality loss and speed of each sparsifier and quantizer on a real model.
 
     python benchmarks/compression.py --model <Hugging Face folder> --text <text file>
 
-Every combination of {magnitude, wanda, sparsegpt} at 50 % and {none, INT8, INT4} by {rtn, plain
-gptq, mask-aware gptq, nncf with AWQ and scale estimation}, and floats and mask-aware gptq with
-blocks reconstructed before or after: mean relative output error of the decoder Linears on
-calibration inputs of the dense model, perplexity on held-out text, and the share of pruned
-positions still zero. Plain GPTQ is the same code with nothing marked as pruned, which is what GPTQ
-does to a sparse model. AWQ moves scales between a block's Linears, so nncf's output error per
-Linear means nothing and is left out.
+Runs every combination of {magnitude, wanda, sparsegpt} at 50 % and {none, INT8, INT4} by {rtn,
+plain gptq, mask-aware gptq, nncf with AWQ and scale estimation}. Floats and mask-aware gptq also
+run with blocks reconstructed before or after. Prints the mean relative output error of the decoder
+Linears on calibration inputs of the dense model, perplexity on held-out text, and the share of
+pruned positions that are still zero. Plain GPTQ is the same code without a mask. AWQ moves scales
+between the Linears of a block, so nncf has no output error per Linear.
 
-Then, on one Linear, GPTQ and Wanda against a transcription of the published algorithms, in turns.
+Then compares GPTQ and Wanda on one Linear with a transcription of the published algorithms,
+interleaved.
 """
 
 import argparse
@@ -203,7 +203,7 @@ def seconds(function) -> float:
 
 
 def speed(repeats: int) -> dict[str, dict[str, float]]:
-    """Our time over the transcription's on one Linear of 1024 x 2048, in turns."""
+    """Our time over the transcription's on one Linear of 1024 x 2048, interleaved."""
     torch.manual_seed(0)
     weight, samples = torch.randn(1024, 2048) * 0.02, torch.randn(4096, 2048)
     hessian = samples.T @ samples

@@ -1,12 +1,12 @@
-"""A merged model as the base of the next recipe, three times: what is kept and what is forgotten.
+"""Three recipes in sequence, each on the merged model of the last: what it keeps and forgets.
 
     python benchmarks/continual.py [--steps 150] [--items 150]
 
 The embedded model learns word problems of one step, then of two, then of three. The first round
-prunes and quantizes; the later ones take the zeros and the grid as they are. After each round the
-OpenVINO deployment answers held-out problems of all three kinds: the first column down the rows is
-what later rounds forget. ``verify`` compares every code of every round; that the zeros of the first
-round are zeros in the last is checked here.
+prunes and quantizes; the later ones keep its zeros and grid. After each round the OpenVINO
+deployment answers held-out problems of all three kinds; the first column shows how much later
+rounds forget. ``verify`` compares every code of every round. This script checks that the zeros of
+the first round are zeros in the last.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What every benchmark ends with: a table for people, one line of JSON for machines."""
+"""The end of every benchmark's output: a table for people and one line of JSON for programs."""
 
 import importlib.metadata
 import json
@@ -14,7 +14,7 @@ VERSIONS = ("sqft-export", "torch", "transformers", "numpy")
 
 
 def in_a_process(script: str, *arguments: str) -> Any:
-    """What a script prints as its last line, as JSON, when it is run on its own."""
+    """The document that a benchmark script prints as its last line, as JSON."""
     command = [sys.executable, script, *arguments]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])

@@ -2,9 +2,9 @@
 
     python benchmarks/export_memory.py [--blocks 32] [--small]
 
-A merged INT4 checkpoint of the true width and vocabulary, groups of 128, goes through all
-exporters, each in a process of its own. Bound: the checkpoint's bytes + 2 GiB. The peak is what the
-kernel reports for the process, imports and mapped file pages included.
+Exports a merged INT4 checkpoint of the true width and vocabulary, in groups of 128, with every
+exporter in a separate process. Bound: the checkpoint's bytes + 2 GiB. The kernel reports the peak
+of the process, including imports and mapped file pages.
 """
 
 import argparse

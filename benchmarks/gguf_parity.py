@@ -1,16 +1,16 @@
-"""Our GGUF file beside what llama.cpp's own way makes of the same merged model.
+"""Our GGUF file compared with llama.cpp's own conversion of the same merged model.
 
     python benchmarks/gguf_parity.py [--model <SmolLM2> --task <folder of sets>] [--items 60]
                                      [--runs <folder>] [--rounds 5] [--small]
 
-llama.cpp's converter dequantizes a GPTQ checkpoint, and its quantizer chooses scales of its own.
-Side by side, all of one merge: our file by codes, llama.cpp's Q4_0 and Q8_0 of the same numbers in
-float32 (its quantizer as ``cyllama`` has it; embedding and head stored as ours are), and torch,
-whose distributions the others are held against: bytes, perplexity ratio, mean KL divergence in nats
-a token, share of tokens whose likeliest successor is the same, accuracy on the task, milliseconds a
-token (files take turns).
+llama.cpp's converter dequantizes a GPTQ checkpoint, and its quantizer then chooses new scales.
+The benchmark compares files of one merged model: ours by codes, and llama.cpp's Q4_0 and Q8_0 of
+the same numbers in float32 (quantizer of ``cyllama``; embedding and head stored like ours). Torch
+is the reference. Columns: bytes, perplexity ratio, mean KL divergence in nats per token, share of
+tokens with the same top-1 successor, accuracy on the task, and milliseconds per token
+(interleaved).
 
-Models: the embedded one, tuned by its recipe; SmolLM2-135M where a folder of it is given
+Models: the embedded model, tuned by its recipe; and SmolLM2-135M if `--model` names its folder
 (``shared/smollm2.py`` makes one), pruned and quantized by its recipe without training. stories260K
 has rows of 172, which ggml's blocks of 32 do not divide: the recipe refuses it in ``plan``.
 """
@@ -65,7 +65,7 @@ def measured(session: Session, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def compared(theirs: np.ndarray, ours: np.ndarray) -> dict[str, float]:
-    """Against torch: KL divergence and the same likeliest token."""
+    """Against torch: KL divergence and the share of equal top-1 tokens."""
     one, other = theirs.astype(np.float64), ours.astype(np.float64)
     divergence = (np.exp(one) * (one - other)).sum(axis=1)
     return {

@@ -1,10 +1,11 @@
-"""How near INT4-sparse comes to float-sparse, and what each option of adapt is worth.
+"""Accuracy of INT4-sparse relative to float-sparse, for each option of adapt.
 
     python benchmarks/int4_recovery.py --recipes tiny stories --seeds 0 1 2 --set adapt.steps=60
 
-The same recipe, tuned with each option, three seeds: accuracy of the merged model on the held-out
-items (exact match, or tokens predicted right), in points under float-sparse (``sparsepeft``) of the
-same seed. ``--set`` overrides every recipe; ``--runs`` keeps what was trained, to go on from there.
+Tunes the same recipe with each option and three seeds. Prints the accuracy of the merged model on
+held-out items (exact match, or tokens predicted right), in points below float-sparse
+(``sparsepeft``) of the same seed. ``--set`` overrides fields of every recipe; ``--runs`` keeps the
+runs, so that a second call resumes.
 """
 
 import argparse

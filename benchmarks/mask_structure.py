@@ -1,14 +1,14 @@
-"""What the structure of a mask costs in quality and brings in bytes and time.
+"""Quality, bytes and time of different mask structures.
 
     python benchmarks/mask_structure.py [--recipe <file>] [--model-path <folder>] [--runs <folder>]
         [setting ...]
 
-One recipe, run to its benchmark with every structure: any mask, at most 32 of every 64 inputs, 2:4
-and 4:8 at 50 %, and the first two at 60 %. Perplexity and accuracy on the recipe's own test items,
-of the pruned model before tuning and of the merged one after; bytes of the OpenVINO files, dense
-and laid out for our kernels; milliseconds per output token (median, and the 10th and 90th
-percentile) on the runtime's kernels and on ours. Where a block does not divide the inputs of some
-Linears, those get any mask of the same sparsity. `--runs` keeps what was made, to go on from there.
+Runs one recipe up to its benchmark with every structure: any mask, at most 32 of every 64 inputs,
+2:4 and 4:8 at 50 %, and the first two at 60 %. Prints perplexity and accuracy on the recipe's test
+items, of the pruned model before tuning and of the merged model; bytes of the OpenVINO files, dense
+and in our kernels' layout; milliseconds per output token (median, 10th and 90th percentile) with
+the runtime's kernels and with ours. Linears whose inputs a block does not divide get any mask of
+the same sparsity. `--runs` keeps the runs, so that a second call resumes.
 """
 
 import argparse

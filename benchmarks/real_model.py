@@ -1,17 +1,20 @@
-"""A real model on real tasks: what sparsity and few bits cost it, what tuning buys back.
+"""A real model on real tasks: loss by sparsity and few bits, and recovery by tuning.
 
     python benchmarks/real_model.py --model <Hugging Face folder> --data <folder of sets> \\
         --text <plain text> [--sets arc_easy] [--seeds 0 1 2] [--set adapt.steps=60]
 
-`recipes/smollm2.yaml` in the ways below, tuned alike from each seed. Of a row, in torch in float32:
-accuracy (of most likely choices, and with likelihoods by character) on held-out items, how often a
-paired test tells it from dense + LoRA, or from the row of ``--beside``, the p-value of one paired
-permutation test of all seeds' answers to the same items, perplexity on the text, mean KL divergence
-and same top token against the dense base there, and bits a weight of the packed OpenVINO file (its
-entropy level) over all weights. ``--runs`` keeps what was trained, to go on from there.
-``--deployed`` exports QA-SparsePEFT of the first seed for every runtime too, and measures the files
-on this machine: accuracy, agreement with the dense base, size, tokens per second, time to first
-token and resident memory.
+Runs `recipes/smollm2.yaml` with the variants below, each tuned equally from every seed. Every row
+is measured in torch in float32:
+
+- accuracy on held-out items, by likelihood and by likelihood per character;
+- in how many seeds a paired test finds a difference to dense + LoRA, or to the row of ``--beside``;
+- the p-value of one paired permutation test over the answers of all seeds to the same items;
+- perplexity on the text, with mean KL divergence and equal top-1 tokens against the dense base;
+- bits per weight of the packed OpenVINO file (its entropy level), over all weights.
+
+``--runs`` keeps the runs, so that a second call resumes. ``--deployed`` also exports QA-SparsePEFT
+of the first seed for every runtime, and measures the files on this machine: accuracy, agreement
+with the dense base, size, tokens per second, time to first token and resident memory.
 """
 
 import argparse
@@ -67,7 +70,7 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     f"{TUNED}, 2:4": ("merge", ("sparsify.sparsity=null", "sparsify.pattern='2:4'")),
 }
 COMPARED = (DENSE, *ROWS)
-# What one setting more, or another, is worth to QA-SparsePEFT: rows that are asked for by name.
+# QA-SparsePEFT with one setting added or changed: rows that run only if `--rows` lists them.
 ALTERED = {
     "distilled": ("adapt.distill={}",),
     "distilled, layers too": ("adapt.distill={layers: 1}",),
@@ -138,7 +141,7 @@ def on_items(recipe: Recipe, folder: Path, items: list[Item]) -> dict[str, Any]:
 
 
 class Experiment:
-    """Everything is kept below ``runs``: what a row made, and its figures."""
+    """The runs and figures of every row, kept below ``runs``."""
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments, self.base = arguments, arguments.model
@@ -220,7 +223,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--sets", default="arc_easy", help="a task by name, or commonsense")
+    parser.add_argument("--sets", default="arc_easy", help="the name of a task, or commonsense")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rows", nargs="+", choices=[DENSE, *ROWS], default=COMPARED)
     parser.add_argument("--beside", choices=[DENSE, *ROWS], default=LORA, help="of paired tests")
@@ -237,14 +240,14 @@ def main() -> None:
             [a["accuracy"] / b["accuracy"] for a, b in zip(runs, beside, strict=True)]
         )
         values[name] = [{k: v for k, v in run.items() if k != "right"} for run in runs]
-    header = ["row", "accuracy %", "std dev", "told from it", "p, all seeds", "acc_norm %"]
+    header = ["row", "accuracy %", "std dev", "differs from it", "p, all seeds", "acc_norm %"]
     print(f"paired tests against {arguments.beside}")
-    table([*header, "perplexity", "KL nats", "same top %", "bits a weight"], rows)
+    table([*header, "perplexity", "KL nats", "same top %", "bits/weight"], rows)
     if arguments.deployed:
         values["deployed"] = experiment.deployed(arguments.seeds[0])
         header = ["files", "accuracy %", "same % as dense", "as merged", "KL to dense"]
         files = [file_row(row) for row in values["deployed"]]
-        header += ["to merged", "bits a weight", "MB", "tokens/s", "TTFT ms", "memory MB"]
+        header += ["to merged", "bits/weight", "MB", "tokens/s", "TTFT ms", "memory MB"]
         table(header, files)
     finish("real_model", ratios, values)
 

@@ -1,12 +1,12 @@
-"""Every pass at the width of Mistral-7B: seconds and peak memory, beside what `plan` predicts.
+"""Seconds and peak memory of every pass at the width of Mistral-7B, compared with `plan`.
 
     python benchmarks/real_size.py [--blocks 8] [--runs <folder>] [--small] [--device cuda]
 
-A checkpoint of the true width with random weights and as many blocks as asked for goes through all
-passes of the recipe `mistral`, with few calibration samples, prompts and steps; each pass in a
-process of its own, whose peak is what the kernel reports of it and its children. A quarter of the
-blocks goes before, and what each of the others adds gives seconds and memory of 32.
-`--runs` keeps what was made and measured; with it, a second call only compares again.
+Runs all passes of the recipe `mistral` on a checkpoint of the true width with random weights and
+`--blocks` blocks, with few calibration samples, prompts and steps. Each pass is a separate process;
+the kernel reports the peak of it and its children. A first run has a quarter of the blocks; the
+difference per block gives seconds and memory of 32 blocks. `--runs` keeps the runs and their
+measurements; with it, a second call only compares again.
 """
 
 import argparse

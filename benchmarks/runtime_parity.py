@@ -1,4 +1,4 @@
-"""Latency of our deployments beside the runtimes' own compression of the same float model.
+"""Latency of our deployments and of the runtimes' own compression of the same float model.
 
     python benchmarks/runtime_parity.py [--blocks 4] [--rounds 5] [--bits 4 8] [--small]
 
@@ -7,9 +7,9 @@ float IR (INT4 symmetric in groups of 64, or INT8 per channel), embedding and he
 ONNX Runtime: our graph against the GenAI model builder's own quantization, in groups of 64,
 embedding and head in floats in both.
 
-Ours and theirs are in one process and take turns pass by pass, so that a slow moment of the machine
-hits both; a ratio is that of the medians of one process, low and high over the processes.
-optimum-onnx needs an older transformers than the rest of this environment, so it is not here.
+Both run in one process, interleaved pass by pass, so that a slow moment of the machine hits both. A
+ratio compares the medians of one process; low and high are over the processes. optimum-onnx is
+missing, since it needs an older transformers than this environment has.
 """
 
 import argparse

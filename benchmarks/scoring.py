@@ -1,12 +1,12 @@
-"""Seconds an item of scoring: choices with perplexity, generated answers, beside another commit.
+"""Seconds per scored item, choices and generated answers, compared with another commit.
 
     python benchmarks/scoring.py --before <checkout> torch=<folder> openvino=<folder> onnx=<folder>
 
 Every runtime scores the first items of ARC-Easy (choices, and perplexity of the right one) and of
-GSM8K (answers of up to `--new-tokens` tokens, of as many with `--whole`) in processes of their own:
-this code and that of the checkout (`git worktree add <checkout> <commit>`), in turns. The tasks'
-data is that of `--data`, in the layout of LLM-Adapters. What both say is compared: log likelihoods,
-and answers.
+GSM8K (answers of at most `--new-tokens` tokens; exactly that many with `--whole`). This code and
+the checkout's (`git worktree add <checkout> <commit>`) run in separate processes, interleaved.
+`--data` holds the tasks in the layout of LLM-Adapters. The results of both are compared: log
+likelihoods and answers.
 """
 
 import argparse
@@ -27,7 +27,7 @@ TASKS = {"choices": "arc_easy", "answers": "gsm8k"}
 def write_questions(
     data: Path, model: Path, counts: dict[str, int], new_tokens: int, whole: bool, out: Path
 ) -> None:
-    """Token ids, so that both commits are asked the same."""
+    """Token ids, so that both commits score the same prompts."""
     from sqft_export.data.items import held_out, load_tokenizer, stop_ids
     from sqft_export.data.scoring import questions
     from sqft_export.recipe.load import load_recipe

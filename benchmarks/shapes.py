@@ -1,4 +1,4 @@
-"""Random checkpoints of a Mistral's shape, for benchmarks that need a size and no meaning."""
+"""Mistral-shaped checkpoints with random weights, for benchmarks that only need the size."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ SMALL = {"hidden_size": 256, "intermediate_size": 896, "heads": 8, "kv_heads": 2
 
 
 def vocabulary() -> int:
-    """Of the embedded model, whose tokenizer the checkpoints have."""
+    """Size of the embedded model's vocabulary, whose tokenizer the checkpoints have."""
     return json.loads((TINY / "config.json").read_text())["vocab_size"]
 
 

@@ -1,26 +1,26 @@
-"""What zeros are worth in time: matrix products, and tokens per second in ``LLMPipeline``.
+"""Speed of sparse weights: matrix products, and tokens per second in ``LLMPipeline``.
 
     python benchmarks/sparse_decode.py [--rounds 9] [--processes 3] [--blocks 8]
                                        [--model <SmolLM2>] [--keep <folder>] [--small]
 
 Products: INT4 and INT8 in groups of 128, one token, 268 million weights of a 7B model's matrices
-(4096 x 4096, 14336 x 4096, 4096 x 14336), far beyond any cache, all in one process, interleaved,
-every way in turn, each pass after one of its own to put caches in the same state:
+(4096 x 4096, 14336 x 4096, 4096 x 14336), far beyond any cache. All variants run in one process,
+interleaved, and each measured pass follows an unmeasured one that puts caches in the same state:
 
     ours       dense; any mask at 50, 60 and 75 %; 2:4
     OpenVINO   its own kernel in its default mode, and with float32 and dynamic quantization by 128
     ONNX Runtime  MatMulNBits with accuracy level 4
 
-Ours run in OpenVINO as its operator, on the threads of its arena. Medians of the rounds, their
-quartiles, CPU time; the clock, the read bandwidth of one thread and the load are measured beside
-them. Pipelines: a 7B-shaped model of so many random blocks with the embedded model's vocabulary,
-and SmolLM2-135M where a folder of it is given (``shared/smollm2.py`` makes one), pruned to 50 % and
-rounded, on the runtime's kernels, on our dense one and from mask and kept codes, and the same codes
-in llama.cpp: tokens per second, time to first token of 128 and 512, tokens per second of a batch,
-energy of a token where the processor tells it, resident memory while one sequence is continued and
-after the long prompts and batches. Every pipeline is in a process of its own, in turns, and imports
-no more than a deployment needs: torch, where models are made, is not in its memory. ``--keep`` is a
-folder that deployments are kept in.
+Ours run as an operator of OpenVINO, on the threads of its arena. Printed are medians and quartiles
+of the rounds and CPU time, with the clock, the read bandwidth of one thread and the load.
+
+Pipelines: a 7B-shaped model of `--blocks` random blocks with the embedded model's vocabulary, and
+SmolLM2-135M if `--model` names its folder, pruned to 50 % and rounded. They run on the runtime's
+kernels, on our dense kernel, from mask and kept codes, and with the same codes in llama.cpp.
+Printed are tokens per second, time to first token of 128 and 512, tokens per second of a batch,
+energy per token where the processor reports it, and resident memory during one sequence and after
+the long prompts and batches. Every pipeline runs in a separate process, interleaved, and imports
+only what a deployment needs, without torch. ``--keep`` names a folder for the deployments.
 """
 
 import argparse
@@ -68,7 +68,7 @@ UNLIKE = 512  # rows of a matrix, which the others repeat
 
 
 def random_matrix(bits: int, rows: int, inputs: int, sparsity: float | str) -> Matrix:
-    """Symmetric codes in groups of 128, as stored signed; the share that is zero, or 2:4."""
+    """Symmetric codes in groups of 128, signed; the share that is zero, or 2:4."""
     random, made = np.random.default_rng(0), min(rows, UNLIKE)
     codes = random.integers(1 - 2 ** (bits - 1), 2 ** (bits - 1), (made, inputs)).astype(np.int8)
     codes[codes == 0] = 1
@@ -189,7 +189,7 @@ unsigned long additions(long times) {
 
 
 def clock() -> Callable[[], float]:
-    """GHz by a chain of additions, each of which takes a cycle; what the system says is nominal."""
+    """GHz by a chain of additions of one cycle each, since the system reports a nominal clock."""
     with tempfile.TemporaryDirectory() as scratch:
         source, library = Path(scratch) / "additions.c", Path(scratch) / "additions.so"
         source.write_text(ADDITIONS)
@@ -205,14 +205,14 @@ def clock() -> Callable[[], float]:
 
 
 def read_bandwidth(buffer: np.ndarray) -> float:
-    """GB/s that one thread reads: ours, by the kernel that does least with what it reads."""
+    """GB/s that one thread reads, by our kernel that computes least per byte."""
     started = time.perf_counter()
     np.bitwise_xor.reduce(buffer)
     return buffer.nbytes / (time.perf_counter() - started) / 1e9
 
 
 def products(bits: int, threads: int, rounds: int, shapes: tuple) -> dict[str, Any]:
-    """Medians of every way, in turns, in this process."""
+    """Medians of every variant, interleaved, in this process."""
     made, held = ways_of(bits, threads, shapes)
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in made}
     buffer, hertz = np.ones(2**25, np.uint64), clock()
@@ -390,7 +390,7 @@ def run_pipelines(
                 way: {key: median(run[key] for run in taken) for key in taken[0]}
                 for way, taken in runs.items()
             }
-            print(f"\n{name}, INT{bits}, {threads} threads, {rounds} processes a way")
+            print(f"\n{name}, INT{bits}, {threads} threads, {rounds} processes per variant")
             keys = list(middle["stock"])
             table(["way", *keys], [[way, *found.values()] for way, found in middle.items()])
             values[f"{name} INT{bits}, {threads} threads"] = runs
@@ -416,7 +416,7 @@ def model_folders(
 
 
 def all_folders(arguments: argparse.Namespace, root: Path) -> dict[str, dict[int, Path]]:
-    """What the pipelines run, by model and bits."""
+    """The models that the pipelines run, by model and bits."""
     from shapes import SMALL, WIDE, write_checkpoint
 
     base, blocks = root / "base", arguments.blocks

@@ -1,14 +1,14 @@
-"""What zeros are worth in bytes, and what inflating them costs when a deployment is loaded.
+"""Bytes that zeros save in packed files, and the time to inflate them when they are loaded.
 
     python benchmarks/sparse_files.py [--blocks 4] [--rounds 3] [--small]
 
-Sizes: one 4096 x 4096 matrix of normal weights pruned by magnitude, in groups of 128, at
-four sparsities. Bits a weight, scales not counted, of: the dense codes; our packed file (mask and
-kept codes) and its entropy level (zstd on top); zlib and zstd on the dense codes; an ONNX
-``sparse_initializer`` (int64 indices, as the checker wants them); the Shannon bound (mask and kept
-codes as independent draws). Loading: Mistral-7B-shaped blocks at 50 %, from the folder to a session
-that answered once, each in a process of its own, in turns. A ratio is that to the dense folder's in
-the same round; memory is the process's peak, the runtime included.
+Sizes: one 4096 x 4096 matrix of normal weights, pruned by magnitude in groups of 128, at four
+sparsities. Printed are bits per weight without scales of the dense codes; of our packed file (mask
+and kept codes) and its entropy level (zstd on top); of zlib and zstd on the dense codes; of an ONNX
+``sparse_initializer`` (with the int64 indices that the checker requires); and the Shannon bound
+(mask and kept codes as independent draws). Loading: Mistral-7B-shaped blocks at 50 %, from the
+folder to a session's first answer, each in a separate process, interleaved. A ratio compares with
+the dense folder in the same round; memory is the peak of the process, runtime included.
 """
 
 import argparse
@@ -159,7 +159,7 @@ def main() -> None:
             found = sizes(bits, sparsity, shape["hidden_size"])
             values[f"INT{bits} at {sparsity}"] = found
             rows.append([f"INT{bits}", sparsity, *found.values()])
-    print("bits a weight")
+    print("bits/weight")
     table(["codes", "sparsity", *found], rows)
     rows = []
     for name, runs in loads(shape, arguments.blocks, arguments.rounds, arguments.threads).items():

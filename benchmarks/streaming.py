@@ -2,11 +2,10 @@
 
     python benchmarks/streaming.py [--blocks 2 4 8] [--samples 4] [--length 128] [--small]
 
-Writes checkpoints of the true width with random weights, one after the other, with more and more
-blocks, and runs both passes on each in a process of its own: Wanda at 50 %, mask-aware GPTQ in
-INT4. Bound: two decoder blocks in float32 + the calibration activations + 1.5 GiB, whatever the
-number of blocks. The peak is what the kernel reports for the process, imports and mapped file
-pages included.
+Writes checkpoints of the true width with random weights and an increasing number of blocks, and
+runs both passes on each in a separate process: Wanda at 50 %, mask-aware GPTQ in INT4. Bound: two
+decoder blocks in float32 + the calibration activations + 1.5 GiB, for any number of blocks. The
+kernel reports the peak of the process, including imports and mapped file pages.
 """
 
 import argparse

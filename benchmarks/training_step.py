@@ -1,4 +1,4 @@
-"""One training step, ours and others', on the same blocks, batch and length.
+"""Time and memory of one training step, ours and others', on the same blocks and batch.
 
     python benchmarks/training_step.py [--hidden 1024] [--batch 8] [--length 128] [--rounds 5]
         [--precision bfloat16] [--model <folder>] [--before <checkout>]
@@ -9,10 +9,10 @@
     (d) nncf         NNCF's FQ_LORA_NLS (no mask: it has none; adapters on all Linears)
     (e) published    the SQFT forward transcribed from its formulas, by plain autograd
 
-Two Mistral-shaped blocks, or all of a model, adapters of rank 32 on q, k, v, up and down, AdamW.
-Every variant runs in processes of its own, in turns; a step is forward, backward and update, the
-first two steps of a process are not counted. Peak memory is the process's. With --before (c) runs
-on the code of another commit too (`git worktree add <checkout> <commit>`).
+Trains two Mistral-shaped blocks, or all of a model, with adapters of rank 32 on q, k, v, up and
+down, and AdamW. Every variant runs in separate processes, interleaved. A step is forward, backward
+and update; the first two steps of a process are not counted. Peak memory is that of the process.
+With --before, (c) also runs on the code of another commit (`git worktree add <checkout> <commit>`).
 """
 
 import argparse
@@ -218,7 +218,7 @@ def main() -> None:
 
 
 def run(variant: str, folder: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """In a process of its own."""
+    """Measure one variant in a separate process."""
     code = arguments.before if variant == BEFORE else Path(__file__).parent.parent
     command = [sys.executable, "-P", str(Path(__file__).resolve()), "--child", variant, folder]
     for name in ("batch", "length", "steps", "precision"):

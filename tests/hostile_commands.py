@@ -2,7 +2,7 @@
 
     python tests/hostile_commands.py <deployment> <empty folder>
 
-A process of its own, since its memory is limited and a hang is ended from outside.
+It runs as a separate process with limited memory, so that a test can end a hang.
 """
 
 import contextlib

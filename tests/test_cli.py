@@ -95,7 +95,7 @@ def faults(*overrides: str) -> str:
 
 
 def refused(root: Path, *overrides: str) -> str:
-    """The same without a process of its own."""
+    """The same inside this process."""
     with pytest.raises(UserError) as caught:
         run_recipe(load_recipe(ROOT / "recipes" / "tiny.yaml", overrides), root)
     return str(caught.value)

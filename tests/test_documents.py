@@ -1,4 +1,4 @@
-"""Commands of README and docs do what the text says, as they are printed.
+"""Commands of README and docs run exactly as printed.
 
 Words in angle brackets stand for a folder or file of the finished run. A command that takes long
 runs in a dry form: `make` prints its commands, the recipes of `run` and `sweep` are loaded, and

@@ -99,7 +99,7 @@ def try_folder(source: Path, work: Callable[[Path], object], tmp_path: Path, see
         folder = tmp_path / "mutated"
         shutil.copytree(source, folder, copy_function=shutil.copyfile)
         rng = random.Random(seed)
-        if rng.random() < 0.5:  # a stranger's has no seal
+        if rng.random() < 0.5:  # an untrusted folder has no seal
             (folder / "provenance.json").unlink(missing_ok=True)
         name = mutate(rng, folder)
         check(lambda folder=folder: work(folder), f"seed {seed}, {name}")

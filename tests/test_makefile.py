@@ -12,7 +12,7 @@ SOURCES = ("sqft_export/packed/unpack.c", "sqft_export/numerics/fused.c")
 
 
 def project(root: Path) -> Path:
-    """What the Makefile looks at of a fresh clone."""
+    """A copy of the files of a fresh clone that the Makefile reads."""
     for name in (*FILES, *SOURCES):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, root / name)

@@ -1,4 +1,4 @@
-"""The reference pages are what the schema and the command line say today."""
+"""The reference pages match the schema and the command line."""
 
 import importlib.util
 import json

@@ -111,7 +111,7 @@ def test_a_loss_that_is_not_finite_stops(random_llama, tmp_path):
 def test_steps_follow_from_epochs():
     settings = Adapt(epochs=3, batch=16, accumulation=1)
     assert settings.total_steps(7473) == 1404
-    # As the Trainer counts: a rest of batches is a step of its own in every epoch.
+    # As the Trainer counts: the remaining batches of every epoch are one step.
     few = Adapt(epochs=4, batch=2, accumulation=2)
     assert few.total_steps(10) == 12
     assert few.total_steps(10, processes=5) == 4

@@ -1,4 +1,4 @@
-"""Datasets by name: the same examples from either form, scored as lm-eval and LLM-Adapters do."""
+"""Named datasets: both forms give the same examples, scored as lm-eval and LLM-Adapters do."""
 
 import json
 

@@ -93,7 +93,7 @@ def test_the_environment_pins_what_auto_means(monkeypatch, pinned):
     monkeypatch.setenv(choice.EXECUTION_VARIABLE, pinned)
     assert available_execution("auto") == resolve_execution("auto") == pinned
     for asked in ("sparse", "dense", "stock"):
-        assert available_execution(asked) == asked  # what a program asks for counts
+        assert available_execution(asked) == asked  # the program's own setting wins
 
 
 def test_a_pin_that_is_no_kernel_is_refused(monkeypatch):

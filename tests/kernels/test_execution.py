@@ -48,7 +48,7 @@ def logits(folder: Path, execution: str, exact: bool = False) -> np.ndarray:
 
 
 def divergence(one: np.ndarray, other: np.ndarray) -> float:
-    """Mean KL, nats a token."""
+    """Mean KL divergence in nats per token."""
     a, b = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (one - one.max(), other))
     return float((np.exp(a) * (a - b)).sum(-1).mean())
 

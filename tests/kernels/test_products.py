@@ -47,7 +47,7 @@ def library(kernels: str | None = None) -> Any:
 
 
 class Case(NamedTuple):
-    """A matrix, its codes a byte each and the zero beside each code."""
+    """A matrix, its codes with one byte each, and the zero point of each code."""
 
     matrix: Matrix
     codes: np.ndarray

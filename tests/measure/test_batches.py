@@ -1,4 +1,4 @@
-"""A batch of unequal prompts says what each of them says alone."""
+"""A batch of prompts of different lengths gives the results of each prompt alone."""
 
 import numpy as np
 import pytest

@@ -91,7 +91,7 @@ def tasks(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def deployed(tmp_path_factory) -> dict[str, Path]:
-    """Folders of the embedded model's weights, as they are."""
+    """Deployments of the embedded model's unchanged weights."""
     root = tmp_path_factory.mktemp("runs")
     run = run_recipe(small_recipe(*UNTRAINED), root, ("export-openvino", "export-onnx"))
     found = {name: run[f"export-{name}"].path / "model" for name in ("openvino", "onnx")}

@@ -1,6 +1,6 @@
-"""The hub: only what a model needs is fetched, and data is read at the commit in the key.
+"""The hub: only needed files of a model are fetched, and data is read at the commit in the key.
 
-Against a hub of our own on this machine, which speaks what huggingface_hub asks for.
+The tests start a local server that speaks the part of the hub's API that huggingface_hub uses.
 """
 
 import hashlib

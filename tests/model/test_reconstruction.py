@@ -111,7 +111,7 @@ def test_an_interrupted_pass_goes_on_to_the_same_bytes(tmp_path, monkeypatch, st
 
 @pytest.mark.parametrize("kind", ["llama", "bloom", "gemma3_text", "opt"])
 def test_samples_go_through_a_block_together_as_alone(tmp_path, kind):
-    """Blocks differ in what they are called with; samples of other lengths share a call."""
+    """Blocks differ in their arguments; samples of different lengths share a call."""
     model = random_model(tmp_path / "model", model_type=kind)
     ids = load_tokenizer(model)("Question: how many pens are in four boxes?" * 4)["input_ids"]
     samples = [torch.tensor(ids[at : at + 12 - at]) for at in range(6)]

@@ -1,4 +1,4 @@
-"""Model types that are no family: taken by their structure, or refused by name."""
+"""Model types that are not listed families: accepted by structure, or refused with a reason."""
 
 import pytest
 

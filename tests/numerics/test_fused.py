@@ -17,7 +17,7 @@ def bits_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def both(monkeypatch, call):
-    """What the library and what torch make of the same call."""
+    """Results of the library and of torch for the same call."""
     assert fused._library() is not None, "was not built; a compiler is expected where tests run"
     ours = call()
     with monkeypatch.context() as without:

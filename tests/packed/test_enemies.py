@@ -1,4 +1,4 @@
-"""Deployments from strangers: nothing is run, followed out of the folder, or written half."""
+"""Untrusted deployments: no code runs, no link leaves the folder, no file is half-written."""
 
 import json
 import os

@@ -98,7 +98,7 @@ def test_tensors_of_several_chunks_are_inflated_whole():
 
 
 class Level:
-    """The compiled library, held to one of its ways."""
+    """The compiled library, restricted to one of its code paths."""
 
     def __init__(self, level: int):
         self.sqft_inflate, self.level = native_library().sqft_inflate, level
@@ -112,7 +112,7 @@ WAYS = [lambda: None, *(lambda level=level: Level(level) for level in range(3))]
 
 
 def test_the_compiled_library_is_there_and_used():
-    """CI has a compiler; where there is none, numpy does the same (tested above)."""
+    """CI has a compiler; without one, numpy gives the same result (tested above)."""
     assert native_library() is not None
 
 

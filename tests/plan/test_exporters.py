@@ -1,4 +1,4 @@
-"""What a target cannot have is known before any work, skipped, and said with its true reason."""
+"""An unsupported target is found before any work, skipped, and reported with its true reason."""
 
 import json
 from pathlib import Path

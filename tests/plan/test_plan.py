@@ -124,7 +124,7 @@ def test_training_through_the_grid_is_foretold_of_quantize(odd):
 
 
 def test_an_accelerator_speeds_up_what_torch_computes_alone(odd):
-    """Files, digests and runtimes stay on the CPU: of `verify` moves what torch is asked."""
+    """Only the torch part of `verify` uses the device; files and runtimes stay on the CPU."""
     gpu = Speed("cuda", {"float32": 1e15, "bfloat16": 1e15}, 1e15)
     recipe = small_recipe(model_path=odd)
     layout = layout_of(recipe, odd)

@@ -1,4 +1,4 @@
-"""Settings that are allowed and seldom meant are told with both values."""
+"""Settings that are allowed but rarely intended give a warning that names both values."""
 
 import pytest
 

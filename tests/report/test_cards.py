@@ -1,4 +1,4 @@
-"""A model card's code runs as it is printed, inside the folder that the card is in."""
+"""A model card's code runs as printed, inside the folder of the card."""
 
 import json
 import os
@@ -32,7 +32,7 @@ DEPLOYMENTS = [
 
 
 def run_block(language: str, code: str, folder: Path) -> str:
-    """What a block prints when it is run in a folder."""
+    """The output of a code block that runs in a folder."""
     command = [sys.executable, "-c", code] if language == "python" else ["bash", "-ec", code]
     path = f"{Path(SQFT).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"}

@@ -1,4 +1,4 @@
-"""What every row of a run's table says of how near it is to the dense base."""
+"""Columns that compare every row of a run's table with the dense base."""
 
 import json
 
@@ -27,7 +27,7 @@ def test_the_dense_base_is_itself_and_what_is_merged_diverges_alike_everywhere(t
     assert away["sparse"] > 0.01 and away["merged"] > 0.01
     for name in ("OpenVINO", "OpenVINO, packed", "ONNX Runtime", "llama.cpp"):
         assert away[name] == pytest.approx(away["merged"], rel=0.1), name
-        # The runtime's own rounding is little beside what tuning moved.
+        # The runtime's own rounding is small compared with the change by tuning.
         assert 0 <= rows[name]["beside_merged"]["kl_nats"] < 0.1 * away[name], name
         assert rows[name]["beside_merged"]["agreement"] > rows[name]["beside_dense"]["agreement"]
     assert rows["merged"]["beside_merged"]["kl_nats"] == 0

@@ -1,4 +1,4 @@
-"""What a reader can tell from a picture."""
+"""What a reader sees in a picture."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Two processes on one machine train what one process does with twice the batch."""
+"""Two processes on one machine train the same weights as one process with twice the batch."""
 
 import json
 import subprocess

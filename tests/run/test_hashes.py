@@ -58,7 +58,7 @@ def test_a_file_that_was_written_again_is(tmp_path, hashed, content):
 
 
 def test_a_file_in_place_of_another_is(tmp_path, hashed):
-    """Of the same size and time, but another inode."""
+    """The same size and time, but another inode."""
     weights = sealed(tmp_path).path / "weights"
     stat = weights.stat()
     (tmp_path / "other").write_bytes(b"12346")
@@ -116,7 +116,7 @@ def test_a_link_in_place_of_the_memory_is_not_followed(tmp_path):
 
 
 def test_a_sweep_hashes_the_base_once(tmp_path, hashed):
-    """Every combination is planned in a store of its own, as ``sweep`` does it."""
+    """Every combination is planned in a separate store, as ``sweep`` does it."""
     base = shutil.copytree(TINY, tmp_path / "base")
     root = tmp_path / "run"
     root.mkdir()
@@ -130,7 +130,7 @@ def test_a_sweep_hashes_the_base_once(tmp_path, hashed):
 
 def test_a_cached_run_reads_no_file_whole(tiny_run, hashed):
     root = tiny_run["merge"].path.parent
-    run_recipe(small_recipe(), root)  # what the fixture did may have been younger than a tick
+    run_recipe(small_recipe(), root)  # the fixture's files may have been younger than a clock tick
     hashed.clear()
     again = run_recipe(small_recipe(), root)
     assert again.keys() == tiny_run.keys()

@@ -1,4 +1,4 @@
-"""What an artifact is found by: all that its bytes depend on, and nothing else."""
+"""Keys of artifacts depend on everything that their bytes depend on, and on nothing else."""
 
 import shutil
 from pathlib import Path
@@ -21,7 +21,7 @@ def keys(*overrides: str, model: Path = TINY, root: Path = Path("nowhere")) -> d
 @pytest.mark.parametrize(
     ("override", "first"),
     [
-        # What is set aside of the training data is not calibrated on.
+        # Held-out training data is not used for calibration.
         ("search.strategy=hill-climb", "sparsify"),
         ("seed=9", "sparsify"),
         ("quantize.bits=8", "quantize"),

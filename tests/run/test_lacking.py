@@ -1,4 +1,4 @@
-"""What the machine lacks: named with its place, exit code 3, and what to lower."""
+"""A lack of memory or disk: named with its place and the setting to lower, exit code 3."""
 
 import errno
 import os
@@ -147,7 +147,7 @@ def test_a_run_on_a_read_only_medium_is_verified(tiny_run, tmp_path):
         done = sqft("verify", root, temporary=temporary)
         assert done.returncode == 0, done.stderr
         assert "artifacts match their seals" in done.stdout
-        assert not list(temporary.glob("sqft-*"))  # torch keeps files of its own there
+        assert not list(temporary.glob("sqft-*"))  # torch keeps files there
     finally:
         subprocess.run(["umount", str(root)], check=True)
 

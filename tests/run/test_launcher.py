@@ -1,4 +1,4 @@
-"""What a launcher tells a process: used, or refused before any work."""
+"""A launcher's environment variables are used, or refused before any work."""
 
 import fcntl
 import os

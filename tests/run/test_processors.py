@@ -38,7 +38,7 @@ intr 12 0 9
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    """What a test sets is gone after it."""
+    """Remove the variables that a test sets."""
     for name in (THREADS_VARIABLE, OPENMP_THREADS, *SPIN_VARIABLES):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -176,7 +176,7 @@ def test_plan_says_that_it_measured_a_busy_machine():
 
 
 def test_commands_take_threads_before_torch_counts_them(tmp_path):
-    """In a process of its own: torch has as many threads as the option says."""
+    """In a separate process, torch has the number of threads of the option."""
     code = (
         "import sys\n"
         "from sqft_export import cli\n"

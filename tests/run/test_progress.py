@@ -1,4 +1,4 @@
-"""What a long run says where no terminal is."""
+"""The progress lines of a long run without a terminal."""
 
 import io
 import time

@@ -1,4 +1,4 @@
-"""Several items at once, and what comes of them in order."""
+"""Items are processed concurrently, and their results keep the order."""
 
 import threading
 

@@ -18,7 +18,7 @@ def curves(sparsity):
 
 
 def relative_error(weight, norms, sparsity):
-    """What a layer loses, literally: the lowest scores of every row over all of them."""
+    """The loss of a layer, literally: the lowest scores of every row over all its scores."""
     energy = (weight * norms).square()
     count = round(weight.shape[1] * sparsity)
     lowest = energy.sort(dim=1).values[:, :count]

@@ -22,7 +22,7 @@ GIVEN = ("sparsify={method: given}", "quantize.method=given", "adapt.steps=2")
 
 
 def next_round(base: Path, runs: Path, *settings: str) -> dict[str, Artifact]:
-    """A merged model through the recipe up to ``verify``, its zeros and grid as they are."""
+    """Run the recipe up to ``verify`` on a merged model; its zeros and grid stay."""
     return run_recipe(small_recipe(*GIVEN, *settings, model_path=base), runs, ("verify",))
 
 

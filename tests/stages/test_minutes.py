@@ -22,7 +22,7 @@ class _Clock:
 
 @pytest.fixture
 def measured(tiny_run, monkeypatch, tmp_path):
-    """``measured(minutes, seconds an item of each row) -> items, jobs``."""
+    """``measured(minutes, seconds per item of each row) -> items, jobs``."""
 
     def run(minutes: float, seconds: dict[str, float], *more: str):
         recipe = small_recipe(f"benchmark={{minutes: {minutes}, rounds: 2}}", *more)

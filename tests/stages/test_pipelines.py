@@ -95,7 +95,7 @@ def test_openvino_genai_loads_the_adapter(runs):
     for prompt in prompts(4):
         ids = pipe.get_tokenizer().encode(prompt).input_ids.data.copy()
         config = openvino_genai.GenerationConfig(max_new_tokens=6, ignore_eos=True)
-        # Explicitly: what a call was given stays for the next one.
+        # Explicitly, since options of a call stay for the next one.
         said = pipe.generate(ids_tensor(ids), config, adapters=adapters).tokens[0]
         session.reset()
         expected, step = [], ids
@@ -105,7 +105,7 @@ def test_openvino_genai_loads_the_adapter(runs):
         assert list(said) == expected
         bare = pipe.generate(ids_tensor(ids), config, adapters=openvino_genai.AdapterConfig())
         differ.append(list(bare.tokens[0]) != expected)
-    assert any(differ)  # the adapter is what made them say it
+    assert any(differ)  # the adapter causes this answer
 
 
 def ids_tensor(ids):

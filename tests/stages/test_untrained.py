@@ -1,4 +1,4 @@
-"""A recipe without training: what the sparsifier and the quantizer made is what is deployed."""
+"""A recipe without training deploys the output of the sparsifier and the quantizer."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a reader of the report must not overlook."""
+"""Warnings that a reader of the report must see."""
 
 import json
 from pathlib import Path

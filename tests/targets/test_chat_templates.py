@@ -30,7 +30,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module", params=["chat_template.jinja", "tokenizer_config.json"])
 def chatty(request, tmp_path_factory) -> Path:
-    """The embedded model with a template, in a file of its own or in the tokenizer's config."""
+    """The embedded model with a template, in a separate file or in the tokenizer's config."""
     model = tmp_path_factory.mktemp("chatty") / "model"
     shutil.copytree(TINY, model)
     if request.param.endswith(".jinja"):

@@ -14,7 +14,7 @@ from sqft_export.run.gates import QualityGates
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets import target
 
-MOST = 4  # by merge for what deployments say of the model, and by every export
+MOST = 4  # by merge for the facts in every deployment, and by every export
 
 
 @pytest.fixture

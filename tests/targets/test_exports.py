@@ -186,7 +186,7 @@ def test_prompts_longer_than_a_block_and_batches_agree_after_the_cache_is_used(t
 
 
 def _padded(prompts: list[list[int]], left: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask ``[batch, longest]``, prompts filled up on one side."""
+    """Ids and mask ``[batch, longest]``, prompts padded on one side."""
     longest = max(map(len, prompts))
     ids, mask = (np.zeros((len(prompts), longest), np.int64) for _ in range(2))
     for row, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""What a stranger's ``genai_config.json`` may say: settings, no libraries and no other files."""
+"""An untrusted ``genai_config.json`` may have settings, but name no libraries or other files."""
 
 import copy
 import json

@@ -70,7 +70,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embedding
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
 LONG |= {"short_factor": [1.0] * 8, "long_factor": [1.5] * 8}
-# Other ways to turn positions, by what they are called here.
+# Other rotary scalings, by their names in transformers.
 ROPES = {
     "llama3": ("llama", {"rope_theta": 500.0, **LLAMA3}),
     "linear": ("llama", {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}),

@@ -1,4 +1,4 @@
-"""What `inspect` says of a deployment is what is in it."""
+"""`inspect` reports the true contents of a deployment."""
 
 import json
 import subprocess

@@ -139,7 +139,7 @@ def dense_update(ctx, x, lora_a, lora_b, shift, layer, scaling):
 
 
 def test_another_training_forward_is_named(tmp_path, monkeypatch):
-    """Merge is as it was: it must not be what the certificate takes for the trained side."""
+    """The certificate must not take the unchanged merge for the trained side."""
     monkeypatch.setattr(_Adapted, "forward", staticmethod(dense_update))
     model = random_model(tmp_path / "model")
     recipe = small_recipe(*SETTINGS, "adapt.learning_rate=1e-2", model_path=model)
@@ -306,7 +306,7 @@ def change_onnx(subject: Subject, name: str, byte: int = 2) -> None:
         (f"{LAYER}.scales", "codes, scales, zero points: merged and onnx"),
         ("embed_tokens.weight", "float weights: merged and onnx"),
         ("input_layernorm.weight", "float weights: merged and onnx"),
-        # No weight of the model: only what the runtime computes tells.
+        # Not a weight of the model: only the runtime's results reveal it.
         ("cos_cache", "logits: merged in torch and onnx"),
     ],
 )

@@ -51,7 +51,7 @@ UPPER_WINDOWS = {
 
 
 def certified(root: Path, runtime: str, config: dict, **asked) -> dict[str, bool]:
-    """Lines about lengths of a random model that is exported as it is."""
+    """Lines about lengths of an exported random model."""
     model = root / "merge" / "model"
     if not model.is_dir():
         random_model(model, **config)
