@@ -35,6 +35,10 @@ FAULT_OF_ERRNO = {
     errno.ELOOP: "is a circular link",
     errno.ENAMETOOLONG: "has a name that is too long",
 }
+# Systems differ in these flags: Windows has O_BINARY, the others have O_NONBLOCK and O_CLOEXEC.
+OPEN_FLAGS = os.O_RDONLY
+for _name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
+    OPEN_FLAGS |= getattr(os, _name, 0)
 SNAPSHOT_NAME = re.compile(r"[0-9a-f]{40}")  # a commit in the hub's cache
 
 
@@ -66,7 +70,7 @@ def open_regular(file: Path) -> BufferedReader:
     if fault := fault_of_file(file):
         raise UserError(f"{one_line(file)}: {fault}")
     try:
-        stream = os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        stream = os.fdopen(os.open(file, OPEN_FLAGS), "rb")
     except OSError as error:
         raise _read_error(file, error) from error
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):  # replaced after the first check

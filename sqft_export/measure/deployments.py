@@ -18,6 +18,7 @@ Every process runs one unmeasured warm-up round.
 
 import json
 import os
+import platform
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -369,6 +370,8 @@ def benchmark_folders(
     kinds = {name: kind_of(measured.folder) for name, measured in named.items()}
     sizes = {name: vocabulary_of(measured.folder) for name, measured in named.items()}
     cpus = settings.cpus
+    if cpus and not hasattr(os, "sched_setaffinity"):
+        raise UserError(f"--cpus: {platform.system()} can't bind a process to processors; leave it")
     if cpus and not set(cpus) <= set(range(os.cpu_count() or 1)):
         last = (os.cpu_count() or 1) - 1
         raise UserError(f"--cpus: found {list(cpus)}; this machine has 0 to {last}")

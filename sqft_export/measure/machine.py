@@ -2,7 +2,7 @@
 
 import os
 import platform
-import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,19 @@ def machine_facts() -> dict[str, Any]:
         "processor": fields.get("model name") or platform.processor() or platform.machine(),
         "features": [name for name in CPU_FEATURES if name in flags],
         "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": _total_memory(),
         "system": platform.platform(),
         "python": platform.python_version(),
     }
+
+
+def _total_memory() -> int:
+    """Return the bytes of this machine's memory."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.virtual_memory().total)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def energy_joules(device: str = "cpu") -> float | None:
@@ -71,8 +80,18 @@ def _status(field: str) -> int | None:
 
 def peak_memory() -> int:
     """Return the peak resident bytes of this process since its start."""
-    # ru_maxrss is the fallback only: on Linux it includes the peak of the parent process.
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _status("VmHWM") or _peak_without_proc()
+
+
+def _peak_without_proc() -> int:
+    """Return the peak resident bytes on macOS and Windows, which have no ``/proc``."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def memory_now() -> int:

@@ -4,11 +4,12 @@ The launcher's environment variables are read here, and other processes wait her
 """
 
 import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from sqft_export.errors import UserError
 
@@ -62,8 +63,7 @@ def _launcher_fault(found: dict[str, str]) -> str | None:
 @contextlib.contextmanager
 def first_process_presence(root: Path) -> Iterator[None]:
     """Hold a lock that shows other processes that the first one works in a run's folder."""
-    with (root / PRESENCE_FILE).open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(root / PRESENCE_FILE):
         yield
 
 
@@ -72,12 +72,11 @@ def first_process_works(root: Path) -> bool:
     file = root / PRESENCE_FILE
     if not file.exists():
         return False
-    with file.open() as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
+    try:
+        with FileLock(file, timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def wait_for_first(root: Path, done: Callable[[], bool]) -> None:

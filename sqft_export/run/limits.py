@@ -6,7 +6,7 @@ host. Versions 1 and 2 of control groups are read.
 """
 
 import math
-import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,9 +25,12 @@ def free_memory() -> int:
     import psutil
 
     found = [int(psutil.virtual_memory().available), *_unused_group_memory()]
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        found.append(limit - psutil.Process().memory_info().vms)
+    if sys.platform != "win32":
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            found.append(limit - psutil.Process().memory_info().vms)
     return max(0, min(found))
 
 

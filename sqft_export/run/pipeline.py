@@ -1,7 +1,6 @@
 """Run a recipe: check everything first, key each pass, run it or reuse its artifact."""
 
 import contextlib
-import fcntl
 import os
 import sys
 import time
@@ -9,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import FileLock, Timeout
 
 from sqft_export.errors import HostError, UserError
 from sqft_export.model.hub import download_model, model_folder, planned_download
@@ -161,13 +162,14 @@ def _lock_run_folder(root: Path) -> Iterator[None]:
     :raises UserError: if another process holds the lock.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with _open_run_file(root / ".lock") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{root}: another run is working here") from error
-        with first_process_presence(root):
-            yield
+    lock = root / ".lock"
+    _open_run_file(lock).close()
+    try:
+        held = FileLock(lock).acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"{root}: another run is working here") from error
+    with held, first_process_presence(root):
+        yield
 
 
 def _plan_within_limits(
