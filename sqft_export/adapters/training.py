@@ -152,6 +152,8 @@ def collate(examples: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]
         length = len(example["input_ids"])
         ids[row, :length] = torch.tensor(example["input_ids"])
         labels[row, example["skip"] : length] = ids[row, example["skip"] : length]
+        if example.get("loss") is not None:
+            labels[row, :length][~torch.tensor(example["loss"])] = -100
         mask[row, :length] = 1
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
@@ -265,7 +267,8 @@ def padding_id(model: nn.Module, tokenizer: Any) -> int:
 
 def has_no_loss(example: Example, config: Adapt) -> bool:
     """True if truncation left no token of the example in the loss."""
-    return config.loss_on == "answer" and example.skip >= len(example.ids)
+    masked = config.loss_on == "answer" or example.loss is not None
+    return masked and example.has_no_answer
 
 
 @dataclass(frozen=True)
@@ -381,7 +384,11 @@ def _rows(examples: list[Example], config: Adapt) -> list[dict[str, Any]]:
     :raises UserError: if no example is left.
     """
     rows = [
-        {"input_ids": e.ids, "skip": e.skip if config.loss_on == "answer" else 0}
+        {
+            "input_ids": e.ids,
+            "skip": e.skip if config.loss_on == "answer" else 0,
+            "loss": e.loss,
+        }
         for e in examples
         if not has_no_loss(e, config)
     ]

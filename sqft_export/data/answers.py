@@ -19,14 +19,12 @@ import string
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sqft_export.errors import HostError, UserError, one_line
+from sqft_export.recipe.schema import ScoreName
 
 AnswerScore = Callable[[str, str], float]
-ScoreName = Literal[
-    "exact", "normalized", "contains", "regex", "json", "json_f1", "rouge_l", "bleu", "file"
-]
 INSTALL_SCORES = "pip install 'sqft-export[scores]'"
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)

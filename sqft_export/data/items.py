@@ -14,24 +14,30 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
+from sqft_export.data.chat import ChatEncoder, Conversation, EncodedChat
+from sqft_export.data.chat_template import ChatTemplate
+from sqft_export.data.conversations import chat_files, hub_sources, read_conversations
 from sqft_export.data.datasets import SETS, Record, Scoring, local_file, records, set_names
 from sqft_export.data.files import numbered_rows, read_text
 from sqft_export.errors import UserError
-from sqft_export.recipe.schema import Dataset, Problems, Recipe, Text
+from sqft_export.recipe.schema import Chat, Dataset, Problems, Recipe, Text
 from sqft_export.recipe.templates import fill_template
 from sqft_export.textfiles import read_json
 
 # Recipe fields that determine the examples and items of a split, besides the content of its files.
 TASK_FIELDS = (
     *("task.kind", "task.prompt", "task.answer", "task.name", "task.template"),
-    *("task.test_share", "task.sequence_length"),
+    *("splits_train", "task.test_share", "task.sequence_length", "task.columns"),
+    *("task.template_arguments", "task.loss_on", "task.split", "task.test_split", "task.subset"),
 )
 TRAIN_FIELDS = (*TASK_FIELDS, "task.train_sets", "set_aside", "seed")
 TEST_FIELDS = (*TASK_FIELDS, "task.test_sets")
 ANSWER_FIELDS = ("task.max_new_tokens", "task.stop", "task.final")
 CARD_FIELDS = ("task.stop",)  # fields of the prompt format in a model card
-TRAIN_FILES = ("task.train", "task.folder", "task.text")
-TEST_FILES = ("task.test", "task.folder", "task.text")
+SCORE_FIELDS = (*ANSWER_FIELDS, "task.score", "task.pattern")
+# Keys contain the content of these files. A chat task reads both sources for each of its splits.
+TASK_FILES = ("task.train", "task.test", "task.folder", "task.text", "task.revision")
+SCORE_FILES = ("task.score_file",)
 
 SetRecord = tuple[str, Scoring, Record]  # name of the set, scoring, item
 # Key of transformers' warning about texts beyond a model's limit. Here texts are cut afterwards.
@@ -71,14 +77,21 @@ class Item:
 
 @dataclass(frozen=True)
 class Example:
-    """One training example: token ids, of which the loss excludes the first ``skip``."""
+    """One training example.
+
+    skip: number of first ids that a loss on answers excludes.
+    loss: for each id, whether it is in the loss; None: all ids after ``skip``.
+    """
 
     ids: list[int]
     skip: int
+    loss: list[bool] | None = None
 
     @property
     def has_no_answer(self) -> bool:
-        """Return whether the cut example contains only tokens of the prompt."""
+        """Return whether the cut example has no token in a loss on answers."""
+        if self.loss is not None:
+            return not any(self.loss[1:])  # no token predicts the first one
         return self.skip >= len(self.ids)
 
 
@@ -183,6 +196,8 @@ def data_files(recipe: Recipe, split: str) -> list[Path]:
         return [recipe.resolve(task.train if split == "train" else task.test)]
     if isinstance(task, Text):
         return [recipe.resolve(task.text)]
+    if isinstance(task, Chat):
+        return chat_files(recipe, task, split)
     if task.folder is None:
         return []
     folder = recipe.resolve(task.folder)
@@ -305,6 +320,76 @@ class Examples(Sequence[Example]):
         return [Example(prompt + _append_end(answer, end), len(prompt)) for prompt, answer in pairs]
 
 
+def chat_encoder(recipe: Recipe, tokenizer: Any) -> ChatEncoder:
+    """Return the encoder of a chat task's conversations, for the tokenizer of a model folder.
+
+    :raises UserError: if the tokenizer has no such template.
+    """
+    task = recipe.task
+    assert isinstance(task, Chat)
+    place = f"{recipe.file}: task.template"
+    template = ChatTemplate(tokenizer, task.template, task.template_arguments, place)
+    return ChatEncoder(template, stop_ids(Path(tokenizer.name_or_path), tokenizer))
+
+
+def _chat_items(
+    recipe: Recipe, tokenizer: Any, conversations: Sequence[Conversation]
+) -> list[Item]:
+    """Return the last answer of every conversation as an item.
+
+    The prompt ends with the template's generation prompt. The target ends with the end-of-turn
+    token. The text is the content of the last message of the assistant.
+    """
+    encoder = chat_encoder(recipe, tokenizer)
+    items = []
+    for conversation in conversations:
+        prompt, encoded = encoder.prompt_ids(conversation), encoder.encode(conversation)
+        start, end = encoded.last_answer
+        if encoded.ids[: len(prompt)] == prompt:  # else tokens merge, or earlier turns change
+            start = len(prompt)
+        answers = [m["content"] for m in conversation.messages if m["role"] == "assistant"]
+        items.append(Item(prompt, encoded.ids[start:end], answers[-1]))
+    return items
+
+
+class ChatExamples(Sequence[Example]):
+    """Training examples of conversations; each one is encoded at its first access.
+
+    longest: largest number of tokens per example; longer ones lose their first turns.
+    """
+
+    def __init__(self, encoder: ChatEncoder, conversations: list[Conversation], longest: int):
+        self.encoder, self.conversations, self.longest = encoder, conversations, longest
+        self._encoded: dict[int, EncodedChat] = {}
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    @overload
+    def __getitem__(self, at: int) -> Example: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Example]: ...
+    def __getitem__(self, at):
+        if isinstance(at, slice):
+            return [self[n] for n in range(*at.indices(len(self)))]
+        encoded = self.encoded(range(len(self))[at])
+        first = next((n for n, one in enumerate(encoded.loss) if one), len(encoded.ids))
+        return Example(encoded.ids, first, encoded.loss)
+
+    def encoded(self, at: int) -> EncodedChat:
+        """Return ids, mask and text of one conversation."""
+        if at not in self._encoded:
+            found = self.encoder.encode_within(self.conversations[at], self.longest)
+            self._encoded[at] = found
+        return self._encoded[at]
+
+    @property
+    def truncated(self) -> int:
+        """Return the number of examples that are cut."""
+        found = map(self.encoded, range(len(self)))
+        return sum(bool(one.dropped or one.cut) for one in found)
+
+
 class Data:
     """The data of a task, split and tokenized; each part is made at its first use.
 
@@ -326,11 +411,22 @@ class Data:
             chosen = [item for n, item in enumerate(items) if n in validation]
             rest = [Example(i.ids, 1) for n, i in enumerate(items) if n not in validation]
             return rest, chosen
+        if isinstance(task, Chat):
+            return self._conversations(task)
         found = list(_records(self.recipe, "train"))
         validation = set(_choose_validation(self.recipe, len(found)))
         chosen = to_items(tokenizer, [one for n, one in enumerate(found) if n in validation])
         texts = [(r.prompt, r.answer) for n, (_, _, r) in enumerate(found) if n not in validation]
         return Examples(tokenizer, texts, task.sequence_length), chosen
+
+    def _conversations(self, task: Chat) -> tuple[Sequence[Example], list[Item]]:
+        found = read_conversations(self.recipe, task, "train")
+        validation = set(_choose_validation(self.recipe, len(found)))
+        chosen = [one for n, one in enumerate(found) if n in validation]
+        rest = [one for n, one in enumerate(found) if n not in validation]
+        encoder = chat_encoder(self.recipe, self.tokenizer)
+        items = _chat_items(self.recipe, self.tokenizer, chosen)
+        return ChatExamples(encoder, rest, task.sequence_length), items
 
     @property
     def train(self) -> Sequence[Example]:
@@ -342,12 +438,15 @@ class Data:
 
     @property
     def truncated(self) -> int:
-        return self.train.truncated if isinstance(self.train, Examples) else 0
+        return self.train.truncated if isinstance(self.train, Examples | ChatExamples) else 0
 
     @cached_property
     def test(self) -> list[Item]:
         if isinstance(self.recipe.task, Text):
             return _text_items(self.recipe.task, self.recipe, self.tokenizer)[1]
+        if isinstance(self.recipe.task, Chat):
+            found = read_conversations(self.recipe, self.recipe.task, "test")
+            return _chat_items(self.recipe, self.tokenizer, found)
         return to_items(self.tokenizer, list(_records(self.recipe, "test")))
 
 
@@ -395,6 +494,8 @@ def count_examples(recipe: Recipe) -> int | None:
     if isinstance(task, Text):
         characters = recipe.resolve(task.text).stat().st_size * (1 - task.test_share)
         return int(characters / 4 / task.sequence_length)
+    if isinstance(task, Chat):
+        return None if hub_sources(task) else len(read_conversations(recipe, task, "train"))
     return sum(1 for _ in _records(recipe, "train"))
 
 
@@ -405,6 +506,10 @@ def sample_items(
     if isinstance(recipe.task, Text):
         items = _text_items(recipe.task, recipe, tokenizer)[split == "test"]
         return {"": len(items)}, items[:: max(1, len(items) // count)]
+    if isinstance(recipe.task, Chat):
+        rows = read_conversations(recipe, recipe.task, split)
+        some = rows[:: max(1, len(rows) // count)]
+        return {"": len(rows)}, _chat_items(recipe, tokenizer, some)
     found = list(_records(recipe, split))
     chosen = found[:: max(1, len(found) // count)]
     return Counter(name for name, _, _ in found), to_items(tokenizer, chosen)
@@ -425,6 +530,9 @@ def train_records(recipe: Recipe) -> Iterator[Record]:
 
 def scored_items(recipe: Recipe, tokenizer: Any, count: int) -> list[Item]:
     """Return the first ``count`` test items of every set."""
+    if isinstance(recipe.task, Chat):
+        conversations = read_conversations(recipe, recipe.task, "test")
+        return _chat_items(recipe, tokenizer, conversations[:count])
     taken: Counter[str] = Counter()
     chosen = []
     for found in _records(recipe, "test"):
@@ -464,6 +572,10 @@ def train_texts(recipe: Recipe) -> Iterator[str]:
     if isinstance(task, Text):
         yield from (line for line in read_text(files[0]).split("\n") if line.strip())
         return
+    if isinstance(task, Chat):
+        for one in read_conversations(recipe, task, "train"):
+            yield "\n".join(str(message["content"]) for message in one.messages)
+        return
     for _, _, record in _records(recipe, "train"):
         yield record.prompt + record.answer
 
@@ -474,8 +586,17 @@ def sample_texts(recipe: Recipe, count: int) -> list[str]:
     if isinstance(task, Text):
         lines = [line for line in read_text(recipe.resolve(task.text)).split("\n") if line.strip()]
         return [*lines[-count:], *HARD_TEXTS]
+    if isinstance(task, Chat):
+        found = read_conversations(recipe, task, "test")[:count]
+        return [*(last_user_text(one) for one in found), *HARD_TEXTS]
     prompts = (record.prompt for _, _, record in _records(recipe, "test"))
     return [*itertools.islice(prompts, count), *HARD_TEXTS]
+
+
+def last_user_text(conversation: Conversation) -> str:
+    """Return the last text of the user; the first message if there is none."""
+    texts = [m["content"] for m in conversation.messages if m["role"] == "user"]
+    return str([conversation.messages[0]["content"], *texts][-1])
 
 
 def first_token(tokenizer: Any) -> list[int]:

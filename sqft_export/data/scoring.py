@@ -4,13 +4,15 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from sqft_export.data.answers import AnswerScore, make_score
 from sqft_export.data.datasets import parse_number, plain_number
 from sqft_export.data.items import Item
 from sqft_export.data.stops import cut_at_stop, stop_pieces, stop_texts
-from sqft_export.recipe.schema import Dataset, Problems, Recipe, Text
+from sqft_export.recipe.schema import Chat, Problems, Recipe, Task, Text
 
 NUMBER = re.compile(r"-?\d+\.?\d*")
 NUMBER_TOLERANCE = 1e-3
+RIGHT_SCORE = 0.5  # lowest score of a chat answer that counts as right in paired tests
 
 
 def questions(
@@ -51,15 +53,22 @@ class Judged:
     """The judgement of one item.
 
     answer: the generated answer, or the label of the choice with the highest likelihood.
-    right: whether the answer is right.
+    right: whether the answer is right; with a score, whether it is at least ``RIGHT_SCORE``.
     right_normalized: the same with likelihoods divided by the length of the choices; equal to
         ``right`` for generated answers.
+    score: score of a chat answer, from 0 to 1; None for other tasks.
     """
 
     item: Item
     answer: str
     right: bool
     right_normalized: bool
+    score: float | None = None
+
+    @property
+    def points(self) -> float:
+        """Return the points of the answer; the accuracy is their mean."""
+        return float(self.right) if self.score is None else self.score
 
 
 def judge(
@@ -68,7 +77,7 @@ def judge(
     """Judge the answers to :func:`questions`; plain text has none and is skipped."""
     answers = iter(result["answers"])
     likelihoods = iter(result["likelihoods"])
-    judged = []
+    judged, measure = [], answer_score(recipe)
     for item in items:
         if item.text is None:
             continue
@@ -81,12 +90,29 @@ def judge(
             judged.append(Judged(item, item.labels[best], *right))
             continue
         answer = decode_answer(tokenizer, next(answers), recipe.task)
+        if measure is not None:
+            points = measure(item.text, answer)
+            correct = points >= RIGHT_SCORE
+            judged.append(Judged(item, answer, correct, correct, points))
+            continue
         correct = is_right(recipe.task, answer, item)
         judged.append(Judged(item, answer, correct, correct))
     return judged
 
 
-def decode_answer(tokenizer: Any, ids: list[int], task: Problems | Dataset | Text) -> str:
+def answer_score(recipe: Recipe) -> AnswerScore | None:
+    """Return the score that a chat task names; None for other tasks.
+
+    :raises UserError: if its pattern or its file is not valid.
+    """
+    task = recipe.task
+    if not isinstance(task, Chat):
+        return None
+    file = recipe.resolve(task.score_file) if task.score_file else None
+    return make_score(task.score, task.pattern, file)
+
+
+def decode_answer(tokenizer: Any, ids: list[int], task: Task) -> str:
     """Return a generated answer as text, up to the task's first stop text.
 
     Start, end and padding tokens are removed. Other special tokens and blanks are kept, because an
@@ -116,7 +142,7 @@ def accuracy_by_set(judged: list[Judged]) -> dict[str, dict[str, float]]:
         found.setdefault(entry.item.source, []).append(entry)
     return {
         name: {
-            "accuracy": sum(e.right for e in entries) / len(entries),
+            "accuracy": sum(e.points for e in entries) / len(entries),
             "accuracy_normalized": sum(e.right_normalized for e in entries) / len(entries),
             "items": len(entries),
         }
@@ -124,7 +150,7 @@ def accuracy_by_set(judged: list[Judged]) -> dict[str, dict[str, float]]:
     }
 
 
-def is_right(task: Problems | Dataset | Text, answer: str, item: Item) -> bool:
+def is_right(task: Task, answer: str, item: Item) -> bool:
     """Return whether a generated answer, up to its first stop text, is the expected one.
 
     The item's ``scoring`` says how they are compared; see ``datasets``.

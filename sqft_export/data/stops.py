@@ -6,10 +6,10 @@ A worker process has no tokenizer.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqft_export.recipe.schema import Dataset, Problems, Text
+from sqft_export.recipe.schema import Task, Text
 
 
-def stop_texts(task: Problems | Dataset | Text) -> tuple[str, ...]:
+def stop_texts(task: Task) -> tuple[str, ...]:
     """Return the texts that end an answer to a task, the same for every row; () for plain text."""
     return () if isinstance(task, Text) else task.stop_texts
 

@@ -77,9 +77,9 @@ def accuracy_row(
     :return: ``p_same_as_first`` is the p-value of McNemar's test.
     """
     right = [answer.right for answer in judged]
-    by_set: dict[str, list[bool]] = {}
+    by_set: dict[str, list[float]] = {}
     for answer in judged:
-        by_set.setdefault(answer.item.source, []).append(answer.right)
+        by_set.setdefault(answer.item.source, []).append(answer.points)
     sets = [sum(s) for s in by_set.values()], [len(s) for s in by_set.values()]
     return {
         "accuracy": accuracy_of(judged, result),
@@ -97,4 +97,5 @@ def answer_entry(judged: Judged) -> dict[str, Any]:
         "answer": judged.answer,
         "expected": item.text,
         "right": judged.right,
+        **({} if judged.score is None else {"score": judged.score}),
     }

@@ -1,6 +1,7 @@
 """Percentiles, confidence intervals and tests. Needs only numpy and the standard library."""
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -14,7 +15,7 @@ def percentiles(samples: list[float], *percents: float) -> list[float]:
     return [float(p) for p in np.percentile(np.array(samples), percents)]
 
 
-def wilson(right: int, count: int) -> tuple[float, float]:
+def wilson(right: float, count: int) -> tuple[float, float]:
     """Return the 95 % score interval of the share ``right / count`` (Wilson 1927)."""
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     share, spread = right / count, z * z / count
@@ -24,7 +25,7 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
-def mean_interval(right: list[int], counts: list[int]) -> tuple[float, float]:
+def mean_interval(right: Sequence[float], counts: list[int]) -> tuple[float, float]:
     """Return the 95 % interval of the mean of several sets' shares.
 
     Combines the Wilson intervals of the sets by MOVER (Zou and Donner 2008). For a single set this

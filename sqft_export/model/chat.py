@@ -10,7 +10,7 @@ template, so a GGUF file gets ``PLAIN_TEMPLATE``.
 import json
 from pathlib import Path
 
-from sqft_export.recipe.schema import Dataset, Problems, Text
+from sqft_export.recipe.schema import Chat, Task
 from sqft_export.textfiles import read_json
 
 PLAIN_TEMPLATE = "{{ messages[-1]['content'] }}"
@@ -21,9 +21,9 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
-def uses_template(task: Problems | Dataset | Text) -> bool:
-    """Return whether a task's prompts use the base's chat template; currently none does."""
-    return False
+def uses_template(task: Task) -> bool:
+    """Return whether a task's prompts are rendered with a chat template."""
+    return isinstance(task, Chat)
 
 
 def has_template(folder: Path) -> bool:
@@ -49,6 +49,17 @@ def rename_template(folder: Path) -> None:
     """Move the text of a model folder's chat templates to a name that no runtime reads."""
     if text := remove_template(folder):
         (folder / BASE_TEMPLATE_FILE).write_text(text)
+
+
+def write_template(folder: Path, text: str) -> None:
+    """Replace all chat templates of a model folder by this one."""
+    remove_template(folder)
+    (folder / TEMPLATE_FILES[0]).write_text(text)
+
+
+def default_template(templates: str | dict[str, str] | None) -> str | None:
+    """Return the template that runtimes apply, from all templates of a tokenizer."""
+    return templates.get("default") if isinstance(templates, dict) else templates
 
 
 def _pop_text(file: Path) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sqft_export.kernels.extension import unavailable_reason
 from sqft_export.kernels.ir import is_specialized
+from sqft_export.model.chat import has_template
 from sqft_export.packed.seal import read_seal, write_provenance
 from sqft_export.run.artifact import sha256_of
 from sqft_export.targets.folder import (
@@ -167,22 +168,34 @@ def _onnx(folder: Path, form: str) -> list[str]:
             'generator.set_active_adapter(adapters, "tuned")',
         ]
     return _python(
+        *(["import json", ""] if has_template(folder) else []),
         "import onnxruntime_genai",
         *(["import sqft_export"] if packed else []),
         "",
         f"model = {load}",
         "tokenizer = onnxruntime_genai.Tokenizer(model)",
-        'tokenizer.update_options(add_special_tokens="true")',
+        *([] if has_template(folder) else ['tokenizer.update_options(add_special_tokens="true")']),
         "params = onnxruntime_genai.GeneratorParams(model)",
         f"params.set_search_options(max_length={longest})  # tokens of prompt and answer",
         "generator = onnxruntime_genai.Generator(model, params)",
         *adapter,
         "{prompt}",
+        *_as_message(folder),
         "generator.append_tokens(tokenizer.encode(prompt))",
         "while not generator.is_done():",
         "    generator.generate_next_token()",
         "print(tokenizer.decode(generator.get_sequence(0)))",
     )
+
+
+def _as_message(folder: Path) -> list[str]:
+    """Code that renders the prompt with the chat template, if the folder has one."""
+    if not has_template(folder):
+        return []
+    return [
+        'message = json.dumps([{"role": "user", "content": prompt}])',
+        "prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True)",
+    ]
 
 
 def _gguf(folder: Path, form: str) -> list[str]:
@@ -196,22 +209,23 @@ def _gguf(folder: Path, form: str) -> list[str]:
             "Every program that is built on llama.cpp reads the unpacked folder:",
             "",
             *("```sh", "sqft-export unpack . ../unpacked", "```", ""),
-            *_python(*_llama_cpp("../unpacked/model.gguf")),
+            *_python(*_llama_cpp("../unpacked/model.gguf", has_template(folder))),
         ]
-    lines = _python(*_llama_cpp("model.gguf"))
+    lines = _python(*_llama_cpp("model.gguf", has_template(folder)))
     if (folder / ADAPTER_FOLDER).is_dir():
         file = f"{ADAPTER_FOLDER}/adapter.gguf"
         lines += [f"This is the base alone; llama.cpp applies the adapter by `--lora {file}`.", ""]
     return lines
 
 
-def _llama_cpp(file: str) -> list[str]:
+def _llama_cpp(file: str, is_chat: bool) -> list[str]:
+    question = 'llm.chat([{"role": "user", "content": prompt}])' if is_chat else "llm(prompt)"
     return [
         "import cyllama",
         "",
         f'llm = cyllama.LLM("{file}", temperature=0.0, max_tokens={_NEW_TOKENS})',
         "{prompt}",
-        "print(llm(prompt))",
+        f"print({question})",
     ]
 
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from sqft_export.data.conversations import hub_sources, split_conversations
 from sqft_export.data.datasets import missing_sets, records
 from sqft_export.data.files import read_text
 from sqft_export.data.items import count_examples, data_files, problem_records
@@ -17,6 +18,7 @@ from sqft_export.model.contexts import deployed_config
 from sqft_export.model.existing import stored_grid
 from sqft_export.model.families import adapted, builder_lacks, rank_groups
 from sqft_export.plan.answers import answer_faults, cut_answer_faults
+from sqft_export.plan.chat import chat_faults
 from sqft_export.plan.context import context_faults
 from sqft_export.plan.exporters import PACKAGES as TARGET_PACKAGES
 from sqft_export.plan.exporters import drop_unsupported, target_faults
@@ -24,7 +26,7 @@ from sqft_export.plan.gates import gate_faults
 from sqft_export.plan.layout import Layout, fallback_sizes, group_sizes, layout_of
 from sqft_export.plan.readers import token_faults
 from sqft_export.plan.tokenizer import tokenizer_faults
-from sqft_export.recipe.schema import HUB, Amount, Dataset, Problems, Recipe, Text, matches
+from sqft_export.recipe.schema import HUB, Amount, Chat, Dataset, Problems, Recipe, Text, matches
 from sqft_export.run.host import installed
 from sqft_export.sparsifiers import override_for
 from sqft_export.targets.devices import devices, why_not_run
@@ -65,6 +67,9 @@ def _task_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
         if folder is not None and not missing:
             _read_all(task, folder, recipe)
         return
+    if isinstance(task, Chat):
+        yield from _chat_source_faults(recipe, task)
+        return
     files = [(split, f) for split in ("train", "test") for f in data_files(recipe, split)]
     for split, file in files:
         if fault := fault_of_file(file):
@@ -75,6 +80,22 @@ def _task_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
                 pass
         else:
             read_text(file)
+
+
+def _chat_source_faults(recipe: Recipe, task: Chat) -> Iterator[str]:
+    """Missing sources, and rows that are no conversations."""
+    if hub_sources(task) and not installed("datasets"):
+        yield f"task: the hub {NEEDS_DATASETS}"
+    for split in ("train", "test"):
+        source = task.source(split)
+        path = recipe.resolve(source)
+        if source.startswith(HUB) or path.is_dir():
+            continue
+        if fault := fault_of_file(path):
+            yield f"task.{split}: {fault if os.path.lexists(path) else 'no such file'}: {path}"
+            return
+    if not hub_sources(task):
+        split_conversations(recipe, task)
 
 
 def _read_all(task: Dataset, folder: Path, recipe: Recipe) -> None:
@@ -381,4 +402,9 @@ CHECKS: tuple[FaultFinder, ...] = (
     _lm_eval_faults,
     gate_faults,
 )
-DATA_CHECKS: tuple[FaultFinder, ...] = (answer_faults, cut_answer_faults, context_faults)
+DATA_CHECKS: tuple[FaultFinder, ...] = (
+    answer_faults,
+    cut_answer_faults,
+    chat_faults,
+    context_faults,
+)

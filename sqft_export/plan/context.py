@@ -5,6 +5,7 @@ from itertools import islice
 
 from sqft_export.data.items import Item, load_tokenizer, scored_items
 from sqft_export.plan.answers import CHECKED_ITEMS, has_local_answers
+from sqft_export.plan.chat import chat_of
 from sqft_export.plan.layout import Layout
 from sqft_export.recipe.schema import Recipe, Text
 
@@ -63,7 +64,7 @@ def _excesses(recipe: Recipe, layout: Layout) -> Iterator[tuple[str, bool]]:
     for found, length in _configured_lengths(recipe):
         if length > positions:
             yield f"{found}, {length} tokens; {has}", learned
-    if layout.folder is None or not has_local_answers(recipe):
+    if layout.folder is None or not (has_local_answers(recipe) or chat_of(recipe, layout)):
         return
     count = CHECKED_ITEMS if recipe.benchmark.minutes else recipe.benchmark.items
     items = scored_items(recipe, load_tokenizer(layout.folder), max(count, recipe.verify.prompts))

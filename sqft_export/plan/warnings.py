@@ -12,6 +12,7 @@ from sqft_export.plan.answers import (
     find_repeated_items,
     find_unjudgeable_answers,
 )
+from sqft_export.plan.chat import find_chat_doubts
 from sqft_export.plan.context import find_context_excess
 from sqft_export.plan.exporters import find_caps, find_skipped_targets
 from sqft_export.plan.layout import Layout
@@ -29,6 +30,7 @@ FINDERS: tuple[WarningFinder, ...] = (
     find_cut_answers,
     find_repeated_items,
     find_doubled_start,
+    find_chat_doubts,
     find_context_excess,
     find_unused_template,
     find_training_doubts,

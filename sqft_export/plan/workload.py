@@ -7,9 +7,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
+from sqft_export.data.conversations import hub_sources
 from sqft_export.data.items import Item, load_tokenizer, sample_items
 from sqft_export.measure.likelihood import merge_prefixes
-from sqft_export.recipe.schema import Dataset, Recipe, Text
+from sqft_export.recipe.schema import Chat, Dataset, Recipe, Text
 
 WORKLOAD_ITEMS = 128  # items that are tokenized
 # Its match count is within 10 % of the tokens of a 50,000-token vocabulary, on prose and word
@@ -68,7 +69,8 @@ def workload_of(recipe: Recipe, folder: Path | None) -> Workload:
     """
     task, longest = recipe.task, recipe.task.sequence_length
     generated = 0 if isinstance(task, Text) else task.max_new_tokens
-    if isinstance(task, Dataset) and task.folder is None:
+    away = isinstance(task, Chat) and (folder is None or hub_sources(task))
+    if away or (isinstance(task, Dataset) and task.folder is None):
         return Workload(None, longest, None, 2 * longest, longest, generated, "longest")
     tokenizer = load_tokenizer(folder) if folder else _Words()
     examples, train = sample_items(recipe, tokenizer, "train", WORKLOAD_ITEMS)

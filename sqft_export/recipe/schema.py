@@ -210,8 +210,89 @@ class Text(Section):
     sequence_length: int = Field(256, ge=8, description="tokens per training and test window")
 
 
-Task = Annotated[Problems | Dataset | Text, Field(discriminator="kind")]
-TASK_KINDS: dict[str, type[Section]] = {"problems": Problems, "dataset": Dataset, "text": Text}
+ScoreName = Literal[
+    "exact", "normalized", "contains", "regex", "json", "json_f1", "rouge_l", "bleu", "file"
+]
+CHAT_COLUMNS = (
+    *("messages", "conversations", "prompt", "completion", "instruction", "output", "answer"),
+    *("input", "system", "tools"),
+)
+
+
+class Chat(Section):
+    """Conversations, rendered by the model's chat template; the loss is on assistant turns."""
+
+    kind: Literal["chat"] = Field(description="type of the task")
+    train: FileName = Field(
+        description="training conversations: a jsonl, json, csv, tsv or parquet file, a "
+        "save_to_disk folder, or hub:<name>"
+    )
+    test: FileName | None = Field(
+        None, description="held-out conversations, a source like train; null: test_share of train"
+    )
+    test_share: float = Field(
+        0.1, gt=0, lt=1, description="fraction of the rows of train that is held out, evenly spread"
+    )
+    split: str = Field("train", description="split of train, if the source has several")
+    test_split: str = Field("test", description="split of test, if the source has several")
+    subset: str | None = Field(None, description="configuration of a dataset on the hub")
+    revision: str | None = Field(None, description="commit or tag of a dataset on the hub")
+    columns: dict[str, str] = Field({}, description="name of a column here: its name in the data")
+    template: str | None = Field(
+        None,
+        description="name of one of the tokenizer's chat templates, or the text of a template; "
+        "null: the tokenizer's default",
+    )
+    template_arguments: dict[str, Any] = Field(
+        {}, description="variables that the template reads, such as enable_thinking"
+    )
+    loss_on: Literal["assistant"] = Field(
+        "assistant", description="turns that enter the loss; adapt.loss_on has no effect"
+    )
+    score: ScoreName = Field("exact", description="how a generated answer is scored, from 0 to 1")
+    pattern: str | None = Field(None, description="regular expression of score regex")
+    score_file: FileName | None = Field(
+        None, description="Python file with score(expected, generated) of score file"
+    )
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="texts at which a generated answer ends, besides the end-of-turn tokens"
+    )
+    max_new_tokens: int = Field(256, ge=1, description="largest number of tokens per answer")
+    sequence_length: int = Field(
+        1024, ge=8, description="tokens per training example; longer ones lose their first turns"
+    )
+
+    @model_validator(mode="after")
+    def _check_fields(self):
+        if self.test is not None and "test_share" in self.model_fields_set:
+            raise ValueError("give either test or test_share")
+        if (self.score_file is not None) != (self.score == "file"):
+            raise ValueError("score_file and score: file go together")
+        if self.pattern is not None and self.score != "regex":
+            raise ValueError(f"pattern is for score regex, found {self.score}")
+        if unknown := sorted(set(self.columns) - set(CHAT_COLUMNS)):
+            raise ValueError(
+                f"columns: found {', '.join(unknown)}; allowed are {', '.join(CHAT_COLUMNS)}"
+            )
+        return self
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """Return ``stop``."""
+        return self.stop
+
+    def source(self, split: str) -> str:
+        """Return the source of a split."""
+        return self.train if split == "train" or self.test is None else self.test
+
+
+Task = Annotated[Problems | Dataset | Text | Chat, Field(discriminator="kind")]
+TASK_KINDS: dict[str, type[Section]] = {
+    "problems": Problems,
+    "dataset": Dataset,
+    "text": Text,
+    "chat": Chat,
+}
 
 
 class Calibration(Section):
@@ -922,6 +1003,11 @@ class Recipe(Section):
     def set_aside(self) -> int:
         """Return the number of training items that only search reads."""
         return self.search.items if self.search.evaluates else 0
+
+    @Combined
+    def splits_train(self) -> bool:
+        """Return whether the test split is a share of the rows of ``task.train``."""
+        return isinstance(self.task, Chat) and self.task.test is None
 
     @property
     def file(self) -> Path:

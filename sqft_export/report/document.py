@@ -15,6 +15,7 @@ MEASURES = {
     "problems": "exact match",
     "dataset": "answered right",
     "text": "tokens predicted right",
+    "chat": "score of the answer",
 }
 # The columns of the first table, then those of the detailed one.
 MAIN = (

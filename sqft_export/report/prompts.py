@@ -4,10 +4,11 @@ import json
 from itertools import islice
 from typing import Any
 
+from sqft_export.data.conversations import read_conversations
 from sqft_export.data.datasets import TEMPLATES
-from sqft_export.data.items import deployed_text, train_records
+from sqft_export.data.items import deployed_text, last_user_text, train_records
 from sqft_export.data.stops import stop_texts
-from sqft_export.recipe.schema import Problems, Recipe, Text
+from sqft_export.recipe.schema import Chat, Problems, Recipe, Text
 
 TEXT_PROMPT = "Once upon a time"  # for models of plain text
 
@@ -19,6 +20,8 @@ def example_prompt(recipe: Recipe, tokenizer: Any) -> str:
     """
     if isinstance(recipe.task, Text):
         return TEXT_PROMPT
+    if isinstance(recipe.task, Chat):
+        return last_user_text(read_conversations(recipe, recipe.task, "train")[0])
     return deployed_text(tokenizer, next(islice(train_records(recipe), 1)).prompt)
 
 
@@ -33,6 +36,8 @@ def prompt_section(recipe: Recipe, tokenizer: Any) -> str:
             "\n## How to prompt it\n\nThe model was trained to continue plain text, without a "
             "template.\n"
         )
+    if isinstance(task, Chat):
+        return _chat_section(task)
     example = next(islice(train_records(recipe), 1))
     template = task.prompt if isinstance(task, Problems) else TEMPLATES[task.template]
     prompt = deployed_text(tokenizer, example.prompt)
@@ -48,6 +53,19 @@ def prompt_section(recipe: Recipe, tokenizer: Any) -> str:
         f"| an answer ends at | {', '.join(['the end token', *map(_cell, stops)])} |",
         f"| a prompt | {_cell(prompt)} |",
         f"| its answer | {_cell(example.answer)} |",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _chat_section(task: Chat) -> str:
+    arguments = json.dumps(task.template_arguments, ensure_ascii=False)
+    lines = [
+        *("", "## How to prompt it", ""),
+        "The model answers messages (`role` and `content`) in the format of its chat template. The",
+        "template is part of this folder.",
+        *("", "| | |", "| --- | --- |"),
+        f"| template arguments in training | `{arguments}` |".replace("{}", "none"),
+        f"| an answer ends at | {', '.join(['the end token', *map(_cell, task.stop)])} |",
     ]
     return "\n".join(lines) + "\n"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from sqft_export.data.datasets import set_names
 from sqft_export.errors import one_line
+from sqft_export.model.chat import uses_template
 from sqft_export.recipe.schema import Dataset, Recipe
 from sqft_export.untrusted import fault_of_file, open_regular
 
@@ -129,8 +130,20 @@ def merged_usage(recipe: Recipe, prompt: str) -> str:
         'tokenizer = AutoTokenizer.from_pretrained(".")',
         'model = AutoModelForCausalLM.from_pretrained(".")',
         *(*peft, f"prompt = {json.dumps(prompt, ensure_ascii=False)}"),
-        'batch = tokenizer(prompt, return_tensors="pt")',
+        *_tokenized(recipe),
         "print(tokenizer.decode(model.generate(**batch, max_new_tokens=64)[0]))",
     ]
     lines = ["## How to run it", "", *first, "```python", *code, "```", ""]
     return "\n".join(lines)
+
+
+def _tokenized(recipe: Recipe) -> list[str]:
+    """Code that makes ids of a prompt."""
+    if not uses_template(recipe.task):
+        return ['batch = tokenizer(prompt, return_tensors="pt")']
+    return [
+        'messages = [{"role": "user", "content": prompt}]',
+        "batch = tokenizer.apply_chat_template(",
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+        ")",
+    ]

@@ -1,5 +1,6 @@
 """Format results as plain text and as Markdown. Needs no library."""
 
+from textwrap import indent
 from typing import Any
 
 from sqft_export.run.host import size_text
@@ -57,6 +58,8 @@ def plan_text(document: dict[str, Any]) -> str:
             f"{size} is used"
         )
     lines += [f"  warning: {warning}" for warning in document["warnings"]]
+    if document.get("first_example"):
+        lines += ["  first training example:", indent(document["first_example"], "    ")]
     return "\n".join(lines)
 
 

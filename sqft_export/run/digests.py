@@ -5,6 +5,7 @@ train, test    files of a split, or commits of datasets on the hub
 calibration    the file, folder or commit of the calibration samples
 configuration  ranks that ``search.configuration`` gives
 lm_eval_tasks  task files of the recipe
+score          Python file that scores chat answers
 device         kind of the device that torch computes on
 processes      number of training processes; each trains on separate batches
 precision      dtype of torch's benchmark rows on the CPU, for a model with 16-bit weights
@@ -14,12 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sqft_export.data.conversations import hub_sources, revision_key
 from sqft_export.data.datasets import SETS, hub_datasets, set_names
 from sqft_export.data.items import data_files
 from sqft_export.data.revisions import dataset_revision
 from sqft_export.model.companions import companions, file_in_folder
 from sqft_export.model.tensorfiles import TensorFiles
-from sqft_export.recipe.schema import HUB, Dataset, Recipe
+from sqft_export.recipe.schema import HUB, Chat, Dataset, Recipe
 from sqft_export.run.artifact import Store, digest_of, key_of
 from sqft_export.run.device import device_of
 from sqft_export.run.launcher import process_count
@@ -47,6 +49,10 @@ def pin_revisions(recipe: Recipe, online: bool) -> Recipe:
     found = {}
     if isinstance(task, Dataset):
         found = {name: dataset_revision(name, None, online) for name in hub_datasets(task)}
+    if isinstance(task, Chat):
+        for source in hub_sources(task):
+            name = source.removeprefix(HUB)
+            found[revision_key(source)] = dataset_revision(name, task.revision, online)
     if calibration.source.startswith(HUB):  # keyed by its source, since its revision may differ
         name = calibration.source.removeprefix(HUB)
         found[calibration.source] = dataset_revision(name, calibration.revision, online)
@@ -90,6 +96,8 @@ class Digests:
     def _hub_sets(self, split: str) -> dict[str, str | None]:
         """Return the commits of a task's datasets on the hub."""
         task = self.recipe.task
+        if isinstance(task, Chat):
+            return {s: self._revisions.get(revision_key(s)) for s in hub_sources(task)}
         if not isinstance(task, Dataset) or task.folder is not None:
             return {}
         sources = {name: SETS[name].hub for name in set_names(task, split)}
@@ -107,6 +115,12 @@ class Digests:
 
     def _configuration(self) -> dict[str, Any]:
         return configured_ranks(self.recipe)
+
+    def _score(self) -> str | None:
+        task = self.recipe.task
+        if not isinstance(task, Chat) or task.score_file is None:
+            return None
+        return digest_of(self.recipe.resolve(task.score_file), self._sha256_of)
 
     def _lm_eval_tasks(self) -> str | None:
         folder = self.recipe.lm_eval_folder

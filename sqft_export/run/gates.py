@@ -97,7 +97,8 @@ class QualityGates:
     @cached_property
     def _data(self) -> str:
         """Digest of the sample's source and the method; records with another one are outdated."""
-        task = self.recipe.task.model_dump(exclude={"train", "test", "text", "folder"})
+        files_of_task = {"train", "test", "text", "folder", "score_file"}
+        task = self.recipe.task.model_dump(exclude=files_of_task)
         files = [digest_of(f, self._hash_file) for f in data_files(self.recipe, "test")]
         return key_of({"version": MEASURED_VERSION, "task": task, "test": files})
 

@@ -9,6 +9,7 @@ from sqft_export.kernels.library import find_kernels
 from sqft_export.model.hub import model_folder
 from sqft_export.numerics.codes import FLOAT16_BITS
 from sqft_export.plan.budget import settings_for_a_day
+from sqft_export.plan.chat import first_example
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.disk import disk_bytes, predict_bytes
 from sqft_export.plan.exporters import drop_unsupported
@@ -62,6 +63,7 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
         "lengths_counted": workload.counted,
         "seconds": sum(taken or 0 for taken in to_run.values()),
         "within_a_day": settings_for_a_day(recipe, to_run, workload),
+        "first_example": first_example(recipe, layout),
         **_targets_text(recipe),
         **_notices(recipe, layout),
     }

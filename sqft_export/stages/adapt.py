@@ -5,7 +5,7 @@ from torch import nn
 from sqft_export.adapters.files import Base, write_training_log
 from sqft_export.adapters.loading import load_compressed
 from sqft_export.adapters.training import has_no_loss, train_on_task
-from sqft_export.data.items import TRAIN_FIELDS, TRAIN_FILES, load_tokenizer
+from sqft_export.data.items import TASK_FILES, TRAIN_FIELDS, load_tokenizer
 from sqft_export.recipe.schema import Adapt, Recipe
 from sqft_export.recipe.view import section_fields
 from sqft_export.run.device import device_of, training_dtype
@@ -15,7 +15,7 @@ from sqft_export.stages import Context
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "teacher")
 READS: tuple[str, ...] = ("model", "train", "device", "processes")
 SETTINGS = section_fields("adapt", Adapt, without=("save_steps",))
-FREE: tuple[str, ...] = ("device", "adapt.save_steps", *TRAIN_FILES)
+FREE: tuple[str, ...] = ("device", "adapt.save_steps", *TASK_FILES)
 VERSION = 5
 RESUMES = True
 DISTRIBUTED = True

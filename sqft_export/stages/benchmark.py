@@ -13,9 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 from sqft_export.data.items import (
-    ANSWER_FIELDS,
+    SCORE_FIELDS,
+    SCORE_FILES,
+    TASK_FILES,
     TEST_FIELDS,
-    TEST_FILES,
     Data,
     Item,
     first_of_every_set,
@@ -62,12 +63,12 @@ CONSUMES: tuple[str, ...] = (
     "teacher",
     "baselines",
 )
-READS: tuple[str, ...] = ("model", "test", "device", "precision", "lm_eval_tasks")
+READS: tuple[str, ...] = ("model", "test", "device", "precision", "lm_eval_tasks", "score")
 SETTINGS = (
     *section_fields("benchmark", Benchmark, without=("lm_eval_folder",)),
     *("quantize.bits", "quantize.reconstruct", "unmerged"),  # decide the rows and their titles
 )
-FREE: tuple[str, ...] = ("device", "benchmark.lm_eval_folder", *TEST_FILES)
+FREE: tuple[str, ...] = ("device", "benchmark.lm_eval_folder", *TASK_FILES, *SCORE_FILES)
 VERSION = 12
 RESUMES = False
 DISTRIBUTED = False
@@ -82,7 +83,7 @@ REFERENCES = {DENSE: "beside_dense", "merged": "beside_merged"}
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     """Return the fields of the benchmark, the base, and the test items."""
-    return (*SETTINGS, *BASE_FIELDS, *TEST_FIELDS, *ANSWER_FIELDS)
+    return (*SETTINGS, *BASE_FIELDS, *TEST_FIELDS, *SCORE_FIELDS)
 
 
 def rows(context: Context) -> list[Row]:

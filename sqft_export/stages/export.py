@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from sqft_export.data.items import CARD_FIELDS, TRAIN_FIELDS, TRAIN_FILES, load_tokenizer
+from sqft_export.data.items import CARD_FIELDS, TASK_FILES, TRAIN_FIELDS, load_tokenizer
 from sqft_export.kernels.extension import unavailable_reason
 from sqft_export.model.checkpoint import file_bytes
 from sqft_export.packed.execution import NothingSpecialized, specialize
@@ -24,7 +24,7 @@ FIELDS_OF_TARGET: dict[str, tuple[str, ...]] = {
     "onnx": ("export.onnx_graph",),
     "gguf": (),
 }
-FREE: tuple[str, ...] = TRAIN_FILES
+FREE: tuple[str, ...] = TASK_FILES
 VERSION = 9
 RESUMES = False
 DISTRIBUTED = False

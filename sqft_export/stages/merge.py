@@ -4,15 +4,16 @@ The stored codes are the codes that the adapted model's forward computes with.
 """
 
 import shutil
+from pathlib import Path
 
 from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
-from sqft_export.data.items import CARD_FIELDS, TRAIN_FIELDS, TRAIN_FILES, load_tokenizer
-from sqft_export.model.chat import rename_template, uses_template
+from sqft_export.data.items import CARD_FIELDS, TASK_FILES, TRAIN_FIELDS, load_tokenizer
+from sqft_export.model.chat import rename_template, write_template
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.endings import disable_end_token
 from sqft_export.model.storage import MASKS, model_facts
-from sqft_export.recipe.schema import Recipe
+from sqft_export.recipe.schema import Chat, Recipe
 from sqft_export.report.prompts import example_prompt, prompt_section
 from sqft_export.report.provenance import PROVENANCE_FIELDS, merged_usage, model_card, origin_of
 from sqft_export.stages import BASE_FIELDS, Context
@@ -20,7 +21,7 @@ from sqft_export.stages import BASE_FIELDS, Context
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "search")
 # Tensors that no pass changes are copied from the model. The model card shows a training item.
 READS: tuple[str, ...] = ("model", "train")
-FREE: tuple[str, ...] = TRAIN_FILES
+FREE: tuple[str, ...] = TASK_FILES
 VERSION = 5
 RESUMES = False
 DISTRIBUTED = False
@@ -29,6 +30,15 @@ DISTRIBUTED = False
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     """Return the fields of the base, the model card and the prompts in it."""
     return (*BASE_FIELDS, *PROVENANCE_FIELDS, *TRAIN_FIELDS, *CARD_FIELDS, "dense_update")
+
+
+def _set_template(recipe: Recipe, folder: Path) -> None:
+    """Keep only the chat template that the model was trained with."""
+    task = recipe.task
+    if not isinstance(task, Chat):
+        rename_template(folder)
+    elif task.template is not None:
+        write_template(folder, load_tokenizer(folder).get_chat_template(task.template))
 
 
 def run(context: Context) -> dict:
@@ -44,8 +54,7 @@ def run(context: Context) -> dict:
         for file in sparsified.glob(f"{MASKS}*"):
             shutil.copyfile(file, context.folder / file.name)
     sparsity = write_merged(Layers(context.base(), adapter), context.folder / "model")
-    if not uses_template(context.recipe.task):
-        rename_template(context.folder / "model")
+    _set_template(context.recipe, context.folder / "model")
     disable_end_token(context.folder / "model")
     origin = origin_of(context.recipe, context.model, context.lineage)
     tokenizer = load_tokenizer(context.model)

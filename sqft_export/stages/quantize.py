@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sqft_export.data.calibration import calibration_fields, calibration_tensors
-from sqft_export.data.items import TRAIN_FILES
+from sqft_export.data.items import TASK_FILES
 from sqft_export.model.blocks import Block, Inputs, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config, write_config
@@ -45,7 +45,7 @@ CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct")
 READS: tuple[str, ...] = ("model", "calibration", "device")
 # The fallback option only decides whether a group size is refused; it changes no result.
 SETTINGS = section_fields("quantize", Quantize, without=("group_size_fallback",))
-FREE: tuple[str, ...] = ("device", *TRAIN_FILES)
+FREE: tuple[str, ...] = ("device", *TASK_FILES)
 VERSION = 6
 RESUMES = True  # at the first block that is not yet reconstructed
 DISTRIBUTED = False

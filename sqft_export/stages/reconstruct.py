@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from sqft_export.data.calibration import calibration_fields, calibration_tensors
-from sqft_export.data.items import TRAIN_FILES
+from sqft_export.data.items import TASK_FILES
 from sqft_export.model.blocks import Block, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, write_config
@@ -21,7 +21,7 @@ from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify",)
 READS: tuple[str, ...] = ("model", "calibration", "device")
-FREE: tuple[str, ...] = ("device", *TRAIN_FILES)
+FREE: tuple[str, ...] = ("device", *TASK_FILES)
 VERSION = 3
 RESUMES = True
 DISTRIBUTED = False

@@ -23,9 +23,10 @@ from sqft_export.adapters.evidence import CAPTURED_SEQUENCES, CapturedForward, c
 from sqft_export.adapters.files import read_training_log, write_sub_adapter
 from sqft_export.adapters.loading import load_adapted, peft_config
 from sqft_export.data.items import (
-    ANSWER_FIELDS,
+    SCORE_FIELDS,
+    SCORE_FILES,
+    TASK_FILES,
     TRAIN_FIELDS,
-    TRAIN_FILES,
     Data,
     load_tokenizer,
     stop_ids,
@@ -44,12 +45,12 @@ from sqft_export.targets.torch import TorchSession
 from sqft_export.textfiles import read_json
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "adapt")
-READS: tuple[str, ...] = ("model", "train", "device", "configuration")
+READS: tuple[str, ...] = ("model", "train", "device", "configuration", "score")
 SETTINGS = (
     *("search.strategy", "adapt.ranks", "adapt.elastic", "adapt.elastic_groups"),
     *("adapt.target_modules", *BASE_FIELDS),
 )
-FREE: tuple[str, ...] = ("device", "search.configuration", *TRAIN_FILES)
+FREE: tuple[str, ...] = ("device", "search.configuration", *TASK_FILES, *SCORE_FILES)
 VERSION = 4
 RESUMES = True
 DISTRIBUTED = False
@@ -58,7 +59,7 @@ EVALUATIONS = "evaluations.jsonl"
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     """Return the settings, and the scoring fields if the strategy evaluates candidates."""
-    scored = ("search.budget", *ANSWER_FIELDS)
+    scored = ("search.budget", *SCORE_FIELDS)
     return (*SETTINGS, *TRAIN_FIELDS, *(scored if recipe.search.evaluates else ()))
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sqft_export.data.calibration import calibration_fields, calibration_tensors
-from sqft_export.data.items import TRAIN_FILES
+from sqft_export.data.items import TASK_FILES
 from sqft_export.model.blocks import Inputs, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config, write_config
@@ -32,7 +32,7 @@ from sqft_export.stages import Context
 CONSUMES: tuple[str, ...] = ()
 READS: tuple[str, ...] = ("model", "calibration", "device")
 SETTINGS = section_fields("sparsify", Sparsify, without=("reconstruct",))
-FREE: tuple[str, ...] = ("device", *TRAIN_FILES)
+FREE: tuple[str, ...] = ("device", *TASK_FILES)
 VERSION = 4
 RESUMES = False
 DISTRIBUTED = False

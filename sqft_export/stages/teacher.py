@@ -10,7 +10,7 @@ from sqft_export.adapters.files import Base
 from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
 from sqft_export.adapters.training import train_on_task
-from sqft_export.data.items import TRAIN_FIELDS, TRAIN_FILES, load_tokenizer
+from sqft_export.data.items import TASK_FILES, TRAIN_FIELDS, load_tokenizer
 from sqft_export.recipe.schema import Adapt, Recipe
 from sqft_export.recipe.view import section_fields
 from sqft_export.run.launcher import process_rank
@@ -26,7 +26,7 @@ _COMPRESSION_FIELDS = (
     "distill",
 )
 SETTINGS = section_fields("adapt", Adapt, without=(*_COMPRESSION_FIELDS, "elastic", "save_steps"))
-FREE: tuple[str, ...] = ("device", "adapt.save_steps", *TRAIN_FILES)
+FREE: tuple[str, ...] = ("device", "adapt.save_steps", *TASK_FILES)
 VERSION = 5
 RESUMES = True
 DISTRIBUTED = True

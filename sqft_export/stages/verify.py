@@ -13,14 +13,15 @@ import torch
 from sqft_export.adapters.evidence import CAPTURED_SEQUENCES, capture
 from sqft_export.adapters.loading import load_compressed
 from sqft_export.data.items import (
+    TASK_FILES,
     TEST_FIELDS,
-    TEST_FILES,
     Data,
     deployed_text,
     encode,
     load_tokenizer,
     sample_texts,
 )
+from sqft_export.model.chat import has_template
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.plan.readers import differing_texts
 from sqft_export.recipe.schema import Recipe
@@ -43,7 +44,7 @@ CONSUMES: tuple[str, ...] = (
     "export-gguf",
 )
 READS: tuple[str, ...] = ("model", "test", "device")
-FREE: tuple[str, ...] = ("device", *TEST_FILES)
+FREE: tuple[str, ...] = ("device", *TASK_FILES)
 VERSION = 5
 RESUMES = False
 DISTRIBUTED = False
@@ -100,6 +101,11 @@ def _capture_untrained(context: Context, asked: Asked) -> Path:
 
 def _skipped_checks(subject: Subject, name: str) -> Iterator[str]:
     """Yield a warning for each check of a deployment that this machine cannot run."""
+    if has_template(subject.merged.folder):
+        yield (
+            f"{name}: no answer to a text was compared, since the runtime renders texts with the "
+            "chat template; answers to token ids were compared"
+        )
     if exact := why_not_exact(name, subject.merged.parameters):
         yield f"{name} was not compared with torch in float32: {exact}"
     if default := why_not_run(name, subject.adapter is not None):

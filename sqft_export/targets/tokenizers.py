@@ -74,7 +74,10 @@ def write_openvino_tokenizers(source: Path, folder: Path) -> None:
     from openvino_tokenizers import convert_tokenizer
     from transformers import AutoTokenizer
 
+    from sqft_export.model.chat import default_template
+
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    tokenizer.chat_template = default_template(tokenizer.chat_template)  # GenAI reads only one
     tokenizer.save_pretrained(folder)
     encoder, decoder = convert_tokenizer(tokenizer, with_detokenizer=True)
     ov.save_model(encoder, folder / "openvino_tokenizer.xml")

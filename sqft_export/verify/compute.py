@@ -12,6 +12,7 @@ from sqft_export.measure.batches import (
 )
 from sqft_export.measure.decode import generate
 from sqft_export.measure.likelihood import log_softmax
+from sqft_export.model.chat import has_template
 from sqft_export.model.floats import Reference
 from sqft_export.packed.folders import PACKED
 from sqft_export.targets import Session, target
@@ -54,7 +55,7 @@ def check_compute(
         defaults[label] = prompt_logits(session, asked.prompts)
         allowed = min(asked.divergence, GGUF_DIVERGENCE) if name == "gguf" else asked.divergence
         _check_default(certificate, asked, label, defaults[label], answers, reference, allowed)
-        if label == name:
+        if label == name and not has_template(subject.merged.folder):
             answer = answer_by_ids(session, asked, folder)
             del session
             check_text_answer(certificate, asked, name, folder, answer)

@@ -37,6 +37,7 @@ TASKS = {
     "problems": (),
     "text": ("task={kind: text, text: train.jsonl}",),
     "dataset": ("task={kind: dataset, name: gsm8k}",),
+    "chat": ("task={kind: chat, train: train.jsonl}",),
 }
 
 

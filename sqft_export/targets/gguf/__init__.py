@@ -52,7 +52,7 @@ MODEL = GRAPHS["gguf"]
 _PREFIX = "sqft_export."
 MODEL_TYPE = f"{_PREFIX}model_type"
 # Copied next to the file, for programs that read configs. The file has the tokenizer too.
-COPIED_FILES = ("config.json", "generation_config.json", "tokenizer*")
+COPIED_FILES = ("config.json", "generation_config.json", "tokenizer*", "chat_template.jinja")
 
 
 # Type of the first tensor -> file type that readers see. None: a numpy dtype.

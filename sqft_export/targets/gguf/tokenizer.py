@@ -207,6 +207,13 @@ def _scores(merges: list[str]) -> dict[str, float]:
     return found
 
 
+def _named(templates: str | dict[str, str]) -> str | list[dict[str, str]]:
+    """Chat templates as the ``gguf`` package takes them."""
+    if isinstance(templates, str):
+        return templates
+    return [{"name": name, "template": text} for name, text in templates.items()]
+
+
 def write_tokenizer(writer: Any, folder: Path, rows: int) -> None:
     """The tokenizer of a Hugging Face folder, by a ``gguf.GGUFWriter``.
 

@@ -34,6 +34,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "vocab.*",
     "merges.txt",
+    "chat_template.jinja",
 )
 
 

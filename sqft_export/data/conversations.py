@@ -1,0 +1,97 @@
+"""The conversations of a chat task: read, split, and compared."""
+
+from pathlib import Path
+
+from sqft_export.data.chat import Conversation
+from sqft_export.data.columns import RowKind, conversation_of, drop_seen, kind_of_rows
+from sqft_export.data.tables import Table
+from sqft_export.errors import UserError
+from sqft_export.recipe.schema import HUB, Chat, Recipe
+
+
+def chat_files(recipe: Recipe, task: Chat, split: str) -> list[Path]:
+    """Files that a split depends on; the test split lacks the rows that are in the training split.
+
+    Sources on the hub are left out.
+    """
+    sources = [task.train] if split == "train" else [task.source(split), task.train]
+    local = (source for source in dict.fromkeys(sources) if not source.startswith(HUB))
+    return [recipe.resolve(source) for source in local]
+
+
+def hub_sources(task: Chat) -> list[str]:
+    """Sources on the hub, as the recipe writes them."""
+    sources = dict.fromkeys((task.train, task.source("test")))
+    return [source for source in sources if source.startswith(HUB)]
+
+
+def revision_key(source: str) -> str:
+    """The key of a chat task's source among the recipe's pinned revisions."""
+    return f"task {source}"
+
+
+def read_conversations(recipe: Recipe, task: Chat, split: str) -> list[Conversation]:
+    """Conversations of a split; those that training sees are left out of the test split.
+
+    :raises UserError: naming file and row, or the split that has no conversation.
+    """
+    return split_conversations(recipe, task)[0] if split == "train" else held_out(recipe, task)[0]
+
+
+def held_out(recipe: Recipe, task: Chat) -> tuple[list[Conversation], list[Conversation]]:
+    """Test conversations, and those that are left out because training sees them.
+
+    :raises UserError: if none is left.
+    """
+    train, test = split_conversations(recipe, task)
+    new, seen = drop_seen(test, train)
+    if not new:
+        raise UserError(
+            f"{recipe.file}: task.test: all {len(seen)} test conversations are training "
+            "conversations too; name a file with others"
+        )
+    return new, seen
+
+
+def split_conversations(
+    recipe: Recipe, task: Chat
+) -> tuple[list[Conversation], list[Conversation]]:
+    """All conversations of the training and of the test split, as the data has them.
+
+    Example: of ten rows and ``test_share: 0.2``, rows 5 and 10 are the test split.
+
+    :raises UserError: if one of them has none.
+    """
+    rows = _read(recipe, task, "train")
+    if task.test is not None:
+        return rows, _read(recipe, task, "test")
+    share = task.test_share
+    chosen = [int((n + 1) * share + 1e-9) > int(n * share + 1e-9) for n in range(len(rows))]
+    train = [row for row, held in zip(rows, chosen, strict=True) if not held]
+    test = [row for row, held in zip(rows, chosen, strict=True) if held]
+    if not train or not test:
+        raise UserError(
+            f"{recipe.file}: task.test_share: found {share:g}; of {len(rows)} conversations it "
+            f"leaves {len(train)} to train on and {len(test)} to test with; both need one"
+        )
+    return train, test
+
+
+def _read(recipe: Recipe, task: Chat, split: str) -> list[Conversation]:
+    table = _table(recipe, task, split)
+    kind: RowKind | None = None
+    found = []
+    for number, row in table.rows():
+        place = table.place(number)
+        kind = kind or kind_of_rows(row, place, task.columns)
+        found.append(conversation_of(row, place, kind, task.columns))
+    return found
+
+
+def _table(recipe: Recipe, task: Chat, split: str) -> Table:
+    source = task.source(split)
+    part = task.split if split == "train" else task.test_split
+    if not source.startswith(HUB):
+        return Table(str(recipe.resolve(source)), part)
+    revision = (recipe.revisions or {}).get(revision_key(source)) or task.revision
+    return Table(source, part, task.subset, revision)
