@@ -23,7 +23,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeFile = Annotated[Path, typer.Argument(help="recipe file, such as recipes/tiny.yaml")]
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(help="recipe file, or a name that `list recipes` prints, such as tiny"),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="recipe settings to replace, such as sparsify.sparsity=0.6"),

@@ -43,6 +43,7 @@ EXPLAINED = {
 # Options of `benchmark` that need what is not here.
 UNAVAILABLE = {"--lm-eval": "data from the hub", "--device gpu": "a GPU for inference"}
 PROJECT_FILES = ("Makefile", "pyproject.toml", "constraints.txt")
+RECIPE_COMMANDS = ("run", "plan", "export", "sweep")
 QUICK = "--rounds 1 --prompt-tokens 8 --new-tokens 2 --batch 1 --items 2"
 
 
@@ -170,7 +171,8 @@ def execute(command: str, stage: Path) -> subprocess.CompletedProcess:
 def planned(command: str, stage: Path) -> None:
     """Load every recipe that `run`, `plan`, `export` or `sweep` would work on."""
     words = shlex.split(command)
-    words = words[next(at for at, word in enumerate(words) if word.startswith("recipes/")) :]
+    words = words[next(at for at, word in enumerate(words) if word in RECIPE_COMMANDS) + 1 :]
+    file = stage / words[0] if "/" in words[0] else Path(words[0])
     path, axes, settings = None, [], []
     values = iter(words[1:])
     for word in values:
@@ -184,7 +186,7 @@ def planned(command: str, stage: Path) -> None:
         elif not word.startswith("--"):
             settings.append(word)
     for chosen in itertools.product(*axes):
-        load_recipe(stage / words[0], (*settings, *chosen), path)
+        load_recipe(file, (*settings, *chosen), path)
 
 
 @pytest.mark.parametrize("line", SHELL)
@@ -201,7 +203,7 @@ def test_a_command_works_as_printed(line, stage, tmp_path):
             for words in printed.splitlines()
             if "sqft-export" in words or "_export.cli" in words
         )
-    if re.search(r"\b(sqft-export|sqft_export\.cli) (run|plan|sweep|export) recipes", command):
+    if re.search(r"\b(sqft-export|sqft_export\.cli) (run|plan|sweep|export) (recipes|tiny|mistral)", command):
         planned(command, stage)
     elif "benchmarks/" in command:
         execute(f"{sys.executable} {shlex.split(command)[1]} --help", stage)

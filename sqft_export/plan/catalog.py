@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, get_args
 
 Entries = list[dict[str, Any]]
@@ -24,12 +23,12 @@ def _targets() -> Entries:
 
 
 def _recipes() -> Entries:
-    """Return the recipes in the folder ``recipes``, each with its first comment line."""
-    files = sorted(Path("recipes").glob("*.yaml"))
-    first = [file.read_text().partition("\n")[0] for file in files]
+    """Return the recipes of this package, each with its first comment line."""
+    from sqft_export.recipe.builtin import builtin_recipes
+
+    first = {name: file.read_text().partition("\n")[0] for name, file in builtin_recipes().items()}
     return [
-        {"recipe": file.stem, "about": line.removeprefix("#").strip()}
-        for file, line in zip(files, first, strict=True)
+        {"recipe": name, "about": line.removeprefix("#").strip()} for name, line in first.items()
     ]
 
 

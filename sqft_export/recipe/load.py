@@ -14,6 +14,7 @@ from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError
 
 from sqft_export.errors import UserError, one_line
+from sqft_export.recipe.builtin import builtin_recipes, find_recipe
 from sqft_export.recipe.overrides import apply_overrides
 from sqft_export.recipe.schema import TASK_KINDS, Recipe
 from sqft_export.textfiles import decode_text
@@ -154,7 +155,10 @@ def _read(file: Path) -> str:
     try:
         if not os.path.lexists(file):
             known = ", ".join(sorted(p.stem for p in file.parent.glob("*.yaml"))) or "none"
-            raise UserError(f"{file}: no such recipe; recipes there: {known[:LONGEST_TEXT]}")
+            raise UserError(
+                f"{file}: no such recipe; recipes there: {known[:LONGEST_TEXT]}; built-in recipes: "
+                f"{', '.join(builtin_recipes())}"
+            )
         size = 0 if fault_of_file(file) else file.stat().st_size
     except (OSError, ValueError) as error:
         raise UserError(f"{str(file)[:SHOWN]!r}: can't be read: {error}") from error
@@ -168,10 +172,12 @@ def load_recipe(
 ) -> Recipe:
     """Read and check a recipe.
 
+    :param file: path of a recipe, or the name of a built-in recipe.
     :param overrides: ``a.b=value`` settings applied on top of the file.
     :param model_path: a local model folder that takes the place of the recipe's model.
     :raises UserError: listing every fault found.
     """
+    file = find_recipe(file)
     data = _read_yaml(_read(file), str(file))
     if not isinstance(data, dict):
         raise UserError(f"{file}: a recipe is a mapping, found {type(data).__name__}")
