@@ -203,7 +203,9 @@ def test_a_command_works_as_printed(line, stage, tmp_path):
             for words in printed.splitlines()
             if "sqft-export" in words or "_export.cli" in words
         )
-    if re.search(r"\b(sqft-export|sqft_export\.cli) (run|plan|sweep|export) (recipes|tiny|mistral)", command):
+    if re.search(
+        r"\b(sqft-export|sqft_export\.cli) (run|plan|sweep|export) (recipes|tiny|mistral)", command
+    ):
         planned(command, stage)
     elif "benchmarks/" in command:
         execute(f"{sys.executable} {shlex.split(command)[1]} --help", stage)

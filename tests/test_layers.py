@@ -21,7 +21,7 @@ BELOW: dict[str, set[str]] = {
     "textfiles": {"untrusted"},
     "numerics": {"compiled"},
     "recipe": {"numerics", "textfiles"},
-    "folders": {"textfiles"},
+    "folders": {"recipe"},
     "machine": {"recipe"},
     "artifacts": {"machine"},
     "data": {"recipe"},
@@ -48,7 +48,7 @@ LOWER = {
         *("run.precision", "run.processors", "run.progress", "run.threads"),
     },
     "artifacts": {"run.artifact", "run.hashes"},
-    "folders": {"targets.folder", "targets.genai_config"},
+    "folders": {"model.chat", "targets.folder", "targets.genai_config"},
 }
 # Packages whose ``__init__`` has content: protocols, registries and exporters of several modules.
 FRONTS = {"model.families", "quantizers", "search", "sparsifiers", "stages", "targets"}
