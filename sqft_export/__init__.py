@@ -12,6 +12,7 @@
 ``import sqft_export`` does not import torch or any runtime.
 """
 
+from sqft_export.api import load
 from sqft_export.kernels.extension import openvino_extension
 from sqft_export.packed.loaders import (
     load_gguf,
@@ -22,6 +23,7 @@ from sqft_export.packed.loaders import (
 )
 
 __all__ = [
+    "load",
     "load_gguf",
     "load_onnx",
     "load_onnx_genai",

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import click
 import typer
 
+from sqft_export.commands import talk
 from sqft_export.errors import UserError, one_line
 from sqft_export.run.processors import limit_openmp_spinning
 
@@ -528,6 +529,9 @@ def _require_folder(folder: Path) -> None:
         found = False
     if not found:
         raise UserError(f"{one_line(folder)}: no such folder")
+
+
+talk.register(app)
 
 
 class _Terminated(BaseException):

@@ -1,0 +1,155 @@
+"""``chat`` and ``generate``: talk to a deployment in the terminal."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sqft_export.errors import UserError
+
+if TYPE_CHECKING:
+    from sqft_export.inference.text import Prompt, Speed, TextSession
+
+MAX_TOKENS_OPTION = 2**20
+Talker = Annotated[
+    Path,
+    typer.Argument(
+        help="run folder, which stands for its best deployment; or an OpenVINO, ONNX, GGUF or "
+        "merged folder",
+        metavar="FOLDER",
+    ),
+]
+PromptText = Annotated[
+    str | None, typer.Option("--prompt", "-p", help="answer this text and end")
+]
+NewTokenLimit = Annotated[
+    int, typer.Option(min=1, max=MAX_TOKENS_OPTION, help="largest number of tokens per answer")
+]
+StopTexts = Annotated[
+    list[str] | None, typer.Option("--stop", help="text that ends an answer; may be repeated")
+]
+ComputeThreads = Annotated[
+    int | None,
+    typer.Option(min=1, max=4096, help="compute threads; default: the runtime's choice"),
+]
+DeviceName = Annotated[str, typer.Option(help="cpu, gpu or npu")]
+NEW_CONVERSATION = "/new"
+INTRODUCTION = f"type a message; {NEW_CONVERSATION} starts a new conversation, Ctrl-D ends"
+
+
+def chat(
+    folder: Talker,
+    prompt: PromptText = None,
+    system: Annotated[
+        str | None, typer.Option(help="system message at the start of the conversation")
+    ] = None,
+    max_new_tokens: NewTokenLimit = 512,
+    stop: StopTexts = None,
+    threads: ComputeThreads = None,
+    device: DeviceName = "cpu",
+) -> None:
+    """Talk to a deployment in its own runtime, with its chat template.
+
+    Without -p it reads one message per line and keeps the conversation.
+
+    Example: sqft-export chat runs/SmolLM2-135M-Instruct -p "What is a llama?"
+    """
+    session = _open(folder, device, threads)
+    if session.template is None:
+        _note(
+            f"{session.folder} has no chat template: every message is continued as plain text, "
+            "without the messages before it; its README.md shows the prompt format"
+        )
+        if system is not None:
+            raise UserError("--system: needs a chat template, which this deployment does not have")
+    conversation: list[dict[str, str]] = []
+    for message in [prompt] if prompt is not None else _messages():
+        if message == NEW_CONVERSATION:
+            conversation = []
+            continue
+        if not conversation and system is not None:
+            conversation.append({"role": "system", "content": system})
+        conversation.append({"role": "user", "content": message})
+        asked: Prompt = message if session.template is None else conversation
+        answer = _print_answer(session, asked, max_new_tokens, stop or ())
+        conversation.append({"role": "assistant", "content": answer})
+
+
+def generate(
+    folder: Talker,
+    prompt: PromptText = None,
+    max_new_tokens: NewTokenLimit = 512,
+    stop: StopTexts = None,
+    threads: ComputeThreads = None,
+    device: DeviceName = "cpu",
+) -> None:
+    """Continue a plain text with a deployment, without a chat template.
+
+    Without -p it reads the text from standard input.
+
+    Example: sqft-export generate runs/tiny -p "Question: What is 2 plus 3? Answer:"
+    """
+    session = _open(folder, device, threads)
+    text = prompt if prompt is not None else sys.stdin.read()
+    _print_answer(session, text, max_new_tokens, stop or ())
+
+
+def _open(folder: Path, device: str, threads: int | None) -> "TextSession":
+    """Load the deployment that a folder stands for, and name it on stderr."""
+    from sqft_export.inference.locate import find_deployment
+    from sqft_export.inference.text import open_deployment
+
+    found = find_deployment(folder)
+    if found.path != folder:
+        speed = found.tokens_per_second
+        measured = f", {speed:.0f} tokens per second in the report" if speed else ""
+        _note(f"{found.name}, the best deployment of {folder}{measured}: {found.path}")
+    return open_deployment(found.path, device, threads)
+
+
+def _messages() -> Iterator[str]:
+    """Yield the lines that the user types, or those of standard input, without empty ones."""
+    typed = sys.stdin.isatty()
+    if typed:
+        _note(INTRODUCTION)
+    lines: Iterable[str] = _typed_lines() if typed else sys.stdin
+    for line in lines:
+        if line.strip():
+            yield line.strip()
+
+
+def _typed_lines() -> Iterator[str]:
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
+
+
+def _print_answer(session: "TextSession", prompt: Any, limit: int, stop: Iterable[str]) -> str:
+    """Print an answer as it is computed, and its speed on stderr; return its text."""
+    pieces = []
+    for piece in session.stream(prompt, limit, tuple(stop)):
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+    print()
+    _note(_speed_text(session.speed))
+    return "".join(pieces)
+
+
+def _speed_text(speed: "Speed") -> str:
+    rate = speed.tokens_per_second
+    text = f"{speed.new_tokens} tokens" + (f", {rate:.1f} tokens per second" if rate else "")
+    return f"{text}; {speed.prompt_tokens} prompt tokens in {speed.prefill_seconds:.2f} s"
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to the command line."""
+    app.command("chat")(chat)
+    app.command("generate")(generate)

@@ -1,0 +1,1 @@
+"""Text in, text out: run a deployment, choose one of a run, and start servers. No torch."""

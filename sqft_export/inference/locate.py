@@ -1,0 +1,108 @@
+"""Find the deployment that a folder stands for: itself, or the best one of a run."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqft_export.errors import DamagedError, UserError, one_line
+from sqft_export.run.artifact import MANIFEST, Artifact, Store, read_artifact
+from sqft_export.targets.folder import is_deployment, kind_of
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A deployment folder.
+
+    name: of its row in the report; the runtime for a folder outside of a run.
+    row: its row in the report; None if it was not measured.
+    """
+
+    name: str
+    path: Path
+    row: dict[str, Any] | None = None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Return the decode speed that the run measured; None if it was not measured."""
+        return 1000 / self.row["tpot"]["median_ms"] if self.row else None
+
+
+def is_model(folder: Path) -> bool:
+    """Return whether a folder is a deployment or a Hugging Face model."""
+    return is_deployment(folder) or (folder / "config.json").is_file()
+
+
+def find_deployment(folder: Path) -> Deployment:
+    """Return the deployment in a folder, or the best one of a run.
+
+    :raises UserError: if the folder is neither, or the run has no deployment.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{one_line(folder)}: no such folder")
+    if is_model(folder):
+        return Deployment(kind_of(folder), folder)
+    if best := best_deployment(list(deployments_of_run(folder).values())):
+        return best
+    raise UserError(f"{folder}: the run has no deployment; set export.targets and run it again")
+
+
+def best_deployment(found: list[Deployment]) -> Deployment | None:
+    """Return the fastest of the deployments whose 95 % interval reaches the highest accuracy.
+
+    If none is measured, return the first one; None if there is none.
+    """
+    measured = [(one, one.row) for one in found if one.row is not None]
+    if not measured:
+        return found[0] if found else None
+    highest = max(row["accuracy"] for _, row in measured)
+    as_good = [
+        (row["tpot"]["median_ms"], one)
+        for one, row in measured
+        if (row["interval"] or (0.0, row["accuracy"]))[1] >= highest
+    ]
+    return min(as_good, key=lambda pair: pair[0])[1]
+
+
+def deployments_of_run(run: Path) -> dict[str, Deployment]:
+    """Return the deployments of a finished run, by the names of their rows in its report.
+
+    :raises UserError: if the folder has no finished run.
+    """
+    from sqft_export.report.runs import read_run
+    from sqft_export.report.terminal import deployment_folders
+
+    report = latest_report(run)
+    rows = {row["name"]: row for row in read_run(report).document["rows"]}
+    folders = deployment_folders(_parents_of(report, run))
+    return {name: Deployment(name, path, rows.get(name)) for name, path in folders.items()}
+
+
+def latest_report(run: Path) -> Path:
+    """Return the newest sealed report of a run.
+
+    :raises UserError: if the folder has none.
+    """
+    reports = [file.parent for file in run.glob(f"report-*/{MANIFEST}")]
+    if not reports:
+        raise UserError(
+            f"{run}: neither a deployment nor a finished run; expected openvino_model.xml, "
+            "model.onnx, model.gguf or report-*; an unfinished run resumes with the same command"
+        )
+    return max(reports, key=lambda path: (path / MANIFEST).stat().st_mtime)
+
+
+def _parents_of(report: Path, run: Path) -> dict[str, Artifact]:
+    """Return the artifacts that a report was made from and that still exist.
+
+    :raises DamagedError: if a name could lead out of the run's folder.
+    """
+    parents = read_artifact(report).manifest["facts"].get("parents")
+    if not isinstance(parents, dict) or not all(
+        re.fullmatch(r"[a-z-]+", name) and re.fullmatch(r"[0-9a-f]{64}", str(key))
+        for name, key in parents.items()
+    ):
+        raise DamagedError(f"{report / MANIFEST}: facts: parents: expected stages and keys")
+    store = Store(run)
+    paths = {name: store.path_of(name, key) for name, key in parents.items()}
+    return {name: read_artifact(path) for name, path in paths.items() if path.is_dir()}
