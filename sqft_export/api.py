@@ -1,13 +1,274 @@
 """The Python interface: compile, plan, benchmark, and talk to the result.
 
-Importing it loads no torch and no runtime; the functions load what they need.
+    run = sqft_export.compile("HuggingFaceTB/SmolLM2-135M-Instruct", data="chats.jsonl")
+    print(run.report.best.name, run.report.best.tokens_per_second, run.certificate.passed)
+    print(run.deployments["gguf"].path)
+    print(sqft_export.load(run.folder).generate([{"role": "user", "content": "Hello"}]))
+
+Importing it loads no torch and no runtime; the functions load what they need. Errors are the
+classes of ``sqft_export.errors``. Nothing here redirects output or ends the process.
 """
 
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from sqft_export.recipe.presets import DEFAULT_PRESET
+from sqft_export.run.progress import PassProgress
 
 if TYPE_CHECKING:
+    from sqft_export.inference.locate import Deployment
     from sqft_export.inference.text import TextSession
+    from sqft_export.recipe.schema import Recipe
+
+RecipeSource = str | Path | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class MeasuredRow:
+    """One model of a report: a baseline, the merged model or a deployment.
+
+    accuracy: of the task, 0 to 1. perplexity: of the held-out answers.
+    tokens_per_second: decode speed, batch 1. first_token_ms: of the report's prompt length.
+    document: all figures, as in ``report.json``.
+    """
+
+    name: str
+    runtime: str
+    accuracy: float
+    perplexity: float
+    tokens_per_second: float
+    first_token_ms: float
+    file_bytes: int
+    peak_memory_bytes: int
+    document: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """The report of a run.
+
+    page: the HTML page. document: ``report.json``.
+    """
+
+    page: Path
+    document: dict[str, Any]
+    best_name: str | None
+
+    @property
+    def rows(self) -> list[MeasuredRow]:
+        """Return all measured models."""
+        return [_row_of(row) for row in self.document["rows"]]
+
+    @property
+    def best(self) -> MeasuredRow:
+        """Return the fastest of the deployments that reach the highest accuracy.
+
+        :raises LookupError: if no deployment was measured.
+        """
+        for row in self.rows:
+            if row.name == self.best_name:
+                return row
+        raise LookupError(f"{self.page.parent}: no deployment was measured")
+
+
+def _row_of(row: dict[str, Any]) -> MeasuredRow:
+    return MeasuredRow(
+        name=row["name"],
+        runtime=row["runtime"],
+        accuracy=row["accuracy"],
+        perplexity=row["perplexity"],
+        tokens_per_second=1000 / row["tpot"]["median_ms"],
+        first_token_ms=row["ttft"]["median_ms"],
+        file_bytes=row["file_bytes"],
+        peak_memory_bytes=row["peak_memory_bytes"],
+        document=row,
+    )
+
+
+@dataclass(frozen=True)
+class RunCertificate:
+    """The certificate of a run: the checks that deployments compute what was trained."""
+
+    checks: list[dict[str, Any]]
+
+    @property
+    def passed(self) -> bool:
+        """Return whether every check passed."""
+        return bool(self.checks) and all(check["passed"] for check in self.checks)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The predicted cost of a run; printing it shows the text of ``sqft-export plan``.
+
+    document: the document of ``sqft-export plan --json``.
+    """
+
+    document: dict[str, Any]
+
+    @property
+    def passes(self) -> list[dict[str, Any]]:
+        """Return the passes, each with its predicted seconds and bytes."""
+        return self.document["passes"]
+
+    @property
+    def seconds(self) -> float:
+        """Return the predicted seconds of all passes that are not cached."""
+        return self.document["seconds"]
+
+    def __str__(self) -> str:
+        from sqft_export.report.text import plan_text
+
+        return plan_text(self.document)
+
+
+class Run:
+    """A finished run.
+
+    folder: its artifacts, such as ``runs/tiny``.
+    recipe: its recipe; None if the run was opened by its folder.
+    """
+
+    def __init__(self, folder: Path, recipe: "Recipe | None" = None):
+        self.folder, self.recipe = folder, recipe
+
+    @cached_property
+    def _named(self) -> "dict[str, Deployment]":
+        from sqft_export.inference.locate import deployments_of_run
+
+        return deployments_of_run(self.folder)
+
+    @cached_property
+    def report(self) -> RunReport:
+        """Return the latest report."""
+        from sqft_export.inference.locate import best_deployment, latest_report
+
+        folder = latest_report(self.folder)
+        best = best_deployment([one for one in self._named.values() if one.row is not None])
+        document = json.loads((folder / "report.json").read_text())
+        return RunReport(folder / "index.html", document, best.name if best else None)
+
+    @cached_property
+    def deployments(self) -> "dict[str, Deployment]":
+        """Return the deployments by target: ``openvino``, ``onnx``, ``gguf``.
+
+        Copies have the name of their folder too, such as ``onnx-packed``.
+        """
+        found = {}
+        for one in self._named.values():
+            target = one.path.parent.name.split("-")[1]
+            found[target if one.path.name == "model" else f"{target}-{one.path.name}"] = one
+        return found
+
+    @cached_property
+    def certificate(self) -> RunCertificate:
+        """Return the certificate."""
+        return RunCertificate(self.report.document["verify"])
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Return the passes with their predicted cost on this machine.
+
+        :raises LookupError: if the run was opened by its folder.
+        """
+        if self.recipe is None:
+            raise LookupError(f"{self.folder}: opened without its recipe; use sqft_export.plan")
+        return _plan_of(self.recipe, self.folder.parent)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r})"
+
+
+def compile(
+    model: str | Path | None = None,
+    data: str | Path | None = None,
+    recipe: RecipeSource | None = None,
+    preset: str = DEFAULT_PRESET,
+    test: str | Path | None = None,
+    out: str | Path = "runs",
+    on_progress: Callable[[PassProgress], None] | None = None,
+    threads: int | None = None,
+    **settings: Any,
+) -> Run:
+    """Compile a model on data, as ``sqft-export run`` does, and return the finished run.
+
+    :param model: folder, or name on the Hugging Face hub.
+    :param data: conversations, prompts and answers, or a text; see ``docs/reference/tasks.md``.
+    :param recipe: file or mapping, in place of ``data`` and ``preset``; ``model`` replaces its
+        model.
+    :param preset: int4, int4-sparse, int8 or int4-untuned.
+    :param test: held-out data; None: a part of ``data``.
+    :param out: folder of all runs; the artifacts are in ``<out>/<name>``.
+    :param on_progress: called with the progress of every pass; None: lines on stderr.
+    :param threads: compute threads; None: those of the environment. Without effect if torch is
+        already imported.
+    :param settings: recipe settings, such as ``adapt={"epochs": 2}, seed=1``.
+    :raises UserError: before any work, if something is missing or does not fit.
+    """
+    made = _recipe_of(model, data, recipe, preset, test, settings)
+    _set_threads(threads)
+    from sqft_export.run.pipeline import run_recipe
+
+    root = Path(out) / made.name
+    run_recipe(made, root, listener=on_progress)
+    return Run(root, made)
+
+
+def plan(
+    model: str | Path | None = None,
+    data: str | Path | None = None,
+    recipe: RecipeSource | None = None,
+    preset: str = DEFAULT_PRESET,
+    test: str | Path | None = None,
+    out: str | Path = "runs",
+    **settings: Any,
+) -> Plan:
+    """Check what :func:`compile` would do and predict its cost; arguments as there."""
+    return _plan_of(_recipe_of(model, data, recipe, preset, test, settings), Path(out))
+
+
+def open_run(folder: str | Path) -> Run:
+    """Open a finished run by its folder.
+
+    :raises UserError: if the folder has no report.
+    """
+    from sqft_export.inference.locate import latest_report
+
+    latest_report(Path(folder))
+    return Run(Path(folder))
+
+
+def benchmark(
+    folders: Sequence[str | Path],
+    data: str | Path | None = None,
+    items: int = 100,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measure deployments on this machine and return the document of ``sqft-export benchmark``.
+
+    :param folders: deployments; all are compared with the first.
+    :param data: name of a dataset or a text file, to measure accuracy or perplexity.
+    :param items: largest number of scored items.
+    :param settings: fields of ``measure.deployments.DeviceSettings``, such as ``rounds=1``.
+    :raises UserError: if a folder is no deployment, or a setting is unknown.
+    """
+    from sqft_export.errors import UserError
+    from sqft_export.measure.deployments import DeviceSettings, benchmark_folders, questions_of
+
+    paths = [Path(folder) for folder in folders]
+    try:
+        chosen = DeviceSettings(**settings)
+    except TypeError as error:
+        known = ", ".join(DeviceSettings.__dataclass_fields__)
+        raise UserError(f"benchmark: {error}; settings are {known}") from error
+    is_file = data is not None and Path(data).is_file()
+    task, text = (None, Path(str(data))) if is_file else (None if data is None else str(data), None)
+    return benchmark_folders(paths, chosen, questions_of(paths[0], task, None, text, items))
 
 
 def load(folder: str | Path, device: str = "cpu", threads: int | None = None) -> "TextSession":
@@ -21,3 +282,57 @@ def load(folder: str | Path, device: str = "cpu", threads: int | None = None) ->
     from sqft_export.inference.text import open_deployment
 
     return open_deployment(find_deployment(Path(folder)).path, device, threads)
+
+
+def _recipe_of(
+    model: str | Path | None,
+    data: str | Path | None,
+    recipe: RecipeSource | None,
+    preset: str,
+    test: str | Path | None,
+    settings: dict[str, Any],
+) -> "Recipe":
+    from sqft_export.errors import UserError
+    from sqft_export.recipe.load import load_recipe, parse_recipe
+
+    overrides = tuple(_settings_text("", settings))
+    if recipe is None:
+        if model is None or data is None:
+            raise UserError("compile: give model and data, or a recipe")
+        from sqft_export.plan.requests import Request, write_preset
+
+        held_out = None if test is None else str(test)
+        name, text = write_preset(Request(str(model), str(data), held_out, preset))
+        return parse_recipe(text, Path(f"{name}.yaml"), overrides)
+    if data is not None or test is not None:
+        raise UserError("compile: data goes with a model; a recipe names its data in task")
+    if model is not None:
+        from sqft_export.plan.requests import model_section
+
+        overrides = (f"model={json.dumps(model_section(str(model)))}", *overrides)
+    if isinstance(recipe, Mapping):
+        return parse_recipe(json.dumps(recipe, default=str), Path("recipe"), overrides)
+    return load_recipe(Path(recipe), overrides)
+
+
+def _settings_text(prefix: str, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield settings as ``section.field=value``, as the command line has them."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _settings_text(f"{prefix}{name}.", value)
+        else:
+            yield f"{prefix}{name}={json.dumps(value)}"
+
+
+def _plan_of(recipe: "Recipe", runs: Path) -> Plan:
+    from sqft_export.run.preview import preview
+
+    return Plan(preview(recipe, runs))
+
+
+def _set_threads(threads: int | None) -> None:
+    """Set the number of compute threads, which torch reads at import."""
+    if threads is not None and "torch" not in sys.modules:
+        from sqft_export.run.processors import set_threads
+
+        set_threads(threads)

@@ -4,7 +4,6 @@ import io
 import itertools
 import json
 import os
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Annotated, Any, Literal
 import click
 import typer
 
-from sqft_export.commands import talk
+from sqft_export.commands import compiling, talk
+from sqft_export.commands.machine import set_compute_threads
 from sqft_export.errors import UserError, one_line
 from sqft_export.run.processors import limit_openmp_spinning
 
@@ -23,6 +23,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+compiling.register(app)
+talk.register(app)
 
 RecipeFile = Annotated[
     Path,
@@ -96,67 +99,6 @@ SweepAxes = Annotated[
 
 
 @app.command()
-def run(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    model_path: ModelPath = None,
-    runs: Runs = Path("runs"),
-    threads: Threads = None,
-    json_only: Json = False,
-) -> None:
-    """Run all passes of a recipe and write its report. Finished passes are not run again.
-
-    Example: sqft-export run recipes/tiny.yaml sparsify.sparsity=0.6
-    """
-    from sqft_export.recipe.load import load_recipe
-    from sqft_export.report.terminal import run_text
-    from sqft_export.run.host import writing_to
-    from sqft_export.run.launcher import process_rank
-
-    loaded = load_recipe(recipe, tuple(overrides or ()), model_path)
-    _set_threads(threads, runs / loaded.name)
-    from sqft_export.run.pipeline import run_recipe
-
-    with writing_to(runs):
-        artifacts = run_recipe(loaded, runs / loaded.name)
-    if process_rank():
-        return
-    report = artifacts["report"].path
-    document = json.loads((report / "report.json").read_text())
-    if sys.stdout.isatty() and not json_only:
-        print(run_text(document, artifacts, shutil.get_terminal_size().columns))
-        return
-    if not json_only:
-        print((report / "report.md").read_text())
-        print(f"report: {report / 'index.html'}")
-    print(json.dumps(document))
-
-
-@app.command("plan")
-def plan_command(
-    recipe: RecipeFile,
-    overrides: Overrides = None,
-    model_path: ModelPath = None,
-    runs: Runs = Path("runs"),
-    threads: Threads = None,
-    json_only: Json = False,
-) -> None:
-    """Check a recipe and predict the time, memory and disk space of each pass on this machine.
-
-    Example: sqft-export plan recipes/tiny.yaml
-    """
-    from sqft_export.recipe.load import load_recipe
-    from sqft_export.report.text import plan_text
-
-    loaded = load_recipe(recipe, tuple(overrides or ()), model_path)
-    _set_threads(threads, runs / loaded.name)
-    from sqft_export.run.preview import preview
-
-    document = preview(loaded, runs)
-    print(json.dumps(document) if json_only else plan_text(document))
-
-
-@app.command()
 def export(
     recipe: RecipeFile,
     overrides: Overrides = None,
@@ -179,11 +121,11 @@ def export(
     last = tuple(f"export-{target}" for target in loaded.export.targets)
     if not last:
         raise UserError(f"{loaded.file}: export.targets: found no target; name one with --only")
-    _set_threads(threads, runs / loaded.name)
+    set_compute_threads(threads, runs / loaded.name)
     from sqft_export.run.pipeline import run_recipe
 
     with writing_to(runs):
-        artifacts = run_recipe(loaded, runs / loaded.name, last)
+        artifacts = run_recipe(loaded, runs / loaded.name, last, redirect=True)
     for name in last:
         if name in artifacts:
             print(artifacts[name].path / "model")
@@ -345,7 +287,7 @@ def sweep(
 
     chosen = [(*(overrides or ()), *settings) for settings in _combinations(over)]
     recipes = [load_recipe(recipe, settings, model_path) for settings in chosen]
-    _set_threads(threads, runs / recipes[0].name)
+    set_compute_threads(threads, runs / recipes[0].name)
     from sqft_export.model.hub import model_folder
     from sqft_export.plan.checks import check_recipe
     from sqft_export.run.pipeline import run_recipe
@@ -356,7 +298,7 @@ def sweep(
     for one, settings in zip(recipes, chosen, strict=True):
         print(" ".join(settings), file=sys.stderr)
         with writing_to(runs):
-            reports.append(run_recipe(one, runs / one.name)["report"].path)
+            reports.append(run_recipe(one, runs / one.name, redirect=True)["report"].path)
     if len(reports) > 1:
         compare(reports, runs / recipes[0].name / "sweep")
     else:
@@ -461,7 +403,7 @@ def verify_command(
     """
     import tempfile
 
-    _set_threads(threads)
+    set_compute_threads(threads)
     from sqft_export.packed.seal import require_seal
     from sqft_export.run.host import writing_to
     from sqft_export.targets.folder import is_deployment
@@ -489,22 +431,6 @@ def verify_command(
     certificate.require()
 
 
-def _set_threads(threads: int | None, root: Path | None = None) -> None:
-    """Set the number of compute threads; print it on stderr if the machine is busy.
-
-    Call this before torch is imported, because torch reads the number at import.
-
-    :param root: folder of a run that may have been interrupted.
-    """
-    from sqft_export.run.launcher import process_count
-    from sqft_export.run.processors import set_threads
-
-    if threads is None and process_count() > 1:  # a launcher assigns the processors
-        return
-    if message := set_threads(threads, root):
-        print(message, file=sys.stderr)
-
-
 def _check_before_measuring(folders: list[Path]) -> None:
     """Print a warning on stderr if the machine is busy.
 
@@ -529,9 +455,6 @@ def _require_folder(folder: Path) -> None:
         found = False
     if not found:
         raise UserError(f"{one_line(folder)}: no such folder")
-
-
-talk.register(app)
 
 
 class _Terminated(BaseException):

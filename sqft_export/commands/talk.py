@@ -21,9 +21,7 @@ Talker = Annotated[
         metavar="FOLDER",
     ),
 ]
-PromptText = Annotated[
-    str | None, typer.Option("--prompt", "-p", help="answer this text and end")
-]
+PromptText = Annotated[str | None, typer.Option("--prompt", "-p", help="answer this text and end")]
 NewTokenLimit = Annotated[
     int, typer.Option(min=1, max=MAX_TOKENS_OPTION, help="largest number of tokens per answer")
 ]
@@ -74,7 +72,7 @@ def chat(
         conversation.append({"role": "user", "content": message})
         asked: Prompt = message if session.template is None else conversation
         answer = _print_answer(session, asked, max_new_tokens, stop or ())
-        conversation.append({"role": "assistant", "content": answer})
+        conversation.append({"role": "assistant", "content": answer.strip()})
 
 
 def generate(

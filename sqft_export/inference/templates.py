@@ -61,7 +61,7 @@ def _template_of_gguf(folder: Path) -> str | None:
 
 
 def read_special_tokens(folder: Path) -> dict[str, str]:
-    """Return the special tokens that templates read, by their names in ``tokenizer_config.json``."""
+    """Return the special tokens that templates read, by their names in the tokenizer's config."""
     file = folder / TOKENIZER_CONFIG
     document = read_json(file) if file.is_file() else {}
     found = {name: document.get(name) for name in TOKEN_NAMES}

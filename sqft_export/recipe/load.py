@@ -178,7 +178,18 @@ def load_recipe(
     :raises UserError: listing every fault found.
     """
     file = find_recipe(file)
-    data = _read_yaml(_read(file), str(file))
+    return parse_recipe(_read(file), file, overrides, model_path)
+
+
+def parse_recipe(
+    text: str, file: Path, overrides: tuple[str, ...] = (), model_path: Path | None = None
+) -> Recipe:
+    """Check the text of a recipe; see :func:`load_recipe`.
+
+    :param file: its place, which messages name and to which its paths are relative; it need not
+        exist.
+    """
+    data = _read_yaml(text, str(file))
     if not isinstance(data, dict):
         raise UserError(f"{file}: a recipe is a mapping, found {type(data).__name__}")
     _check_values(data, str(file))  # before an override is set in what an alias stands for

@@ -1,13 +1,11 @@
 """Run a recipe: check everything first, key each pass, run it or reuse its artifact."""
 
 import contextlib
-import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -35,6 +33,7 @@ from sqft_export.run.launcher import (
     process_rank,
     wait_for_first,
 )
+from sqft_export.run.output import open_output, open_run_file
 from sqft_export.run.precision import resolve_precision
 from sqft_export.run.processors import (
     THREADS_FILE,
@@ -43,9 +42,8 @@ from sqft_export.run.processors import (
     sample,
     used_by_others,
 )
-from sqft_export.run.progress import Start, report_progress, silent
+from sqft_export.run.progress import Listener, Start, report_progress, silent
 from sqft_export.stages import Context, stage_of
-from sqft_export.untrusted import fault_of_file
 
 # Settings that lower the memory of a pass, for its out-of-memory message.
 MEMORY_SETTINGS = {
@@ -124,37 +122,6 @@ def _view_of(recipe: Recipe, name: str) -> Recipe:
     return view_of(recipe, (*stage.fields(recipe, name), *stage.FREE))
 
 
-def _open_run_file(file: Path) -> IO[str]:
-    """Open a file of the run for appending; links are not followed.
-
-    :raises UserError: if the path is a link or not a regular file.
-    """
-    if file.is_symlink():
-        raise UserError(f"{file}: is a link; the run writes a file there")
-    if os.path.lexists(file) and (fault := fault_of_file(file)):
-        raise UserError(f"{file}: {fault}")
-    return file.open("a")
-
-
-@contextlib.contextmanager
-def _redirect_output(log: Path) -> Iterator[IO[str]]:
-    """Redirect stdout and stderr, also of native libraries, to ``log``; yield the real stderr."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
-    with _open_run_file(log) as file, os.fdopen(os.dup(2), "w") as terminal:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        try:
-            yield terminal
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for target, original in zip((1, 2), saved, strict=True):
-                os.dup2(original, target)
-                os.close(original)
-
-
 @contextlib.contextmanager
 def _lock_run_folder(root: Path) -> Iterator[None]:
     """Lock the run's folder until the context or the process ends.
@@ -163,7 +130,7 @@ def _lock_run_folder(root: Path) -> Iterator[None]:
     """
     root.mkdir(parents=True, exist_ok=True)
     lock = root / ".lock"
-    _open_run_file(lock).close()
+    open_run_file(lock).close()
     try:
         held = FileLock(lock).acquire(timeout=0)
     except Timeout as error:
@@ -185,7 +152,12 @@ def _plan_within_limits(
 
 
 def _run_as_other_rank(
-    recipe: Recipe, folder: Path, layout: Layout, store: Store, last: tuple[str, ...]
+    recipe: Recipe,
+    folder: Path,
+    layout: Layout,
+    store: Store,
+    last: tuple[str, ...],
+    redirect: bool,
 ) -> dict[str, Artifact]:
     """Run as a launcher's process with a rank above 0.
 
@@ -195,12 +167,12 @@ def _run_as_other_rank(
     artifacts: dict[str, Artifact] = {}
     store.root.mkdir(parents=True, exist_ok=True)
     recipe = resolve_precision(recipe, store.root)
-    with _redirect_output(store.root / f"log-{process_rank()}.txt") as terminal:
+    with open_output(store.root / f"log-{process_rank()}.txt", redirect) as output:
         for step in _plan_within_limits(recipe, folder, layout, store, last):
             sealed = store.path_of(step.name, step.key)
             if not sealed.exists():
                 note = f"process {process_rank()} of {process_count()} waits for the first one"
-                print(f"{step.name:16} {note}", file=terminal, flush=True)
+                print(f"{step.name:16} {note}", file=output.terminal, flush=True)
                 _join_pass(step, recipe, folder, artifacts, store)
             artifacts[step.name] = read_artifact(sealed)
     return artifacts
@@ -303,25 +275,33 @@ def _busy_note(before: Sample | None) -> str:
     return f" (busy machine: {found})" if found else ""
 
 
-def run_recipe(recipe: Recipe, root: Path, last: tuple[str, ...] = ()) -> dict[str, Artifact]:
+def run_recipe(
+    recipe: Recipe,
+    root: Path,
+    last: tuple[str, ...] = (),
+    redirect: bool = False,
+    listener: Listener | None = None,
+) -> dict[str, Artifact]:
     """Run every pass that has no artifact yet, and return all artifacts by pass name.
 
     :param root: folder of this recipe's artifacts.
     :param last: only these passes and the passes that they depend on; empty: all passes.
+    :param redirect: redirect stdout and stderr of this process to the log (``run/output.py``).
+    :param listener: called with the progress of every pass, in place of lines on stderr.
     :raises UserError: before any work, if the recipe can't be run here.
     """
     check_launcher()
     recipe, folder, layout = _prepare_recipe(recipe, root)
     recipe, store = pin_revisions(recipe, online=True), Store(root)
     if process_rank():
-        return _run_as_other_rank(recipe, folder, layout, store, last)
+        return _run_as_other_rank(recipe, folder, layout, store, last, redirect)
     artifacts, gates = dict[str, Artifact](), QualityGates(recipe, folder, store)
     with (
         _lock_run_folder(root),
-        _redirect_output(root / "log.txt") as terminal,
-        report_progress(terminal) as reporter,
+        open_output(root / "log.txt", redirect) as output,
+        report_progress(output.terminal, output.log, listener) as reporter,
     ):
-        with _open_run_file(root / THREADS_FILE) as file:
+        with open_run_file(root / THREADS_FILE) as file:
             file.truncate(0)
             file.write(str(environment()["threads"]))
         recipe = resolve_precision(recipe, root)
@@ -331,14 +311,14 @@ def run_recipe(recipe: Recipe, root: Path, last: tuple[str, ...] = ()) -> dict[s
             warnings = list[str]()
             if step.artifact is not None:
                 artifacts[step.name] = step.artifact
-                reporter.say(f"{step.name:16} cached{_machine_note(step.artifact)}")
+                reporter.say(f"{step.name:16} cached{_machine_note(step.artifact)}", step.name)
             else:
                 start, before = reporter.start_of(step.name), sample()
                 made = _run_pass(step, recipe, folder, artifacts, store, start)
                 artifacts[step.name] = made
                 line = f"{step.name:16} {made.manifest['seconds']:.1f} s{_busy_note(before)}"
-                reporter.say(line)
-                print(line, flush=True)  # to the log
+                reporter.say(line, step.name)
+                print(line, file=output.log, flush=True)
                 warnings = made.metrics.get("warnings", [])
             for warning in (*warnings, *gates.check(step.name, artifacts)):
                 reporter.say(f"warning: {warning}")

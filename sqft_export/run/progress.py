@@ -27,6 +27,23 @@ class Advance(Protocol):
 Start = Callable[[int], Advance]
 
 
+@dataclass(frozen=True)
+class PassProgress:
+    """The progress of one pass.
+
+    done, total: finished steps of the pass, and all of them; equal once it ended.
+    note: text of the last step, such as the loss; the line of a pass that ended.
+    """
+
+    name: str
+    done: int
+    total: int
+    note: str = ""
+
+
+Listener = Callable[[PassProgress], None]
+
+
 @dataclass
 class _Pass:
     name: str
@@ -47,8 +64,11 @@ class _Pass:
 class Reporter:
     """Show progress bars and print progress lines; use it within :func:`report_progress`."""
 
-    def __init__(self, terminal: IO[str]):
-        self.console = Console(file=terminal)
+    def __init__(
+        self, terminal: IO[str], log: IO[str] | None = None, listener: Listener | None = None
+    ):
+        self.log, self.listener = log, listener
+        self.console = Console(file=terminal, quiet=listener is not None)
         columns = (TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn())
         note = TextColumn("{task.fields[note]}")
         self.bars = Progress(
@@ -68,34 +88,50 @@ class Reporter:
         def start(total: int) -> Advance:
             task = self.bars.add_task(name, total=total, note="")
             self.running = running = _Pass(name, total, time.monotonic())
+            self._notify(name, 0, total, "")
 
             def advance(note: str = "") -> None:
                 running.done, running.note = running.done + 1, note
                 self.bars.update(task, advance=1, note=note)
+                self._notify(name, running.done, total, note)
 
             return advance
 
         return start
 
-    def say(self, line: str) -> None:
-        """Print a line and end the progress lines of the current pass."""
-        self.running = None
+    def _notify(self, name: str, done: int, total: int, note: str) -> None:
+        if self.listener is not None:
+            self.listener(PassProgress(name, done, total, note))
+
+    def say(self, line: str, ended: str = "") -> None:
+        """Print a line and end the progress lines of the current pass.
+
+        :param ended: the pass that ended; empty for a warning.
+        """
+        running, self.running = self.running, None
+        total = running.total if running is not None else 1
+        self._notify(ended, total, total, line)
         self.console.print(line)
 
     def print_lines(self, ended: threading.Event) -> None:
-        """Print a progress line per interval until the run ends; standard output is its log."""
+        """Print a progress line per interval until the run ends, on the terminal and in the log."""
         while not ended.wait(LINE_INTERVAL_SECONDS):
             if self.running is not None:
                 line = self.running.line()
-                print(line, flush=True)
+                print(line, file=self.log, flush=True)
                 if not self.console.is_terminal:
                     self.console.print(line)
 
 
 @contextlib.contextmanager
-def report_progress(terminal: IO[str]) -> Iterator[Reporter]:
-    """Yield a reporter that prints to ``terminal``."""
-    reporter, ended = Reporter(terminal), threading.Event()
+def report_progress(
+    terminal: IO[str], log: IO[str] | None = None, listener: Listener | None = None
+) -> Iterator[Reporter]:
+    """Yield a reporter that prints to ``terminal``, and calls ``listener`` if there is one.
+
+    :param log: receives progress lines too; None: standard output.
+    """
+    reporter, ended = Reporter(terminal, log, listener), threading.Event()
     lines = threading.Thread(target=reporter.print_lines, args=(ended,), daemon=True)
     lines.start()
     try:

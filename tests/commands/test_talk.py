@@ -8,7 +8,9 @@ from conftest import SQFT, test_prompts
 
 
 def sqft(*arguments: str, typed: str = "") -> subprocess.CompletedProcess:
-    return subprocess.run([SQFT, *arguments], input=typed, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [SQFT, *arguments], input=typed, capture_output=True, text=True, check=False
+    )
 
 
 def test_generate_on_a_run_names_its_best_deployment_and_its_speed(tiny_run):

@@ -33,7 +33,8 @@ FEATURES = {
     "json": "{{ messages | tojson(indent=2) }}",
     "date": "{{ strftime_now('%Y') }}{{ messages[0]['content'] }}",
     "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
-    "    {% if m.content is string %}\n  {{ ns.n }}: {{ m.content }}\n    {% endif %}\n{% endfor %}",
+    "    {% if m.content is string %}\n  {{ ns.n }}: {{ m.content }}\n    {% endif %}\n"
+    "{% endfor %}",
     "tools": "{% if tools %}tools{% else %}no tools{% endif %}{{ messages[-1].content }}",
 }
 MESSAGES = [

@@ -1,0 +1,65 @@
+"""The presets: recipes for any model and data, up to the settings that depend on both."""
+
+from typing import Any
+
+from sqft_export.errors import UserError
+from sqft_export.run.host import installed
+
+# Preset -> what it does, for help texts.
+PRESETS = {
+    "int4": "INT4, tuned through its grid: loses least",
+    "int4-sparse": "INT4 with 50 % zeros, tuned through its grid: smaller files",
+    "int8": "INT8, tuned through its grid",
+    "int4-untuned": "INT4 without training; the data only calibrates and scores",
+}
+DEFAULT_PRESET = "int4"
+EPOCHS = 3
+STEP_EXAMPLES = 16  # training examples per optimizer step
+SPARSITY = 0.5
+# Target -> package that exports it.
+TARGET_PACKAGES = {"openvino": "optimum", "onnx": "onnx_ir", "gguf": "gguf"}
+
+
+def preset_sections(preset: str) -> dict[str, Any]:
+    """Return the sections of a preset's recipe, without name, model and task.
+
+    :raises UserError: if there is no such preset.
+    """
+    if preset not in PRESETS:
+        known = "; ".join(f"{name} ({about})" for name, about in PRESETS.items())
+        raise UserError(f"preset: found {preset!r}; allowed are {known}")
+    sparse, tuned = preset == "int4-sparse", preset != "int4-untuned"
+    return {
+        "calibration": {"samples": 128, "sequence_length": 512},
+        "sparsify": {"method": "sparsegpt", "sparsity": SPARSITY} if sparse else {"method": "none"},
+        "quantize": _quantize_section(8 if preset == "int8" else 4, tuned),
+        "adapt": _adapt_section() if tuned else "none",
+        "export": _export_section(sparse),
+        "verify": {"prompts": 16},
+        "benchmark": {"items": 50, "rounds": 1, "baselines": ["dense", "merged"]},
+    }
+
+
+def _quantize_section(bits: int, tuned: bool) -> dict[str, Any]:
+    section = {"method": "gptq", "bits": bits, "group_size": 64, "symmetric": True}
+    return section if tuned else section | {"reconstruct": {}}
+
+
+def _adapt_section() -> dict[str, Any]:
+    return {
+        "pipeline": "qa-sparsepeft",
+        "ranks": [32, 24, 16],
+        "alpha": 64,
+        "dropout": 0.05,
+        "learning_rate": 3e-4,
+        "schedule": "linear",
+        "warmup_steps": 1,
+        "epochs": EPOCHS,
+        "batch": STEP_EXAMPLES,
+    }
+
+
+def _export_section(sparse: bool) -> dict[str, Any]:
+    targets = [name for name, package in TARGET_PACKAGES.items() if installed(package)]
+    copies = {"sparse_files": True, "sparse_execution": True} if sparse else {}
+    return {"targets": targets or ["openvino"], **copies}
