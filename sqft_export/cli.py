@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import click
 import typer
 
-from sqft_export.commands import compiling, talk
+from sqft_export.commands import compiling, serving, talk
 from sqft_export.commands.machine import set_compute_threads
 from sqft_export.errors import UserError, one_line
 from sqft_export.run.processors import limit_openmp_spinning
@@ -26,6 +26,7 @@ app = typer.Typer(
 
 compiling.register(app)
 talk.register(app)
+serving.register(app)
 
 RecipeFile = Annotated[
     Path,

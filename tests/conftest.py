@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
@@ -183,3 +184,49 @@ def test_prompts(count: int) -> list[str]:
 
 
 test_prompts.__test__ = False
+
+
+# What `run` decides for a model and data is kept; only training and measurements are shortened.
+SHORT = (
+    "adapt.epochs=1",
+    "benchmark.items=2",
+    "benchmark.repeats=2",
+    "benchmark.new_tokens=4",
+    "verify.prompts=2",
+)
+
+
+def write_conversations(file: Path, count: int) -> Path:
+    """A file of conversations about sums, all different."""
+    with file.open("w") as lines:
+        for number in range(count):
+            a, b = number % 9 + 1, number // 9 + 1
+            messages = [
+                {"role": "user", "content": f"What is {a} plus {b}?"},
+                {"role": "assistant", "content": f"{a} + {b} = {a + b}"},
+            ]
+            lines.write(json.dumps({"messages": messages}) + "\n")
+    return file
+
+
+@dataclass(frozen=True)
+class OwnRun:
+    """A finished run of a model and data: where it was started, and what it printed."""
+
+    folder: Path
+    done: subprocess.CompletedProcess
+
+    @property
+    def root(self) -> Path:
+        return self.folder / "runs" / "tiny"
+
+
+@pytest.fixture(scope="session")
+def own_run(tmp_path_factory) -> OwnRun:
+    """The embedded model on conversations, by one command without a recipe."""
+    folder = tmp_path_factory.mktemp("own")
+    write_conversations(folder / "chats.jsonl", 40)
+    command = [SQFT, "run", "builtin:tiny", "--data", "chats.jsonl", *SHORT]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return OwnRun(folder, done)

@@ -16,50 +16,50 @@ from sqft_export.recipe.presets import DEFAULT_PRESET, PRESETS
 if TYPE_CHECKING:
     from sqft_export.recipe.schema import Recipe
 
-RECIPE_FILE = "recipe.yaml"  # in a run's folder: the preset's recipe
-RECIPE_SUFFIXES = (".yaml", ".yml")
-PRESET_HELP = "; ".join(f"{name}: {about}" for name, about in PRESETS.items())
+_RECIPE_FILE = "recipe.yaml"  # in a run's folder: the preset's recipe
+_RECIPE_SUFFIXES = (".yaml", ".yml")
+_PRESET_HELP = "; ".join(f"{name}: {about}" for name, about in PRESETS.items())
 
-Source = Annotated[
+_Source = Annotated[
     str,
     typer.Argument(
         help="recipe file; or a model: its folder, or its name on the Hugging Face hub",
         metavar="RECIPE_OR_MODEL",
     ),
 ]
-ModelName = Annotated[
+_ModelName = Annotated[
     str,
     typer.Argument(help="model: its folder, or its name on the Hugging Face hub", metavar="MODEL"),
 ]
-Settings = Annotated[
+_Settings = Annotated[
     list[str] | None,
     typer.Argument(help="recipe settings to replace, such as adapt.epochs=2", metavar="SETTINGS"),
 ]
-Data = Annotated[
+_Data = Annotated[
     str | None,
     typer.Option(
         help="with a model: conversations or prompts and answers (jsonl, json, csv, tsv, parquet, "
         "save_to_disk folder, hub:<dataset>), a text file, or the name of a known dataset"
     ),
 ]
-TestData = Annotated[
+_TestData = Annotated[
     str | None, typer.Option(help="held-out data; default: a tenth of --data is held out")
 ]
-Preset = Annotated[str | None, typer.Option(help=f"{PRESET_HELP}  [default: {DEFAULT_PRESET}]")]
-Targets = Annotated[
+_Preset = Annotated[str | None, typer.Option(help=f"{_PRESET_HELP}  [default: {DEFAULT_PRESET}]")]
+_Targets = Annotated[
     list[str] | None,
     typer.Option("--target", help="openvino, onnx or gguf; may be repeated; default: all three"),
 ]
-TorchDevice = Annotated[
+_TorchDevice = Annotated[
     str | None, typer.Option("--device", help="device for torch: auto, cpu, cuda, xpu or mps")
 ]
-Sparsity = Annotated[float | None, typer.Option(help="share of the weights that become zero")]
-Bits = Annotated[int | None, typer.Option(help="bits per weight: 2, 3, 4 or 8")]
-LocalModel = Annotated[
+_Sparsity = Annotated[float | None, typer.Option(help="share of the weights that become zero")]
+_Bits = Annotated[int | None, typer.Option(help="bits per weight: 2, 3, 4 or 8")]
+_LocalModel = Annotated[
     Path | None, typer.Option(help="local Hugging Face folder, instead of the recipe's model")
 ]
-RunsFolder = Annotated[Path, typer.Option(help="folder for all artifacts")]
-CpuThreads = Annotated[
+_RunsFolder = Annotated[Path, typer.Option(help="folder for all artifacts")]
+_CpuThreads = Annotated[
     int | None,
     typer.Option(
         min=1,
@@ -67,7 +67,7 @@ CpuThreads = Annotated[
         help="compute threads; default: OMP_NUM_THREADS, else the number of idle processors",
     ),
 ]
-JsonOnly = Annotated[
+_JsonOnly = Annotated[
     bool, typer.Option("--json", help="print one JSON document on stdout and nothing else")
 ]
 
@@ -101,7 +101,7 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Asked:
+class CompileRequest:
     """A recipe file with its settings, or a model with its data."""
 
     source: str
@@ -115,7 +115,7 @@ class Asked:
     @property
     def is_recipe(self) -> bool:
         """Return whether the source names a recipe file."""
-        return self.source.endswith(RECIPE_SUFFIXES) or Path(self.source).is_file()
+        return self.source.endswith(_RECIPE_SUFFIXES) or Path(self.source).is_file()
 
     def load(self, runs: Path, threads: int | None) -> "tuple[Recipe, str]":
         """Return the recipe, the file's or the preset's for the model, and the preset's text.
@@ -134,7 +134,7 @@ class Asked:
             return recipe, ""
         set_compute_threads(threads)
         name, text = self.preset_text()
-        return parse_recipe(text, runs / name / RECIPE_FILE, settings), text
+        return parse_recipe(text, runs / name / _RECIPE_FILE, settings), text
 
     def preset_text(self) -> tuple[str, str]:
         """Return name and text of the preset's recipe for the model."""
@@ -171,20 +171,20 @@ def _missing_data(source: str) -> str:
     )
 
 
-def run(
-    source: Source,
-    settings: Settings = None,
-    data: Data = None,
-    test: TestData = None,
-    preset: Preset = None,
-    target: Targets = None,
-    device: TorchDevice = None,
-    sparsity: Sparsity = None,
-    bits: Bits = None,
-    model_path: LocalModel = None,
-    runs: RunsFolder = Path("runs"),
-    threads: CpuThreads = None,
-    json_only: JsonOnly = False,
+def run_command(
+    source: _Source,
+    settings: _Settings = None,
+    data: _Data = None,
+    test: _TestData = None,
+    preset: _Preset = None,
+    target: _Targets = None,
+    device: _TorchDevice = None,
+    sparsity: _Sparsity = None,
+    bits: _Bits = None,
+    model_path: _LocalModel = None,
+    runs: _RunsFolder = Path("runs"),
+    threads: _CpuThreads = None,
+    json_only: _JsonOnly = False,
 ) -> None:
     """Compile a model on your data: run all passes and write the report.
 
@@ -196,7 +196,7 @@ def run(
     Example: sqft-export run recipes/tiny.yaml sparsify.sparsity=0.6
     """
     choices = Choices(target, device, sparsity, bits)
-    asked = Asked(source, data, test, preset, choices, tuple(settings or ()), model_path)
+    asked = CompileRequest(source, data, test, preset, choices, tuple(settings or ()), model_path)
     recipe, text = asked.load(runs, threads)
     from sqft_export.run.host import write_file, writing_to
     from sqft_export.run.launcher import process_rank
@@ -206,7 +206,7 @@ def run(
     with writing_to(runs):
         artifacts = run_recipe(recipe, root, redirect=True)
         if text and not process_rank():
-            write_file(root / RECIPE_FILE, f"{_settings_comment(recipe.overrides)}{text}")
+            write_file(root / _RECIPE_FILE, f"{_settings_comment(recipe.overrides)}{text}")
     if not process_rank():
         _print_report(artifacts["report"].path, artifacts, json_only)
 
@@ -229,20 +229,20 @@ def _print_report(report: Path, artifacts: dict, json_only: bool) -> None:
     print(json.dumps(document))
 
 
-def plan(
-    source: Source,
-    settings: Settings = None,
-    data: Data = None,
-    test: TestData = None,
-    preset: Preset = None,
-    target: Targets = None,
-    device: TorchDevice = None,
-    sparsity: Sparsity = None,
-    bits: Bits = None,
-    model_path: LocalModel = None,
-    runs: RunsFolder = Path("runs"),
-    threads: CpuThreads = None,
-    json_only: JsonOnly = False,
+def plan_command(
+    source: _Source,
+    settings: _Settings = None,
+    data: _Data = None,
+    test: _TestData = None,
+    preset: _Preset = None,
+    target: _Targets = None,
+    device: _TorchDevice = None,
+    sparsity: _Sparsity = None,
+    bits: _Bits = None,
+    model_path: _LocalModel = None,
+    runs: _RunsFolder = Path("runs"),
+    threads: _CpuThreads = None,
+    json_only: _JsonOnly = False,
 ) -> None:
     """Check a recipe, or a model with data; predict time, memory and disk space of each pass.
 
@@ -251,7 +251,7 @@ def plan(
     Example: sqft-export plan recipes/tiny.yaml
     """
     choices = Choices(target, device, sparsity, bits)
-    asked = Asked(source, data, test, preset, choices, tuple(settings or ()), model_path)
+    asked = CompileRequest(source, data, test, preset, choices, tuple(settings or ()), model_path)
     recipe, _ = asked.load(runs, threads)
     from sqft_export.report.text import plan_text
     from sqft_export.run.preview import preview
@@ -260,11 +260,11 @@ def plan(
     print(json.dumps(document) if json_only else plan_text(document))
 
 
-def init(
-    model: ModelName,
-    data: Data = None,
-    test: TestData = None,
-    preset: Preset = None,
+def init_command(
+    model: _ModelName,
+    data: _Data = None,
+    test: _TestData = None,
+    preset: _Preset = None,
     out: Annotated[
         Path | None, typer.Option(help="file to write; default: <model>.yaml in this folder")
     ] = None,
@@ -275,7 +275,7 @@ def init(
     """
     from sqft_export.run.host import write_file, writing_to
 
-    asked = Asked(model, data, test, preset, Choices(), ())
+    asked = CompileRequest(model, data, test, preset, Choices(), ())
     if asked.is_recipe:
         raise UserError(f"{one_line(model)}: is a file; init takes a model: a folder or a hub name")
     name, text = asked.preset_text()
@@ -289,6 +289,6 @@ def init(
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to the command line."""
-    app.command("run")(run)
-    app.command("plan")(plan)
-    app.command("init")(init)
+    app.command("run")(run_command)
+    app.command("plan")(plan_command)
+    app.command("init")(init_command)

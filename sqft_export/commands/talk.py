@@ -10,10 +10,10 @@ import typer
 from sqft_export.errors import UserError
 
 if TYPE_CHECKING:
-    from sqft_export.inference.text import Prompt, Speed, TextSession
+    from sqft_export.inference.text import AnswerSpeed, Prompt, TextSession
 
 MAX_TOKENS_OPTION = 2**20
-Talker = Annotated[
+_Talker = Annotated[
     Path,
     typer.Argument(
         help="run folder, which stands for its best deployment; or an OpenVINO, ONNX, GGUF or "
@@ -21,32 +21,32 @@ Talker = Annotated[
         metavar="FOLDER",
     ),
 ]
-PromptText = Annotated[str | None, typer.Option("--prompt", "-p", help="answer this text and end")]
-NewTokenLimit = Annotated[
+_PromptText = Annotated[str | None, typer.Option("--prompt", "-p", help="answer this text and end")]
+_NewTokenLimit = Annotated[
     int, typer.Option(min=1, max=MAX_TOKENS_OPTION, help="largest number of tokens per answer")
 ]
-StopTexts = Annotated[
+_StopTexts = Annotated[
     list[str] | None, typer.Option("--stop", help="text that ends an answer; may be repeated")
 ]
-ComputeThreads = Annotated[
+_ComputeThreads = Annotated[
     int | None,
     typer.Option(min=1, max=4096, help="compute threads; default: the runtime's choice"),
 ]
-DeviceName = Annotated[str, typer.Option(help="cpu, gpu or npu")]
+_DeviceName = Annotated[str, typer.Option(help="cpu, gpu or npu")]
 NEW_CONVERSATION = "/new"
 INTRODUCTION = f"type a message; {NEW_CONVERSATION} starts a new conversation, Ctrl-D ends"
 
 
-def chat(
-    folder: Talker,
-    prompt: PromptText = None,
+def chat_command(
+    folder: _Talker,
+    prompt: _PromptText = None,
     system: Annotated[
         str | None, typer.Option(help="system message at the start of the conversation")
     ] = None,
-    max_new_tokens: NewTokenLimit = 512,
-    stop: StopTexts = None,
-    threads: ComputeThreads = None,
-    device: DeviceName = "cpu",
+    max_new_tokens: _NewTokenLimit = 512,
+    stop: _StopTexts = None,
+    threads: _ComputeThreads = None,
+    device: _DeviceName = "cpu",
 ) -> None:
     """Talk to a deployment in its own runtime, with its chat template.
 
@@ -75,13 +75,13 @@ def chat(
         conversation.append({"role": "assistant", "content": answer.strip()})
 
 
-def generate(
-    folder: Talker,
-    prompt: PromptText = None,
-    max_new_tokens: NewTokenLimit = 512,
-    stop: StopTexts = None,
-    threads: ComputeThreads = None,
-    device: DeviceName = "cpu",
+def generate_command(
+    folder: _Talker,
+    prompt: _PromptText = None,
+    max_new_tokens: _NewTokenLimit = 512,
+    stop: _StopTexts = None,
+    threads: _ComputeThreads = None,
+    device: _DeviceName = "cpu",
 ) -> None:
     """Continue a plain text with a deployment, without a chat template.
 
@@ -137,7 +137,7 @@ def _print_answer(session: "TextSession", prompt: Any, limit: int, stop: Iterabl
     return "".join(pieces)
 
 
-def _speed_text(speed: "Speed") -> str:
+def _speed_text(speed: "AnswerSpeed") -> str:
     rate = speed.tokens_per_second
     text = f"{speed.new_tokens} tokens" + (f", {rate:.1f} tokens per second" if rate else "")
     return f"{text}; {speed.prompt_tokens} prompt tokens in {speed.prefill_seconds:.2f} s"
@@ -149,5 +149,5 @@ def _note(text: str) -> None:
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to the command line."""
-    app.command("chat")(chat)
-    app.command("generate")(generate)
+    app.command("chat")(chat_command)
+    app.command("generate")(generate_command)

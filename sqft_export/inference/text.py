@@ -36,7 +36,7 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 
 @dataclass
-class Speed:
+class AnswerSpeed:
     """Tokens and seconds of an answer.
 
     prompt_tokens: computed in the first pass; tokens that were cached are not counted.
@@ -85,7 +85,7 @@ class TextSession:
         self.special_tokens = read_special_tokens(folder)
         self.template = read_chat_template(folder)
         self.context = context_of(folder) or sys.maxsize
-        self.speed = Speed()
+        self.speed = AnswerSpeed()
         self._ends = self._end_tokens()
         self._cached: list[int] = []
 
@@ -136,7 +136,7 @@ class TextSession:
     def _tokens(self, ids: list[int], limit: int) -> Iterator[int]:
         """Yield new tokens until one ends the answer."""
         fresh = self._uncached(ids)
-        self.speed = speed = Speed(prompt_tokens=len(fresh))
+        self.speed = speed = AnswerSpeed(prompt_tokens=len(fresh))
         for _ in range(limit):
             started = time.perf_counter()
             (token,) = self.session.argmax_tokens(np.array([fresh], np.int64)).tolist()

@@ -54,7 +54,7 @@ COLUMN_NAMES: tuple[dict[str, str], ...] = (
     {"messages": "conversation"},
     {"messages": "dialogue"},
 )
-SAMPLED_ITEMS = 1000  # whose lengths are counted
+COUNTED_ITEMS = 1000  # whose lengths are counted
 WARMUP_SHARE = 0.05
 LENGTH_MULTIPLE = 32
 MIN_LENGTH, MAX_LENGTH = 64, 2048
@@ -211,15 +211,18 @@ def _with_settings(draft: dict[str, Any], recipe: Recipe, folder: Path) -> dict[
     """Return the draft with the settings that depend on model and data."""
     layout = layout_of(recipe, folder)
     context = context_length(layout.config) or MAX_LENGTH
-    _, items = sample_items(recipe, load_tokenizer(folder), "train", SAMPLED_ITEMS)
+    _, items = sample_items(recipe, load_tokenizer(folder), "train", COUNTED_ITEMS)
     made = {name: dict(part) if isinstance(part, dict) else part for name, part in draft.items()}
     length = sequence_length(items, context)
     made["task"]["sequence_length"] = made["calibration"]["sequence_length"] = length
     if "max_new_tokens" in type(recipe.task).model_fields:
         made["task"]["max_new_tokens"] = answer_length(items)
     made["quantize"] |= _grid_of(layout)
+    workload = workload_of(recipe, folder)
+    if workload.examples is not None:
+        made["calibration"]["samples"] = min(recipe.calibration.samples, workload.examples)
     if recipe.adapt is not None:
-        made["adapt"] |= _training_of(recipe, layout, workload_of(recipe, folder), length)
+        made["adapt"] |= _training_of(recipe, layout, workload, length)
     return made
 
 

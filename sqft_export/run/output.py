@@ -1,7 +1,8 @@
 """Where a run writes its messages: the user's terminal, and the log in the run's folder.
 
-The command line redirects the file descriptors 1 and 2, so that everything that libraries print
-goes to the log. In a Python program or a notebook, they belong to the caller and stay as they are.
+Libraries print many lines during a run, which go to the log. The command line redirects the file
+descriptors 1 and 2, also for native libraries. In a Python program or a notebook, descriptors
+belong to the caller: only ``sys.stdout`` and ``sys.stderr`` are replaced until the run ends.
 """
 
 import contextlib
@@ -10,18 +11,35 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from sqft_export.errors import UserError
+from sqft_export.run.progress import Listener, PassProgress
 from sqft_export.untrusted import fault_of_file
 
 
 @dataclass(frozen=True)
 class Output:
-    """Streams for the user and for the log."""
+    """Streams for the user and for the log.
+
+    streams: the caller's ``sys.stdout`` and ``sys.stderr``.
+    """
 
     terminal: IO[str]
     log: IO[str]
+    streams: tuple[Any, Any]
+
+    def for_caller(self, listener: Listener | None) -> Listener | None:
+        """Return a listener that runs with the caller's ``sys.stdout`` and ``sys.stderr``."""
+        if listener is None:
+            return None
+        stdout, stderr = self.streams
+
+        def call(progress: PassProgress) -> None:
+            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+                listener(progress)
+
+        return call
 
 
 def open_run_file(file: Path) -> IO[str]:
@@ -40,14 +58,16 @@ def open_run_file(file: Path) -> IO[str]:
 def open_output(log: Path, redirect: bool) -> Iterator[Output]:
     """Open the log of a run.
 
-    :param redirect: also redirect stdout and stderr of this process, native libraries included.
+    :param redirect: redirect the file descriptors; else only Python's streams.
     """
+    streams = sys.stdout, sys.stderr
     with open_run_file(log) as file:
-        if not redirect:
-            yield Output(sys.stderr, file)
+        if redirect:
+            with _redirect_descriptors(file) as terminal:
+                yield Output(terminal, sys.stdout, streams)
             return
-        with _redirect_descriptors(file) as terminal:
-            yield Output(terminal, sys.stdout)
+        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            yield Output(streams[1], file, streams)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
@@ -42,7 +42,7 @@ from sqft_export.run.processors import (
     sample,
     used_by_others,
 )
-from sqft_export.run.progress import Listener, Start, report_progress, silent
+from sqft_export.run.progress import Listener, Reporter, Start, report_progress, silent
 from sqft_export.stages import Context, stage_of
 
 # Settings that lower the memory of a pass, for its out-of-memory message.
@@ -275,6 +275,22 @@ def _busy_note(before: Sample | None) -> str:
     return f" (busy machine: {found})" if found else ""
 
 
+@contextlib.contextmanager
+def _open_run(
+    root: Path, redirect: bool, listener: Listener | None
+) -> Iterator[tuple[Reporter, IO[str]]]:
+    """Lock the run's folder, record the threads, and yield the reporter and the log."""
+    with (
+        _lock_run_folder(root),
+        open_output(root / "log.txt", redirect) as output,
+        report_progress(output.terminal, output.log, output.for_caller(listener)) as reporter,
+    ):
+        with open_run_file(root / THREADS_FILE) as file:
+            file.truncate(0)
+            file.write(str(environment()["threads"]))
+        yield reporter, output.log
+
+
 def run_recipe(
     recipe: Recipe,
     root: Path,
@@ -286,7 +302,7 @@ def run_recipe(
 
     :param root: folder of this recipe's artifacts.
     :param last: only these passes and the passes that they depend on; empty: all passes.
-    :param redirect: redirect stdout and stderr of this process to the log (``run/output.py``).
+    :param redirect: redirect this process's file descriptors to the log (``run/output.py``).
     :param listener: called with the progress of every pass, in place of lines on stderr.
     :raises UserError: before any work, if the recipe can't be run here.
     """
@@ -296,14 +312,7 @@ def run_recipe(
     if process_rank():
         return _run_as_other_rank(recipe, folder, layout, store, last, redirect)
     artifacts, gates = dict[str, Artifact](), QualityGates(recipe, folder, store)
-    with (
-        _lock_run_folder(root),
-        open_output(root / "log.txt", redirect) as output,
-        report_progress(output.terminal, output.log, listener) as reporter,
-    ):
-        with open_run_file(root / THREADS_FILE) as file:
-            file.truncate(0)
-            file.write(str(environment()["threads"]))
+    with _open_run(root, redirect, listener) as (reporter, log):
         recipe = resolve_precision(recipe, root)
         for warning in plan_warnings(recipe, layout):
             reporter.say(f"warning: {warning}")
@@ -318,7 +327,7 @@ def run_recipe(
                 artifacts[step.name] = made
                 line = f"{step.name:16} {made.manifest['seconds']:.1f} s{_busy_note(before)}"
                 reporter.say(line, step.name)
-                print(line, file=output.log, flush=True)
+                print(line, file=log, flush=True)
                 warnings = made.metrics.get("warnings", [])
             for warning in (*warnings, *gates.check(step.name, artifacts)):
                 reporter.say(f"warning: {warning}")

@@ -1,0 +1,76 @@
+"""``serve``: start the server that exists for a deployment's format."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sqft_export.errors import UserError
+
+if TYPE_CHECKING:
+    from sqft_export.inference.locate import Deployment
+
+
+def serve_command(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            help="run folder, which stands for its best deployment that has a server; or an "
+            "OpenVINO or GGUF folder",
+            metavar="FOLDER",
+        ),
+    ],
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 8080,
+    name: Annotated[
+        str | None, typer.Option(help="name of the model for clients; default: of the run")
+    ] = None,
+) -> None:
+    """Serve a deployment with an OpenAI-compatible interface, on an installed server.
+
+    If none is installed, it prints the command and how to install the server.
+
+    Example: sqft-export serve runs/SmolLM2-135M-Instruct --port 8080
+    """
+    from sqft_export.inference.servers import Address, served_path, server_for
+
+    found = _servable(folder)
+    at = Address(host, port, name or (folder.resolve().name or "model"))
+    server = server_for(found, at)
+    with served_path(found.path) as path:
+        command = server.command(path, at)
+        print(f"{found.name}: {found.path}\n{server.name}: {shlex.join(command)}", file=sys.stderr)
+        print(f"serving {at.url}, model {at.model}; Ctrl-C ends", file=sys.stderr, flush=True)
+        code = subprocess.run(command, check=False).returncode
+    if code:
+        raise UserError(f"{server.name} ended with exit code {code}; its messages are above")
+
+
+def _servable(folder: Path) -> "Deployment":
+    """Return the deployment to serve: of a run, the best whose format has an installed server."""
+    from sqft_export.inference.locate import (
+        best_deployment,
+        deployments_of_run,
+        find_deployment,
+        is_model,
+    )
+    from sqft_export.inference.servers import SERVED_KINDS, SERVERS
+    from sqft_export.targets.folder import kind_of
+
+    if not folder.is_dir() or is_model(folder):
+        return find_deployment(folder)
+    plain = [one for one in deployments_of_run(folder).values() if one.path.name == "model"]
+    kinds = [kind for kind in SERVED_KINDS if any(server.here() for server in SERVERS[kind])]
+    for allowed in (kinds, SERVED_KINDS):
+        served = [one for one in plain if kind_of(one.path) in allowed]
+        if best := best_deployment(served):
+            return best
+    raise UserError(f"{folder}: has no OpenVINO and no GGUF deployment; set export.targets")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command of this module to the command line."""
+    app.command("serve")(serve_command)

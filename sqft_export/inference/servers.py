@@ -1,0 +1,155 @@
+"""Servers with an OpenAI-compatible interface for deployments. Only existing ones are started.
+
+GGUF      llama-server, llama.cpp's own; the package xllamacpp holds the same server; the server of
+          llama-cpp-python
+OpenVINO  OpenVINO Model Server
+ONNX      none that loads a folder of ONNX Runtime GenAI
+
+The server of cyllama is left out: it renders messages without the chat template, and it does not
+stream.
+"""
+
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqft_export.errors import UserError
+from sqft_export.inference.locate import Deployment
+from sqft_export.packed.folders import packed_file
+from sqft_export.packed.loaders import dense_gguf
+from sqft_export.run.host import installed
+from sqft_export.targets.folder import kind_of
+
+SERVED_KINDS = ("gguf", "openvino")
+NO_ONNX_SERVER = (
+    "no server loads a folder of ONNX Runtime GenAI; serve the OpenVINO or the GGUF deployment of "
+    "the same run"
+)
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens, and the name under which it offers the model."""
+
+    host: str
+    port: int
+    model: str
+
+    @property
+    def url(self) -> str:
+        """Return the base URL for OpenAI clients."""
+        return f"http://{self.host}:{self.port}/v1"
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server program.
+
+    command: model file or folder, and address -> words of the command.
+    here: whether it is installed.
+    install: how to install it.
+    """
+
+    name: str
+    command: Callable[[Path, Address], list[str]]
+    here: Callable[[], bool]
+    install: str
+
+
+def _llama_server(file: Path, at: Address) -> list[str]:
+    place = ["--host", at.host, "--port", str(at.port), "--alias", at.model]
+    return ["llama-server", "-m", str(file), "--jinja", *place]
+
+
+def _xllamacpp(file: Path, at: Address) -> list[str]:
+    module = "sqft_export.inference.xllamacpp_server"
+    return [sys.executable, "-m", module, str(file), at.host, str(at.port), at.model]
+
+
+def _llama_cpp_python(file: Path, at: Address) -> list[str]:
+    place = ["--host", at.host, "--port", str(at.port), "--model_alias", at.model]
+    return [sys.executable, "-m", "llama_cpp.server", "--model", str(file), *place]
+
+
+def _ovms(folder: Path, at: Address) -> list[str]:
+    place = ["--rest_bind_address", at.host, "--rest_port", str(at.port), "--model_name", at.model]
+    return ["ovms", *place, "--model_path", str(folder), "--task", "text_generation"]
+
+
+SERVERS: dict[str, tuple[Server, ...]] = {
+    "gguf": (
+        Server(
+            "llama-server",
+            _llama_server,
+            lambda: shutil.which("llama-server") is not None,
+            "a release of llama.cpp (github.com/ggml-org/llama.cpp), or its package in a system's "
+            "package manager",
+        ),
+        Server(
+            "llama.cpp's server in xllamacpp",
+            _xllamacpp,
+            lambda: installed("xllamacpp"),
+            "pip install xllamacpp",
+        ),
+        Server(
+            "llama-cpp-python",
+            _llama_cpp_python,
+            lambda: installed("llama_cpp.server") and installed("uvicorn"),
+            "pip install 'llama-cpp-python[server]', which compiles llama.cpp",
+        ),
+    ),
+    "openvino": (
+        Server(
+            "OpenVINO Model Server",
+            _ovms,
+            lambda: shutil.which("ovms") is not None,
+            "a release of github.com/openvinotoolkit/model_server; or its image: docker run "
+            "openvino/model_server with the same options",
+        ),
+    ),
+}
+
+
+def server_for(deployment: Deployment, at: Address) -> Server:
+    """Return the first installed server for a deployment.
+
+    :raises UserError: with the commands and how to install them, if none is.
+    """
+    kind = kind_of(deployment.path)
+    if kind not in SERVED_KINDS:
+        reason = NO_ONNX_SERVER if kind == "onnx" else "only deployments are served"
+        raise UserError(f"{deployment.path}: {reason}")
+    for server in SERVERS[kind]:
+        if server.here():
+            return server
+    raise UserError(_how_to_install(deployment.path, at, kind))
+
+
+def _how_to_install(folder: Path, at: Address, kind: str) -> str:
+    file = folder / "model.gguf" if kind == "gguf" else folder
+    lines = [f"{folder}: no server for {kind} is installed. Install one of these and run it:"]
+    for server in SERVERS[kind]:
+        lines += [f"  {server.install}", f"      {shlex.join(server.command(file, at))}"]
+    return "\n".join(lines)
+
+
+@contextmanager
+def served_path(folder: Path) -> Iterator[Path]:
+    """Yield what a server loads: the GGUF file, inflated if it is packed, or the folder.
+
+    :raises UserError: if the folder has a form that its server does not load.
+    """
+    if kind_of(folder) == "gguf":
+        with dense_gguf(folder) as file:
+            yield file
+        return
+    if packed_file(folder) is not None:
+        raise UserError(
+            f"{folder}: is packed, which OpenVINO Model Server does not load; first: sqft-export "
+            f"unpack {shlex.quote(str(folder))} <folder>"
+        )
+    yield folder
