@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqft_export.recipe.presets import DEFAULT_PRESET
+from sqft_export.plan.presets import DEFAULT_PRESET
 from sqft_export.run.progress import PassProgress
 
 if TYPE_CHECKING:

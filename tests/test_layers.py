@@ -39,7 +39,10 @@ BELOW: dict[str, set[str]] = {
     "plan": {"sparsifiers", "verify"},
     "stages": {"plan", "quantizers", "report", "search"},
     "run": {"stages"},
-    "cli": {"run"},
+    "inference": {"report"},
+    "api": {"inference", "run"},
+    "commands": {"api"},
+    "cli": {"commands"},
 }
 # Modules that count as a lower room than the rest of their folder.
 LOWER = {

@@ -11,7 +11,8 @@ import typer
 
 from sqft_export.commands.machine import set_compute_threads
 from sqft_export.errors import UserError, one_line
-from sqft_export.recipe.presets import DEFAULT_PRESET, PRESETS
+from sqft_export.plan.presets import DEFAULT_PRESET, PRESETS
+from sqft_export.recipe.builtin import find_recipe
 
 if TYPE_CHECKING:
     from sqft_export.recipe.schema import Recipe
@@ -114,8 +115,9 @@ class CompileRequest:
 
     @property
     def is_recipe(self) -> bool:
-        """Return whether the source names a recipe file."""
-        return self.source.endswith(_RECIPE_SUFFIXES) or Path(self.source).is_file()
+        """Return whether the source is a recipe file or names a built-in recipe."""
+        named = find_recipe(Path(self.source))
+        return self.source.endswith(_RECIPE_SUFFIXES) or named.is_file()
 
     def load(self, runs: Path, threads: int | None) -> "tuple[Recipe, str]":
         """Return the recipe, the file's or the preset's for the model, and the preset's text.

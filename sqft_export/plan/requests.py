@@ -25,9 +25,9 @@ from sqft_export.model.contexts import context_length
 from sqft_export.model.hub import model_folder
 from sqft_export.plan.layout import Layout, layout_of
 from sqft_export.plan.memory import predict_memory
+from sqft_export.plan.presets import DEFAULT_PRESET, EPOCHS, STEP_EXAMPLES, preset_sections
 from sqft_export.plan.workload import Workload, workload_of
 from sqft_export.recipe.load import parse_recipe
-from sqft_export.recipe.presets import DEFAULT_PRESET, EPOCHS, STEP_EXAMPLES, preset_sections
 from sqft_export.recipe.schema import BUILTIN, HUB, Dataset, Model, Recipe
 from sqft_export.recipe.writing import recipe_text
 from sqft_export.untrusted import real_path
@@ -140,7 +140,8 @@ def run_name(model: dict[str, str]) -> str:
 
 
 def _folder_of(model: dict[str, str], place: Path) -> Path:
-    recipe = Recipe.model_construct(model=Model(**model))
+    fields: dict[str, Any] = {"model": Model(**model)}
+    recipe = Recipe.model_construct(**fields)
     recipe._file = place
     folder = model_folder(recipe, download=True)
     assert folder is not None
@@ -152,7 +153,7 @@ def task_section(request: Request, folder: Path) -> dict[str, Any]:
 
     :raises UserError: if the data is missing, or its columns are unknown.
     """
-    data, held_out = request.data, [request.test] * (request.test is not None)
+    data, held_out = request.data, [request.test] if request.test is not None else []
     if data in DATASETS and not Path(data).exists():
         return {"kind": "dataset", "name": data}
     for source in (data, *held_out):

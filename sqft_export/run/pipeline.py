@@ -291,6 +291,15 @@ def _open_run(
         yield reporter, output.log
 
 
+def _report_pass(
+    name: str, made: Artifact, before: Sample | None, reporter: Reporter, log: IO[str]
+) -> None:
+    """Write the seconds of a pass to the terminal and the log."""
+    line = f"{name:16} {made.manifest['seconds']:.1f} s{_busy_note(before)}"
+    reporter.say(line, name)
+    print(line, file=log, flush=True)
+
+
 def run_recipe(
     recipe: Recipe,
     root: Path,
@@ -325,9 +334,7 @@ def run_recipe(
                 start, before = reporter.start_of(step.name), sample()
                 made = _run_pass(step, recipe, folder, artifacts, store, start)
                 artifacts[step.name] = made
-                line = f"{step.name:16} {made.manifest['seconds']:.1f} s{_busy_note(before)}"
-                reporter.say(line, step.name)
-                print(line, file=log, flush=True)
+                _report_pass(step.name, made, before, reporter, log)
                 warnings = made.metrics.get("warnings", [])
             for warning in (*warnings, *gates.check(step.name, artifacts)):
                 reporter.say(f"warning: {warning}")
