@@ -144,7 +144,7 @@ def run(folder: Path, samples: list[Tensor], test, dense: dict, choice) -> dict[
     scored = likelihood(TorchSession(model), [ids[:1] for ids in test], [ids[1:] for ids in test])
     return {
         "output_error": sum(errors) / len(errors) if quantizer != "nncf" else float("nan"),
-        "perplexity": scored["perplexity"],
+        "perplexity": scored.perplexity,
         "zeros_kept": kept / dropped if dropped else 1.0,
     }
 

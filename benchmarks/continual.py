@@ -19,11 +19,13 @@ from document import finish, table
 
 from sqft_export.data.items import Data, first_of_every_set, load_tokenizer, stop_ids
 from sqft_export.data.scoring import judge, questions
+from sqft_export.measure.jobs import MeasuredModel, Requests, requested
 from sqft_export.measure.statistics import wilson
 from sqft_export.measure.worker import measure_in_process
 from sqft_export.model.storage import load_mask_bits
 from sqft_export.recipe.load import load_recipe
 from sqft_export.recipe.schema import Recipe
+from sqft_export.run.metrics import SparsityMetrics, read_metrics
 from sqft_export.run.pipeline import run_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -58,9 +60,10 @@ def accuracy(folder: Path, recipe: Recipe) -> tuple[int, int]:
     """Problems answered right by a deployment, and problems asked."""
     tokenizer = load_tokenizer(TINY)
     items = first_of_every_set(Data(recipe, tokenizer).test, recipe.benchmark.items)
-    job: dict[str, Any] = {"kind": "openvino", "folder": str(folder), "threads": None}
-    job |= {"device": "cpu", "questions": questions(recipe, items, stop_ids(folder, tokenizer))}
-    judged = judge(recipe, items, measure_in_process(job), tokenizer)
+    model = MeasuredModel(kind="openvino", folder=folder, threads=None, device="cpu")
+    asked = Requests(questions=questions(recipe, items, stop_ids(folder, tokenizer)))
+    scores = requested(measure_in_process(model, asked).scores)
+    judged = judge(recipe, items, scores, tokenizer)
     return sum(one.right for one in judged), len(judged)
 
 
@@ -83,7 +86,7 @@ def rounds(root: Path, steps: int, items: int) -> list[dict[str, Any]]:
             )
             for k in KINDS
         }
-        sparsity = artifacts["merge"].metrics["sparsity"]["all"]
+        sparsity = read_metrics(artifacts["merge"], SparsityMetrics).sparsity["all"]
         found.append({"learned": kind, "sparsity": sparsity, "regrown": regrown, "right": scores})
     return found
 

@@ -44,7 +44,7 @@ def finish(benchmark: str, ratios: dict[str, dict[str, float]], values: dict[str
     """The last line on stdout."""
     document = {
         "benchmark": benchmark,
-        "machine": machine_facts(),
+        "machine": machine_facts().to_json(),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
         "ratios": ratios,
         "values": values,

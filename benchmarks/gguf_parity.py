@@ -30,6 +30,7 @@ from document import finish, spread, table
 from sqft_export.data.items import Data, load_tokenizer, stop_ids
 from sqft_export.data.scoring import accuracy_of, judge, questions
 from sqft_export.measure.decode import measure_latency
+from sqft_export.measure.jobs import LatencyRequest
 from sqft_export.measure.likelihood import distributions, score
 from sqft_export.recipe.load import load_recipe
 from sqft_export.run.pipeline import run_recipe
@@ -103,7 +104,7 @@ def compare(name: str, recipe: Any, runs: Path, items: int, rounds: int) -> dict
         size = {"bytes": sizes[way], "ms": taken[way]}
         rows[way] = size | compared(reference["said"], found[way]["said"])
     for way, one in found.items():
-        perplexity = one["score"]["perplexity"] / reference["score"]["perplexity"]
+        perplexity = one["score"].perplexity / reference["score"].perplexity
         right = accuracy_of(judge(recipe, chosen, one["score"], tokenizer), one["score"])
         rows[way] |= {"perplexity_ratio": perplexity, "accuracy": right}
     return rows
@@ -112,10 +113,11 @@ def compare(name: str, recipe: Any, runs: Path, items: int, rounds: int) -> dict
 def timed(sessions: dict[str, Session], prompt: list[int], rounds: int) -> dict[str, float]:
     """Milliseconds a token, the median over rounds in which files take turns."""
     samples: dict[str, list[float]] = {way: [] for way in sessions}
+    request = LatencyRequest(prompt=prompt, new_tokens=24, repeats=1)
     for number in range(rounds):
         ways = list(sessions) if number % 2 == 0 else list(sessions)[::-1]
         for way in ways:
-            samples[way] += measure_latency(sessions[way], prompt, 24, 1)["tpot_samples"]
+            samples[way] += measure_latency(sessions[way], request).tpot
     return {way: median(taken) for way, taken in samples.items()}
 
 

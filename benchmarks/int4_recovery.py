@@ -55,7 +55,7 @@ def accuracy(recipe: Recipe, folder: Path) -> dict[str, float]:
         questions(recipe, items, stop_ids(folder, tokenizer)),
     )
     share = accuracy_of(judge(recipe, items, found, tokenizer), found)
-    return {"accuracy": 100 * share, "perplexity": found["perplexity"]}
+    return {"accuracy": 100 * share, "perplexity": found.perplexity}
 
 
 def main() -> None:

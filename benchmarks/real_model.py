@@ -40,6 +40,7 @@ from sqft_export.model.floats import load_model
 from sqft_export.recipe.load import load_recipe
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.device import device_of
+from sqft_export.run.metrics import ExportMetrics, read_metrics
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets.torch import TorchSession
 
@@ -133,9 +134,9 @@ def on_items(recipe: Recipe, folder: Path, items: list[Item]) -> dict[str, Any]:
     judged = judge(recipe, items, score(session, asked), tokenizer)
     sets = accuracy_by_set(judged)
     return {
-        "accuracy": 100 * mean(s["accuracy"] for s in sets.values()),
-        "accuracy_normalized": 100 * mean(s["accuracy_normalized"] for s in sets.values()),
-        "by_set": sets,
+        "accuracy": 100 * mean(s.accuracy for s in sets.values()),
+        "accuracy_normalized": 100 * mean(s.accuracy_normalized for s in sets.values()),
+        "by_set": {name: found.to_json() for name, found in sets.items()},
         "right": [answer.right for answer in judged],
     }
 
@@ -171,8 +172,9 @@ class Experiment:
             last = "export-openvino" if made == "merge" else made
             artifacts = run_recipe(recipe, self.arguments.runs / "made", (last,))
             folder = artifacts[made].path / ("model" if made == "merge" else "dense-lora")
-            if "packed" in artifacts[last].metrics:
-                stored = 8 * artifacts[last].metrics["packed"]["packed_bytes"]
+            exported = artifacts[last] if last == "export-openvino" else None
+            if exported and (packed := read_metrics(exported, ExportMetrics).packed):
+                stored = 8 * packed.packed_bytes
         items = first_of_every_set(
             Data(recipe, load_tokenizer(self.base)).test, recipe.benchmark.items
         )

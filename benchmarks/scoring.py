@@ -37,8 +37,17 @@ def write_questions(
         task = {"kind": "dataset", "name": name, "folder": str(data), "max_new_tokens": new_tokens}
         recipe = load_recipe(ROOT / "recipes" / "tiny.yaml", (f"task={json.dumps(task)}",), model)
         items = held_out(recipe, tokenizer)[: counts[part]]
-        asked[part] = questions(recipe, items, [] if whole else stop_ids(model, tokenizer))
+        stops = [] if whole else stop_ids(model, tokenizer)
+        asked[part] = questions(recipe, items, stops).to_json()
     out.write_text(json.dumps(asked))
+
+
+def _request(asked: dict[str, Any]) -> Any:
+    """The request in the form that the imported commit takes: older ones take the dict."""
+    from sqft_export.data import scoring
+
+    form = getattr(scoring, "ScoringRequest", None)
+    return form(**asked) if form else asked
 
 
 def child(kind: str, folder: Path, asked: dict[str, Any], threads: int) -> dict[str, Any]:
@@ -49,9 +58,10 @@ def child(kind: str, folder: Path, asked: dict[str, Any], threads: int) -> dict[
     from sqft_export.targets import runner
 
     session = runner(kind).open_session(folder, False, threads)
-    score(session, {k: v[:1] if isinstance(v, list) else v for k, v in asked["choices"].items()})
+    first = {k: v[:1] if isinstance(v, list) else v for k, v in asked["choices"].items()}
+    score(session, _request(first))
     started = time.perf_counter()
-    choices = score(session, asked["choices"])
+    choices = dict(score(session, _request(asked["choices"])))
     middle = time.perf_counter()
     wanted = asked["answers"]
     said = generate(session, wanted["asked"], wanted["max_new_tokens"], wanted["stop"])

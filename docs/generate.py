@@ -1,14 +1,16 @@
-"""Write docs/reference/recipe.md and cli.md from the schema and the command line.
+"""Write the generated files of docs/reference from the schemas and the command line.
 
-python docs/generate.py            # writes both pages; tests/test_docs.py compares them
+python docs/generate.py            # writes all of them; tests/test_reference.py compares them
 """
 
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 from sqft_export.recipe.fields import REQUIRED, RecipeField, recipe_fields, section_about
+from sqft_export.report.document import Report
 
 REFERENCE = Path(__file__).parent / "reference"
 RECIPE_HEAD = """# Every field of a recipe
@@ -42,7 +44,12 @@ def cli_page() -> str:
     return made.stdout.rstrip() + "\n"
 
 
-PAGES = {"recipe.md": recipe_page, "cli.md": cli_page}
+def report_schema() -> str:
+    """Return the JSON schema of ``report.json``, generated from its model."""
+    return json.dumps(Report.model_json_schema(mode="serialization"), indent=2) + "\n"
+
+
+PAGES = {"recipe.md": recipe_page, "cli.md": cli_page, "report.schema.json": report_schema}
 
 
 def main() -> None:

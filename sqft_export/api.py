@@ -23,83 +23,25 @@ from sqft_export.run.progress import PassProgress
 if TYPE_CHECKING:
     from sqft_export.inference.locate import Deployment
     from sqft_export.inference.text import TextSession
+    from sqft_export.measure.results import DeploymentResults
+    from sqft_export.plan.document import PlanDocument, PlannedPass
     from sqft_export.recipe.schema import Recipe
+    from sqft_export.report.document import Report
+    from sqft_export.verify.results import CheckResult
 
 RecipeSource = str | Path | Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class MeasuredRow:
-    """One model of a report: a baseline, the merged model or a deployment.
-
-    accuracy: of the task, 0 to 1. perplexity: of the held-out answers.
-    tokens_per_second: decode speed, batch 1. first_token_ms: of the report's prompt length.
-    document: all figures, as in ``report.json``.
-    """
-
-    name: str
-    runtime: str
-    accuracy: float
-    perplexity: float
-    tokens_per_second: float
-    first_token_ms: float
-    file_bytes: int
-    peak_memory_bytes: int
-    document: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class RunReport:
-    """The report of a run.
-
-    page: the HTML page. document: ``report.json``.
-    """
-
-    page: Path
-    document: dict[str, Any]
-    best_name: str | None
-
-    @property
-    def rows(self) -> list[MeasuredRow]:
-        """Return all measured models."""
-        return [_row_of(row) for row in self.document["rows"]]
-
-    @property
-    def best(self) -> MeasuredRow:
-        """Return the fastest of the deployments that reach the highest accuracy.
-
-        :raises LookupError: if no deployment was measured.
-        """
-        for row in self.rows:
-            if row.name == self.best_name:
-                return row
-        raise LookupError(f"{self.page.parent}: no deployment was measured")
-
-
-def _row_of(row: dict[str, Any]) -> MeasuredRow:
-    return MeasuredRow(
-        name=row["name"],
-        runtime=row["runtime"],
-        accuracy=row["accuracy"],
-        perplexity=row["perplexity"],
-        tokens_per_second=1000 / row["tpot"]["median_ms"],
-        first_token_ms=row["ttft"]["median_ms"],
-        file_bytes=row["file_bytes"],
-        peak_memory_bytes=row["peak_memory_bytes"],
-        document=row,
-    )
 
 
 @dataclass(frozen=True)
 class RunCertificate:
     """The certificate of a run: the checks that deployments compute what was trained."""
 
-    checks: list[dict[str, Any]]
+    checks: "list[CheckResult]"
 
     @property
     def passed(self) -> bool:
         """Return whether every check passed."""
-        return bool(self.checks) and all(check["passed"] for check in self.checks)
+        return bool(self.checks) and all(check.passed for check in self.checks)
 
 
 @dataclass(frozen=True)
@@ -109,17 +51,17 @@ class Plan:
     document: the document of ``sqft-export plan --json``.
     """
 
-    document: dict[str, Any]
+    document: "PlanDocument"
 
     @property
-    def passes(self) -> list[dict[str, Any]]:
+    def passes(self) -> "list[PlannedPass]":
         """Return the passes, each with its predicted seconds and bytes."""
-        return self.document["passes"]
+        return self.document.passes
 
     @property
     def seconds(self) -> float:
         """Return the predicted seconds of all passes that are not cached."""
-        return self.document["seconds"]
+        return self.document.seconds
 
     def __str__(self) -> str:
         from sqft_export.report.text import plan_text
@@ -138,20 +80,25 @@ class Run:
         self.folder, self.recipe = folder, recipe
 
     @cached_property
-    def _named(self) -> "dict[str, Deployment]":
+    def _found(self) -> "list[Deployment]":
         from sqft_export.inference.locate import deployments_of_run
 
         return deployments_of_run(self.folder)
 
     @cached_property
-    def report(self) -> RunReport:
-        """Return the latest report."""
-        from sqft_export.inference.locate import best_deployment, latest_report
+    def report(self) -> "Report":
+        """Return the latest report; ``report.best`` is the row of the best deployment."""
+        from sqft_export.inference.locate import latest_report
+        from sqft_export.report.document import REPORT, read_report
 
-        folder = latest_report(self.folder)
-        best = best_deployment([one for one in self._named.values() if one.row is not None])
-        document = json.loads((folder / "report.json").read_text())
-        return RunReport(folder / "index.html", document, best.name if best else None)
+        return read_report(latest_report(self.folder) / REPORT)
+
+    @property
+    def page(self) -> Path:
+        """Return the HTML page of the latest report."""
+        from sqft_export.inference.locate import latest_report
+
+        return latest_report(self.folder) / "index.html"
 
     @cached_property
     def deployments(self) -> "dict[str, Deployment]":
@@ -160,7 +107,7 @@ class Run:
         Copies have the name of their folder too, such as ``onnx-packed``.
         """
         found = {}
-        for one in self._named.values():
+        for one in self._found:
             target = one.path.parent.name.split("-")[1]
             found[target if one.path.name == "model" else f"{target}-{one.path.name}"] = one
         return found
@@ -168,7 +115,7 @@ class Run:
     @cached_property
     def certificate(self) -> RunCertificate:
         """Return the certificate."""
-        return RunCertificate(self.report.document["verify"])
+        return RunCertificate(self.report.verify)
 
     @cached_property
     def plan(self) -> Plan:
@@ -248,8 +195,8 @@ def benchmark(
     data: str | Path | None = None,
     items: int = 100,
     **settings: Any,
-) -> dict[str, Any]:
-    """Measure deployments on this machine and return the document of ``sqft-export benchmark``.
+) -> "DeploymentResults":
+    """Measure deployments on this machine, as ``sqft-export benchmark`` does.
 
     :param folders: deployments; all are compared with the first.
     :param data: name of a dataset or a text file, to measure accuracy or perplexity.

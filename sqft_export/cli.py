@@ -6,8 +6,9 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import click
 import typer
@@ -16,6 +17,9 @@ from sqft_export.commands import compiling, serving, talk
 from sqft_export.commands.machine import set_compute_threads
 from sqft_export.errors import UserError, one_line
 from sqft_export.run.processors import limit_openmp_spinning
+
+if TYPE_CHECKING:
+    from sqft_export.measure.results import DeviceSettings, TaskMetrics
 
 app = typer.Typer(
     help="Compile a language model and a task into a sparse, low-precision deployment.",
@@ -176,29 +180,34 @@ def benchmark_command(
     Example: sqft-export benchmark deployed/openvino deployed/onnx --task arc_easy --items 50
     """
     from sqft_export.measure import deployments
+    from sqft_export.measure.results import DeviceSettings
     from sqft_export.report.text import deployments_text
 
     lengths, batches = _numbers(prompt_tokens, "--prompt-tokens"), _numbers(batch, "--batch")
     allowed_cpus = _numbers(cpus, "--cpus", least=0) if cpus else None
     _check_before_measuring(folders)
     kernels = tuple(dict.fromkeys(execution.split(",")))
-    settings = deployments.DeviceSettings(
+    settings = DeviceSettings(
         lengths, new_tokens, batches, rounds, threads, allowed_cpus, device, kernels
     )
     questions = deployments.questions_of(folders[0], task, data, text, items)
     scored = _score_with_lm_eval(folders, settings, lm_eval, include_path, items)
-    document = deployments.benchmark_folders(folders, settings, questions) | scored
+    document = deployments.benchmark_folders(folders, settings, questions, scored)
     if out:
         deployments.write_results(document, out)
-    print(json.dumps(document) if json_only else deployments_text(document))
+    print(json.dumps(document.to_json()) if json_only else deployments_text(document))
 
 
 def _score_with_lm_eval(
-    folders: list[Path], settings: Any, tasks: str | None, include: Path | None, items: int
-) -> dict[str, Any]:
+    folders: list[Path],
+    settings: "DeviceSettings",
+    tasks: str | None,
+    include: Path | None,
+    items: int,
+) -> "dict[str, TaskMetrics]":
     """Return the results of lm-eval for every folder; print its warnings on stderr.
 
-    :param tasks: names with commas; None: return an empty document.
+    :param tasks: names with commas; None: return no results.
     :raises UserError: if lm-eval is not installed or does not know a task.
     """
     if not tasks:
@@ -215,7 +224,7 @@ def _score_with_lm_eval(
         found[str(folder)] = evaluate(model, tasks.split(","), include, items)
         for warning in model.warnings:
             print(f"warning: {warning}", file=sys.stderr)
-    return {"lm_eval": found}
+    return found
 
 
 def _numbers(text: str, option: str, least: int = 1) -> tuple[int, ...]:
@@ -360,7 +369,7 @@ def unpack_command(folder: Deployment, out: Out) -> None:
     _print_packed(out, sizes)
 
 
-def _print_packed(out: Path, sizes: dict[str, Any]) -> None:
+def _print_packed(out: Path, sizes: Mapping[str, int]) -> None:
     dense, packed = sizes["dense_bytes"], sizes["packed_bytes"]
     print(f"{out}: weights {dense:,} bytes dense, {packed:,} packed ({packed / dense:.1%})")
 
@@ -412,7 +421,7 @@ def verify_command(
     _require_folder(folder)
     if is_deployment(folder):
         files = require_seal(folder)["files"]
-        found: dict[str, Any] = {"folder": str(folder), "files": len(files)}
+        found = {"folder": str(folder), "files": len(files)}
         print(json.dumps(found) if json_only else f"{folder}: {len(files)} files match their seal")
         return
     from sqft_export.verify.certify import certify_again  # imports torch
@@ -422,7 +431,7 @@ def verify_command(
     with writing_to(Path(tempfile.gettempdir())), scratch_folder as scratch:
         artifacts, certificate = certify_again(folder, Path(scratch))
     if json_only:
-        print(json.dumps(certificate.document()))
+        print(json.dumps(certificate.document().to_json()))
     else:
         print(f"{len(artifacts)} artifacts match their seals")
         for check in certificate.checks:

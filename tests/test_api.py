@@ -53,7 +53,7 @@ print(json.dumps({
     "best": [best.name, best.tokens_per_second, best.accuracy],
     "passed": run.certificate.passed,
     "deployments": {name: str(one.path) for name, one in run.deployments.items()},
-    "plan": [step["cached"] for step in run.plan.passes],
+    "plan": [step.cached for step in run.plan.passes],
     "text": str(run.plan),
 }))
 """
@@ -83,7 +83,7 @@ def test_compile_returns_the_run_with_report_certificate_deployments_and_plan(ow
 def test_a_finished_run_is_opened_by_its_folder(own_run):
     run = sqft_export.open_run(own_run.root)
     assert run.certificate.passed
-    assert run.report.page.is_file()
+    assert run.page.is_file()
     assert {row.name for row in run.report.rows} >= {"dense base", "llama.cpp"}
     with pytest.raises(LookupError, match="without its recipe"):
         _ = run.plan
@@ -92,16 +92,16 @@ def test_a_finished_run_is_opened_by_its_folder(own_run):
 def test_plan_takes_a_recipe_file_a_mapping_or_a_model(own_run, tmp_path):
     file = ROOT / "recipes" / "tiny.yaml"
     of_file = sqft_export.plan(recipe=file, out=tmp_path, seed=7)
-    assert of_file.document["recipe"] == "tiny"
+    assert of_file.document.recipe == "tiny"
     from ruamel.yaml import YAML
 
     mapping = YAML(typ="safe").load(file)
     of_mapping = sqft_export.plan(recipe=mapping, out=tmp_path, seed=7)
-    keys = [[step["key"] for step in one.passes] for one in (of_file, of_mapping)]
+    keys = [[step.key for step in one.passes] for one in (of_file, of_mapping)]
     assert keys[0] == keys[1]
     data = own_run.folder / "chats.jsonl"
     of_model = sqft_export.plan("builtin:tiny", data, preset="int4-untuned", out=tmp_path)
-    assert "adapt" not in [step["pass"] for step in of_model.passes]
+    assert "adapt" not in [step.name for step in of_model.passes]
     assert of_model.seconds > 0
 
 
@@ -137,6 +137,6 @@ def test_benchmark_measures_deployments(own_run):
     folders = [next(own_run.root.glob(f"export-{name}-*/model")) for name in ("onnx", "gguf")]
     quick = {"rounds": 1, "prompt_tokens": (8,), "new_tokens": 2, "batches": (1,)}
     found = sqft_export.benchmark(folders, data=ROOT / "README.md", items=2, **quick)
-    assert len(found["folders"]) == 2 and len(found["accuracy"]) == 2
+    assert len(found.folders) == 2 and len(found.accuracy) == 2
     with pytest.raises(UserError, match="settings are prompt_tokens"):
         sqft_export.benchmark(folders, speed=1)

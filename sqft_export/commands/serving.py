@@ -52,7 +52,7 @@ def serve_command(
 def _servable(folder: Path) -> "Deployment":
     """Return the deployment to serve: of a run, the best whose format has an installed server."""
     from sqft_export.inference.locate import (
-        best_deployment,
+        best_of,
         deployments_of_run,
         find_deployment,
         is_model,
@@ -62,11 +62,11 @@ def _servable(folder: Path) -> "Deployment":
 
     if not folder.is_dir() or is_model(folder):
         return find_deployment(folder)
-    plain = [one for one in deployments_of_run(folder).values() if one.path.name == "model"]
+    plain = [one for one in deployments_of_run(folder) if one.path.name == "model"]
     kinds = [kind for kind in SERVED_KINDS if any(server.here() for server in SERVERS[kind])]
     for allowed in (kinds, SERVED_KINDS):
         served = [one for one in plain if kind_of(one.path) in allowed]
-        if best := best_deployment(served):
+        if best := best_of(served):
             return best
     raise UserError(f"{folder}: has no OpenVINO and no GGUF deployment; set export.targets")
 

@@ -15,7 +15,7 @@ from sqft_export.untrusted import (
     read_bounded,
 )
 
-Fields = dict[str, Any]
+Fields = dict[str, Any]  # values of any JSON type; every data set has other fields
 # First bytes -> name of common formats that are not text.
 BINARY_FORMATS = {b"PAR1": "a parquet file", b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "gzipped"}
 
@@ -63,7 +63,7 @@ def read_rows(file: Path) -> list[Fields]:
 
 def numbered_rows(file: Path) -> list[tuple[int, Fields]]:
     """Return the same with the line number of each object; in a JSON list, its position from 1."""
-    found: list[tuple[int, Any]]
+    found: list[tuple[int, object]]
     if file.suffix == ".json":
         document = parse_json(read_text(file), f"{file}:1", number=WrittenFloat)
         found = list(enumerate(document if isinstance(document, list) else [document], start=1))
@@ -73,12 +73,15 @@ def numbered_rows(file: Path) -> list[tuple[int, Fields]]:
             (number, parse_json(line, f"{file}:{number}", number=WrittenFloat))
             for number, line in lines
         ]
-    for number, row in found:
-        if not isinstance(row, dict):
-            raise UserError(f"{file}:{number}: expected an object, found {type(row).__name__}")
     if not found:
         raise UserError(f"{file}: has no items")
-    return found
+    return [(number, _object_of(row, f"{file}:{number}")) for number, row in found]
+
+
+def _object_of(row: object, where: str) -> Fields:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected an object, found {type(row).__name__}")
+    return row
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:

@@ -2,12 +2,15 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
+
+from pydantic import Field
 
 from sqft_export.data.answers import AnswerScore, make_score
 from sqft_export.data.datasets import parse_number, plain_number
 from sqft_export.data.items import Item
 from sqft_export.data.stops import cut_at_stop, stop_pieces, stop_texts
+from sqft_export.documents import Document
 from sqft_export.recipe.schema import Chat, Problems, Recipe, Task, Text
 
 NUMBER = re.compile(r"-?\d+\.?\d*")
@@ -15,14 +18,77 @@ NUMBER_TOLERANCE = 1e-3
 RIGHT_SCORE = 0.5  # lowest score of a chat answer that counts as right in paired tests
 
 
+class AnswerDecoder(Protocol):
+    """The parts of a tokenizer that turn a generated answer into text."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+
+    def decode(
+        self, ids: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> str:
+        """Return the text of token ids."""
+
+
+class ScoringRequest(Document):
+    """Requests to score a model on items, answered by ``likelihood.score``.
+
+    prompts, targets: perplexity is measured on each target after its prompt.
+    asked: prompts whose answer is generated, of at most ``max_new_tokens`` tokens.
+    contexts, continuations: the log-likelihood of each continuation is requested.
+    stop: token ids that end an answer.
+    stop_texts: texts that end an answer.
+    stop_pieces: token id -> text of tokens that can be part of a stop text.
+    context: largest number of tokens of prompt plus answer; None: no limit.
+    """
+
+    prompts: list[list[int]]
+    targets: list[list[int]]
+    asked: list[list[int]]
+    contexts: list[list[int]]
+    continuations: list[list[int]]
+    max_new_tokens: int
+    stop: list[int]
+    stop_texts: list[str]
+    stop_pieces: dict[str, str]
+    context: int | None
+
+
+class Answers(Document):
+    """A model's answers to a request.
+
+    answers: ids of every generated answer.
+    likelihoods: log-likelihood of every continuation.
+    """
+
+    answers: list[list[int]] = Field(default_factory=list)
+    likelihoods: list[float] = Field(default_factory=list)
+
+
+class Scores(Answers):
+    """Answers, the perplexity of the targets, and the share of their tokens that are the argmax."""
+
+    perplexity: float
+    token_accuracy: float
+
+
+class SetAccuracy(Document):
+    """Accuracy on one set; normalized: likelihoods are divided by the length of the choices."""
+
+    accuracy: float
+    accuracy_normalized: float
+    items: int
+
+
 def questions(
     recipe: Recipe,
     items: list[Item],
     stop: list[int],
-    tokenizer: Any = None,
+    tokenizer: object = None,
     context: int | None = None,
-) -> dict[str, Any]:
-    """Return the request to ``likelihood.score`` for these items, as plain JSON.
+) -> ScoringRequest:
+    """Return the request to ``likelihood.score`` for these items.
 
     The process that answers it needs no tokenizer. It returns a likelihood per choice for items
     with choices, and a generated answer for other items; plain text needs neither.
@@ -34,18 +100,18 @@ def questions(
     """
     task, texts = recipe.task, stop_texts(recipe.task)
     generated = [i for i in items if i.text is not None and i.scoring != "choice"]
-    return {
-        "prompts": [item.prompt for item in items],
-        "targets": [item.target for item in items],
-        "asked": [item.prompt for item in generated],
-        "contexts": [context for item in items for context, _ in item.choices],
-        "continuations": [continuation for item in items for _, continuation in item.choices],
-        "max_new_tokens": 0 if isinstance(task, Text) else task.max_new_tokens,
-        "stop": stop,
-        "stop_texts": list(texts),
-        "stop_pieces": stop_pieces(tokenizer, texts) if generated else {},
-        "context": context,
-    }
+    return ScoringRequest(
+        prompts=[item.prompt for item in items],
+        targets=[item.target for item in items],
+        asked=[item.prompt for item in generated],
+        contexts=[context for item in items for context, _ in item.choices],
+        continuations=[continuation for item in items for _, continuation in item.choices],
+        max_new_tokens=0 if isinstance(task, Text) else task.max_new_tokens,
+        stop=stop,
+        stop_texts=list(texts),
+        stop_pieces=stop_pieces(tokenizer, texts) if generated else {},
+        context=context,
+    )
 
 
 @dataclass(frozen=True)
@@ -72,11 +138,10 @@ class Judged:
 
 
 def judge(
-    recipe: Recipe, items: list[Item], result: dict[str, Any], tokenizer: Any
+    recipe: Recipe, items: list[Item], found: Answers, tokenizer: AnswerDecoder
 ) -> list[Judged]:
     """Judge the answers to :func:`questions`; plain text has none and is skipped."""
-    answers = iter(result["answers"])
-    likelihoods = iter(result["likelihoods"])
+    answers, likelihoods = iter(found.answers), iter(found.likelihoods)
     judged, measure = [], answer_score(recipe)
     for item in items:
         if item.text is None:
@@ -112,7 +177,7 @@ def answer_score(recipe: Recipe) -> AnswerScore | None:
     return make_score(task.score, task.pattern, file)
 
 
-def decode_answer(tokenizer: Any, ids: list[int], task: Task) -> str:
+def decode_answer(tokenizer: AnswerDecoder, ids: list[int], task: Task) -> str:
     """Return a generated answer as text, up to the task's first stop text.
 
     Start, end and padding tokens are removed. Other special tokens and blanks are kept, because an
@@ -127,25 +192,25 @@ def decode_answer(tokenizer: Any, ids: list[int], task: Task) -> str:
     return cut_at_stop(text, stop_texts(task))
 
 
-def accuracy_of(judged: list[Judged], result: dict[str, Any]) -> float:
+def accuracy_of(judged: list[Judged], scores: Scores) -> float:
     """Return the mean accuracy over the sets; for plain text, the share of correct tokens."""
     if not judged:
-        return result["token_accuracy"]
+        return scores.token_accuracy
     by_set = accuracy_by_set(judged)
-    return sum(entry["accuracy"] for entry in by_set.values()) / len(by_set)
+    return sum(entry.accuracy for entry in by_set.values()) / len(by_set)
 
 
-def accuracy_by_set(judged: list[Judged]) -> dict[str, dict[str, float]]:
-    """Return set -> accuracy, length-normalized accuracy, and number of items."""
+def accuracy_by_set(judged: list[Judged]) -> dict[str, SetAccuracy]:
+    """Return the accuracy on every set, by its name."""
     found: dict[str, list[Judged]] = {}
     for entry in judged:
         found.setdefault(entry.item.source, []).append(entry)
     return {
-        name: {
-            "accuracy": sum(e.points for e in entries) / len(entries),
-            "accuracy_normalized": sum(e.right_normalized for e in entries) / len(entries),
-            "items": len(entries),
-        }
+        name: SetAccuracy(
+            accuracy=sum(e.points for e in entries) / len(entries),
+            accuracy_normalized=sum(e.right_normalized for e in entries) / len(entries),
+            items=len(entries),
+        )
         for name, entries in found.items()
     }
 

@@ -3,11 +3,14 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sqft_export.errors import DamagedError, UserError, one_line
 from sqft_export.run.artifact import MANIFEST, Artifact, Store, read_artifact
 from sqft_export.targets.folder import is_deployment, kind_of
+
+if TYPE_CHECKING:
+    from sqft_export.measure.results import BenchmarkRow
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,12 @@ class Deployment:
 
     name: str
     path: Path
-    row: dict[str, Any] | None = None
+    row: "BenchmarkRow | None" = None
 
     @property
     def tokens_per_second(self) -> float | None:
         """Return the decode speed that the run measured; None if it was not measured."""
-        return 1000 / self.row["tpot"]["median_ms"] if self.row else None
+        return self.row.tokens_per_second if self.row else None
 
 
 def is_model(folder: Path) -> bool:
@@ -42,30 +45,24 @@ def find_deployment(folder: Path) -> Deployment:
         raise UserError(f"{one_line(folder)}: no such folder")
     if is_model(folder):
         return Deployment(kind_of(folder), folder)
-    if best := best_deployment(list(deployments_of_run(folder).values())):
+    if best := best_of(deployments_of_run(folder)):
         return best
     raise UserError(f"{folder}: the run has no deployment; set export.targets and run it again")
 
 
-def best_deployment(found: list[Deployment]) -> Deployment | None:
-    """Return the fastest of the deployments whose 95 % interval reaches the highest accuracy.
+def best_of(found: list[Deployment]) -> Deployment | None:
+    """Return the best measured deployment, see ``report.verdict.best_deployment``.
 
     If none is measured, return the first one; None if there is none.
     """
-    measured = [(one, one.row) for one in found if one.row is not None]
-    if not measured:
-        return found[0] if found else None
-    highest = max(row["accuracy"] for _, row in measured)
-    as_good = [
-        (row["tpot"]["median_ms"], one)
-        for one, row in measured
-        if (row["interval"] or (0.0, row["accuracy"]))[1] >= highest
-    ]
-    return min(as_good, key=lambda pair: pair[0])[1]
+    from sqft_export.report.verdict import best_deployment
+
+    best = best_deployment([one.row for one in found if one.row is not None])
+    return next((one for one in found if one.row is best), None)
 
 
-def deployments_of_run(run: Path) -> dict[str, Deployment]:
-    """Return the deployments of a finished run, by the names of their rows in its report.
+def deployments_of_run(run: Path) -> list[Deployment]:
+    """Return the deployments of a finished run, measured and unmeasured.
 
     :raises UserError: if the folder has no finished run.
     """
@@ -73,9 +70,9 @@ def deployments_of_run(run: Path) -> dict[str, Deployment]:
     from sqft_export.report.terminal import deployment_folders
 
     report = latest_report(run)
-    rows = {row["name"]: row for row in read_run(report).document["rows"]}
+    rows = {row.id: row for row in read_run(report).report.rows}
     folders = deployment_folders(_parents_of(report, run))
-    return {name: Deployment(name, path, rows.get(name)) for name, path in folders.items()}
+    return [Deployment(one.name, one.folder, rows.get(one.id)) for one in folders]
 
 
 def latest_report(run: Path) -> Path:

@@ -262,7 +262,7 @@ def machine_key() -> str:
 
     from sqft_export.measure.machine import machine_facts
 
-    facts = [machine_facts()["processor"], allowed_processors(), require_kernels().name]
+    facts = [machine_facts().processor, allowed_processors(), require_kernels().name]
     version = importlib.metadata.version("sqft-export")
     return json.dumps([MEASUREMENT_VERSION, version, ov.__version__, *facts])
 

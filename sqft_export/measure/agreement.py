@@ -1,12 +1,13 @@
 """Compare next-token distributions of two models: top-1 agreement and KL divergence. No torch."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sqft_export.data.items import Item
+from sqft_export.measure.jobs import DistributionsRequest
 from sqft_export.measure.likelihood import FLOAT64_CHUNK_TOKENS
+from sqft_export.measure.results import Agreement
 from sqft_export.measure.statistics import wilson
 
 COMPARED_TOKENS = 512  # a float32 distribution over a vocabulary of 128k takes half a megabyte
@@ -24,13 +25,11 @@ def sequences_of(items: list[Item]) -> list[list[int]]:
     return sequences
 
 
-def agreement(first: np.ndarray, other: np.ndarray) -> dict[str, Any]:
+def agreement(first: np.ndarray, other: np.ndarray) -> Agreement:
     """Compare the log-probabilities ``[tokens, vocab]`` of two models.
 
     Padded vocabularies may differ in size; the tokens that both models have are compared.
-
-    :return: ``agreement``, the share of positions with the same argmax, and its interval ``low`` to
-        ``high``; ``kl_nats``, the mean KL divergence from ``first`` in nats per token.
+    The KL divergence is that from ``first``.
     """
     common, tokens, same, divergence = min(first.shape[1], other.shape[1]), len(first), 0, 0.0
     for start in range(0, tokens, FLOAT64_CHUNK_TOKENS):
@@ -39,13 +38,13 @@ def agreement(first: np.ndarray, other: np.ndarray) -> dict[str, Any]:
         same += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
         divergence += float((np.exp(p) * (p - q)).sum())
     low, high = wilson(same, tokens)
-    return {
-        "tokens": tokens,
-        "agreement": same / tokens,
-        "low": low,
-        "high": high,
-        "kl_nats": divergence / tokens,
-    }
+    return Agreement(
+        tokens=tokens,
+        agreement=same / tokens,
+        low=low,
+        high=high,
+        kl_nats=divergence / tokens,
+    )
 
 
 class ReferenceModels:
@@ -59,11 +58,11 @@ class ReferenceModels:
         self.file, self.ids = scratch / "distributions.npy", sequences_of(items)
         self.references: dict[str, np.ndarray] = {}
 
-    def job_part(self) -> dict[str, Any]:
-        """Return the part of a worker's job that requests distributions (``measure/worker.py``)."""
-        return {"distributions": {"file": str(self.file), "ids": self.ids}}
+    def request(self) -> DistributionsRequest:
+        """Return the request to a worker for its model's distributions."""
+        return DistributionsRequest(file=self.file, ids=self.ids)
 
-    def compare(self, name: str | None = None) -> dict[str, dict[str, Any]]:
+    def compare(self, name: str | None = None) -> dict[str, Agreement]:
         """Return :func:`agreement` of the last model with every named reference model.
 
         :param name: store this model's distributions as a reference under that name, unless the

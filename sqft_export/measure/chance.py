@@ -1,8 +1,7 @@
 """Test whether a model's accuracy on a task is above that of guessing."""
 
-from typing import Any
-
 from sqft_export.data.items import Item
+from sqft_export.measure.results import BenchmarkRow
 
 GUESSING_PERPLEXITY = 1000  # a model whose perplexity on held-out text is higher guesses
 
@@ -24,12 +23,12 @@ def chance_accuracy(items: list[Item]) -> float | None:
     return sum(means) / len(means)
 
 
-def is_at_chance(row: dict[str, Any]) -> bool:
+def is_at_chance(row: BenchmarkRow) -> bool:
     """Return whether the accuracy of a row is not significantly above ``chance`` (95 %).
 
     Plain text has no chance accuracy. For it, return whether the perplexity is above
     ``GUESSING_PERPLEXITY`` or NaN.
     """
-    if row["interval"] is None or row["chance"] is None:
-        return not row["perplexity"] <= GUESSING_PERPLEXITY
-    return row["interval"][0] <= row["chance"]
+    if row.interval is None or row.chance is None:
+        return not row.perplexity <= GUESSING_PERPLEXITY
+    return row.interval[0] <= row.chance

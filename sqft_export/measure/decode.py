@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from sqft_export.measure.batches import (
     sort_by_length,
     split_batches,
 )
+from sqft_export.measure.jobs import LatencyRequest, LatencySamples, Profile, ProfileRequest
 from sqft_export.measure.stops import Stops
 from sqft_export.targets import Session
 
@@ -109,41 +109,30 @@ def _pass_seconds(session: Session, ids: np.ndarray, new_tokens: int) -> list[fl
     return [seconds for _, seconds in greedy(session, ids, new_tokens)]
 
 
-def measure_latency(
-    session: Session, prompt: list[int], new_tokens: int, repeats: int
-) -> dict[str, Any]:
-    """Measure batch-1 latency after one warm-up round. Every sample is in milliseconds.
+def measure_latency(session: Session, request: LatencyRequest) -> LatencySamples:
+    """Measure batch-1 latency after one warm-up round.
 
-    :return: ``ttft_samples``: one per repeat, the forward pass over the prompt and the argmax of
-        the first token. ``tpot_samples``: ``repeats * (new_tokens - 1)``, each one forward pass
-        over one token and the argmax of the next.
+    :return: ``ttft``: one per repeat, the forward pass over the prompt and the argmax of the first
+        token. ``tpot``: ``repeats * (new_tokens - 1)``, each one forward pass over one token and
+        the argmax of the next.
     """
-    ids = np.array([prompt], np.int64)
-    _, *rounds = [_pass_seconds(session, ids, new_tokens) for _ in range(repeats + 1)]
-    return {
-        "ttft_samples": [1e3 * seconds[0] for seconds in rounds],
-        "tpot_samples": [1e3 * s for seconds in rounds for s in seconds[1:]],
-    }
+    ids, repeats = np.array([request.prompt], np.int64), request.repeats
+    _, *rounds = [_pass_seconds(session, ids, request.new_tokens) for _ in range(repeats + 1)]
+    return LatencySamples(
+        ttft=[1e3 * seconds[0] for seconds in rounds],
+        tpot=[1e3 * s for seconds in rounds for s in seconds[1:]],
+    )
 
 
-def profile(
-    session: Session,
-    prompt_tokens: list[int],
-    new_tokens: int,
-    batches: list[int],
-    vocabulary: int,
-) -> dict[str, Any]:
+def profile(session: Session, request: ProfileRequest) -> Profile:
     """Measure TTFT at every prompt length, TPOT, and tokens per second at every batch size.
 
     The prompts are synthetic token ids: latency does not depend on their content.
-
-    :return: ``ttft_ms`` by prompt length and ``tokens_per_second`` by batch size (keys are
-        strings), ``tpot_ms`` of every pass, and ``passes``, the number of measured passes, each
-        counted once per row of its batch.
     """
+    prompt_tokens, new_tokens = request.prompt_tokens, request.new_tokens
 
     def prompt(length: int, batch: int = 1) -> np.ndarray:
-        return np.tile(np.arange(length, dtype=np.int64) * 7 % vocabulary, (batch, 1))
+        return np.tile(np.arange(length, dtype=np.int64) * 7 % request.vocabulary, (batch, 1))
 
     _pass_seconds(session, prompt(prompt_tokens[0]), 4)
     first = _pass_seconds(session, prompt(prompt_tokens[0]), new_tokens)
@@ -152,13 +141,13 @@ def profile(
         _pass_seconds(session, prompt(length), 1)  # warm-up: allocations for this length
         ttft[str(length)] = [1e3 * _pass_seconds(session, prompt(length), 1)[0]]
     rates = {}
-    for batch in batches:
+    for batch in request.batches:
         later = _pass_seconds(session, prompt(prompt_tokens[0], batch), new_tokens)[1:]
         rates[str(batch)] = batch * len(later) / sum(later)
-    passes = new_tokens + 2 * (len(prompt_tokens) - 1) + new_tokens * sum(batches)
-    return {
-        "ttft_ms": ttft,
-        "tpot_ms": [1e3 * s for s in first[1:]],
-        "tokens_per_second": rates,
-        "passes": passes,
-    }
+    passes = new_tokens + 2 * (len(prompt_tokens) - 1) + new_tokens * sum(request.batches)
+    return Profile(
+        ttft_ms=ttft,
+        tpot_ms=[1e3 * s for s in first[1:]],
+        tokens_per_second=rates,
+        passes=passes,
+    )

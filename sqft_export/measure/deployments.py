@@ -21,26 +21,47 @@ import os
 import platform
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import cast, get_args
 
 import numpy as np
 
 from sqft_export.data.datasets import missing_sets
-from sqft_export.data.items import held_out, stop_ids
-from sqft_export.data.scoring import judge, questions
+from sqft_export.data.items import Item, held_out, stop_ids
+from sqft_export.data.scoring import ScoringRequest, judge, questions
 from sqft_export.errors import UserError
 from sqft_export.kernels.choice import STOCK
 from sqft_export.kernels.extension import require_kernels
 from sqft_export.kernels.ir import is_specialized
 from sqft_export.measure.agreement import ReferenceModels
+from sqft_export.measure.jobs import (
+    MeasuredModel,
+    Profile,
+    ProfileRequest,
+    Requests,
+    WorkerResult,
+    requested,
+)
 from sqft_export.measure.machine import machine_facts
-from sqft_export.measure.rows import accuracy_row, answer_entry
+from sqft_export.measure.results import (
+    DeploymentResults,
+    DeviceSettings,
+    Figure,
+    FigureRatio,
+    FolderAccuracy,
+    FolderAgreement,
+    FolderResults,
+    Percentiles,
+    Runtime,
+    TaskMetrics,
+)
+from sqft_export.measure.rows import answer_entry, measure_accuracy
 from sqft_export.measure.statistics import bootstrap_ratio, percentiles
 from sqft_export.measure.worker import measure_in_process
 from sqft_export.model.checkpoint import file_bytes
 from sqft_export.packed.execution import resolve_execution
+from sqft_export.recipe.schema import Dataset, Recipe, Text
 from sqft_export.run.host import installed
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import (
@@ -56,29 +77,6 @@ from sqft_export.untrusted import MAX_IR_BYTES, read_bounded
 NOT_SIGNIFICANT = "the 95 % interval contains 1: not significantly different"
 MIN_ROUNDS = 5  # a bootstrap interval over fewer rounds is not reliable
 TOO_FEW_ROUNDS = f"fewer than {MIN_ROUNDS} rounds: no verdict"
-
-
-@dataclass(frozen=True)
-class DeviceSettings:
-    """Settings of a benchmark of deployments.
-
-    prompt_tokens: prompt lengths for TTFT. TPOT is measured after the first one. Lengths that do
-    not fit into a model's context together with ``new_tokens`` are left out.
-    batches: batch sizes for tokens/s.
-    rounds: processes per folder.
-    threads: CPU threads; None: the runtime's choice.
-    cpus: processors that the process may use; None: any.
-    execution: kernels that OpenVINO folders run on, see ``packed/execution.py``. Each is measured.
-    """
-
-    prompt_tokens: tuple[int, ...] = (32, 128, 512, 2048)
-    new_tokens: int = 32
-    batches: tuple[int, ...] = (1, 4, 16)
-    rounds: int = 5
-    threads: int | None = None
-    cpus: tuple[int, ...] | None = None
-    device: str = "cpu"
-    execution: tuple[str, ...] = ("stock",)
 
 
 def names_of(folders: list[Path]) -> list[str]:
@@ -106,15 +104,19 @@ class MeasuredFolder:
     execution: str = "stock"
 
 
-def _job(measured: MeasuredFolder, settings: DeviceSettings) -> dict[str, Any]:
-    """Return the part of a worker's job that all measurements of a folder share."""
-    return {
-        "kind": kind_of(measured.folder),
-        "folder": str(measured.folder),
-        "execution": measured.execution,
-        "threads": settings.threads,
-        "device": settings.device,
-    }
+def _runtime(folder: Path) -> Runtime:
+    return cast(Runtime, kind_of(folder))
+
+
+def _model(measured: MeasuredFolder, settings: DeviceSettings) -> MeasuredModel:
+    """Return a folder as the model of a worker's job."""
+    return MeasuredModel(
+        kind=_runtime(measured.folder),
+        folder=measured.folder,
+        execution=measured.execution,
+        threads=settings.threads,
+        device=settings.device,
+    )
 
 
 def _measured_folders(folders: list[Path], settings: DeviceSettings) -> dict[str, MeasuredFolder]:
@@ -124,11 +126,11 @@ def _measured_folders(folders: list[Path], settings: DeviceSettings) -> dict[str
 
     :raises UserError: if the kernels are not available, or the device has its own.
     """
-    requested = [resolve_execution(kernels) for kernels in settings.execution]
-    if set(requested) != {STOCK}:
+    wanted = [resolve_execution(kernels) for kernels in settings.execution]
+    if set(wanted) != {STOCK}:
         if settings.device != "cpu":
             raise UserError(
-                f"--execution: found {requested}; {settings.device} has its own kernels, allowed "
+                f"--execution: found {wanted}; {settings.device} has its own kernels, allowed "
                 f"is {STOCK}"
             )
         require_kernels()
@@ -138,61 +140,77 @@ def _measured_folders(folders: list[Path], settings: DeviceSettings) -> dict[str
         fixed = kind_of(folder) != "openvino" or is_specialized(
             read_bounded(folder / GRAPHS["openvino"], MAX_IR_BYTES)
         )
-        for kernels in [STOCK] if fixed else requested:
-            label = name if fixed or requested == [STOCK] else f"{name}, {kernels}"
+        for kernels in [STOCK] if fixed else wanted:
+            label = name if fixed or wanted == [STOCK] else f"{name}, {kernels}"
             found[label] = MeasuredFolder(folder, kernels)
     return found
 
 
 def measure_latencies(
     folders: dict[str, MeasuredFolder], settings: DeviceSettings, vocabulary: dict[str, int]
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, list[WorkerResult]]:
     """Return the worker's results of every folder, one entry per round."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in folders}
+    found: dict[str, list[WorkerResult]] = {name: [] for name in folders}
     for number in range(settings.rounds):
         order = list(folders.items())
         for name, folder in order if number % 2 == 0 else order[::-1]:
-            job = {"vocabulary": vocabulary[name], "profile": asdict(settings)}
-            found[name].append(measure_in_process(_job(folder, settings) | job))
+            request = ProfileRequest(
+                prompt_tokens=settings.prompt_tokens,
+                new_tokens=settings.new_tokens,
+                batches=settings.batches,
+                vocabulary=vocabulary[name],
+                device=settings.device,
+                cpus=settings.cpus,
+            )
+            result = measure_in_process(_model(folder, settings), Requests(profile=request))
+            found[name].append(result)
     return found
 
 
-def _spread(samples: list[float]) -> dict[str, float]:
+def _percentiles(samples: list[float]) -> Percentiles:
     median, p90, p99 = percentiles(samples, 50, 90, 99)
-    return {"median": median, "p90": p90, "p99": p99}
+    return Percentiles(median=median, p90=p90, p99=p99)
 
 
-def summarize(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _profiles(runs: list[WorkerResult]) -> list[Profile]:
+    return [requested(run.profile) for run in runs]
+
+
+def summarize(measured: MeasuredFolder, runs: list[WorkerResult]) -> FolderResults:
     """Return medians and percentiles over all rounds of one folder."""
-    ttft = {
-        length: _spread([s for run in runs for s in run["ttft_ms"][length]])
-        for length in runs[0]["ttft_ms"]
+    profiles = _profiles(runs)
+    known = [one.energy_joules for one in profiles if one.energy_joules is not None]
+    rates = {
+        batch: _percentiles([one.tokens_per_second[batch] for one in profiles])
+        for batch in profiles[0].tokens_per_second
     }
-    energies = [run["energy_joules"] for run in runs]
-    tokens = sum(run["passes"] for run in runs)
-    known = [energy for energy in energies if energy is not None]
-    return {
-        "load_seconds": _spread([run["load_seconds"] for run in runs]),
-        "ttft_ms": ttft,
-        "tpot_ms": _spread([s for run in runs for s in run["tpot_ms"]]),
-        "tokens_per_second": {
-            batch: _spread([run["tokens_per_second"][batch] for run in runs])["median"]
-            for batch in runs[0]["tokens_per_second"]
+    return FolderResults(
+        runtime=_runtime(measured.folder),
+        file_bytes=file_bytes(measured.folder),
+        load_seconds=_percentiles([run.load_seconds for run in runs]),
+        ttft_ms={
+            length: _percentiles([s for one in profiles for s in one.ttft_ms[length]])
+            for length in profiles[0].ttft_ms
         },
-        "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs),
-        "steady_memory_bytes": int(np.median([run["steady_memory_bytes"] for run in runs])),
-        "joules_per_token": sum(known) / tokens if len(known) == len(runs) else None,
-    }
+        tpot_ms=_percentiles([s for one in profiles for s in one.tpot_ms]),
+        tokens_per_second={batch: rate.median for batch, rate in rates.items()},
+        peak_memory_bytes=max(run.peak_memory_bytes for run in runs),
+        steady_memory_bytes=int(np.median([run.steady_memory_bytes for run in runs])),
+        joules_per_token=(
+            sum(known) / sum(one.passes for one in profiles) if len(known) == len(runs) else None
+        ),
+    )
 
 
-def _medians(runs: list[dict[str, Any]], figure: str) -> list[float]:
+def _medians(runs: list[WorkerResult], figure: str) -> list[float]:
     """Return one number per round: seconds of ``load``, or median milliseconds."""
     if figure == "load":
-        return [run["load_seconds"] for run in runs]
+        return [run.load_seconds for run in runs]
+    profiles = _profiles(runs)
     if figure == "tpot":
-        return [float(np.median(run["tpot_ms"])) for run in runs]
-    first = next(iter(runs[0]["ttft_ms"]))
-    return [float(np.median(run["ttft_ms"][first])) for run in runs]
+        return [float(np.median(one.tpot_ms)) for one in profiles]
+    first = next(iter(profiles[0].ttft_ms))
+    return [float(np.median(one.ttft_ms[first])) for one in profiles]
 
 
 def _warning(low: float, high: float, rounds: int) -> str | None:
@@ -201,28 +219,25 @@ def _warning(low: float, high: float, rounds: int) -> str | None:
     return NOT_SIGNIFICANT if low <= 1 <= high else None
 
 
-def ratios(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Compare load time, TTFT and TPOT of every folder with the first one.
-
-    :return: the ratio of medians, its 95 % interval, and a warning if it is not significant.
-    """
+def ratios(found: dict[str, list[WorkerResult]]) -> list[FigureRatio]:
+    """Compare the medians of load time, TTFT and TPOT of every folder with the first one."""
     first, *others = found
     found_ratios = []
     for name in others:
-        for figure in ("load", "ttft", "tpot"):
+        for figure in get_args(Figure):
             one, other = _medians(found[name], figure), _medians(found[first], figure)
             low, high = bootstrap_ratio(one, other)
             ratio = float(np.median(one) / np.median(other))
             found_ratios.append(
-                {
-                    "folder": name,
-                    "over": first,
-                    "figure": figure,
-                    "ratio": ratio,
-                    "low": low,
-                    "high": high,
-                    "warning": _warning(low, high, len(one)),
-                }
+                FigureRatio(
+                    folder=name,
+                    over=first,
+                    figure=figure,
+                    ratio=ratio,
+                    low=low,
+                    high=high,
+                    warning=_warning(low, high, len(one)),
+                )
             )
     return found_ratios
 
@@ -234,10 +249,10 @@ class Questions:
     requests: the result of ``scoring.questions``, for the worker.
     """
 
-    recipe: Any
-    items: list[Any]
-    tokenizer: Any
-    requests: dict[str, Any]
+    recipe: Recipe
+    items: list[Item]
+    tokenizer: "_Tokenizer"
+    requests: ScoringRequest
 
 
 class _Tokenizer:
@@ -284,23 +299,11 @@ def questions_of(
         return None
     if task is not None and text is not None:
         raise UserError("--task and --text: found both; only one of them is allowed")
-    from sqft_export.recipe.schema import Dataset, Recipe, Text
-
-    section: Any
-    if text is not None:
-        section = Text(kind="text", text=str(text.resolve()), test_share=0.5)
-    else:
-        local = str(data.resolve()) if data else None
-        try:
-            # Only the test sets are read.
-            section = Dataset(kind="dataset", name=task, folder=local)  # type: ignore[arg-type]
-        except ValueError as error:
-            names = ", ".join(Dataset.model_fields["name"].annotation.__args__)  # type: ignore[union-attr]
-            raise UserError(f"--task: found {task!r}; allowed are {names}") from error
-    recipe = Recipe.model_construct(**{"task": section})
+    section = _text_section(text) if text else _dataset_section(str(task), data)
+    recipe = Recipe.model_construct(task=section)  # type: ignore[call-arg]  # only its task is read
     tokenizer = _Tokenizer(folder)
     context = context_of(folder) or sys.maxsize
-    if task is not None:
+    if isinstance(section, Dataset):
         _check_data(section)
     found = held_out(recipe, tokenizer)
     chosen = [item for item in found if len(item.ids) <= context][:items]
@@ -311,7 +314,24 @@ def questions_of(
     return Questions(recipe, chosen, tokenizer, requests)
 
 
-def _check_data(section: Any) -> None:
+def _text_section(file: Path) -> Text:
+    return Text(kind="text", text=str(file.resolve()), test_share=0.5)
+
+
+def _dataset_section(name: str, data: Path | None) -> Dataset:
+    """Return a dataset of which only the test sets are read.
+
+    :raises UserError: if there is no dataset of that name.
+    """
+    local = str(data.resolve()) if data else None
+    try:
+        return Dataset.model_validate({"kind": "dataset", "name": name, "folder": local})
+    except ValueError as error:
+        names = ", ".join(get_args(Dataset.model_fields["name"].annotation))
+        raise UserError(f"--task: found {name!r}; allowed are {names}") from error
+
+
+def _check_data(section: Dataset) -> None:
     """Check that the test sets are complete. Training sets are not needed.
 
     :raises UserError: if a test set is missing.
@@ -321,48 +341,56 @@ def _check_data(section: Any) -> None:
         raise UserError("\n".join(f"benchmark: {fault}" for fault in faults))
 
 
-def write_results(document: dict[str, Any], out: Path) -> None:
+def write_results(document: DeploymentResults, out: Path) -> None:
     """Write ``results.json``, and ``items.jsonl`` with every answer of every folder."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / "items.jsonl").open("w") as log:
-        for row in document.get("accuracy", []):
-            for number, item in enumerate(row["items"]):
-                log.write(json.dumps({"folder": row["folder"], "item": number} | item) + "\n")
-    (out / "results.json").write_text(json.dumps(document, indent=2) + "\n")
+        for row in document.accuracy:
+            for number, item in enumerate(row.items):
+                entry = {"folder": row.folder, "item": number} | item.to_json()
+                log.write(json.dumps(entry) + "\n")
+    (out / "results.json").write_text(json.dumps(document.to_json(), indent=2) + "\n")
 
 
 def score_folders(
     folders: dict[str, MeasuredFolder], questions: Questions, settings: DeviceSettings
-) -> dict[str, list[dict[str, Any]]]:
-    """Return ``accuracy`` of every folder with its interval, and ``agreement`` with the first one.
+) -> tuple[list[FolderAccuracy], list[FolderAgreement]]:
+    """Return the accuracy of every folder, and the agreement of all others with the first one.
 
     Each folder is loaded once for both.
     """
-    rows: list[dict[str, Any]] = []
-    agreements: list[dict[str, Any]] = []
+    rows, agreements = list[FolderAccuracy](), list[FolderAgreement]()
     first_right: list[bool] = []
     with tempfile.TemporaryDirectory() as scratch:
         comparison = ReferenceModels(Path(scratch), questions.items)
         for name, folder in folders.items():
-            job = {"questions": questions.requests} | comparison.job_part()
-            result = measure_in_process(_job(folder, settings) | job)
-            judged = judge(questions.recipe, questions.items, result, questions.tokenizer)
+            wanted = Requests(questions=questions.requests, distributions=comparison.request())
+            scores = requested(measure_in_process(_model(folder, settings), wanted).scores)
+            judged = judge(questions.recipe, questions.items, scores, questions.tokenizer)
             first_right = first_right or [answer.right for answer in judged]
             rows.append(
-                {"folder": name, "perplexity": result["perplexity"]}
-                | accuracy_row(judged, result, first_right)
-                | {"items": [answer_entry(answer) for answer in judged]}
+                FolderAccuracy(
+                    folder=name,
+                    perplexity=scores.perplexity,
+                    **dict(measure_accuracy(judged, scores, first_right)),
+                    items=[answer_entry(answer) for answer in judged],
+                )
             )
-            agreements.append({"folder": name} | comparison.compare("first")["first"])
-    return {"accuracy": rows, "agreement": agreements[1:]}
+            found = comparison.compare("first")["first"]
+            agreements.append(FolderAgreement(folder=name, **dict(found)))
+    return rows, agreements[1:]
 
 
 def benchmark_folders(
-    folders: list[Path], settings: DeviceSettings, questions: Questions | None = None
-) -> dict[str, Any]:
+    folders: list[Path],
+    settings: DeviceSettings,
+    questions: Questions | None = None,
+    lm_eval: dict[str, TaskMetrics] | None = None,
+) -> DeploymentResults:
     """Measure deployments and return the document of ``results.json``.
 
     :param questions: requests that measure accuracy; None: measure latency, memory and energy only.
+    :param lm_eval: results of lm-eval, which the document gets.
     :raises UserError: if a folder is no deployment, a measurement fails, or a runtime does not
         support the device.
     """
@@ -379,20 +407,19 @@ def benchmark_folders(
         find_device(kind, settings.device)
     settings = _drop_long_prompts(settings, folders)
     found = measure_latencies(named, settings, sizes)
-    document = {
-        "machine": machine_facts(),
-        "versions": runtime_versions(set(kinds.values())),
-        "settings": asdict(settings),
-        "folders": {
-            name: {"runtime": kinds[name], "file_bytes": file_bytes(named[name].folder)}
-            | summarize(runs)
-            for name, runs in found.items()
-        },
-        "ratios": ratios(found),
-    }
-    if questions is not None:
-        document |= score_folders(named, questions, settings)
-    return document
+    document = DeploymentResults(
+        machine=machine_facts(),
+        versions=runtime_versions(set(kinds.values())),
+        settings=settings,
+        folders={name: summarize(named[name], runs) for name, runs in found.items()},
+        ratios=ratios(found),
+    )
+    if lm_eval:
+        document = document.model_copy(update={"lm_eval": lm_eval})
+    if questions is None:
+        return document
+    accuracy, agreement = score_folders(named, questions, settings)
+    return document.model_copy(update={"accuracy": accuracy, "agreement": agreement})
 
 
 def _drop_long_prompts(settings: DeviceSettings, folders: list[Path]) -> DeviceSettings:

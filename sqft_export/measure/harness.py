@@ -7,9 +7,9 @@ runtime in the default mode.
     lm_eval.simple_evaluate(model=SessionLM(folder), tasks=["hellaswag"])
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
@@ -21,9 +21,13 @@ from sqft_export.data.stops import cut_at_stop, stop_pieces
 from sqft_export.errors import UserError
 from sqft_export.measure.decode import generate
 from sqft_export.measure.likelihood import log_likelihoods
+from sqft_export.measure.results import TaskMetrics
 from sqft_export.measure.stops import Stops
 from sqft_export.targets import Session, target
 from sqft_export.targets.folder import context_of, kind_of
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
 
 DEFAULT_CONTEXT = 2048  # tokens, if no config of the model states its context
 DEFAULT_NEW_TOKENS = 256  # of an answer, if the task does not set max_gen_toks
@@ -75,7 +79,7 @@ class SessionLM(TemplateLM):
         return self.folder.name
 
     def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: object
     ) -> list[int]:
         """Return the ids of a text; do not add a start token if the text begins with one."""
         has_start = self.tokenizer.bos_token is not None and string.startswith(
@@ -85,7 +89,7 @@ class SessionLM(TemplateLM):
         return self.tokenizer(string, add_special_tokens=add_special)["input_ids"]
 
     def _loglikelihood_tokens(
-        self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
+        self, requests: Sequence[tuple[object, list[int], list[int]]], **kwargs: object
     ) -> list[tuple[float, bool]]:
         targets = [target for _, _, target in requests]
         # Long prompts are cut at their beginning, as lm-eval's own models do.
@@ -99,7 +103,9 @@ class SessionLM(TemplateLM):
             for (total, first), target in zip(found, targets, strict=True)
         ]
 
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: list["Instance"], disable_tqdm: bool = False
+    ) -> list[float]:
         """Return the log-likelihood of every text, summed over windows of the context length."""
         totals = []
         for request in requests:
@@ -110,7 +116,7 @@ class SessionLM(TemplateLM):
             totals.append(sum(total for total, _ in self._loglikelihood_tokens(windows)))
         return totals
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[str]:
         """Return the greedy answer to every request.
 
         :raises UserError: if a task requests sampling.
@@ -174,7 +180,7 @@ class SessionLM(TemplateLM):
         return cut_at_stop(text, until)
 
 
-def _until_texts(options: dict[str, Any]) -> tuple[str, ...]:
+def _until_texts(options: Mapping[str, str | list[str]]) -> tuple[str, ...]:
     found = options.get("until") or []
     return tuple(text for text in ([found] if isinstance(found, str) else found) if text)
 
@@ -202,7 +208,7 @@ def unknown_tasks(tasks: Sequence[str], include: Path | None) -> list[str]:
 
 def evaluate(
     model: SessionLM, tasks: list[str], include: Path | None, items: int | None
-) -> dict[str, dict[str, Any]]:
+) -> TaskMetrics:
     """Return lm-eval's results by task: every metric and its standard error.
 
     :param include: folder with additional task files.

@@ -2,10 +2,10 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
+from sqft_export.data.scoring import Scores, ScoringRequest
 from sqft_export.measure.batches import (
     SCORING_PASS_TOKENS,
     last_logits,
@@ -185,36 +185,39 @@ def _score_continuations(
         mask, rows, start = mask[owners], [rows[n] for n in owners], stop
 
 
-def _summary(found: list[tuple[float, int]], targets: list[list[int]]) -> dict[str, float]:
-    count = sum(len(target) for target in targets)
-    return {
-        "perplexity": math.exp(-sum(total for total, _ in found) / count),
-        "token_accuracy": sum(first for _, first in found) / count,
-    }
+@dataclass(frozen=True)
+class Likelihood:
+    """Perplexity of targets, and the share of their tokens that are the argmax."""
+
+    perplexity: float
+    token_accuracy: float
 
 
-def likelihood(
-    session: Session, prompts: list[list[int]], targets: list[list[int]]
-) -> dict[str, float]:
-    """Return the perplexity of the targets and the share of their tokens that are the argmax."""
+def likelihood(session: Session, prompts: list[list[int]], targets: list[list[int]]) -> Likelihood:
+    """Measure the perplexity of targets after their prompts."""
     return _summary(log_likelihoods(session, prompts, targets), targets)
 
 
-def score(session: Session, questions: dict[str, Any]) -> dict[str, Any]:
-    """Run the requests of ``scoring.questions``.
+def _summary(found: list[tuple[float, int]], targets: list[list[int]]) -> Likelihood:
+    count = sum(len(target) for target in targets)
+    perplexity = math.exp(-sum(total for total, _ in found) / count)
+    return Likelihood(perplexity, sum(first for _, first in found) / count)
 
-    :return: ``perplexity`` and ``token_accuracy`` of the targets, ``answers`` (generated ids), and
-        ``likelihoods``, the log-likelihood of every choice.
-    """
-    prompts, targets = questions["prompts"], questions["targets"]
+
+def score(session: Session, questions: ScoringRequest) -> Scores:
+    """Run the requests of ``scoring.questions``."""
+    prompts, targets = questions.prompts, questions.targets
     found = log_likelihoods(
-        session, prompts + questions["contexts"], targets + questions["continuations"]
+        session, prompts + questions.contexts, targets + questions.continuations
     )
-    result: dict[str, Any] = _summary(found[: len(prompts)], targets)
-    result["likelihoods"] = [total for total, _ in found[len(prompts) :]]
+    of_targets = _summary(found[: len(prompts)], targets)
     stops = Stops.from_questions(questions)
-    result["answers"] = generate(session, questions["asked"], questions["max_new_tokens"], stops)
-    return result
+    return Scores(
+        perplexity=of_targets.perplexity,
+        token_accuracy=of_targets.token_accuracy,
+        likelihoods=[total for total, _ in found[len(prompts) :]],
+        answers=generate(session, questions.asked, questions.max_new_tokens, stops),
+    )
 
 
 def distributions(session: Session, sequences: list[list[int]]) -> np.ndarray:

@@ -4,15 +4,26 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any
 
+from sqft_export.documents import Document
 from sqft_export.run.host import installed
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd")
 
 
-def machine_facts() -> dict[str, Any]:
-    """Return processor, vector extensions, cores, memory, operating system and Python version."""
+class MachineFacts(Document):
+    """Processor, its vector extensions, cores, memory, operating system and Python version."""
+
+    processor: str
+    features: list[str]
+    cores: int
+    memory_bytes: int
+    system: str
+    python: str
+
+
+def machine_facts() -> MachineFacts:
+    """Describe this machine."""
     fields: dict[str, str] = {}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -20,14 +31,14 @@ def machine_facts() -> dict[str, Any]:
             name, _, value = line.partition(":")
             fields.setdefault(name.strip(), value.strip())
     flags = fields.get("flags", fields.get("Features", "")).split()
-    return {
-        "processor": fields.get("model name") or platform.processor() or platform.machine(),
-        "features": [name for name in CPU_FEATURES if name in flags],
-        "cores": os.cpu_count(),
-        "memory_bytes": _total_memory(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-    }
+    return MachineFacts(
+        processor=fields.get("model name") or platform.processor() or platform.machine(),
+        features=[name for name in CPU_FEATURES if name in flags],
+        cores=os.cpu_count() or 1,
+        memory_bytes=_total_memory(),
+        system=platform.platform(),
+        python=platform.python_version(),
+    )
 
 
 def _total_memory() -> int:

@@ -8,22 +8,24 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from sqft_export.adapters.files import Base, read_low_rank
 from sqft_export.adapters.loading import Layers
 from sqft_export.data.items import load_tokenizer, sample_items
-from sqft_export.errors import DamagedError
+from sqft_export.documents import Document
+from sqft_export.errors import DamagedError, UserError
 from sqft_export.measure.agreement import agreement
 from sqft_export.measure.likelihood import log_softmax
 from sqft_export.model.floats import StreamedWeights, streamed_model
 from sqft_export.numerics.affine import fake_quantize
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.artifact import SEAL, key_of
+from sqft_export.textfiles import read_json
 
 SAMPLED_ITEMS = 8
 MAX_TARGET_TOKENS = 64  # per item
@@ -110,19 +112,52 @@ def perplexity_of(distributions: np.ndarray, sample: list[SampledItem]) -> float
     return math.exp(-mean) if mean > -700 else math.nan if math.isnan(mean) else math.inf
 
 
+class PassQuality(Document):
+    """What a pass costs on the sample.
+
+    before: the pass, or the base model, that it is compared with.
+    items, tokens: number of compared items and tokens.
+    kl_nats: mean KL divergence from the model before, in nats per token.
+    agreement: share of tokens with the same argmax.
+    data: digest of the sample and the method.
+    """
+
+    pass_name: str = Field(alias="pass")
+    before: str
+    items: int
+    tokens: int
+    kl_nats: float
+    agreement: float
+    perplexity: float
+    perplexity_before: float
+    data: str
+
+
 def compare_quality(
-    before: np.ndarray, after: np.ndarray, sample: list[SampledItem]
-) -> dict[str, Any]:
-    """Return the KL divergence from the earlier model (nats per token) and both perplexities."""
+    before: np.ndarray,
+    after: np.ndarray,
+    sample: list[SampledItem],
+    *,
+    pass_name: str,
+    before_name: str,
+    data: str,
+) -> PassQuality:
+    """Compare the distributions of the models before and after a pass.
+
+    :param pass_name, before_name, data: stored with the result.
+    """
     found = agreement(before, after)
-    return {
-        "items": len(sample),
-        "tokens": found["tokens"],
-        "kl_nats": found["kl_nats"],
-        "agreement": found["agreement"],
-        "perplexity": perplexity_of(after, sample),
-        "perplexity_before": perplexity_of(before, sample),
-    }
+    return PassQuality(
+        pass_name=pass_name,
+        before=before_name,
+        items=len(sample),
+        tokens=found.tokens,
+        kl_nats=found.kl_nats,
+        agreement=found.agreement,
+        perplexity=perplexity_of(after, sample),
+        perplexity_before=perplexity_of(before, sample),
+        data=data,
+    )
 
 
 def quality_file(root: Path, name: str, key: str) -> Path:
@@ -130,14 +165,15 @@ def quality_file(root: Path, name: str, key: str) -> Path:
     return root / f"quality-{name}-{key[:16]}.json"
 
 
-def write_quality(file: Path, record: dict[str, Any]) -> None:
+def write_quality(file: Path, record: PassQuality) -> None:
     """Write a record with its seal to a temporary file, then rename it to ``file``."""
     partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(record | {SEAL: key_of(record)}, indent=2) + "\n")
+    fields = record.to_json()
+    partial.write_text(json.dumps(fields | {SEAL: key_of(fields)}, indent=2) + "\n")
     partial.rename(file)
 
 
-def read_quality(file: Path) -> dict[str, Any] | None:
+def read_quality(file: Path) -> PassQuality | None:
     """Read a record; None if the file is missing.
 
     :raises DamagedError: if the seal does not match the content.
@@ -145,10 +181,11 @@ def read_quality(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        record = json.loads(file.read_text())
-        seal = record.pop(SEAL)
-    except (OSError, ValueError, KeyError, AttributeError, RecursionError):
-        record, seal = {}, None
-    if seal != key_of(record):
+        fields = read_json(file)
+        seal = fields.pop(SEAL, None)
+        record = PassQuality.parse(json.dumps(fields), str(file))
+    except UserError as error:
+        raise DamagedError(f"{error}; delete it and run again") from error
+    if seal != key_of(fields):
         raise DamagedError(f"{file}: its seal is broken; delete it and run again")
     return record

@@ -1,19 +1,22 @@
 """Rows of the benchmark table: model, size, latency, accuracy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from sqft_export.data.scoring import Judged, accuracy_by_set, accuracy_of
+from sqft_export.data.scoring import Judged, Scores, accuracy_by_set, accuracy_of
+from sqft_export.measure.jobs import LatencySamples
+from sqft_export.measure.results import Accuracy, AnswerEntry, LatencySpread, RowKind, Runtime
 from sqft_export.measure.statistics import mcnemar, mean_interval, percentiles
 from sqft_export.model.tensorfiles import TensorFiles
+from sqft_export.packed.folders import PACKED, SPARSE
 from sqft_export.targets.folder import kind_of
 
-# For every target, the first words of the names of its deployments' rows.
-TITLES = {"openvino": "OpenVINO", "onnx": "ONNX Runtime", "gguf": "llama.cpp"}
-DEPLOYMENT_ROWS = tuple(TITLES.values())
-DENSE = "dense base"
-FINAL_ROWS = ("merged", *DEPLOYMENT_ROWS)  # the merged model and its deployments
+# Name of every target for readers.
+TITLES: dict[Runtime, str] = {
+    "openvino": "OpenVINO",
+    "onnx": "ONNX Runtime",
+    "gguf": "llama.cpp",
+}
 MODEL_FILES = (
     *("*.safetensors", "*.bin", "*.xml", "*.onnx", "*.data", "*.onnx_adapter", "*.gguf"),
     "*.sqft",
@@ -22,20 +25,57 @@ MODEL_FILES = (
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """A model to measure.
 
-    kind: torch, adapted, openvino, onnx or gguf; selects how the worker opens the folder.
+    id: unique in a benchmark and the same in every run: ``dense``, ``dense-lora``, ``sparse``,
+        ``sparse-reconstructed``, ``sparse-quantized``, ``adapted``, ``merged``; a deployment has
+        its target, followed by ``-packed`` or ``-sparse``. A copy of a row for another device ends
+        with it, as in ``openvino-gpu``.
+    name: name for readers.
     stored: files and folders whose model files count as its size.
     sparsity: share of zero weights in the decoder's Linears, 0 to 1.
     device: cpu, gpu or npu.
     """
 
+    id: str
+    kind: RowKind
     name: str
-    kind: str
+    runtime: Runtime
     folder: Path
     stored: tuple[Path, ...]
     sparsity: float
     device: str = "cpu"
+
+    def on(self, device: str) -> "Row":
+        """Return a copy of this row for another device, with a separate id and name."""
+        id, name = f"{self.id}-{device}", f"{self.name}, {device.upper()}"
+        return replace(self, id=id, name=name, device=device)
+
+
+@dataclass(frozen=True)
+class DeploymentFolder:
+    """A folder of an exported target: the deployment, or its packed or sparse copy."""
+
+    id: str
+    name: str
+    folder: Path
+
+
+# Folder in the artifact of an export -> ends of the id and of the name of its row.
+DEPLOYMENT_FORMS = {
+    "model": ("", ""),
+    PACKED: ("-packed", ", packed"),
+    SPARSE: ("-sparse", ", sparse execution"),
+}
+
+
+def deployments_in(artifact: Path, target: Runtime) -> list[DeploymentFolder]:
+    """Return the deployments in the artifact of an export."""
+    return [
+        DeploymentFolder(f"{target}{id_end}", f"{TITLES[target]}{name_end}", artifact / folder)
+        for folder, (id_end, name_end) in DEPLOYMENT_FORMS.items()
+        if (artifact / folder).is_dir()
+    ]
 
 
 def stored_bytes(paths: tuple[Path, ...]) -> int:
@@ -56,46 +96,43 @@ def _model_files(path: Path) -> list[Path]:
     return [file for file in found if "tokenizer" not in file.name]
 
 
-def latency_row(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return the median, 10th and 90th percentile of TTFT and TPOT over all processes of a row."""
-    row = {}
-    for figure in ("ttft", "tpot"):
-        samples = [sample for run in runs for sample in run[f"{figure}_samples"]]
-        low, middle, high = percentiles(samples, 10, 50, 90)
-        row[figure] = {"median_ms": middle, "p10_ms": low, "p90_ms": high}
-    return row
+def latency_spreads(runs: list[LatencySamples]) -> tuple[LatencySpread, LatencySpread]:
+    """Return the spread of TTFT and of TPOT over all processes of a row."""
+    ttft, tpot = [s for run in runs for s in run.ttft], [s for run in runs for s in run.tpot]
+    return _latency_spread(ttft), _latency_spread(tpot)
 
 
-def accuracy_row(
-    judged: list[Judged], result: dict[str, Any], first_right: list[bool]
-) -> dict[str, Any]:
+def _latency_spread(samples: list[float]) -> LatencySpread:
+    low, middle, high = percentiles(samples, 10, 50, 90)
+    return LatencySpread(median_ms=middle, p10_ms=low, p90_ms=high)
+
+
+def measure_accuracy(judged: list[Judged], scores: Scores, first_right: list[bool]) -> Accuracy:
     """Return the accuracy with its 95 % interval, per set, and compared with the first row.
 
     :param judged: empty for plain text, whose accuracy counts tokens and has no interval.
-    :param result: of ``likelihood.score``.
     :param first_right: whether the first row answered each item right.
-    :return: ``p_same_as_first`` is the p-value of McNemar's test.
     """
     right = [answer.right for answer in judged]
     by_set: dict[str, list[float]] = {}
     for answer in judged:
         by_set.setdefault(answer.item.source, []).append(answer.points)
     sets = [sum(s) for s in by_set.values()], [len(s) for s in by_set.values()]
-    return {
-        "accuracy": accuracy_of(judged, result),
-        "interval": mean_interval(*sets) if right else None,
-        "p_same_as_first": mcnemar(right, first_right or right) if right else None,
-        "accuracy_by_set": accuracy_by_set(judged),
-    }
+    return Accuracy(
+        accuracy=accuracy_of(judged, scores),
+        interval=mean_interval(*sets) if right else None,
+        p_same_as_first=mcnemar(right, first_right or right) if right else None,
+        accuracy_by_set=accuracy_by_set(judged),
+    )
 
 
-def answer_entry(judged: Judged) -> dict[str, Any]:
+def answer_entry(judged: Judged) -> AnswerEntry:
     """Return the line of ``items.jsonl`` for one answered item."""
     item = judged.item
-    return {
-        "set": item.source,
-        "answer": judged.answer,
-        "expected": item.text,
-        "right": judged.right,
-        **({} if judged.score is None else {"score": judged.score}),
-    }
+    return AnswerEntry(
+        item_set=item.source,
+        answer=judged.answer,
+        expected=item.text,
+        right=judged.right,
+        score=judged.score,
+    )

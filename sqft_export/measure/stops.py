@@ -2,7 +2,8 @@
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+
+from sqft_export.data.scoring import ScoringRequest
 
 BREAK = "\0"  # text of a token that is part of no stop text
 
@@ -23,13 +24,13 @@ class Stops:
     context: int = sys.maxsize
 
     @classmethod
-    def from_questions(cls, questions: dict[str, Any]) -> "Stops":
-        """Return the stops in the plain JSON of ``scoring.questions``."""
+    def from_questions(cls, questions: ScoringRequest) -> "Stops":
+        """Return the stops of a scoring request."""
         return cls(
-            questions["stop"],
-            tuple(questions.get("stop_texts", ())),
-            {int(token): text for token, text in questions.get("stop_pieces", {}).items()},
-            questions.get("context") or sys.maxsize,
+            questions.stop,
+            tuple(questions.stop_texts),
+            {int(token): text for token, text in questions.stop_pieces.items()},
+            questions.context or sys.maxsize,
         )
 
     def max_answer_tokens(self, prompt: list[int], new_tokens: int) -> int:

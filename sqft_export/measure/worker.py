@@ -5,40 +5,55 @@
 The job holds token ids, so the worker of a runtime needs no tokenizer and no torch.
 """
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from sqft_export.data.scoring import ScoringRequest
 from sqft_export.errors import HostError, UserError
 from sqft_export.measure.decode import measure_latency, profile
+from sqft_export.measure.jobs import (
+    AdapterParts,
+    Job,
+    LmEvalRequest,
+    MeasuredModel,
+    Profile,
+    ProfileRequest,
+    Requests,
+    TimedScores,
+    WorkerResult,
+)
 from sqft_export.measure.likelihood import distributions, score
 from sqft_export.measure.machine import energy_joules, memory_now, peak_memory
+from sqft_export.measure.results import TaskMetrics
 from sqft_export.run.host import die_with_parent, exhausted_resource
 from sqft_export.run.processors import deployed_environment
 from sqft_export.targets import Session, runner
 
 
-def open_job(job: dict[str, Any]) -> Session:
-    """Open the session of a job's model; kind ``adapted`` is a base with an adapter in torch."""
-    if job["kind"] != "adapted":
-        folder, threads, device = Path(job["folder"]), job["threads"], job["device"]
-        if job["kind"] == "openvino":
-            from sqft_export.targets import openvino
+def open_measured(model: MeasuredModel) -> Session:
+    """Open the session of a job's model."""
+    if model.parts is not None:
+        return _open_adapted(model, model.parts)
+    folder, threads, device = model.folder, model.threads, model.device
+    if model.kind == "openvino":
+        from sqft_export.targets import openvino
 
-            execution = job.get("execution", "stock")
-            return openvino.open_session(folder, False, threads, device, execution)
-        if job["kind"] == "torch":
-            from sqft_export.targets import torch as in_torch
+        return openvino.open_session(folder, False, threads, device, model.execution)
+    if model.kind == "torch":
+        from sqft_export.targets import torch as in_torch
 
-            return in_torch.open_session(folder, False, threads, device, job.get("precision"))
-        return runner(job["kind"]).open_session(folder, False, threads, device)
+        return in_torch.open_session(folder, False, threads, device, model.precision)
+    return runner(model.kind).open_session(folder, False, threads, device)
+
+
+def _open_adapted(model: MeasuredModel, parts: AdapterParts) -> Session:
+    """Open a base model with an adapter in torch."""
     import torch
 
     from sqft_export.adapters.elastic import cache_effective_weights
@@ -48,70 +63,83 @@ def open_job(job: dict[str, Any]) -> Session:
     from sqft_export.targets.devices import find_device
     from sqft_export.targets.torch import TorchSession, fast_dtype
 
-    masks, grids = (Path(job[k]) if job[k] else None for k in ("masks", "grids"))
-    base = Base(Path(job["folder"]), masks, grids, job["unmerged"])
-    torch.set_num_threads(job["threads"])
-    name = find_device("torch", job["device"]).name
-    dtype = fast_dtype(Checkpoint(base.folder), name, job.get("precision"))
-    model = load_adapted(base, Path(job["adapter"]), dtype).to(name)
-    cache_effective_weights(model)
-    return TorchSession(model, name)
+    base = Base(model.folder, parts.masks, parts.grids, parts.unmerged)
+    if model.threads is not None:
+        torch.set_num_threads(model.threads)
+    name = find_device("torch", model.device).name
+    dtype = fast_dtype(Checkpoint(base.folder), name, model.precision)
+    adapted = load_adapted(base, parts.adapter, dtype).to(name)
+    cache_effective_weights(adapted)
+    return TorchSession(adapted, name)
 
 
-def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Run the measurements that the job requests and return their results.
-
-    Keys of a job that request one: ``profile``, ``latency_prompt``, ``questions``,
-    ``distributions``, ``lm_eval``.
-    """
-    settings = job.get("profile") or {}
-    if settings.get("cpus"):
-        os.sched_setaffinity(0, settings["cpus"])
+def measure(model: MeasuredModel, requests: Requests) -> WorkerResult:
+    """Open a model and run the requested measurements."""
+    if requests.profile and requests.profile.cpus:
+        os.sched_setaffinity(0, requests.profile.cpus)
     started = time.perf_counter()
-    session = open_job(job)
-    result: dict[str, Any] = {"load_seconds": time.perf_counter() - started}
-    if settings:
-        before = energy_joules(settings["device"])
-        sizes = settings["prompt_tokens"], settings["new_tokens"], settings["batches"]
-        result |= profile(session, *sizes, job["vocabulary"])
-        after = energy_joules(settings["device"])
-        result["energy_joules"] = None if before is None or after is None else after - before
-    if "latency_prompt" in job:
-        result |= measure_latency(session, job["latency_prompt"], job["new_tokens"], job["repeats"])
-    if "questions" in job:
-        started = time.perf_counter()
-        result |= score(session, job["questions"])
-        result["score_seconds"] = time.perf_counter() - started
-    result["steady_memory_bytes"] = memory_now()
-    result["peak_memory_bytes"] = peak_memory()
+    session = open_measured(model)
+    load_seconds = time.perf_counter() - started
+    profiled = _profile(session, requests.profile) if requests.profile else None
+    latency = measure_latency(session, requests.latency) if requests.latency else None
+    scores = _score(session, requests.questions) if requests.questions else None
+    steady, peak = memory_now(), peak_memory()
     # The rest takes memory that a deployment does not need, so memory is read before it.
-    if "distributions" in job:
-        np.save(job["distributions"]["file"], distributions(session, job["distributions"]["ids"]))
-    if "lm_eval" in job:
-        result |= _score_with_lm_eval(session, job)
-    return result
+    if wanted := requests.distributions:
+        np.save(wanted.file, distributions(session, wanted.ids))
+    lm_eval, warnings = None, list[str]()
+    if requests.lm_eval:
+        lm_eval, warnings = _score_with_lm_eval(session, model.folder, requests.lm_eval)
+    return WorkerResult(
+        load_seconds=load_seconds,
+        steady_memory_bytes=steady,
+        peak_memory_bytes=peak,
+        profile=profiled,
+        latency=latency,
+        scores=scores,
+        lm_eval=lm_eval,
+        lm_eval_warnings=warnings,
+    )
 
 
-def _score_with_lm_eval(session: Session, job: dict[str, Any]) -> dict[str, Any]:
+def _profile(session: Session, request: ProfileRequest) -> Profile:
+    """Profile a session and add the energy that its passes took."""
+    before = energy_joules(request.device)
+    found = profile(session, request)
+    after = energy_joules(request.device)
+    taken = None if before is None or after is None else after - before
+    return found.model_copy(update={"energy_joules": taken})
+
+
+def _score(session: Session, questions: ScoringRequest) -> TimedScores:
+    started = time.perf_counter()
+    found = score(session, questions)
+    return TimedScores(**dict(found), seconds=time.perf_counter() - started)
+
+
+def _score_with_lm_eval(
+    session: Session, folder: Path, request: LmEvalRequest
+) -> tuple[TaskMetrics, list[str]]:
+    """Return the metrics of lm-eval's tasks, and warnings."""
     from sqft_export.measure.harness import SessionLM, evaluate
 
-    request, folder = job["lm_eval"], Path(job["folder"])
-    include = Path(request["folder"]) if request["folder"] else None
     model = SessionLM(folder, session=session)
-    found = evaluate(model, request["tasks"], include, request["items"])
-    return {"lm_eval": found, "lm_eval_warnings": model.warnings}
+    return evaluate(model, request.tasks, request.folder, request.items), model.warnings
 
 
-def measure_in_process(job: dict[str, Any], scratch: Path | None = None) -> dict[str, Any]:
+def measure_in_process(
+    model: MeasuredModel, requests: Requests, scratch: Path | None = None
+) -> WorkerResult:
     """Run :func:`measure` in a child process, which ends if this process ends.
 
     :param scratch: folder for temporary files; None: the system's.
     :raises UserError: if the child fails; the message ends with the child's error.
     :raises HostError: if it fails because the machine lacks memory or disk.
     """
+    job = Job(model=model, requests=requests, parent=os.getpid())
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         job_file, result_file = Path(folder) / "job.json", Path(folder) / "result.json"
-        job_file.write_text(json.dumps(job | {"parent": os.getpid()}))
+        job_file.write_text(job.model_dump_json())
         # -P: do not import from the current folder, which may be untrusted.
         command = [sys.executable, "-P", "-m", "sqft_export.measure.worker"]
         done = subprocess.run(
@@ -125,8 +153,9 @@ def measure_in_process(job: dict[str, Any], scratch: Path | None = None) -> dict
         if done.returncode:
             message = _error_message(done)
             kind = HostError if exhausted_resource(RuntimeError(message), None) else UserError
-            raise kind(f"{job['folder']}: the measurement failed:\n{message}")
-        return json.loads(result_file.read_text())
+            raise kind(f"{model.folder}: the measurement failed:\n{message}")
+        where = f"{model.folder}: the result of the measurement"
+        return WorkerResult.parse(result_file.read_text(), where)
 
 
 def _error_message(done: subprocess.CompletedProcess) -> str:
@@ -140,6 +169,6 @@ def _error_message(done: subprocess.CompletedProcess) -> str:
 
 if __name__ == "__main__":
     job_file, result_file = map(Path, sys.argv[1:])
-    job = json.loads(job_file.read_text())
-    die_with_parent(job["parent"])
-    result_file.write_text(json.dumps(measure(job)))
+    job = Job.parse(job_file.read_text(), str(job_file))
+    die_with_parent(job.parent)
+    result_file.write_text(measure(job.model, job.requests).model_dump_json())

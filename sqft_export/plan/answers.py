@@ -7,7 +7,7 @@ training.
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sqft_export.data.items import (
     Examples,
@@ -19,10 +19,13 @@ from sqft_export.data.items import (
     stop_ids,
     to_items,
 )
-from sqft_export.data.scoring import Judged, decode_answer, judge
+from sqft_export.data.scoring import Answers, Judged, decode_answer, judge
 from sqft_export.data.stops import cut_at_stop, stop_texts
 from sqft_export.plan.layout import Layout
 from sqft_export.recipe.schema import Dataset, Problems, Recipe, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHECKED_ITEMS = 2000  # evenly spread items per split
 MAX_CUT_SHARE = 0.05  # allowed share of training examples that lose their complete answer
@@ -40,7 +43,7 @@ def _expected_ids(item: Item, stops: list[int], most: int) -> list[int]:
     return item.target[: min(end, most)]
 
 
-def judge_expected(recipe: Recipe, folder: Path) -> tuple[Any, list[Judged]]:
+def judge_expected(recipe: Recipe, folder: Path) -> tuple["PreTrainedTokenizerBase", list[Judged]]:
     """Return the tokenizer, and the judgement of expected answers as if a model had given them."""
     assert not isinstance(recipe.task, Text)
     tokenizer = load_tokenizer(folder)
@@ -48,10 +51,12 @@ def judge_expected(recipe: Recipe, folder: Path) -> tuple[Any, list[Judged]]:
     items = [one for one in to_items(tokenizer, records) if one.scoring != "choice"]
     stops, most = stop_ids(folder, tokenizer), recipe.task.max_new_tokens
     answers = [_expected_ids(item, stops, most) for item in items]
-    return tokenizer, judge(recipe, items, {"answers": answers, "likelihoods": []}, tokenizer)
+    return tokenizer, judge(recipe, items, Answers(answers=answers), tokenizer)
 
 
-def _reason(recipe: Recipe, folder: Path, tokenizer: Any, wrong: list[Judged]) -> str:
+def _reason(
+    recipe: Recipe, folder: Path, tokenizer: "PreTrainedTokenizerBase", wrong: list[Judged]
+) -> str:
     """Return why the first of these expected answers is judged wrong, and what helps."""
     task, item = recipe.task, wrong[0].item
     assert item.text is not None and not isinstance(task, Text)

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, get_args
+from typing import get_args
 
-Entries = list[dict[str, Any]]
+Entries = list[dict[str, str]]
 
 
 def _targets() -> Entries:

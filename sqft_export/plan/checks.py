@@ -189,7 +189,7 @@ def _group_size_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 def _existing_grid_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     """Yield settings that do not fit the quantization of the base model, or its absence."""
     stored, quantize = layout.config.get("quantization_config"), recipe.quantize
-    if stored is None:
+    if not isinstance(stored, dict):
         if quantize.method == "given":
             yield "quantize.method: found given, but the model is not quantized"
         return

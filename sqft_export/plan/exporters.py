@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
@@ -107,8 +107,8 @@ def _is_installed(name: str) -> bool:
     return all(installed(package) for package in PACKAGES[name])
 
 
-def _openvino_lacks(recipe: Recipe, layout: Layout, config: dict[str, Any]) -> str | None:
-    model_type = config["model_type"]
+def _openvino_lacks(recipe: Recipe, layout: Layout, config: dict[str, object]) -> str | None:
+    model_type = str(config["model_type"])
     if reason := _optimum_lacks(model_type):
         return reason
     return None if model_type in FAMILIES else _rehearsal_lacks("openvino", recipe, layout)
@@ -141,7 +141,7 @@ def _optimum_lacks(model_type: str) -> str | None:
     return f"optimum-intel exports {model_type} with transformers {bound}; {here} is installed"
 
 
-def _onnx_lacks(recipe: Recipe, layout: Layout, config: dict[str, Any]) -> str | None:
+def _onnx_lacks(recipe: Recipe, layout: Layout, config: dict[str, object]) -> str | None:
     config, graph = deployed_config(config), recipe.export.onnx_graph
     lacks = builder_lacks(layout.family, config)
     if graph == "fused" or (graph == "auto" and lacks is None):
@@ -154,7 +154,7 @@ def _onnx_lacks(recipe: Recipe, layout: Layout, config: dict[str, Any]) -> str |
     return _rehearsal_lacks("onnx", recipe, layout)
 
 
-def _gguf_lacks(recipe: Recipe, layout: Layout, config: dict[str, Any]) -> str | None:
+def _gguf_lacks(recipe: Recipe, layout: Layout, config: dict[str, object]) -> str | None:
     if lacks := architecture_lacks(config):
         return lacks
     if layout.folder is None:
@@ -175,7 +175,9 @@ def _rehearsal_lacks(name: str, recipe: Recipe, layout: Layout) -> str | None:
 
 
 @functools.cache
-def rehearse(name: str, config: str, onnx_graph: Any) -> str | None:
+def rehearse(
+    name: str, config: str, onnx_graph: Literal["auto", "fused", "standard"]
+) -> str | None:
     """Export a random miniature of a config, run it, and compare its logits with torch.
 
     :param config: JSON of ``config.json``.

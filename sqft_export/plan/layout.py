@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from sqft_export.errors import UserError
 from sqft_export.model.architecture import family_of, shapes_of
@@ -66,7 +65,7 @@ class Layout:
     embedding: tuple[int, int]
     others: int
     width: int
-    config: dict[str, Any]
+    config: dict[str, object]
     folder: Path | None
 
     @property

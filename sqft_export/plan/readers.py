@@ -4,7 +4,7 @@ import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sqft_export.data.items import HARD_TEXTS, data_files, load_tokenizer, sample_texts
 from sqft_export.errors import one_line
@@ -14,6 +14,9 @@ from sqft_export.recipe.schema import Recipe
 from sqft_export.run.host import installed
 from sqft_export.targets.devices import llama_cpp_here
 from sqft_export.targets.tokenizers import tokenize_as_deployed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _NAMED = 2  # texts that a message names
 RUNTIMES = {
@@ -84,7 +87,7 @@ def _is_readable(name: str) -> bool:
     return here and (name != "gguf" or llama_cpp_here())
 
 
-def _loaded(folder: Path) -> Any:
+def _loaded(folder: Path) -> "PreTrainedTokenizerBase | None":
     """The tokenizer of a folder; None where it can't be loaded (``plan/tokenizer.py``)."""
     try:
         return load_tokenizer(folder)

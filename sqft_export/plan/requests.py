@@ -277,7 +277,7 @@ def _fitting_batch(
     """Return the largest batch whose training fits into memory, and gradient checkpointing."""
     from sqft_export.run.device import device_memory, device_of  # imports torch
 
-    room = device_memory(device_of(recipe.device)) or MEMORY_SHARE * machine_facts()["memory_bytes"]
+    room = device_memory(device_of(recipe.device)) or MEMORY_SHARE * machine_facts().memory_bytes
     task = recipe.task.model_copy(update={"sequence_length": length})
     for batch, checkpointing in BATCHES:
         update = {"batch": batch, "gradient_checkpointing": checkpointing}

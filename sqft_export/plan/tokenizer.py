@@ -4,7 +4,7 @@ import difflib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sqft_export.data.items import load_tokenizer, stop_ids, train_texts
 from sqft_export.errors import one_line
@@ -13,6 +13,9 @@ from sqft_export.plan.layout import Layout
 from sqft_export.recipe.schema import Recipe, Text
 from sqft_export.textfiles import read_json
 from sqft_export.untrusted import MAX_JSON_BYTES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ROUND_TRIP_TEXT = "Once upon a time there was a little girl who liked to play in the park"
 MIN_SIMILARITY = 0.9  # of a text after encoding and decoding; a vocabulary may lack characters
@@ -58,7 +61,9 @@ def _generation_faults(folder: Path) -> Iterator[str]:
         yield f"model: {folder / 'generation_config.json'}: {one_line(error)}"
 
 
-def _row_faults(recipe: Recipe, layout: Layout, tokenizer: Any) -> Iterator[str]:
+def _row_faults(
+    recipe: Recipe, layout: Layout, tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[str]:
     """Yield tokens without a row in the embedding; the padding token needs none."""
     rows = layout.config.get("vocab_size")
     if not isinstance(rows, int):
@@ -80,7 +85,7 @@ def _row_faults(recipe: Recipe, layout: Layout, tokenizer: Any) -> Iterator[str]
         yield f"model: the tokenizer has {len(tokenizer)} tokens; the embedding has {rows} rows"
 
 
-def _round_trip_fault(tokenizer: Any, folder: Path, text: str) -> str | None:
+def _round_trip_fault(tokenizer: "PreTrainedTokenizerBase", folder: Path, text: str) -> str | None:
     """Return a fault if encoding and decoding changes a text; then the tokenizer is wrong.
 
     Repeated blanks may become one, and a few characters may be unknown.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal
+from typing import Literal
 
 from sqft_export.data.conversations import hub_sources
 from sqft_export.data.items import Item, load_tokenizer, sample_items
@@ -45,7 +45,7 @@ class _Words:
 
     bos_token_id = eos_token_id = 0
 
-    def __call__(self, text: str | list[str], add_special_tokens: bool = True) -> dict[str, Any]:
+    def __call__(self, text: str | list[str], add_special_tokens: bool = True) -> dict[str, list]:
         if isinstance(text, str):
             return {"input_ids": list(map(hash, TOKEN_PATTERN.findall(text)))}
         return {"input_ids": [self(one)["input_ids"] for one in text]}

@@ -2,17 +2,22 @@
 
 import io
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from sqft_export.measure.results import BenchmarkRow
+from sqft_export.run.metrics import EvaluatedSize
 
 matplotlib.use("svg")
 
 
 COLOURS = {"torch": "#4c72b0", "openvino": "#dd8452", "onnx": "#55a868", "gguf": "#8172b3"}
 
+TICK_STEPS = [1, 2, 2.5, 5, 10]
 
 # A fixed salt and no date, so that the same numbers give the same bytes.
 matplotlib.rcParams.update(
@@ -29,7 +34,7 @@ matplotlib.rcParams.update(
 )
 
 
-def _svg(draw: Callable[[Any], None], width: float = 7.5, height: float = 3.4) -> str:
+def _svg(draw: Callable[[Axes], None], width: float = 7.5, height: float = 3.4) -> str:
     figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
     draw(axes)
     stream = io.StringIO()
@@ -41,21 +46,21 @@ def _svg(draw: Callable[[Any], None], width: float = 7.5, height: float = 3.4) -
     return re.sub(r"#000000|(?<=: )black", "currentColor", svg)
 
 
-def _colours(rows: list[dict]) -> list[str]:
-    return [COLOURS[row["runtime"]] for row in rows]
+def _colours(rows: Sequence[BenchmarkRow]) -> list[str]:
+    return [COLOURS[row.runtime] for row in rows]
 
 
-def _legend_at_right(axes: Any, **settings: Any) -> None:
+def _legend_at_right(axes: Axes, **settings: object) -> None:
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), **settings)
 
 
-def search_front(front: list[dict], measure: str) -> str:
+def search_front(front: list[EvaluatedSize], measure: str) -> str:
     """Draw accuracy against adapter parameters for every configuration that search evaluated."""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         axes.scatter(
-            [entry["parameters"] / 1e3 for entry in front],
-            [100 * entry["accuracy"] for entry in front],
+            [entry.parameters / 1e3 for entry in front],
+            [100 * entry.accuracy for entry in front],
             color=COLOURS["torch"],
         )
         axes.set_xlabel("adapter parameters, thousands")
@@ -64,7 +69,7 @@ def search_front(front: list[dict], measure: str) -> str:
     return _svg(draw)
 
 
-def _bar_axes(axes: Any, names: list[str], unit: str) -> None:
+def _bar_axes(axes: Axes, names: list[str], unit: str) -> None:
     """Label the axes of a horizontal bar chart; the first row is on top."""
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
@@ -76,31 +81,31 @@ def _bars_height(rows: int, inches: float) -> float:
     return 1.0 + inches * rows
 
 
-def accuracy_bars(rows: list[dict], measure: str) -> str:
+def accuracy_bars(rows: Sequence[BenchmarkRow], measure: str) -> str:
     """Draw one bar per row, with its 95 % interval if it has one."""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         for at, (row, colour) in enumerate(zip(rows, _colours(rows), strict=True)):
-            share, interval = 100 * row["accuracy"], row.get("interval")
+            share, interval = 100 * row.accuracy, row.interval
             error = None
             if interval:
                 error = [[share - 100 * interval[0]], [100 * interval[1] - share]]
             bar = axes.barh(at, share, color=colour, xerr=error, ecolor="black", capsize=3)
             axes.bar_label(bar, fmt="%.1f", padding=4)
-        _bar_axes(axes, [row["name"] for row in rows], f"{measure}, % (95 % interval)")
+        _bar_axes(axes, [row.name for row in rows], f"{measure}, % (95 % interval)")
         axes.set_xlim(0, 115)
         axes.set_xticks(range(0, 101, 20))
 
     return _svg(draw, height=_bars_height(len(rows), 0.3))
 
 
-COSTS: dict[str, tuple[str, Callable[[dict], float]]] = {
-    "file_bytes": ("model files, MB", lambda row: row["file_bytes"] / 1e6),
-    "tpot": ("time per output token, ms (median)", lambda row: row["tpot"]["median_ms"]),
+COSTS: dict[str, tuple[str, Callable[[BenchmarkRow], float]]] = {
+    "file_bytes": ("model files, MB", lambda row: row.file_bytes / 1e6),
+    "tpot": ("time per output token, ms (median)", lambda row: row.tpot.median_ms),
 }
 
 
-def cost_of(row: dict, cost: str) -> float:
+def cost_of(row: BenchmarkRow, cost: str) -> float:
     """Return the value of a row on the axis ``cost``, a key of ``COSTS``."""
     return COSTS[cost][1](row)
 
@@ -114,9 +119,9 @@ def pareto(points: list["Point"]) -> list["Point"]:
     return front
 
 
-def _plane(axes: Any, rows: list[dict], measure: str, cost: str) -> list["Point"]:
+def _plane(axes: Axes, rows: Sequence[BenchmarkRow], measure: str, cost: str) -> list["Point"]:
     """Set up axes of cost and accuracy with the Pareto front; return the rows as points."""
-    points = [(cost_of(row, cost), 100 * row["accuracy"]) for row in rows]
+    points = [(cost_of(row, cost), 100 * row.accuracy) for row in rows]
     front = zip(*pareto(points), strict=True)
     axes.step(*front, where="post", color="#888888", lw=1, zorder=2)
     axes.set_xlabel(COSTS[cost][0])
@@ -126,21 +131,28 @@ def _plane(axes: Any, rows: list[dict], measure: str, cost: str) -> list["Point"
     return points
 
 
-def accuracy_scatter(rows: list[dict], measure: str, cost: str) -> str:
+def accuracy_scatter(rows: Sequence[BenchmarkRow], measure: str, cost: str) -> str:
     """Draw accuracy against ``file_bytes`` or ``tpot`` with the Pareto front.
 
     Points have the numbers of the rows, because many are close; the legend has the names.
     """
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         points = _plane(axes, rows, measure, cost)
         for number, (point, row) in enumerate(zip(points, rows, strict=True), 1):
-            colour, name = COLOURS[row["runtime"]], f"{number}  {row['name']}"
+            colour, name = COLOURS[row.runtime], f"{number}  {row.name}"
             axes.scatter(*point, color=colour, s=45, zorder=3, label=name)
         for (x, y), numbers in _clusters(axes, points):
             # The front goes up to a point and right from it; the lower right of a point is free.
-            offset = {"xytext": (5, -5), "textcoords": "offset points", "ha": "left", "va": "top"}
-            axes.annotate(format_ranges(numbers), (x, y), size=9, **offset)
+            axes.annotate(
+                format_ranges(numbers),
+                (x, y),
+                xytext=(5, -5),
+                textcoords="offset points",
+                ha="left",
+                va="top",
+                size=9,
+            )
         _legend_at_right(axes, fontsize=9)
 
     return _svg(draw, height=4.2)
@@ -149,23 +161,22 @@ def accuracy_scatter(rows: list[dict], measure: str, cost: str) -> str:
 MARKERS = {"torch": "o", "openvino": "s", "onnx": "^", "gguf": "D"}
 
 
-def runs_scatter(rows: list[dict], measure: str, cost: str) -> str:
+def runs_scatter(rows: Sequence[BenchmarkRow], runs: list[int], measure: str, cost: str) -> str:
     """Draw :func:`accuracy_scatter` for several runs: a colour per run, a marker per runtime.
 
-    The legend has the numbers of the runs (``run_number``); the page lists their names below.
+    The legend has the numbers of the runs; the page lists their names below.
+
+    :param runs: number of the run of each row.
     """
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         points = _plane(axes, rows, measure, cost)
-        numbers = list(dict.fromkeys(row["run_number"] for row in rows))
-        colours = {number: f"C{at % 10}" for at, number in enumerate(numbers)}
-        for (x, y), row in zip(points, rows, strict=True):
-            axes.scatter(
-                x, y, color=colours[row["run_number"]], marker=MARKERS[row["runtime"]], s=45
-            )
+        colours = {number: f"C{at % 10}" for at, number in enumerate(dict.fromkeys(runs))}
+        for (x, y), row, number in zip(points, rows, runs, strict=True):
+            axes.scatter(x, y, color=colours[number], marker=MARKERS[row.runtime], s=45)
         for number, colour in colours.items():
             axes.scatter([], [], color=colour, marker="P", label=f"run {number}")
-        runtimes = {row["runtime"] for row in rows}
+        runtimes = {row.runtime for row in rows}
         for runtime, marker in ((r, m) for r, m in MARKERS.items() if r in runtimes):
             axes.scatter([], [], color="#888888", marker=marker, label=runtime)
         _legend_at_right(axes, fontsize=9)
@@ -176,7 +187,7 @@ def runs_scatter(rows: list[dict], measure: str, cost: str) -> str:
 Point = tuple[float, float]
 
 
-def _clusters(axes: Any, points: list[Point]) -> list[tuple[Point, list[int]]]:
+def _clusters(axes: Axes, points: list[Point]) -> list[tuple[Point, list[int]]]:
     """Group points that are too close for separate labels; the rightmost one gets the label."""
     clusters: list[tuple[Point, list[int]]] = []
     for point, number in sorted(zip(points, range(1, len(points) + 1), strict=True), reverse=True):
@@ -202,14 +213,18 @@ def format_ranges(numbers: list[int]) -> str:
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def latency_bars(rows: list[dict]) -> str:
-    """Draw two bars per row: time to first token, and time per output token below it."""
+def latency_bars(rows: Sequence[BenchmarkRow], labels: list[str]) -> str:
+    """Draw two bars per row: time to first token, and time per output token below it.
 
-    def draw(axes: Any) -> None:
-        for offset, key, alpha in ((-0.2, "ttft", 0.55), (0.2, "tpot", 1.0)):
-            median = [row[key]["median_ms"] for row in rows]
-            low = [row[key]["median_ms"] - row[key]["p10_ms"] for row in rows]
-            high = [row[key]["p90_ms"] - row[key]["median_ms"] for row in rows]
+    :param labels: name of each row.
+    """
+    ttft, tpot = [row.ttft for row in rows], [row.tpot for row in rows]
+
+    def draw(axes: Axes) -> None:
+        for offset, spreads, alpha in ((-0.2, ttft, 0.55), (0.2, tpot, 1.0)):
+            median = [spread.median_ms for spread in spreads]
+            low = [spread.median_ms - spread.p10_ms for spread in spreads]
+            high = [spread.p90_ms - spread.median_ms for spread in spreads]
             bars = axes.barh(
                 [at + offset for at in range(len(rows))],
                 median,
@@ -221,25 +236,26 @@ def latency_bars(rows: list[dict]) -> str:
                 capsize=2,
             )
             axes.bar_label(bars, fmt="%.2f", padding=4, size=8)
-        names = [row.get("label", row["name"]) for row in rows]
-        _bar_axes(axes, names, "ms (median, p10 to p90); light: first token, full: per token")
+        _bar_axes(axes, labels, "ms (median, p10 to p90); light: first token, full: per token")
         axes.margins(x=0.12)
 
     return _svg(draw, height=_bars_height(len(rows), 0.48))
 
 
-def sparsity_by_layer(layers: list[dict]) -> str:
-    """Draw the share of zero weights by decoder block, one line per name of a Linear."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for layer in layers:
-        block = next(int(part) for part in layer["layer"].split(".") if part.isdigit())
-        name = layer["layer"].rsplit(".", 1)[1]
-        lines.setdefault(name, []).append((block, 100 * layer["sparsity"]))
+def sparsity_by_layer(sparsity: Mapping[str, float]) -> str:
+    """Draw the share of zero weights by decoder block, one line per name of a Linear.
 
-    def draw(axes: Any) -> None:
+    :param sparsity: by Linear, 0 to 1.
+    """
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for linear, share in sparsity.items():
+        block = next(int(part) for part in linear.split(".") if part.isdigit())
+        lines.setdefault(linear.rsplit(".", 1)[1], []).append((block, 100 * share))
+
+    def draw(axes: Axes) -> None:
         for name, points in lines.items():
             axes.plot(*zip(*points, strict=True), "o-", ms=4, lw=1, alpha=0.8, label=name)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=TICK_STEPS))
         axes.set_xlabel("decoder block")
         axes.set_ylabel("zero weights, %")
         low, high = axes.get_ylim()
@@ -252,7 +268,7 @@ def sparsity_by_layer(layers: list[dict]) -> str:
 def training_curve(log: list[dict]) -> str:
     """Draw the loss by optimizer step, and the mean drawn rank if ranks vary."""
 
-    def draw(axes: Any) -> None:
+    def draw(axes: Axes) -> None:
         axes.plot([e["step"] for e in log], [e["loss"] for e in log], color="#4c72b0", lw=1)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss")

@@ -2,7 +2,7 @@
 
 import json
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sqft_export.data.conversations import read_conversations
 from sqft_export.data.datasets import TEMPLATES
@@ -10,10 +10,13 @@ from sqft_export.data.items import deployed_text, last_user_text, train_records
 from sqft_export.data.stops import stop_texts
 from sqft_export.recipe.schema import Chat, Problems, Recipe, Text
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 TEXT_PROMPT = "Once upon a time"  # for models of plain text
 
 
-def example_prompt(recipe: Recipe, tokenizer: Any) -> str:
+def example_prompt(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return the first training prompt as a user types it.
 
     :param tokenizer: of the base; a start token that it adds by itself is not part of a prompt.
@@ -25,7 +28,7 @@ def example_prompt(recipe: Recipe, tokenizer: Any) -> str:
     return deployed_text(tokenizer, next(islice(train_records(recipe), 1)).prompt)
 
 
-def prompt_section(recipe: Recipe, tokenizer: Any) -> str:
+def prompt_section(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> str:
     """The part of a model card on prompts, in Markdown.
 
     :param tokenizer: of the base; a start token that it adds by itself is not part of a prompt.

@@ -3,12 +3,13 @@
 import importlib.metadata
 import json
 from pathlib import Path
-from typing import Any
 
 from sqft_export.data.datasets import set_names
+from sqft_export.documents import Document
 from sqft_export.errors import one_line
 from sqft_export.model.chat import uses_template
 from sqft_export.recipe.schema import Dataset, Recipe
+from sqft_export.run.artifact import Facts
 from sqft_export.untrusted import fault_of_file, open_regular
 
 # Licences of named datasets, as their publishers state them. Others are reported as unknown.
@@ -43,31 +44,65 @@ def base_licence(folder: Path) -> str:
     return UNKNOWN
 
 
-def origin_of(recipe: Recipe, base: Path, lineage: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the origin of a model: base, data, licences, and passes with settings and versions.
+class BaseOrigin(Document):
+    """The base model; ``sha256`` is the digest of its files."""
+
+    model: str
+    revision: str | None
+    sha256: object
+    license: str
+
+
+class DataOrigin(Document):
+    """Digests of the training and calibration data, and the licences of the training sets."""
+
+    train: object
+    calibration: object
+    licenses: dict[str, str]
+
+
+class PassOrigin(Document):
+    """Version and settings of a pass."""
+
+    version: int
+    options: dict[str, object]
+
+
+class Origin(Document):
+    """The origin of a model; made_by: packages with their versions."""
+
+    made_by: dict[str, str]
+    recipe: str
+    base: BaseOrigin
+    data: DataOrigin
+    passes: dict[str, PassOrigin]
+
+
+def origin_of(recipe: Recipe, base: Path, lineage: dict[str, Facts]) -> Origin:
+    """Return the origin of a model.
 
     :param lineage: facts of every pass that the model depends on.
     """
     reads = {source: d for facts in lineage.values() for source, d in facts["reads"].items()}
-    return {
-        "made_by": {"sqft-export": importlib.metadata.version("sqft-export")},
-        "recipe": recipe.name,
-        "base": {
-            "model": recipe.base_name,
-            "revision": recipe.model.revision,
-            "sha256": reads.get("model"),
-            "license": base_licence(base),
-        },
-        "data": {
-            "train": reads.get("train"),
-            "calibration": reads.get("calibration"),
-            "licenses": _data_licences(recipe),
-        },
-        "passes": {
-            name: {"version": facts["version"], "options": facts["options"]}
+    return Origin(
+        made_by={"sqft-export": importlib.metadata.version("sqft-export")},
+        recipe=recipe.name,
+        base=BaseOrigin(
+            model=recipe.base_name,
+            revision=recipe.model.revision,
+            sha256=reads.get("model"),
+            license=base_licence(base),
+        ),
+        data=DataOrigin(
+            train=reads.get("train"),
+            calibration=reads.get("calibration"),
+            licenses=_data_licences(recipe),
+        ),
+        passes={
+            name: PassOrigin(version=facts["version"], options=facts["options"])
             for name, facts in lineage.items()
         },
-    }
+    )
 
 
 def _data_licences(recipe: Recipe) -> dict[str, str]:
@@ -76,19 +111,19 @@ def _data_licences(recipe: Recipe) -> dict[str, str]:
     return {name: LICENCES.get(name, UNKNOWN) for name in set_names(recipe.task, "train")}
 
 
-def model_card(recipe: Recipe, origin: dict[str, Any], sparsity: float, usage: str) -> str:
+def model_card(recipe: Recipe, origin: Origin, sparsity: float, usage: str) -> str:
     """Return README.md of a model folder.
 
     :param sparsity: share of zero weights in the decoder's Linears, 0 to 1.
     :param usage: a section with code that loads and runs the model.
     """
-    base, quantize = origin["base"], recipe.quantize
+    base, quantize = origin.base, recipe.quantize
     codes = "floats"
     if quantize.method != "none":
         group = quantize.group_size or "a whole row"
         kind = "symmetric" if quantize.symmetric else "asymmetric"
         codes = f"INT{quantize.bits}, {kind}, groups of {group}, by {quantize.method}"
-    revision = f" at {base['revision']}" if base["revision"] else ""
+    revision = f" at {base.revision}" if base.revision else ""
     merged = "unmerged" if recipe.unmerged else "merged"
     facts = {
         "zero weights in the decoder's Linears": f"{100 * sparsity:.1f} %",
@@ -96,14 +131,14 @@ def model_card(recipe: Recipe, origin: dict[str, Any], sparsity: float, usage: s
         "weights": codes,
         "adapter": f"{recipe.adapt.pipeline}, {merged}" if recipe.adapt else "none",
         "task": recipe.task.kind,
-        "SHA-256 of the base": base["sha256"],
-        "licence of the base": base["license"],
-        **{f"licence of {name}": found for name, found in origin["data"]["licenses"].items()},
+        "SHA-256 of the base": base.sha256,
+        "licence of the base": base.license,
+        **{f"licence of {name}": found for name, found in origin.data.licenses.items()},
     }
     lines = [
-        *("---", f"base_model: {base['model']}", f"license: {base['license']}"),
+        *("---", f"base_model: {base.model}", f"license: {base.license}"),
         *("pipeline_tag: text-generation", "tags: [sqft, sparse, quantized]", "---", ""),
-        *(f"# {recipe.name}", "", f"Made from {base['model']}{revision}.", ""),
+        *(f"# {recipe.name}", "", f"Made from {base.model}{revision}.", ""),
         *("| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items())),
         *("", usage),
         *("## Origin", ""),

@@ -5,124 +5,67 @@ in which it differs from the others.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import JsonValue
 
+from sqft_export.documents import Document
 from sqft_export.errors import UserError
-from sqft_export.measure.rows import FINAL_ROWS
+from sqft_export.measure.machine import MachineFacts
+from sqft_export.measure.results import FINAL_KINDS, BenchmarkRow
 from sqft_export.report import pictures
-from sqft_export.report.document import DETAILS, MAIN, SCHEMA, cells
+from sqft_export.report.document import REPORT, Report, read_report
 from sqft_export.report.html import render
+from sqft_export.report.tables import DETAILS, MAIN, cells
 from sqft_export.report.text import markdown
 from sqft_export.report.verdict import choice
 from sqft_export.run.artifact import MANIFEST, check_artifact
-from sqft_export.textfiles import read_json
-from sqft_export.untrusted import MAX_JSON_BYTES
-
-REPORT = "report.json"
-_ROUNDING_ERROR = 1e-9  # an accuracy may be outside its interval by this much
-
-
-_Share = Annotated[float, Field(ge=0, le=1)]
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
-_Amount = Annotated[_Finite, Field(ge=0)]
-
-
-class _Spread(BaseModel):
-    p10_ms: _Amount
-    median_ms: _Amount
-    p90_ms: _Amount
-
-    @model_validator(mode="after")
-    def _check_order(self) -> Self:
-        if not self.p10_ms <= self.median_ms <= self.p90_ms:
-            raise ValueError("10th percentile, median and 90th percentile are not ascending")
-        return self
-
-
-class _Divergence(BaseModel):
-    agreement: _Share
-    kl_nats: _Finite
-
-
-class _Row(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    name: str
-    runtime: Literal["torch", "openvino", "onnx", "gguf"]
-    accuracy: _Share
-    interval: Annotated[list[_Share], Field(min_length=2, max_length=2)] | None
-    perplexity: float
-    sparsity: _Share
-    file_bytes: _Amount
-    bits_per_weight: _Amount
-    ttft: _Spread
-    tpot: _Spread
-    peak_memory_bytes: _Amount
-    # These may be missing, but not null.
-    recovery: _Amount = 1.0
-    beside_dense: _Divergence = _Divergence(agreement=1.0, kl_nats=0.0)
-    beside_merged: _Divergence = _Divergence(agreement=1.0, kl_nats=0.0)
-
-    @model_validator(mode="after")
-    def _check_interval(self) -> Self:
-        low, high = self.interval or (0.0, 1.0)
-        if not low - _ROUNDING_ERROR <= self.accuracy <= high + _ROUNDING_ERROR:
-            raise ValueError(f"accuracy {self.accuracy} is outside its interval")
-        return self
-
-
-class _Machine(BaseModel):
-    processor: str
-    features: list[str]
-    cores: int
-    memory_bytes: int
-    system: str
-    python: str
-
-
-class _Report(BaseModel):
-    """The fields of a ``report.json`` that a comparison reads. The file is untrusted."""
-
-    model_config = ConfigDict(strict=True)
-
-    recipe: dict[str, Any]
-    measure: str
-    rows: list[_Row]
-    settings: dict[str, Any]
-    machine: _Machine
-
-
-def _check_report(file: Path, document: dict[str, Any]) -> None:
-    if document.get("schema") != SCHEMA:
-        raise UserError(
-            f"{file}: found schema {document.get('schema')!r}, this version reads {SCHEMA}; "
-            "run the recipe again"
-        )
-    try:
-        _Report.model_validate(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"{file}: {where}: {first['msg']}, found {str(first['input'])[:60]}"
-        ) from error
-    if not any(row["name"].startswith(FINAL_ROWS) for row in document["rows"]):
-        raise UserError(
-            f"{file}: found no row to compare, expected one of: {', '.join(FINAL_ROWS)}"
-        )
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """A report and the settings of its recipe, as ``path -> value``."""
 
     key: str
-    document: dict[str, Any]
-    settings: dict[str, Any]
+    report: Report
+    settings: dict[str, JsonValue]
+
+
+class ComparedRun(Document):
+    """A run in a comparison; ``settings`` are those that differ."""
+
+    name: str
+    key: str
+    settings: dict[str, JsonValue]
+
+
+class ComparedRow(BenchmarkRow):
+    """A row of a run; its name also has that of the run.
+
+    label: a shorter name, with the number of the run.
+    """
+
+    run: str
+    run_number: int
+    label: str
+
+
+class Comparison(Document):
+    """``comparison.json``.
+
+    fields: settings that differ.
+    choice: the most accurate, the smallest and the fastest row, as a sentence.
+    """
+
+    measure: str
+    runs: list[ComparedRun]
+    fields: list[str]
+    choice: str | None
+    rows: list[ComparedRow]
+    warnings: list[str]
+    machines: list[MachineFacts]
 
 
 def report_of(folder: Path) -> Path:
@@ -138,7 +81,7 @@ def report_of(folder: Path) -> Path:
     return max(found, key=lambda file: file.stat().st_mtime)
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> ReportedRun:
     """Read the report in a folder.
 
     :raises UserError: if the report is missing, damaged or of another version.
@@ -146,18 +89,19 @@ def read_run(folder: Path) -> Run:
     file = report_of(folder)
     if (file.parent / MANIFEST).is_file():
         check_artifact(file.parent)
-    document = read_json(file, MAX_JSON_BYTES)
-    _check_report(file, document)
-    return Run(file.parent.name, document, dict(_flatten(document["recipe"])))
+    report = read_report(file)
+    if not any(row.kind in FINAL_KINDS for row in report.rows):
+        raise UserError(f"{file}: rows: found neither a merged model nor a deployment to compare")
+    return ReportedRun(file.parent.name, report, dict(_flatten(report.recipe)))
 
 
-def _flatten(node: Any, path: str = "") -> list[tuple[str, Any]]:
+def _flatten(node: JsonValue, path: str = "") -> list[tuple[str, JsonValue]]:
     if isinstance(node, dict):
         return [pair for key, value in node.items() for pair in _flatten(value, f"{path}.{key}")]
     return [(path.removeprefix("."), node)]
 
 
-def differing_settings(runs: list[Run]) -> list[str]:
+def differing_settings(runs: list[ReportedRun]) -> list[str]:
     """Return the settings that are not equal in all runs."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     return [name for name in names if len({json.dumps(run.settings.get(name)) for run in runs}) > 1]
@@ -167,7 +111,7 @@ def differing_settings(runs: list[Run]) -> list[str]:
 MEASUREMENT_SETTINGS = ("name", "model.", "task.", "benchmark.", "verify.", "export.", "device")
 
 
-def _names_of(runs: list[Run], fields: list[str]) -> list[str]:
+def _names_of(runs: list[ReportedRun], fields: list[str]) -> list[str]:
     """Return a short name of every run: recipe or model if they differ, then settings if needed."""
     names = ["" for _ in runs]
     for source in (lambda run: str(run.settings.get("name")), _model_of):
@@ -185,73 +129,83 @@ def _names_of(runs: list[Run], fields: list[str]) -> list[str]:
     ]
 
 
-def _model_of(run: Run) -> str:
+def _model_of(run: ReportedRun) -> str:
     """Return the last part of the model's path, or of its name on the hub."""
     found = run.settings.get("model.hub") or run.settings.get("model.path")
     return str(found).rstrip("/").rpartition("/")[2]
 
 
-def _settings_text(run: Run, fields: list[str]) -> str:
+def _settings_text(run: ReportedRun, fields: list[str]) -> str:
     return ", ".join(f"{field.rpartition('.')[2]} {run.settings.get(field)}" for field in fields)
 
 
-def comparison_of(runs: list[Run]) -> dict[str, Any]:
+def comparison_of(runs: list[ReportedRun]) -> Comparison:
     """Return the document of ``comparison.json``.
 
     :raises UserError: if the runs were scored by different measures.
     """
-    measures = {run.document["measure"] for run in runs}
+    measures = {run.report.measure for run in runs}
     if len(measures) > 1:
         raise UserError(f"compare: found measures {' and '.join(sorted(measures))}; expected one")
     fields = differing_settings(runs)
     names = _names_of(runs, fields)
     rows = [
-        row
-        | {"name": f"{name}: {row['name']}", "run": name, "run_number": number}
-        | {"label": f"{number}: {row['name']}"}
+        _compared_row(row, name, number)
         for number, (name, run) in enumerate(zip(names, runs, strict=True), 1)
-        for row in run.document["rows"]
-        if row["name"].startswith(FINAL_ROWS)  # baselines are in the report of each run
+        for row in run.report.rows
+        if row.kind in FINAL_KINDS  # baselines are in the report of each run
     ]
-    machines: list[dict[str, Any]] = []
+    machines: list[MachineFacts] = []
     for run in runs:
-        if run.document["machine"] not in machines:
-            machines.append(run.document["machine"])
+        if run.report.machine not in machines:
+            machines.append(run.report.machine)
     warnings = []
     if len(machines) > 1:
         warnings.append("The runs are from different machines; their latencies cannot be compared")
-    if len({str(run.document["settings"].get("items_sha256")) for run in runs}) > 1:
+    if len({run.report.settings.items_sha256 for run in runs}) > 1:
         warnings.append("The runs were not scored on the same items")
-    return {
-        "measure": measures.pop(),
-        "runs": [
-            {"name": name, "key": run.key, "settings": {f: run.settings.get(f) for f in fields}}
+    return Comparison(
+        measure=measures.pop(),
+        runs=[
+            ComparedRun(name=name, key=run.key, settings={f: run.settings.get(f) for f in fields})
             for name, run in zip(names, runs, strict=True)
         ],
-        "fields": fields,
-        "choice": choice(rows),
-        "rows": rows,
-        "warnings": warnings,
-        "machines": machines,
-    }
+        fields=fields,
+        choice=choice(rows),
+        rows=rows,
+        warnings=warnings,
+        machines=machines,
+    )
 
 
-def _mark_pareto_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _compared_row(row: BenchmarkRow, run: str, number: int) -> ComparedRow:
+    """Return a row of a run with the name and the number of the run."""
+    found = {name: getattr(row, name) for name in row.model_fields_set}
+    return ComparedRow(
+        **found | {"name": f"{run}: {row.name}"},
+        run=run,
+        run_number=number,
+        label=f"{number}: {row.name}",
+    )
+
+
+def _mark_pareto_rows(rows: Sequence[BenchmarkRow]) -> list[BenchmarkRow]:
     """Return the rows with marks in their names.
 
     ``*``: on the Pareto front of accuracy and bytes. ``+``: on that of accuracy and TPOT.
     """
     marks = [""] * len(rows)
     for mark, cost in (("*", "file_bytes"), ("+", "tpot")):
-        points = [(pictures.cost_of(row, cost), 100 * row["accuracy"]) for row in rows]
+        points = [(pictures.cost_of(row, cost), 100 * row.accuracy) for row in rows]
         front = pictures.pareto(points)
         marks = [m + mark * (p in front) for m, p in zip(marks, points, strict=True)]
     return [
-        row | {"name": f"{row['name']} {m}".strip()} for row, m in zip(rows, marks, strict=True)
+        row.model_copy(update={"name": f"{row.name} {mark}".strip()})
+        for row, mark in zip(rows, marks, strict=True)
     ]
 
 
-def compare_runs(folders: list[Path], out: Path) -> dict[str, Any]:
+def compare_runs(folders: list[Path], out: Path) -> Comparison:
     """Write ``index.html``, ``comparison.json`` and ``comparison.md`` of several runs.
 
     :param folders: at least two runs or reports.
@@ -259,12 +213,13 @@ def compare_runs(folders: list[Path], out: Path) -> dict[str, Any]:
     """
     if len(folders) < 2:
         raise UserError(f"compare: found {len(folders)} run; expected at least two")
-    document = comparison_of([read_run(folder) for folder in folders])
-    rows, measure = document["rows"], document["measure"]
+    comparison = comparison_of([read_run(folder) for folder in folders])
+    rows, measure, document = comparison.rows, comparison.measure, comparison.to_json()
+    numbers = [row.run_number for row in rows]
     drawn = [
-        ("Accuracy against file size", pictures.runs_scatter(rows, measure, "file_bytes")),
-        ("Accuracy against latency", pictures.runs_scatter(rows, measure, "tpot")),
-        ("Latency", pictures.latency_bars(rows)),
+        ("Accuracy against file size", pictures.runs_scatter(rows, numbers, measure, "file_bytes")),
+        ("Accuracy against latency", pictures.runs_scatter(rows, numbers, measure, "tpot")),
+        ("Latency", pictures.latency_bars(rows, [row.label for row in rows])),
     ]
     marked = _mark_pareto_rows(rows)
     table, main = cells(marked), cells(marked, MAIN)
@@ -272,7 +227,7 @@ def compare_runs(folders: list[Path], out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     page = render("comparison.html", document=document, table=main, details=details, pictures=drawn)
     (out / "comparison.json").write_text(json.dumps(document, indent=2) + "\n")
-    first = f"{document['choice']}." if document["choice"] else None
+    first = f"{comparison.choice}." if comparison.choice else None
     (out / "comparison.md").write_text(markdown(table, first))
     (out / "index.html").write_text(page)
-    return document
+    return comparison

@@ -2,77 +2,70 @@
 
 import shlex
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from sqft_export.measure.rows import TITLES
-from sqft_export.packed.folders import PACKED, SPARSE
+from sqft_export.measure.results import BenchmarkRow
+from sqft_export.measure.rows import TITLES, DeploymentFolder, deployments_in
+from sqft_export.report.document import Report
 from sqft_export.report.text import accuracy_text, align_columns
 from sqft_export.run.artifact import Artifact
 
-_FORMS = {"model": "", PACKED: ", packed", SPARSE: ", sparse execution"}
 LABEL_CHARACTERS = 28
 
 
-def _tokens_per_second(row: dict[str, Any]) -> float:
-    return 1000 / row["tpot"]["median_ms"]
-
-
-COLUMNS = {
-    "model": lambda row: row["name"],
+COLUMNS: dict[str, Callable[[BenchmarkRow], str]] = {
+    "model": lambda row: row.name,
     "accuracy (95 %)": accuracy_text,
-    "perplexity": lambda row: f"{row['perplexity']:.3f}",
-    "size MB": lambda row: f"{row['file_bytes'] / 1e6:.2f}",
-    "tokens/s": lambda row: f"{_tokens_per_second(row):.0f}",
-    "TTFT ms": lambda row: f"{row['ttft']['median_ms']:.2f}",
-    "peak MiB": lambda row: f"{row['peak_memory_bytes'] / 2**20:.0f}",
+    "perplexity": lambda row: f"{row.perplexity:.3f}",
+    "size MB": lambda row: f"{row.file_bytes / 1e6:.2f}",
+    "tokens/s": lambda row: f"{row.tokens_per_second:.0f}",
+    "TTFT ms": lambda row: f"{row.ttft.median_ms:.2f}",
+    "peak MiB": lambda row: f"{row.peak_memory_bytes / 2**20:.0f}",
 }
 FIRST_LINE_COLUMNS = 3  # on a narrow terminal, the other columns are on a second line
 
 
-def run_text(document: dict[str, Any], artifacts: dict[str, Artifact], width: int) -> str:
+def run_text(report: Report, artifacts: dict[str, Artifact], width: int) -> str:
     """Return the text that `run` prints at its end.
 
-    :param document: `report.json`.
     :param width: width of the terminal in characters.
     """
     deployments = deployment_folders(artifacts)
-    parts = ["\n".join(_table(document["rows"], width))]
-    if document["verdict"]:
-        parts.append("\n".join(textwrap.wrap(document["verdict"], width)))
-    parts.append("\n".join(_label_path(name, path) for name, path in deployments.items()))
+    parts = ["\n".join(_table(report.rows, width))]
+    if report.verdict:
+        parts.append("\n".join(textwrap.wrap(report.verdict, width)))
+    parts.append("\n".join(_label_path(one.name, one.folder) for one in deployments))
     parts.append(_label_path("report", artifacts["report"].path / "index.html"))
     if deployments:
-        folder = deployments[_fastest(document["rows"], deployments)]
+        folder = _fastest(report, deployments).folder
         command = f"sqft-export inspect {shlex.quote(str(folder))}"
         parts.append(f"next: {command}\n  It prints the code that loads the folder.")
     return "\n\n".join(parts)
 
 
-def deployment_folders(artifacts: dict[str, Artifact]) -> dict[str, Path]:
-    """Return the folder of every deployment of a run, by the name of its row."""
-    return {
-        f"{title}{form}": artifacts[f"export-{target}"].path / folder
-        for target, title in TITLES.items()
+def deployment_folders(artifacts: dict[str, Artifact]) -> list[DeploymentFolder]:
+    """Return the folders of all deployments of a run."""
+    return [
+        found
+        for target in TITLES
         if f"export-{target}" in artifacts
-        for folder, form in _FORMS.items()
-        if (artifacts[f"export-{target}"].path / folder).is_dir()
-    }
+        for found in deployments_in(artifacts[f"export-{target}"].path, target)
+    ]
 
 
-def _fastest(rows: list[dict[str, Any]], deployments: dict[str, Path]) -> str:
-    """Return the name of the fastest measured deployment, or of the first if none is measured."""
-    measured = [row for row in rows if row["name"] in deployments]
-    if not measured:
-        return next(iter(deployments))
-    return max(measured, key=_tokens_per_second)["name"]
+def _fastest(report: Report, deployments: list[DeploymentFolder]) -> DeploymentFolder:
+    """Return the fastest measured deployment, or the first if none was measured."""
+    best = report.best
+    measured = best.id.removesuffix(f"-{best.device}") if best else None
+    return next((one for one in deployments if one.id == measured), deployments[0])
 
 
 def _label_path(name: str, path: Path) -> str:
     return f"{name:{LABEL_CHARACTERS}}{path}"
 
 
-def _table(rows: list[dict[str, Any]], width: int) -> list[str]:
+def _table(rows: list[BenchmarkRow], width: int) -> list[str]:
     """Return the lines of the table; on a narrow terminal each row takes two lines."""
     cells = [list(COLUMNS), *([cell(row) for cell in COLUMNS.values()] for row in rows)]
     whole = align_columns(cells)

@@ -1,11 +1,16 @@
 """Format results as plain text and as Markdown. Needs no library."""
 
 from textwrap import indent
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sqft_export.run.host import size_text
 from sqft_export.run.processors import busy_text
 from sqft_export.run.progress import duration
+
+if TYPE_CHECKING:
+    from sqft_export.measure.results import Accuracy, DeploymentResults, FolderAccuracy
+    from sqft_export.plan.document import Need, PlanDocument, PlannedPass
+    from sqft_export.plan.speeds import Speeds
 
 # How plan estimates lengths without the model's tokenizer or the data.
 LENGTH_ESTIMATES = {
@@ -15,126 +20,125 @@ LENGTH_ESTIMATES = {
 }
 
 
-def accuracy_text(row: dict[str, Any]) -> str:
+def accuracy_text(row: "Accuracy") -> str:
     """Return the accuracy in percent, with its 95 % interval if it has one."""
-    share = f"{100 * row['accuracy']:.1f} %"
-    if row["interval"] is None:
+    share = f"{100 * row.accuracy:.1f} %"
+    if row.interval is None:
         return share
-    low, high = row["interval"]
+    low, high = row.interval
     return f"{share} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def plan_text(document: dict[str, Any]) -> str:
-    """Return the document of ``run.preview`` as text."""
-    lines = [f"{document['recipe']}: {document['model']}, {document['weights']:,} weights"]
-    for step in document["passes"]:
+def plan_text(plan: "PlanDocument") -> str:
+    """Return a plan as text."""
+    lines = [f"{plan.recipe}: {plan.model}, {plan.weights:,} weights"]
+    for step in plan.passes:
         lines.append(
-            f"  {step['pass']:16} {'cached' if step['cached'] else 'to run'} "
-            f"{size_text(step['predicted_bytes']):>12} on disk"
-            f"{size_text(step['predicted_memory_bytes']):>12} of memory"
+            f"  {step.name:16} {'cached' if step.cached else 'to run'} "
+            f"{size_text(step.predicted_bytes):>12} on disk"
+            f"{size_text(step.predicted_memory_bytes):>12} of memory"
             f"  {_duration_text(step)}"
         )
-    for name in ("disk", "memory", "device_memory"):
-        if document[name] is None:
-            continue
-        needed, free = document[name].values()
-        short = "" if free >= needed else ": too little, `run` will refuse to start"
-        lines.append(
-            f"  {name.replace('_', ' ')} {size_text(needed)} needed, {size_text(free)} free{short}"
-        )
-    lines += _speed_lines(document["machine"])
-    if counted := LENGTH_ESTIMATES.get(document["lengths_counted"]):
+    needs = {"disk": plan.disk, "memory": plan.memory, "device memory": plan.device_memory}
+    lines += [_need_line(name, need) for name, need in needs.items() if need]
+    lines += _speed_lines(plan.machine)
+    if counted := LENGTH_ESTIMATES.get(plan.lengths_counted):
         lines.append(f"  {counted}")
-    lines.append(f"  total time on this machine: about {duration(document['seconds'])}")
-    if document["within_a_day"]:
-        lines.append(f"  within a day: {document['within_a_day']}")
-    if document["gguf"]:
-        lines.append(f"  gguf: {document['gguf']}")
-    if document["sparse_execution"]:
-        lines.append(f"  sparse execution {document['sparse_execution']}")
-    for name, size in document["group_size_fallback"].items():
+    lines.append(f"  total time on this machine: about {duration(plan.seconds)}")
+    if plan.within_a_day:
+        lines.append(f"  within a day: {plan.within_a_day}")
+    if plan.gguf:
+        lines.append(f"  gguf: {plan.gguf}")
+    if plan.sparse_execution:
+        lines.append(f"  sparse execution {plan.sparse_execution}")
+    for name, size in plan.group_size_fallback.items():
         lines.append(
-            f"  {name}: group_size {document['group_size']} does not divide its number of inputs; "
+            f"  {name}: group_size {plan.group_size} does not divide its number of inputs; "
             f"{size} is used"
         )
-    lines += [f"  warning: {warning}" for warning in document["warnings"]]
-    if document.get("first_example"):
-        lines += ["  first training example:", indent(document["first_example"], "    ")]
+    lines += [f"  warning: {warning}" for warning in plan.warnings]
+    if plan.first_example:
+        lines += ["  first training example:", indent(plan.first_example, "    ")]
     return "\n".join(lines)
 
 
-def _speed_lines(machine: dict[str, Any]) -> list[str]:
+def _need_line(name: str, need: "Need") -> str:
+    enough = need.free_bytes >= need.needed_bytes
+    short = "" if enough else ": too little, `run` will refuse to start"
+    needed, free = size_text(need.needed_bytes), size_text(need.free_bytes)
+    return f"  {name} {needed} needed, {free} free{short}"
+
+
+def _speed_lines(machine: "Speeds") -> list[str]:
     """Return the measured speeds of this machine, and whether it was busy at that time."""
-    device = machine["device"]
-    float32, bfloat16 = (device["products"][name] / 1e9 for name in ("float32", "bfloat16"))
+    device = machine.device
+    float32, bfloat16 = (device.products[name] / 1e9 for name in ("float32", "bfloat16"))
     lines = [
-        f"  speed of {device['name']}: {float32:.0f} GFLOP/s in float32, {bfloat16:.0f} in "
-        f"bfloat16; {machine['disk'] / 1e6:.0f} MB/s disk"
+        f"  speed of {device.name}: {float32:.0f} GFLOP/s in float32, {bfloat16:.0f} in "
+        f"bfloat16; {machine.disk / 1e6:.0f} MB/s disk"
     ]
-    if busy := busy_text(machine["others"]):
+    if busy := busy_text(machine.others):
         lines.append(f"  measured on a busy machine: {busy}; an idle machine takes less time")
     return lines
 
 
-def _duration_text(step: dict[str, Any]) -> str:
+def _duration_text(step: "PlannedPass") -> str:
     """Return the predicted duration of a pass, and the measured one if it is cached."""
-    seconds, taken = step["predicted_seconds"], step["taken_seconds"]
+    seconds, taken = step.predicted_seconds, step.taken_seconds
     predicted = "time depends on data that is not on this machine"
     if seconds is not None:
         predicted = f"about {duration(seconds)}"
     return predicted if taken is None else f"{predicted}, took {duration(taken)}"
 
 
-def deployments_text(document: dict[str, Any]) -> str:
-    """Return the document of ``measure.deployments`` as text for a terminal."""
+def deployments_text(document: "DeploymentResults") -> str:
+    """Return the measurements of deployments as text for a terminal."""
     lines = _latency_table(document)
-    for ratio in document["ratios"]:
-        note = f"  ({ratio['warning']})" if ratio["warning"] else ""
+    for ratio in document.ratios:
+        note = f"  ({ratio.warning})" if ratio.warning else ""
         lines.append(
-            f"{ratio['figure']}: {ratio['folder']} / {ratio['over']} = {ratio['ratio']:.2f} "
-            f"({ratio['low']:.2f} to {ratio['high']:.2f}){note}"
+            f"{ratio.figure}: {ratio.folder} / {ratio.over} = {ratio.ratio:.2f} "
+            f"({ratio.low:.2f} to {ratio.high:.2f}){note}"
         )
-    for row in document.get("accuracy", []):
-        low_high = row["interval"]
-        interval = f" ({low_high[0]:.1%} to {low_high[1]:.1%})" if low_high else ""
+    lines += map(_accuracy_line, document.accuracy)
+    for row in document.agreement:
         lines.append(
-            f"accuracy: {row['folder']} {row['accuracy']:.1%}{interval}, perplexity "
-            f"{row['perplexity']:.3f}"
-            + (
-                f", compared with the first: McNemar p = {row['p_same_as_first']:.2g}"
-                if low_high
-                else ""
-            )
+            f"agreement: {row.folder} {row.agreement:.1%} ({row.low:.1%} to {row.high:.1%}) of "
+            f"{row.tokens} tokens, KL {row.kl_nats:.2g} nats per token"
         )
-    for row in document.get("agreement", []):
-        lines.append(
-            f"agreement: {row['folder']} {row['agreement']:.1%} ({row['low']:.1%} to "
-            f"{row['high']:.1%}) of {row['tokens']} tokens, KL {row['kl_nats']:.2g} nats per token"
-        )
-    for folder, tasks in document.get("lm_eval", {}).items():
+    for folder, tasks in document.lm_eval.items():
         for task, figures in tasks.items():
             listed = ", ".join(f"{k.removesuffix(',none')} {v:.4g}" for k, v in figures.items())
             lines.append(f"lm-eval: {folder} {task}: {listed}")
-    machine = document["machine"]
-    versions = ", ".join(f"{k} {v}" for k, v in document["versions"].items())
-    lines.append(f"{machine['processor']}, {machine['cores']} cores, {versions}")
+    machine = document.machine
+    versions = ", ".join(f"{k} {v}" for k, v in document.versions.items())
+    lines.append(f"{machine.processor}, {machine.cores} cores, {versions}")
     return "\n".join(lines)
 
 
-def _latency_table(document: dict[str, Any]) -> list[str]:
-    lengths = list(next(iter(document["folders"].values()))["ttft_ms"])
-    batches = list(next(iter(document["folders"].values()))["tokens_per_second"])
+def _accuracy_line(row: "FolderAccuracy") -> str:
+    interval = test = ""
+    if row.interval is not None:
+        interval = f" ({row.interval[0]:.1%} to {row.interval[1]:.1%})"
+        test = f", compared with the first: McNemar p = {row.p_same_as_first:.2g}"
+    perplexity = f"perplexity {row.perplexity:.3f}"
+    return f"accuracy: {row.folder} {row.accuracy:.1%}{interval}, {perplexity}{test}"
+
+
+def _latency_table(document: "DeploymentResults") -> list[str]:
+    first = next(iter(document.folders.values()))
+    lengths, batches = list(first.ttft_ms), list(first.tokens_per_second)
     header = ["deployment", "files MB", "load s", *(f"TTFT ms ({n})" for n in lengths)]
     header += ["TPOT ms", "p90", "p99", *(f"tokens/s x{b}" for b in batches)]
     header += ["peak MiB", "J/token"]
     rows = [header]
-    for name, row in document["folders"].items():
-        tpot, joules = row["tpot_ms"], row["joules_per_token"]
-        cells = [name, f"{row['file_bytes'] / 1e6:.2f}", f"{row['load_seconds']['median']:.2f}"]
-        cells += [f"{row['ttft_ms'][n]['median']:.2f}" for n in lengths]
-        cells += [f"{tpot[key]:.2f}" for key in ("median", "p90", "p99")]
-        cells += [f"{row['tokens_per_second'][b]:.0f}" for b in batches]
-        cells += [f"{row['peak_memory_bytes'] / 2**20:.0f}"]
+    for name, row in document.folders.items():
+        tpot, joules = row.tpot_ms, row.joules_per_token
+        cells = [name, f"{row.file_bytes / 1e6:.2f}", f"{row.load_seconds.median:.2f}"]
+        cells += [f"{row.ttft_ms[n].median:.2f}" for n in lengths]
+        cells += [f"{value:.2f}" for value in (tpot.median, tpot.p90, tpot.p99)]
+        cells += [f"{row.tokens_per_second[b]:.0f}" for b in batches]
+        cells += [f"{row.peak_memory_bytes / 2**20:.0f}"]
         cells += [f"{joules:.2f}" if joules is not None else "not measurable"]
         rows.append(cells)
     return align_columns(rows)
@@ -164,7 +168,10 @@ def markdown(table: list[list[str]], first: str | None) -> str:
     return "\n".join([*before, lines[0], "|" + " --- |" * len(table[0]), *lines[1:]]) + "\n"
 
 
-def skipped_lines(skipped: list[dict[str, str]]) -> str:
-    """Return one Markdown line per skipped target, or an empty text."""
-    lines = [f"- {one['target']} is skipped: {one['reason']}" for one in skipped]
+def skipped_lines(skipped: dict[str, str]) -> str:
+    """Return one Markdown line per skipped target, or an empty text.
+
+    :param skipped: target -> reason.
+    """
+    lines = [f"- {target} is skipped: {reason}" for target, reason in skipped.items()]
     return "\n".join(["", *lines, ""]) if lines else ""

@@ -1,90 +1,102 @@
 """Summarize a report in one line: the savings and the accuracy of the fastest deployment."""
 
-from typing import Any
+from collections.abc import Sequence
 
-from sqft_export.measure.rows import DEPLOYMENT_ROWS
+from sqft_export.measure.results import DENSE_LORA, BenchmarkRow
 from sqft_export.report.text import accuracy_text
 
-ReportRow = dict[str, Any]
+
+def fastest_deployment(rows: Sequence[BenchmarkRow]) -> BenchmarkRow | None:
+    """Return the deployment with the lowest time per output token; None if none was measured."""
+    deployed = [row for row in rows if row.kind == "deployment"]
+    return min(deployed, key=_tpot, default=None)
 
 
-def verdict(rows: list[ReportRow], measure: str) -> str | None:
+def best_deployment(rows: Sequence[BenchmarkRow]) -> BenchmarkRow | None:
+    """Return the fastest of the deployments whose 95 % interval reaches the highest accuracy.
+
+    None if no deployment was measured.
+    """
+    deployed = [row for row in rows if row.kind == "deployment"]
+    highest = max((row.accuracy for row in deployed), default=0.0)
+    as_good = [row for row in deployed if (row.interval or (0, row.accuracy))[1] >= highest]
+    return min(as_good, key=_tpot, default=None)
+
+
+def verdict(rows: Sequence[BenchmarkRow], measure: str) -> str | None:
     """Compare the fastest deployment with the dense base in torch; None if either is missing.
 
     Accuracy is compared with dense + LoRA if that was trained, else with the dense base.
     """
-    by_name = {row["name"]: row for row in rows}
-    dense = by_name.get("dense base")
-    deployed = [row for row in rows if row["name"].startswith(DEPLOYMENT_ROWS)]
-    if dense is None or not deployed:
+    dense = next((row for row in rows if row.kind == "base"), None)
+    lora = next((row for row in rows if row.id == DENSE_LORA), None)
+    best = fastest_deployment(rows)
+    if dense is None or best is None:
         return None
-    best = min(deployed, key=_tpot)
-    first = f"{best['name']}, the fastest deployment: {_savings_text(best, dense)}."
-    lora, at_chance = by_name.get("dense + LoRA"), dense.get("at_chance", False)
-    if at_chance and lora is None:
+    first = f"{best.name}, the fastest deployment: {_savings_text(best, dense)}."
+    if dense.at_chance and lora is None:
         return f"{first} Accuracy: {accuracy_text(best)} {measure}; {chance_text(dense)}."
     text = f"{first} Accuracy: {_comparison_text(best, lora or dense, measure)}"
-    return f"{text}; {chance_text(dense)}." if at_chance else f"{text}."
+    return f"{text}; {chance_text(dense)}." if dense.at_chance else f"{text}."
 
 
-def chance_text(dense: ReportRow) -> str:
+def chance_text(dense: BenchmarkRow) -> str:
     """State that the dense base is at chance, which makes it useless as a baseline."""
     nothing = "the dense base knows nothing about this task"
-    if dense["interval"] is None or dense["chance"] is None:
-        return f"{nothing}: its perplexity is {dense['perplexity']:.0f}"
+    if dense.interval is None or dense.chance is None:
+        return f"{nothing}: its perplexity is {dense.perplexity:.0f}"
     return (
         f"{nothing}: its {accuracy_text(dense)} is not significantly above chance, "
-        f"{100 * dense['chance']:.1f} %"
+        f"{100 * dense.chance:.1f} %"
     )
 
 
-def choice(rows: list[ReportRow]) -> str | None:
+def choice(rows: Sequence[BenchmarkRow]) -> str | None:
     """Name the most accurate, the smallest and the fastest of several deployments.
 
     The last two are chosen among those whose 95 % interval reaches the highest accuracy. Returns
     None if no row has an interval.
     """
-    rows = [row for row in rows if row["interval"] is not None]
-    if not rows:
+    upper = [(row.interval[1], row) for row in rows if row.interval is not None]
+    if not upper:
         return None
-    best = max(rows, key=lambda row: row["accuracy"])
-    as_good = [row for row in rows if row is best or row["interval"][1] >= best["accuracy"]]
-    small = min(as_good, key=lambda row: row["file_bytes"])
+    best = max((row for _, row in upper), key=lambda row: row.accuracy)
+    as_good = [row for high, row in upper if row is best or high >= best.accuracy]
+    small = min(as_good, key=lambda row: row.file_bytes)
     fast = min(as_good, key=_tpot)
     return (
-        f"Most accurate: {best['name']}, {100 * best['accuracy']:.1f} %. Among the "
-        f"{len(as_good)} whose 95 % interval reaches that, the smallest is {small['name']} "
-        f"({100 * small['accuracy']:.1f} %, {small['file_bytes'] / 1e6:.1f} MB) and the fastest is "
-        f"{fast['name']} ({100 * fast['accuracy']:.1f} %, {_tpot(fast):.2f} ms per token)"
+        f"Most accurate: {best.name}, {100 * best.accuracy:.1f} %. Among the "
+        f"{len(as_good)} whose 95 % interval reaches that, the smallest is {small.name} "
+        f"({100 * small.accuracy:.1f} %, {small.file_bytes / 1e6:.1f} MB) and the fastest is "
+        f"{fast.name} ({100 * fast.accuracy:.1f} %, {_tpot(fast):.2f} ms per token)"
     )
 
 
-def _tpot(row: ReportRow) -> float:
-    return row["tpot"]["median_ms"]
+def _tpot(row: BenchmarkRow) -> float:
+    return row.tpot.median_ms
 
 
-def _savings_text(row: ReportRow, dense: ReportRow) -> str:
-    speed, memory = _tpot(dense) / _tpot(row), row["peak_memory_bytes"] / dense["peak_memory_bytes"]
+def _savings_text(row: BenchmarkRow, dense: BenchmarkRow) -> str:
+    speed, memory = _tpot(dense) / _tpot(row), row.peak_memory_bytes / dense.peak_memory_bytes
     return (
-        f"{100 * row['file_bytes'] / dense['file_bytes']:.0f} % of the dense base's bytes "
-        f"({row['file_bytes'] / 1e6:.1f} of {dense['file_bytes'] / 1e6:.1f} MB), {speed:.1f} times "
-        f"its tokens per second in torch ({1000 / _tpot(row):.0f} tokens/s), {100 * memory:.0f} % "
-        "of its peak memory"
+        f"{100 * row.file_bytes / dense.file_bytes:.0f} % of the dense base's bytes "
+        f"({row.file_bytes / 1e6:.1f} of {dense.file_bytes / 1e6:.1f} MB), {speed:.1f} times "
+        f"its tokens per second in torch ({row.tokens_per_second:.0f} tokens/s), "
+        f"{100 * memory:.0f} % of its peak memory"
     )
 
 
-def _comparison_text(row: ReportRow, other: ReportRow, measure: str) -> str:
-    points = 100 * (other["accuracy"] - row["accuracy"])
+def _comparison_text(row: BenchmarkRow, other: BenchmarkRow, measure: str) -> str:
+    points = 100 * (other.accuracy - row.accuracy)
     side = "below" if points >= 0 else "above"
     return (
         f"{accuracy_text(row)} {measure}, {abs(points):.1f} points {side} "
-        f"{other['name']}'s {100 * other['accuracy']:.1f} %{_significance_text(row, other)}"
+        f"{other.name}'s {100 * other.accuracy:.1f} %{_significance_text(row, other)}"
     )
 
 
-def _significance_text(row: ReportRow, other: ReportRow) -> str:
-    key = "p_same_as_lora" if other["name"] == "dense + LoRA" else "p_same_as_first"
-    p_value = row.get(key)
+def _significance_text(row: BenchmarkRow, other: BenchmarkRow) -> str:
+    p_value = row.p_same_as_lora if other.id == DENSE_LORA else row.p_same_as_first
     if p_value is None:
         return ""
     negation = "" if p_value < 0.05 else "not "

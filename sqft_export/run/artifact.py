@@ -12,10 +12,10 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from sqft_export.errors import DamagedError, UserError, one_line
 from sqft_export.run.hashes import FileHashes
@@ -38,19 +38,63 @@ RECORDED_PACKAGES = (
 )
 
 
+class Facts(TypedDict):
+    """Everything that the key of an artifact is computed from.
+
+    stage, version: the pass and the version of its code.
+    options: path of a recipe field -> its value.
+    reads: name of another input -> its digest or value.
+    parents: consumed pass -> key of its artifact.
+    """
+
+    stage: str
+    version: int
+    options: dict[str, object]
+    reads: dict[str, object]
+    parents: dict[str, str]
+
+
+class Environment(TypedDict):
+    """Where and when an artifact was made."""
+
+    python: str
+    platform: str
+    processor: str
+    threads: int
+    versions: dict[str, str | None]
+    time: str
+
+
+class Manifest(TypedDict):
+    """``manifest.json``, without its seal.
+
+    metrics: results of the pass; ``run.metrics`` has their types.
+    seconds: duration of the pass.
+    files: path in the artifact -> SHA-256.
+    """
+
+    stage: str
+    key: str
+    facts: Facts
+    metrics: Mapping[str, object]
+    seconds: float
+    environment: Environment
+    files: dict[str, str]
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A sealed directory and its manifest."""
 
     path: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     @property
     def key(self) -> str:
         return self.manifest["key"]
 
     @property
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> Mapping[str, object]:
         return self.manifest["metrics"]
 
 
@@ -60,7 +104,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def key_of(facts: dict[str, Any]) -> str:
+def key_of(facts: Mapping[str, object]) -> str:
     """Return the SHA-256 of the facts as canonical JSON, 64 hex digits."""
     canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
@@ -109,7 +153,7 @@ def digest_of(path: Path, hash_file: Callable[[Path], str] = sha256_of) -> str:
     return key_of(names)
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Environment:
     """Return versions, host and time. The manifest records them; the key does not contain them.
 
     Processor and number of threads can change how products are rounded, and so what is trained.
@@ -172,8 +216,8 @@ class Store:
         self,
         partial: Path,
         stage: str,
-        facts: dict[str, Any],
-        metrics: dict[str, Any],
+        facts: Facts,
+        metrics: Mapping[str, object],
         seconds: float,
     ) -> Artifact:
         """Write the manifest and rename the directory, after which the artifact exists.
@@ -183,7 +227,7 @@ class Store:
         """
         key = key_of(facts)
         _remove_empty_folders(partial)
-        manifest = {
+        manifest: Manifest = {
             "stage": stage,
             "key": key,
             "facts": facts,
@@ -194,10 +238,9 @@ class Store:
                 str(f.relative_to(partial)): self.hashes.sha256_of(f) for f in files_of(partial)
             },
         }
-        manifest[SEAL] = key_of(manifest)
         temporary = partial / (MANIFEST + ".new")
         with temporary.open("w") as stream:
-            json.dump(manifest, stream, indent=2)
+            json.dump(manifest | {SEAL: key_of(manifest)}, stream, indent=2)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.rename(partial / MANIFEST)
@@ -243,7 +286,7 @@ def read_artifact(path: Path) -> Artifact:
             raise ValueError(f"its seal is broken{': ' + ', '.join(wrong) if wrong else ''}")
     except (UserError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{file} is damaged: {one_line(error)}; {_advice(path)}") from error
-    return Artifact(path, manifest)
+    return Artifact(path, cast(Manifest, sealed))
 
 
 def _advice(path: Path) -> str:

@@ -13,7 +13,6 @@ precision      dtype of torch's benchmark rows on the CPU, for a model with 16-b
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from sqft_export.data.conversations import hub_sources, revision_key
 from sqft_export.data.datasets import SETS, hub_datasets, set_names
@@ -26,6 +25,7 @@ from sqft_export.run.artifact import Store, digest_of, key_of
 from sqft_export.run.device import device_of
 from sqft_export.run.launcher import process_count
 from sqft_export.run.precision import fast_precision
+from sqft_export.search.space import Ranks
 from sqft_export.stages.search import configured_ranks
 
 
@@ -70,9 +70,9 @@ class Digests:
         self.recipe, self.folder, self.store = recipe, folder, store
         self._revisions = recipe.revisions or {}
         self._sha256_of = store.hashes.sha256_of
-        self._found: dict[str, Any] = {}
+        self._found: dict[str, object] = {}
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> object:
         if name not in self._found:
             self._found[name] = getattr(self, f"_{name}")()
         return self._found[name]
@@ -82,13 +82,13 @@ class Digests:
             return key_of({"hub": self.recipe.model.model_dump()})
         return model_digest(self.folder, self._sha256_of)
 
-    def _train(self) -> list[Any]:
+    def _train(self) -> list[object]:
         return self._split("train")
 
-    def _test(self) -> list[Any]:
+    def _test(self) -> list[object]:
         return self._split("test")
 
-    def _split(self, name: str) -> list[Any]:
+    def _split(self, name: str) -> list[object]:
         revisions = self._hub_sets(name)
         files = [digest_of(file, self._sha256_of) for file in data_files(self.recipe, name)]
         return [*files, *([revisions] if revisions else [])]
@@ -103,7 +103,7 @@ class Digests:
         sources = {name: SETS[name].hub for name in set_names(task, split)}
         return {name: self._revisions.get(source[0]) for name, source in sources.items() if source}
 
-    def _calibration(self) -> Any:
+    def _calibration(self) -> object:
         config = self.recipe.calibration
         if not self.recipe.calibrates:
             return None  # no pass reads the samples; they may be missing
@@ -113,7 +113,7 @@ class Digests:
             return self["train"]
         return digest_of(self.recipe.resolve(config.source), self._sha256_of)
 
-    def _configuration(self) -> dict[str, Any]:
+    def _configuration(self) -> Ranks:
         return configured_ranks(self.recipe)
 
     def _score(self) -> str | None:

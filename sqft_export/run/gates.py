@@ -6,10 +6,8 @@ loss of accuracy is judged at the benchmark. Deployments are not measured here: 
 ``verify.divergence`` bounds the rounding of a runtime.
 """
 
-import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +16,7 @@ from sqft_export.data.items import data_files
 from sqft_export.errors import GateError
 from sqft_export.measure.quality import (
     PassModel,
+    PassQuality,
     SampledItem,
     compare_quality,
     held_out_sample,
@@ -26,7 +25,7 @@ from sqft_export.measure.quality import (
     target_distributions,
     write_quality,
 )
-from sqft_export.measure.rows import DENSE, FINAL_ROWS
+from sqft_export.measure.results import FINAL_KINDS, BenchmarkResults, BenchmarkRow
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.artifact import Artifact, Store, digest_of, key_of
 from sqft_export.run.device import device_of
@@ -89,8 +88,8 @@ class QualityGates:
             return []
         file = quality_file(self.root, name, made[name].key)
         record = read_quality(file)
-        if record is None or record.get("data") != self._data:
-            record = self._measure(name, made) | {"data": self._data}
+        if record is None or record.data != self._data:
+            record = self._measure(name, made)
             write_quality(file, record)
         return self._judge(name, record)
 
@@ -102,7 +101,7 @@ class QualityGates:
         files = [digest_of(f, self._hash_file) for f in data_files(self.recipe, "test")]
         return key_of({"version": MEASURED_VERSION, "task": task, "test": files})
 
-    def _measure(self, name: str, made: dict[str, Artifact]) -> dict[str, Any]:
+    def _measure(self, name: str, made: dict[str, Artifact]) -> PassQuality:
         earlier = [
             other for other in MEASURED_PASSES[: MEASURED_PASSES.index(name)] if other in made
         ]
@@ -110,9 +109,16 @@ class QualityGates:
         if self._last is None or self._last[0] != before:
             self._last = before, self._distributions(before, made)
         after = self._distributions(name, made)
-        found = compare_quality(self._last[1], after, self._sample)
+        found = compare_quality(
+            self._last[1],
+            after,
+            self._sample,
+            pass_name=name,
+            before_name=before,
+            data=self._data,
+        )
         self._last = name, after
-        return {"pass": name, "before": before} | found
+        return found
 
     def _distributions(self, name: str, made: dict[str, Artifact]) -> np.ndarray:
         if not self._sample:
@@ -120,15 +126,15 @@ class QualityGates:
         model = model_after(name, self.recipe, self.model, made)
         return target_distributions(model, self._sample, device_of(self.recipe.device))
 
-    def _judge(self, name: str, record: dict[str, Any]) -> list[str]:
-        divergence, limit = record["kl_nats"], self.recipe.gates.kl
+    def _judge(self, name: str, record: PassQuality) -> list[str]:
+        divergence, limit = record.kl_nats, self.recipe.gates.kl
         text = (
-            f"{name}: KL divergence from {record['before']} is {divergence:.4g} nats per token, "
-            f"perplexity {record['perplexity']:.4g} after {record['perplexity_before']:.4g}, on "
-            f"{record['tokens']} held-out tokens"
+            f"{name}: KL divergence from {record.before} is {divergence:.4g} nats per token, "
+            f"perplexity {record.perplexity:.4g} after {record.perplexity_before:.4g}, on "
+            f"{record.tokens} held-out tokens"
         )
         # Training changes a model on purpose, so there a lower perplexity is an improvement.
-        worse = not record["perplexity"] <= record["perplexity_before"]
+        worse = not record.perplexity <= record.perplexity_before
         trains = name in TASK_TRAINED_PASSES or (
             name == "quantize" and self.recipe.quantize.reconstruct
         )
@@ -136,33 +142,35 @@ class QualityGates:
             if not divergence <= limit and (worse or not trains):
                 raise GateError(f"{text}; gates.kl allows {limit:g}. {_advice(name)}")
             return []
-        much = not record["perplexity"] <= WARN_PERPLEXITY_RATIO * record["perplexity_before"]
+        much = not record.perplexity <= WARN_PERPLEXITY_RATIO * record.perplexity_before
         if much or (not trains and not divergence <= WARN_KL):
             return [f"{text}; the warning limits are {WARN_KL:g} nats and twice the perplexity"]
         return []
 
     def _accuracy_warnings(self, benchmark: Artifact) -> list[str]:
         """Compare the accuracy of the merged model and the deployments with the dense base's."""
-        rows = json.loads((benchmark.path / "results.json").read_text())["rows"]
-        dense = [row["accuracy"] for row in rows if row["name"] == DENSE]
+        file = benchmark.path / "results.json"
+        rows = BenchmarkResults.parse(file.read_text(), str(file)).rows
+        dense = [row.accuracy for row in rows if row.kind == "base"]
         limit, warnings = self.recipe.gates.accuracy_drop, list[str]()
-        for row in (row for row in rows if dense and row["name"].startswith(FINAL_ROWS)):
-            drop = 100 * (dense[0] - row["accuracy"])
+        for row in (row for row in rows if dense and row.kind in FINAL_KINDS):
+            drop = 100 * (dense[0] - row.accuracy)
             text = (
-                f"benchmark: {row['name']} answers {100 * row['accuracy']:.1f} % right, {drop:.1f} "
+                f"benchmark: {row.name} answers {100 * row.accuracy:.1f} % right, {drop:.1f} "
                 f"points below the dense base's {100 * dense[0]:.1f} %"
             )
             if limit is not None and drop > limit:
-                raise GateError(f"{text}; gates.accuracy_drop allows {limit:g}. {_advice(DENSE)}")
+                raise GateError(
+                    f"{text}; gates.accuracy_drop allows {limit:g}. {_advice('benchmark')}"
+                )
             if limit is None and drop > WARN_DROP_POINTS and not _is_insignificant(row):
                 warnings.append(text)
         return warnings[:1]
 
 
-def _is_insignificant(row: dict[str, Any]) -> bool:
+def _is_insignificant(row: BenchmarkRow) -> bool:
     """Return whether the row does not differ significantly from the first (paired test)."""
-    p_value = row.get("p_same_as_first")
-    return p_value is not None and p_value >= 0.05
+    return row.p_same_as_first is not None and row.p_same_as_first >= 0.05
 
 
 def _advice(name: str) -> str:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from filelock import FileLock, Timeout
 
@@ -21,7 +21,7 @@ from sqft_export.plan.workload import workload_of
 from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import Recipe
 from sqft_export.recipe.view import values_of, view_of
-from sqft_export.run.artifact import Artifact, Store, environment, key_of, read_artifact
+from sqft_export.run.artifact import Artifact, Facts, Store, environment, key_of, read_artifact
 from sqft_export.run.digests import Digests, pin_revisions
 from sqft_export.run.gates import QualityGates
 from sqft_export.run.host import exhausted_resource, out_of_memory, require_space
@@ -33,6 +33,7 @@ from sqft_export.run.launcher import (
     process_rank,
     wait_for_first,
 )
+from sqft_export.run.metrics import Metrics, read_metrics
 from sqft_export.run.output import open_output, open_run_file
 from sqft_export.run.precision import resolve_precision
 from sqft_export.run.processors import (
@@ -63,7 +64,7 @@ class Planned:
     """A pass of this recipe with its key, and its artifact if it is already sealed."""
 
     name: str
-    facts: dict[str, Any]
+    facts: Facts
     artifact: Artifact | None
 
     @property
@@ -104,7 +105,7 @@ def plan_passes(
     planned: dict[str, Planned] = {}
     for name in needed_passes(recipe, last):
         stage = stage_of(name)
-        facts = {
+        facts: Facts = {
             "stage": name,
             "version": stage.VERSION,
             "options": values_of(recipe, stage.fields(recipe, name)),
@@ -216,7 +217,7 @@ def _download_base(recipe: Recipe, root: Path) -> Path:
     return download_model(recipe, download)
 
 
-def _lineage(step: Planned, artifacts: dict[str, Artifact]) -> dict[str, dict[str, Any]]:
+def _lineage(step: Planned, artifacts: dict[str, Artifact]) -> dict[str, Facts]:
     """Return the facts of a pass and of all passes it depends on, in the order they ran."""
     wanted = set(stage_of(step.name).CONSUMES)
     for other in reversed(artifacts):
@@ -255,7 +256,8 @@ def _run_pass(
     try:
         view, lineage = _view_of(recipe, step.name), _lineage(step, artifacts)
         metrics = stage.run(Context(step.name, view, folder, inputs, partial, start, lineage))
-        return store.seal(partial, step.name, step.facts, metrics, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        return store.seal(partial, step.name, step.facts, metrics.to_json(), seconds)
     except Exception as error:
         if reason := exhausted_resource(error, partial):
             lower = MEMORY_SETTINGS.get(step.name) if out_of_memory(error) else None
@@ -335,7 +337,7 @@ def run_recipe(
                 made = _run_pass(step, recipe, folder, artifacts, store, start)
                 artifacts[step.name] = made
                 _report_pass(step.name, made, before, reporter, log)
-                warnings = made.metrics.get("warnings", [])
+                warnings = read_metrics(made, Metrics).warnings
             for warning in (*warnings, *gates.check(step.name, artifacts)):
                 reporter.say(f"warning: {warning}")
     return artifacts

@@ -1,8 +1,6 @@
 """Preview a run: its passes, which of them are cached, and their predicted cost."""
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from sqft_export.kernels.extension import unavailable_reason
 from sqft_export.kernels.library import find_kernels
@@ -12,6 +10,7 @@ from sqft_export.plan.budget import settings_for_a_day
 from sqft_export.plan.chat import first_example
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.disk import disk_bytes, predict_bytes
+from sqft_export.plan.document import Need, PlanDocument, PlannedPass
 from sqft_export.plan.exporters import drop_unsupported
 from sqft_export.plan.layout import Layout, fallback_sizes
 from sqft_export.plan.memory import accelerator_bytes, predict_memory
@@ -27,7 +26,7 @@ from sqft_export.run.pipeline import Planned, plan_passes
 from sqft_export.targets.devices import why_not_run
 
 
-def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
+def preview(recipe: Recipe, runs: Path) -> PlanDocument:
     """Return the document that `plan` prints.
 
     :param runs: folder of all runs.
@@ -42,31 +41,28 @@ def preview(recipe: Recipe, runs: Path) -> dict[str, Any]:
     needed, free = disk_bytes(recipe, layout, runs, wanted)
     needed += 0 if folder else (layout.weights + layout.others) * layout.width  # its download
     to_run = {name: seconds[name] for name in wanted}
-    return {
-        "recipe": recipe.name,
-        "model": str(folder or f"{recipe.model.hub} (not on this machine)"),
-        "weights": layout.weights + layout.others,
-        "passes": [
-            {
-                "pass": step.name,
-                **_prediction_fields(step.name, written, seconds, memory),
-                **_cache_fields(step),
-            }
+    return PlanDocument(
+        recipe=recipe.name,
+        model=str(folder or f"{recipe.model.hub} (not on this machine)"),
+        weights=layout.weights + layout.others,
+        passes=[
+            _planned_pass(step, written[step.name], seconds[step.name], memory[step.name])
             for step in steps
         ],
-        "group_size": recipe.quantize.group_size,
-        "group_size_fallback": fallback_sizes(recipe, layout),
-        "disk": {"needed_bytes": needed, "free_bytes": free},
-        "memory": _memory_fields(memory, wanted, free_memory()),
-        "device_memory": _device_memory(recipe, machine, memory, wanted),
-        "machine": asdict(machine),
-        "lengths_counted": workload.counted,
-        "seconds": sum(taken or 0 for taken in to_run.values()),
-        "within_a_day": settings_for_a_day(recipe, to_run, workload),
-        "first_example": first_example(recipe, layout),
-        **_targets_text(recipe),
-        **_notices(recipe, layout),
-    }
+        group_size=recipe.quantize.group_size,
+        group_size_fallback=fallback_sizes(recipe, layout),
+        disk=Need(needed_bytes=needed, free_bytes=free),
+        memory=_largest_need(memory, wanted, free_memory()),
+        device_memory=_device_memory(recipe, machine, memory, wanted),
+        machine=machine,
+        lengths_counted=workload.counted,
+        seconds=sum(taken or 0 for taken in to_run.values()),
+        within_a_day=settings_for_a_day(recipe, to_run, workload),
+        first_example=first_example(recipe, layout),
+        gguf=_gguf_text(recipe) if "gguf" in recipe.export.targets else None,
+        sparse_execution=_kernels_text() if recipe.export.sparse_execution else None,
+        warnings=list(plan_warnings(recipe, layout)),
+    )
 
 
 def _prepare_recipe(recipe: Recipe) -> tuple[Recipe, Path | None, Layout]:
@@ -82,55 +78,33 @@ def _prepare_recipe(recipe: Recipe) -> tuple[Recipe, Path | None, Layout]:
     return drop_unsupported(recipe, layout), folder, layout
 
 
-def _prediction_fields(
-    name: str,
-    written: dict[str, int],
-    seconds: dict[str, float | None],
-    memory: dict[str, float],
-) -> dict[str, Any]:
-    return {
-        "predicted_bytes": written[name],
-        "predicted_seconds": seconds[name],
-        "predicted_memory_bytes": int(memory[name]),
-    }
-
-
-def _cache_fields(step: Planned) -> dict[str, Any]:
-    """Return the key of a pass, whether it is cached, and the seconds that it took."""
+def _planned_pass(step: Planned, written: int, seconds: float | None, memory: float) -> PlannedPass:
+    """Return a pass with its predicted cost, and the seconds that it took if it is cached."""
     made = step.artifact
-    return {
-        "key": step.key[:16],
-        "cached": made is not None,
-        "taken_seconds": made.manifest["seconds"] if made else None,
-    }
+    return PlannedPass(
+        name=step.name,
+        predicted_bytes=written,
+        predicted_seconds=seconds,
+        predicted_memory_bytes=int(memory),
+        key=step.key[:16],
+        cached=made is not None,
+        taken_seconds=made.manifest["seconds"] if made else None,
+    )
 
 
-def _memory_fields(memory: dict[str, float], wanted: list[str], free: int) -> dict[str, int]:
+def _largest_need(memory: dict[str, float], wanted: list[str], free: int) -> Need:
     most = max((memory[name] for name in wanted), default=0)
-    return {"needed_bytes": int(most), "free_bytes": free}
+    return Need(needed_bytes=int(most), free_bytes=free)
 
 
 def _device_memory(
     recipe: Recipe, machine: Speeds, memory: dict[str, float], wanted: list[str]
-) -> dict[str, int] | None:
+) -> Need | None:
     """Return the needed and free bytes on the accelerator; None without an accelerator."""
     if machine.device.memory is None:
         return None
     on_device = accelerator_bytes(recipe, memory, wanted)
-    return _memory_fields(on_device, list(on_device), machine.device.memory)
-
-
-def _notices(recipe: Recipe, layout: Layout) -> dict[str, Any]:
-    return {**_targets_text(recipe), "warnings": list(plan_warnings(recipe, layout))}
-
-
-def _targets_text(recipe: Recipe) -> dict[str, str | None]:
-    """Return notes about targets that may not run here or that differ from the others."""
-    export = recipe.export
-    return {
-        "gguf": _gguf_text(recipe) if "gguf" in export.targets else None,
-        "sparse_execution": _kernels_text() if export.sparse_execution else None,
-    }
+    return _largest_need(on_device, list(on_device), machine.device.memory)
 
 
 def _gguf_text(recipe: Recipe) -> str:

@@ -3,11 +3,12 @@
 import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from sqft_export.adapters.files import Base
 from sqft_export.recipe.schema import Recipe
-from sqft_export.run.artifact import Artifact
+from sqft_export.run.artifact import Artifact, Facts
+from sqft_export.run.metrics import Metrics
 from sqft_export.run.progress import Start
 
 # The recipe fields that :meth:`Context.base` reads.
@@ -34,12 +35,13 @@ class Context:
     inputs: dict[str, Artifact]
     folder: Path
     start: Start
-    lineage: dict[str, dict[str, Any]] = field(default_factory=dict)
+    lineage: dict[str, Facts] = field(default_factory=dict)
 
     @property
-    def reads(self) -> dict[str, Any]:
+    def reads(self) -> dict[str, object]:
         """Return name in ``READS`` -> its value in the cache key."""
-        return self.lineage.get(self.name, {}).get("reads", {})
+        facts = self.lineage.get(self.name)
+        return facts["reads"] if facts else {}
 
     def path(self, name: str) -> Path | None:
         """Return the folder of an input, or None if the recipe has no such pass."""
@@ -93,7 +95,7 @@ class Stage(Protocol):
         :param name: name of the pass, such as ``export-onnx``.
         """
 
-    def run(self, context: Context, /) -> dict[str, Any]:
+    def run(self, context: Context, /) -> Metrics:
         """Do the work in ``context.folder`` and return metrics."""
 
 

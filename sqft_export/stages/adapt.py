@@ -10,6 +10,7 @@ from sqft_export.recipe.schema import Adapt, Recipe
 from sqft_export.recipe.view import section_fields
 from sqft_export.run.device import device_of, training_dtype
 from sqft_export.run.launcher import process_rank
+from sqft_export.run.metrics import AdaptMetrics, Metrics
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "teacher")
@@ -38,7 +39,7 @@ def _teacher(context: Context) -> nn.Module | None:
     return load_compressed(Base(folder), dtype)
 
 
-def run(context: Context) -> dict:
+def run(context: Context) -> Metrics:
     """Write ``adapter/`` in peft's format, and ``training.jsonl`` with loss and ranks per step."""
     trained = train_on_task(
         context.recipe,
@@ -50,15 +51,15 @@ def run(context: Context) -> dict:
         teacher=_teacher(context),
     )
     if process_rank():
-        return {}
+        return Metrics()
     data, log = trained.data, trained.log
     write_training_log(context.folder, log)
-    return {
-        "steps": len(log),
-        "first_loss": log[0]["loss"],
-        "last_loss": log[-1]["loss"],
-        "truncated_examples": data.truncated,
-        "examples_without_answer": sum(example.has_no_answer for example in data.train),
-        "left_out_examples": sum(has_no_loss(e, context.recipe.training) for e in data.train),
+    return AdaptMetrics(
+        steps=len(log),
+        first_loss=log[0]["loss"],
+        last_loss=log[-1]["loss"],
+        truncated_examples=data.truncated,
+        examples_without_answer=sum(example.has_no_answer for example in data.train),
+        left_out_examples=sum(has_no_loss(e, context.recipe.training) for e in data.train),
         **trained.facts,
-    }
+    )

@@ -3,6 +3,7 @@
 from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
 from sqft_export.recipe.schema import Recipe
+from sqft_export.run.metrics import SparsityMetrics
 from sqft_export.stages import BASE_FIELDS, Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize")
@@ -18,7 +19,8 @@ def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     return BASE_FIELDS
 
 
-def run(context: Context) -> dict:
+def run(context: Context) -> SparsityMetrics:
     """Write ``sparse-quantized/``."""
     base = context.base()
-    return {"sparsity": write_merged(Layers(base), context.folder / "sparse-quantized")}
+    sparsity = write_merged(Layers(base), context.folder / "sparse-quantized")
+    return SparsityMetrics(sparsity=sparsity)

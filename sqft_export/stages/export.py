@@ -1,7 +1,6 @@
 """export-<target>: convert the merged model to a deployment folder of one runtime."""
 
 from pathlib import Path
-from typing import Any
 
 from sqft_export.data.items import CARD_FIELDS, TASK_FILES, TRAIN_FIELDS, load_tokenizer
 from sqft_export.kernels.extension import unavailable_reason
@@ -13,6 +12,13 @@ from sqft_export.packed.usage import usage_section
 from sqft_export.recipe.schema import Recipe
 from sqft_export.report.prompts import example_prompt, prompt_section
 from sqft_export.report.provenance import PROVENANCE_FIELDS, model_card, origin_of
+from sqft_export.run.metrics import (
+    ExportMetrics,
+    MergeMetrics,
+    PackedSizes,
+    SparseExecution,
+    read_metrics,
+)
 from sqft_export.stages import Context
 from sqft_export.targets import target
 
@@ -41,44 +47,49 @@ def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     )
 
 
-def run(context: Context) -> dict:
+def run(context: Context) -> ExportMetrics:
     """Write ``model/``; ``packed/`` and ``sparse/`` if the recipe requests them."""
     advance = context.start(1)
     folder = context.folder / "model"
     folder.mkdir()
     runtime = context.name.removeprefix("export-")
     merge = context.inputs["merge"]
-    merged, facts = merge.path / "model", merge.metrics["facts"]
-    target(runtime).export(merged, folder, context.recipe.export, facts)
+    found = read_metrics(merge, MergeMetrics)
+    target(runtime).export(merge.path / "model", folder, context.recipe.export, found.facts)
     if context.recipe.unmerged:
         target(runtime).add_adapter(folder, merge.path / "adapter")
     origin = origin_of(context.recipe, context.model, context.lineage)
-    sparsity = merge.metrics["sparsity"]["all"]
     tokenizer = load_tokenizer(context.model)
     usage = usage_section(folder, example_prompt(context.recipe, tokenizer))
-    card = model_card(context.recipe, origin, sparsity, usage)
+    card = model_card(context.recipe, origin, found.sparsity["all"], usage)
     card += prompt_section(context.recipe, tokenizer)
     (folder / "README.md").write_text(card)
-    write_seal(folder, origin)
-    metrics: dict[str, Any] = {"bytes": file_bytes(folder)}
+    write_seal(folder, origin.to_json())
+    metrics = ExportMetrics(bytes=file_bytes(folder))
     if context.recipe.export.sparse_files:
-        try:
-            packed = pack(folder, context.folder / PACKED, context.recipe.export.entropy)
-            metrics["packed"] = packed
-        except NothingSaved as error:
-            metrics["warnings"] = [f"{context.name}: {error}"]
+        metrics = metrics.model_copy(update=_pack(context, folder))
     if runtime == "openvino" and context.recipe.export.sparse_execution:
-        metrics["sparse"] = _specialize(context, folder)
+        metrics = metrics.model_copy(update={"sparse": _specialize(context, folder)})
     advance()
     return metrics
 
 
-def _specialize(context: Context, folder: Path) -> dict[str, Any]:
+def _pack(context: Context, folder: Path) -> dict[str, PackedSizes | list[str]]:
+    """Write the packed copy; return its metrics, or a warning if packing saves nothing."""
+    try:
+        sizes = pack(folder, context.folder / PACKED, context.recipe.export.entropy)
+    except NothingSaved as error:
+        return {"warnings": [f"{context.name}: {error}"]}
+    return {"packed": PackedSizes(**sizes)}
+
+
+def _specialize(context: Context, folder: Path) -> SparseExecution:
     """Write the copy that runs on our kernels; return its metrics, or why it is missing."""
     packed = context.folder / PACKED
     if missing := unavailable_reason():
-        return {"missing": missing}
+        return SparseExecution(missing=missing)
     try:
-        return specialize(packed if packed.is_dir() else folder, context.folder / SPARSE)
+        made = specialize(packed if packed.is_dir() else folder, context.folder / SPARSE)
     except NothingSpecialized as error:
-        return {"missing": str(error)}
+        return SparseExecution(missing=str(error))
+    return SparseExecution(**made)

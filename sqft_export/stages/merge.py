@@ -16,6 +16,7 @@ from sqft_export.model.storage import MASKS, model_facts
 from sqft_export.recipe.schema import Chat, Recipe
 from sqft_export.report.prompts import example_prompt, prompt_section
 from sqft_export.report.provenance import PROVENANCE_FIELDS, merged_usage, model_card, origin_of
+from sqft_export.run.metrics import MergeMetrics, SparsityMetrics, read_metrics
 from sqft_export.stages import BASE_FIELDS, Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "search")
@@ -41,7 +42,7 @@ def _set_template(recipe: Recipe, folder: Path) -> None:
         write_template(folder, load_tokenizer(folder).get_chat_template(task.template))
 
 
-def run(context: Context) -> dict:
+def run(context: Context) -> MergeMetrics:
     """Write ``model/``, a copy of the masks, and the adapter if the recipe leaves it unmerged.
 
     The metric ``facts`` describes the model; every export stores it.
@@ -64,10 +65,10 @@ def run(context: Context) -> dict:
     (context.folder / "model" / "README.md").write_text(card)
     warnings = []
     if context.recipe.dense_update and sparsified:
-        before = context.inputs["sparsify"].metrics["sparsity"]["all"]
+        before = read_metrics(context.inputs["sparsify"], SparsityMetrics).sparsity["all"]
         warnings.append(
             f"merge_dense: a dense update was merged; {sparsity['all']:.1%} of the weights are "
             f"zero now, {before:.1%} were zero before"
         )
     facts = model_facts(Checkpoint(context.folder / "model"), sparsity["all"])
-    return {"sparsity": sparsity, "facts": facts, "warnings": warnings}
+    return MergeMetrics(sparsity=sparsity, facts=facts, warnings=warnings)

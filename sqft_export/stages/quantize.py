@@ -39,6 +39,7 @@ from sqft_export.quantizers import BlockQuantizer, Quantizer, quantizer
 from sqft_export.recipe.schema import Quantize, Recipe
 from sqft_export.recipe.view import section_fields
 from sqft_export.run.device import device_name, device_of
+from sqft_export.run.metrics import QuantizeMetrics
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct")
@@ -87,18 +88,19 @@ def set_grid_points(linear: nn.Linear, weight: Tensor, grid: Grid) -> None:
         linear.weight[rows] = fake_quantize(weight[rows], grid.rows(rows))
 
 
-def run(context: Context) -> dict:
+def run(context: Context) -> QuantizeMetrics:
     """Write ``model/`` (compensated floats) and ``grids.safetensors``, which gives their codes."""
     method = _copy_codes if context.recipe.quantize.method == "given" else _compress
     weight_writer = TensorWriter(context.folder / "model", shard_bytes=MAX_BUFFER_BYTES)
     with GridWriter(context.folder) as grids, weight_writer as weights:
         metrics = method(context, grids, weights)
     shutil.rmtree(context.folder / BLOCKS, ignore_errors=True)
-    return metrics | {
-        "device": device_name(_device(context)),
-        "group_size": {name: group_size for name, (_, group_size) in grids.sizes.items()},
-        "bits": {name: bits for name, (bits, _) in grids.sizes.items()},
-    }
+    return QuantizeMetrics(
+        **metrics,
+        device=device_name(_device(context)),
+        group_size={name: group_size for name, (_, group_size) in grids.sizes.items()},
+        bits={name: bits for name, (bits, _) in grids.sizes.items()},
+    )
 
 
 def _device(context: Context) -> torch.device:

@@ -17,6 +17,7 @@ from sqft_export.model.storage import MAX_BUFFER_BYTES, load_weight_mask
 from sqft_export.model.tensorfiles import TensorFiles, TensorWriter
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.device import device_name, device_of
+from sqft_export.run.metrics import ReconstructMetrics
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify",)
@@ -33,7 +34,7 @@ def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     return ("sparsify.reconstruct", "seed", *calibration_fields(recipe))
 
 
-def run(context: Context) -> dict:
+def run(context: Context) -> ReconstructMetrics:
     """Write ``model/``; the pruned positions are those of sparsify."""
     sparsified, device = context.inputs["sparsify"].path, device_of(context.recipe.device)
     dense, sparse = Checkpoint(context.model), Checkpoint(sparsified / "model")
@@ -55,12 +56,12 @@ def run(context: Context) -> dict:
         advance()
     _assemble(sparse, finished, context.folder / "model")
     shutil.rmtree(finished)
-    return {
-        "block_errors": errors,
-        "device": device_name(device),
-        "calibration_tokens": tokens,
-        "warnings": coverage_warnings(tokens, sparse.linears, has_hessian=False),
-    }
+    return ReconstructMetrics(
+        block_errors=errors,
+        device=device_name(device),
+        calibration_tokens=tokens,
+        warnings=coverage_warnings(tokens, sparse.linears, has_hessian=False),
+    )
 
 
 def _reconstruct(context: Context, target: Block, block: Block) -> Reconstructed:

@@ -5,9 +5,11 @@ import json
 from sqft_export.adapters.files import read_training_log
 from sqft_export.recipe.schema import Recipe
 from sqft_export.report import pictures
-from sqft_export.report.document import DETAILS, MAIN, cells, lm_eval_cells, report_of_run
+from sqft_export.report.document import REPORT, report_of_run
 from sqft_export.report.html import render
+from sqft_export.report.tables import DETAILS, MAIN, cells, lm_eval_cells
 from sqft_export.report.text import markdown, skipped_lines
+from sqft_export.run.metrics import RowsMetrics
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = (
@@ -27,7 +29,7 @@ CONSUMES: tuple[str, ...] = (
 )
 READS: tuple[str, ...] = ()
 FREE: tuple[str, ...] = ()
-VERSION = 13
+VERSION = 14
 RESUMES = False
 DISTRIBUTED = False
 
@@ -37,24 +39,26 @@ def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     return (*Recipe.model_fields, "overrides", "skipped")
 
 
-def run(context: Context) -> dict:
+def run(context: Context) -> RowsMetrics:
     """Write ``index.html``, its pictures as SVG files, ``report.md`` and ``report.json``."""
-    document = report_of_run(context.recipe, context.inputs)
-    rows, measure = document["rows"], document["measure"]
-    (context.folder / "report.json").write_text(json.dumps(document, indent=2) + "\n")
-    text = markdown(cells(rows), document["verdict"]) + skipped_lines(document["skipped"])
+    report = report_of_run(context.recipe, context.inputs)
+    rows, measure, document = report.rows, report.measure, report.to_json()
+    (context.folder / REPORT).write_text(json.dumps(document, indent=2) + "\n")
+    skipped = {one.target: one.reason for one in report.skipped}
+    text = markdown(cells(rows), report.verdict) + skipped_lines(skipped)
     (context.folder / "report.md").write_text(text)
+    sparsity = {one.layer: one.sparsity for one in report.layers}
     drawn = [
         ("Accuracy along the passes", pictures.accuracy_bars(rows, measure)),
         ("Accuracy against file size", pictures.accuracy_scatter(rows, measure, "file_bytes")),
         ("Accuracy against latency", pictures.accuracy_scatter(rows, measure, "tpot")),
-        ("Latency", pictures.latency_bars(rows)),
-        ("Sparsity by layer", pictures.sparsity_by_layer(document["layers"])),
+        ("Latency", pictures.latency_bars(rows, [row.name for row in rows])),
+        ("Sparsity by layer", pictures.sparsity_by_layer(sparsity)),
     ]
     if trained := context.path("adapt"):
         drawn.append(("Training", pictures.training_curve(read_training_log(trained))))
-    if front := (document["search"] or {}).get("front"):
-        drawn.append(("Search", pictures.search_front(front, measure)))
+    if report.search and report.search.front:
+        drawn.append(("Search", pictures.search_front(report.search.front, measure)))
     for title, svg in drawn:
         (context.folder / f"{title.lower().replace(' ', '-')}.svg").write_text(svg)
     page = render(
@@ -62,10 +66,10 @@ def run(context: Context) -> dict:
         document=document,
         table=cells(rows, MAIN),
         details=cells(rows, (MAIN[0], *DETAILS)),
-        sets=[name for name in rows[0]["accuracy_by_set"] if name],
+        sets=[name for name in rows[0].accuracy_by_set if name],
         lm_eval=lm_eval_cells(rows),
-        recipe=json.dumps(document["recipe"], indent=2),
+        recipe=json.dumps(report.recipe, indent=2),
         pictures=drawn,
     )
     (context.folder / "index.html").write_text(page)
-    return {"rows": len(rows)}
+    return RowsMetrics(rows=len(rows))

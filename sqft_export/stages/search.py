@@ -6,7 +6,6 @@ Candidates are scored on items held out from the training data, never on the tes
 import json
 import math
 import time
-from typing import Any
 
 import torch
 from torch import nn
@@ -32,11 +31,13 @@ from sqft_export.data.items import (
     stop_ids,
 )
 from sqft_export.data.scoring import accuracy_of, judge, questions
+from sqft_export.documents import Document
 from sqft_export.measure.likelihood import score
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.storage import GridWriter, load_grids
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.device import device_name, device_of
+from sqft_export.run.metrics import EvaluatedSize, SearchMetrics
 from sqft_export.search import STRATEGIES
 from sqft_export.search.space import Ranks, Score, Space
 from sqft_export.stages import BASE_FIELDS, Context
@@ -73,6 +74,28 @@ def _write_trained_grids(context: Context, model: nn.Module) -> None:
             writer.add(name, trained.get(name) or grid)
 
 
+class Evaluation(Document):
+    """One line of ``evaluations.jsonl``: a configuration of ranks and its score."""
+
+    ranks: Ranks
+    accuracy: float
+    likelihood: float
+    parameters: int
+
+    @property
+    def score(self) -> Score:
+        """The score that strategies compare."""
+        return Score(self.accuracy, self.likelihood, -self.parameters)
+
+    def size(self) -> EvaluatedSize:
+        """Return the evaluation without its ranks."""
+        return EvaluatedSize(**self.model_dump(exclude={"ranks"}))
+
+    def line(self) -> str:
+        """Return the line of the file."""
+        return json.dumps(self.to_json()) + "\n"
+
+
 class _Validation:
     """Scores configurations on the validation items and writes every score to disk."""
 
@@ -88,9 +111,9 @@ class _Validation:
         )
         self.advance = context.start(context.recipe.search.budget)
         # Rewrite the file without the partial line that an interrupted run may have left.
-        self.file.write_text("".join(json.dumps(entry) + "\n" for entry in self.known()))
+        self.file.write_text("".join(entry.line() for entry in self.known()))
 
-    def known(self) -> list[dict[str, Any]]:
+    def known(self) -> list[Evaluation]:
         """Return all evaluations so far, also those of an interrupted run; skip a partial line."""
         lines = self.file.read_text().split("\n") if self.file.is_file() else []
         return [entry for line in lines if (entry := _evaluation(line))]
@@ -108,22 +131,20 @@ class _Validation:
         found = score(self.session, self.questions)
         judged = judge(recipe, self.items, found, self.tokenizer)
         accuracy = accuracy_of(judged, found)
-        scored = Score(accuracy, -math.log(found["perplexity"]), -size)
-        entry = {"ranks": ranks, "accuracy": accuracy, "likelihood": scored.likelihood}
+        likelihood = -math.log(found.perplexity)
+        entry = Evaluation(ranks=ranks, accuracy=accuracy, likelihood=likelihood, parameters=size)
         with self.file.open("a") as log:
-            log.write(json.dumps(entry | {"parameters": size}) + "\n")
+            log.write(entry.line())
         self.advance()
-        return scored
+        return entry.score
 
 
-def _evaluation(line: str) -> dict[str, Any] | None:
+def _evaluation(line: str) -> Evaluation | None:
     """Parse one line of the file; return None if it is incomplete."""
     try:
-        entry = json.loads(line)
+        return Evaluation.model_validate_json(line)
     except ValueError:
         return None
-    required = {"ranks", "accuracy", "likelihood", "parameters"}
-    return entry if isinstance(entry, dict) and required <= entry.keys() else None
 
 
 def configured_ranks(recipe: Recipe) -> Ranks:
@@ -134,7 +155,7 @@ def configured_ranks(recipe: Recipe) -> Ranks:
 
 def _choose_ranks(
     context: Context, model: nn.Module, groups: dict[str, list[str]]
-) -> tuple[Ranks, list[dict[str, Any]]]:
+) -> tuple[Ranks, list[Evaluation]]:
     """Return the rank of every group, and all evaluations."""
     recipe = context.recipe
     space = Space(
@@ -153,8 +174,7 @@ def _choose_ranks(
         return search(space), []
     validation = _Validation(context, model, groups)
     for entry in validation.known():
-        scored = Score(entry["accuracy"], entry["likelihood"], -entry["parameters"])
-        space.seen[space.key(entry["ranks"])] = scored
+        space.seen[space.key(entry.ranks)] = entry.score
     space.score = validation.score
     cache_effective_weights(model)
     chosen = search(space)
@@ -168,7 +188,7 @@ def _capture(context: Context, model: nn.Module) -> CapturedForward:
     return capture(model, [example.ids for example in examples], context.path("sparsify"))
 
 
-def run(context: Context) -> dict:
+def run(context: Context) -> SearchMetrics:
     """Write ``configuration.json`` (group -> rank), ``adapter/`` and the captured forward.
 
     The captured forward is in ``trained.*``. Trainable scales add ``grids.safetensors``.
@@ -188,10 +208,10 @@ def run(context: Context) -> dict:
     _capture(context, model).write(context.folder)
     if context.recipe.training.trainable_scales:
         _write_trained_grids(context, model)
-    return {
-        "evaluations": len(evaluations),
-        "seconds": time.monotonic() - started,
-        "front": [{k: v for k, v in e.items() if k != "ranks"} for e in evaluations],
-        "ranks": chosen,
-        "device": device_name(device),
-    }
+    return SearchMetrics(
+        evaluations=len(evaluations),
+        seconds=time.monotonic() - started,
+        front=[entry.size() for entry in evaluations],
+        ranks=chosen,
+        device=device_name(device),
+    )

@@ -25,6 +25,7 @@ from sqft_export.numerics.masks import mask_to_bits
 from sqft_export.recipe.schema import Recipe, Sparsify
 from sqft_export.recipe.view import section_fields
 from sqft_export.run.device import device_name, device_of
+from sqft_export.run.metrics import SparsifyMetrics
 from sqft_export.sparsifiers import Pruning, Sparsifier, override_for, pruning_of, sparsifier
 from sqft_export.sparsifiers.allocation import Curve, allocate, error_curve
 from sqft_export.stages import Context
@@ -69,7 +70,7 @@ class _Masks:
         self._writer.__exit__(*failure)
 
 
-def run(context: Context) -> dict:
+def run(context: Context) -> SparsifyMetrics:
     """Write ``model/`` and ``masks.safetensors``."""
     config, checkpoint = context.recipe.sparsify, Checkpoint(context.model)
     if checkpoint.quantized_linears:
@@ -101,12 +102,12 @@ def run(context: Context) -> dict:
             advance()
         for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
             writer.add(name, tensor)
-    return {
-        "sparsity": masks.sparsity(),
-        "device": device_name(device),
-        "calibration_tokens": tokens,
-        "warnings": coverage_warnings(tokens, checkpoint.linears, inputs.has_hessian),
-    }
+    return SparsifyMetrics(
+        sparsity=masks.sparsity(),
+        device=device_name(device),
+        calibration_tokens=tokens,
+        warnings=coverage_warnings(tokens, checkpoint.linears, inputs.has_hessian),
+    )
 
 
 def _prunings(
@@ -142,7 +143,7 @@ def _prunings(
     return prunings | {name: Pruning(share, None, config.at_most) for name, share in shares.items()}
 
 
-def _mask_existing_zeros(context: Context, checkpoint: Checkpoint) -> dict:
+def _mask_existing_zeros(context: Context, checkpoint: Checkpoint) -> SparsifyMetrics:
     """Write a quantized checkpoint as floats, and the mask of weights that are not zero.
 
     A weight is zero if its code is the zero point. One tensor is in memory at a time. Tensors that
@@ -164,7 +165,7 @@ def _mask_existing_zeros(context: Context, checkpoint: Checkpoint) -> dict:
                 masks.add(name, weight != 0)
             writer.add(f"{name}.weight", weight.to(finite_dtype(weight, dtype)))
             advance()
-    return {"sparsity": masks.sparsity()}
+    return SparsifyMetrics(sparsity=masks.sparsity())
 
 
 def _compress(

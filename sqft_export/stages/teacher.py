@@ -14,6 +14,7 @@ from sqft_export.data.items import TASK_FILES, TRAIN_FIELDS, load_tokenizer
 from sqft_export.recipe.schema import Adapt, Recipe
 from sqft_export.recipe.view import section_fields
 from sqft_export.run.launcher import process_rank
+from sqft_export.run.metrics import Metrics, TeacherMetrics
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ()
@@ -37,13 +38,13 @@ def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     return (*SETTINGS, *TRAIN_FIELDS)
 
 
-def run(context: Context) -> dict:
+def run(context: Context) -> Metrics:
     """Write ``adapter/`` in peft's format, and ``dense-lora/``, the merged model."""
     base, tokenizer = Base(context.model), load_tokenizer(context.model)
     # Unmerged, as in plain LoRA: this saves the matrix product B A in every step.
     unmerged, folder, start = replace(base, unmerged=True), context.folder, context.start
     trained = train_on_task(context.recipe, unmerged, tokenizer, folder, start, elastic=False)
     if process_rank():
-        return {}
+        return Metrics()
     sparsity = write_merged(Layers(base, folder / "adapter"), folder / "dense-lora")
-    return {"sparsity": sparsity} | trained.facts
+    return TeacherMetrics(sparsity=sparsity, **trained.facts)

@@ -26,6 +26,7 @@ from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.plan.readers import differing_texts
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.device import device_name, device_of
+from sqft_export.run.metrics import VerifyMetrics
 from sqft_export.stages import BASE_FIELDS, Context
 from sqft_export.targets.devices import why_not_exact, why_not_run
 from sqft_export.verify.certificate import Certificate
@@ -122,7 +123,7 @@ def _tokenizer_warnings(certificate: Certificate) -> Iterator[str]:
             )
 
 
-def run(context: Context) -> dict:
+def run(context: Context) -> VerifyMetrics:
     """Write ``verify.json``, and ``subject.json``, the inputs to repeat the checks.
 
     :raises CertificateError: if checks fail; lists all of them.
@@ -147,14 +148,14 @@ def run(context: Context) -> dict:
         context.folder,
     )
     certificate = certify(subject, context.start(1 + len(exports)), device)
-    document = json.dumps(certificate.document(), indent=2) + "\n"
+    document = json.dumps(certificate.document().to_json(), indent=2) + "\n"
     (context.folder / "verify.json").write_text(document)
     certificate.require()
-    return {
-        "checks": certificate.rows(),
-        "device": device_name(device),
-        "warnings": [
+    return VerifyMetrics(
+        checks=certificate.rows(),
+        device=device_name(device),
+        warnings=[
             *(warning for name in exports for warning in _skipped_checks(subject, name)),
             *_tokenizer_warnings(certificate),
         ],
-    }
+    )

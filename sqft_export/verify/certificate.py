@@ -10,7 +10,7 @@ compute    each file -> its runtime: logits and tokens in exact mode, divergence
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import TypeVar, get_args
 
 import numpy as np
 import torch
@@ -19,9 +19,9 @@ from torch import Tensor
 from sqft_export.errors import CertificateError
 from sqft_export.numerics.codes import Quantized
 from sqft_export.run.threads import map_in_order
+from sqft_export.verify.results import CertificateDocument, CheckResult, Part
 
 _Item = TypeVar("_Item")
-Part = Literal["fidelity", "storage", "compute"]
 MAX_NAMED = 4  # differing modules, files or texts that a line names
 
 
@@ -148,16 +148,16 @@ class Certificate:
         self.checks.append(Check(part, name, unit, allowed))
         return self.checks[-1]
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Return one document per check, with ``passed``."""
-        return [asdict(check) | {"passed": check.passed} for check in self.checks]
+    def rows(self) -> list[CheckResult]:
+        """Return the result of every check."""
+        return [CheckResult(**asdict(check), passed=check.passed) for check in self.checks]
 
-    def document(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the rows, grouped by part."""
-        parts: dict[str, list[dict[str, Any]]] = {"fidelity": [], "storage": [], "compute": []}
-        for row in self.rows():
-            parts[row["part"]].append(row)
-        return parts
+    def document(self) -> CertificateDocument:
+        """Return the results, grouped by part."""
+        fidelity, storage, compute = (
+            [row for row in self.rows() if row.part == part] for part in get_args(Part)
+        )
+        return CertificateDocument(fidelity=fidelity, storage=storage, compute=compute)
 
     def require(self) -> None:
         """Fail unless every check passed.

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from sqft_export.errors import DamagedError, UserError
-from sqft_export.run.artifact import MANIFEST, Artifact, Store, check_artifact, read_artifact
+from sqft_export.run.artifact import MANIFEST, Artifact, Store, check_artifact
 from sqft_export.run.device import CPU
 from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.compute import check_compute
@@ -82,7 +82,7 @@ def certify_again(root: Path, scratch: Path) -> tuple[list[Artifact], Certificat
         chain["search"].path if "search" in chain else verified.path,
         chain["merge"].path,
         exports,
-        read_artifact(verified.path).manifest["facts"]["options"]["dense_update"],
+        bool(verified.manifest["facts"]["options"]["dense_update"]),
         scratch,
     )
     return [*chain.values(), verified], certify(subject, lambda: None)

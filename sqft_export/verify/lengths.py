@@ -8,9 +8,10 @@ random miniature of the same config is exported and checked: two blocks with sma
 
 import itertools
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from sqft_export.targets.onnx.session import FUSED_OPERATOR
 from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.compute import logit_tolerance, prompt_logits
 from sqft_export.verify.subject import Subject
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 LONGEST_VERIFIED = 8192  # tokens of a text
 TOKENS_PAST = 8  # tokens of a text beyond the length that it checks
@@ -55,12 +59,13 @@ class Length:
         return self.tokens if self.last else self.tokens + TOKENS_PAST
 
 
-def named_lengths(config: dict[str, Any]) -> list[Length]:
+def named_lengths(config: Mapping[str, object]) -> list[Length]:
     """Return the lengths within the context at which a model may change, shortest first.
 
     :param config: the transformers config as a dict.
     """
-    context = config.get("max_position_embeddings")
+    limit = config.get("max_position_embeddings")
+    context = limit if isinstance(limit, int) else None
     found = {
         Length(name, value)
         for name, value in _entries(config)
@@ -74,13 +79,13 @@ def named_lengths(config: dict[str, Any]) -> list[Length]:
     return sorted(found, key=lambda length: length.tokens)
 
 
-def _entries(config: dict[str, Any]) -> list[tuple[str, Any]]:
+def _entries(config: Mapping[str, object]) -> list[tuple[str, object]]:
     """Return names and values, including those of nested sections."""
     inner = [value for value in config.values() if isinstance(value, dict)]
     return [*config.items(), *(entry for section in inner for entry in _entries(section))]
 
 
-def unverified_lengths(config: dict[str, Any]) -> list[Length]:
+def unverified_lengths(config: Mapping[str, object]) -> list[Length]:
     """Return the lengths that no text of the certificate reaches."""
     scalings = {value for name, value in _entries(config) if name == "rope_type"}
     depends = bool(scalings & LENGTH_DEPENDENT)
@@ -109,7 +114,7 @@ def check_lengths(
         _check_miniature(certificate, subject, name, config, rest)
 
 
-def _is_affordable(subject: Subject, name: str, config: Any, tokens: int) -> bool:
+def _is_affordable(subject: Subject, name: str, config: "PretrainedConfig", tokens: int) -> bool:
     """Return whether the deployment itself can be checked on a text of ``tokens`` tokens."""
     parameters, heads = subject.merged.parameters, config.num_attention_heads
     fits = parameters * tokens <= LARGEST_PRODUCT and heads * tokens**2 <= LARGEST_SCORES
@@ -147,7 +152,11 @@ def _onnx_graph(folder: Path) -> Literal["auto", "fused", "standard"]:
 
 
 def _check_miniature(
-    certificate: Certificate, subject: Subject, name: str, config: Any, lengths: list[Length]
+    certificate: Certificate,
+    subject: Subject,
+    name: str,
+    config: "PretrainedConfig",
+    lengths: list[Length],
 ) -> None:
     """Export two random blocks of the same config in the same form, and compare with torch."""
     with tempfile.TemporaryDirectory(prefix="sqft-") as scratch:

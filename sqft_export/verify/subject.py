@@ -4,10 +4,10 @@ The prompts and texts are stored next to the certificate. It can be recomputed f
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -117,7 +117,7 @@ class Subject:
         sizes = {name: rows * columns for name, (rows, columns) in self.merged.linears.items()}
         return {name for name, count in kept.items() if count < sizes[name]}
 
-    def dropped(self, linear: str, shape: Any) -> np.ndarray | None:
+    def dropped(self, linear: str, shape: Sequence[int]) -> np.ndarray | None:
         """Return bool ``[out, in]``, True at pruned weights; None if the Linear has none."""
         if linear not in self.pruned:
             return None

@@ -7,7 +7,7 @@ import pytest
 from conftest import SHARED, TINY, random_model, small_recipe
 from sqft_export.data.datasets import SETS, local_file, missing_sets, records
 from sqft_export.data.items import Item, load_tokenizer
-from sqft_export.data.scoring import accuracy_by_set, is_right, judge
+from sqft_export.data.scoring import Answers, accuracy_by_set, is_right, judge
 from sqft_export.errors import UserError
 from sqft_export.plan.checks import check_recipe
 from sqft_export.recipe.schema import Dataset
@@ -160,10 +160,10 @@ def test_a_choice_is_right_by_likelihood_and_by_likelihood_a_byte():
     item = Item(
         [0], [5], "", "arc_easy", "choice", (([0], [5]), ([0], [6])), 1, (2, 20), ("so", "not so")
     )
-    result = {"answers": [], "likelihoods": [-3.0, -4.0], "token_accuracy": 0.0}
+    result = Answers(likelihoods=[-3.0, -4.0])
     (judged,) = judge(small_recipe(), [item], result, tokenizer)
     assert (judged.right, judged.right_normalized, judged.answer) == (False, True, "so")
-    assert accuracy_by_set([judged])["arc_easy"]["accuracy_normalized"] == 1
+    assert accuracy_by_set([judged])["arc_easy"].accuracy_normalized == 1
 
 
 def _write(folder, name, split, rows):

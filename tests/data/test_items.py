@@ -150,7 +150,7 @@ def test_perplexity_is_the_cross_entropy_that_torch_computes(random_llama):
     with torch.no_grad():
         logits = session.model(ids).logits[:, 2:-1]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 3:].flatten())
-    assert found["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-5)
+    assert found.perplexity == pytest.approx(float(loss.exp()), rel=1e-5)
 
 
 def test_greedy_generation_is_that_of_transformers(random_llama):

@@ -9,7 +9,8 @@ import pytest
 
 from conftest import ROOT, SQFT
 from sqft_export.errors import UserError
-from sqft_export.measure.deployments import DeviceSettings, benchmark_folders, names_of
+from sqft_export.measure.deployments import benchmark_folders, names_of
+from sqft_export.measure.results import DeploymentResults, DeviceSettings
 from sqft_export.report.text import deployments_text
 
 
@@ -101,7 +102,7 @@ def test_prompts_that_do_not_fit_are_left_out(tiny_run):
     folder = tiny_run["export-onnx"].path / "model"
     settings = DeviceSettings(prompt_tokens=(8, 10**6), new_tokens=2, batches=(1,), rounds=1)
     document = benchmark_folders([folder], settings)
-    assert document["settings"]["prompt_tokens"] == (8,)
+    assert document.settings.prompt_tokens == (8,)
     with pytest.raises(UserError, match="the context of a model is 256 tokens"):
         benchmark_folders([folder], replace(settings, prompt_tokens=(10**6,)))
 
@@ -109,13 +110,13 @@ def test_prompts_that_do_not_fit_are_left_out(tiny_run):
 def test_a_merged_folder_is_measured_on_torch(tiny_run):
     settings = DeviceSettings(prompt_tokens=(8,), new_tokens=2, batches=(1,), rounds=1)
     document = benchmark_folders([tiny_run["merge"].path / "model"], settings)
-    (row,) = document["folders"].values()
-    assert row["runtime"] == "torch" and row["tpot_ms"]["median"] > 0
+    (row,) = document.folders.values()
+    assert row.runtime == "torch" and row.tpot_ms.median > 0
 
 
 def test_the_table_names_what_can_not_be_measured(measured):
     document, _ = measured
-    text = deployments_text(document)
+    text = deployments_text(DeploymentResults.parse(json.dumps(document), "results.json"))
     known = all(row["joules_per_token"] is not None for row in document["folders"].values())
     assert known or "not measurable" in text
     assert "TPOT ms" in text and "accuracy:" in text and "p99" in text

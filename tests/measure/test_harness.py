@@ -119,11 +119,11 @@ def test_accuracies_are_those_of_our_own_scoring(deployed, tasks, runtime):
         )
 
     arc = ours(f"task={{kind: dataset, name: arc_easy, folder: {tasks}}}")
-    assert found["our_arc"]["acc,none"] == arc["accuracy"]
-    assert found["our_arc"]["acc_norm,none"] == arc["accuracy_normalized"]
+    assert found["our_arc"]["acc,none"] == arc.accuracy
+    assert found["our_arc"]["acc_norm,none"] == arc.accuracy_normalized
     problems = ours(f"task.test={tasks / 'problems.jsonl'}")
-    assert found["our_problems"]["exact_match,final"] == problems["accuracy"]
-    assert problems["accuracy"] > 0.5
+    assert found["our_problems"]["exact_match,final"] == problems.accuracy
+    assert problems.accuracy > 0.5
 
 
 def test_likelihoods_are_those_of_lm_evals_own_model(deployed, tasks):

@@ -71,7 +71,7 @@ def test_the_model_is_nearer_to_the_dense_one(made):
 
     def perplexity(folder: Path) -> float:
         session = TorchSession(load_model(Checkpoint(folder), torch.float32))
-        return likelihood(session, [one[:1] for one in ids], [one[1:] for one in ids])["perplexity"]
+        return likelihood(session, [one[:1] for one in ids], [one[1:] for one in ids]).perplexity
 
     dense, sparse, again = (
         perplexity(folder)
@@ -197,7 +197,7 @@ def test_through_the_grid_the_model_is_nearer_to_the_dense_one(on_grid, untraine
         weights = {f"{name}.weight": value for name, value in values(run).items()} if run else {}
         assert not model.load_state_dict(weights, strict=False).unexpected_keys
         session = TorchSession(model)
-        return likelihood(session, [one[:1] for one in ids], [one[1:] for one in ids])["perplexity"]
+        return likelihood(session, [one[:1] for one in ids], [one[1:] for one in ids]).perplexity
 
     dense = perplexity(None)
     assert perplexity(on_grid) - dense < 0.6 * (perplexity(untrained) - dense)

@@ -193,6 +193,6 @@ def test_a_prompt_that_fills_the_context_is_refused_whatever_its_positions(slim)
 def test_plan_prints_warnings(model, tmp_path):
     recipe = task_of(model, ["4", "so it is " * 9], "task.max_new_tokens=8")
     document = preview.preview(recipe, tmp_path / "runs")
-    assert document["warnings"]
-    for line in document["warnings"]:
+    assert document.warnings
+    for line in document.warnings:
         assert f"  warning: {line}" in plan_text(document)

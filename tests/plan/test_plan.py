@@ -283,7 +283,7 @@ def test_an_accelerator_is_named_with_its_memory(odd, monkeypatch, tmp_path):
     assert "device memory" in text and "8.0 GiB free" in text
     monkeypatch.setattr(preview, "measure_speeds", lambda *_: Speeds(SLOW, SLOW, SLOW, 1e9))
     slower = preview.preview(recipe, tmp_path)
-    assert slower["seconds"] > document["seconds"]
+    assert slower.seconds > document.seconds
     assert "device memory" not in plan_text(slower)
 
 
@@ -343,7 +343,7 @@ def test_a_recipe_without_training_is_foretold(monkeypatch, tmp_path):
     trained, untrained = (
         preview.preview(small_recipe(*settings), tmp_path) for settings in ((), ("adapt=none",))
     )
-    passes = {step["pass"]: step for step in untrained["passes"]}
+    passes = {step.name: step for step in untrained.passes}
     assert not {"adapt", "search", "teacher", "baselines"} & passes.keys()
-    assert all(step["predicted_seconds"] > 0 for step in passes.values())
-    assert untrained["seconds"] < trained["seconds"]
+    assert all(step.predicted_seconds > 0 for step in passes.values())
+    assert untrained.seconds < trained.seconds

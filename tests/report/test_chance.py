@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from benchmark_rows import benchmark_row
 
 from conftest import random_model, small_recipe
 from sqft_export.data.items import Item
@@ -39,32 +40,28 @@ def test_chance_is_one_over_the_choices_and_zero_for_generated_answers():
     ],
 )
 def test_at_chance_is_not_significantly_above_it(right, count, chance, expected):
-    row = {"interval": wilson(right, count), "chance": chance, "perplexity": 3.0}
+    interval = wilson(right, count)
+    row = benchmark_row("dense", right / count, interval=interval, chance=chance)
     assert is_at_chance(row) == expected
 
 
 @pytest.mark.parametrize(("perplexity", "expected"), [(40.0, False), (5_000.0, True)])
 def test_plain_text_is_judged_by_its_perplexity(perplexity, expected):
-    row = {"interval": None, "chance": None, "perplexity": perplexity}
+    row = benchmark_row("dense", interval=None, chance=None, perplexity=perplexity)
     assert is_at_chance(row) == expected
 
 
-def row(name, accuracy, **more):
-    figures = {"interval": [accuracy - 0.05, accuracy + 0.05], "perplexity": 9.0}
-    costs = {"tpot": {"median_ms": 5.0}, "file_bytes": 1e6, "peak_memory_bytes": 1e8}
-    return {"name": name, "accuracy": accuracy, **figures, **costs, **more}
-
-
 def test_the_verdict_says_so_and_gives_no_share_of_dense():
-    dense = row("dense base", 0.25, chance=0.25, at_chance=True)
-    said = verdict([dense, row("OpenVINO", 0.5, p_same_as_first=0.01)], "answered right")
+    dense = benchmark_row("dense", 0.25, chance=0.25, at_chance=True)
+    made = benchmark_row("openvino", 0.5, p_same_as_first=0.01)
+    said = verdict([dense, made], "answered right")
     assert said.endswith(
         "Accuracy: 50.0 % (45.0 to 55.0) answered right; the dense base knows nothing about this "
         "task: its 25.0 % (20.0 to 30.0) is not significantly above chance, 25.0 %."
     )
     assert "points" not in said
-    made = row("OpenVINO", 0.5, p_same_as_lora=0.01)
-    said = verdict([dense, row("dense + LoRA", 0.6), made], "answered right")
+    made = benchmark_row("openvino", 0.5, p_same_as_lora=0.01)
+    said = verdict([dense, benchmark_row("dense-lora", 0.6), made], "answered right")
     assert "10.0 points below dense + LoRA's 60.0 %" in said
     assert said.endswith("is not significantly above chance, 25.0 %.")
 

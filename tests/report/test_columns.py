@@ -7,7 +7,8 @@ import pytest
 
 from sqft_export.measure.agreement import COMPARED_TOKENS, agreement, sequences_of
 from sqft_export.measure.likelihood import log_softmax
-from sqft_export.report.document import cells
+from sqft_export.measure.results import BenchmarkRow
+from sqft_export.report.tables import cells
 
 COLUMNS = ("recovery", "top-1 agreement", "KL nats/token")
 TO_MERGED = "KL to merged nats/token"
@@ -51,6 +52,7 @@ def test_a_report_has_them_and_says_what_they_are(tiny_run):
 def test_a_table_without_a_dense_base_has_no_such_columns(tiny_run):
     rows = list(results(tiny_run).values())[1:]
     bare = [{k: v for k, v in r.items() if k not in ("recovery", "beside_dense")} for r in rows]
+    bare, rows = ([BenchmarkRow.parse(json.dumps(r), "row") for r in some] for some in (bare, rows))
     assert not set(cells(bare)[0]) & set(COLUMNS)
     assert TO_MERGED in cells(bare)[0]
     assert set(cells(rows)[0]) >= set(COLUMNS)
@@ -67,8 +69,8 @@ def test_divergence_of_many_tokens_is_that_of_all_of_them():
     )
     told = agreement(first, found)
     expected = (np.exp(first) * (first - found)).sum(axis=1).mean()
-    assert told["kl_nats"] == pytest.approx(expected, rel=1e-5)
-    assert told["agreement"] == (first.argmax(1) == found.argmax(1)).mean()
+    assert told.kl_nats == pytest.approx(expected, rel=1e-5)
+    assert told.agreement == (first.argmax(1) == found.argmax(1)).mean()
     wider = np.concatenate([found, np.full((150, 3), -100, np.float32)], axis=1)
     assert agreement(first, wider) == told
 

@@ -110,8 +110,8 @@ def test_another_machine_is_told(tiny_run, tmp_path):
     (other / "manifest.json").unlink()
     (other / "report.json").write_text(json.dumps(document))
     told = compare_runs([report, other], tmp_path / "out")
-    assert "different machines" in told["warnings"][0]
-    assert [run["name"] for run in told["runs"]] == ["tiny (1)", "tiny (2)"]
+    assert "different machines" in told.warnings[0]
+    assert [run.name for run in told.runs] == ["tiny (1)", "tiny (2)"]
 
 
 def test_a_bad_value_is_refused_before_the_first_run(tmp_path):
@@ -150,13 +150,13 @@ def test_runs_of_several_models_are_named_by_them(tiny_run, tmp_path):
         for seed, name in enumerate(("qwen3", "llama3.2", "granite"))
     ]
     told = compare_runs(folders, tmp_path / "out")
-    assert [run["name"] for run in told["runs"]] == ["qwen3", "llama3.2", "granite"]
+    assert [run.name for run in told.runs] == ["qwen3", "llama3.2", "granite"]
     same_name = [
         changed_report(report, tmp_path / f"own-{m}", model=model | {"path": f"/models/{m}"})
         for m in ("phi", "opt")
     ]
     told = compare_runs(same_name, tmp_path / "out2")
-    assert [run["name"] for run in told["runs"]] == ["phi", "opt"]
+    assert [run.name for run in told.runs] == ["phi", "opt"]
     page = (tmp_path / "out" / "index.html").read_text()
     assert "<li>qwen3</li>" in page and ">run 3<" in page, "a number in the legend, a key below"
 
@@ -172,5 +172,5 @@ def test_settings_without_effect_on_the_model_are_not_in_the_name(tiny_run, tmp_
         device="cpu",
     )
     told = compare_runs([report, other], tmp_path / "out")
-    assert [run["name"] for run in told["runs"]] == ["sparsity 0.5", "sparsity 0.7"]
-    assert "export.targets" in told["fields"], "the page still lists it"
+    assert [run.name for run in told.runs] == ["sparsity 0.5", "sparsity 0.7"]
+    assert "export.targets" in told.fields, "the page still lists it"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from conftest import TINY, small_recipe
 from sqft_export.data.calibration import calibration_samples
 from sqft_export.data.items import Data, load_tokenizer, sample_texts
-from sqft_export.data.scoring import judge, questions
+from sqft_export.data.scoring import Answers, judge, questions
 from sqft_export.errors import DamagedError
 from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import TASK_KINDS, Recipe, Section, UndeclaredFieldError
@@ -318,7 +318,7 @@ def test_data_of_every_kind_is_read_under_the_views_of_passes(kind, search, fold
     assert test == Data(view("verify"), tokenizer).test
     answers = [tokenizer(item.text)["input_ids"] for item in test if item.text is not None]
     questions(view("benchmark"), test, [1])
-    judge(view("benchmark"), test, {"answers": answers, "likelihoods": []}, tokenizer)
+    judge(view("benchmark"), test, Answers(answers=answers), tokenizer)
     assert sample_texts(view("verify"), 2) == sample_texts(recipe, 2)
     for name in ("merge", "export-openvino"):
         origin = origin_of(view(name), TINY, {name: {"reads": {}, "version": 1, "options": {}}})

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_rows import benchmark_results, benchmark_row
 
 from conftest import ROOT, SMALL, SQFT, TINY, copy_run, small_recipe
 from sqft_export.errors import DamagedError, GateError, UserError
 from sqft_export.measure.quality import held_out_sample, quality_file, read_quality
+from sqft_export.measure.results import BenchmarkRow
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.floats import load_model
 from sqft_export.plan.checks import check_recipe
@@ -26,7 +28,7 @@ def record_of(artifact: Artifact) -> dict:
     file = quality_file(artifact.path.parent, artifact.manifest["stage"], artifact.key)
     record = read_quality(file)
     assert record is not None
-    return record
+    return record.to_json()
 
 
 def literal(folder: Path, sample) -> list[torch.Tensor]:
@@ -96,18 +98,19 @@ def test_the_command_ends_with_code_6(tiny_run, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def benchmark_of(folder: Path, *rows: dict) -> Artifact:
-    (folder / "results.json").write_text(json.dumps({"rows": list(rows)}))
+def benchmark_of(folder: Path, *rows: BenchmarkRow) -> Artifact:
+    (folder / "results.json").write_text(json.dumps(benchmark_results(*rows).to_json()))
     return Artifact(folder, {"key": "0" * 64, "stage": "benchmark"})
 
 
-@pytest.mark.parametrize("name", ["merged", "OpenVINO", "llama.cpp, packed"])
-def test_accuracy_is_judged_at_the_benchmark(tmp_path, name):
-    rows = (
-        {"name": "dense base", "accuracy": 0.80, "p_same_as_first": 1.0},
-        {"name": "sparse", "accuracy": 0.10, "p_same_as_first": 0.0},
-        {"name": name, "accuracy": 0.73, "p_same_as_first": 0.001},
-    )
+@pytest.mark.parametrize("id", ["merged", "openvino", "gguf-packed"])
+def test_accuracy_is_judged_at_the_benchmark(tmp_path, id):
+    rows = [
+        benchmark_row("dense", 0.80, p_same_as_first=1.0),
+        benchmark_row("sparse", 0.10, p_same_as_first=0.0),
+        benchmark_row(id, 0.73, p_same_as_first=0.001),
+    ]
+    name = rows[2].name
     made = {"benchmark": benchmark_of(tmp_path, *rows)}
 
     def check(*settings):
@@ -117,7 +120,9 @@ def test_accuracy_is_judged_at_the_benchmark(tmp_path, name):
         check("gates.accuracy_drop=5")
     assert check("gates.accuracy_drop=8") == []
     assert "7.0 points below" in check()[0]
-    rows[2]["p_same_as_first"] = 0.4  # so few items that it may be chance
+    rows[2] = rows[2].model_copy(
+        update={"p_same_as_first": 0.4}
+    )  # so few items that it may be chance
     made = {"benchmark": benchmark_of(tmp_path, *rows)}
     assert check() == []
 

@@ -151,26 +151,20 @@ def test_another_process_is_seen_and_own_work_is_not(monkeypatch):
 
 
 def test_plan_says_that_it_measured_a_busy_machine():
+    from sqft_export.plan.document import Need, PlanDocument
     from sqft_export.report.text import plan_text
 
     speed = Speed("cpu", {"float32": 1e11, "bfloat16": 1e11}, 1e9)
-    document = {
+    enough = Need(needed_bytes=1, free_bytes=2)
+    document = PlanDocument(
         **{"recipe": "r", "model": "m", "weights": 1, "passes": [], "group_size": None},
-        **{"disk": None, "memory": None, "device_memory": None, "lengths_counted": "", "gguf": ""},
-        **{
-            "seconds": 9,
-            "within_a_day": None,
-            "sparse_execution": "",
-            "group_size_fallback": {},
-            "warnings": [],
-        },
-    }
-    from dataclasses import asdict
-
-    said = [
-        plan_text(document | {"machine": asdict(Speeds(speed, speed, speed, 1e9, others))})
-        for others in (0.1, 1.2)
-    ]
+        **{"disk": enough, "memory": enough, "device_memory": None, "lengths_counted": ""},
+        **{"seconds": 9, "within_a_day": None, "gguf": None, "sparse_execution": None},
+        **{"group_size_fallback": {}, "warnings": []},
+        machine=Speeds(speed, speed, speed, 1e9, 0.1),
+    )
+    busy = document.model_copy(update={"machine": Speeds(speed, speed, speed, 1e9, 1.2)})
+    said = [plan_text(document), plan_text(busy)]
     assert "busy" not in said[0]
     assert f"busy machine: {busy_text(1.2)}" in said[1]
 

@@ -6,6 +6,7 @@ import pytest
 
 from conftest import small_recipe
 from sqft_export.data.items import Data, load_tokenizer
+from sqft_export.measure.jobs import LatencySamples, TimedScores, WorkerResult
 from sqft_export.measure.rows import Row
 from sqft_export.model.hub import model_folder
 from sqft_export.stages import Context, benchmark
@@ -27,26 +28,34 @@ def measured(tiny_run, monkeypatch, tmp_path):
     def run(minutes: float, seconds: dict[str, float], *more: str):
         recipe = small_recipe(f"benchmark={{minutes: {minutes}, rounds: 2}}", *more)
         folder, clock, jobs = model_folder(recipe, download=False), _Clock(), []
-        table = [Row(name, "torch", tmp_path / name, (), 0.0) for name in seconds]
-        names = {str(row.folder): row.name for row in table}
+        table = [
+            Row(name, "compressed", name, "torch", tmp_path / name, (), 0.0) for name in seconds
+        ]
+        names = {row.folder: row.name for row in table}
 
-        def measure_in_process(job, scratch):
-            name, asked = names[job["folder"]], job.get("questions")
-            taken = seconds[name] * len(asked["prompts"]) if asked else 0.0
+        def measure_in_process(model, requests, scratch):
+            name, asked = names[model.folder], requests.questions
+            taken = seconds[name] * len(asked.prompts) if asked else 0.0
             clock.now += taken + 1
-            also = ("lm_eval",) if "lm_eval" in job else ()
-            count = len(asked["prompts"]) if asked else None
-            jobs.append((name, count, "latency_prompt" in job, *also))
-            timed = {"ttft_samples": [1.0]} if "latency_prompt" in job else {}
-            return timed | ({"score_seconds": taken, "answers": []} if asked else {})
+            also = ("lm_eval",) if requests.lm_eval else ()
+            count = len(asked.prompts) if asked else None
+            jobs.append((name, count, requests.latency is not None, *also))
+            scores = TimedScores(perplexity=2.0, token_accuracy=0.5, seconds=taken)
+            return WorkerResult(
+                load_seconds=1.0,
+                steady_memory_bytes=1,
+                peak_memory_bytes=1,
+                latency=LatencySamples(ttft=[1.0], tpot=[1.0]) if requests.latency else None,
+                scores=scores if asked else None,
+            )
 
         monkeypatch.setattr(benchmark, "measure_in_process", measure_in_process)
         monkeypatch.setattr(benchmark.time, "monotonic", clock.monotonic)
         silent = lambda total: lambda note="": None  # noqa: E731
         context = Context("benchmark", recipe, folder, tiny_run, tmp_path, silent)
         tokenizer = load_tokenizer(folder)
-        items, runs = _measure_rows(context, table, Data(recipe, tokenizer).test, tokenizer)
-        assert all("ttft_samples" in run for each in runs.values() for run in each)
+        items, found = _measure_rows(context, table, Data(recipe, tokenizer).test, tokenizer)
+        assert [len(each.latencies) for each in found.values()] == [2] * len(table)
         return items, jobs, clock.now
 
     return run

@@ -3,22 +3,20 @@
 import json
 from pathlib import Path
 
+from benchmark_rows import benchmark_row
+
 from conftest import random_model, small_recipe
+from sqft_export.measure.results import BenchmarkRow
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.stages.benchmark import _warnings
 
 
-def row(name: str, accuracy: float, perplexity: float, interval=None) -> dict:
-    return {
-        "name": name,
-        "accuracy": accuracy,
-        "perplexity": perplexity,
-        "interval": interval or (accuracy - 0.05, accuracy + 0.05),
-    }
+def row(id: str, accuracy: float, perplexity: float, **fields) -> BenchmarkRow:
+    return benchmark_row(id, accuracy, perplexity=perplexity, **fields)
 
 
 def test_a_tuning_that_makes_it_worse_is_told():
-    start, good = row("sparse + INT4", 0.5, 4.0), row("merged", 0.6, 3.0)
+    start, good = row("sparse-quantized", 0.5, 4.0), row("merged", 0.6, 3.0)
     assert _warnings([start, good], True) == []
     (told,) = _warnings([start, row("merged", 0.6, 592_892.0)], True)
     assert "tuning made the model worse: perplexity of 'merged' is 5.929e+05" in told
@@ -31,7 +29,7 @@ def test_a_tuning_that_makes_it_worse_is_told():
 
 
 def test_a_base_that_guesses_is_told():
-    (told,) = _warnings([row("dense base", 0.0, 77_508.0)], True)
+    (told,) = _warnings([row("dense", 0.0, 77_508.0)], True)
     assert "dense base has a perplexity of 77508" in told
 
 

@@ -6,6 +6,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from benchmark_rows import NAMES
 from transformers import AutoModelForCausalLM
 
 from conftest import SQFT, small_recipe
@@ -43,9 +44,8 @@ def test_a_target_that_is_not_here_is_refused_by_plan():
 
 def test_made_models_are_measured_on_what_is_here(tmp_path, monkeypatch):
     def rows_on(*targets):
-        names = ("dense base", "merged", "OpenVINO", "ONNX Runtime")
-        kinds = ("torch", "torch", "openvino", "onnx")
-        table = [Row(n, k, tmp_path, (), 0.0) for n, k in zip(names, kinds, strict=True)]
+        ids = ("dense", "merged", "openvino", "onnx")
+        table = [Row(id, *NAMES[id], tmp_path, (), 0.0) for id in ids]
         return [(row.name, row.device) for row in on_devices(table, targets)]
 
     here = [devices.Device("openvino", d, d.upper(), None) for d in ("gpu", "npu")]

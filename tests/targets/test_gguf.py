@@ -402,7 +402,7 @@ def test_plan_says_what_is_stored_otherwise_and_what_is_not_compared(tmp_path, m
     monkeypatch.setattr(
         "sqft_export.targets.devices.installed", lambda name: name not in ("cyllama", "llama_cpp")
     )
-    said = preview(recipe, tmp_path / "runs")["gguf"]
+    said = preview(recipe, tmp_path / "runs").gguf
     assert "scales have 7 significant bits" in said and "llama.cpp is not installed" in said
 
 

@@ -1,0 +1,63 @@
+"""What ``plan`` predicts, as a typed document."""
+
+from pydantic import Field
+
+from sqft_export.documents import Document
+from sqft_export.plan.speeds import Speeds
+
+
+class PlannedPass(Document):
+    """A pass with its predicted cost.
+
+    predicted_bytes: on disk.
+    predicted_seconds: None if it depends on data that is not on this machine.
+    key: beginning of the cache key.
+    taken_seconds: measured duration of a cached pass.
+    """
+
+    name: str = Field(alias="pass")
+    predicted_bytes: int
+    predicted_seconds: float | None
+    predicted_memory_bytes: int
+    key: str
+    cached: bool
+    taken_seconds: float | None
+
+
+class Need(Document):
+    """Bytes of a resource that the run needs, and that are free."""
+
+    needed_bytes: int
+    free_bytes: int
+
+
+class PlanDocument(Document):
+    """The prediction for a recipe on this machine.
+
+    model: folder or name of the base model.
+    group_size_fallback: Linear -> its group size, if it is not the requested one.
+    memory, device_memory: of the pass that needs most; None without an accelerator.
+    lengths_counted: how the lengths of the data were counted, see ``plan.workload``.
+    seconds: of all passes that are not cached.
+    within_a_day: settings with which the run takes less than a day, if it takes longer.
+    first_example: the first training example of a chat task, with its loss mask marked.
+    gguf, sparse_execution: notes about these deployments; None if they are not requested.
+    """
+
+    recipe: str
+    model: str
+    weights: int
+    passes: list[PlannedPass]
+    group_size: int | None
+    group_size_fallback: dict[str, int]
+    disk: Need
+    memory: Need
+    device_memory: Need | None
+    machine: Speeds
+    lengths_counted: str
+    seconds: float
+    within_a_day: str | None
+    gguf: str | None
+    sparse_execution: str | None
+    first_example: str | None
+    warnings: list[str]
