@@ -18,9 +18,9 @@ from sqft_export.data.files import Fields
 from sqft_export.data.marks import Message
 from sqft_export.errors import UserError
 
-RowKind = Literal["messages", "conversations", "completion", "instruction", "answer"]
+DataLayout = Literal["messages", "conversations", "completion", "instruction", "answer"]
 # In the order in which they are looked for.
-REQUIRED_COLUMNS: dict[RowKind, tuple[str, ...]] = {
+REQUIRED_COLUMNS: dict[DataLayout, tuple[str, ...]] = {
     "messages": ("messages",),
     "conversations": ("conversations",),
     "completion": ("prompt", "completion"),
@@ -45,7 +45,7 @@ ROLES = {
 }
 
 
-def kind_of_rows(columns: Iterable[str], place: str, mapping: Mapping[str, str]) -> RowKind:
+def kind_of_rows(columns: Iterable[str], place: str, mapping: Mapping[str, str]) -> DataLayout:
     """The kind of rows that have these columns.
 
     mapping: our name of a column -> its name in the data.
@@ -67,7 +67,10 @@ def kind_of_rows(columns: Iterable[str], place: str, mapping: Mapping[str, str])
 
 
 def conversation_of(
-    row: Fields, place: str, kind: RowKind | None = None, mapping: Mapping[str, str] | None = None
+    row: Fields,
+    place: str,
+    kind: DataLayout | None = None,
+    mapping: Mapping[str, str] | None = None,
 ) -> Conversation:
     """A row as a conversation with at least one answer.
 
@@ -114,7 +117,7 @@ def _known_names() -> list[str]:
     return list(dict.fromkeys([*required, *OPTIONAL_COLUMNS]))
 
 
-def _parts(fields: Fields, kind: RowKind, place: str) -> tuple[list[Message], list[Message]]:
+def _parts(fields: Fields, kind: DataLayout, place: str) -> tuple[list[Message], list[Message]]:
     """The messages that are given, without loss, and the others."""
     system = _system(fields.get("system"), place)
     if kind in ("messages", "conversations"):

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from sqft_export.data.chat import Conversation
-from sqft_export.data.columns import RowKind, conversation_of, drop_seen, kind_of_rows
+from sqft_export.data.columns import DataLayout, conversation_of, drop_seen, kind_of_rows
 from sqft_export.data.tables import Table
 from sqft_export.errors import UserError
 from sqft_export.recipe.schema import HUB, Chat, Recipe
@@ -79,7 +79,7 @@ def split_conversations(
 
 def _read(recipe: Recipe, task: Chat, split: str) -> list[Conversation]:
     table = _table(recipe, task, split)
-    kind: RowKind | None = None
+    kind: DataLayout | None = None
     found = []
     for number, row in table.rows():
         place = table.place(number)
