@@ -14,7 +14,8 @@ from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions
 from sqft_export.model.storage import quantization_config
 from sqft_export.model.tensorfiles import TensorWriter
-from sqft_export.numerics.affine import Grid, fit_grid, quantize
+from sqft_export.numerics.affine import fit_grid, quantize
+from sqft_export.numerics.codes import Grid, QuantizedWeight
 from sqft_export.numerics.gptq_layout import to_gptq
 from sqft_export.numerics.masks import drop_share
 
@@ -142,7 +143,7 @@ def write_merged(
                     pruned[linear] = pruned_grid(weight, sparsity, bits, group_size)
                 codes, grid = rolled(*pruned[linear], block // checkpoint.blocks)
                 grids[copy.removesuffix(".weight")] = grid
-                for part, value in to_gptq(codes, grid).items():
+                for part, value in to_gptq(QuantizedWeight(codes, grid)).items():
                     writer.add(f"{copy.removesuffix('.weight')}.{part}", value)
     config = checkpoint.config | {
         "num_hidden_layers": wanted,

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -20,6 +19,7 @@ from sqft_export.run.processors import limit_openmp_spinning
 
 if TYPE_CHECKING:
     from sqft_export.measure.results import DeviceSettings, TaskMetrics
+    from sqft_export.packed.folders import PackedSizes
 
 app = typer.Typer(
     help="Compile a language model and a task into a sparse, low-precision deployment.",
@@ -369,7 +369,7 @@ def unpack_command(folder: Deployment, out: Out) -> None:
     _print_packed(out, sizes)
 
 
-def _print_packed(out: Path, sizes: Mapping[str, int]) -> None:
+def _print_packed(out: Path, sizes: "PackedSizes") -> None:
     dense, packed = sizes["dense_bytes"], sizes["packed_bytes"]
     print(f"{out}: weights {dense:,} bytes dense, {packed:,} packed ({packed / dense:.1%})")
 

@@ -108,7 +108,7 @@ def parse_json(
     text: str | bytes,
     where: str,
     finite: bool = False,
-    number: Callable[[str], Any] | None = None,
+    number: Callable[[str], object] | None = None,
 ) -> Any:
     """Parse a JSON text.
 
@@ -131,7 +131,7 @@ def parse_json(
         raise UserError(f"{where}: not JSON: {one_line(error)}") from error
 
 
-def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_duplicate_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Build an object and refuse repeated keys: JSON readers differ in the value they keep."""
     found = dict(pairs)
     if len(found) < len(pairs):

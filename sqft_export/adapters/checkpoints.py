@@ -11,41 +11,56 @@ checkpoints, which pickle their index. Only the run that wrote such a checkpoint
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
+
+from sqft_export.libraries.transformers import HookedTrainer
 
 OPTIMIZER = "optimizer"
 
 
-def _write(folder: Path, stem: str, tensors: dict[str, torch.Tensor], document: Any) -> None:
+class OptimizerState(TypedDict):
+    """``optimizer.json``: the state dicts of torch without their tensors."""
+
+    groups: list[dict[str, object]]
+    schedule: dict[str, object]
+
+
+class RandomState(TypedDict):
+    """``random-<process>.json``: the states of Python's and numpy's generators without words.
+
+    numpy: kind, position, has_gauss, gauss.
+    """
+
+    python: tuple[int, list[int], float | None]
+    numpy: tuple[str, int, int, float]
+
+
+def _write(
+    folder: Path, stem: str, tensors: dict[str, torch.Tensor], document: Mapping[str, object]
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / f"{stem}.safetensors")
     (folder / f"{stem}.json").write_text(json.dumps(document))
 
 
-def _read(folder: Path, stem: str) -> tuple[dict[str, torch.Tensor], Any]:
-    return load_file(folder / f"{stem}.safetensors"), json.loads(
-        (folder / f"{stem}.json").read_text()
-    )
+def _read(folder: Path, stem: str) -> tuple[dict[str, torch.Tensor], object]:
+    tensors = load_file(folder / f"{stem}.safetensors")
+    return tensors, json.loads((folder / f"{stem}.json").read_text())
 
 
-class PlainCheckpointTrainer(Trainer):
+class PlainCheckpointTrainer(HookedTrainer):
     """A Trainer whose checkpoints contain no pickle."""
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+    def save_weights(self, folder: Path, state: dict[str, torch.Tensor] | None) -> None:
+        self.model.save_pretrained(str(folder), state_dict=state)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        if not self.args.should_save:
-            return
+    def save_optimizer(self, folder: Path) -> None:
         found = self.optimizer.state_dict()
         tensors = {
             f"{index}.{name}": torch.as_tensor(value)
@@ -53,41 +68,36 @@ class PlainCheckpointTrainer(Trainer):
             for name, value in state.items()
         }
         document = {"groups": found["param_groups"], "schedule": self.lr_scheduler.state_dict()}
-        _write(Path(output_dir), OPTIMIZER, tensors, document)
+        _write(folder, OPTIMIZER, tensors, document)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        if checkpoint is None:
-            return
-        tensors, document = _read(Path(checkpoint), OPTIMIZER)
+    def load_optimizer(self, folder: Path) -> None:
+        tensors, document = _read(folder, OPTIMIZER)
+        stored = cast(OptimizerState, document)
         state: dict[int, dict[str, torch.Tensor]] = {}
         for key, tensor in tensors.items():
             index, _, name = key.partition(".")
             state.setdefault(int(index), {})[name] = tensor
-        self.optimizer.load_state_dict({"state": state, "param_groups": document["groups"]})
-        self.lr_scheduler.load_state_dict(document["schedule"])
+        self.optimizer.load_state_dict({"state": state, "param_groups": stored["groups"]})
+        self.lr_scheduler.load_state_dict(stored["schedule"])
 
     def _random_stem(self) -> str:
         return f"random-{self.args.process_index}"
 
-    def _save_rng_state(self, output_dir: str) -> None:
+    def save_random_state(self, folder: Path) -> None:
         tensors = {"torch": torch.get_rng_state()}
         if torch.cuda.is_available():
             tensors["cuda"] = torch.cuda.get_rng_state()
         kind, words, *rest = np.random.get_state()
         tensors["numpy"] = torch.from_numpy(np.asarray(words).astype(np.int64))
         document = {"python": random.getstate(), "numpy": [kind, *rest]}
-        _write(Path(output_dir), self._random_stem(), tensors, document)
+        _write(folder, self._random_stem(), tensors, document)
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        tensors, document = _read(Path(checkpoint), self._random_stem())
-        version, words, gauss = document["python"]
+    def load_random_state(self, folder: Path) -> None:
+        tensors, document = _read(folder, self._random_stem())
+        stored = cast(RandomState, document)
+        version, words, gauss = stored["python"]
         random.setstate((version, tuple(words), gauss))
-        kind, *rest = document["numpy"]
+        kind, *rest = stored["numpy"]
         np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), *rest))
         torch.set_rng_state(tensors["torch"])
         if "cuda" in tensors:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -120,8 +119,7 @@ class _OperandTracer(TorchFunctionMode):
             return
         if name in self.captured.rows:
             return
-        elastic = isinstance(module, ElasticLoraLinear)
-        base: Any = module.get_base_layer() if elastic else module  # type: ignore[operator]
+        base = module.get_base_layer() if isinstance(module, ElasticLoraLinear) else module
         mask = self.mask_of(name, operand.shape)
         if mask is not None:
             dropped = ~mask.numpy()

@@ -11,11 +11,10 @@ Importing this module does not import torch; reading a tensor does.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from sqft_export.model.tensorfiles import TensorFiles
+from sqft_export.numerics.codes import LowRank
 from sqft_export.run.launcher import process_rank
 from sqft_export.textfiles import read_json
 
@@ -29,6 +28,36 @@ PREFIX = "base_model.model."
 TENSORS = "adapter_model"  # stem of the file
 CONFIG = "adapter_config.json"
 TRAINING_LOG = "training.jsonl"
+
+
+class AdapterConfig(TypedDict, total=False):
+    """``adapter_config.json``: the fields that this package reads or sets; peft has more.
+
+    rank_pattern, alpha_pattern: Linear -> value that differs from the default.
+    """
+
+    lora_alpha: float
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    target_modules: list[str]
+    inference_mode: bool
+    base_model_name_or_path: str | None
+
+
+class StepLog(TypedDict):
+    """The log of a training step; ``padded`` counts the tokens with padding."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    tokens: int
+    padded: int
+
+
+class RankedStepLog(StepLog):
+    """The log of a training step with the rank of each group."""
+
+    ranks: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -52,7 +81,7 @@ class AdapterFiles:
 
     def __init__(self, folder: Path):
         self.tensors = TensorFiles(folder, TENSORS)
-        self.config: dict[str, Any] = read_json(folder / CONFIG)
+        self.config = cast(AdapterConfig, read_json(folder / CONFIG))
 
     @property
     def linears(self) -> list[str]:
@@ -68,7 +97,7 @@ class AdapterFiles:
         return lora_a, lora_b, alpha / len(lora_a)
 
 
-def read_low_rank(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_low_rank(folder: Path) -> LowRank:
     """Return Linear -> ``A`` ``[rank, in]`` and ``B * scaling`` ``[out, rank]``, both float32.
 
     :param folder: adapter in peft's format.
@@ -99,7 +128,7 @@ def save_adapter(model: "PeftModel", folder: Path) -> None:
         _write(folder, state, config.to_dict() | {"inference_mode": True})
 
 
-def write_sub_adapter(config: dict[str, Any], updates: dict[str, "Update"], folder: Path) -> None:
+def write_sub_adapter(config: AdapterConfig, updates: dict[str, "Update"], folder: Path) -> None:
     """Write an adapter with a separate rank per Linear, in the format of stock peft.
 
     :param config: peft's config of the super-adapter.
@@ -110,11 +139,11 @@ def write_sub_adapter(config: dict[str, Any], updates: dict[str, "Update"], fold
         tensors[f"{PREFIX}{name}.lora_A.weight"] = lora_a.detach().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = lora_b.detach().contiguous()
         ranks[name], alphas[name] = len(lora_a), scaling * len(lora_a)
-    patterns = {"rank_pattern": ranks, "alpha_pattern": alphas, "inference_mode": True}
+    patterns = AdapterConfig(rank_pattern=ranks, alpha_pattern=alphas, inference_mode=True)
     _write(folder, tensors, config | patterns)
 
 
-def _write(folder: Path, tensors: dict[str, "Tensor"], config: dict[str, Any]) -> None:
+def _write(folder: Path, tensors: dict[str, "Tensor"], config: AdapterConfig) -> None:
     """Write the two files; the bytes depend only on the adapter, and contain no local path."""
     from safetensors.torch import save_file
 
@@ -126,11 +155,11 @@ def _write(folder: Path, tensors: dict[str, "Tensor"], config: dict[str, Any]) -
     (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n")
 
 
-def write_training_log(folder: Path, log: list[dict[str, Any]]) -> None:
+def write_training_log(folder: Path, log: list[RankedStepLog]) -> None:
     """Write ``training.jsonl``, one line per step."""
     (folder / TRAINING_LOG).write_text("".join(json.dumps(entry) + "\n" for entry in log))
 
 
-def read_training_log(folder: Path) -> list[dict[str, Any]]:
+def read_training_log(folder: Path) -> list[RankedStepLog]:
     """Return loss, learning rate, tokens and ranks of every step of a training."""
     return [json.loads(line) for line in (folder / TRAINING_LOG).read_text().splitlines()]

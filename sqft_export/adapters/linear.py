@@ -19,16 +19,17 @@ base: ``y = x FQ(W_base)^T + dropout(x) (B A)^T * alpha / max_rank``.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
+from sqft_export.libraries.torch import MovableLinear, version_of
 from sqft_export.numerics import fused
-from sqft_export.numerics.affine import Grid, quantize, split_groups, widen_to_4_bits
-from sqft_export.numerics.codes import codes_to_steps
+from sqft_export.numerics.affine import quantize, shift_scales, split_groups, widen_to_4_bits
+from sqft_export.numerics.codes import Grid, QuantizedWeight
 from sqft_export.numerics.gptq_layout import to_gptq
 
 PEFT_NAME = "default"
@@ -71,12 +72,15 @@ class WeightCache:
 
     def clear(self) -> None:
         """Drop the weight and the references to its source tensors."""
-        self.key: Any = None
+        self.key: object = None
         self.held: list[Tensor] = []
         self.weight: Tensor | None = None
 
     def get(
-        self, sources: Iterable[Tensor | None], facts: tuple[Any, ...], make: Callable[[], Tensor]
+        self,
+        sources: Iterable[Tensor | None],
+        facts: tuple[object, ...],
+        make: Callable[[], Tensor],
     ) -> Tensor:
         """Return the cached weight; call ``make`` first if a source or a fact has changed.
 
@@ -84,7 +88,7 @@ class WeightCache:
         :param facts: other values that it depends on: dtype and scaling.
         """
         tensors = [None if source is None else source.detach() for source in sources]
-        key = facts, [t if t is None else (t.data_ptr(), t._version, t.shape) for t in tensors]
+        key = facts, [t if t is None else (t.data_ptr(), version_of(t), t.shape) for t in tensors]
         if self.weight is None or key != self.key:
             self.clear()  # before make, so that only one weight is in memory
             self.weight = make()
@@ -92,7 +96,7 @@ class WeightCache:
         return self.weight
 
 
-class CompressedLinear(nn.Linear):
+class CompressedLinear(MovableLinear):
     """A frozen Linear with its mask bits and grid.
 
     weight: ``[out, in]`` in the checkpoint's dtype.
@@ -142,7 +146,7 @@ class CompressedLinear(nn.Linear):
             return None
         group_size = self.in_features // self.scale.shape[1]
         grid = Grid(self.scale, self.zero_point, self.bits, group_size)
-        return grid if shift is None else grid.shift_scales(shift)
+        return grid if shift is None else shift_scales(grid, shift)
 
     def frozen_part(self, shift: Tensor | None) -> fused.Frozen:
         """Return weight, mask and grid, with the scales shifted by ``shift``."""
@@ -182,10 +186,9 @@ class CompressedLinear(nn.Linear):
             lambda: self.effective_weight(update, shift, dtype),
         )
 
-    def _apply(self, fn, recurse=True):  # called by torch to change device or dtype
+    def before_move(self) -> None:
         if self.cache is not None:
             self.cache.clear()
-        return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def cache_effective_weight(self, dtype: torch.dtype) -> None:
@@ -208,9 +211,9 @@ class CompressedLinear(nn.Linear):
         if self.grid is None:
             weight = self.effective_weight(update).to(self.weight.dtype)
             return Merged({"weight": weight}, int((weight == 0).sum()), None)
-        codes, grid = widen_to_4_bits(self.codes(update), self.grid)
-        steps = codes_to_steps(codes.numpy(), grid.zero_point.numpy())
-        return Merged(to_gptq(codes, grid), int(np.count_nonzero(steps == 0)), grid)
+        weight = widen_to_4_bits(QuantizedWeight(self.codes(update), self.grid))
+        zeros = int(np.count_nonzero(weight.numpy().steps == 0))
+        return Merged(to_gptq(weight), zeros, weight.grid)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x W_eff^T + bias`` without an adapter, in the dtype of ``x``."""

@@ -1,7 +1,6 @@
 """Load a base with :class:`CompressedLinear` layers: one layer, or a model with adapters."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -9,9 +8,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sqft_export.adapters.elastic import train_scales
-from sqft_export.adapters.files import AdapterFiles, Base
+from sqft_export.adapters.files import AdapterConfig, AdapterFiles, Base
 from sqft_export.adapters.linear import PEFT_NAME, CompressedLinear, ElasticLoraLinear, Update
 from sqft_export.errors import UserError
+from sqft_export.libraries.peft import register_adapter
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.families import adapted
 from sqft_export.model.floats import load_model
@@ -107,7 +107,7 @@ def add_adapters(
         bias="none",
         task_type="CAUSAL_LM",
     )
-    config._register_custom_module({CompressedLinear: ElasticLoraLinear})
+    register_adapter(config, CompressedLinear, ElasticLoraLinear)
     return _cache_unchanged_weights(get_peft_model(model, config))
 
 
@@ -124,7 +124,7 @@ def load_adapted(base: Base, adapter: Path, dtype: torch.dtype) -> nn.Module:
     """Load a base with an adapter folder that adapt or search wrote."""
     config = LoraConfig.from_pretrained(adapter)
     config.inference_mode = False
-    config._register_custom_module({CompressedLinear: ElasticLoraLinear})
+    register_adapter(config, CompressedLinear, ElasticLoraLinear)
     adapted = _cache_unchanged_weights(get_peft_model(load_compressed(base, dtype), config))
     state = load_file(adapter / "adapter_model.safetensors")
     if any(".lora_shift" in name for name in state):
@@ -144,6 +144,6 @@ def new_adapter(recipe: Recipe, base: Base, dtype: torch.dtype) -> PeftModel:
     return add_adapters(model, targets, config.max_rank, config.alpha, config.dropout)
 
 
-def peft_config(model: nn.Module) -> dict[str, Any]:
+def peft_config(model: nn.Module) -> AdapterConfig:
     """Return the adapter's config as peft writes it."""
     return model.peft_config[PEFT_NAME].to_dict()  # type: ignore[union-attr, operator, index]

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -24,7 +24,7 @@ from sqft_export.adapters.elastic import (
     set_ranks,
     train_scales,
 )
-from sqft_export.adapters.files import Base, save_adapter
+from sqft_export.adapters.files import Base, RankedStepLog, StepLog, save_adapter
 from sqft_export.adapters.loading import new_adapter
 from sqft_export.data.items import Data, Example
 from sqft_export.errors import UserError
@@ -33,6 +33,9 @@ from sqft_export.recipe.schema import Adapt, Recipe
 from sqft_export.run.device import CPU, device_name, device_of, training_dtype
 from sqft_export.run.launcher import process_count, process_rank
 from sqft_export.run.progress import Advance, Start
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"  # read by the Trainer
 COMPLETE = "complete"  # file written after a checkpoint; partial checkpoints are not resumed
@@ -137,7 +140,18 @@ class _LengthGroupedSampler(Sampler[int]):
         yield from grouped[full_batches * self.batch :]
 
 
-def collate(examples: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]:
+class TrainingRow(TypedDict):
+    """A training example; the first ``skip`` tokens are not in the loss.
+
+    loss: per token, whether it is in the loss; None: all tokens after the first ``skip``.
+    """
+
+    input_ids: list[int]
+    skip: int
+    loss: NotRequired[list[bool] | None]
+
+
+def collate(examples: list[TrainingRow], pad: int) -> dict[str, torch.Tensor]:
     """Return a right-padded batch: int64 ``[batch, length]`` ids, labels and attention mask.
 
     Padding is masked in the attention and in the loss (label -100).
@@ -152,8 +166,8 @@ def collate(examples: list[dict[str, Any]], pad: int) -> dict[str, torch.Tensor]
         length = len(example["input_ids"])
         ids[row, :length] = torch.tensor(example["input_ids"])
         labels[row, example["skip"] : length] = ids[row, example["skip"] : length]
-        if example.get("loss") is not None:
-            labels[row, :length][~torch.tensor(example["loss"])] = -100
+        if (loss := example.get("loss")) is not None:
+            labels[row, :length][~torch.tensor(loss)] = -100
         mask[row, :length] = 1
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
@@ -176,8 +190,7 @@ class _Trainer(PlainCheckpointTrainer):
         self.config, self.throughput = config, throughput
         self.teacher = None if teacher is None else teacher.to(self.args.device)
 
-    def _get_train_sampler(self, train_dataset=None):
-        rows = self.train_dataset if train_dataset is None else train_dataset
+    def train_sampler(self, rows: Dataset) -> Sampler:
         batch = self.config.batch * self.config.accumulation * process_count()
         lengths = [len(row["input_ids"]) for row in rows]
         return _LengthGroupedSampler(lengths, batch, self.args.data_seed)
@@ -185,7 +198,7 @@ class _Trainer(PlainCheckpointTrainer):
     def log(self, logs, start_time=None):
         super().log(logs | (self.throughput.end_step() if "loss" in logs else {}), start_time)
 
-    optimizer: Any
+    optimizer: torch.optim.Optimizer | None
 
     def create_optimizer(self, *_):
         if self.optimizer is None:
@@ -258,7 +271,7 @@ def layer_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], labels
     return torch.stack(errors).mean()
 
 
-def padding_id(model: nn.Module, tokenizer: Any) -> int:
+def padding_id(model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> int:
     """Return the token id of the padding: the tokenizer's if the embedding has it, or 0."""
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
     pad = tokenizer.pad_token_id
@@ -271,6 +284,15 @@ def has_no_loss(example: Example, config: Adapt) -> bool:
     return masked and example.has_no_answer
 
 
+class TrainingFacts(TypedDict):
+    """Facts of a training that depend on the machine."""
+
+    precision: str
+    device: str
+    tokens_per_second: float
+    padded_share: float
+
+
 @dataclass(frozen=True)
 class Trained:
     """The result of a training.
@@ -278,19 +300,18 @@ class Trained:
     model: model with the trained super-adapter.
     data: items that it was trained on.
     log: one entry per step: loss, learning rate, tokens and ranks.
-    facts: values that depend on the machine: precision, device, tokens_per_second, padded_share.
     """
 
     model: nn.Module
     data: Data
-    log: list[dict[str, Any]]
-    facts: dict[str, Any]
+    log: list[RankedStepLog]
+    facts: TrainingFacts
 
 
 def train_on_task(
     recipe: Recipe,
     base: Base,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     folder: Path,
     start: Start,
     elastic: bool,
@@ -324,8 +345,8 @@ def train_on_task(
     if process_rank() == 0:  # checkpoints are only needed to resume an interrupted run
         shutil.rmtree(folder / "training")
     # The Trainer logs a step after incrementing its number: entry n used the ranks of n - 1.
-    log = [{**e, "ranks": ranks_at(int(e["step"]) - 1)} for e in log]
-    return Trained(model, data, log, _facts(log, tokens_per_second, dtype, device))
+    ranked = [RankedStepLog(**e, ranks=ranks_at(int(e["step"]) - 1)) for e in log]
+    return Trained(model, data, ranked, _facts(log, tokens_per_second, dtype, device))
 
 
 def _elastic_groups(model: nn.Module, base: Base, config: Adapt) -> dict[str, list[str]]:
@@ -336,8 +357,8 @@ def _elastic_groups(model: nn.Module, base: Base, config: Adapt) -> dict[str, li
 
 
 def _facts(
-    log: list[dict[str, Any]], tokens_per_second: float, dtype: torch.dtype, device: torch.device
-) -> dict[str, Any]:
+    log: list[StepLog], tokens_per_second: float, dtype: torch.dtype, device: torch.device
+) -> TrainingFacts:
     """Return the facts of :class:`Trained`."""
     padded = sum(e["padded"] for e in log)
     return {
@@ -378,12 +399,12 @@ def _arguments(
     )
 
 
-def _rows(examples: list[Example], config: Adapt) -> list[dict[str, Any]]:
+def _rows(examples: list[Example], config: Adapt) -> list[TrainingRow]:
     """Return the examples in the format of :func:`collate`, without those that have no loss.
 
     :raises UserError: if no example is left.
     """
-    rows = [
+    rows: list[TrainingRow] = [
         {
             "input_ids": e.ids,
             "skip": e.skip if config.loss_on == "answer" else 0,
@@ -408,7 +429,7 @@ def train_adapter(
     advance: Advance,
     teacher: nn.Module | None = None,
     device: torch.device = CPU,
-) -> tuple[list[dict[str, Any]], float]:
+) -> tuple[list[StepLog], float]:
     """Train the adapters of ``model`` in place.
 
     :param pad: token id of the padding.
@@ -434,6 +455,16 @@ def train_adapter(
     )
     trainer.train(resume_from_checkpoint=_last_complete_checkpoint(folder))
     model.eval()
-    keys = ("step", "loss", "learning_rate", "tokens", "padded")
-    log = [{k: e[k] for k in keys} for e in trainer.state.log_history if "loss" in e]
+    log = [_step_log(e) for e in trainer.state.log_history if "loss" in e]
     return log, throughput.tokens_per_second
+
+
+def _step_log(entry: dict[str, float]) -> StepLog:
+    """Return the log of a step from an entry of the Trainer's log."""
+    return {
+        "step": int(entry["step"]),
+        "loss": entry["loss"],
+        "learning_rate": entry["learning_rate"],
+        "tokens": int(entry["tokens"]),
+        "padded": int(entry["padded"]),
+    }

@@ -24,7 +24,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -44,6 +44,9 @@ from sqft_export.numerics.codes import round_up
 from sqft_export.run.host import allowed_processors
 from sqft_export.run.processors import MIN_BUSY_PROCESSORS, sample, used_by_others
 from sqft_export.textfiles import read_json
+
+if TYPE_CHECKING:
+    import openvino as ov
 
 FORMS = (STOCK, "dense", "sparse")
 DECODE_TOKENS, PREFILL_TOKENS = 1, 32  # tokens per call
@@ -166,8 +169,8 @@ def pinned_execution() -> str | None:
     return found
 
 
-def stock_model(matrix: Matrix, copies: int) -> Any:
-    """Return an ``openvino.Model`` with ``copies`` products of one input, on OpenVINO's kernels."""
+def stock_model(matrix: Matrix, copies: int) -> "ov.Model":
+    """Return a model with ``copies`` products of one input, on OpenVINO's kernels."""
     import openvino as ov
     from openvino import opset13 as ops
 
@@ -193,7 +196,7 @@ def stock_model(matrix: Matrix, copies: int) -> Any:
 
 def kernel_model(
     matrix: Matrix, kept: KeptCounts, form: str, copies: int, kernels: Kernels
-) -> tuple[Any, np.ndarray] | None:
+) -> "tuple[ov.Model, np.ndarray] | None":
     """Return the same model on our kernels and the memory that it reads.
 
     None if the kernels do not support the shape.
@@ -222,7 +225,9 @@ def kernel_model(
     return ov.Model(products, [x], "kernel"), memory
 
 
-def _time_models(models: dict[str, Any], inputs: int, copies: int) -> dict[str, dict[str, float]]:
+def _time_models(
+    models: "dict[str, ov.Model]", inputs: int, copies: int
+) -> dict[str, dict[str, float]]:
     """Return the seconds of one product, by form and number of tokens.
 
     Calls of the forms are interleaved and the fastest call of each counts: other work on the

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from xml.etree.ElementTree import Element
 
 import numpy as np
 
@@ -92,10 +92,10 @@ class Graph:
 
     def __init__(self, text: bytes, name: str):
         self.name, self.is_specialized = name, is_specialized(text)
-        self.layers: dict[str, Any] = {}
+        self.layers: dict[str, Element] = {}
         self.sources: dict[tuple[str, str], str] = {}
         self.readers: dict[str, list[str]] = {}
-        self._edges: dict[str, list[Any]] = {}  # by layer: edges from it and to it
+        self._edges: dict[str, list[Element]] = {}  # by layer: edges from it and to it
         try:
             self.root = _parse_xml(text)
             self._read_layers()
@@ -114,7 +114,7 @@ class Graph:
                 raise ValueError(f"layer {key} occurs twice")
             self.layers[key] = layer
         self._next_id = 1 + max(map(int, self.layers), default=0)
-        self._removed: set[Any] = set()  # layers and edges that :meth:`text` omits
+        self._removed: set[Element] = set()  # layers and edges that :meth:`text` omits
         # Layers inside a loop or a condition have separate ids.
         self.has_bodies = sum(1 for _ in self.root.iter("layer")) > len(self.layers)
 
@@ -374,7 +374,7 @@ class Graph:
         number = str(self._next_id)
         self._next_id += 1
         what = {"id": number, "name": name, "type": "Const", "version": "opset1"}
-        layer = self.layers[number] = ElementTree.Element("layer", what)
+        layer = self.layers[number] = Element("layer", what)
         shape = {"element_type": "u8", "shape": str(size), "offset": "0", "size": str(size)}
         ElementTree.SubElement(layer, "data", shape)
         ElementTree.SubElement(layer, "output").append(_port("0", size))
@@ -407,21 +407,21 @@ class _Builder(ElementTree.TreeBuilder):
 
     depth = 0
 
-    def doctype(self, *_: Any) -> None:
+    def doctype(self, *_: object) -> None:
         raise ValueError("it has a DOCTYPE")
 
-    def start(self, tag: Any, attributes: Any) -> Any:
+    def start(self, tag: str, attributes: dict[str, str], /) -> Element:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise ValueError("it is nested too deeply")
         return super().start(tag, attributes)
 
-    def end(self, tag: Any) -> Any:
+    def end(self, tag: str, /) -> Element:
         self.depth -= 1
         return super().end(tag)
 
 
-def _parse_xml(text: bytes) -> Any:
+def _parse_xml(text: bytes) -> Element:
     return ElementTree.fromstring(text, ElementTree.XMLParser(target=_Builder()))
 
 
@@ -436,15 +436,15 @@ def _parse_number(text: str | None, what: str) -> int:
     return int(text)
 
 
-def _input_ports(layer: Any) -> list[Any]:
+def _input_ports(layer: Element) -> list[Element]:
     """Return the input ports of a layer; an empty list if one has no id."""
     found = layer.find("input")
     ports = [] if found is None else list(found)
     return ports if all(port.tag == "port" and "id" in port.attrib for port in ports) else []
 
 
-def _port(number: str, size: int) -> Any:
-    port = ElementTree.Element("port", {"id": number, "precision": "U8"})
+def _port(number: str, size: int) -> Element:
+    port = Element("port", {"id": number, "precision": "U8"})
     ElementTree.SubElement(port, "dim").text = str(size)
     return port
 

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sqft_export.compiled import built_library
 from sqft_export.errors import DamagedError
+from sqft_export.numerics.codes import QuantizedWeight, from_arrays
 from sqft_export.run.host import allowed_processors
 
 FORMATS = ("dense", "mask", "pairs")
@@ -70,7 +70,7 @@ class Kernels:
         return self.name in ("avx512-amx", "avx512")
 
 
-def open_library(file: Path) -> Any:
+def open_library(file: Path) -> ctypes.CDLL:
     """Load a library that was built from this folder's sources."""
     library = ctypes.CDLL(str(file))
     library.sqft_kernels.restype = ctypes.POINTER(_Kernels)
@@ -78,13 +78,20 @@ def open_library(file: Path) -> Any:
 
 
 @functools.cache
-def kernel_library() -> Any:
+def kernel_library() -> ctypes.CDLL | None:
     """Return the library built with the package; None if there was no compiler."""
     file = built_library(Path(__file__).parent, "_kernels")
     return open_library(file) if file else None
 
 
-def find_kernels(name: str | None = None, library: Any = None) -> Kernels | None:
+def _require_library(library: ctypes.CDLL | None) -> ctypes.CDLL:
+    """Return the library; None stands for the one that was built with the package."""
+    found = library or kernel_library()
+    assert found is not None, "the kernels were not built"
+    return found
+
+
+def find_kernels(name: str | None = None, library: ctypes.CDLL | None = None) -> Kernels | None:
     """Return the fastest kernels that this processor supports, or those with a name.
 
     None if the processor does not support them, or the library was not built.
@@ -96,7 +103,7 @@ def find_kernels(name: str | None = None, library: Any = None) -> Kernels | None
 
 @dataclass(frozen=True)
 class Matrix:
-    """A compressed matrix as a runtime stores it.
+    """The bytes of a quantized weight in a runtime's file, which are packed without a copy.
 
     codes: uint8 ``[bytes]``, row major; for 4 bits two codes per byte, the lower nibble first.
     flip: XOR mask that makes codes unsigned: ``2^(bits-1)`` for signed codes, else 0.
@@ -134,10 +141,10 @@ class KeptCounts:
     pairs: bool
 
 
-def count_kept(matrix: Matrix, library: Any = None) -> KeptCounts:
+def count_kept(matrix: Matrix, library: ctypes.CDLL | None = None) -> KeptCounts:
     """Count the kept codes of each row."""
     kept = np.empty(matrix.rows, np.uint32)
-    pairs = (library or kernel_library()).sqft_count(
+    pairs = _require_library(library).sqft_count(
         *(_pointer(matrix.codes), matrix.bits, matrix.flip, _pointer(matrix.zero)),
         *(matrix.rows, matrix.inputs, matrix.group, _pointer(kept)),
     )
@@ -145,7 +152,7 @@ def count_kept(matrix: Matrix, library: Any = None) -> KeptCounts:
 
 
 def plan_matrix(
-    matrix: Matrix, form: str, lanes: int, kept: np.ndarray, library: Any = None
+    matrix: Matrix, form: str, lanes: int, kept: np.ndarray, library: ctypes.CDLL | None = None
 ) -> MatrixHeader | None:
     """Return the header of a matrix packed in a format; ``header.bytes`` is the packed size.
 
@@ -162,19 +169,23 @@ def plan_matrix(
         inputs=matrix.inputs,
         stored_group=matrix.group,
     )
-    library = library or kernel_library()
+    library = _require_library(library)
     return None if library.sqft_plan(ctypes.byref(header), _pointer(kept)) else header
 
 
 def pack_matrix(
-    header: MatrixHeader, matrix: Matrix, kept: np.ndarray, out: np.ndarray, library: Any = None
+    header: MatrixHeader,
+    matrix: Matrix,
+    kept: np.ndarray,
+    out: np.ndarray,
+    library: ctypes.CDLL | None = None,
 ) -> None:
     """Pack a matrix into ``out``.
 
     :param header: from :func:`plan_matrix`.
     :param out: uint8 ``[header.bytes]``, aligned to 64 bytes.
     """
-    library = library or kernel_library()
+    library = _require_library(library)
     out[: ctypes.sizeof(MatrixHeader)] = np.frombuffer(bytes(header), np.uint8)
     library.sqft_place(_pointer(out), _pointer(kept))
     pieces = np.linspace(0, header.tiles, 4 * allowed_processors() + 1).astype(int)
@@ -195,21 +206,22 @@ def _copy_header(blob: np.ndarray) -> MatrixHeader:
     return MatrixHeader.from_buffer_copy(blob[: ctypes.sizeof(MatrixHeader)].tobytes())
 
 
-def read_header(blob: np.ndarray, name: str, library: Any = None) -> MatrixHeader:
+def read_header(blob: np.ndarray, name: str, library: ctypes.CDLL | None = None) -> MatrixHeader:
     """Return the header of a packed matrix.
 
     :raises DamagedError: if the header is invalid or refers to bytes outside ``blob``.
     """
     size = ctypes.c_size_t(blob.nbytes)
-    if (library or kernel_library()).sqft_check(_pointer(blob), size):
+    if _require_library(library).sqft_check(_pointer(blob), size):
         raise DamagedError(f"{name}: its weights are not in the format that these kernels read")
     return _copy_header(blob)
 
 
-def unpack_matrix(blob: np.ndarray, name: str, library: Any = None) -> Matrix:
-    """Unpack a matrix: the inverse of :func:`pack_matrix`.
+def unpack_matrix(
+    blob: np.ndarray, name: str, library: ctypes.CDLL | None = None
+) -> QuantizedWeight[np.ndarray]:
+    """Return the weight that :func:`pack_matrix` packed.
 
-    :return: one code per byte; zero points are always present, also for symmetric codes.
     :raises DamagedError: if the packed matrix is damaged.
     """
     header = read_header(blob, name, library)
@@ -217,9 +229,9 @@ def unpack_matrix(blob: np.ndarray, name: str, library: Any = None) -> Matrix:
     groups = header.inputs // header.stored_group
     zero = np.empty((header.rows, groups), np.uint8)
     scale = np.empty((header.rows, groups), np.float16)
-    library = library or kernel_library()
+    library = _require_library(library)
     library.sqft_unpack(_pointer(blob), _pointer(codes), _pointer(zero), _pointer(scale))
-    return Matrix(header.bits, header.rows, header.inputs, codes, 0, zero, scale)
+    return from_arrays(codes, scale, zero, header.bits)
 
 
 def use_huge_pages(array: np.ndarray) -> None:
@@ -251,7 +263,7 @@ def multiply(
     x: np.ndarray,
     mode: str = "auto",
     kernels: str | None = None,
-    library: Any = None,
+    library: ctypes.CDLL | None = None,
 ) -> np.ndarray:
     """Multiply a packed matrix with activations on one thread; return float32 ``[tokens, rows]``.
 
@@ -262,7 +274,7 @@ def multiply(
     :param kernels: name of an instruction set; None selects the fastest.
     :raises MemoryError: if scratch memory can't be allocated.
     """
-    library = library or kernel_library()
+    library = _require_library(library)
     tokens, rows = len(x), _copy_header(blob).rows
     y = np.empty((tokens, rows), np.float32)
     modes = {"auto": 0, "one": 1, "many": 2, "exact": 3}

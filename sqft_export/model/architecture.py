@@ -6,10 +6,15 @@ torch and transformers are imported only when a model is built, since devices re
 import functools
 import json
 import logging
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sqft_export.errors import UserError, one_line
+from sqft_export.model.config import ModelConfig
 from sqft_export.model.families import FAMILIES, Family
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 # Fields of config.json with the number of experts.
@@ -26,7 +31,7 @@ _MAX_SIZES = {
 MULTIMODAL_FIELDS = ("vision_config", "audio_config", "vision_tower")
 
 
-def family_of(config: dict[str, Any], where: str) -> Family:
+def family_of(config: ModelConfig, where: str) -> Family:
     """Return the family of a Hugging Face ``config.json``.
 
     The family of a model type that is not listed follows from the structure of its model.
@@ -55,7 +60,7 @@ def _unlisted_family(config: str, where: str) -> Family:
     return family
 
 
-def shapes_of(config: dict[str, Any], where: str) -> dict[str, tuple[int, ...]]:
+def shapes_of(config: ModelConfig, where: str) -> dict[str, tuple[int, ...]]:
     """Return the shape of every weight of the model, from ``config.json`` alone.
 
     If embedding and head are tied, only the embedding is listed.
@@ -71,7 +76,7 @@ def _shapes(config: str, where: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple((name, tuple(weight.shape)) for name, weight in model.named_parameters())
 
 
-def transformers_config(config: dict[str, Any], where: str) -> Any:
+def transformers_config(config: ModelConfig, where: str) -> "PretrainedConfig":
     """Convert a ``config.json`` to transformers' config, without its quantization settings.
 
     :raises UserError: naming ``where`` and the field, if transformers rejects it.
@@ -90,10 +95,9 @@ def _error_text(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-def empty_model(config: Any, attention: str | None = None) -> Any:
+def empty_model(config: "PretrainedConfig", attention: str | None = None) -> "PreTrainedModel":
     """Build a float32 causal language model whose parameters take no memory; buffers are real.
 
-    :param config: transformers' config.
     :param attention: name of the attention implementation; None for transformers' default.
     """
     import torch
@@ -110,7 +114,7 @@ def empty_model(config: Any, attention: str | None = None) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _empty_model_of(config: dict[str, Any], where: str) -> Any:
+def _empty_model_of(config: ModelConfig, where: str) -> "PreTrainedModel":
     """Build the empty model of a ``config.json``.
 
     :raises UserError: if transformers has no causal language model for ``model_type``, or it can't
@@ -137,7 +141,7 @@ def _empty_model_of(config: dict[str, Any], where: str) -> Any:
     return model
 
 
-def _check_sizes(config: dict[str, Any], where: str) -> None:
+def _check_sizes(config: ModelConfig, where: str) -> None:
     """Refuse sizes that no real model has: they would take hours and all memory to fail."""
     for field, most in _MAX_SIZES.items():
         found = config.get(field)
@@ -145,7 +149,7 @@ def _check_sizes(config: dict[str, Any], where: str) -> None:
             raise UserError(f"{where}: {field}: found {found!r}; allowed are 1 to {most}")
 
 
-def _refuse_unsupported(config: Any, where: str) -> None:
+def _refuse_unsupported(config: "PretrainedConfig", where: str) -> None:
     """Refuse mixtures of experts and multimodal models."""
     for name in EXPERT_FIELDS:
         if (getattr(config, name, None) or 0) > 1:
@@ -162,7 +166,7 @@ def _refuse_unsupported(config: Any, where: str) -> None:
             )
 
 
-def family_from_structure(config: dict[str, Any], where: str) -> Family:
+def family_from_structure(config: ModelConfig, where: str) -> Family:
     """Derive a family from the longest list of blocks with Linears; every Linear gets an adapter.
 
     :raises UserError: if the model has no such list.
@@ -195,7 +199,7 @@ def family_from_structure(config: dict[str, Any], where: str) -> Family:
     )
 
 
-def _linears(module: Any) -> list[str]:
+def _linears(module: "nn.Module") -> list[str]:
     """Return the names of all Linears in a module."""
     from torch import nn
 

@@ -8,7 +8,6 @@ replaces weights, and the block runs again to compute the inputs of the next blo
 import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
@@ -110,6 +109,10 @@ class Inputs:
             gathered.clear()
 
 
+Keywords = dict[str, object]  # keyword arguments of a block's forward
+Call = tuple[Tensor, Keywords]  # hidden states [1, length, hidden] and keyword arguments
+
+
 @dataclass
 class Block:
     """A decoder block in memory.
@@ -124,7 +127,7 @@ class Block:
     index: int
     module: nn.Module
     linears: dict[str, nn.Linear]
-    calls: list[tuple[Tensor, dict[str, Any]]]
+    calls: list[Call]
 
 
 class _StopForwardError(Exception):
@@ -142,9 +145,9 @@ class _CallRecorder(nn.Module):
         # Models also read attributes of their blocks, such as the kind of attention mask.
         self.__dict__ |= {k: v for k, v in vars(block).items() if not k.startswith("_")}
         self.wraps = wraps
-        self.calls: list[tuple[Tensor, dict[str, Any]]] = []
+        self.calls: list[Call] = []
 
-    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor | tuple[Tensor]:
+    def forward(self, hidden: Tensor, **kwargs: object) -> Tensor | tuple[Tensor]:
         self.calls.append((hidden, kwargs))
         if self.wraps is None:
             raise _StopForwardError
@@ -189,8 +192,8 @@ def _load_weights(
 
 
 def _record_calls(
-    model: nn.Module, layers: Any, samples: list[Tensor], wraps: list[bool | None]
-) -> list[list[tuple[Tensor, dict[str, Any]]]]:
+    model: nn.Module, layers: nn.ModuleList, samples: list[Tensor], wraps: list[bool | None]
+) -> list[list[Call]]:
     """Record the arguments of the first blocks: per block, hidden states and keywords per sample.
 
     :param wraps: per recorded block, as for :class:`_CallRecorder`.
@@ -209,7 +212,7 @@ def _record_calls(
 
 def _first_inputs(
     model: nn.Module, checkpoint: Checkpoint, samples: list[Tensor], device: torch.device
-) -> tuple[list[Tensor], list[list[dict[str, Any]]]]:
+) -> tuple[list[Tensor], list[list[Keywords]]]:
     """Return the hidden states into block 0 and the keyword arguments of every block, per sample.
 
     Keyword arguments may differ between blocks: Gemma's blocks alternate between full and windowed
@@ -246,7 +249,7 @@ def _collect(block: Block, collector: Collector) -> None:
         hook.remove()
 
 
-def output_of(module: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def output_of(module: nn.Module, hidden: Tensor, kwargs: Keywords) -> Tensor:
     """Run a block and return its hidden states; some blocks return them in a tuple."""
     output = module(hidden, **kwargs)
     return output[0] if isinstance(output, tuple) else output

@@ -11,11 +11,12 @@ from collections.abc import Iterable
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from sqft_export.errors import UserError
 from sqft_export.model.architecture import family_of, shapes_of
 from sqft_export.model.companions import file_in_folder
+from sqft_export.model.config import ModelConfig
 from sqft_export.model.families import Family
 from sqft_export.model.tensorfiles import TORCH_NAMES, TensorFiles, TensorInfo
 from sqft_export.textfiles import read_json
@@ -40,10 +41,11 @@ class Checkpoint(TensorFiles):
             raise UserError(f"{folder}: no config.json; a Hugging Face model folder is expected")
         super().__init__(folder)
         self.where = str(folder / "config.json")
-        self.stored_config = read_json(file_in_folder(folder, "config.json"))
+        stored = read_json(file_in_folder(folder, "config.json"))
+        self.stored_config = cast(ModelConfig, stored)
 
     @cached_property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> ModelConfig:
         """``config.json``, with embedding and head tied only if their stored matrices are equal."""
         tied = self.stored_config.get("tie_word_embeddings", self.family.tied)
         if tied and self._stored_head_differs:

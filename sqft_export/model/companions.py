@@ -5,8 +5,8 @@ Folders are untrusted: links out of the folder, devices and pipes are refused (`
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from sqft_export.errors import UserError, one_line
 from sqft_export.untrusted import MAX_JSON_BYTES, fault_of_file, path_inside
@@ -56,7 +56,7 @@ def copy_companions(source: Path, folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-def float_config(config: dict[str, Any], dtype: str | None = None) -> dict[str, Any]:
+def float_config(config: Mapping[str, object], dtype: str | None = None) -> dict[str, object]:
     """Return a ``config.json`` without its quantization settings.
 
     :param dtype: dtype of the weights in the same folder; None keeps the config's dtype.
@@ -68,6 +68,6 @@ def float_config(config: dict[str, Any], dtype: str | None = None) -> dict[str, 
     return plain
 
 
-def write_config(folder: Path, config: dict[str, Any]) -> None:
+def write_config(folder: Path, config: Mapping[str, object]) -> None:
     """Write a folder's ``config.json``."""
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

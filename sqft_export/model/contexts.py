@@ -3,43 +3,40 @@
 A config here is a dict of transformers' config class, which includes its defaults.
 """
 
-from typing import Any
-
+from sqft_export.model.config import ModelConfig, RopeParameters
 from sqft_export.model.families import rope_type
 
-_ROPE = "rope_parameters"
 
-
-def context_length(config: dict[str, Any]) -> int | None:
+def context_length(config: ModelConfig) -> int | None:
     """Return the maximum number of tokens of a model; None if the config has no such field."""
-    for name in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"):
-        if isinstance(found := config.get(name), int):
-            return found
-    return None
+    fields = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+    found = (config.get(field) for field in fields)
+    return next((length for length in found if isinstance(length, int)), None)
 
 
-def deployed_config(config: dict[str, Any]) -> dict[str, Any]:
+def deployed_config(config: ModelConfig) -> ModelConfig:
     """Return the config to build graphs from, with the same results up to the deployed context.
 
     Dynamic NTK changes its frequencies with every token beyond ``max_position_embeddings``, but the
     frequencies of a graph are constant. Up to that length they equal those of an unscaled model.
     """
-    if rope_type(config) != "dynamic":
+    rope = config.get("rope_parameters")
+    if not rope or rope_type(config) != "dynamic":
         return config
-    return config | {_ROPE: config[_ROPE] | {"rope_type": "default"}}
+    return config | {"rope_parameters": rope | {"rope_type": "default"}}
 
 
-def partial_rotary(config: dict[str, Any]) -> float:
+def partial_rotary(config: ModelConfig) -> float:
     """Return the share of a head's columns that rotate with positions.
 
     If layers differ, it is the share of full attention.
     """
-    rope = config.get(_ROPE) or {}
+    rope: RopeParameters = config.get("rope_parameters") or {}
     rope = rope.get("full_attention", rope)
     return float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
 
 
-def window_layers(config: dict[str, Any]) -> list[int]:
+def window_layers(config: ModelConfig) -> list[int]:
     """Return the size of the sliding window of every layer; 0 for full attention."""
     window, layers = config.get("sliding_window"), config.get("num_hidden_layers") or 0
     if not window or config.get("use_sliding_window") is False:

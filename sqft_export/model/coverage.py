@@ -1,8 +1,7 @@
 """Count the calibration tokens that every Linear sees, and check the Linears' inputs."""
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ def count_tokens(linears: dict[str, nn.Linear]) -> Iterator[dict[str, int]]:
     """Count the tokens that pass through each Linear while the context is open."""
     counts = dict.fromkeys(linears, 0)
 
-    def hook_of(name: str) -> Any:
+    def hook_of(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def count(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             counts[name] += inputs[0].numel() // inputs[0].shape[-1]
 

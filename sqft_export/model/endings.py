@@ -1,9 +1,10 @@
 """Stop a tokenizer from adding its end token after every text, such as a prompt."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from sqft_export.model.tokenizer_json import TokenizerStep
 from sqft_export.textfiles import read_json
 
 
@@ -23,7 +24,7 @@ def disable_end_token(folder: Path) -> None:
         _write(tokenizer, document)
 
 
-def _drop_suffix_tokens(step: dict[str, Any] | None) -> bool:
+def _drop_suffix_tokens(step: TokenizerStep | None) -> bool:
     """Remove the tokens after a text from a post-processor; return whether there were any."""
     if step is None:
         return False
@@ -37,5 +38,5 @@ def _drop_suffix_tokens(step: dict[str, Any] | None) -> bool:
     return len(single) > count > 0
 
 
-def _write(file: Path, document: dict[str, Any]) -> None:
+def _write(file: Path, document: Mapping[str, object]) -> None:
     file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")

@@ -1,6 +1,8 @@
 """Read the ``quantization_config`` of a model that is already quantized."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from sqft_export.model.config import QuantizationConfig, WeightScheme
 
 GPTQ_BITS = (4, 8)
 
@@ -20,7 +22,7 @@ class StoredGrid(NamedTuple):
     refused: str | None = None
 
 
-def stored_grid(config: dict[str, Any]) -> StoredGrid:
+def stored_grid(config: QuantizationConfig) -> StoredGrid:
     """Return the grid of a GPTQ or compressed-tensors config."""
     method = config.get("quant_method")
     if method == "gptq":
@@ -45,9 +47,9 @@ def stored_grid(config: dict[str, Any]) -> StoredGrid:
     )
 
 
-def _compressed_tensors(config: dict[str, Any]) -> StoredGrid:
+def _compressed_tensors(config: QuantizationConfig) -> StoredGrid:
     groups = list((config.get("config_groups") or {}).values())
-    weights = (groups[0].get("weights") or {}) if len(groups) == 1 else {}
+    weights: WeightScheme = (groups[0].get("weights") or {}) if len(groups) == 1 else {}
     bits, symmetric = weights.get("num_bits", 0), weights.get("symmetric", True)
     whole = weights.get("strategy") == "channel"
     size = -1 if whole else weights.get("group_size") or 0

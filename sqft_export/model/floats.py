@@ -13,10 +13,10 @@ from sqft_export.model.architecture import empty_model, transformers_config
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.storage import plain_names, quantized_names, read_quantized
 from sqft_export.numerics.affine import dequantize
+from sqft_export.numerics.codes import LowRank
 from sqft_export.run.device import CPU
 
 MAX_CACHED_BYTES = 2**29  # logits that a Reference caches
-LowRank = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 class StreamedWeights(Mapping[str, Tensor]):
@@ -147,7 +147,7 @@ def load_model(
     for name, tensor in float_tensors(checkpoint, {f"{name}.weight" for name in replacements}):
         parent, _, child = name.rpartition(".")
         value = nn.Parameter(tensor if dtype is None else tensor.to(dtype), requires_grad=False)
-        model.get_submodule(parent)._parameters[child] = value
+        model.get_submodule(parent).register_parameter(child, value)
     model.tie_weights()
     if missing := [name for name, weight in model.named_parameters() if weight.is_meta]:
         raise UserError(f"{checkpoint.folder}: {missing[0]} is not stored")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, TypeVar
 
 from sqft_export.errors import UserError
 from sqft_export.model.tensorfiles import TensorFiles, index_name
@@ -15,6 +15,18 @@ HUB_ADVICE = "use a local folder with MODEL_PATH=<folder>, or run the embedded m
 # Configs and tokenizers at the top of a repository; the index lists the weights.
 COMPANION_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")
 WEIGHTS_FILE = "model.safetensors"
+
+
+_Answer = TypeVar("_Answer")
+
+
+class WeightIndex(TypedDict, total=False):
+    """The index of a sharded checkpoint.
+
+    weight_map: tensor name -> file name.
+    """
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ def _is_complete(folder: Path) -> bool:
         return False
 
 
-def needed_files(names: list[str], read_index: Callable[[], dict[str, Any]]) -> list[str]:
+def needed_files(names: list[str], read_index: Callable[[], WeightIndex]) -> list[str]:
     """Return the files of a repository that are needed to read a model.
 
     The same weights in other forms are left out: ``consolidated.safetensors``, ``original/``,
@@ -74,7 +86,7 @@ def planned_download(recipe: Recipe) -> Download:
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
         index = index_name("model")
 
-        def read_index() -> dict[str, Any]:
+        def read_index() -> WeightIndex:
             return json.loads(Path(hf_hub_download(hub, index, revision=info.sha)).read_text())
 
         names = needed_files(list(sizes), read_index)
@@ -105,7 +117,7 @@ def _escape_pattern(name: str) -> str:
     return "".join(f"[{c}]" if c in "[*?" else c for c in name)
 
 
-def _call_hub(recipe: Recipe, ask: Callable[[], Any]) -> Any:
+def _call_hub(recipe: Recipe, ask: Callable[[], _Answer]) -> _Answer:
     """Call the hub.
 
     :raises UserError: naming the model and what helps, if the call fails.

@@ -5,11 +5,15 @@ size, biases, norms. Widths, vocabulary and the number of layers are reduced.
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sqft_export.model.architecture import empty_model
 from sqft_export.model.companions import COMPANIONS
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 _HEADS = ("num_attention_heads", "n_head")
@@ -22,7 +26,7 @@ _VOCABULARY = 416  # tokens of the embedded tokenizer
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 
 
-def shrink_config(config: dict[str, Any]) -> dict[str, Any]:
+def shrink_config(config: Mapping[str, object]) -> dict[str, object]:
     """Return a config with the same structure and small widths.
 
     One layer of every kind is kept, and at least two layers.
@@ -30,17 +34,17 @@ def shrink_config(config: dict[str, Any]) -> dict[str, Any]:
     :param config: dict of transformers' config class.
     """
     small = dict(config)
-    layers = next(config[name] for name in _LAYERS if name in config)
+    sizes = {name: value for name, value in config.items() if isinstance(value, int)}
+    layers = next(sizes[name] for name in _LAYERS if name in sizes)
     lists = {k: v for k, v in config.items() if "layer" in k and isinstance(v, list)}
     lists = {name: values for name, values in lists.items() if len(values) == layers}
     kept = _one_of_every_kind(list(zip(*lists.values(), strict=True)) or [()] * layers)
     small |= {name: [values[i] for i in kept] for name, values in lists.items()}
     small |= {name: len(kept) for name in _LAYERS if name in config}
-    name = next(name for name in _HEADS if name in config)
-    heads = config[name]
-    groups = {key: config[key] for key in _GROUPS if config.get(key)}
+    heads = next(sizes[name] for name in _HEADS if name in sizes)
+    groups = {key: sizes[key] for key in _GROUPS if sizes.get(key)}
     few = 4 if any(1 < count < heads for count in groups.values()) else 2
-    widths = {key: config[key] // heads * few for key in _WIDTHS if config.get(key)}
+    widths = {key: sizes[key] // heads * few for key in _WIDTHS if sizes.get(key)}
     small |= widths | {key: few for key in _HEADS if key in config}
     small |= {key: few if n == heads else min(2, n) for key, n in groups.items()}
     small |= {key: 2 * max(widths.values()) for key in _INNER if config.get(key)}
@@ -48,19 +52,19 @@ def shrink_config(config: dict[str, Any]) -> dict[str, Any]:
     return small | {"vocab_size": _VOCABULARY, "dtype": "float32"}
 
 
-def _one_of_every_kind(kinds: list[tuple[Any, ...]]) -> list[int]:
+def _one_of_every_kind(kinds: list[tuple[object, ...]]) -> list[int]:
     """Return the indices of the first layer of every kind, in order; at least two if possible."""
     first = {kind: index for index, kind in reversed(list(enumerate(kinds)))}
     found = sorted(first.values())
     return found if len(found) > 1 or len(kinds) == 1 else [0, 1]
 
 
-def write_miniature(config: Any, folder: Path) -> None:
+def write_miniature(config: "PretrainedConfig", folder: Path) -> None:
     """Write a random model of a shrunk config as a Hugging Face folder.
 
     The tokenizer is the embedded model's.
 
-    :param config: transformers' config of the full model.
+    :param config: config of the full model.
     :raises Exception: any error of transformers, if the small sizes do not fit each other.
     """
     import torch
@@ -75,7 +79,8 @@ def write_miniature(config: Any, folder: Path) -> None:
         value = _WEIGHT_STD * torch.randn(parameter.shape, generator=generator)
         if parameter.dim() == 1 and child == "weight":
             value = 1 + value / 2
-        model.get_submodule(parent)._parameters[child] = nn.Parameter(value, requires_grad=False)
+        weight = nn.Parameter(value, requires_grad=False)
+        model.get_submodule(parent).register_parameter(child, weight)
     model.tie_weights()
     model.save_pretrained(folder)
     for pattern in COMPANIONS:

@@ -16,7 +16,7 @@ mean square of its row, which differs tenfold between models and between rows of
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -26,8 +26,8 @@ from torch.nn.utils import parametrize
 
 from sqft_export.model.blocks import Block, output_of
 from sqft_export.numerics import fused
-from sqft_export.numerics.affine import Grid, split_groups
-from sqft_export.numerics.codes import FLOAT16_BITS
+from sqft_export.numerics.affine import shift_scales, split_groups
+from sqft_export.numerics.codes import FLOAT16_BITS, Grid
 from sqft_export.recipe.schema import Reconstruct
 
 FIRST_WEIGHT_STEP = 0.01  # share of the root mean square of a row
@@ -74,7 +74,7 @@ def run_batched(block: Block, group: list[int]) -> list[Tensor]:
     return [row[: len(states)] for row, states in zip(output, hidden, strict=True)]
 
 
-def _broadcasts(value: Any) -> bool:
+def _broadcasts(value: object) -> bool:
     if isinstance(value, tuple):
         return all(map(_broadcasts, value))
     return not isinstance(value, Tensor) or value.dim() < 2 or value.shape[0] == 1
@@ -148,7 +148,7 @@ class _TrainedWeight(nn.Module):
 
     def current_grid(self) -> Grid | None:
         """Return the grid with its scales as they would be stored now."""
-        return self.grid.shift_scales(self.shift.detach(), self.scale_bits) if self.grid else None
+        return shift_scales(self.grid, self.shift.detach(), self.scale_bits) if self.grid else None
 
 
 def _first_step(weight: Tensor, mask: Tensor, rate: float | None) -> Tensor:

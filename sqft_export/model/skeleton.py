@@ -49,7 +49,8 @@ def skeleton(checkpoint: Checkpoint, attention: str | None = None) -> nn.Module:
             value = empty_matrix(outputs, inputs, places.setdefault(path, len(places) + 1))
         else:
             value = checkpoint.tensor(name).float()
-        model.get_submodule(parent)._parameters[child] = nn.Parameter(value, requires_grad=False)
+        weight = nn.Parameter(value, requires_grad=False)
+        model.get_submodule(parent).register_parameter(child, weight)
     model.tie_weights()
     if (folder / "generation_config.json").is_file():
         model.generation_config = model.generation_config.from_pretrained(folder)

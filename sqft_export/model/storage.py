@@ -21,13 +21,15 @@ from torch import Tensor
 
 from sqft_export.errors import UserError
 from sqft_export.model.checkpoint import GPTQ, PACK_QUANTIZED, Checkpoint
+from sqft_export.model.config import QuantizationConfig
 from sqft_export.model.existing import stored_grid
 from sqft_export.model.tensorfiles import TensorFiles, TensorWriter
-from sqft_export.numerics.affine import Grid, quantize, replace_zero_scales
-from sqft_export.numerics.codes import Quantized
+from sqft_export.numerics.affine import quantize, replace_zero_scales
+from sqft_export.numerics.codes import Grid, QuantizedWeight
 from sqft_export.numerics.gptq_layout import from_gptq, from_pack_quantized, grid_from_gptq
 from sqft_export.numerics.masks import bits_to_mask
 
+GRID_FIELDS = ("bits", "group_size", "sym")  # of a grid in quantization_config
 MASKS, GRIDS = "masks", "grids"  # stems of the file names
 MAX_BUFFER_BYTES = 16 * 2**20  # tensors that a streaming pass buffers before it writes them
 
@@ -97,7 +99,7 @@ def load_grids(folder: Path | None) -> dict[str, Grid]:
     }
 
 
-def quantization_config(grids: dict[str, Grid]) -> dict:
+def quantization_config(grids: dict[str, Grid]) -> QuantizationConfig:
     """Return the ``quantization_config`` of a merged model.
 
     The most frequent settings apply to the model; ``dynamic`` lists Linears with other settings.
@@ -105,27 +107,29 @@ def quantization_config(grids: dict[str, Grid]) -> dict:
     kinds = [_kind(grid) for grid in grids.values()]
     common = max(dict.fromkeys(kinds), key=kinds.count)
     dynamic = {
-        rf"+:^{name}$".replace(".", r"\."): dict(kind)
+        rf"+:^{name}$".replace(".", r"\."): dict(zip(GRID_FIELDS, kind, strict=True))
         for name, kind in zip(grids, kinds, strict=True)
         if kind != common
     }
-    return {
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq",
-        **dict(common),
-        "desc_act": False,
-        "lm_head": False,
-        **({"dynamic": dynamic} if dynamic else {}),
-    }
-
-
-def _kind(grid: Grid) -> tuple[tuple[str, int | bool], ...]:
-    per_channel = grid.scale.shape[1] == 1
-    return (
-        ("bits", grid.bits),
-        ("group_size", -1 if per_channel else grid.group_size),
-        ("sym", grid.symmetric),
+    bits, group_size, symmetric = common
+    config = QuantizationConfig(
+        quant_method="gptq",
+        checkpoint_format="gptq",
+        bits=bits,
+        group_size=group_size,
+        sym=symmetric,
+        desc_act=False,
+        lm_head=False,
     )
+    if dynamic:
+        config["dynamic"] = dynamic
+    return config
+
+
+def _kind(grid: Grid) -> tuple[int, int, bool]:
+    """Return the values of ``GRID_FIELDS``."""
+    per_channel = grid.scale.shape[1] == 1
+    return grid.bits, -1 if per_channel else grid.group_size, grid.symmetric
 
 
 def quantized_names(checkpoint: Checkpoint) -> list[str]:
@@ -133,21 +137,21 @@ def quantized_names(checkpoint: Checkpoint) -> list[str]:
     return [*checkpoint.quantized_linears, *load_grids(checkpoint.folder)]
 
 
-def read_quantized(checkpoint: Checkpoint, name: str) -> tuple[Tensor, Grid]:
-    """Return codes, uint8 ``[out, in]``, and grid of one module of a quantized model.
+def read_quantized(checkpoint: Checkpoint, name: str) -> QuantizedWeight[Tensor]:
+    """Return the weight of one module of a quantized model.
 
     :raises UserError: naming the module, if its layout is not supported or a scale is not finite.
     """
     parts = _layout_of(checkpoint, name)
     if parts is None:
         grid = load_grids(checkpoint.folder)[name]
-        return quantize(checkpoint.tensor(f"{name}.weight"), grid), grid
+        return QuantizedWeight(quantize(checkpoint.tensor(f"{name}.weight"), grid), grid)
     tensors = _parts(checkpoint, name, parts)
     try:
         if parts == PACK_QUANTIZED:
             bits = stored_grid(checkpoint.config.get("quantization_config", {})).bits
-            return replace_zero_scales(*from_pack_quantized(tensors, bits))
-        return replace_zero_scales(*from_gptq(tensors, *_gptq_sizes(checkpoint, name)))
+            return replace_zero_scales(from_pack_quantized(tensors, bits))
+        return replace_zero_scales(from_gptq(tensors, *_gptq_sizes(checkpoint, name)))
     except ValueError as error:
         raise UserError(f"{checkpoint.folder}: {name}: {error}") from error
 
@@ -161,7 +165,7 @@ def read_grid(checkpoint: Checkpoint, name: str) -> Grid:
     if parts is None:
         return load_grids(checkpoint.folder)[name]
     if parts == PACK_QUANTIZED:
-        return read_quantized(checkpoint, name)[1]
+        return read_quantized(checkpoint, name).grid
     try:
         tensors = _parts(checkpoint, name, GPTQ[1:])
         return grid_from_gptq(tensors, *_gptq_sizes(checkpoint, name))
@@ -200,17 +204,6 @@ def _gptq_sizes(checkpoint: Checkpoint, name: str) -> tuple[int, int, int]:
     return 32 * words // inputs, inputs // groups, 0 if second else 1
 
 
-def quantized_arrays(checkpoint: Checkpoint, name: str) -> Quantized:
-    """Return codes and grid of a module as numpy arrays, as :func:`read_quantized` does."""
-    codes, grid = read_quantized(checkpoint, name)
-    return grid_arrays(codes, grid)
-
-
-def grid_arrays(codes: Tensor, grid: Grid) -> Quantized:
-    """Convert codes and grid to numpy arrays."""
-    return Quantized(codes.numpy(), grid.scale.numpy(), grid.zero_point.numpy())
-
-
 def model_facts(checkpoint: Checkpoint, sparsity: float | None = None) -> dict[str, str]:
     """Return the facts that a deployment records about its model.
 
@@ -238,7 +231,7 @@ def _zero_share(checkpoint: Checkpoint) -> float:
     zeros = count = 0
     quantized = set(quantized_names(checkpoint))
     for name in checkpoint.linears:
-        weight = quantized_arrays(checkpoint, name).steps if name in quantized else None
+        weight = read_quantized(checkpoint, name).numpy().steps if name in quantized else None
         if weight is None:
             weight = checkpoint.tensor(f"{name}.weight").float().numpy()
         zeros += int(np.count_nonzero(weight == 0))

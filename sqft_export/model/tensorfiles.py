@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sqft_export.errors import UserError, one_line
 from sqft_export.model.companions import file_in_folder
@@ -76,11 +76,13 @@ def read_headers(file: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def _parse_entry(file: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
+def _parse_entry(file: Path, name: str, entry: object) -> tuple[TensorInfo, tuple[int, int]]:
     """Parse the header entry of one tensor and return its description and byte range."""
 
+    fields = entry if isinstance(entry, dict) else {}
+
     def numbers(key: str) -> list[int]:
-        found = entry.get(key) if isinstance(entry, dict) else None
+        found = fields.get(key)
         whole = isinstance(found, list) and all(type(n) is int and n >= 0 for n in found)
         shown = one_line(repr(found), 80)
         if found is None or not whole or max(found, default=0) > MAX_AXIS_LENGTH:
@@ -88,7 +90,7 @@ def _parse_entry(file: Path, name: str, entry: Any) -> tuple[TensorInfo, tuple[i
         return found
 
     shape, offsets = numbers("shape"), numbers("data_offsets")
-    if (dtype := entry.get("dtype")) not in DTYPE_BYTES:
+    if (dtype := fields.get("dtype")) not in DTYPE_BYTES:
         shown = one_line(repr(dtype), 80)
         raise UserError(
             f"{file}: {name}: dtype {shown} is not supported; supported are "

@@ -8,12 +8,10 @@ grid and the code of a pruned weight is ``z``. All arithmetic is float32, in thi
 operations, and rounds half to even. The codes in training are therefore the codes that are stored.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from sqft_export.numerics.codes import FLOAT16_BITS
+from sqft_export.numerics.codes import FLOAT16_BITS, Grid, QuantizedWeight
 
 # A smaller scale is a subnormal float16: it loses bits, and runtimes may flush it to zero.
 SMALLEST_SCALE = torch.finfo(torch.float16).tiny
@@ -22,52 +20,18 @@ SMALLEST_SCALE = torch.finfo(torch.float16).tiny
 RANGE_FRACTIONS = tuple(1 - 0.04 * step for step in range(9))
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Scales and zero points of one weight ``[out, in]``.
+def shift_scales(grid: Grid, shift: Tensor, scale_bits: int = FLOAT16_BITS) -> Grid:
+    """Return a grid with its scales multiplied by ``exp(shift)`` and rounded to float16.
 
-    scale: float16 ``[out, groups]``, not zero. NNCF makes some negative: the largest weight
-        of a symmetric group then gets the longer side of the range.
-    zero_point: uint8 ``[out, groups]``, in [0, 2^bits - 1].
-    bits: 2, 3, 4 or 8.
-    group_size: consecutive input columns that share a scale; ``in`` means one group per row.
+    All scales stay normal float16 numbers and keep their sign.
+
+    :param shift: float32 ``[out, groups]``.
+    :param scale_bits: significant bits of the scales.
     """
-
-    scale: Tensor
-    zero_point: Tensor
-    bits: int
-    group_size: int
-
-    @property
-    def highest(self) -> int:
-        """The highest code."""
-        return 2**self.bits - 1
-
-    @property
-    def symmetric(self) -> bool:
-        """True if every zero point is in the middle of the range."""
-        return bool((self.zero_point == 2 ** (self.bits - 1)).all())
-
-    def cpu(self) -> "Grid":
-        """Return the grid on the CPU."""
-        return Grid(self.scale.cpu(), self.zero_point.cpu(), self.bits, self.group_size)
-
-    def shift_scales(self, shift: Tensor, scale_bits: int = FLOAT16_BITS) -> "Grid":
-        """Return the grid with its scales multiplied by ``exp(shift)`` and rounded to float16.
-
-        All scales stay normal float16 numbers and keep their sign.
-
-        :param shift: float32 ``[out, groups]``.
-        :param scale_bits: significant bits of the scales.
-        """
-        scale = self.scale.float() * shift.exp()
-        # A float32 sign would promote the rounded scales to float32.
-        scale = torch.copysign(_round_scale(scale.abs(), scale_bits), scale.half())
-        return Grid(scale, self.zero_point, self.bits, self.group_size)
-
-    def rows(self, rows: slice) -> "Grid":
-        """Return the grid of some output rows."""
-        return Grid(self.scale[rows], self.zero_point[rows], self.bits, self.group_size)
+    scale = grid.scale.float() * shift.exp()
+    # A float32 sign would promote the rounded scales to float32.
+    scale = torch.copysign(_round_scale(scale.abs(), scale_bits), scale.half())
+    return Grid(scale, grid.zero_point, grid.bits, grid.group_size)
 
 
 def split_groups(weight: Tensor, group_size: int) -> Tensor:
@@ -163,37 +127,38 @@ def dequantize(codes: Tensor, grid: Grid) -> Tensor:
     return steps.mul_(grid.scale.float().unsqueeze(2)).reshape(codes.shape)
 
 
-def widen_to_4_bits(codes: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+def widen_to_4_bits(weight: QuantizedWeight) -> QuantizedWeight:
     """Return 2- and 3-bit codes as 4-bit codes; codes of at least 4 bits are unchanged.
 
     Files have at least 4 bits, because every runtime and kernel reads those. The dequantized weight
     does not change. A symmetric grid stays symmetric.
-
-    :param codes: uint8 ``[out, in]``.
     """
+    codes, grid = weight
     if grid.bits >= 4:
-        return codes, grid
+        return weight
     shift = 8 - 2 ** (grid.bits - 1) if grid.symmetric else 0
-    return codes + shift, Grid(grid.scale, grid.zero_point + shift, 4, grid.group_size)
+    wide = Grid(grid.scale, grid.zero_point + shift, 4, grid.group_size)
+    return QuantizedWeight(codes + shift, wide)
 
 
-def replace_zero_scales(codes: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+def replace_zero_scales(weight: QuantizedWeight) -> QuantizedWeight:
     """Replace scales of zero, which other tools write, by the smallest scale.
 
     All weights of such a group are zero. They stay zero: their codes become the zero point.
 
-    :param codes: uint8 ``[out, in]``.
     :raises ValueError: if scales are NaN or infinite in float16.
     """
+    codes, grid = weight
     if count := int((~torch.isfinite(grid.scale)).sum()):
         raise ValueError(f"{count} of {grid.scale.numel()} scales are NaN or infinite in float16")
     empty = grid.scale == 0
     if not empty.any():
-        return codes, grid
+        return weight
     scale = grid.scale.masked_fill(empty, SMALLEST_SCALE)
     groups = split_groups(codes, grid.group_size)
     new_codes = groups.where(~empty[:, :, None], grid.zero_point[:, :, None])
-    return new_codes.reshape(codes.shape), Grid(scale, grid.zero_point, grid.bits, grid.group_size)
+    filled = Grid(scale, grid.zero_point, grid.bits, grid.group_size)
+    return QuantizedWeight(new_codes.reshape(codes.shape), filled)
 
 
 def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:

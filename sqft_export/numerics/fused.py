@@ -11,12 +11,13 @@ torch computes everywhere.
 import ctypes
 import functools
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sqft_export.compiled import built_library
+from sqft_export.libraries.torch import openmp_parallel
 from sqft_export.numerics.affine import Grid, fake_quantize, fake_quantize_inside
 from sqft_export.numerics.masks import bits_to_mask
 
@@ -63,20 +64,10 @@ class Backward(NamedTuple):
 
 
 @functools.cache
-def _library() -> Any:
+def _library() -> ctypes.CDLL | None:
     """Return the compiled library, or None if it was not built."""
     file = built_library(Path(__file__).parent, "_fused")
     return ctypes.CDLL(str(file)) if file else None
-
-
-@functools.cache
-def _parallel() -> ctypes.c_void_p | None:
-    """Return ``GOMP_parallel`` of torch's OpenMP, whose threads are running already."""
-    for file in (Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"):
-        if file.suffix in (".so", ".dylib"):
-            found = getattr(ctypes.CDLL(str(file)), "GOMP_parallel", None)
-            return ctypes.cast(found, ctypes.c_void_p) if found else None
-    return None
 
 
 def _is_supported(base: Frozen, update: Tensor | None, dtype: torch.dtype) -> bool:
@@ -107,8 +98,9 @@ def _run(work: _Work, grid: Grid | None) -> None:
         scale, zero = grid.scale.float().contiguous(), grid.zero_point.contiguous()
         work.scale, work.zero = scale.data_ptr(), zero.data_ptr()
         work.group, work.highest = grid.group_size, grid.highest
-    threads = torch.get_num_threads()
-    _library().sqft_fused(ctypes.byref(work), _parallel() if threads > 1 else None, threads)
+    threads, library = torch.get_num_threads(), _library()
+    assert library is not None  # see _is_supported
+    library.sqft_fused(ctypes.byref(work), openmp_parallel() if threads > 1 else None, threads)
 
 
 def adapted_weight(base: Frozen, update: Tensor | None, scaling: float) -> Tensor:

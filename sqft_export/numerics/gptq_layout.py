@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sqft_export.numerics.affine import Grid
+from sqft_export.numerics.codes import Grid, QuantizedWeight
 from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
 
 
@@ -28,11 +28,12 @@ def _unpack_int32(words: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(unpack_nibbles(stored, 2 * stored.shape[1]) if bits == 4 else stored)
 
 
-def to_gptq(codes: Tensor, grid: Grid) -> dict[str, Tensor]:
-    """Return the four tensors of the GPTQ layout for codes uint8 ``[out, in]``.
+def to_gptq(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Return the four tensors of the GPTQ layout.
 
     Zero bits pad the last int32; ``from_gptq`` drops them.
     """
+    codes, grid = weight
     in_features = codes.shape[1]
     stored_zeros = (grid.zero_point - 1) & grid.highest  # 0 wraps to the highest code
     return {
@@ -45,8 +46,8 @@ def to_gptq(codes: Tensor, grid: Grid) -> dict[str, Tensor]:
 
 def from_gptq(
     tensors: dict[str, Tensor], bits: int, group_size: int, stored_minus: int = 1
-) -> tuple[Tensor, Grid]:
-    """Return codes uint8 ``[out, in]`` and grid of a layer in the GPTQ layout.
+) -> QuantizedWeight:
+    """Return the weight of a layer in the GPTQ layout.
 
     :param stored_minus: value that was subtracted from the zero points before storing: 1, or 0 in
         version 2 of the layout (``checkpoint_format: gptq_v2``).
@@ -55,7 +56,8 @@ def from_gptq(
     grid = grid_from_gptq(tensors, bits, group_size, stored_minus)
     in_features = tensors["g_idx"].shape[0]
     # Transposing the words moves an eighth of the elements that transposing the codes would.
-    return _unpack_int32(tensors["qweight"].T, bits)[:, :in_features].contiguous(), grid
+    codes = _unpack_int32(tensors["qweight"].T, bits)[:, :in_features].contiguous()
+    return QuantizedWeight(codes, grid)
 
 
 def grid_from_gptq(
@@ -75,8 +77,8 @@ def grid_from_gptq(
     return Grid(scales.T.contiguous(), zero_point, bits, group_size)
 
 
-def from_pack_quantized(tensors: dict[str, Tensor], bits: int) -> tuple[Tensor, Grid]:
-    """Return codes uint8 ``[out, in]`` and grid of a layer in the ``pack-quantized`` format.
+def from_pack_quantized(tensors: dict[str, Tensor], bits: int) -> QuantizedWeight:
+    """Return the weight of a layer in the ``pack-quantized`` format.
 
     The format comes from compressed-tensors:
 
@@ -94,4 +96,5 @@ def from_pack_quantized(tensors: dict[str, Tensor], bits: int) -> tuple[Tensor, 
             "its scales are not exact in float16, the dtype in which runtimes store them"
         )
     zero_point = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
-    return codes, Grid(scale.contiguous(), zero_point, bits, in_features // scale.shape[1])
+    grid = Grid(scale.contiguous(), zero_point, bits, in_features // scale.shape[1])
+    return QuantizedWeight(codes, grid)

@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pydantic
@@ -158,7 +158,7 @@ def _align(offset: int) -> int:
     return round_up(offset, ALIGNMENT)
 
 
-def _digest(data: Any) -> str:
+def _digest(data: memoryview) -> str:
     """Return the XXH3-128 of bytes, in hexadecimal."""
     return xxhash.xxh3_128_hexdigest(data)
 
@@ -306,7 +306,7 @@ class PackedFile:
         self.file = file
         self._stream = open_regular(file)
         try:
-            self._map: Any = mmap.mmap(self._stream.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map = mmap.mmap(self._stream.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError as error:  # an empty file can't be mapped
             self._stream.close()
             raise self.damage_error("is empty") from error
@@ -612,7 +612,7 @@ class PackedFile:
         :raises DamagedError: if it is damaged.
         """
         stored = self.payload[piece.at : piece.at + piece.size]
-        if _digest(stored) != piece.xxh3_128:
+        if _digest(stored.data) != piece.xxh3_128:
             raise self.damage_error(f"{name}: is damaged")
         return stored
 

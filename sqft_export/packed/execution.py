@@ -11,16 +11,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 import numpy as np
 
 from sqft_export.errors import UserError
 from sqft_export.kernels.choice import STOCK, Chooser, MeasurementCache, Shape, pinned_execution
 from sqft_export.kernels.extension import require_kernels, unavailable_reason
-from sqft_export.kernels.ir import Read, read_graph, read_matrix
+from sqft_export.kernels.ir import Product, Read, read_graph, read_matrix
 from sqft_export.kernels.library import count_kept
-from sqft_export.kernels.rewrite import Rewritten, rewrite
+from sqft_export.kernels.rewrite import Choose, Rewritten, rewrite
 from sqft_export.packed.container import PackedFile
 from sqft_export.packed.folders import copy_deployment, dense_size, map_weights, packed_file
 from sqft_export.packed.seal import PROVENANCE, read_seal, write_seal
@@ -79,6 +79,13 @@ def open_weights(folder: Path) -> Iterator[Read]:
     yield read
 
 
+def _chooser(execution: str, products: list[Product]) -> Choose:
+    """Return the function that chooses a kernel for each product."""
+    if execution == "auto":
+        return Chooser(sum(product.codes.size for product in products))
+    return lambda product, matrix, kept: execution
+
+
 def rewrite_deployment(
     folder: Path, execution: str, allocate: Callable[[int], np.ndarray] | None = None
 ) -> Rewritten | None:
@@ -94,9 +101,7 @@ def rewrite_deployment(
     products = graph.products()
     if not products:
         return None
-    choose: Any = lambda *_: execution  # noqa: E731
-    if execution == "auto":
-        choose = Chooser(sum(product.codes.size for product in products))
+    choose = _chooser(execution, products)
     graph.check_offsets(dense_size(folder))
     with open_weights(folder) as read:
         made = rewrite(graph, read, choose, require_kernels(), allocate)
@@ -127,18 +132,24 @@ def list_kernels(folder: Path) -> dict[str, tuple[str, float | None]]:
     return found
 
 
+class SpecializedSizes(TypedDict):
+    """Bytes of the weights, and the number of products in each format."""
+
+    bytes: int
+    products: dict[str, int]
+
+
 class NothingSpecialized(UserError):
     """Raised when no product has weights that the kernels can read."""
 
 
-def specialize(folder: Path, out: Path, execution: str = "sparse") -> dict[str, Any]:
+def specialize(folder: Path, out: Path, execution: str = "sparse") -> SpecializedSizes:
     """Write a copy of an OpenVINO deployment that runs on our kernels to ``out``.
 
     The copy loads on every machine with this package, through ``openvino_extension()``. Its weights
     are packed for this machine's vector length. A machine with another length repacks them as it
     loads them.
 
-    :return: ``bytes`` of the weights, and the number of ``products`` in each format.
     :raises UserError: if the folder is not an OpenVINO deployment or is specialized already, if the
         kernels are missing, or if ``out`` exists.
     :raises NothingSpecialized: if no product has INT4 or INT8 weights.

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -26,6 +26,19 @@ from sqft_export.untrusted import fault_of_file, files_inside, real_path
 # Folders next to the plain deployment, in the artifact of an export.
 PACKED = "packed"
 SPARSE = "sparse"
+
+
+class PackedSizes(TypedDict):
+    """Sizes before and after packing, in bytes."""
+
+    dense_bytes: int
+    packed_bytes: int
+
+
+class PackedTensors(PackedSizes):
+    """Sizes, and the number of tensors that are stored sparse."""
+
+    sparse_tensors: int
 
 
 def packed_file(folder: Path) -> Path | None:
@@ -58,11 +71,10 @@ def dense_size(folder: Path) -> int:
     return len(map_weights(graph_and_weights(folder)[1]))
 
 
-def pack(folder: Path, out: Path, entropy: bool = False) -> dict[str, Any]:
+def pack(folder: Path, out: Path, entropy: bool = False) -> PackedTensors:
     """Write a packed copy of a deployment to ``out``.
 
     :param entropy: also compress with zstd: smaller files that load more slowly.
-    :return: ``dense_bytes``, ``packed_bytes``, and the number of ``sparse_tensors``.
     :raises UserError: if the folder is not a plain deployment or contains links or devices, or if
         ``out`` exists or is inside the folder.
     :raises NothingSaved: if the copy would not be smaller.
@@ -86,7 +98,7 @@ class NothingSaved(UserError):
     """Raised when a packed copy would not be smaller."""
 
 
-def _pack_weights(graph: Path, weights: Path, packed: Path, entropy: bool) -> dict[str, Any]:
+def _pack_weights(graph: Path, weights: Path, packed: Path, entropy: bool) -> PackedTensors:
     """Write the packed weight file and return sizes as :func:`pack` does."""
     dense, found = map_weights(weights), find_regions(graph, weights)
     writer, end = Writer(packed, entropy), 0
@@ -117,12 +129,11 @@ def _pack_weights(graph: Path, weights: Path, packed: Path, entropy: bool) -> di
     }
 
 
-def unpack(folder: Path, out: Path) -> dict[str, Any]:
+def unpack(folder: Path, out: Path) -> PackedSizes:
     """Write the plain folder, which every stock tool loads, to ``out``.
 
     The weights get the bytes that they had before packing.
 
-    :return: ``dense_bytes`` and ``packed_bytes``.
     :raises UserError: if the folder is not packed or is damaged, or ``out`` exists.
     :raises HostError: if the disk is too small; nothing is written then.
     """

@@ -6,10 +6,13 @@ The package trusts an array's length and would read past the end of the file.
 import mmap
 import struct
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sqft_export.errors import UserError, one_line
 from sqft_export.untrusted import open_regular
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 MAX_GGUF_ENTRIES = 2**16  # limit on fields, and on tensors
 MAX_GGUF_VALUES = 2**22  # in all arrays together; a vocabulary of 256,000 needs a quarter
@@ -20,8 +23,8 @@ _STRING, _ARRAY = 8, 9
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
-def read_gguf(file: Path) -> Any:
-    """Return a ``gguf.GGUFReader``, which maps the file.
+def read_gguf(file: Path) -> "GGUFReader":
+    """Return a reader, which maps the file.
 
     :raises UserError: if the file is not GGUF, or a count or length in it is impossible.
     """

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from functools import partial
 from io import RawIOBase
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -81,7 +80,7 @@ class DenseFile:
 
 
 @functools.cache
-def native_library() -> Any:
+def native_library() -> ctypes.CDLL | None:
     """Return the compiled library; None if it was not built."""
     file = built_library(Path(__file__).parent, "_unpack")
     if file is None:
@@ -139,7 +138,7 @@ def _write_chunk(
     group: int,
     out: Memory | DenseFile,
     at: int,
-    library: Any,
+    library: ctypes.CDLL | None,
 ) -> None:
     with out.part(at + first * bits // 8, -(-count * bits // 8)) as place:
         if library is None:
@@ -188,7 +187,7 @@ def inflate(
     out: Memory | DenseFile,
     at: int,
     pool: Executor,
-    library: Any | Callable[[], Any] = native_library,
+    library: ctypes.CDLL | Callable[[], ctypes.CDLL | None] | None = native_library,
 ) -> list[Future[None]]:
     """Start to write a tensor's dense bytes to ``out``, from offset ``at`` on.
 

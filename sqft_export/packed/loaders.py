@@ -8,11 +8,11 @@ gets the graph and the weight bytes of the dense folder, and gives the same resu
 import ctypes
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,6 +32,14 @@ from sqft_export.targets.folder import GRAPHS, graph_and_weights
 from sqft_export.targets.genai_config import check_genai_config
 from sqft_export.untrusted import MAX_IR_BYTES, MAX_ONNX_BYTES, files_inside, read_bounded
 
+if TYPE_CHECKING:
+    import onnxruntime as ort
+    import onnxruntime_genai
+    import openvino as ov
+    import openvino_genai
+    from cyllama.llama.llama_cpp import LlamaModel
+    from llama_cpp import Llama
+
 
 @contextmanager
 def _name_folder_in_errors(runtime: str, folder: Path) -> Iterator[None]:
@@ -47,8 +55,8 @@ def _name_folder_in_errors(runtime: str, folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: {runtime} can't load it: {one_line(error)}") from error
 
 
-def _openvino_weights(file: Path) -> Any:
-    """Inflate weights into a new ``openvino.Tensor``, whose memory the model then shares."""
+def _openvino_weights(file: Path) -> "ov.Tensor":
+    """Inflate weights into a new tensor, whose memory the model then shares."""
     import openvino as ov
 
     with PackedFile(file) as packed:
@@ -70,14 +78,14 @@ class _RuntimeMemory:
         use_huge_pages(array)
         return array
 
-    def leading_tensor(self, size: int) -> Any:
+    def leading_tensor(self, size: int) -> "ov.Tensor":
         """Return a tensor over the first ``size`` bytes."""
         import openvino as ov
 
         return ov.Tensor(self.tensor, [self.start], [self.start + size])
 
 
-def _openvino_parts(folder: Path, execution: str) -> tuple[bytes, Any, list[str]]:
+def _openvino_parts(folder: Path, execution: str) -> tuple[bytes, "ov.Tensor | None", list[str]]:
     """Return graph, weights and needed extensions of an OpenVINO deployment.
 
     The weights are None if the runtime reads them from the file next to the graph.
@@ -104,13 +112,14 @@ def _openvino_parts(folder: Path, execution: str) -> tuple[bytes, Any, list[str]
     return text, _openvino_weights(packed) if packed else None, []
 
 
-def load_openvino(folder: str | Path, core: Any = None, execution: str = "auto") -> Any:
-    """Return an ``openvino.Model`` to be compiled for the CPU.
+def load_openvino(
+    folder: str | Path, core: "ov.Core | None" = None, execution: str = "auto"
+) -> "ov.Model":
+    """Return a model to be compiled for the CPU.
 
     For other devices pass ``execution="stock"``.
 
-
-    :param core: an ``openvino.Core``; None for a new one.
+    :param core: None for a new one.
     :param execution: auto, sparse, dense or stock, see ``packed/execution.py``.
     :raises UserError: if the weights are damaged, or the runtime can't load the graph.
     """
@@ -127,12 +136,17 @@ def load_openvino(folder: str | Path, core: Any = None, execution: str = "auto")
 
 
 def load_openvino_genai(
-    folder: str | Path, device: str = "CPU", execution: str = "auto", **properties: Any
-) -> Any:
-    """Return an ``openvino_genai.LLMPipeline``.
+    folder: str | Path,
+    device: str = "CPU",
+    execution: str = "auto",
+    extensions: Sequence[str | Path] = (),
+    **properties: object,
+) -> "openvino_genai.LLMPipeline":
+    """Return a pipeline.
 
     :param execution: auto, sparse, dense or stock, see ``packed/execution.py``. Devices other than
         the CPU always use their own kernels.
+    :param extensions: libraries of other operators, passed on to ``LLMPipeline``.
     :param properties: device properties, passed on to ``LLMPipeline``.
     :raises UserError: if the weights are damaged, or the runtime can't load the graph.
     """
@@ -140,9 +154,9 @@ def load_openvino_genai(
 
     folder = Path(folder)
     with _name_folder_in_errors("OpenVINO GenAI", folder):
-        text, weights, extensions = _openvino_parts(folder, execution if device == "CPU" else STOCK)
-        if extensions:
-            properties["extensions"] = [*properties.get("extensions", []), *extensions]
+        text, weights, needed = _openvino_parts(folder, execution if device == "CPU" else STOCK)
+        if extensions or needed:
+            properties["extensions"] = [*extensions, *needed]
         if weights is None:
             return openvino_genai.LLMPipeline(str(folder), device, **properties)
         generation = folder / "generation_config.json"
@@ -186,13 +200,13 @@ def _inflate_copy(folder: Path, packed: Path, copy: Path) -> None:
 
 def load_onnx(
     folder: str | Path,
-    options: Any = None,
-    providers: Any = None,
+    options: "ort.SessionOptions | None" = None,
+    providers: Sequence[str] | None = None,
     edit: Callable[[bytes], bytes] | None = None,
-) -> Any:
-    """Return an ``onnxruntime.InferenceSession``.
+) -> "ort.InferenceSession":
+    """Return a session.
 
-    :param options: ``SessionOptions``; None for the defaults.
+    :param options: None for the defaults.
     :param edit: changes the serialized graph in memory; the graph holds no weights.
     :raises UserError: if the weights are damaged, the runtime can't load the graph, or there is no
         space to inflate them.
@@ -213,8 +227,10 @@ def load_onnx(
         )
 
 
-def load_onnx_genai(folder: str | Path, trust_custom_ops: bool = False) -> Any:
-    """Return an ``onnxruntime_genai.Model``.
+def load_onnx_genai(
+    folder: str | Path, trust_custom_ops: bool = False
+) -> "onnxruntime_genai.Model":
+    """Return a model.
 
     :param trust_custom_ops: allow the folder's config to name a library of operators, whose code
         then runs.
@@ -247,7 +263,7 @@ def dense_gguf(folder: Path) -> Iterator[Path]:
         yield dense / GRAPHS["gguf"]
 
 
-def gguf_model(file: Path) -> Any:
+def gguf_model(file: Path) -> "LlamaModel":
     """Return a ``cyllama`` model with the attribute ``n_vocab``, which its context class reads.
 
     :raises UserError: if llama.cpp refuses the file.
@@ -276,12 +292,12 @@ def silence_llama_cpp() -> None:
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-def _ignore_log(level: int, text: bytes, data: Any) -> None:
+def _ignore_log(level: int, text: bytes, data: object) -> None:
     pass
 
 
-def load_gguf(folder: str | Path) -> Any:
-    """Return a ``cyllama`` ``LlamaModel``, or a ``llama_cpp.Llama`` if cyllama is not installed.
+def load_gguf(folder: str | Path) -> "LlamaModel | Llama":
+    """Return ``cyllama``'s model, or that of ``llama_cpp`` if cyllama is not installed.
 
     llama.cpp maps the file. A packed file is inflated first.
 

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from sqft_export.errors import UserError, one_line
 from sqft_export.kernels.ir import Stored, read_graph
@@ -20,10 +20,14 @@ from sqft_export.packed.container import MAX_FILE_BYTES, MAX_GROUP_ELEMENTS, Zer
 from sqft_export.packed.gguf_file import read_gguf
 from sqft_export.untrusted import MAX_ONNX_BYTES, read_bounded
 
+if TYPE_CHECKING:
+    from onnx import NodeProto, TensorProto
+
 MIN_TENSOR_BYTES = 1024  # smaller tensors are stored raw
 # Of ggml's types: bits per code and float16 numbers per block; bits per float.
 GGUF_BLOCKS = {"Q4_0": (4, 1), "Q4_1": (4, 2), "Q8_0": (8, 1)}
 GGUF_FLOATS = {"F32": 32, "F16": 16, "BF16": 16}
+ZERO_POINT_BITS: dict[str, Literal[4, 8]] = {"u4": 4, "i4": 4, "u8": 8, "i8": 8}
 IR_BITS = {"u4": 4, "i4": 4, "u8": 8, "i8": 8, "f16": 16, "bf16": 16, "f32": 32}
 
 
@@ -58,6 +62,14 @@ class StoredBlocks:
 
 
 Region = StoredTensor | StoredBlocks
+
+
+class _External(NamedTuple):
+    """An initializer of an ONNX model, with its offset and bytes in the weight file."""
+
+    tensor: "TensorProto"
+    at: int
+    size: int
 
 
 def _gguf_regions(file: Path) -> Iterator[Region]:
@@ -142,8 +154,8 @@ def _ir_tensor(name: str, data: Stored, zeros: Stored | None) -> StoredTensor:
     fill: int | ZeroPoints = 0
     group = 0
     count = zeros.elements if zeros else 0
-    zero_bits: Any = IR_BITS.get(zeros.kind) if zeros else None
-    if zeros and count and elements % count == 0 and zero_bits in (4, 8) and zero_bits <= bits:
+    zero_bits = ZERO_POINT_BITS.get(zeros.kind) if zeros else None
+    if zeros and zero_bits and count and elements % count == 0 and zero_bits <= bits:
         place = ZeroPoints(at=zeros.at, bits=zero_bits, rows=1, per_row=count, row_bytes=zeros.size)
         if _covers_groups(place, elements // count, elements):
             group, fill = elements // count, place
@@ -167,14 +179,14 @@ def _onnx_tensors(graph: Path, file: str) -> Iterator[StoredTensor]:
         raise
     except Exception as error:  # protobuf has its own exception classes
         raise UserError(f"{graph}: not an ONNX model: {one_line(error)}") from error
-    stored = {}
+    stored: dict[str, _External] = {}
     for tensor in model.graph.initializer:
         where = {entry.key: entry.value for entry in tensor.external_data}
         if where.get("location") == file:
             at, size = (
                 _parse_byte_count(graph, tensor.name, where, key) for key in ("offset", "length")
             )
-            stored[tensor.name] = (tensor, at, size)
+            stored[tensor.name] = _External(tensor, at, size)
     named = set()
     for node in model.graph.node:
         if weight := _quantized_weight_name(node):
@@ -208,14 +220,14 @@ def _parse_byte_count(graph: Path, name: str, where: dict[str, str], key: str) -
     return int(found)
 
 
-def _quantized_weight_name(node: Any) -> str:
+def _quantized_weight_name(node: "NodeProto") -> str:
     """Return the name of the quantized weight that a node reads; "" for other nodes."""
     place = {"MatMulNBits": 1, "GatherBlockQuantized": 0}.get(node.op_type)
     return node.input[place] if place is not None and len(node.input) > place else ""
 
 
 def _quantized_tensor(
-    name: str, stored: dict[str, Any], zeros: str, node: Any
+    name: str, stored: dict[str, _External], zeros: str, node: "NodeProto"
 ) -> StoredTensor | None:
     """Return a weight of 4 or 8 bits; None for other weights and nodes without a block size."""
     attributes = {a.name: a.i for a in node.attribute}

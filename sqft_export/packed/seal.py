@@ -8,8 +8,9 @@ file, whose digest is also in the container. A folder without ``provenance.json`
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Required, TypedDict, cast
 
 from sqft_export.errors import DamagedError, UserError, one_line
 from sqft_export.packed.container import PackedFile
@@ -25,7 +26,26 @@ MAX_NAME_CHARACTERS = 1024  # per listed path
 REMEDY = f"copy or export it again, or delete {PROVENANCE} to use the folder without a seal"
 
 
-def write_seal(folder: Path, origin: dict[str, Any]) -> None:
+class ListedFile(TypedDict):
+    """A file of a deployment, as its seal lists it."""
+
+    bytes: int
+    sha256: str
+
+
+class Provenance(TypedDict, total=False):
+    """The content of ``provenance.json``: the origin of the model, all files, and the seal."""
+
+    made_by: dict[str, str]
+    recipe: str
+    base: dict[str, str | None]
+    data: dict[str, object]
+    passes: dict[str, dict[str, object]]
+    files: Required[dict[str, ListedFile]]
+    seal: str
+
+
+def write_seal(folder: Path, origin: Mapping[str, object]) -> None:
     """Write ``provenance.json`` with the digests of all files.
 
     :param origin: the origin of the model: base, data, passes, versions.
@@ -34,17 +54,17 @@ def write_seal(folder: Path, origin: dict[str, Any]) -> None:
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
         for file in files_of(folder, PROVENANCE)
     }
-    write_provenance(folder, origin | {"files": files})
+    write_provenance(folder, {**origin, "files": files})
 
 
-def write_provenance(folder: Path, document: dict[str, Any]) -> None:
+def write_provenance(folder: Path, document: Mapping[str, object]) -> None:
     """Write the provenance of a deployment with the seal of its content."""
-    document = {k: v for k, v in document.items() if k != SEAL}
-    document[SEAL] = key_of(document)
-    (folder / PROVENANCE).write_text(json.dumps(document, indent=2) + "\n")
+    content = {k: v for k, v in document.items() if k != SEAL}
+    sealed = content | {SEAL: key_of(content)}
+    (folder / PROVENANCE).write_text(json.dumps(sealed, indent=2) + "\n")
 
 
-def read_seal(folder: Path) -> dict[str, Any] | None:
+def read_seal(folder: Path) -> Provenance | None:
     """Return the provenance of a deployment; None if it has none.
 
     :raises DamagedError: if the file is invalid, or was changed after sealing.
@@ -58,12 +78,13 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
             raise UserError(fault)
     except UserError as error:
         raise DamagedError(f"{file}: is damaged: {one_line(error)}; {REMEDY}") from error
-    return document
+    return cast(Provenance, document)
 
 
-def _fault_of_document(document: Any) -> str | None:
+def _fault_of_document(document: object) -> str | None:
     """Describe the first fault of a provenance; None if it is valid."""
-    files = document.get("files") if isinstance(document, dict) else None
+    fields = document if isinstance(document, dict) else {}
+    files = fields.get("files")
     if not isinstance(files, dict):
         return "files: expected names of files"
     for name, entry in files.items():
@@ -73,8 +94,8 @@ def _fault_of_document(document: Any) -> str | None:
         size, digest = (entry.get(k) if isinstance(entry, dict) else None for k in ENTRY_KEYS)
         if type(size) is not int or not isinstance(digest, str) or not SHA256.fullmatch(digest):
             return f"files: {shown}: expected its size and SHA-256"
-    sealed = {k: v for k, v in document.items() if k != SEAL}
-    if SEAL in document and document[SEAL] != key_of(sealed):
+    sealed = {k: v for k, v in fields.items() if k != SEAL}
+    if SEAL in fields and fields[SEAL] != key_of(sealed):
         return "its seal is broken: it was changed after it was written"
     return None
 
@@ -113,7 +134,7 @@ def check_seal(folder: Path, whole: bool) -> bool:
     return document is not None
 
 
-def _check_listed(folder: Path, document: dict[str, Any], whole: bool) -> None:
+def _check_listed(folder: Path, document: Provenance, whole: bool) -> None:
     graph, weights = graph_and_weights(folder)
     packed = weights.with_name(weights.name + SUFFIX)
     listed = dict(document["files"])
@@ -130,14 +151,14 @@ def _check_listed(folder: Path, document: dict[str, Any], whole: bool) -> None:
             raise DamagedError(f"{folder}: was added after it was sealed: {shown}")
 
 
-def _check_file(file: Path, listed: dict[str, Any], deep: bool) -> None:
+def _check_file(file: Path, listed: ListedFile, deep: bool) -> None:
     if fault_of_file(file):
         raise DamagedError(f"{one_line(file)}: is missing; {REMEDY}")
     if file.stat().st_size != listed["bytes"] or (deep and sha256_of(file) != listed["sha256"]):
         raise DamagedError(f"{file}: is not the file that was sealed; {REMEDY}")
 
 
-def _check_packed(packed: Path, listed: dict[str, Any] | None, whole: bool) -> None:
+def _check_packed(packed: Path, listed: ListedFile | None, whole: bool) -> None:
     """Check that a container holds the dense file that the seal lists."""
     with PackedFile(packed) as opened:
         if listed is not None and opened.header.sha256 != listed["sha256"]:
@@ -146,7 +167,7 @@ def _check_packed(packed: Path, listed: dict[str, Any] | None, whole: bool) -> N
             check_dense_digest(opened)
 
 
-def require_seal(folder: Path) -> dict[str, Any]:
+def require_seal(folder: Path) -> Provenance:
     """Return the provenance of a deployment after checking every byte.
 
     :raises UserError: if it has no provenance.

@@ -222,7 +222,7 @@ def _zero_point_faults(folder: Path, bits: int) -> Iterator[str]:
 
     checkpoint = Checkpoint(folder)
     for name in checkpoint.quantized_linears[:1]:
-        zeros = read_quantized(checkpoint, name)[1].zero_point
+        zeros = read_quantized(checkpoint, name).zero_point
         if not bool((zeros == 2 ** (bits - 1)).all()):
             yield (
                 f"quantize.symmetric: found true, but {name} has a zero point of "
@@ -281,9 +281,10 @@ def _package_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 
 def _graph_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    fused = "onnx" in recipe.export.targets and recipe.export.onnx_graph == "fused"
-    config = transformers_config(layout.config, "config.json").to_dict() if fused else {}
-    if fused and (lacks := builder_lacks(layout.family, deployed_config(config))):
+    if "onnx" not in recipe.export.targets or recipe.export.onnx_graph != "fused":
+        return
+    config = transformers_config(layout.config, "config.json").to_dict()
+    if lacks := builder_lacks(layout.family, deployed_config(config)):
         yield (
             f"export.onnx_graph: found fused, but ONNX Runtime GenAI's builder {lacks}; use "
             "standard, or auto"

@@ -14,19 +14,20 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from sqft_export.errors import one_line
+from sqft_export.libraries.optimum import supported_versions
 from sqft_export.model.architecture import transformers_config
 from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.config import ModelConfig
 from sqft_export.model.contexts import context_length, deployed_config
 from sqft_export.model.families import FAMILIES, builder_lacks, rope_type
 from sqft_export.model.miniature import write_miniature
 from sqft_export.plan.layout import Layout
 from sqft_export.plan.readers import conversion_failure
-from sqft_export.recipe.schema import Export, Recipe
+from sqft_export.recipe.schema import Export, OnnxGraph, Recipe
 from sqft_export.run.host import installed
 from sqft_export.targets import target
 from sqft_export.targets.gguf.architectures import architecture_lacks
@@ -38,7 +39,6 @@ PACKAGES = {
     "onnx": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir"),
     "gguf": ("gguf",),
 }
-TASK = "text-generation-with-past"
 _REHEARSED_TOKENS = 24
 _ALIKE = 1e-2  # of logits, in their standard deviations: rounding is far below, another graph above
 _COLORS = re.compile(r"\x1b?\[\d+m")
@@ -107,8 +107,8 @@ def _is_installed(name: str) -> bool:
     return all(installed(package) for package in PACKAGES[name])
 
 
-def _openvino_lacks(recipe: Recipe, layout: Layout, config: dict[str, object]) -> str | None:
-    model_type = str(config["model_type"])
+def _openvino_lacks(recipe: Recipe, layout: Layout, config: ModelConfig) -> str | None:
+    model_type = config["model_type"]
     if reason := _optimum_lacks(model_type):
         return reason
     return None if model_type in FAMILIES else _rehearsal_lacks("openvino", recipe, layout)
@@ -117,31 +117,22 @@ def _openvino_lacks(recipe: Recipe, layout: Layout, config: dict[str, object]) -
 @functools.cache
 def _optimum_lacks(model_type: str) -> str | None:
     """Whether optimum-intel has the model type, for this version of transformers."""
-    from optimum.exporters.openvino import model_configs
-    from optimum.exporters.tasks import TasksManager
     from packaging.version import Version
 
-    assert model_configs  # fills the manager's table
-    try:
-        table = TasksManager.get_supported_tasks_for_model_type(
-            model_type, "openvino", library_name="transformers"
-        )
-    except KeyError:
-        table = {}
-    if TASK not in table:
+    supported = supported_versions(model_type)
+    if supported is None:
         return f"optimum-intel has no OpenVINO export for {model_type}"
     if model_type in FAMILIES:  # its bounds are lifted where it is exported
         return None
-    made, here = table[TASK].func, importlib.metadata.version("transformers")
-    least = str(getattr(made, "MIN_TRANSFORMERS_VERSION", None) or here)
-    most = str(getattr(made, "MAX_TRANSFORMERS_VERSION", None) or here)
+    here = importlib.metadata.version("transformers")
+    least, most = supported.least or here, supported.most or here
     if Version(least) <= Version(here) <= Version(most):
         return None
     bound = f"up to {most}" if Version(here) > Version(most) else f"from {least} on"
     return f"optimum-intel exports {model_type} with transformers {bound}; {here} is installed"
 
 
-def _onnx_lacks(recipe: Recipe, layout: Layout, config: dict[str, object]) -> str | None:
+def _onnx_lacks(recipe: Recipe, layout: Layout, config: ModelConfig) -> str | None:
     config, graph = deployed_config(config), recipe.export.onnx_graph
     lacks = builder_lacks(layout.family, config)
     if graph == "fused" or (graph == "auto" and lacks is None):
@@ -154,7 +145,7 @@ def _onnx_lacks(recipe: Recipe, layout: Layout, config: dict[str, object]) -> st
     return _rehearsal_lacks("onnx", recipe, layout)
 
 
-def _gguf_lacks(recipe: Recipe, layout: Layout, config: dict[str, object]) -> str | None:
+def _gguf_lacks(recipe: Recipe, layout: Layout, config: ModelConfig) -> str | None:
     if lacks := architecture_lacks(config):
         return lacks
     if layout.folder is None:
@@ -175,9 +166,7 @@ def _rehearsal_lacks(name: str, recipe: Recipe, layout: Layout) -> str | None:
 
 
 @functools.cache
-def rehearse(
-    name: str, config: str, onnx_graph: Literal["auto", "fused", "standard"]
-) -> str | None:
+def rehearse(name: str, config: str, onnx_graph: OnnxGraph) -> str | None:
     """Export a random miniature of a config, run it, and compare its logits with torch.
 
     :param config: JSON of ``config.json``.

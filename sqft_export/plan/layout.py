@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import cast
 
 from sqft_export.errors import UserError
 from sqft_export.model.architecture import family_of, shapes_of
 from sqft_export.model.checkpoint import Checkpoint, count_blocks, decoder_linears
+from sqft_export.model.config import ModelConfig
 from sqft_export.model.families import Family
 from sqft_export.model.hub import HUB_ADVICE
 from sqft_export.numerics.groups import fallback_group_size
@@ -26,7 +28,7 @@ def weight_shapes(recipe: Recipe, folder: Path | None) -> dict[str, tuple[int, .
                 f"{recipe.file}: model.hub: {recipe.model.hub} is not on this machine and "
                 f"model.config does not describe it; {HUB_ADVICE}"
             )
-        return shapes_of(expected, f"{recipe.file}: model.config")
+        return shapes_of(cast(ModelConfig, expected), f"{recipe.file}: model.config")
     checkpoint = Checkpoint(folder)
     checkpoint.check()
     for field, value in (expected or {}).items():
@@ -65,7 +67,7 @@ class Layout:
     embedding: tuple[int, int]
     others: int
     width: int
-    config: dict[str, object]
+    config: ModelConfig
     folder: Path | None
 
     @property
@@ -95,7 +97,8 @@ def layout_of(recipe: Recipe, folder: Path | None) -> Layout:
     :raises UserError: see :func:`weight_shapes`.
     """
     shapes = weight_shapes(recipe, folder)
-    config = (recipe.model.config if folder is None else Checkpoint(folder).config) or {}
+    described = cast(ModelConfig, recipe.model.config or {})
+    config = described if folder is None else Checkpoint(folder).config
     family = family_of(config, str(recipe.file))
     linears = decoder_linears(shapes, family.blocks)
     total = sum(prod(shape) for shape in shapes.values())

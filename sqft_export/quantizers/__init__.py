@@ -6,7 +6,7 @@ decoder block; its ``NEEDS`` is ``"block"``.
 
 import importlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import Tensor
 
@@ -30,7 +30,7 @@ class Quantizer(Protocol):
         bits: int,
         group_size: int,
         symmetric: bool,
-        inputs: Any,
+        inputs: Tensor | None,
         scale_bits: int = ...,
         /,
     ) -> tuple[Tensor, Grid]:
@@ -57,7 +57,7 @@ class BlockQuantizer(Protocol):
 
 def quantizer(method: str) -> Quantizer | BlockQuantizer:
     """Return the module of a method."""
-    module: Any = importlib.import_module(f"{__name__}.{method}")
+    module = importlib.import_module(f"{__name__}.{method}")
     return cast(BlockQuantizer, module) if module.NEEDS == "block" else cast(Quantizer, module)
 
 

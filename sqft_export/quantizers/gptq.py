@@ -29,7 +29,7 @@ def compress(
     bits: int,
     group_size: int,
     symmetric: bool,
-    factor: Tensor,
+    factor: Tensor | None,
     scale_bits: int = FLOAT16_BITS,
 ) -> tuple[Tensor, Grid]:
     """Return the compensated weight and the grid of one Linear.
@@ -40,6 +40,7 @@ def compress(
     :return: float32 ``[out, in]`` with exact zeros at pruned positions; and its grid. A group is
         fitted to the weights that it has when its first column is reached.
     """
+    assert factor is not None  # NEEDS
     # Transposed, so that an input column is contiguous: every step reads one.
     work, kept = weight.T.contiguous(), mask.T
     _zero_pruned(work, kept)

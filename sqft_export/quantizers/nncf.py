@@ -11,16 +11,20 @@ largest weight of a group then gets the longer side of the range.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sqft_export.errors import UserError
 from sqft_export.model.blocks import Block
-from sqft_export.numerics.affine import Grid, dequantize, quantize, replace_zero_scales
+from sqft_export.numerics.affine import dequantize, quantize, replace_zero_scales
+from sqft_export.numerics.codes import Grid, QuantizedWeight
 from sqft_export.recipe.schema import Quantize
+
+if TYPE_CHECKING:
+    import numpy as np
+    import openvino as ov
 
 NEEDS = "block"
 
@@ -30,15 +34,34 @@ class _Positional(nn.Module):
 
     def __init__(self, block: Block):
         super().__init__()
-        self.block = block.module
-        self.leaves, self.tree = tree_flatten(block.calls[0])
+        self.block, self.call = block.module, block.calls[0]
 
     def forward(self, *tensors: Tensor) -> Tensor:
         rest = iter(tensors)
-        leaves = [next(rest) if isinstance(x, Tensor) else x for x in self.leaves]
-        hidden, kwargs = tree_unflatten(leaves, self.tree)
+        hidden, kwargs = (_replace_tensors(part, rest) for part in self.call)
         output = self.block(hidden, **kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples, lists and dicts, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from (tensor for part in value.values() for tensor in _tensors_in(part))
+    elif isinstance(value, tuple | list):
+        yield from (tensor for part in value for tensor in _tensors_in(part))
+
+
+def _replace_tensors(value, tensors: Iterator[Tensor]):
+    """Return ``value`` with the next tensors in place of those that :func:`_tensors_in` yields."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, dict):
+        return {key: _replace_tensors(part, tensors) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)([_replace_tensors(part, tensors) for part in value])
+    return value
 
 
 def compress_block(
@@ -52,9 +75,9 @@ def compress_block(
     """
     import openvino as ov
 
-    from sqft_export.targets.openvino import codes_and_grids
+    from sqft_export.targets.openvino import read_weights
 
-    feeds = [[t for t in tree_flatten(call)[0] if isinstance(t, Tensor)] for call in block.calls]
+    feeds = [list(_tensors_in(call)) for call in block.calls]
     graph = ov.convert_model(_Positional(block), example_input=tuple(feeds[0]))
     graph = _compress(graph, [[tensor.numpy() for tensor in feed] for feed in feeds], config)
     if added := [n for n in graph.get_ops() if n.get_friendly_name().endswith("/awq_mul")]:
@@ -62,15 +85,16 @@ def compress_block(
             f"quantize.nncf.awq: AWQ adds {len(added)} multiplications to block {block.index}, "
             "which codes and scales cannot represent; set it to false"
         )
-    found = {name: (quantized, bits) for name, quantized, bits in codes_and_grids(graph)}
+    found = dict(read_weights(graph))
     prefix = next(iter(block.linears)).split(f".{block.index}.")[0] + f".{block.index}"
     for name, linear in block.linears.items():
         path = name.removeprefix(f"{prefix}.")
-        quantized, bits = found[f"self.block.{path}"]
-        codes, scale, zero_point = map(torch.from_numpy, quantized)
-        grid = Grid(scale.half(), zero_point, bits, linear.in_features // scale.shape[1])
+        quantized = found[f"self.block.{path}"]
+        arrays = quantized.codes, quantized.scale, quantized.zero_point
+        codes, scale, zero_point = map(torch.from_numpy, arrays)
+        grid = Grid(scale.half(), zero_point, quantized.bits, quantized.grid.group_size)
         try:
-            codes, grid = replace_zero_scales(codes, grid)
+            codes, grid = replace_zero_scales(QuantizedWeight(codes, grid))
         except ValueError as error:
             raise UserError(f"quantize.method: nncf: {name}: {error}") from error
         weight = _keep_fractions(linear.weight, codes, grid)
@@ -87,7 +111,7 @@ def _keep_fractions(weight: Tensor, codes: Tensor, grid: Grid) -> Tensor:
     return torch.where(same, weight, dequantize(codes, grid))
 
 
-def _compress(graph: Any, feeds: list[Any], config: Quantize) -> Any:
+def _compress(graph: "ov.Model", feeds: "list[list[np.ndarray]]", config: Quantize) -> "ov.Model":
     """Run ``nncf.compress_weights`` with the options of the recipe; return the graph."""
     import nncf
     from nncf import AdvancedCompressionParameters, CompressWeightsMode, SensitivityMetric

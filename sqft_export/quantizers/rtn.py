@@ -14,7 +14,7 @@ def compress(
     bits: int,
     group_size: int,
     symmetric: bool,
-    inputs: None,
+    inputs: Tensor | None,
     scale_bits: int = FLOAT16_BITS,
 ) -> tuple[Tensor, Grid]:
     """Return the weight with exact zeros at pruned positions, and the grid fitted to it."""

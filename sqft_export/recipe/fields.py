@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -74,7 +74,7 @@ def _first_line(section: type[BaseModel]) -> str:
     return (section.__doc__ or "").strip().partition("\n")[0]
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
+def _section_of(annotation: object) -> type[BaseModel] | None:
     """Return the first section type in an annotation; None if it has only plain values."""
     found = [
         kind
@@ -109,7 +109,7 @@ def _allowed(field: FieldInfo) -> str:
     return ", ".join([_type_text(field.annotation), *bounds])
 
 
-def _type_text(annotation: Any) -> str:
+def _type_text(annotation: object) -> str:
     """Return the name of a type for authors of recipes: ``number``, ``list of text``, ``4, 8``."""
     origin, inside = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
@@ -123,4 +123,5 @@ def _type_text(annotation: Any) -> str:
         return f"list of {_type_text(inside[0])}"
     if origin is dict:
         return "mapping"
+    assert isinstance(annotation, type)
     return {str: "text", int: "whole number", float: "number", bool: "true or false"}[annotation]

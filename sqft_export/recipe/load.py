@@ -5,13 +5,15 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pydantic
 from pydantic import BaseModel
+from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import ConstructorError, SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.nodes import MappingNode
 
 from sqft_export.errors import UserError, one_line
 from sqft_export.recipe.builtin import builtin_recipes, find_recipe
@@ -34,14 +36,14 @@ SHOWN = 120  # characters of what was found
 class _Constructor(SafeConstructor):
     """Refuse merge keys: a few lines of nested copies expand to billions of values."""
 
-    def flatten_mapping(self, node: Any) -> Any:
+    def flatten_mapping(self, node: MappingNode) -> None:
         for key, _ in node.value:
             if key.tag == MERGE:
                 problem = "merge keys (<<) are not read; write the settings out"
                 raise ConstructorError(problem=problem, problem_mark=key.start_mark)
 
 
-def _read_yaml(text: str, where: str) -> Any:
+def _read_yaml(text: str, where: str) -> object:
     yaml = YAML(typ="safe", pure=True)  # YAML 1.2: 1e-4 is a number, 2:4 is not
     yaml.Constructor = _Constructor
     try:
@@ -56,7 +58,7 @@ def _read_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: not valid YAML: {type(error).__name__}: {shown}") from error
 
 
-def _values(node: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+def _values(node: object, path: str = "", depth: int = 0) -> Iterator[tuple[str, object]]:
     """Path and value of every key, scalar and section; what an alias stands for, once each time."""
     yield path, node
     if depth > DEEPEST:
@@ -70,7 +72,7 @@ def _values(node: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, An
             yield from _values(value, f"{path}.{number}", depth + 1)
 
 
-def _fault_of(path: str, value: Any) -> str | None:
+def _fault_of(path: str, value: object) -> str | None:
     """What no field of any recipe may hold."""
     if path.count(".") > DEEPEST:
         return "is nested too deeply"
@@ -85,7 +87,7 @@ def _fault_of(path: str, value: Any) -> str | None:
     return beyond if isinstance(value, int) and abs(value) > LARGEST_NUMBER else None
 
 
-def _check_values(data: Any, where: str) -> None:
+def _check_values(data: object, where: str) -> None:
     """:raises UserError: at the first value that is none of a recipe."""
     for count, (path, value) in enumerate(_values(data)):
         if count > MOST_VALUES:
@@ -96,12 +98,12 @@ def _check_values(data: Any, where: str) -> None:
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     """Names of the fields allowed beside the one at ``location``."""
-    model: Any = Recipe
+    model: type[BaseModel] | None = Recipe
     for name in location[:-1]:
         if name in TASK_KINDS and model is None:
             model = TASK_KINDS[str(name)]
             continue
-        field = model.model_fields.get(name) if model else None
+        field = model.model_fields.get(str(name)) if model else None
         annotation = field.annotation if field else None
         kinds = get_args(annotation) or (annotation,)  # a section that may be left out is a union
         sections = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
@@ -128,7 +130,7 @@ def _unknown_key(location: tuple[int | str, ...]) -> str:
     return f"unknown key; allowed are {', '.join(allowed)}{hint}"
 
 
-def _explain(error: Any, where: str) -> str:
+def _explain(error: ErrorDetails, where: str) -> str:
     """One validation error as: file, YAML path, what was found, what is allowed, a suggestion."""
     location = error["loc"]
     path = _path_of(location)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, TypeGuard, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -26,7 +26,7 @@ _UNUSED_BY: dict[tuple[str, str], tuple[str, ...]] = {
 
 
 def apply_overrides(
-    data: dict[str, Any], settings: tuple[str, ...], read_yaml: Callable[[str, str], Any]
+    data: dict[str, object], settings: tuple[str, ...], read_yaml: Callable[[str, str], object]
 ) -> None:
     """Apply ``a.b.c=value`` settings to the mapping of a recipe file, in order.
 
@@ -46,7 +46,7 @@ def apply_overrides(
                 found.pop(field, None)
 
 
-def _apply(data: dict[str, Any], setting: str, read_yaml: Callable[[str, str], Any]) -> str:
+def _apply(data: dict[str, object], setting: str, read_yaml: Callable[[str, str], object]) -> str:
     """Apply one setting; returns its path."""
     path, equals, text = setting.partition("=")
     shown = repr(setting[:SHOWN_CHARACTERS])
@@ -55,17 +55,18 @@ def _apply(data: dict[str, Any], setting: str, read_yaml: Callable[[str, str], A
     *parents, last = path.split(".")
     section = data
     for name in parents:
-        section = section.setdefault(name, {})
-        if not isinstance(section, dict):
+        inner = section.setdefault(name, {})
+        if not isinstance(inner, dict):
             raise UserError(f"override {shown}: {name} is a value, not a section")
+        section = inner
     annotation = _annotation_at(path, data)
     section[last] = _value(text, annotation, f"override {shown}", read_yaml)
     return path
 
 
-def _annotation_at(path: str, data: dict[str, Any]) -> Any:
+def _annotation_at(path: str, data: dict[str, object]) -> object:
     """The type of the field at a dotted path; None where no recipe has it."""
-    annotation: Any = Recipe
+    annotation: object = Recipe
     for name in path.split("."):
         sections = [t for t in _alternatives(annotation) if _is_section(t)]
         if len(sections) > 1:  # a task, which is of one kind
@@ -79,18 +80,20 @@ def _annotation_at(path: str, data: dict[str, Any]) -> Any:
     return annotation
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
+def _alternatives(annotation: object) -> tuple[object, ...]:
     """Return the members of a union, or the type itself, without their constraints."""
     union = get_origin(annotation) in (Union, UnionType)
     members = get_args(annotation) if union else (annotation,)
     return tuple(get_args(m)[0] if get_origin(m) is Annotated else m for m in members)
 
 
-def _is_section(annotation: Any) -> bool:
+def _is_section(annotation: object) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _value(text: str, annotation: Any, where: str, read_yaml: Callable[[str, str], Any]) -> Any:
+def _value(
+    text: str, annotation: object, where: str, read_yaml: Callable[[str, str], object]
+) -> object:
     """A setting's value: YAML, but for text, which stands for itself unless it is in quotes."""
     allowed = _alternatives(annotation)
     word = text.strip()

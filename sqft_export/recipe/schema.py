@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Generic, Literal, TypeVar
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -48,10 +48,10 @@ class Combined(Generic[_Value]):
     descriptor has no ``__set__``.
     """
 
-    def __init__(self, compute: Callable[[Any], _Value]):
+    def __init__(self, compute: "Callable[[Recipe], _Value]"):
         self.compute, self.__doc__ = compute, compute.__doc__
 
-    def __get__(self, section: Any, owner: type) -> _Value:
+    def __get__(self, section: "Recipe | None", owner: type) -> _Value:
         return self if section is None else self.compute(section)  # type: ignore[return-value]
 
 
@@ -64,7 +64,7 @@ class Section(BaseModel):
 
     if not TYPE_CHECKING:  # mypy would accept any attribute if it saw this method
 
-        def __getattr__(self, name: str) -> Any:
+        def __getattr__(self, name: str) -> object:
             if name in type(self).model_fields:
                 place = f"{type(self).__name__}.{name}"
                 raise UndeclaredFieldError(f"{place} is read by a pass that does not declare it")
@@ -79,7 +79,7 @@ class Model(Section):
         None, description="name of a model on the hub; the run downloads it if needed"
     )
     revision: str | None = Field(None, description="commit or tag of the model on the hub")
-    config: dict[str, Any] | None = Field(
+    config: dict[str, object] | None = Field(
         None,
         description="expected fields of config.json; with them, plan works before the download",
     )
@@ -243,7 +243,7 @@ class Chat(Section):
         description="name of one of the tokenizer's chat templates, or the text of a template; "
         "null: the tokenizer's default",
     )
-    template_arguments: dict[str, Any] = Field(
+    template_arguments: dict[str, object] = Field(
         {}, description="variables that the template reads, such as enable_thinking"
     )
     loss_on: Literal["assistant"] = Field(
@@ -759,6 +759,9 @@ class Search(Section):
         return self.strategy in ("lowest-loss", "hill-climb", "evolutionary")
 
 
+OnnxGraph = Literal["auto", "fused", "standard"]
+
+
 class Export(Section):
     """Which deployments are written."""
 
@@ -766,7 +769,7 @@ class Export(Section):
         ("openvino", "onnx"),
         description="runtimes to write a deployment for; gguf is for llama.cpp",
     )
-    onnx_graph: Literal["auto", "fused", "standard"] = Field(
+    onnx_graph: OnnxGraph = Field(
         "auto",
         description="fused: the operators of ONNX Runtime GenAI; standard: ONNX operators and "
         "MatMulNBits, which onnx.checker and OpenVINO can read; auto: fused if GenAI's builder "
@@ -930,7 +933,7 @@ class Recipe(Section):
 
     @field_validator("adapt", mode="before")
     @classmethod
-    def _parse_none(cls, found: Any) -> Any:
+    def _parse_none(cls, found: object) -> object:
         if found is None:  # an empty section is more likely forgotten than intended
             raise ValueError("is empty; none, or no such section, trains nothing")
         return None if found == "none" else found

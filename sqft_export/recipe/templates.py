@@ -5,8 +5,8 @@
 
 import re
 import string
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from sqft_export.errors import UserError
 
@@ -46,7 +46,7 @@ def leading_text(template: str) -> str:
     return "".join(leading)
 
 
-def fill_template(template: str, item: dict[str, Any], file: Path, number: int) -> str:
+def fill_template(template: str, item: Mapping[str, object], file: Path, number: int) -> str:
     """Return the text of a template with the fields of an item filled in.
 
     :raises UserError: if the item lacks a field or the field is not text; the message names file,
@@ -65,7 +65,7 @@ def fill_template(template: str, item: dict[str, Any], file: Path, number: int) 
     return "".join(filled)
 
 
-def text_field(name: str, item: dict[str, Any], file: Path, number: int) -> str | int | float:
+def text_field(name: str, item: Mapping[str, object], file: Path, number: int) -> str | int | float:
     """Return a field of an item, such as ``text`` or ``messages[0][content]``.
 
     A boolean becomes ``true`` or ``false``, as in JSON.
@@ -74,11 +74,11 @@ def text_field(name: str, item: dict[str, Any], file: Path, number: int) -> str 
     """
     found = _FIELD.fullmatch(name)
     path = [found[1], *re.findall(r"\[([^\[\]]+)\]", found[2])] if found else [name]
-    value: Any = item
+    value: object = item
     for depth, key in enumerate(path):
         try:
-            value = value[int(key)] if isinstance(value, list) else value[key]
-        except (KeyError, IndexError, ValueError, TypeError) as error:
+            value = _entry(value, key)
+        except (KeyError, IndexError, ValueError) as error:
             raise UserError(
                 f"{file}:{number}: the template needs {name}; {_describe(value, path[:depth])}"
             ) from error
@@ -88,7 +88,19 @@ def text_field(name: str, item: dict[str, Any], file: Path, number: int) -> str 
     return str(value).lower() if isinstance(value, bool) else value
 
 
-def _describe(value: Any, path: list[str]) -> str:
+def _entry(value: object, key: str) -> object:
+    """Return an entry of a list or an object.
+
+    :raises KeyError, IndexError, ValueError: if it has no such entry.
+    """
+    if isinstance(value, list):
+        return value[int(key)]
+    if isinstance(value, Mapping):
+        return value[key]
+    raise KeyError(key)
+
+
+def _describe(value: object, path: list[str]) -> str:
     """Return what was found at a path, for an error message."""
     owner = path[-1] if path else "the item"
     if isinstance(value, dict):

@@ -6,9 +6,9 @@ recipe without all other fields. Reading another field raises :class:`Undeclared
 """
 
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 from pydantic_core import to_jsonable_python
 
 from sqft_export.recipe.schema import Combined, Recipe, Section
@@ -50,12 +50,12 @@ def _restrict(section: _Section, paths: list[list[str]]) -> _Section:
     return view
 
 
-def values_of(recipe: Recipe, fields: Iterable[str]) -> dict[str, Any]:
+def values_of(recipe: Recipe, fields: Iterable[str]) -> dict[str, JsonValue]:
     """Return path -> JSON value; None for fields of a section that the recipe lacks."""
     return {path: _value(recipe, path.split(".")) for path in fields}
 
 
-def _value(found: Any, path: list[str]) -> Any:
+def _value(found: object, path: list[str]) -> JsonValue:
     for name in path:
         found = getattr(found, name, None)
     return (

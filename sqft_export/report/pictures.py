@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -11,6 +12,9 @@ from matplotlib.ticker import MaxNLocator
 
 from sqft_export.measure.results import BenchmarkRow
 from sqft_export.run.metrics import EvaluatedSize
+
+if TYPE_CHECKING:
+    from sqft_export.adapters.files import RankedStepLog
 
 matplotlib.use("svg")
 
@@ -265,7 +269,7 @@ def sparsity_by_layer(sparsity: Mapping[str, float]) -> str:
     return _svg(draw)
 
 
-def training_curve(log: list[dict]) -> str:
+def training_curve(log: "list[RankedStepLog]") -> str:
     """Draw the loss by optimizer step, and the mean drawn rank if ranks vary."""
 
     def draw(axes: Axes) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from sqft_export.data.datasets import set_names
@@ -65,7 +66,7 @@ class PassOrigin(Document):
     """Version and settings of a pass."""
 
     version: int
-    options: dict[str, object]
+    options: Mapping[str, object]
 
 
 class Origin(Document):

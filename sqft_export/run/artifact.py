@@ -49,7 +49,7 @@ class Facts(TypedDict):
 
     stage: str
     version: int
-    options: dict[str, object]
+    options: Mapping[str, object]
     reads: dict[str, object]
     parents: dict[str, str]
 

@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sqft_export.adapters.files import RankedStepLog
 
 Ranks = dict[str, int]
 
@@ -36,7 +39,7 @@ class Space:
 
     groups: list[str]
     ranks: tuple[int, ...]
-    log: list[dict[str, Any]]
+    log: list["RankedStepLog"]
     budget: int
     seed: int
     configured: Ranks

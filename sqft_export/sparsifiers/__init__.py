@@ -3,7 +3,7 @@
 import importlib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from torch import Tensor
 
@@ -86,7 +86,9 @@ class Sparsifier(Protocol):
 
     NEEDS: str
 
-    def compress(self, weight: Tensor, pruning: Pruning, inputs: Any, /) -> tuple[Tensor, Tensor]:
+    def compress(
+        self, weight: Tensor, pruning: Pruning, inputs: Tensor | None, /
+    ) -> tuple[Tensor, Tensor]:
         """Return the pruned weight and its mask.
 
         :param weight: float32 ``[out, in]``.

@@ -7,6 +7,6 @@ from sqft_export.sparsifiers import Pruning
 NEEDS = "nothing"
 
 
-def compress(weight: Tensor, pruning: Pruning, inputs: None) -> tuple[Tensor, Tensor]:
+def compress(weight: Tensor, pruning: Pruning, inputs: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the weight unchanged, and a mask that is True where it is not zero."""
     return weight, weight != 0

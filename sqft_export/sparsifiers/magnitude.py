@@ -7,7 +7,7 @@ from sqft_export.sparsifiers import Pruning
 NEEDS = "nothing"
 
 
-def compress(weight: Tensor, pruning: Pruning, inputs: None) -> tuple[Tensor, Tensor]:
+def compress(weight: Tensor, pruning: Pruning, inputs: Tensor | None) -> tuple[Tensor, Tensor]:
     """Drop the lowest ``|W_ij|``; the kept weights do not change."""
     mask = pruning.mask(weight.abs())
     return weight.masked_fill(~mask, 0), mask

@@ -15,11 +15,12 @@ NEEDS = "factor"
 _COLUMNS_AT_ONCE = 128
 
 
-def compress(weight: Tensor, pruning: Pruning, factor: Tensor) -> tuple[Tensor, Tensor]:
+def compress(weight: Tensor, pruning: Pruning, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the compensated weight with exact zeros, and its mask.
 
     :param factor: float32 ``[in, in]``, ``U`` of ``numerics.hessian.inverse_factor``.
     """
+    assert factor is not None  # NEEDS
     work = weight.T.contiguous()  # transposed, so that an input column is contiguous
     masks = []
     in_features, block = weight.shape[1], pruning.block

@@ -7,10 +7,11 @@ from sqft_export.sparsifiers import Pruning
 NEEDS = "norms"
 
 
-def compress(weight: Tensor, pruning: Pruning, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def compress(weight: Tensor, pruning: Pruning, inputs: Tensor | None) -> tuple[Tensor, Tensor]:
     """Drop the lowest ``|W_ij| * ||X_j||_2``; the kept weights do not change.
 
     :param inputs: float32 ``[in]``, L2 norm of every input channel.
     """
+    assert inputs is not None  # NEEDS
     mask = pruning.mask(weight.abs() * inputs)
     return weight.masked_fill(~mask, 0), mask

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 
-from sqft_export.numerics.codes import Quantized
+from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.recipe.schema import Export
 
 # OpenVINO's converter and NNCF report their use over the network through this package. Without the
@@ -95,7 +95,7 @@ class Target(Runner, Protocol):
         :param adapter: folder in peft's format.
         """
 
-    def read_back(self, folder: Path) -> Iterator[tuple[str, Quantized]]:
+    def read_back(self, folder: Path) -> Iterator[tuple[str, QuantizedWeight[np.ndarray]]]:
         """Yield module and quantized weight, one at a time, from the written file."""
 
     def read_floats(self, folder: Path) -> Iterator[tuple[str, np.ndarray]]:

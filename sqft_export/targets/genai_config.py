@@ -6,7 +6,7 @@ versions of the runtime add options.
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TypedDict
 
 from sqft_export.errors import UserError, one_line
 from sqft_export.targets.folder import GENAI_CONFIG
@@ -33,6 +33,23 @@ PROVIDERS = {"cpu", "cuda", "dml", "rocm", "webgpu", "openvino"}
 TRUST = "where you trust the folder, pass trust_custom_ops=True"
 
 
+class DecoderConfig(TypedDict):
+    """Sizes in the decoder section of ``genai_config.json``, which has more fields."""
+
+    head_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+
+
+class BuiltDecoder(DecoderConfig):
+    """The decoder section that ONNX Runtime GenAI's builder writes.
+
+    inputs: name in GenAI -> name of the graph's input.
+    """
+
+    inputs: dict[str, str]
+
+
 def check_genai_config(folder: Path) -> None:
     """Refuse a ``genai_config.json`` that runs code of its folder, or reads outside the folder.
 
@@ -46,7 +63,7 @@ def check_genai_config(folder: Path) -> None:
             raise UserError(f"{file}: {one_line(path)}: {fault}")
 
 
-def _entries(node: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
+def _entries(node: object, path: str = "") -> Iterator[tuple[str, str, object]]:
     """Yield path, key and value of every entry, including nested ones."""
     if isinstance(node, dict):
         for key, value in node.items():
@@ -57,7 +74,7 @@ def _entries(node: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
             yield from _entries(value, path)
 
 
-def _fault_of_entry(key: str, value: Any) -> str | None:
+def _fault_of_entry(key: str, value: object) -> str | None:
     """Return what is wrong with an entry, or None."""
     if key == CUSTOM_LIBRARY and value:
         return f"{one_line(repr(value))} is a library that would run; {TRUST}"
@@ -70,12 +87,12 @@ def _fault_of_entry(key: str, value: Any) -> str | None:
     return _fault_of_providers(value) if key == "provider_options" else None
 
 
-def _is_plain_name(value: Any) -> bool:
+def _is_plain_name(value: object) -> bool:
     kinds = (PurePosixPath, PureWindowsPath)
     return isinstance(value, str) and value != ".." and all(k(value).name == value for k in kinds)
 
 
-def _fault_of_keys(value: Any, allowed: set[str]) -> str | None:
+def _fault_of_keys(value: object, allowed: set[str]) -> str | None:
     """Return what is wrong with an object that may only have ``allowed`` keys, or None."""
     if not isinstance(value, dict):
         return f"found {one_line(repr(value))}; an object is expected"
@@ -86,7 +103,7 @@ def _fault_of_keys(value: Any, allowed: set[str]) -> str | None:
     return f"found {shown}; allowed are {', '.join(sorted(allowed))}; {TRUST}"
 
 
-def _fault_of_providers(value: Any) -> str | None:
+def _fault_of_providers(value: object) -> str | None:
     """Return what is wrong with a list of providers and their options, or None."""
     if not isinstance(value, list):
         return f"found {one_line(repr(value))}; a list of providers is expected"

@@ -2,20 +2,67 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
+
+import numpy as np
 
 from sqft_export.errors import UserError, one_line
-from sqft_export.numerics.codes import Quantized
+from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.packed.seal import check_seal
 from sqft_export.packed.usage import loaders_of, why_no_loader
 from sqft_export.run.artifact import files_of, sha256_of
 from sqft_export.targets import target
 from sqft_export.targets.folder import SUFFIX, runtime_of
 
+
+class InspectedLayer(TypedDict):
+    """A quantized weight.
+
+    sparsity: share of zeros.
+    runs_on, times_as_fast: kernel chosen on this machine and its speed-up over the runtime's own.
+    """
+
+    layer: str
+    shape: list[int]
+    bits: int
+    group_size: int
+    symmetric: bool
+    sparsity: float
+    runs_on: NotRequired[str]
+    times_as_fast: NotRequired[float | None]
+
+
+class InspectedLoader(TypedDict):
+    """A way to load the folder in Python; ``missing`` says why it can't run on this machine."""
+
+    runtime: str
+    code: str
+    installed: bool
+    missing: str | None
+
+
+class Inspection(TypedDict):
+    """The result of ``inspect``.
+
+    bytes: kind of file -> total size.
+    files: file -> SHA-256.
+    says: facts about the model that the deployment stores.
+    """
+
+    folder: str
+    runtime: str
+    layers: list[InspectedLayer]
+    bytes: dict[str, int]
+    files: dict[str, str]
+    sealed: bool
+    says: dict[str, str]
+    loads_in: list[InspectedLoader]
+
+
 _WEIGHTS, _GRAPH, _TOKENIZER = "weights", "graph", "tokenizer and configs"
 
 
-def inspect_folder(folder: Path) -> dict[str, Any]:
+def inspect_folder(folder: Path) -> Inspection:
     """Return layers, bytes per kind of file, digests, stored model facts, and possible loaders.
 
     :raises UserError: if the folder is not a deployment, or its runtime is not installed.
@@ -48,7 +95,7 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     }
 
 
-def _add_kernels(folder: Path, layers: list[dict[str, Any]]) -> None:
+def _add_kernels(folder: Path, layers: list[InspectedLayer]) -> None:
     """Add to each layer the kernel chosen on this machine, and its measured speedup."""
     from sqft_export.packed.execution import list_kernels
 
@@ -58,24 +105,19 @@ def _add_kernels(folder: Path, layers: list[dict[str, Any]]) -> None:
             layer["runs_on"], layer["times_as_fast"] = chosen[layer["layer"]]
 
 
-def _sort_key(name: str) -> list[Any]:
+def _sort_key(name: str) -> list[tuple[int, int, str]]:
     """Return a key that sorts block 10 after block 9."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+    parts = name.split(".")
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
 
-def _layer(name: str, quantized: Quantized) -> dict[str, Any]:
-    codes, scale, zero = quantized
-    groups = scale.shape[1]
-    inputs = codes.shape[1]
-    size = -(-inputs // groups)
-    largest_zero = int(zero.max(initial=0))
-    bits = 4 if max(int(codes.max(initial=0)), largest_zero) < 16 else 8
+def _layer(name: str, quantized: QuantizedWeight[np.ndarray]) -> InspectedLayer:
     return {
         "layer": name,
-        "shape": list(codes.shape),
-        "bits": bits,
-        "group_size": size,
-        "symmetric": bool((zero == 2 ** (bits - 1)).all()),
+        "shape": list(quantized.codes.shape),
+        "bits": quantized.bits,
+        "group_size": quantized.grid.group_size,
+        "symmetric": quantized.grid.symmetric,
         "sparsity": float((quantized.steps == 0).mean()),
     }
 
@@ -88,7 +130,7 @@ def _kind(file: Path) -> str:
     return _GRAPH if file.suffix in (".xml", ".onnx") else _TOKENIZER
 
 
-def _runtimes(folder: Path) -> list[dict[str, Any]]:
+def _runtimes(folder: Path) -> list[InspectedLoader]:
     """Return the runtimes that load the folder, with code, and the reason if one is unavailable."""
     return [
         {
@@ -101,14 +143,14 @@ def _runtimes(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _kernel_text(layer: dict[str, Any]) -> str:
+def _kernel_text(layer: InspectedLayer) -> str:
     if "runs_on" not in layer:
         return ""
     gain = layer["times_as_fast"]
     return f"  {layer['runs_on']}" + (f", {gain:.2f} times as fast as stock" if gain else "")
 
 
-def inspection_text(found: dict[str, Any]) -> str:
+def inspection_text(found: Inspection) -> str:
     """Return the result of :func:`inspect_folder` as text."""
     lines = [f"{found['folder']}: {found['runtime']}"]
     lines += [f"  {key}: {value}" for key, value in sorted(found["says"].items())]

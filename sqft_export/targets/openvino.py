@@ -11,8 +11,9 @@ needed (NNCF's INT4_SYM). An asymmetric code is stored unsigned, with zero point
 
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import openvino as ov
@@ -24,7 +25,7 @@ from sqft_export.kernels.choice import STOCK
 from sqft_export.kernels.ir import LOOKUP, OPERATOR
 from sqft_export.kernels.library import unpack_matrix
 from sqft_export.model.memory import release_memory
-from sqft_export.numerics.codes import Quantized
+from sqft_export.numerics.codes import QuantizedWeight, from_arrays
 from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
 from sqft_export.packed.loaders import load_openvino
 from sqft_export.recipe.schema import Export
@@ -34,6 +35,8 @@ from sqft_export.targets.folder import ADAPTER_FOLDER, GRAPHS
 from sqft_export.targets.tokenizers import write_openvino_tokenizers
 
 if TYPE_CHECKING:
+    import torch
+
     from sqft_export.model.checkpoint import Checkpoint
 
 MODEL = GRAPHS["openvino"]
@@ -80,16 +83,20 @@ def _trace(checkpoint: "Checkpoint", folder: Path) -> None:
     from optimum.exporters.openvino import export_from_model
     from optimum.intel import OVConfig
 
+    from sqft_export.libraries.optimum import TASK, without_version_limit
+    from sqft_export.model.families import FAMILIES
     from sqft_export.model.skeleton import skeleton
 
-    _allow_newer_transformers(checkpoint.config["model_type"])
-    export_from_model(
-        skeleton(checkpoint),
-        folder,
-        task="text-generation-with-past",
-        ov_config=OVConfig(dtype="fp32"),
-        stateful=True,
-    )
+    model_type = checkpoint.config["model_type"]
+    # Our tests run the pinned version, and ``verify`` compares every graph with torch.
+    with without_version_limit(model_type) if model_type in FAMILIES else nullcontext():
+        export_from_model(
+            skeleton(checkpoint),
+            folder,
+            task=TASK,
+            ov_config=OVConfig(dtype="fp32"),
+            stateful=True,
+        )
 
 
 def _place_weights(graph: ov.Model, checkpoint: "Checkpoint") -> None:
@@ -99,28 +106,10 @@ def _place_weights(graph: ov.Model, checkpoint: "Checkpoint") -> None:
     quantized = set(quantized_names(checkpoint))
     for name, constant in _weight_constants(graph).items():
         if name in quantized:
-            codes, grid = read_quantized(checkpoint, name)
-            zero_point = None if grid.symmetric else grid.zero_point.numpy()
-            _place_codes(constant, name, codes.numpy(), grid.scale.numpy(), zero_point, grid.bits)
+            _place_codes(constant, name, read_quantized(checkpoint, name).numpy())
         elif len(constant.get_output_shape(0)) == 2:
             _place_floats(constant, name, checkpoint.tensor(f"{name}.weight"))
         release_memory()
-
-
-def _allow_newer_transformers(model_type: str) -> None:
-    """Remove optimum-intel's upper limit of the transformers version for a listed family.
-
-    Our tests run the pinned version, and ``verify`` compares every graph with torch.
-    """
-    from optimum.exporters.openvino import model_configs
-    from optimum.exporters.tasks import TasksManager
-
-    from sqft_export.model.families import FAMILIES
-
-    if model_type in FAMILIES:
-        assert model_configs  # fills the manager's table
-        table = TasksManager.get_supported_tasks_for_model_type(model_type, "openvino")
-        table["text-generation-with-past"].func.MAX_TRANSFORMERS_VERSION = None
 
 
 def add_adapter(folder: Path, adapter: Path) -> None:
@@ -157,7 +146,7 @@ def _apply_adapter(graph: ov.Model, file: Path) -> ov.Model:
     return graph
 
 
-def _place_floats(constant: Any, name: str, weight: Any) -> None:
+def _place_floats(constant: ov.Node, name: str, weight: "torch.Tensor") -> None:
     """Replace a constant by a float matrix in the dtype of the checkpoint. No value changes."""
     import torch
 
@@ -171,13 +160,13 @@ def _place_floats(constant: Any, name: str, weight: Any) -> None:
     _replace(constant, ops.convert(stored, "f32") if is_16_bit else stored)
 
 
-def _replace(constant: Any, node: Any) -> None:
+def _replace(constant: ov.Node, node: ov.Node) -> None:
     """Connect every consumer of a constant to a node."""
     for consumer in constant.output(0).get_target_inputs():
         consumer.replace_source_output(node.output(0))
 
 
-def _weight_constants(graph: ov.Model) -> dict[str, Any]:
+def _weight_constants(graph: ov.Model) -> dict[str, ov.Node]:
     """Return module -> the weight Constant in optimum's trace."""
     found = {}
     for node in graph.get_ops():
@@ -187,7 +176,7 @@ def _weight_constants(graph: ov.Model) -> dict[str, Any]:
     return found
 
 
-def _integer_constant(values: np.ndarray, bits: int, signed: bool) -> Any:
+def _integer_constant(values: np.ndarray, bits: int, signed: bool) -> ov.Node:
     """Return an OpenVINO Constant of 4- or 8-bit integers in the shape of ``values``.
 
     :param values: uint8 codes.
@@ -208,33 +197,21 @@ def _integer_constant(values: np.ndarray, bits: int, signed: bool) -> Any:
     return ops.constant(ov.Tensor(packed, list(values.shape), kind), shared_memory=False)
 
 
-def _place_codes(
-    constant: Any,
-    name: str,
-    codes: np.ndarray,
-    scale: np.ndarray,
-    zero_point: np.ndarray | None,
-    bits: int,
-) -> None:
-    """Replace a constant by a quantized weight.
-
-    :param codes: uint8 ``[out, in]``.
-    :param scale: float16 ``[out, groups]``.
-    :param zero_point: uint8 ``[out, groups]``; None if symmetric.
-    """
-    outputs, inputs = codes.shape
-    groups = scale.shape[1]
+def _place_codes(constant: ov.Node, name: str, quantized: QuantizedWeight[np.ndarray]) -> None:
+    """Replace a constant by a quantized weight, whose scales are float16."""
+    outputs, inputs = quantized.codes.shape
+    groups, bits = quantized.scale.shape[1], quantized.bits
     shape = [outputs, inputs] if groups == 1 else [outputs, groups, inputs // groups]
     scale_shape = [outputs, 1] if groups == 1 else [outputs, groups, 1]
-    signed = zero_point is None
-    weight = _integer_constant(codes.reshape(shape), bits, signed)
+    signed = quantized.grid.symmetric
+    weight = _integer_constant(quantized.codes.reshape(shape), bits, signed)
     weight.set_friendly_name(f"{name}.weight")
     node = ops.convert(weight, "f16")
-    if zero_point is not None:
-        zero = _integer_constant(zero_point.reshape(scale_shape), bits, signed=False)
+    if not signed:
+        zero = _integer_constant(quantized.zero_point.reshape(scale_shape), bits, signed=False)
         zero.set_friendly_name(f"{name}.weight/zero_point")
         node = ops.subtract(node, ops.convert(zero, "f16"))
-    factor = ops.constant(np.ascontiguousarray(scale.reshape(scale_shape)))
+    factor = ops.constant(np.ascontiguousarray(quantized.scale.reshape(scale_shape)))
     factor.set_friendly_name(f"{name}.weight/scale")
     node = ops.multiply(node, factor)
     if groups > 1:
@@ -242,7 +219,7 @@ def _place_codes(
     _replace(constant, ops.convert(node, "f32"))
 
 
-def _codes_of(constant: Any) -> np.ndarray:
+def _codes_of(constant: ov.Node) -> np.ndarray:
     """Return the codes of a Constant of :func:`_integer_constant`, uint8 in its shape.
 
     The result is a copy, because the memory of the graph is freed with the graph.
@@ -255,8 +232,8 @@ def _codes_of(constant: Any) -> np.ndarray:
     return unpack_nibbles(stored, int(np.prod(shape)))[0].reshape(shape)
 
 
-def codes_and_grids(graph: Any) -> Iterator[tuple[str, Quantized, int]]:
-    """Yield module, quantized weight and bits, one weight at a time.
+def read_weights(graph: ov.Model) -> Iterator[tuple[str, QuantizedWeight[np.ndarray]]]:
+    """Yield module and quantized weight, one at a time.
 
     The graph is from this package or from NNCF. Both name the scale and the zero point after the
     weight constant.
@@ -278,28 +255,25 @@ def codes_and_grids(graph: Any) -> Iterator[tuple[str, Quantized, int]]:
             zero = np.full(scale.shape, 2 ** (bits - 1), np.uint8)
         else:
             zero = _codes_of(zero_node).reshape(scale.shape)
-        yield key.removesuffix(".weight/scale"), Quantized(codes, scale.copy(), zero), bits
+        yield key.removesuffix(".weight/scale"), from_arrays(codes, scale.copy(), zero, bits)
     yield from _packed_weights(graph)
 
 
-def _packed_weights(graph: Any) -> Iterator[tuple[str, Quantized, int]]:
+def _packed_weights(graph: ov.Model) -> Iterator[tuple[str, QuantizedWeight[np.ndarray]]]:
     """Yield the same for weights in the layout of this package's kernels."""
     for node in graph.get_ops():
         if node.get_type_name() == OPERATOR:
             constant = node.input_value(1).get_node()
             name = constant.get_friendly_name().removesuffix(".weight")
-            found = unpack_matrix(constant.data, name)
-            assert found.zero is not None
-            yield name, Quantized(found.codes, found.scale, found.zero), found.bits
+            yield name, unpack_matrix(constant.data, name)
 
 
-def read_back(folder: Path) -> Iterator[tuple[str, Quantized]]:
+def read_back(folder: Path) -> Iterator[tuple[str, QuantizedWeight[np.ndarray]]]:
     """Yield module and quantized weight, scale float16, one at a time, from the written file."""
-    for name, quantized, _ in codes_and_grids(load_openvino(folder, execution=STOCK)):
-        yield name, quantized
+    yield from read_weights(load_openvino(folder, execution=STOCK))
 
 
-def _floats_of(constant: Any) -> np.ndarray:
+def _floats_of(constant: ov.Node) -> np.ndarray:
     """Return the values of a float Constant, float32 in its shape."""
     if constant.get_element_type() != ov.Type.bf16:
         return constant.data.astype(np.float32)
@@ -325,7 +299,7 @@ def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
             yield _vector_name(node), values
 
 
-def _vector_name(constant: Any) -> str:
+def _vector_name(constant: ov.Node) -> str:
     """Return ``<module>.weight`` for a factor, ``<module>.bias`` for a summand, else an empty name.
 
     The operation that uses the constant decides.
@@ -348,7 +322,7 @@ def metadata(folder: Path) -> dict[str, str]:
     return {key: str(value) for key, value in graph.get_rt_info("sqft_export").value.items()}
 
 
-def _add_last_tokens_input(graph: Any) -> None:
+def _add_last_tokens_input(graph: ov.Model) -> None:
     """Add an input: the number of last tokens that need logits. GenAI's pipelines need one."""
     product, visited = graph.output("logits").get_node().input_value(0).get_node(), set[str]()
     while product.get_type_name() not in ("MatMul", OPERATOR):
@@ -372,7 +346,7 @@ class OpenVinoSession(Session):
     padding = "left"
     computes_padding = True
 
-    def __init__(self, compiled: Any):
+    def __init__(self, compiled: ov.CompiledModel):
         self.compiled = compiled
         self.request = compiled.create_infer_request()
         self.names = {name for port in compiled.inputs for name in port.names}
@@ -438,7 +412,7 @@ def open_session(
     :param execution: which kernels multiply, see ``packed/execution.py``.
     :raises UserError: if the device is unavailable or the graph has no cache.
     """
-    settings: dict[str, Any] = dict(EXACT) if exact else {}
+    settings: dict[str, str | int] = dict(EXACT) if exact else {}
     if device != "cpu":
         find_device("openvino", device)
     elif threads:

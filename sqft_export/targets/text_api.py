@@ -8,12 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sqft_export.packed.loaders import dense_gguf
 from sqft_export.run.host import installed
 from sqft_export.targets.devices import llama_cpp_here
 from sqft_export.targets.genai_config import check_genai_config
+
+if TYPE_CHECKING:
+    import cyllama.api
+    import openvino_genai
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def _openvino_api(folder: Path) -> TextApi:
     pipe = openvino_genai.LLMPipeline(str(folder), "CPU")
     tokenizer = pipe.get_tokenizer()
 
-    def greedy(new_tokens: int) -> Any:
+    def greedy(new_tokens: int) -> "openvino_genai.GenerationConfig":
         config = pipe.get_generation_config()
         config.max_new_tokens, config.do_sample, config.repetition_penalty = new_tokens, False, 1.0
         return config
@@ -100,7 +104,7 @@ def _cyllama_api(file: Path) -> TextApi:
     import cyllama
     from cyllama.api import GenerationConfig
 
-    def greedy(new_tokens: int) -> Any:
+    def greedy(new_tokens: int) -> "cyllama.api.GenerationConfig":
         return GenerationConfig(temperature=0.0, max_tokens=new_tokens, n_gpu_layers=0)
 
     llm = cyllama.LLM(str(file), config=greedy(1))

@@ -9,16 +9,17 @@ from collections.abc import Callable
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from sqft_export.libraries.torch import INNER_K_TILES, pack_int4
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.floats import load_model
 from sqft_export.model.storage import read_quantized
-from sqft_export.numerics.affine import Grid, dequantize
+from sqft_export.numerics.affine import dequantize
+from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.run.device import CPU, fast_in_bfloat16
 from sqft_export.run.host import float32_fits
 from sqft_export.targets import Session, positions_of
@@ -26,7 +27,6 @@ from sqft_export.targets.devices import find_device
 
 INT4_GROUP_SIZES = (32, 64, 128, 256)
 ACCELERATOR_PASS_TOKENS = 2048  # tokens that take as long as the overhead of one more pass
-INNER_K_TILES = {"cpu": 2, "cuda": 8}  # tiles of 16 inputs per block of the INT4 layout
 
 
 class Int4Linear(nn.Module):
@@ -37,26 +37,17 @@ class Int4Linear(nn.Module):
 
     def __init__(
         self,
-        codes: torch.Tensor,
-        grid: Grid,
+        weight: QuantizedWeight[torch.Tensor],
         bias: torch.Tensor | None,
         device: str,
         dtype: torch.dtype,
     ):
         super().__init__()
-        scale, zero = grid.scale.float(), grid.zero_point.float()
-        self.group_size, self.bias = grid.group_size, bias
+        scale, zero = weight.scale.float(), weight.zero_point.float()
+        self.group_size, self.bias = weight.grid.group_size, bias
         table = torch.stack([scale, (8 - zero) * scale], dim=-1).transpose(0, 1).contiguous()
         self.register_buffer("table", table.to(device, dtype))
-        if device == "cpu":
-            stored = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
-                codes.int(), INNER_K_TILES[device]
-            )
-            self.product = torch.ops.aten._weight_int4pack_mm_for_cpu
-        else:
-            pairs = (codes[:, 0::2] << 4 | codes[:, 1::2]).to(torch.uint8).to(device)
-            stored = torch.ops.aten._convert_weight_to_int4pack(pairs, INNER_K_TILES[device])
-            self.product = torch.ops.aten._weight_int4pack_mm
+        stored, self.product = pack_int4(weight.codes, device)
         self.register_buffer("stored", stored)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -95,15 +86,16 @@ def _quantized_linears(
     """
     found: dict[str, nn.Module] = {}
     for name in checkpoint.quantized_linears:
-        codes, grid = read_quantized(checkpoint, name)
+        weight = read_quantized(checkpoint, name)
+        codes, grid = weight
         key = f"{name}.bias"
         bias = checkpoint.tensor(key).to(device, dtype) if key in checkpoint.headers else None
         tiles = INNER_K_TILES.get(device)
         fits_tiles = tiles and codes.shape[1] % (16 * tiles) == 0 and codes.shape[0] % 16 == 0
         if grid.bits == 4 and grid.group_size in INT4_GROUP_SIZES and fits_tiles:
-            found[name] = Int4Linear(codes, grid, bias, device, dtype)
+            found[name] = Int4Linear(weight, bias, device, dtype)
         elif lean:
-            found[name] = StoredLinear(partial(dequantize, codes, grid), bias)
+            found[name] = StoredLinear(partial(dequantize, *weight), bias)
     return found
 
 
@@ -168,7 +160,7 @@ class TorchSession(Session):
         self.model, self.device = model, device
         if device != "cpu":
             self.pass_tokens = ACCELERATOR_PASS_TOKENS
-        inner: Any = getattr(model, "get_base_model", lambda: model)()  # inside peft's wrapper
+        inner = getattr(model, "get_base_model", lambda: model)()  # inside peft's wrapper
         self.accepted = inspect.signature(inner.forward).parameters
         self.vocabulary: int = inner.config.get_text_config().vocab_size
         self.all_logits = "logits_to_keep" not in self.accepted
@@ -188,7 +180,7 @@ class TorchSession(Session):
         arrays = {"input_ids": ids}
         if mask is not None:
             arrays |= {"attention_mask": mask, "position_ids": positions_of(mask, ids.shape[1])}
-        inputs: dict[str, Any] = {
+        inputs = {
             name: torch.from_numpy(array).to(self.device)
             for name, array in arrays.items()
             if name in self.accepted

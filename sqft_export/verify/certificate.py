@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sqft_export.errors import CertificateError
-from sqft_export.numerics.codes import Quantized
+from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.run.threads import map_in_order
 from sqft_export.verify.results import CertificateDocument, CheckResult, Part
 
@@ -79,14 +79,17 @@ class Check:
             self.compared += int(np.count_nonzero(dropped))
             self.blame(where, int(np.count_nonzero(dropped & nonzero)))
 
-    def compare(self, one: Quantized, other: Quantized, where: str) -> None:
+    def compare(
+        self, one: QuantizedWeight[np.ndarray], other: QuantizedWeight[np.ndarray], where: str
+    ) -> None:
         """Add codes, scales and zero points. If shapes differ, all numbers count as different.
 
         A file may split a group into several and repeat its scale and zero point.
         """
         groups = max(one.scale.shape[1], other.scale.shape[1])
         one, other = one.in_groups(groups), other.in_groups(groups)
-        for ours, theirs, part in zip(one, other, Quantized._fields, strict=True):
+        for part in ("codes", "scale", "zero_point"):
+            ours, theirs = getattr(one, part), getattr(other, part)
             # A float16 scale and its float32 copy are compared as float32, which is exact.
             same = ours.shape == theirs.shape
             self.count(ours != theirs if same else np.ones(ours.shape, bool), f"{where} {part}")

@@ -9,8 +9,9 @@ from sqft_export.adapters.files import AdapterFiles, read_low_rank
 from sqft_export.data.items import load_tokenizer
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.floats import Reference
-from sqft_export.model.storage import grid_arrays, load_grids, quantized_arrays, read_quantized
-from sqft_export.numerics.affine import Grid, dequantize, quantize, widen_to_4_bits
+from sqft_export.model.storage import load_grids, read_quantized
+from sqft_export.numerics.affine import dequantize, quantize, widen_to_4_bits
+from sqft_export.numerics.codes import Grid, QuantizedWeight
 from sqft_export.verify.certificate import Certificate, Check, count_in_parallel
 from sqft_export.verify.subject import Subject
 
@@ -56,8 +57,9 @@ def _check_codes(certificate: Certificate, subject: Subject) -> None:
     def count(found: tuple[str, Grid], check: Check) -> None:
         name, grid = found
         codes = quantize(quantized.tensor(f"{name}.weight").float(), grid)
-        merged = quantized_arrays(subject.merged, subject.merged.stored_name(name))
-        check.compare(grid_arrays(*widen_to_4_bits(codes, grid)), merged, name)
+        merged = read_quantized(subject.merged, subject.merged.stored_name(name)).numpy()
+        expected = widen_to_4_bits(QuantizedWeight(codes, grid)).numpy()
+        check.compare(expected, merged, name)
 
     count_in_parallel(count, load_grids(folder).items(), check)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sqft_export.model.storage import quantized_arrays
-from sqft_export.numerics.codes import Quantized
+from sqft_export.model.storage import read_quantized
+from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.packed.container import PackedFile
 from sqft_export.packed.folders import PACKED, packed_file
 from sqft_export.run.artifact import sha256_of
@@ -41,18 +41,20 @@ def _check_codes(
         zeros = certificate.start("storage", f"pruned positions zero in {label}", "positions")
     missing = set(subject.quantized)
 
-    def count(found: tuple[str, Quantized], same: Check, zeros: Check | None) -> None:
+    def count(
+        found: tuple[str, QuantizedWeight[np.ndarray]], same: Check, zeros: Check | None
+    ) -> None:
         layer, written = found
         missing.discard(layer)
         stored = subject.merged.stored_name(layer)
-        same.compare(quantized_arrays(subject.merged, stored), written, layer)
+        same.compare(read_quantized(subject.merged, stored).numpy(), written, layer)
         if zeros is not None:
             dropped = subject.dropped(layer, written.codes.shape)
             zeros.count_zeros(dropped, written.steps != 0, layer)
 
     count_in_parallel(count, target(name).read_back(folder), same, zeros)
     for layer in missing:  # every code of a missing layer counts
-        shape = quantized_arrays(subject.merged, layer).codes.shape
+        shape = read_quantized(subject.merged, layer).codes.shape
         same.count(np.ones(shape, bool), f"{layer} is missing")
 
 

@@ -25,7 +25,7 @@ from sqft_export.packed.execution import open_weights, specialize
 from sqft_export.packed.folders import PACKED, SPARSE
 from sqft_export.packed.loaders import load_openvino, load_openvino_genai
 from sqft_export.run.pipeline import run_recipe
-from sqft_export.targets.openvino import OpenVinoSession, codes_and_grids, open_session
+from sqft_export.targets.openvino import OpenVinoSession, open_session, read_weights
 
 PROMPT = "Question: Tom has 3 apples and buys 4 more. How many apples has he?\nAnswer:"
 IDS = np.random.default_rng(0).integers(5, 60, (2, 19))
@@ -59,16 +59,19 @@ def operators(model) -> list:
 
 def test_a_specialized_folder_holds_the_same_codes_scales_and_zero_points(exported):
     read = {
-        name: {n: (q, b) for n, q, b in codes_and_grids(load_openvino(exported / name, None, way))}
+        name: dict(read_weights(load_openvino(exported / name, None, way)))
         for name, way in (("model", "stock"), (SPARSE, "stock"), (PACKED, "sparse"))
     }
     assert read["model"]
     for other in (SPARSE, PACKED):
         assert read[other].keys() == read["model"].keys()
-        for name, (expected, bits) in read["model"].items():
-            found, found_bits = read[other][name]
-            assert bits == found_bits
-            assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True)), name
+        for name, expected in read["model"].items():
+            found = read[other][name]
+            assert found.bits == expected.bits
+            assert found.grid.group_size == expected.grid.group_size
+            assert np.array_equal(found.codes, expected.codes), name
+            assert np.array_equal(found.scale, expected.scale), name
+            assert np.array_equal(found.zero_point, expected.zero_point), name
 
 
 def test_logits_are_torch_s_in_the_exact_mode_and_near_them_in_the_default(exported):
@@ -170,7 +173,7 @@ def test_damaged_weights_are_refused(exported, tmp_path):
     weights[at + 8] ^= 255
     weights.tofile(folder / "openvino_model.bin")
     with pytest.raises(DamagedError, match="not in the format"):
-        list(codes_and_grids(load_openvino(folder)))
+        list(read_weights(load_openvino(folder)))
     with pytest.raises(RuntimeError, match="damaged"):  # on one processor too
         core = ov.Core()
         core.add_extension(sqft_export.openvino_extension())

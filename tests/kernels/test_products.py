@@ -174,7 +174,7 @@ def test_what_is_laid_out_is_read_back_bit_for_bit(form, kernels):
         back = unpack_matrix(laid_out(found, form, kernels), "x", library(kernels))
         assert np.array_equal(back.codes, found.codes)
         assert np.array_equal(back.scale, found.matrix.scale)
-        assert np.array_equal(np.repeat(back.zero, back.group, 1), found.zero)
+        assert np.array_equal(np.repeat(back.zero_point, back.grid.group_size, 1), found.zero)
 
 
 @pytest.mark.parametrize("form", ["dense", "mask", "pairs"])

@@ -231,8 +231,9 @@ def test_a_sentencepiece_model_alone_is_refused_with_the_way_out(model):
 
 def test_version_two_of_the_gptq_layout_stores_zero_points_themselves(tiny_run):
     merged = Checkpoint(tiny_run["merge"].path / "model")
-    codes, grid = read_quantized(merged, merged.quantized_linears[0])
-    first = to_gptq(codes, grid)
+    weight = read_quantized(merged, merged.quantized_linears[0])
+    codes, grid = weight
+    first = to_gptq(weight)
     second = first | {"qzeros": torch.full_like(first["qzeros"], 0x88888888 - 2**32)}
     for stored, minus in ((first, 1), (second, 0)):
         again, found = from_gptq(stored, 4, grid.group_size, minus)

@@ -12,6 +12,7 @@ from sqft_export.numerics.affine import (
     replace_zero_scales,
     widen_to_4_bits,
 )
+from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.numerics.groups import fallback_group_size
 
 GRIDS = [(4, True), (4, False), (8, True), (8, False)]
@@ -64,7 +65,7 @@ def test_fewer_than_four_bits_are_stored_among_four_bit_codes(bits, symmetric):
     grid = fit_grid(weight, bits, 32, symmetric)
     codes = quantize(weight, grid)
     assert int(codes.max()) < 2**bits
-    held, four = widen_to_4_bits(codes, grid)
+    held, four = widen_to_4_bits(QuantizedWeight(codes, grid))
     assert four.bits == 4 and four.symmetric == symmetric and int(held.max()) < 16
     assert torch.equal(dequantize(held, four), dequantize(codes, grid))
     assert torch.equal(quantize(dequantize(codes, grid), four), held)
@@ -74,7 +75,7 @@ def test_fewer_than_four_bits_are_stored_among_four_bit_codes(bits, symmetric):
 def test_other_codes_are_stored_as_they_are(bits):
     grid = fit_grid(weights(), bits, 32, True)
     codes = quantize(weights(), grid)
-    held, same = widen_to_4_bits(codes, grid)
+    held, same = widen_to_4_bits(QuantizedWeight(codes, grid))
     assert held is codes and same is grid
 
 
@@ -135,7 +136,7 @@ def test_a_scale_of_zero_becomes_a_group_of_zeros_of_the_same_values(bits, symme
     grid = fit_grid(weights(), bits, 32, symmetric)
     codes = quantize(weights(), grid)
     grid.scale[2, 1] = 0
-    ours, held = replace_zero_scales(codes, grid)
+    ours, held = replace_zero_scales(QuantizedWeight(codes, grid))
     assert torch.equal(dequantize(ours, held), dequantize(codes, grid))
     assert (held.scale > 0).all()
     assert (fake_quantize(dequantize(ours, held), held) == dequantize(codes, grid)).all()
@@ -149,4 +150,4 @@ def test_a_scale_that_is_no_number_is_refused(scale):
     grid = fit_grid(weights(), 4, 32, True)
     grid.scale[2, 1] = scale
     with pytest.raises(ValueError, match="1 of 24 scales are NaN or infinite in float16"):
-        replace_zero_scales(quantize(weights(), grid), grid)
+        replace_zero_scales(QuantizedWeight(quantize(weights(), grid), grid))

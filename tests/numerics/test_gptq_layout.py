@@ -2,19 +2,20 @@ import numpy as np
 import pytest
 import torch
 
-from sqft_export.numerics.affine import Grid, dequantize
+from sqft_export.numerics.affine import dequantize
+from sqft_export.numerics.codes import Grid, QuantizedWeight
 from sqft_export.numerics.gptq_layout import from_gptq, to_gptq
 from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
 
 
-def random_layer(bits: int, outputs: int, inputs: int, group: int) -> tuple[torch.Tensor, Grid]:
+def random_layer(bits: int, outputs: int, inputs: int, group: int) -> QuantizedWeight:
     generator = torch.Generator().manual_seed(bits + outputs)
     top = 2**bits
     codes = torch.randint(0, top, (outputs, inputs), dtype=torch.uint8, generator=generator)
     shape = (outputs, inputs // group)
     zero = torch.randint(0, top, shape, dtype=torch.uint8, generator=generator)
     scale = (torch.rand(shape, generator=generator) * 0.01 + 0.001).half()
-    return codes, Grid(scale, zero, bits, group)
+    return QuantizedWeight(codes, Grid(scale, zero, bits, group))
 
 
 def literal_dequantize(tensors: dict[str, torch.Tensor], bits: int, column: int, row: int) -> float:
@@ -31,8 +32,9 @@ def literal_dequantize(tensors: dict[str, torch.Tensor], bits: int, column: int,
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(("outputs", "inputs", "group"), [(16, 64, 32), (12, 172, 172)])
 def test_gptq_layout_is_what_independent_loaders_read(bits, outputs, inputs, group):
-    codes, grid = random_layer(bits, outputs, inputs, group)
-    tensors = to_gptq(codes, grid)
+    weight = random_layer(bits, outputs, inputs, group)
+    codes, grid = weight
+    tensors = to_gptq(weight)
     assert {k: v.dtype for k, v in tensors.items()} == {
         "qweight": torch.int32,
         "qzeros": torch.int32,
@@ -53,7 +55,7 @@ def test_gptq_layout_is_what_independent_loaders_read(bits, outputs, inputs, gro
 
 
 def test_act_order_is_refused():
-    tensors = to_gptq(*random_layer(4, 8, 64, 32))
+    tensors = to_gptq(random_layer(4, 8, 64, 32))
     tensors["g_idx"] = tensors["g_idx"].flip(0)
     with pytest.raises(ValueError, match="desc_act"):
         from_gptq(tensors, 4, 32)

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from conftest import SQFT, small_recipe
 from sqft_export.errors import UserError
 from sqft_export.measure.rows import Row
-from sqft_export.numerics.affine import Grid, dequantize
+from sqft_export.numerics.affine import dequantize
+from sqft_export.numerics.codes import Grid, QuantizedWeight
 from sqft_export.plan.checks import check_recipe
 from sqft_export.stages.benchmark import on_devices
 from sqft_export.targets import devices, target
@@ -113,7 +114,7 @@ def test_packed_products_know_zero_points():
     zero = torch.randint(0, 16, (32, 2), generator=generator, dtype=torch.uint8)
     grid = Grid(scale=scale, zero_point=zero, bits=4, group_size=32)
     x, bias = torch.randn(3, 64, generator=generator), torch.randn(32, generator=generator)
-    found = Int4Linear(codes, grid, bias, "cpu", torch.float32)(x)
+    found = Int4Linear(QuantizedWeight(codes, grid), bias, "cpu", torch.float32)(x)
     torch.testing.assert_close(found, x @ dequantize(codes, grid).T + bias, atol=1e-4, rtol=1e-4)
 
 

@@ -16,6 +16,7 @@ from sqft_export.measure.decode import generate
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.storage import read_quantized
 from sqft_export.numerics.affine import fit_grid, quantize
+from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.numerics.gptq_layout import to_gptq
 from sqft_export.packed.seal import write_seal
 from sqft_export.plan.checks import check_recipe
@@ -103,7 +104,7 @@ def as_gptq(model: Path, without_order: bool, bits: int = 4) -> dict[str, torch.
         weight = tensors.pop(f"{name}.weight").float()
         grid = fit_grid(weight, 4, 32, True)
         codes[name] = quantize(weight, grid)
-        stored = to_gptq(codes[name], grid)
+        stored = to_gptq(QuantizedWeight(codes[name], grid))
         if without_order:
             del stored["g_idx"]
         tensors |= {f"{name}.{part}": tensor.contiguous() for part, tensor in stored.items()}

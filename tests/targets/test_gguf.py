@@ -22,8 +22,8 @@ from sqft_export.errors import UserError
 from sqft_export.measure.decode import generate
 from sqft_export.measure.likelihood import log_likelihoods
 from sqft_export.model.families import FAMILIES
-from sqft_export.model.storage import grid_arrays
 from sqft_export.numerics.affine import dequantize, fit_grid, quantize
+from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.plan.checks import check_recipe
 from sqft_export.recipe.schema import GGUF_SCALE_BITS, Export
 from sqft_export.run.device import CPU
@@ -120,12 +120,15 @@ def test_blocks_are_the_grid_bit_for_bit(shape, bits, symmetric, seed):
         assert (bits, symmetric) == (8, False)
         return
     codes = quantize(weight, grid)
-    stored = to_blocks(grid_arrays(codes, grid), kind)
+    quantized = QuantizedWeight(codes, grid).numpy()
+    stored = to_blocks(quantized, kind)
     values = gguf.dequantize(stored, gguf.GGMLQuantizationType[kind.name])
     np.testing.assert_array_equal(values, dequantize(codes, grid).numpy())
-    back, ours = from_blocks(stored, kind), grid_arrays(codes, grid).in_groups(inputs // 32)
-    for one, other in zip(back, ours, strict=True):
-        np.testing.assert_array_equal(one, other)
+    back, ours = from_blocks(stored, kind), quantized.in_groups(inputs // 32)
+    np.testing.assert_array_equal(back.codes, ours.codes)
+    np.testing.assert_array_equal(back.scale, ours.scale)
+    np.testing.assert_array_equal(back.zero_point, ours.zero_point)
+    assert (back.bits, back.grid.group_size) == (bits, 32)
 
 
 def test_asymmetric_scales_have_room_for_their_zero_points():

@@ -4,7 +4,8 @@ import importlib
 import pkgutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+
+from sqft_export.model.config import ModelConfig, RopeParameters
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,17 @@ def _load() -> dict[str, Family]:
 FAMILIES = _load()
 
 
-def rope_type(config: dict[str, Any]) -> str:
+def rope_type(config: ModelConfig) -> str:
     """Return the type of rope scaling; if layers differ, that of full attention.
 
     :param config: fields of transformers' config class, which include its defaults.
     """
-    rope = config.get("rope_parameters") or {}
+    rope: RopeParameters = config.get("rope_parameters") or {}
     rope = rope.get("full_attention", rope)
     return str(rope.get("rope_type") or "default")
 
 
-def builder_lacks(family: Family, config: dict[str, Any]) -> str | None:
+def builder_lacks(family: Family, config: ModelConfig) -> str | None:
     """Return why ONNX Runtime GenAI's builder is not used for a model; None if it is used.
 
     :param config: fields of transformers' config class, which include its defaults.
@@ -78,7 +79,7 @@ def builder_lacks(family: Family, config: dict[str, Any]) -> str | None:
     return None
 
 
-def builder_class(family: Family, config: dict[str, Any]) -> str:
+def builder_class(family: Family, config: ModelConfig) -> str:
     """The class of ONNX Runtime GenAI's builder for a model that it has one for."""
     assert family.builder
     return family.rope_builders.get(rope_type(config), family.builder)

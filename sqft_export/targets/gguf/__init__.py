@@ -10,13 +10,13 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sqft_export.errors import UserError
 from sqft_export.model.memory import release_memory
-from sqft_export.numerics.codes import Quantized
+from sqft_export.numerics.codes import QuantizedWeight, from_arrays
 from sqft_export.packed.blocks import BLOCK, count_repeats
 from sqft_export.packed.gguf_file import read_gguf
 from sqft_export.packed.loaders import dense_gguf
@@ -36,7 +36,11 @@ from sqft_export.targets.gguf.tokenizer import NotExpressible, write_tokenizer
 from sqft_export.textfiles import read_json
 
 if TYPE_CHECKING:
+    from gguf import GGUFReader, GGUFWriter, ReaderTensor
+    from numpy.typing import DTypeLike
+
     from sqft_export.model.checkpoint import Checkpoint
+    from sqft_export.model.config import ModelConfig
 
 __all__ = [
     "add_adapter",
@@ -77,7 +81,7 @@ class _Tensor:
 
     name: str
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: "DTypeLike"
     kind: str | None
     make: Callable[[], np.ndarray]
 
@@ -121,7 +125,7 @@ def export(
     _cap_context(folder, config)
 
 
-def _cap_context(folder: Path, config: dict[str, Any]) -> None:
+def _cap_context(folder: Path, config: "ModelConfig") -> None:
     """Write the context length of the GGUF file into the copied config, if it is shorter."""
     from sqft_export.model.companions import write_config
 
@@ -130,7 +134,7 @@ def _cap_context(folder: Path, config: dict[str, Any]) -> None:
         write_config(folder, stored | {"max_position_embeddings": context})
 
 
-def _write_tensors(writer: Any, tensors: list[_Tensor]) -> None:
+def _write_tensors(writer: "GGUFWriter", tensors: list[_Tensor]) -> None:
     """Write the header, then one tensor at a time."""
     import gguf
 
@@ -147,7 +151,7 @@ def _write_tensors(writer: Any, tensors: list[_Tensor]) -> None:
     writer.close()
 
 
-def _tensors(checkpoint: "Checkpoint", names: Names, config: dict[str, Any]) -> Iterator[_Tensor]:
+def _tensors(checkpoint: "Checkpoint", names: Names, config: "ModelConfig") -> Iterator[_Tensor]:
     """Yield all tensors in file order. Weights are read only when ``make`` is called."""
     from sqft_export.model.storage import plain_names, quantized_names
 
@@ -167,7 +171,7 @@ def _tensors(checkpoint: "Checkpoint", names: Names, config: dict[str, Any]) -> 
 
 def _codes_tensor(checkpoint: "Checkpoint", names: Names, module: str) -> _Tensor:
     """Return the tensor of a quantized weight."""
-    from sqft_export.model.storage import quantized_arrays, read_grid
+    from sqft_export.model.storage import read_grid, read_quantized
 
     grid = read_grid(checkpoint, module)
     rows, inputs = checkpoint.shapes[f"{module}.weight"]
@@ -176,11 +180,10 @@ def _codes_tensor(checkpoint: "Checkpoint", names: Names, module: str) -> _Tenso
         raise UserError(f"{module}: asymmetric INT8 has no type in llama.cpp")
 
     def make() -> np.ndarray:
-        found = quantized_arrays(checkpoint, module)
+        found = read_quantized(checkpoint, module).numpy()
+        permute = functools.partial(names.permute_rows, module)
         try:
-            return to_blocks(
-                Quantized(*(names.permute_rows(module, array) for array in found)), kind
-            )
+            return to_blocks(found.map_arrays(permute), kind)
         except ValueError as error:
             raise UserError(f"{module}: {error}") from error
 
@@ -243,7 +246,7 @@ def add_adapter(folder: Path, adapter: Path) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _reader(file: Path, stamp: tuple[int, ...]) -> Any:
+def _reader(file: Path, stamp: tuple[int, ...]) -> "GGUFReader":
     """Read a file with the ``gguf`` package, which takes seconds for a large vocabulary.
 
     :param stamp: inode, size and time of the file; the file is read again if it changes.
@@ -251,7 +254,7 @@ def _reader(file: Path, stamp: tuple[int, ...]) -> Any:
     return read_gguf(file)
 
 
-def _read(folder: Path) -> tuple[Any, Names]:
+def _read(folder: Path) -> tuple["GGUFReader", Names]:
     """Return the opened file and the names of its tensors.
 
     :raises UserError: if another program wrote the file.
@@ -270,7 +273,7 @@ def _read(folder: Path) -> tuple[Any, Names]:
     return reader, Names(field.contents(), heads)
 
 
-def read_back(folder: Path) -> Iterator[tuple[str, Quantized]]:
+def read_back(folder: Path) -> Iterator[tuple[str, QuantizedWeight[np.ndarray]]]:
     """Yield module and quantized weight, scale float16, one at a time, from the written file."""
     reader, names = _read(folder)
     for tensor in reader.tensors:
@@ -278,17 +281,16 @@ def read_back(folder: Path) -> Iterator[tuple[str, Quantized]]:
         module = names.module_of(tensor.name.rpartition(".")[0])
         if kind is not None and module is not None:
             found = from_blocks(tensor.data, kind)
-            yield (
-                module,
-                _longest_groups(Quantized(*(names.restore_rows(module, a) for a in found))),
-            )
+            restore = functools.partial(names.restore_rows, module)
+            yield module, _longest_groups(found.map_arrays(restore))
 
 
-def _longest_groups(found: Quantized) -> Quantized:
+def _longest_groups(found: QuantizedWeight[np.ndarray]) -> QuantizedWeight[np.ndarray]:
     """Merge neighbouring blocks with equal scale and zero point into one group."""
     numbers = np.stack([found.scale.view(np.uint16), found.zero_point.astype(np.uint16)], axis=2)
     count = count_repeats(numbers.reshape(-1, 2), numbers.shape[1])
-    return Quantized(found.codes, found.scale[:, ::count], found.zero_point[:, ::count])
+    scale, zero_point = found.scale[:, ::count], found.zero_point[:, ::count]
+    return from_arrays(found.codes, scale, zero_point, found.bits)
 
 
 def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -311,7 +313,7 @@ def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
         yield module if values.ndim == 2 else f"{module}.{part}", values
 
 
-def _floats(tensor: Any) -> np.ndarray:
+def _floats(tensor: "ReaderTensor") -> np.ndarray:
     """Return the values of a float tensor, float32."""
     if tensor.tensor_type.name == "BF16":
         return (tensor.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)

@@ -6,13 +6,16 @@ for some families, and all rows of q before those of k and v. Rows are permuted;
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sqft_export.model.config import ModelConfig, RopeParameters
 from sqft_export.model.families import FAMILIES
 
-ROPE = "rope_parameters"
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
 SILU, GELU_TANH = ("silu",), ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 
 
@@ -135,16 +138,21 @@ ARCHITECTURES = {
 # Model types that llama.cpp does not support.
 WITHOUT_ARCHITECTURE = ("opt",)
 # The only values that llama.cpp supports, in every family.
+# Numbers that llama.cpp's graph always uses; it has defaults where the file has none.
+_GEMMA_NUMBERS = {
+    "gemma2": ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping"),
+    "gemma3_text": ("sliding_window",),
+}
 _REQUIRED_VALUES = {"use_sliding_window": False, "apply_residual_connection_post_layernorm": False}
 
 
-def rope_of(config: dict[str, Any]) -> dict[str, Any]:
+def rope_of(config: ModelConfig) -> RopeParameters:
     """Return the rotary parameters; those of full attention if they differ per kind of layer."""
-    parameters = config.get(ROPE) or {"rope_type": "default"}
+    parameters = config.get("rope_parameters") or RopeParameters(rope_type="default")
     return parameters.get("full_attention", parameters)
 
 
-def architecture_lacks(config: dict[str, Any]) -> str | None:
+def architecture_lacks(config: ModelConfig) -> str | None:
     """Return why GGUF can't represent a model; None if it can.
 
     :param config: the transformers config as a dict, with the defaults of its class.
@@ -164,7 +172,7 @@ def architecture_lacks(config: dict[str, Any]) -> str | None:
         return f"llama.cpp's {known.name} is not written with rope_type {rope}"
     for key, only in _REQUIRED_VALUES.items():
         if (config.get(key) or only) != only:
-            return f"llama.cpp's {known.name} has {key} {only}, not {config[key]}"
+            return f"llama.cpp's {known.name} has {key} {only}, not {config.get(key)}"
     if model_type == "gpt_neox" and not config.get("attention_bias", True):
         return "llama.cpp's gptneox requires attention biases"
     if model_type.startswith("gemma"):
@@ -172,11 +180,14 @@ def architecture_lacks(config: dict[str, Any]) -> str | None:
     return None
 
 
-def _gemma_lacks(config: dict[str, Any]) -> str | None:
+def _gemma_lacks(config: ModelConfig) -> str | None:
     """Return which constant of llama.cpp's Gemma graphs differs from the config; None if none."""
     scalar, size = config.get("query_pre_attn_scalar", 256), config.get("head_dim", 256)
     if scalar != size:
         return f"llama.cpp takes query_pre_attn_scalar to be head_dim ({size}), not {scalar}"
+    for key in _GEMMA_NUMBERS[config["model_type"]]:
+        if not config.get(key):
+            return f"llama.cpp requires {key} for {config['model_type']}"
     if config["model_type"] != "gemma2" and config.get("final_logit_softcapping"):
         return "llama.cpp's gemma3 does not cap logits"
     period = 2 if config["model_type"] == "gemma2" else 6
@@ -263,7 +274,7 @@ class Names:
         return restored
 
 
-def naming_of(config: dict[str, Any]) -> Names:
+def naming_of(config: ModelConfig) -> Names:
     """Return the tensor names of a model.
 
     :param config: content of ``config.json``.
@@ -274,14 +285,14 @@ def naming_of(config: dict[str, Any]) -> Names:
     return Names(config["model_type"], counts)
 
 
-def rotary_factors(config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+def rotary_factors(config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Yield tensors of divisors of the rotary frequencies: name and float32 ``[size / 2]``."""
     rope = rope_of(config)
     if rope["rope_type"] == "llama3":
         yield "rope_freqs", _llama3_factors(rope, _rotary_size(config))
 
 
-def _llama3_factors(rope: dict[str, Any], size: int) -> np.ndarray:
+def _llama3_factors(rope: RopeParameters, size: int) -> np.ndarray:
     """Return the divisors of Llama 3.1, float32 ``[size / 2]``.
 
     Low frequencies are divided by ``factor``, high ones by 1. Those between are interpolated.
@@ -294,10 +305,10 @@ def _llama3_factors(rope: dict[str, Any], size: int) -> np.ndarray:
     return (1 / ((1 - share) / rope["factor"] + share)).astype(np.float32)
 
 
-def write_keys(writer: Any, config: dict[str, Any]) -> None:
+def write_keys(writer: "GGUFWriter", config: ModelConfig) -> None:
     """Write the config keys of a model.
 
-    :param writer: a ``gguf.GGUFWriter`` of the architecture.
+    :param writer: writer of the architecture.
     :param config: the transformers config as a dict, with the defaults of its class.
     """
     model_type = config["model_type"]
@@ -328,7 +339,7 @@ def write_keys(writer: Any, config: dict[str, Any]) -> None:
         _write_gemma(writer, config)
 
 
-def context_of_file(config: dict[str, Any]) -> int:
+def context_of_file(config: ModelConfig) -> int:
     """Return the context length in which llama.cpp computes the same attention as the model.
 
     llama.cpp has no sliding window for most families. The context then ends at the window.
@@ -338,16 +349,16 @@ def context_of_file(config: dict[str, Any]) -> int:
     return min(length, window) if window and "use_sliding_window" not in config else length
 
 
-def _head_size(config: dict[str, Any]) -> int:
+def _head_size(config: ModelConfig) -> int:
     heads = naming_of(config).heads["num_attention_heads"]
     return config.get("head_dim") or config["hidden_size"] // heads
 
 
-def _rotary_size(config: dict[str, Any]) -> int:
+def _rotary_size(config: ModelConfig) -> int:
     return int(_head_size(config) * rope_of(config).get("partial_rotary_factor", 1.0))
 
 
-def _write_rope(writer: Any, config: dict[str, Any]) -> None:
+def _write_rope(writer: "GGUFWriter", config: ModelConfig) -> None:
     import gguf
 
     rope = rope_of(config)
@@ -358,12 +369,17 @@ def _write_rope(writer: Any, config: dict[str, Any]) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
 
 
-def _write_gemma(writer: Any, config: dict[str, Any]) -> None:
-    writer.add_sliding_window(config["sliding_window"])
+def _write_gemma(writer: "GGUFWriter", config: ModelConfig) -> None:
+    window = config.get("sliding_window")
+    assert window  # see _gemma_lacks
+    writer.add_sliding_window(window)
     if config["model_type"] == "gemma2":
-        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
-        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+        attention, final = config["attn_logit_softcapping"], config["final_logit_softcapping"]
+        assert attention and final
+        writer.add_attn_logit_softcapping(attention)
+        writer.add_final_logit_softcapping(final)
     else:
-        local = (config.get(ROPE) or {}).get("sliding_attention", {})
+        rope: RopeParameters = config.get("rope_parameters") or {}
+        local: RopeParameters = rope.get("sliding_attention", {})
         base = local.get("rope_theta") or config.get("rope_local_base_freq") or 10000.0
         writer.add_float32("gemma3.rope.freq_base_swa", base)

@@ -5,13 +5,17 @@ by its users; it is used if ``cyllama`` is not installed.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from sqft_export.errors import UserError
 from sqft_export.packed.loaders import gguf_model, silence_llama_cpp
 from sqft_export.run.host import installed
+
+if TYPE_CHECKING:
+    import llama_cpp as llama_cpp_python
+    from cyllama.llama.llama_cpp import LlamaContext
 
 MAX_SEQUENCES = 256  # separate sequences in a cache of llama.cpp
 PASS_TOKENS = 512  # tokens per call of llama_decode
@@ -25,6 +29,21 @@ class Token(NamedTuple):
     position: int
     sequence: int
     needs_logits: bool
+
+
+class ContextParameters(Protocol):
+    """Parameters of a context, which have the same names in both bindings."""
+
+    n_ctx: int
+    n_seq_max: int
+    kv_unified: bool
+    n_batch: int
+    n_ubatch: int
+    n_threads: int
+    n_threads_batch: int
+    type_k: int
+    type_v: int
+    flash_attn_type: int
 
 
 class Cache(Protocol):
@@ -97,8 +116,8 @@ class CyllamaModel:
         return _CyllamaCache(context, self.vocabulary)
 
 
-def _set_parameters(params: Any, cells: int, threads: int, exact: bool) -> None:
-    """Set the context parameters, which have the same names in both bindings."""
+def _set_parameters(params: ContextParameters, cells: int, threads: int, exact: bool) -> None:
+    """Set size, threads and precision of a context."""
     params.n_ctx, params.n_seq_max, params.kv_unified = cells, MAX_SEQUENCES, True
     params.n_batch = params.n_ubatch = PASS_TOKENS
     # The default is four threads, which busy-wait if there are fewer processors.
@@ -109,7 +128,7 @@ def _set_parameters(params: Any, cells: int, threads: int, exact: bool) -> None:
 
 
 class _CyllamaCache:
-    def __init__(self, context: Any, vocabulary: int):
+    def __init__(self, context: "LlamaContext", vocabulary: int):
         from cyllama.llama import llama_cpp
 
         self.context, self.vocabulary = context, vocabulary
@@ -188,7 +207,7 @@ class LlamaCppModel:
 
 
 class _LlamaCppCache:
-    def __init__(self, model: LlamaCppModel, context: Any):
+    def __init__(self, model: LlamaCppModel, context: "llama_cpp_python.llama_context_p"):
         import llama_cpp
 
         self.model, self.context = model, context

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sqft_export.numerics.codes import Quantized
+from sqft_export.numerics.codes import QuantizedWeight, from_arrays
 from sqft_export.packed.blocks import BLOCK, ZERO_CODE_4BIT, block_bytes, join_blocks, split_blocks
 from sqft_export.packed.regions import GGUF_BLOCKS
 
@@ -59,13 +59,14 @@ def why_no_blocks(inputs: int, group_size: int) -> str | None:
     return None
 
 
-def to_blocks(quantized: Quantized, kind: BlockType) -> np.ndarray:
+def to_blocks(quantized: QuantizedWeight[np.ndarray], kind: BlockType) -> np.ndarray:
     """Return the bytes of a tensor, uint8 ``[out, in / 32 * kind.bytes]``.
 
     :raises ValueError: if blocks do not divide a row, or an offset is not exact in float16.
     """
-    codes, scale, zero = quantized.in_groups(quantized.codes.shape[1] // BLOCK)
-    rows, inputs = codes.shape
+    rows, inputs = quantized.codes.shape
+    split = quantized.in_groups(inputs // BLOCK)
+    codes, scale, zero = split.codes, split.scale, split.zero_point
     if scale.shape[1] * BLOCK != inputs:
         raise ValueError(
             why_no_blocks(inputs, inputs // scale.shape[1]) or "groups that blocks do not divide"
@@ -85,7 +86,7 @@ def to_blocks(quantized: Quantized, kind: BlockType) -> np.ndarray:
     return join_blocks(numbers, stored, 1, kind.bits).reshape(rows, -1)
 
 
-def from_blocks(stored: np.ndarray, kind: BlockType) -> Quantized:
+def from_blocks(stored: np.ndarray, kind: BlockType) -> QuantizedWeight[np.ndarray]:
     """Return the quantized weight, in groups of 32, from the bytes of :func:`to_blocks`."""
     rows = stored.shape[0]
     numbers, codes = split_blocks(stored, kind.bits, kind.floats)
@@ -93,12 +94,14 @@ def from_blocks(stored: np.ndarray, kind: BlockType) -> Quantized:
     scale = floats[:, :, 0]
     if kind.bits == 8:
         codes = (codes ^ MIDDLE8).reshape(rows, -1)
-        return Quantized(codes, scale, np.full(scale.shape, MIDDLE8, np.uint8))
+        return from_arrays(codes, scale, np.full(scale.shape, MIDDLE8, np.uint8), kind.bits)
     halves = codes.reshape(-1, BLOCK // 2)
     codes = np.concatenate([halves & 15, halves >> 4], axis=1).reshape(rows, -1)
     if kind is Q4_0:
-        return Quantized(codes, scale, np.full(scale.shape, ZERO_CODE_4BIT, np.uint8))
+        middle = np.full(scale.shape, ZERO_CODE_4BIT, np.uint8)
+        return from_arrays(codes, scale, middle, kind.bits)
     offset, step = floats[:, :, 1].astype(np.float32), scale.astype(np.float32)
     zero = np.rint(-offset / np.where(step == 0, 1, step))
     fits = (zero >= 0) & (zero < 16) & (-step * zero == offset)
-    return Quantized(codes, scale, np.where(fits, zero, NO_ZERO_POINT).astype(np.uint8))
+    zero_point = np.where(fits, zero, NO_ZERO_POINT).astype(np.uint8)
+    return from_arrays(codes, scale, zero_point, kind.bits)

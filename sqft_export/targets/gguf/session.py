@@ -8,7 +8,7 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,6 +21,9 @@ from sqft_export.targets import Session, last_columns
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER
 from sqft_export.targets.gguf.bindings import MAX_SEQUENCES, PASS_TOKENS, Opened, Token, open_model
+
+if TYPE_CHECKING:
+    from gguf import ReaderTensor
 
 logging.getLogger("gguf").setLevel(logging.WARNING)  # it logs every file at INFO
 _FIRST_CELLS = 2048  # initial cache size in tokens
@@ -200,7 +203,7 @@ def write_float32(file: Path, out: Path, adapter: Path | None = None) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
 
-    def floats(tensor: Any) -> np.ndarray:
+    def floats(tensor: "ReaderTensor") -> np.ndarray:
         values = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         if f"{tensor.name}.lora_a" in added:
             values = values + added[f"{tensor.name}.lora_b"] @ added[f"{tensor.name}.lora_a"]

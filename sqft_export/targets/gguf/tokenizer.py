@@ -8,14 +8,19 @@ expression is stands in ``CUTS``. Merges of SentencePiece's kind are in order of
 score is the place of a token's first merge. What can't be said so is refused.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal, cast
 
 from sqft_export.errors import UserError, one_line
 from sqft_export.model.chat import BASE_TEMPLATE_FILE, PLAIN_TEMPLATE
+from sqft_export.model.tokenizer_json import TokenizerFile, TokenizerStep
 from sqft_export.textfiles import read_json
 from sqft_export.untrusted import MAX_JSON_BYTES
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 SPACE = "\u2581"
@@ -60,9 +65,10 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise NotExpressible("it has no tokenizer.json")
-    document = read_json(file, MAX_JSON_BYTES)
-    if fault := _fault_of_document(document):
+    found = read_json(file, MAX_JSON_BYTES)
+    if fault := _fault_of_document(found):
         raise UserError(f"{file}: {fault}")
+    document = cast(TokenizerFile, found)
     model = document["model"]
     if model["type"] != "BPE":
         raise NotExpressible(f"its model is {model['type']}; of merges alone (BPE) is known how")
@@ -78,13 +84,13 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     if pieces:
         _check_pieces(document)
         scores = _scores(merges)
-        found = [scores.get(name, NEVER) if kind == _NORMAL else 0.0
-                 for name, kind in zip(names, types, strict=True)]  # fmt: skip
-        return Vocabulary("llama", "default", names, types, [], found, _prepends(document))
+        by_row = [scores.get(name, NEVER) if kind == _NORMAL else 0.0
+                  for name, kind in zip(names, types, strict=True)]  # fmt: skip
+        return Vocabulary("llama", "default", names, types, [], by_row, _prepends(document))
     return Vocabulary("gpt2", _cut(document), names, types, merges, [], False)
 
 
-def _fault_of_document(document: dict[str, Any]) -> str | None:
+def _fault_of_document(document: Mapping[str, object]) -> str | None:
     """What is of a kind that no tokenizer has there; None where nothing is."""
     model, added = document.get("model"), document.get("added_tokens")
     if not isinstance(model, dict) or not isinstance(model.get("type"), str):
@@ -111,27 +117,30 @@ def _fault_of_document(document: dict[str, Any]) -> str | None:
     return _fault_of_steps(document)
 
 
-def _is_merge(merge: Any) -> bool:
+def _is_merge(merge: object) -> bool:
     pair = isinstance(merge, list) and len(merge) == 2 and all(isinstance(m, str) for m in merge)
     return isinstance(merge, str) or pair
 
 
-def _fault_of_steps(document: dict[str, Any]) -> str | None:
+def _has_type(step: object) -> bool:
+    return isinstance(step, dict) and isinstance(step.get("type"), str)
+
+
+def _fault_of_steps(document: Mapping[str, object]) -> str | None:
     """The same of how a text is cut; each step is an object that says its type."""
     for section, name in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
         found = document.get(section)
-        steps: Any = [] if found is None else [found]
+        steps: object = [] if found is None else [found]
         if isinstance(found, dict) and found.get("type") == "Sequence":
             steps = found.get(name)
-        whole = isinstance(steps, list) and all(isinstance(step, dict) for step in steps)
-        if not whole or not all(isinstance(step.get("type"), str) for step in steps):
+        if not isinstance(steps, list) or not all(map(_has_type, steps)):
             return f"{section}: expected steps that say their type"
         if any(not isinstance(step.get("pattern", {}), dict) for step in steps):
             return f"{section}: pattern: expected an object"
     return None
 
 
-def _types(document: dict[str, Any], by_id: dict[int, str], rows: int, pieces: bool) -> list[int]:
+def _types(document: TokenizerFile, by_id: dict[int, str], rows: int, pieces: bool) -> list[int]:
     types = [_NORMAL if number in by_id else _UNUSED for number in range(rows)]
     for token in document["added_tokens"]:
         types[token["id"]] = _CONTROL if token.get("special") else _USER_DEFINED
@@ -146,14 +155,16 @@ def _types(document: dict[str, Any], by_id: dict[int, str], rows: int, pieces: b
     return types
 
 
-def _parts(section: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+def _parts(
+    section: TokenizerStep | None, name: Literal["normalizers", "pretokenizers"]
+) -> list[TokenizerStep]:
     """Steps of a normalizer or pre-tokenizer, one after the other."""
     if section is None:
         return []
     return section[name] if section["type"] == "Sequence" else [section]
 
 
-def _cut(document: dict[str, Any]) -> str:
+def _cut(document: TokenizerFile) -> str:
     if normalizer := _parts(document.get("normalizer"), "normalizers"):
         others = [n["type"] for n in normalizer if n["type"] != "NFC"]
         if others:
@@ -175,7 +186,7 @@ def _cut(document: dict[str, Any]) -> str:
     raise NotExpressible(f"its pre_tokenizer is {', '.join(kinds) or 'none'}")
 
 
-def _check_pieces(document: dict[str, Any]) -> None:
+def _check_pieces(document: TokenizerFile) -> None:
     """SentencePiece's way: blanks become a character, and nothing else is done to a text."""
     steps = _parts(document.get("normalizer"), "normalizers")
     for step in steps:
@@ -188,7 +199,7 @@ def _check_pieces(document: dict[str, Any]) -> None:
             raise NotExpressible(f"its pre_tokenizer is {step['type']}")
 
 
-def _prepends(document: dict[str, Any]) -> bool:
+def _prepends(document: TokenizerFile) -> bool:
     """Whether a text begins with a blank that it has not."""
     steps = _parts(document.get("normalizer"), "normalizers")
     if any(step["type"] == "Prepend" for step in steps):
@@ -214,8 +225,8 @@ def _named(templates: str | dict[str, str]) -> str | list[dict[str, str]]:
     return [{"name": name, "template": text} for name, text in templates.items()]
 
 
-def write_tokenizer(writer: Any, folder: Path, rows: int) -> None:
-    """The tokenizer of a Hugging Face folder, by a ``gguf.GGUFWriter``.
+def write_tokenizer(writer: "GGUFWriter", folder: Path, rows: int) -> None:
+    """Write the tokenizer of a Hugging Face folder.
 
     :raises NotExpressible: saying what llama.cpp lacks.
     """

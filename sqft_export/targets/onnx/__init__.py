@@ -8,15 +8,19 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
 
-from sqft_export.numerics.codes import Quantized
+from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.recipe.schema import Export
 from sqft_export.targets.folder import GRAPHS, WEIGHT_FILES
+from sqft_export.targets.genai_config import DecoderConfig
 from sqft_export.targets.onnx.session import CPU_PROVIDER, decoder_of, open_session
+
+if TYPE_CHECKING:
+    from onnx import GraphProto
 
 __all__ = [
     "add_adapter",
@@ -59,9 +63,9 @@ def export(
     config = deployed_config(transformers_config(checkpoint.config, checkpoint.where).to_dict())
     built = builder_lacks(checkpoint.family, config) is None
     is_fused = built if options.onnx_graph == "auto" else options.onnx_graph == "fused"
-    graph: Any = fused if is_fused else standard
+    build = fused.build if is_fused else standard.build
     with ExternalData(folder / DATA) as data:
-        model = graph.build(weights, folder, data)
+        model = build(weights, folder, data)
     _fix_cache_sizes(model.graph, decoder_of(folder))
     for key, value in (facts or model_facts(weights.checkpoint)).items():
         model.metadata_props.add(key=f"sqft_export.{key}", value=value)
@@ -72,7 +76,7 @@ def export(
                 shutil.copyfile(file, folder / file.name)
 
 
-def _fix_cache_sizes(graph: Any, decoder: dict[str, Any]) -> None:
+def _fix_cache_sizes(graph: "GraphProto", decoder: DecoderConfig) -> None:
     """Write head count and head size into the cache shapes, so that a reader can make a cache."""
     for value in (*graph.input, *graph.output):
         if value.name.startswith(("past_key_values.", "present.")):
@@ -90,7 +94,7 @@ def add_adapter(folder: Path, adapter: Path) -> None:
     files.add_adapter(folder, adapter)
 
 
-def read_back(folder: Path) -> Iterator[tuple[str, Quantized]]:
+def read_back(folder: Path) -> Iterator[tuple[str, QuantizedWeight[np.ndarray]]]:
     """Yield module and quantized weight, one at a time, from the written file.
 
     Codes are uint8 ``[out, in]``, scales float32 and zero points uint8 ``[out, groups]``.

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -10,6 +9,7 @@ import onnxruntime as ort
 from onnx import helper, numpy_helper
 
 from sqft_export.adapters.files import read_low_rank
+from sqft_export.numerics.codes import LowRank
 from sqft_export.targets.folder import ADAPTER_FOLDER, GRAPHS
 from sqft_export.targets.onnx.session import ADAPTER_FILE, decoder_of
 from sqft_export.targets.onnx.weights import Rows, head_rows, product_parts, set_nodes
@@ -42,12 +42,12 @@ class _Updates:
     parameters: input of the graph -> its value in the adapter.
     """
 
-    def __init__(self, graph: Any, low_rank: dict[str, Any], qkv_rows: list[int]):
+    def __init__(self, graph: onnx.GraphProto, low_rank: LowRank, qkv_rows: list[int]):
         self.graph, self.low_rank = graph, low_rank
         self.qkv_rows = dict(zip("qkv", qkv_rows, strict=True))
         self.parameters: dict[str, np.ndarray] = {}
 
-    def add_products(self, node: Any) -> Iterator[Any]:
+    def add_products(self, node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
         """Yield the node, then the nodes that add the updates of its Linears to its output."""
         yield node
         parts = product_parts(node)

@@ -9,19 +9,20 @@ into one product, and splits a Linear that has both gate and up. Rows follow the
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import helper, numpy_helper
 
+from sqft_export.libraries.onnxruntime_genai import build_graph
 from sqft_export.model.architecture import transformers_config
 from sqft_export.model.companions import copy_companions, float_config, write_config
 from sqft_export.model.contexts import deployed_config, partial_rotary, window_layers
 from sqft_export.model.families import Family, builder_class
 from sqft_export.model.skeleton import skeleton
 from sqft_export.targets.folder import GENAI_CONFIG
+from sqft_export.targets.genai_config import BuiltDecoder
 from sqft_export.targets.onnx.weights import (
     ExternalData,
     Rows,
@@ -70,39 +71,17 @@ def build(weights: Weights, folder: Path, data: ExternalData) -> onnx.ModelProto
 
 def _build_empty(weights: Weights, configs: Path, built: Path, class_name: str) -> onnx.ModelProto:
     """Return the builder's graph of an empty model, without initializers of matrices."""
-    from onnxruntime_genai.models import builder
-
-    arguments = ("", str(configs), str(built), "fp32", "cpu", str(built.parent / "cache"))
-    options = builder.parse_extra_options(*arguments, [])
-    options.pop("_effective_builder_config")
-    details = options.pop("hf_details")
     empty = skeleton(weights.checkpoint)
-
-    class Graph(getattr(builder, class_name)):  # type: ignore[misc]
-        def load_weights(self, input_path):
-            return empty
-
-    config, extra = details["hf_config"], details["extra_kwargs"]
-    if rope := getattr(config, "rope_parameters", None):
-        rope["type"] = rope["rope_type"]  # the builder's longrope class reads this key
-    graph = Graph(config, ir.DataType.FLOAT, ir.DataType.FLOAT, "cpu", arguments[-1], options)
-    graph.make_model(str(configs))
-    graph.make_genai_config(config, extra, str(built))
-    graph.save_processing(details["hf_name"], extra, str(built))
-    graph.model.graph.sort()
-    matrices = {
-        node.inputs[i].name
-        for node in graph.model.graph
-        for i in range(2)
-        if node.op_type in ("MatMul", "Gather", "Transpose") and len(node.inputs) > i
-    }
-    for name, value in list(graph.model.graph.initializers.items()):
+    model = build_graph(class_name, empty, configs, built, built.parent / "cache")
+    readers = [node for node in model.graph if node.op_type in ("MatMul", "Gather", "Transpose")]
+    matrices = {value.name for node in readers for value in node.inputs[:2] if value is not None}
+    for name, value in list(model.graph.initializers.items()):
         if name in matrices and value.shape is not None and len(value.shape) == 2:
-            graph.model.graph.initializers.pop(name)
-    return ir.to_proto(graph.model)
+            model.graph.initializers.pop(name)
+    return ir.to_proto(model)
 
 
-def _place_products(graph: Any, weights: Weights, data: ExternalData) -> None:
+def _place_products(graph: onnx.GraphProto, weights: Weights, data: ExternalData) -> None:
     """Give every matrix product its codes or its float weights."""
     nodes = []
     for node in graph.node:
@@ -118,8 +97,12 @@ def _place_products(graph: Any, weights: Weights, data: ExternalData) -> None:
 
 
 def _quantized_products(
-    graph: Any, weights: Weights, data: ExternalData, node: Any, parts: list[Rows]
-) -> list[Any]:
+    graph: onnx.GraphProto,
+    weights: Weights,
+    data: ExternalData,
+    node: onnx.NodeProto,
+    parts: list[Rows],
+) -> list[onnx.NodeProto]:
     """Return the nodes that multiply with the codes of some parts, in place of ``node``."""
     x, output = node.input[0], node.output[0]
     if len({weights.kind(part) for part in parts}) == 1:
@@ -159,7 +142,7 @@ def _part_of_joined(path: str, family: Family, weights: Weights) -> list[Rows]:
     return []
 
 
-def _place_embedding(graph: Any, weights: Weights, data: ExternalData) -> None:
+def _place_embedding(graph: onnx.GraphProto, weights: Weights, data: ExternalData) -> None:
     """Give the embedding its codes or its float weights."""
     family = weights.checkpoint.family
     node = next(n for n in graph.node if n.name == EMBEDDING_NODE)
@@ -177,7 +160,7 @@ def _place_embedding(graph: Any, weights: Weights, data: ExternalData) -> None:
         node.input[0] = data.add(graph, name, weights.floats([Rows(family.embedding)]))
 
 
-def _set_windows(graph: Any, windows: list[int]) -> None:
+def _set_windows(graph: onnx.GraphProto, windows: list[int]) -> None:
     """Set the sliding window of every attention. The builder sets none for Mistral.
 
     The builder marks windowed layers of Qwen for a cache of the window's size. Only ONNX Runtime
@@ -196,7 +179,7 @@ def _set_windows(graph: Any, windows: list[int]) -> None:
         node.attribute.extend(kept)
 
 
-def _move_rotary_out(model: Any, decoder: dict[str, Any], rotary: int) -> None:
+def _move_rotary_out(model: onnx.ModelProto, decoder: BuiltDecoder, rotary: int) -> None:
     """Rotate queries and keys before each GroupQueryAttention instead of inside it.
 
     Adds ``position_ids`` to the graph's inputs and to the GenAI config.

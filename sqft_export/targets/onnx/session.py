@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import onnxruntime as ort
@@ -14,20 +14,27 @@ from sqft_export.packed.loaders import load_onnx
 from sqft_export.targets import Session, last_columns, positions_of
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER, GENAI_CONFIG, GRAPHS
+from sqft_export.targets.genai_config import DecoderConfig
 from sqft_export.textfiles import read_json
 from sqft_export.untrusted import MAX_ONNX_BYTES, read_bounded
+
+if TYPE_CHECKING:
+    from onnx import GraphProto
 
 ADAPTER_FILE = "adapter.onnx_adapter"
 FUSED_OPERATOR = b"GroupQueryAttention"
 CPU_PROVIDER = "CPUExecutionProvider"
 LOGIT_OPERATORS = ("MatMulNBits", "MatMul", "Gemm")
 WANTED_INPUT = "wanted_logits"
-CACHE_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+CACHE_DTYPES: dict[str, type[np.floating]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+}
 FIRST_SPARE_TOKENS = 64  # initial spare capacity of a cache; it doubles each time it is used up
 FLOAT32_ACCURACY = 1  # accuracy level of float32 activations; the default mode uses int8
 
 
-def decoder_of(folder: Path) -> dict[str, Any]:
+def decoder_of(folder: Path) -> DecoderConfig:
     """Return the decoder section of ``genai_config.json``.
 
     :raises UserError: if it is missing or has no head count or head size.
@@ -37,11 +44,10 @@ def decoder_of(folder: Path) -> dict[str, Any]:
     for name in ("num_key_value_heads", "head_size"):
         if not isinstance(decoder, dict) or not isinstance(decoder.get(name), int):
             raise UserError(f"{folder / GENAI_CONFIG}: model.decoder.{name}: a number is expected")
-    assert isinstance(decoder, dict)
-    return decoder
+    return cast(DecoderConfig, decoder)
 
 
-def set_accuracy(graph: Any, level: int) -> None:
+def set_accuracy(graph: "GraphProto", level: int) -> None:
     """Set the accuracy level of every MatMulNBits."""
     for node in graph.node:
         for attribute in node.attribute:
@@ -49,7 +55,7 @@ def set_accuracy(graph: Any, level: int) -> None:
                 attribute.i = level
 
 
-def _add_wanted_input(graph: Any) -> None:
+def _add_wanted_input(graph: "GraphProto") -> None:
     """Add an input: the columns that need logits per row, int64 ``[batch, n, 1]``."""
     from onnx import TensorProto, helper
 
@@ -121,11 +127,11 @@ class OnnxSession(Session):
 
     def __init__(
         self,
-        load: Callable[[bool], Any],
-        decoder: dict[str, Any],
+        load: Callable[[bool], ort.InferenceSession],
+        decoder: DecoderConfig,
         fused: bool,
         selects_logits: bool,
-        adapter: Any = None,
+        adapter: ort.LoraAdapter | None = None,
     ):
         self.load, self.session = load, load(selects_logits)
         self.selects_logits = selects_logits
@@ -147,7 +153,7 @@ class OnnxSession(Session):
         self.reset()
 
     def reset(self) -> None:
-        self.past: list[Any] | None = None
+        self.past: list[ort.OrtValue] | None = None
         self.rows: np.ndarray | None = None  # rows of the cache to continue
         self.length, self.spare = 0, FIRST_SPARE_TOKENS
 
@@ -258,7 +264,7 @@ class OnnxSession(Session):
             self.past[index] = ort.OrtValue.ortvalue_from_numpy(copy)
         self.rows = None
 
-    def _run_in_place(self, feeds: dict[str, Any]) -> np.ndarray:
+    def _run_in_place(self, feeds: dict[str, ort.OrtValue]) -> np.ndarray:
         """Run the graph with each cache tensor bound as both input and output."""
         assert self.past is not None
         binding = self.session.io_binding()
@@ -272,7 +278,7 @@ class OnnxSession(Session):
         return binding.get_outputs()[0].numpy().astype(np.float32, copy=False)
 
 
-def cache_dtype(session: Any) -> Any:
+def cache_dtype(session: ort.InferenceSession) -> type[np.floating]:
     """Return the dtype of a graph's key-value cache.
 
     :raises UserError: if the graph has no cache, or its type is not float32 or float16.
@@ -287,7 +293,7 @@ def cache_dtype(session: Any) -> Any:
     return CACHE_DTYPES[caches[0].type]
 
 
-def has_half_cache(session: Any) -> bool:
+def has_half_cache(session: ort.InferenceSession) -> bool:
     """Return whether the key-value cache of a graph is float16."""
     inputs = session.get_inputs()
     return any(i.name.startswith("past_") and i.type == "tensor(float16)" for i in inputs)
@@ -304,7 +310,7 @@ def open_session(
     """
     provider = CPU_PROVIDER if device == "cpu" else find_device("onnx", device).name
 
-    def load(wanted_logits: bool) -> Any:
+    def load(wanted_logits: bool) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if threads:

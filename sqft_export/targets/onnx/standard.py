@@ -8,15 +8,17 @@ data file. torch never loads them.
 import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from sqft_export.model.config import ModelConfig
 from sqft_export.model.skeleton import PLAIN_ATTENTION, empty_matrix, skeleton
 from sqft_export.targets.folder import GENAI_CONFIG
 from sqft_export.targets.onnx.weights import (
@@ -32,6 +34,8 @@ from sqft_export.targets.onnx.weights import (
 OPSET = 21
 GENAI_TYPE = "decoder"  # GenAI's type for any decoder that is described by its inputs and outputs
 INPUTS = ("input_ids", "attention_mask", "position_ids")
+TokenField = Literal["bos_token_id", "eos_token_id", "pad_token_id"]
+TokenIds = int | list[int] | None
 
 
 class _Product(nn.Module):
@@ -106,7 +110,7 @@ def build(weights: Weights, folder: Path, data: ExternalData) -> onnx.ModelProto
     return proto
 
 
-def _decoder_config(config: Any) -> dict[str, int]:
+def _decoder_config(config: PretrainedConfig) -> dict[str, int]:
     """Return the sizes of the decoder by GenAI's names."""
     heads = config.num_attention_heads
     return {
@@ -155,14 +159,14 @@ def _trace(model: nn.Module, decoder: dict[str, int]) -> onnx.ModelProto:
     return ir.to_proto(program.model)
 
 
-def _place(graph: Any, weights: Weights, data: ExternalData) -> None:
+def _place(graph: onnx.GraphProto, weights: Weights, data: ExternalData) -> None:
     """Write the weights of all products and embeddings, and connect them to the traced nodes."""
     wanted = {name for node in graph.node for name in node.input}
     gathers = {node.input[0]: node for node in graph.node if node.op_type == "Gather"}
     for name in sorted(weights.linears):
         traced = f"model.{name}"
         if f"{traced}.B" in wanted:
-            arrays, _ = block_arrays([weights.codes(Rows(name))])
+            arrays, _ = block_arrays([weights.quantized_rows(Rows(name))])
             for key, array in arrays.items():
                 _rename(graph, f"{traced}.{key}", data.add(graph, f"{name}.{key}", array))
         elif f"{traced}.weight" in gathers and name in weights.quantized:
@@ -173,7 +177,7 @@ def _place(graph: Any, weights: Weights, data: ExternalData) -> None:
             _rename(graph, f"{traced}.weight", data.add(graph, f"{name}.weight", array))
 
 
-def _rename(graph: Any, old: str, new: str) -> None:
+def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
     """Rename a node input everywhere in the graph."""
     for node in graph.node:
         for index, name in enumerate(node.input):
@@ -182,12 +186,16 @@ def _rename(graph: Any, old: str, new: str) -> None:
 
 
 def _write_config(
-    config: dict[str, Any], model: nn.Module, decoder: dict[str, int], proto: Any, folder: Path
+    config: ModelConfig,
+    model: PreTrainedModel,
+    decoder: dict[str, int],
+    proto: onnx.ModelProto,
+    folder: Path,
 ) -> None:
     """Write ``genai_config.json`` with the input and output names of the graph."""
     generation = model.generation_config
 
-    def token(name: str) -> Any:
+    def token(name: TokenField) -> TokenIds:
         found = getattr(generation, name, None)
         return config.get(name) if found is None else found
 
@@ -213,7 +221,7 @@ def _write_config(
     (folder / GENAI_CONFIG).write_text(json.dumps(document, indent=4) + "\n")
 
 
-def _decoder_section(decoder: dict[str, int], inputs: list[str]) -> dict[str, Any]:
+def _decoder_section(decoder: dict[str, int], inputs: list[str]) -> dict[str, object]:
     """Return the decoder section of GenAI's config: sizes, and names of inputs and outputs."""
     return {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -232,7 +240,7 @@ def _decoder_section(decoder: dict[str, int], inputs: list[str]) -> dict[str, An
     }
 
 
-def _pad_token(pad: Any, end: Any) -> Any:
+def _pad_token(pad: TokenIds, end: TokenIds) -> TokenIds:
     """Return the padding token, or the first end token if it is missing."""
     if pad is not None:
         return pad

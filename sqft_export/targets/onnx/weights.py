@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -24,11 +23,11 @@ from onnx import helper, numpy_helper
 
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.memory import release_memory
-from sqft_export.numerics.affine import Grid
-from sqft_export.numerics.codes import Quantized, round_up
+from sqft_export.numerics.codes import QuantizedWeight, from_arrays, join_rows, round_up
 from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
 from sqft_export.packed.container import PackedFile
 from sqft_export.packed.folders import packed_file
+from sqft_export.targets.genai_config import DecoderConfig
 
 # Accuracy level of int8 activations, the builder's default on the CPU.
 DEPLOYED_ACCURACY = 4
@@ -77,7 +76,7 @@ class ExternalData:
     def __exit__(self, *failure: object) -> None:
         self.stream.close()
 
-    def add(self, graph: Any, name: str, array: np.ndarray) -> str:
+    def add(self, graph: onnx.GraphProto, name: str, array: np.ndarray) -> str:
         """Store an array as an initializer of ``graph`` and return its name."""
         array = np.ascontiguousarray(array)
         if array.nbytes < INLINE_BYTES:
@@ -123,10 +122,10 @@ class Weights:
         found = {n.removesuffix(".weight") for n, shape in shapes if len(shape) == 2}
         return found | {self.head}
 
-    def codes(self, part: Rows) -> tuple[np.ndarray, Grid]:
-        """Return codes uint8 ``[out, in]`` and the grid of some rows."""
-        codes, grid = self._read(self.checkpoint.stored_name(part.linear))
-        return codes[part.rows].numpy(), grid.rows(part.rows)
+    def quantized_rows(self, part: Rows) -> QuantizedWeight[np.ndarray]:
+        """Return some rows of a quantized weight."""
+        weight: QuantizedWeight = self._read(self.checkpoint.stored_name(part.linear))
+        return weight.rows(part.rows).numpy()
 
     def floats(self, parts: list[Rows]) -> np.ndarray:
         """Return the concatenated rows of the parts, float32 ``[out, in]``."""
@@ -160,40 +159,37 @@ def _pack_rows(values: np.ndarray, bits: int) -> np.ndarray:
     return values if bits == 8 else pack_nibbles(values)
 
 
-def block_arrays(layers: list[tuple[np.ndarray, Grid]]) -> tuple[dict[str, np.ndarray], dict]:
-    """Return the tensors and attributes of one MatMulNBits for Linears that share their input.
-
-    :param layers: codes uint8 ``[out, in]`` and grid of each.
-    """
-    bits, inputs = layers[0][1].bits, layers[0][0].shape[1]
-    size = block_size(inputs, layers[0][1].group_size)
-    codes = np.concatenate([codes for codes, _ in layers])
-    scales = np.concatenate([grid.scale.numpy() for _, grid in layers]).astype(np.float32)
-    zeros = np.concatenate([grid.zero_point.numpy() for _, grid in layers])
+def block_arrays(
+    layers: list[QuantizedWeight[np.ndarray]],
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Return the tensors and attributes of one MatMulNBits for Linears that share their input."""
+    whole = join_rows(layers)
+    outputs, inputs = whole.codes.shape
+    bits, size = whole.bits, block_size(inputs, whole.grid.group_size)
     blocks = -(-inputs // size)
-    _, scales, zeros = Quantized(codes, scales, zeros).in_groups(blocks)
-    outputs = len(codes)
+    split = whole.in_groups(blocks)
+    codes, scales, zeros = whole.codes, split.scale.astype(np.float32), split.zero_point
     if blocks * size != inputs:  # pad a short last block with codes that mean zero
         padded = np.repeat(zeros, size, axis=1)
         padded[:, :inputs] = codes
         codes = padded
     arrays = {"B": _pack_rows(codes.reshape(outputs, blocks, size), bits), "scales": scales}
-    if not all(grid.symmetric for _, grid in layers):
+    if not whole.grid.symmetric:
         arrays["zero_points"] = _pack_rows(zeros, bits)
     return arrays, {"K": inputs, "N": outputs, "bits": bits, "block_size": size}
 
 
 def matmul_nbits(
     data: ExternalData,
-    graph: Any,
+    graph: onnx.GraphProto,
     weights: Weights,
     parts: list[Rows],
     x: str,
     output: str,
     name: str,
-) -> Any:
+) -> onnx.NodeProto:
     """Return a MatMulNBits node of ``x`` and the concatenated rows of some parts."""
-    arrays, sizes = block_arrays([weights.codes(part) for part in parts])
+    arrays, sizes = block_arrays([weights.quantized_rows(part) for part in parts])
     prefix = parts_name(parts)
     names = [data.add(graph, f"{prefix}.{key}", array) for key, array in arrays.items()]
     return helper.make_node(
@@ -208,32 +204,36 @@ def matmul_nbits(
 
 
 def quantize_gather(
-    data: ExternalData, graph: Any, weights: Weights, node: Any, embedding: str, head: str | None
+    data: ExternalData,
+    graph: onnx.GraphProto,
+    weights: Weights,
+    node: onnx.NodeProto,
+    embedding: str,
+    head: str | None,
 ) -> None:
     """Replace the Gather of an embedding by GatherBlockQuantized, which reads codes.
 
     :param head: module whose MatMulNBits already stores the same codes, or None.
     """
-    codes, grid = weights.codes(Rows(embedding))
-    rows, columns = codes.shape
-    size = block_size(columns, grid.group_size)
-    whole = Quantized(codes, grid.scale.numpy().astype(np.float32), grid.zero_point.numpy())
-    _, scale, zero = whole.in_groups(-(-columns // size))
+    weight = weights.quantized_rows(Rows(embedding))
+    rows, columns = weight.codes.shape
+    size = block_size(columns, weight.grid.group_size)
+    split = weight.in_groups(-(-columns // size))
     if head and columns % size == 0:
         shape = data.add(graph, f"{embedding}.shape", np.array([rows, columns], np.int64))
         reshape = helper.make_node("Reshape", [f"{head}.B", shape], [f"{embedding}.B"])
         graph.node.insert(0, reshape)
     else:
-        data.add(graph, f"{embedding}.B", codes)
-    data.add(graph, f"{embedding}.scales", scale)
-    data.add(graph, f"{embedding}.zero_points", zero)
+        data.add(graph, f"{embedding}.B", weight.codes)
+    data.add(graph, f"{embedding}.scales", split.scale.astype(np.float32))
+    data.add(graph, f"{embedding}.zero_points", split.zero_point)
     new = helper.make_node(
         "GatherBlockQuantized",
         [f"{embedding}.B", node.input[1], f"{embedding}.scales", f"{embedding}.zero_points"],
         list(node.output),
         name=node.name,
         domain="com.microsoft",
-        bits=grid.bits,
+        bits=weight.bits,
         gather_axis=0,
         quantize_axis=1,
         block_size=size,
@@ -241,7 +241,7 @@ def quantize_gather(
     node.CopyFrom(new)
 
 
-def product_parts(node: Any) -> list[Rows]:
+def product_parts(node: onnx.NodeProto) -> list[Rows]:
     """Return the rows that a node multiplies with; empty if it is not a product with weights."""
     if node.op_type not in ("MatMulNBits", "MatMul"):
         return []
@@ -249,14 +249,16 @@ def product_parts(node: Any) -> list[Rows]:
     return list(map(Rows.parse, stem.split(","))) if key in ("B", "weight") else []
 
 
-def set_nodes(graph: Any, nodes: list[Any]) -> None:
+def set_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
     """Replace all nodes of a graph."""
     fresh = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(fresh)
 
 
-def read_quantized_weights(model: Any, folder: Path) -> Iterator[tuple[str, Quantized]]:
+def read_quantized_weights(
+    model: onnx.ModelProto, folder: Path
+) -> Iterator[tuple[str, QuantizedWeight[np.ndarray]]]:
     """Yield module and quantized weight, one at a time.
 
     Codes are uint8 ``[out, in]``, scales float32 and zero points uint8 ``[out, groups]``.
@@ -269,17 +271,16 @@ def read_quantized_weights(model: Any, folder: Path) -> Iterator[tuple[str, Quan
             yield node.input[0].removesuffix(".B"), _read_gather(model, node, array)
     products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
     wanted = Counter(part.linear for node in products for part in product_parts(node))
-    pieces: dict[str, dict[int, Quantized]] = {}
+    pieces: dict[str, dict[int, QuantizedWeight[np.ndarray]]] = {}
     for node in products:
         for part, rows in _split_rows(node, _read_product(node, array), model):
             pieces.setdefault(part.linear, {})[part.start] = rows
             if len(pieces[part.linear]) == wanted[part.linear]:
                 found = pieces.pop(part.linear)
-                whole = zip(*(found[start] for start in sorted(found)), strict=True)
-                yield part.linear, Quantized(*map(np.concatenate, whole))
+                yield part.linear, join_rows(found[start] for start in sorted(found))
 
 
-def _reader(model: Any, folder: Path) -> Callable[[str], np.ndarray]:
+def _reader(model: onnx.ModelProto, folder: Path) -> Callable[[str], np.ndarray]:
     """Return a function that reads an initializer by name, from the graph or the data file."""
     tensors = {t.name: t for t in model.graph.initializer}
     packed, content = packed_file(folder), np.empty(0, np.uint8)
@@ -301,7 +302,7 @@ def _reader(model: Any, folder: Path) -> Callable[[str], np.ndarray]:
     return array
 
 
-def read_float_weights(model: Any, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+def read_float_weights(model: onnx.ModelProto, folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Yield module and matrix ``[out, in]``, then name and values of other float initializers."""
     array = _reader(model, folder)
     matrices = set()
@@ -311,8 +312,7 @@ def read_float_weights(model: Any, folder: Path) -> Iterator[tuple[str, np.ndarr
             matrices.add(node.input[1])
             whole, row = array(node.input[1]).T, 0
             for part in parts:
-                joined = Quantized(whole, whole, whole)
-                count = _rows_of(part, parts, joined, model)
+                count = _rows_of(part, parts, len(whole), model)
                 yield part.linear, whole[row : row + count]
                 row += count
     for tensor in model.graph.initializer:
@@ -324,37 +324,47 @@ def read_float_weights(model: Any, folder: Path) -> Iterator[tuple[str, np.ndarr
         yield name.removesuffix(end) if matrix else name, array(name)
 
 
-def _split_rows(node: Any, joined: Quantized, model: Any) -> Iterator[tuple[Rows, Quantized]]:
+def _split_rows(
+    node: onnx.NodeProto, joined: QuantizedWeight[np.ndarray], model: onnx.ModelProto
+) -> Iterator[tuple[Rows, QuantizedWeight[np.ndarray]]]:
     """Yield each part of a product with its rows."""
     row, parts = 0, product_parts(node)
     for part in parts:
-        count = _rows_of(part, parts, joined, model)
-        yield part, Quantized(*(values[row : row + count] for values in joined))
+        count = _rows_of(part, parts, len(joined.codes), model)
+        yield part, joined.rows(slice(row, row + count))
         row += count
 
 
-def _rows_of(part: Rows, parts: list[Rows], joined: Quantized, model: Any) -> int:
-    """Return the row count of a part. The head counts of the graph give the rows of q, k and v."""
+def _rows_of(part: Rows, parts: list[Rows], rows: int, model: onnx.ModelProto) -> int:
+    """Return the row count of a part. The head counts of the graph give the rows of q, k and v.
+
+    :param rows: rows of all parts.
+    """
     if len(parts) == 1:
-        return len(joined.codes)
+        return rows
     heads = next(
         {a.name: a.i for a in n.attribute}
         for n in model.graph.node
         if n.op_type == "GroupQueryAttention"
     )
-    head_size = len(joined.codes) // (heads["num_heads"] + 2 * heads["kv_num_heads"])
+    head_size = rows // (heads["num_heads"] + 2 * heads["kv_num_heads"])
     return head_size * heads["num_heads" if part == parts[0] else "kv_num_heads"]
 
 
-def _read_gather(model: Any, node: Any, array: Callable[[str], np.ndarray]) -> Quantized:
+def _read_gather(
+    model: onnx.ModelProto, node: onnx.NodeProto, array: Callable[[str], np.ndarray]
+) -> QuantizedWeight[np.ndarray]:
     """Read the quantized embedding, whose codes may be those of the head."""
     scale, zero = (array(node.input[i]) for i in (2, 3))
     shared = [n.input[0] for n in model.graph.node if list(n.output) == [node.input[0]]]
     codes = array((shared or node.input)[0])
-    return Quantized(codes.reshape(len(scale), -1), scale, zero)
+    bits = next(a.i for a in node.attribute if a.name == "bits")
+    return from_arrays(codes.reshape(len(scale), -1), scale, zero, bits)
 
 
-def _read_product(node: Any, array: Callable[[str], np.ndarray]) -> Quantized:
+def _read_product(
+    node: onnx.NodeProto, array: Callable[[str], np.ndarray]
+) -> QuantizedWeight[np.ndarray]:
     """Read the quantized weight of a MatMulNBits."""
     size = {a.name: a.i for a in node.attribute}
     scales = array(node.input[2]).reshape(size["N"], -1)
@@ -367,10 +377,10 @@ def _read_product(node: Any, array: Callable[[str], np.ndarray]) -> Quantized:
         zeros = unpack_nibbles(stored, scales.shape[1]) if is_4_bit else stored
     else:
         zeros = np.full(scales.shape, 2 ** (size["bits"] - 1), np.uint8)
-    return Quantized(codes, scales, zeros)
+    return from_arrays(codes, scales, zeros, size["bits"])
 
 
-def head_rows(decoder: dict[str, Any]) -> list[int]:
+def head_rows(decoder: DecoderConfig) -> list[int]:
     """Return the number of rows of q, k and v."""
     keys = decoder["num_key_value_heads"] * decoder["head_size"]
     return [decoder["num_attention_heads"] * decoder["head_size"], keys, keys]

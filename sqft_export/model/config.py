@@ -1,0 +1,99 @@
+"""Types of ``config.json``: the fields that this package reads.
+
+A config is untrusted JSON. ``transformers_config`` checks its types; code that runs before it
+checks the values that it reads.
+"""
+
+from typing import TypedDict
+
+
+class RopeParameters(TypedDict, total=False):
+    """Parameters of rotary positions.
+
+    If layers differ, the two kinds of attention have separate parameters.
+    """
+
+    rope_type: str
+    rope_theta: float
+    factor: float
+    partial_rotary_factor: float
+    original_max_position_embeddings: int
+    low_freq_factor: float
+    high_freq_factor: float
+    full_attention: "RopeParameters"
+    sliding_attention: "RopeParameters"
+
+
+class WeightScheme(TypedDict, total=False):
+    """The format of the weights of a group, as compressed-tensors describes it."""
+
+    num_bits: int
+    group_size: int | None
+    symmetric: bool
+    strategy: str
+    type: str
+    actorder: str | None
+
+
+class QuantizedGroup(TypedDict, total=False):
+    """Modules that compressed-tensors stores in the same format."""
+
+    weights: WeightScheme
+    input_activations: object
+
+
+class QuantizationConfig(TypedDict, total=False):
+    """``quantization_config`` of a GPTQ or compressed-tensors checkpoint."""
+
+    quant_method: str
+    checkpoint_format: str
+    format: str
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+    lm_head: bool
+    dynamic: dict[str, dict[str, int | bool]]
+    config_groups: dict[str, QuantizedGroup] | None
+
+
+class ModelConfig(TypedDict, total=False):
+    """``config.json``, or a dict of transformers' config class, which includes its defaults."""
+
+    model_type: str
+    dtype: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int | None
+    num_hidden_layers: int
+    n_layer: int
+    num_attention_heads: int
+    n_head: int
+    num_key_value_heads: int | None
+    head_dim: int | None
+    hidden_act: str
+    hidden_activation: str
+    attention_bias: bool
+    tie_word_embeddings: bool
+    use_parallel_residual: bool
+    layer_norm_eps: float
+    layer_norm_epsilon: float
+    rms_norm_eps: float
+    max_position_embeddings: int
+    n_positions: int
+    seq_length: int
+    max_seq_len: int
+    rope_parameters: RopeParameters | None
+    rope_local_base_freq: float | None
+    partial_rotary_factor: float | None
+    sliding_window: int | None
+    sliding_window_pattern: int
+    use_sliding_window: bool
+    layer_types: list[str] | None
+    query_pre_attn_scalar: float
+    attn_logit_softcapping: float | None
+    final_logit_softcapping: float | None
+    bos_token_id: int | list[int] | None
+    eos_token_id: int | list[int] | None
+    pad_token_id: int | list[int] | None
+    quantization_config: QuantizationConfig
