@@ -16,10 +16,7 @@ from sqft_export.measure.results import (
     Magnitude,
     Share,
 )
-from sqft_export.recipe.schema import Recipe
-from sqft_export.report.verdict import best_deployment, verdict
-from sqft_export.run.artifact import Artifact
-from sqft_export.run.metrics import (
+from sqft_export.metrics import (
     AdaptMetrics,
     ExportMetrics,
     MergeMetrics,
@@ -30,6 +27,9 @@ from sqft_export.run.metrics import (
     VerifyMetrics,
     read_metrics,
 )
+from sqft_export.recipe.schema import Recipe
+from sqft_export.report.verdict import best_deployment, verdict
+from sqft_export.run.artifact import Artifact
 from sqft_export.untrusted import MAX_JSON_BYTES, parse_json, read_bounded
 from sqft_export.verify.results import CheckResult
 

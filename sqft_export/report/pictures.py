@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from sqft_export.measure.results import BenchmarkRow
-from sqft_export.run.metrics import EvaluatedSize
+from sqft_export.metrics import EvaluatedSize
 
 if TYPE_CHECKING:
     from sqft_export.adapters.files import RankedStepLog

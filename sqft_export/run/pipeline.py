@@ -10,6 +10,7 @@ from typing import IO
 from filelock import FileLock, Timeout
 
 from sqft_export.errors import HostError, UserError
+from sqft_export.metrics import Metrics, read_metrics
 from sqft_export.model.hub import download_model, model_folder, planned_download
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.disk import check_disk
@@ -33,7 +34,6 @@ from sqft_export.run.launcher import (
     process_rank,
     wait_for_first,
 )
-from sqft_export.run.metrics import Metrics, read_metrics
 from sqft_export.run.output import open_output, open_run_file
 from sqft_export.run.precision import resolve_precision
 from sqft_export.run.processors import (

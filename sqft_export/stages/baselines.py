@@ -2,8 +2,8 @@
 
 from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
+from sqft_export.metrics import SparsityMetrics
 from sqft_export.recipe.schema import Recipe
-from sqft_export.run.metrics import SparsityMetrics
 from sqft_export.stages import BASE_FIELDS, Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize")

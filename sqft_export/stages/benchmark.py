@@ -60,6 +60,7 @@ from sqft_export.measure.rows import (
 )
 from sqft_export.measure.statistics import mcnemar
 from sqft_export.measure.worker import measure_in_process
+from sqft_export.metrics import RowsMetrics, SparsityMetrics, read_metrics
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.recipe.schema import Benchmark, Recipe
 from sqft_export.recipe.view import section_fields
@@ -67,7 +68,6 @@ from sqft_export.report.verdict import chance_text
 from sqft_export.run.artifact import key_of
 from sqft_export.run.device import device_of
 from sqft_export.run.host import allowed_processors
-from sqft_export.run.metrics import RowsMetrics, SparsityMetrics, read_metrics
 from sqft_export.stages import BASE_FIELDS, Context
 from sqft_export.targets.devices import DEVICE_KINDS, devices, why_not_run
 from sqft_export.targets.folder import ADAPTER_FOLDER, context_of

@@ -4,6 +4,13 @@ from pathlib import Path
 
 from sqft_export.data.items import CARD_FIELDS, TASK_FILES, TRAIN_FIELDS, load_tokenizer
 from sqft_export.kernels.extension import unavailable_reason
+from sqft_export.metrics import (
+    ExportMetrics,
+    MergeMetrics,
+    PackedMetrics,
+    SparseExecution,
+    read_metrics,
+)
 from sqft_export.model.checkpoint import file_bytes
 from sqft_export.packed.execution import NothingSpecialized, specialize
 from sqft_export.packed.folders import PACKED, SPARSE, NothingSaved, pack
@@ -12,13 +19,6 @@ from sqft_export.packed.usage import usage_section
 from sqft_export.recipe.schema import Recipe
 from sqft_export.report.prompts import example_prompt, prompt_section
 from sqft_export.report.provenance import PROVENANCE_FIELDS, model_card, origin_of
-from sqft_export.run.metrics import (
-    ExportMetrics,
-    MergeMetrics,
-    PackedSizes,
-    SparseExecution,
-    read_metrics,
-)
 from sqft_export.stages import Context
 from sqft_export.targets import target
 
@@ -74,13 +74,13 @@ def run(context: Context) -> ExportMetrics:
     return metrics
 
 
-def _pack(context: Context, folder: Path) -> dict[str, PackedSizes | list[str]]:
+def _pack(context: Context, folder: Path) -> dict[str, PackedMetrics | list[str]]:
     """Write the packed copy; return its metrics, or a warning if packing saves nothing."""
     try:
         sizes = pack(folder, context.folder / PACKED, context.recipe.export.entropy)
     except NothingSaved as error:
         return {"warnings": [f"{context.name}: {error}"]}
-    return {"packed": PackedSizes(**sizes)}
+    return {"packed": PackedMetrics(**sizes)}
 
 
 def _specialize(context: Context, folder: Path) -> SparseExecution:

@@ -9,6 +9,7 @@ from pathlib import Path
 from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
 from sqft_export.data.items import CARD_FIELDS, TASK_FILES, TRAIN_FIELDS, load_tokenizer
+from sqft_export.metrics import MergeMetrics, SparsityMetrics, read_metrics
 from sqft_export.model.chat import rename_template, write_template
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.endings import disable_end_token
@@ -16,7 +17,6 @@ from sqft_export.model.storage import MASKS, model_facts
 from sqft_export.recipe.schema import Chat, Recipe
 from sqft_export.report.prompts import example_prompt, prompt_section
 from sqft_export.report.provenance import PROVENANCE_FIELDS, merged_usage, model_card, origin_of
-from sqft_export.run.metrics import MergeMetrics, SparsityMetrics, read_metrics
 from sqft_export.stages import BASE_FIELDS, Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "search")

@@ -3,13 +3,13 @@
 import json
 
 from sqft_export.adapters.files import read_training_log
+from sqft_export.metrics import RowsMetrics
 from sqft_export.recipe.schema import Recipe
 from sqft_export.report import pictures
 from sqft_export.report.document import REPORT, report_of_run
 from sqft_export.report.html import render
 from sqft_export.report.tables import DETAILS, MAIN, cells, lm_eval_cells
 from sqft_export.report.text import markdown, skipped_lines
-from sqft_export.run.metrics import RowsMetrics
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = (

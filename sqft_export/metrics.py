@@ -100,7 +100,7 @@ class MergeMetrics(SparsityMetrics):
     facts: dict[str, str]
 
 
-class PackedSizes(Document):
+class PackedMetrics(Document):
     """Bytes of the weights before and after packing, and the number of sparse tensors."""
 
     dense_bytes: int
@@ -130,7 +130,7 @@ class ExportMetrics(Metrics):
     """bytes: of the deployment's weights and graphs. packed, sparse: its copies, if requested."""
 
     bytes: int
-    packed: MayBeMissing[PackedSizes] = None
+    packed: MayBeMissing[PackedMetrics] = None
     sparse: MayBeMissing[SparseExecution] = None
 
 
