@@ -13,6 +13,7 @@ import click
 import typer
 
 from sqft_export.commands import compiling, serving, talk
+from sqft_export.commands.help import INTRODUCTION, Commands, version_option
 from sqft_export.commands.machine import set_compute_threads
 from sqft_export.errors import UserError, one_line
 from sqft_export.run.processors import limit_openmp_spinning
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
     from sqft_export.packed.folders import PackedSizes
 
 app = typer.Typer(
-    help="Compile a language model and a task into a sparse, low-precision deployment.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+    help=INTRODUCTION, cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False
 )
+
+
+@app.callback()
+def _first_page(version: Annotated[bool, version_option()] = False) -> None:
+    pass
+
 
 compiling.register(app)
 talk.register(app)
@@ -250,9 +254,11 @@ def inspect(
 
     Example: sqft-export inspect deployed/openvino
     """
+    from sqft_export.inference.locate import refuse_run
     from sqft_export.targets.inspect import inspect_folder, inspection_text
 
     _require_folder(folder)
+    refuse_run(folder, "inspect")
     found = inspect_folder(folder)
     print(json.dumps(found) if json_only else inspection_text(found))
 
@@ -444,14 +450,16 @@ def verify_command(
 def _check_before_measuring(folders: list[Path]) -> None:
     """Print a warning on stderr if the machine is busy.
 
-    :raises UserError: if a folder does not exist.
+    :raises UserError: if a folder does not exist, or is a run.
     """
     import time
 
+    from sqft_export.inference.locate import refuse_run
     from sqft_export.run.processors import SAMPLE_SECONDS, busy_text, sample, used_by_others
 
     for folder in folders:
         _require_folder(folder)
+        refuse_run(folder, "benchmark")
     before = sample()
     time.sleep(SAMPLE_SECONDS)
     if found := busy_text(used_by_others(before)):

@@ -40,7 +40,7 @@ BELOW: dict[str, set[str]] = {
     "metrics": {"artifacts", "verify"},
     "report": {"metrics"},
     "plan": {"sparsifiers", "verify"},
-    "stages": {"plan", "quantizers", "report", "search"},
+    "stages": {"inference", "plan", "quantizers", "search"},
     "run": {"stages"},
     "inference": {"report"},
     "api": {"inference", "run"},

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _RECIPE_FILE = "recipe.yaml"  # in a run's folder: the preset's recipe
 _RECIPE_SUFFIXES = (".yaml", ".yml")
+_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _PRESET_HELP = "; ".join(f"{name}: {about}" for name, about in PRESETS.items())
 
 _Source = Annotated[
@@ -117,7 +118,8 @@ class CompileRequest:
     def is_recipe(self) -> bool:
         """Return whether the source is a recipe file or names a built-in recipe."""
         named = find_recipe(Path(self.source))
-        return self.source.endswith(_RECIPE_SUFFIXES) or named.is_file()
+        is_data = named.suffix.lower() in _DATA_SUFFIXES
+        return self.source.endswith(_RECIPE_SUFFIXES) or (named.is_file() and not is_data)
 
     def load(self, runs: Path, threads: int | None) -> "tuple[Recipe, str]":
         """Return the recipe, the file's or the preset's for the model, and the preset's text.
@@ -160,6 +162,11 @@ class CompileRequest:
 
 def _missing_data(source: str) -> str:
     """Return the message for a source that is no recipe and comes without data."""
+    if Path(source).suffix.lower() in _DATA_SUFFIXES:
+        return (
+            f"{one_line(source)}: is a data file; name the model too: sqft-export run <model> "
+            f"--data {one_line(source)}"
+        )
     known = ", ".join(sorted(file.stem for file in Path("recipes").glob("*.yaml")))
     recipes = f"; recipes here: {known}, as recipes/<name>.yaml" if known else ""
     if Path(source).exists() or "/" in source:

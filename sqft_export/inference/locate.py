@@ -42,12 +42,33 @@ def find_deployment(folder: Path) -> Deployment:
     :raises UserError: if the folder is neither, or the run has no deployment.
     """
     if not folder.is_dir():
-        raise UserError(f"{one_line(folder)}: no such folder")
+        raise UserError(f"{one_line(folder)}: no such folder{_hub_hint(folder)}")
     if is_model(folder):
         return Deployment(kind_of(folder), folder)
     if best := best_of(deployments_of_run(folder)):
         return best
     raise UserError(f"{folder}: the run has no deployment; set export.targets and run it again")
+
+
+def _hub_hint(folder: Path) -> str:
+    """Return what helps if a name on the hub was given in place of a folder."""
+    if len(folder.parts) != 2 or folder.parts[0] in ("runs", ".", ".."):
+        return ""
+    return (
+        f"; if it is a model on the hub, compile it first: sqft-export run {one_line(folder)} "
+        "--data <file>"
+    )
+
+
+def refuse_run(folder: Path, command: str) -> None:
+    """Refuse a run's folder where a deployment is needed.
+
+    :raises UserError: listing the deployments of the run.
+    """
+    if is_deployment(folder) or not any(folder.glob(f"report-*/{MANIFEST}")):
+        return
+    found = "".join(f"\n  {one.path}" for one in deployments_of_run(folder))
+    raise UserError(f"{folder}: is a run; {command} takes one of its deployments:{found}")
 
 
 def best_of(found: list[Deployment]) -> Deployment | None:

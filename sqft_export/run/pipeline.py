@@ -277,6 +277,29 @@ def _busy_note(before: Sample | None) -> str:
     return f" (busy machine: {found})" if found else ""
 
 
+def _obtain(
+    step: Planned,
+    recipe: Recipe,
+    folder: Path,
+    artifacts: dict[str, Artifact],
+    store: Store,
+    reporter: Reporter,
+    log: IO[str],
+) -> list[str]:
+    """Add the artifact of a pass, cached or new, to ``artifacts``; return a new one's warnings."""
+    if step.artifact is not None:
+        artifacts[step.name] = step.artifact
+        reporter.say(f"{step.name:16} cached{_machine_note(step.artifact)}", step.name)
+        return []
+    start, before = reporter.start_of(step.name), sample()
+    made = _run_pass(step, recipe, folder, artifacts, store, start)
+    artifacts[step.name] = made
+    line = f"{step.name:16} {made.manifest['seconds']:.1f} s{_busy_note(before)}"
+    reporter.say(line, step.name)
+    print(line, file=log, flush=True)
+    return read_metrics(made, Metrics).warnings
+
+
 @contextlib.contextmanager
 def _open_run(
     root: Path, redirect: bool, listener: Listener | None
@@ -291,15 +314,6 @@ def _open_run(
             file.truncate(0)
             file.write(str(environment()["threads"]))
         yield reporter, output.log
-
-
-def _report_pass(
-    name: str, made: Artifact, before: Sample | None, reporter: Reporter, log: IO[str]
-) -> None:
-    """Write the seconds of a pass to the terminal and the log."""
-    line = f"{name:16} {made.manifest['seconds']:.1f} s{_busy_note(before)}"
-    reporter.say(line, name)
-    print(line, file=log, flush=True)
 
 
 def run_recipe(
@@ -328,16 +342,7 @@ def run_recipe(
         for warning in plan_warnings(recipe, layout):
             reporter.say(f"warning: {warning}")
         for step in _plan_within_limits(recipe, folder, layout, store, last):
-            warnings = list[str]()
-            if step.artifact is not None:
-                artifacts[step.name] = step.artifact
-                reporter.say(f"{step.name:16} cached{_machine_note(step.artifact)}", step.name)
-            else:
-                start, before = reporter.start_of(step.name), sample()
-                made = _run_pass(step, recipe, folder, artifacts, store, start)
-                artifacts[step.name] = made
-                _report_pass(step.name, made, before, reporter, log)
-                warnings = read_metrics(made, Metrics).warnings
+            warnings = _obtain(step, recipe, folder, artifacts, store, reporter, log)
             for warning in (*warnings, *gates.check(step.name, artifacts)):
                 reporter.say(f"warning: {warning}")
     return artifacts

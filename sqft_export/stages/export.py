@@ -2,7 +2,15 @@
 
 from pathlib import Path
 
-from sqft_export.data.items import CARD_FIELDS, TASK_FILES, TRAIN_FIELDS, load_tokenizer
+from sqft_export.data.items import (
+    CARD_FIELDS,
+    TASK_FILES,
+    TRAIN_FIELDS,
+    load_tokenizer,
+    stop_ids,
+)
+from sqft_export.data.stops import stop_texts
+from sqft_export.inference.modelfile import MODELFILE, modelfile_text
 from sqft_export.kernels.extension import unavailable_reason
 from sqft_export.metrics import (
     ExportMetrics,
@@ -31,7 +39,7 @@ FIELDS_OF_TARGET: dict[str, tuple[str, ...]] = {
     "gguf": (),
 }
 FREE: tuple[str, ...] = TASK_FILES
-VERSION = 9
+VERSION = 10
 RESUMES = False
 DISTRIBUTED = False
 
@@ -64,6 +72,9 @@ def run(context: Context) -> ExportMetrics:
     card = model_card(context.recipe, origin, found.sparsity["all"], usage)
     card += prompt_section(context.recipe, tokenizer)
     (folder / "README.md").write_text(card)
+    if runtime == "gguf":
+        ends, stops = stop_ids(folder, tokenizer), stop_texts(context.recipe.task)
+        (folder / MODELFILE).write_text(modelfile_text(folder, ends, stops))
     write_seal(folder, origin.to_json())
     metrics = ExportMetrics(bytes=file_bytes(folder))
     if context.recipe.export.sparse_files:
