@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import click
 import typer
 
-from sqft_export.commands import compiling, serving, talk
+from sqft_export.commands import compiling, publishing, serving, talk
 from sqft_export.commands.help import INTRODUCTION, Commands, version_option
 from sqft_export.commands.machine import set_compute_threads
 from sqft_export.errors import UserError, one_line
@@ -35,6 +35,7 @@ def _first_page(version: Annotated[bool, version_option()] = False) -> None:
 compiling.register(app)
 talk.register(app)
 serving.register(app)
+publishing.register(app)
 
 RecipeFile = Annotated[
     Path,

@@ -59,9 +59,13 @@ def write_seal(folder: Path, origin: Mapping[str, object]) -> None:
 
 def write_provenance(folder: Path, document: Mapping[str, object]) -> None:
     """Write the provenance of a deployment with the seal of its content."""
+    (folder / PROVENANCE).write_text(sealed_text(document))
+
+
+def sealed_text(document: Mapping[str, object]) -> str:
+    """Return the text of ``provenance.json`` with the seal of its content."""
     content = {k: v for k, v in document.items() if k != SEAL}
-    sealed = content | {SEAL: key_of(content)}
-    (folder / PROVENANCE).write_text(json.dumps(sealed, indent=2) + "\n")
+    return json.dumps(content | {SEAL: key_of(content)}, indent=2) + "\n"
 
 
 def read_seal(folder: Path) -> Provenance | None:
