@@ -31,7 +31,7 @@ from sqft_export.run.pipeline import run_recipe
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "sqft_export" / "builtin" / "tiny"
 KINDS = {"one-step": 1, "two-steps": 2, "three-steps": 3}
-GIVEN = ("sparsify={method: given}", "quantize.method=given")
+GIVEN = ("sparsify={method: existing}", "quantize.method=existing")
 
 
 def write_kinds(folder: Path) -> None:

@@ -11,7 +11,7 @@ tokens with the same top-1 successor, accuracy on the task, and milliseconds per
 (interleaved).
 
 Models: the embedded model, tuned by its recipe; and SmolLM2-135M if `--model` names its folder
-(``shared/smollm2.py`` makes one), pruned and quantized by its recipe without training. stories260K
+(from the hub), pruned and quantized by its recipe without training. stories260K
 has rows of 172, which ggml's blocks of 32 do not divide: the recipe refuses it in ``plan``.
 """
 

@@ -1,6 +1,7 @@
 """Accuracy of INT4-sparse relative to float-sparse, for each option of adapt.
 
     python benchmarks/int4_recovery.py --recipes tiny stories --seeds 0 1 2 --set adapt.steps=60
+    python benchmarks/int4_recovery.py --recipes stories --set model.path=<folder> task.text=<file>
 
 Tunes the same recipe with each option and three seeds. Prints the accuracy of the merged model on
 held-out items (exact match, or tokens predicted right), in points below float-sparse
@@ -23,14 +24,6 @@ from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets import target
 
 ROOT = Path(__file__).parent.parent
-DATA = ROOT.parent / "shared" / "data"
-# Model and text in place of the recipe's own.
-SOURCES = {
-    "stories": (
-        f"model.path={DATA / 'checkpoints' / 'stories260K'}",
-        f"task.text={DATA / 'text' / 'ts_smallgpt.txt'}",
-    )
-}
 FLOATS = ("quantize.method=none", "adapt.pipeline=sparsepeft")
 SCALES = ("adapt.trainable_scales=true",)
 DENSE, LORA = ("adapt.distill.teacher=dense",), ("adapt.distill.teacher=dense-lora",)
@@ -70,8 +63,7 @@ def main() -> None:
         found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
         for seed in arguments.seeds:
             for variant, settings in VARIANTS.items():
-                overrides = (f"seed={seed}", "benchmark.baselines=[]", *SOURCES.get(name, ()))
-                overrides = (*overrides, *arguments.set, *settings)
+                overrides = (f"seed={seed}", "benchmark.baselines=[]", *arguments.set, *settings)
                 recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", overrides)
                 artifacts = run_recipe(recipe, arguments.runs / name, ("merge",))
                 folder = artifacts["merge"].path / "model"

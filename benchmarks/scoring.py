@@ -1,6 +1,6 @@
 """Seconds per scored item, choices and generated answers, compared with another commit.
 
-    python benchmarks/scoring.py --before <checkout> torch=<folder> openvino=<folder> onnx=<folder>
+    python benchmarks/scoring.py --data <folder> --before <checkout> torch=<folder> onnx=<folder>
 
 Every runtime scores the first items of ARC-Easy (choices, and perplexity of the right one) and of
 GSM8K (answers of at most `--new-tokens` tokens; exactly that many with `--whole`). This code and
@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("deployments", nargs="*", help="runtime=folder")
     parser.add_argument("--before", type=Path, help="checkout of the commit to compare with")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/tasks/llm_adapters")
+    parser.add_argument("--data", type=Path, help="folder of sets, as task.folder of a recipe")
     parser.add_argument("--choices", type=int, default=64)
     parser.add_argument("--answers", type=int, default=12)
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -116,6 +116,8 @@ def main() -> None:
         questions = json.loads(Path(asked).read_text())
         print(json.dumps(child(kind, Path(folder), questions, arguments.threads)))
         return
+    if arguments.data is None:
+        parser.error("--data: name the folder that has arc_easy/ and gsm8k/")
     report(arguments)
 
 
