@@ -17,6 +17,7 @@ from sqft_export.commands.help import INTRODUCTION, Commands, version_option
 from sqft_export.commands.machine import set_compute_threads
 from sqft_export.errors import UserError, one_line
 from sqft_export.run.processors import limit_openmp_spinning
+from sqft_export.telemetry import disable_telemetry
 
 if TYPE_CHECKING:
     from sqft_export.measure.results import DeviceSettings, TaskMetrics
@@ -538,6 +539,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # file names may be invalid UTF-8
     signal.signal(signal.SIGTERM, _terminate)
     limit_openmp_spinning()
+    disable_telemetry()
     sys.exit(_run())
 
 

@@ -28,8 +28,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from sqft_export.recipe.load import load_recipe
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.pipeline import run_recipe
+from sqft_export.telemetry import disable_telemetry
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+disable_telemetry()
 ROOT = Path(__file__).parent.parent
 SQFT = str(Path(sys.executable).parent / "sqft-export")
 TINY = ROOT / "sqft_export" / "builtin" / "tiny"

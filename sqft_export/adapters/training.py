@@ -5,6 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -373,7 +374,6 @@ def _arguments(
     config: Adapt, steps: int, seed: int, folder: Path, device: torch.device
 ) -> TrainingArguments:
     """Return the Trainer's arguments."""
-    os.environ[MIXED_PRECISION] = "no"  # adapt.precision decides, not a launcher's config
     schedule = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     return TrainingArguments(
         output_dir=str(folder),
@@ -418,6 +418,20 @@ def _rows(examples: list[Example], config: Adapt) -> list[TrainingRow]:
     return rows
 
 
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Keep the Trainer from mixed precision: ``adapt.precision`` decides, not a launcher."""
+    before = os.environ.get(MIXED_PRECISION)
+    os.environ[MIXED_PRECISION] = "no"
+    try:
+        yield
+    finally:
+        os.environ.pop(MIXED_PRECISION, None)
+        if before is not None:
+            os.environ[MIXED_PRECISION] = before
+
+
+@_full_precision()
 def train_adapter(
     model: nn.Module,
     examples: list[Example],

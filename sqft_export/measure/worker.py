@@ -34,6 +34,7 @@ from sqft_export.measure.results import TaskMetrics
 from sqft_export.run.host import die_with_parent, exhausted_resource
 from sqft_export.run.processors import deployed_environment
 from sqft_export.targets import Session, runner
+from sqft_export.telemetry import disable_telemetry
 
 
 def open_measured(model: MeasuredModel) -> Session:
@@ -171,4 +172,5 @@ if __name__ == "__main__":
     job_file, result_file = map(Path, sys.argv[1:])
     job = Job.parse(job_file.read_text(), str(job_file))
     die_with_parent(job.parent)
+    disable_telemetry()
     result_file.write_text(measure(job.model, job.requests).model_dump_json())

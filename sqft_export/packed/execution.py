@@ -7,7 +7,7 @@ dense   this package's dense format
 stock   the runtime's own kernels, on inflated weights
 """
 
-import sys
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +28,7 @@ from sqft_export.packed.streaming import check_dense_digest
 from sqft_export.packed.usage import rewrite_card
 from sqft_export.targets.folder import GRAPHS, WEIGHT_FILES, check_files, runtime_of
 
+_logger = logging.getLogger(__name__)
 Execution = Literal["auto", "sparse", "dense", "stock"]
 
 
@@ -44,15 +45,12 @@ def resolve_execution(execution: str) -> str:
 
 
 def available_execution(execution: str) -> str:
-    """Resolve ``execution``; print a notice and return ``stock`` if the kernels are missing."""
+    """Resolve ``execution``; log a warning and return ``stock`` if the kernels are missing."""
     execution = resolve_execution(execution)
     if execution == STOCK:
         return STOCK
     if missing := unavailable_reason():
-        print(
-            f"notice: sparse execution is not available, stock kernels are used: {missing}",
-            file=sys.stderr,
-        )
+        _logger.warning("sparse execution is not available, stock kernels are used: %s", missing)
         return STOCK
     return execution
 

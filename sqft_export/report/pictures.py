@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sqft_export.measure.results import BenchmarkRow
@@ -16,34 +17,30 @@ from sqft_export.metrics import EvaluatedSize
 if TYPE_CHECKING:
     from sqft_export.adapters.files import RankedStepLog
 
-matplotlib.use("svg")
-
-
 COLOURS = {"torch": "#4c72b0", "openvino": "#dd8452", "onnx": "#55a868", "gguf": "#8172b3"}
 
 TICK_STEPS = [1, 2, 2.5, 5, 10]
 
 # A fixed salt and no date, so that the same numbers give the same bytes.
-matplotlib.rcParams.update(
-    {
-        "svg.fonttype": "none",
-        "text.parse_math": False,
-        "svg.hashsalt": "sqft-export",
-        "font.family": "sans-serif",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-    }
-)
+STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "svg.hashsalt": "sqft-export",
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+}
 
 
 def _svg(draw: Callable[[Axes], None], width: float = 7.5, height: float = 3.4) -> str:
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    draw(axes)
     stream = io.StringIO()
-    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    plt.close(figure)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        draw(figure.subplots())
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     svg = stream.getvalue()
     svg = svg[svg.index("<svg") :]
     # Black becomes the text colour of the page, which is readable in dark mode.

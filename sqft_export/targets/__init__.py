@@ -1,7 +1,6 @@
 """Runtimes that models are exported to and run on: openvino, onnx, gguf, torch."""
 
 import importlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
@@ -10,10 +9,6 @@ import numpy as np
 
 from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.recipe.schema import Export
-
-# OpenVINO's converter and NNCF report their use over the network through this package. Without the
-# package they send nothing. This tool makes no network access that the user did not request.
-sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 class Session(Protocol):

@@ -4,7 +4,6 @@ llama.cpp rounds activations to 8 bits if weights are quantized blocks. To compa
 weights are therefore written as float32 to a temporary file, which is deleted after loading.
 """
 
-import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,6 @@ from sqft_export.targets.gguf.bindings import MAX_SEQUENCES, PASS_TOKENS, Opened
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
-logging.getLogger("gguf").setLevel(logging.WARNING)  # it logs every file at INFO
 _FIRST_CELLS = 2048  # initial cache size in tokens
 ADAPTER_FILE = "adapter.gguf"
 

@@ -1,0 +1,26 @@
+"""Switch off the usage reports of libraries in the processes of this package.
+
+OpenVINO's converter and NNCF report their use through the package ``openvino_telemetry``. ONNX
+Runtime, ONNX Runtime GenAI and the Hugging Face libraries read environment variables. The command
+line and its worker processes call :func:`disable_telemetry`. ``import sqft_export`` does not call
+it: in the user's own process, the user's settings apply.
+"""
+
+import os
+import sys
+
+TELEMETRY_VARIABLES = {
+    "ORT_DISABLE_TELEMETRY": "1",  # ONNX Runtime 1.32 and GenAI 0.18
+    "ORT_TELEMETRY_DISABLED": "1",  # other releases
+    "ORT_GENAI_TELEMETRY_DISABLED": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+def disable_telemetry() -> None:
+    """Switch off usage reports in this process and its children.
+
+    Call it before the libraries are imported, because they decide at import.
+    """
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # its import then fails
+    os.environ.update(TELEMETRY_VARIABLES)
