@@ -6,12 +6,18 @@ host. Versions 1 and 2 of control groups are read.
 """
 
 import math
+import mmap
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 CGROUP_FILE = Path("/proc/self/cgroup")
 MOUNTS_FILE = Path("/proc/self/mountinfo")
+MEMINFO_FILE = Path("/proc/meminfo")
+STATM_FILE = Path("/proc/self/statm")  # sizes of this process in pages
+KIB = 1024
+PAGE_BYTES = mmap.PAGESIZE
 # From this size on there is no limit: version 1 then reports the largest number of pages.
 UNLIMITED_BYTES = 2**62
 
@@ -22,16 +28,33 @@ def free_memory() -> int:
     This is the smallest of the host's available memory, the unused memory of its control groups
     and the unused address space (RLIMIT_AS).
     """
-    import psutil
-
-    found = [int(psutil.virtual_memory().available), *_unused_group_memory()]
+    found = [_host_memory(), *_unused_group_memory()]
     if sys.platform != "win32":
         import resource
 
         limit, _ = resource.getrlimit(resource.RLIMIT_AS)
         if limit != resource.RLIM_INFINITY:
-            found.append(limit - psutil.Process().memory_info().vms)
+            found.append(limit - _address_space())
     return max(0, min(found))
+
+
+def _host_memory() -> int:
+    """Return the bytes that the host can give without swapping; without Linux, its memory."""
+    for line in _lines(MEMINFO_FILE):
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * KIB
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    return PAGE_BYTES * os.sysconf("SC_PHYS_PAGES")
+
+
+def _address_space() -> int:
+    """Return the bytes of this process's address space; 0 without Linux."""
+    sizes = " ".join(_lines(STATM_FILE)).split()
+    return int(sizes[0]) * PAGE_BYTES if sizes else 0
 
 
 def processor_quota() -> int | None:

@@ -1,12 +1,12 @@
 """Memory and processors of a control group, read from files as the kernel writes them."""
 
 import os
+import re
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from sqft_export.run import host, limits
@@ -66,7 +66,8 @@ def test_files_that_the_kernel_can_drop_are_free(groups):
 def test_without_a_limit_the_host_decides(groups, unlimited):
     version, name = (2, "memory.max") if unlimited == "max" else (1, "memory.limit_in_bytes")
     groups(version, {f"a/b/{name}": unlimited, "a/b/cpu.max": "max 100000"})
-    assert free_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+    available = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    assert free_memory() == pytest.approx(1024 * int(available[1]), rel=0.2)
     assert processor_quota() is None
 
 
@@ -119,3 +120,19 @@ def test_a_limited_address_space_is_less_memory():
 def test_threads_of_openmp_as_the_standard_has_them(monkeypatch, setting, threads):
     monkeypatch.setenv("OMP_NUM_THREADS", setting)
     assert environment()["threads"] == (threads or host.allowed_processors())
+
+
+def test_the_address_space_is_counted_in_pages(tmp_path, monkeypatch):
+    """As /proc/self/statm has it; a system without it has the whole limit left."""
+    with (tmp_path / "statm").open("w") as file:
+        file.write("256 100 50 1 0 60 0\n")
+    monkeypatch.setattr(limits, "STATM_FILE", tmp_path / "statm")
+    assert limits._address_space() == 256 * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(limits, "STATM_FILE", tmp_path / "none")
+    assert limits._address_space() == 0
+
+
+def test_without_meminfo_memory_is_that_of_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "MEMINFO_FILE", tmp_path / "none")
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert limits._host_memory() == pages
