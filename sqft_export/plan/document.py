@@ -10,7 +10,8 @@ class PlannedPass(Document):
     """A pass with its predicted cost.
 
     predicted_bytes: on disk.
-    predicted_seconds: None if it depends on data that is not on this machine.
+    predicted_seconds, seconds_range, seconds_from: the time, its range and its source, see
+        ``plan.history``; None if it depends on data that is not on this machine.
     key: beginning of the cache key.
     taken_seconds: measured duration of a cached pass.
     """
@@ -18,6 +19,8 @@ class PlannedPass(Document):
     name: str = Field(alias="pass")
     predicted_bytes: int
     predicted_seconds: float | None
+    seconds_range: tuple[float, float] | None
+    seconds_from: str | None
     predicted_memory_bytes: int
     key: str
     cached: bool
@@ -38,7 +41,7 @@ class PlanDocument(Document):
     group_size_fallback: Linear -> its group size, if it is not the requested one.
     memory, device_memory: of the pass that needs most; None without an accelerator.
     lengths_counted: how the lengths of the data were counted, see ``plan.workload``.
-    seconds: of all passes that are not cached.
+    seconds, seconds_range: of all passes that are not cached.
     within_a_day: settings with which the run takes less than a day, if it takes longer.
     first_example: the first training example of a chat task, with its loss mask marked.
     gguf, sparse_execution: notes about these deployments; None if they are not requested.
@@ -56,6 +59,7 @@ class PlanDocument(Document):
     machine: Speeds
     lengths_counted: str
     seconds: float
+    seconds_range: tuple[float, float]
     within_a_day: str | None
     gguf: str | None
     sparse_execution: str | None

@@ -44,7 +44,7 @@ def plan_text(plan: "PlanDocument") -> str:
     lines += _speed_lines(plan.machine)
     if counted := LENGTH_ESTIMATES.get(plan.lengths_counted):
         lines.append(f"  {counted}")
-    lines.append(f"  total time on this machine: about {duration(plan.seconds)}")
+    lines.append(f"  total time on this machine: {range_text(*plan.seconds_range)}")
     if plan.within_a_day:
         lines.append(f"  within a day: {plan.within_a_day}")
     if plan.gguf:
@@ -84,11 +84,22 @@ def _speed_lines(machine: "Speeds") -> list[str]:
 
 def _duration_text(step: "PlannedPass") -> str:
     """Return the predicted duration of a pass, and the measured one if it is cached."""
-    seconds, taken = step.predicted_seconds, step.taken_seconds
+    taken = step.taken_seconds
     predicted = "time depends on data that is not on this machine"
-    if seconds is not None:
-        predicted = f"about {duration(seconds)}"
+    if step.seconds_range is not None:
+        predicted = range_text(*step.seconds_range)
+    if step.seconds_from == "earlier run" and taken is None:
+        predicted += ", as an earlier run took"
     return predicted if taken is None else f"{predicted}, took {duration(taken)}"
+
+
+def range_text(low: float, high: float) -> str:
+    """Format a range of seconds: ``8 to 16 min``, ``50 s to 2 min``, ``1 s``."""
+    least, most = duration(low), duration(high)
+    if least == most:
+        return most
+    same_unit = least.split()[1] == most.split()[1]
+    return f"{least.split()[0] if same_unit else least} to {most}"
 
 
 def deployments_text(document: "DeploymentResults") -> str:

@@ -1,5 +1,6 @@
 """Preview a run: its passes, which of them are cached, and their predicted cost."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from sqft_export.kernels.extension import unavailable_reason
@@ -12,6 +13,7 @@ from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.disk import disk_bytes, predict_bytes
 from sqft_export.plan.document import Need, PlanDocument, PlannedPass
 from sqft_export.plan.exporters import drop_unsupported
+from sqft_export.plan.history import PassTime, pass_times
 from sqft_export.plan.layout import Layout, fallback_sizes
 from sqft_export.plan.memory import accelerator_bytes, predict_memory
 from sqft_export.plan.seconds import predict_seconds
@@ -35,18 +37,20 @@ def preview(recipe: Recipe, runs: Path) -> PlanDocument:
     recipe, folder, layout = _prepare_recipe(recipe)
     machine, workload = measure_speeds(layout, recipe.device), workload_of(recipe, folder)
     written, memory = predict_bytes(recipe, layout), predict_memory(recipe, layout, workload)
-    seconds = predict_seconds(recipe, layout, machine, workload)
     steps = plan_passes(recipe, folder, Store(runs / recipe.name))
+    predicted = predict_seconds(recipe, layout, machine, workload)
+    times = pass_times(predicted, {step.name: step.facts for step in steps}, runs)
     wanted = [step.name for step in steps if step.artifact is None]
     needed, free = disk_bytes(recipe, layout, runs, wanted)
     needed += 0 if folder else (layout.weights + layout.others) * layout.width  # its download
-    to_run = {name: seconds[name] for name in wanted}
+    to_run = {name: time for name in wanted if (time := times[name])}
+    to_run_seconds = {name: time.seconds for name, time in to_run.items()}
     return PlanDocument(
         recipe=recipe.name,
         model=str(folder or f"{recipe.model.hub} (not on this machine)"),
         weights=layout.weights + layout.others,
         passes=[
-            _planned_pass(step, written[step.name], seconds[step.name], memory[step.name])
+            _planned_pass(step, written[step.name], times[step.name], memory[step.name])
             for step in steps
         ],
         group_size=recipe.quantize.group_size,
@@ -56,8 +60,9 @@ def preview(recipe: Recipe, runs: Path) -> PlanDocument:
         device_memory=_device_memory(recipe, machine, memory, wanted),
         machine=machine,
         lengths_counted=workload.counted,
-        seconds=sum(taken or 0 for taken in to_run.values()),
-        within_a_day=settings_for_a_day(recipe, to_run, workload),
+        seconds=sum(to_run_seconds.values()),
+        seconds_range=_total_range(to_run.values()),
+        within_a_day=settings_for_a_day(recipe, dict(to_run_seconds), workload),
         first_example=first_example(recipe, layout),
         gguf=_gguf_text(recipe) if "gguf" in recipe.export.targets else None,
         sparse_execution=_kernels_text() if recipe.export.sparse_execution else None,
@@ -78,13 +83,23 @@ def _prepare_recipe(recipe: Recipe) -> tuple[Recipe, Path | None, Layout]:
     return drop_unsupported(recipe, layout), folder, layout
 
 
-def _planned_pass(step: Planned, written: int, seconds: float | None, memory: float) -> PlannedPass:
+def _total_range(times: Iterable[PassTime]) -> tuple[float, float]:
+    """Return the range of the total time of passes, in seconds."""
+    low, high = 0.0, 0.0
+    for time in times:
+        low, high = low + time.range[0], high + time.range[1]
+    return low, high
+
+
+def _planned_pass(step: Planned, written: int, time: PassTime | None, memory: float) -> PlannedPass:
     """Return a pass with its predicted cost, and the seconds that it took if it is cached."""
     made = step.artifact
     return PlannedPass(
         name=step.name,
         predicted_bytes=written,
-        predicted_seconds=seconds,
+        predicted_seconds=time.seconds if time else None,
+        seconds_range=time.range if time else None,
+        seconds_from=time.source if time else None,
         predicted_memory_bytes=int(memory),
         key=step.key[:16],
         cached=made is not None,

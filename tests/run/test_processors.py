@@ -159,7 +159,14 @@ def test_plan_says_that_it_measured_a_busy_machine():
     document = PlanDocument(
         **{"recipe": "r", "model": "m", "weights": 1, "passes": [], "group_size": None},
         **{"disk": enough, "memory": enough, "device_memory": None, "lengths_counted": ""},
-        **{"seconds": 9, "within_a_day": None, "gguf": None, "sparse_execution": None},
+        **{
+            "seconds": 9,
+            "seconds_range": (6, 13),
+            "within_a_day": None,
+            "first_example": None,
+            "gguf": None,
+            "sparse_execution": None,
+        },
         **{"group_size_fallback": {}, "warnings": []},
         machine=Speeds(speed, speed, speed, 1e9, 0.1),
     )
