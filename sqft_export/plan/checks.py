@@ -190,19 +190,19 @@ def _existing_grid_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     """Yield settings that do not fit the quantization of the base model, or its absence."""
     stored, quantize = layout.config.get("quantization_config"), recipe.quantize
     if not isinstance(stored, dict):
-        if quantize.method == "given":
-            yield "quantize.method: found given, but the model is not quantized"
+        if quantize.method == "existing":
+            yield "quantize.method: found existing, but the model is not quantized"
         return
     grid = stored_grid(stored)
     if grid.refused:
         yield f"model: {grid.refused}"
         return
-    if quantize.method != "given":
-        yield f"quantize.method: found {quantize.method}, but the model is quantized; use given"
-    if recipe.sparsify.method not in ("given", "none"):
+    if quantize.method != "existing":
+        yield f"quantize.method: found {quantize.method}, but the model is quantized; use existing"
+    if recipe.sparsify.method not in ("existing", "none"):
         yield (
             f"sparsify.method: found {recipe.sparsify.method}, but the model is quantized; "
-            "allowed are given and none"
+            "allowed are existing and none"
         )
     for field, found, stored_value in (
         ("bits", quantize.bits, grid.bits),
@@ -306,7 +306,7 @@ def _gguf_grid_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     if not quantize.symmetric:
         if quantize.bits == 8 or quantize.embedding_bits:
             yield "llama.cpp has no asymmetric INT8; set quantize.symmetric: true"
-        if quantize.method in ("nncf", "given"):
+        if quantize.method in ("nncf", "existing"):
             yield (
                 f"its blocks cannot hold the asymmetric scales of {quantize.method} exactly; "
                 "set quantize.symmetric: true, or method: gptq"

@@ -61,7 +61,7 @@ def count_calibration(name: str, recipe: Recipe, layout: Layout, workload: Workl
     method = recipe.sparsify.method if name == "sparsify" else recipe.quantize.method
     rebuilt = name == "quantize" and recipe.quantize.reconstruct is not None
     work = count_reconstruction(recipe, layout, workload) if rebuilt else Work()
-    if method in ("magnitude", "rtn", "given", "none"):
+    if method in ("magnitude", "rtn", "existing", "none"):
         return work
     tokens = calibration_tokens(recipe, workload)
     work += Work(4 * layout.weights * tokens) + _calls(recipe, layout) * 2

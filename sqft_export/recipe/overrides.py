@@ -7,6 +7,7 @@ from typing import Annotated, TypeGuard, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from sqft_export.errors import UserError
+from sqft_export.recipe.aliases import replace_old_words
 from sqft_export.recipe.schema import TASK_KINDS, Recipe
 
 QUOTES = "\"'"
@@ -17,9 +18,9 @@ _OPEN, _CLOSE = "[{(", "]})"
 _AMOUNTS = ("sparsity", "pattern", "at_most", "overrides", "allocation", "reconstruct")
 _UNUSED_BY: dict[tuple[str, str], tuple[str, ...]] = {
     ("sparsify", "none"): _AMOUNTS,
-    ("sparsify", "given"): _AMOUNTS,
+    ("sparsify", "existing"): _AMOUNTS,
     ("quantize", "none"): ("embedding_bits", "reconstruct", "nncf"),
-    ("quantize", "given"): ("embedding_bits", "reconstruct", "nncf"),
+    ("quantize", "existing"): ("embedding_bits", "reconstruct", "nncf"),
     ("quantize", "gptq"): ("nncf",),
     ("quantize", "rtn"): ("nncf",),
 }
@@ -31,12 +32,13 @@ def apply_overrides(
     """Apply ``a.b.c=value`` settings to the mapping of a recipe file, in order.
 
     A method that is set takes away the file's fields that it has no use for, unless they are set
-    too.
+    too. Old words of both are replaced by the new ones.
 
     :param read_yaml: text and a name for messages -> value.
     :raises UserError: naming the setting that is none.
     """
     paths = [_apply(data, setting, read_yaml) for setting in settings]
+    replace_old_words(data)
     for section in ("sparsify", "quantize"):
         found = data.get(section)
         if f"{section}.method" not in paths or not isinstance(found, dict):

@@ -401,9 +401,9 @@ class Reconstruct(Section):
 class Sparsify(Amount):
     """How the weights of the decoder's Linears are pruned."""
 
-    method: Literal["wanda", "sparsegpt", "magnitude", "given", "none"] = Field(
+    method: Literal["wanda", "sparsegpt", "magnitude", "existing", "none"] = Field(
         "wanda",
-        description="pruning method; given: the model is already sparse and its zeros are the "
+        description="pruning method; existing: the model is already sparse and its zeros are the "
         "mask; none: no pruning",
     )
     reconstruct: Reconstruct | None = Field(
@@ -423,7 +423,7 @@ class Sparsify(Amount):
 
     @model_validator(mode="after")
     def _check_amounts(self):
-        if self.method in ("none", "given"):
+        if self.method in ("none", "existing"):
             amounts = self.sparsity is not None or self.pattern or self.at_most
             if amounts or self.overrides or self.allocated:
                 raise ValueError(
@@ -485,10 +485,10 @@ class Nncf(Section):
 class Quantize(Section):
     """How the weights of the decoder's Linears become integer codes."""
 
-    method: Literal["gptq", "rtn", "nncf", "given", "none"] = Field(
+    method: Literal["gptq", "rtn", "nncf", "existing", "none"] = Field(
         "gptq",
-        description="quantization method; given: the model is a GPTQ checkpoint and its codes and "
-        "grid are used; none: no quantization",
+        description="quantization method; existing: the model is a GPTQ checkpoint and its codes "
+        "and grid are used; none: no quantization",
     )
     bits: Literal[2, 3, 4, 8] = Field(
         4,
@@ -533,9 +533,9 @@ class Quantize(Section):
             raise ValueError(f"bits: found {self.bits}; NNCF has 4 and 8")
         if self.method == "nncf" and self.bits == 8 and self.group_size is not None:
             raise ValueError("NNCF's INT8 is per channel: set group_size: null")
-        if self.method in ("none", "given") and self.embedding_bits:
+        if self.method in ("none", "existing") and self.embedding_bits:
             raise ValueError(f"embedding_bits: method {self.method} quantizes nothing")
-        if self.method in ("none", "given") and self.reconstruct:
+        if self.method in ("none", "existing") and self.reconstruct:
             raise ValueError(
                 f"reconstruct: method {self.method} rounds nothing; it goes with gptq, rtn and nncf"
             )
@@ -721,14 +721,14 @@ class Search(Section):
         "median",
         "maximal",
         "minimal",
-        "given",
+        "configured",
         "frequent",
         "lowest-loss",
         "hill-climb",
         "evolutionary",
     ] = Field(
         "median",
-        description="median, maximal, minimal: the same rank for all groups; given: read "
+        description="median, maximal, minimal: the same rank for all groups; configured: read "
         "configuration; frequent: the ranks drawn most often in training; lowest-loss, hill-climb, "
         "evolutionary: evaluate configurations and take the best",
     )
@@ -744,13 +744,13 @@ class Search(Section):
         "them",
     )
     configuration: FileName | None = Field(
-        None, description="strategy given: configuration.json of an earlier search"
+        None, description="strategy configured: configuration.json of an earlier search"
     )
 
     @model_validator(mode="after")
     def _check_configuration(self):
-        if (self.configuration is not None) != (self.strategy == "given"):
-            raise ValueError("configuration and strategy given go together")
+        if (self.configuration is not None) != (self.strategy == "configured"):
+            raise ValueError("configuration and strategy configured go together")
         return self
 
     @property

@@ -14,7 +14,7 @@ STRATEGIES: dict[str, Callable[[Space], Ranks]] = {
     "maximal": rules.pick_maximal,
     "minimal": rules.pick_minimal,
     "frequent": rules.pick_most_frequent,
-    "given": rules.pick_configured,
+    "configured": rules.pick_configured,
     "lowest-loss": lowest_loss.search,
     "hill-climb": hill_climb.search,
     "evolutionary": evolutionary.search,

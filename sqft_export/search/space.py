@@ -32,7 +32,7 @@ class Space:
     ranks: allowed ranks, in descending order.
     log: the training log, one entry per step with ``loss`` and ``ranks``.
     budget: largest number of evaluations.
-    configured: the configuration that the recipe gives, for the strategy ``given``.
+    configured: the configuration that the recipe gives, for the strategy ``configured``.
     score: evaluates one configuration.
     seen: score of every configuration evaluated so far.
     """

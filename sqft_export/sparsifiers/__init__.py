@@ -73,7 +73,7 @@ def pruning_of(config: Sparsify, name: str) -> Pruning | None:
         if override.skip:
             return None
         return Pruning(override.sparsity, override.n_of_m(), override.at_most)
-    if config.method == "given":
+    if config.method == "existing":
         return EXISTING_ZEROS
     return Pruning(config.sparsity, config.n_of_m(), config.at_most)
 
@@ -102,6 +102,6 @@ def sparsifier(method: str) -> Sparsifier:
 
 
 if TYPE_CHECKING:  # mypy checks every module against the protocol
-    from sqft_export.sparsifiers import given, magnitude, sparsegpt, wanda
+    from sqft_export.sparsifiers import existing, magnitude, sparsegpt, wanda
 
-    _SPARSIFIERS: tuple[Sparsifier, ...] = (given, magnitude, sparsegpt, wanda)
+    _SPARSIFIERS: tuple[Sparsifier, ...] = (existing, magnitude, sparsegpt, wanda)

@@ -1,4 +1,4 @@
-"""``method: given``: the checkpoint is already sparse, and its zeros are the mask."""
+"""``method: existing``: the checkpoint is already sparse, and its zeros are the mask."""
 
 from torch import Tensor
 

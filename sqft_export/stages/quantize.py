@@ -90,7 +90,7 @@ def set_grid_points(linear: nn.Linear, weight: Tensor, grid: Grid) -> None:
 
 def run(context: Context) -> QuantizeMetrics:
     """Write ``model/`` (compensated floats) and ``grids.safetensors``, which gives their codes."""
-    method = _copy_codes if context.recipe.quantize.method == "given" else _compress
+    method = _copy_codes if context.recipe.quantize.method == "existing" else _compress
     weight_writer = TensorWriter(context.folder / "model", shard_bytes=MAX_BUFFER_BYTES)
     with GridWriter(context.folder) as grids, weight_writer as weights:
         metrics = method(context, grids, weights)

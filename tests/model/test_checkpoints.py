@@ -255,7 +255,7 @@ def as_second_version(source, folder):
     return folder
 
 
-GIVEN = ("sparsify={method: given}", "quantize.method=given")
+GIVEN = ("sparsify={method: existing}", "quantize.method=existing")
 
 
 def test_a_version_that_the_config_does_not_say_is_found_by_its_zero_points(tiny_run, tmp_path):

@@ -139,8 +139,8 @@ def test_training_starts_from_it_and_the_certificate_covers_it(tmp_path):
 
 
 def test_it_needs_a_dense_model_to_come_back_to():
-    with pytest.raises(UserError, match="reconstruct: method given prunes nothing, so"):
-        small_recipe(*SETTINGS, "sparsify={method: given, reconstruct: {}}")
+    with pytest.raises(UserError, match="reconstruct: method existing prunes nothing, so"):
+        small_recipe(*SETTINGS, "sparsify={method: existing, reconstruct: {}}")
 
 
 ROUNDED = (
@@ -222,5 +222,5 @@ def test_what_was_trained_through_the_grid_passes_every_check(tmp_path, settings
 
 
 def test_codes_that_are_given_are_not_trained():
-    with pytest.raises(UserError, match="reconstruct: method given rounds nothing"):
-        small_recipe("quantize={method: given, reconstruct: {}}", "sparsify={method: none}")
+    with pytest.raises(UserError, match="reconstruct: method existing rounds nothing"):
+        small_recipe("quantize={method: existing, reconstruct: {}}", "sparsify={method: none}")

@@ -63,7 +63,7 @@ def test_memory_of_samples_counts_where_they_are_loaded(random_llama, method, gr
 @pytest.mark.parametrize("part", [Sparsify, Quantize])
 def test_the_recipe_knows_which_methods_look_at_data(part):
     room = {Sparsify: "sparsifiers", Quantize: "quantizers"}[part]
-    for method in set(get_args(part.model_fields["method"].annotation)) - {"none", "given"}:
+    for method in set(get_args(part.model_fields["method"].annotation)) - {"none", "existing"}:
         amount = {"sparsity": 0.5} if part is Sparsify else {}
         needs = importlib.import_module(f"sqft_export.{room}.{method}").NEEDS
         assert part(method=method, **amount).calibrates == (needs != "nothing"), method

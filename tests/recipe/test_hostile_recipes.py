@@ -46,7 +46,7 @@ def test_a_bomb_of_merge_keys_is_refused_at_once(tmp_path, merge):
 
 
 def given(name: str) -> str:
-    return f"search={{strategy: given, configuration: {name}}}"
+    return f"search={{strategy: configured, configuration: {name}}}"
 
 
 def test_a_search_configuration_that_is_a_device_or_a_pipe_is_refused(tmp_path):

@@ -52,7 +52,7 @@ def test_other_fields_are_read_as_yaml():
     ("setting", "kept"),
     [
         ("sparsify.method=none", {"method": "none"}),
-        ("sparsify.method=given", {"method": "given"}),
+        ("sparsify.method=existing", {"method": "existing"}),
         ("sparsify.method=magnitude", {"method": "magnitude", "sparsity": 0.5}),
     ],
 )

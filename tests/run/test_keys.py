@@ -48,7 +48,7 @@ def test_a_baseline_counts_only_for_what_is_taught_by_it():
 
 def test_ranks_in_a_file_count_by_what_it_says(tmp_path):
     chosen = tmp_path / "ranks.json"
-    override = f"search={{strategy: given, configuration: {chosen}}}"
+    override = f"search={{strategy: configured, configuration: {chosen}}}"
 
     def written(text: str) -> dict[str, str]:
         chosen.write_text(text)

@@ -64,7 +64,7 @@ def test_what_was_evaluated_is_not_evaluated_again(name):
 def test_rules_that_evaluate_nothing():
     assert pick_median(space()) == dict.fromkeys(GROUPS, 24)
     assert pick_most_frequent(space()) == {"0.q": 16, "1.q": 24, "2.q": 16}
-    assert STRATEGIES["given"](space()) == PEAK
+    assert STRATEGIES["configured"](space()) == PEAK
     assert STRATEGIES["maximal"](space()) == dict.fromkeys(GROUPS, 32)
     assert STRATEGIES["minimal"](space()) == dict.fromkeys(GROUPS, 16)
 
@@ -83,7 +83,7 @@ def test_search_scores_on_training_items_that_training_never_saw(tmp_path):
     assert found.metrics["ranks"] == best["ranks"]
     # The same configuration can be given to a later run.
     (tmp_path / "ranks.json").write_text(json.dumps(best["ranks"]))
-    given = f"search={{strategy: given, configuration: {tmp_path / 'ranks.json'}}}"
+    given = f"search={{strategy: configured, configuration: {tmp_path / 'ranks.json'}}}"
     recipe = small_recipe(*common, given, model_path=model)
     again = run_recipe(recipe, tmp_path / "again", ("search",))["search"]
     assert again.metrics["ranks"] == best["ranks"] and again.metrics["evaluations"] == 0

@@ -140,7 +140,7 @@ def test_a_sparse_checkpoint_is_taken_as_it_is(tmp_path):
     first, made = run_sparsify(tmp_path)
     (tmp_path / "second").mkdir()
     second, found = run_sparsify(
-        tmp_path / "second", "sparsify={method: given}", model=first / "model"
+        tmp_path / "second", "sparsify={method: existing}", model=first / "model"
     )
     assert found == made
     for (_, weight, mask), (_, again, found_mask) in zip(

@@ -18,7 +18,7 @@ from sqft_export.run.artifact import Artifact
 from sqft_export.run.pipeline import run_recipe
 
 LAYER = "model.layers.1.mlp.up_proj"
-GIVEN = ("sparsify={method: given}", "quantize.method=given", "adapt.steps=2")
+GIVEN = ("sparsify={method: existing}", "quantize.method=existing", "adapt.steps=2")
 
 
 def next_round(base: Path, runs: Path, *settings: str) -> dict[str, Artifact]:
@@ -92,8 +92,8 @@ def test_act_order_is_refused_before_any_work(tiny_run, tmp_path):
 
 
 def test_given_codes_need_a_quantized_model(random_llama):
-    recipe = small_recipe("quantize.method=given", model_path=random_llama)
-    with pytest.raises(UserError, match="found given, but the model is not quantized"):
+    recipe = small_recipe("quantize.method=existing", model_path=random_llama)
+    with pytest.raises(UserError, match="found existing, but the model is not quantized"):
         check_recipe(recipe, random_llama)
 
 

@@ -179,7 +179,7 @@ def test_trained_scales_are_the_ones_that_are_stored(runs):
         (("adapt.pipeline=sqft", "quantize.method=none"), "sqft need a quantized base"),
         (("adapt.merge_dense=true",), "merge_dense is for shears, found qa-sparsepeft"),
         (("adapt.pipeline=sqft", "adapt.trainable_scales=true"), "is for qa-sparsepeft"),
-        (("search.strategy=given",), "configuration and strategy given go together"),
+        (("search.strategy=configured",), "configuration and strategy configured go together"),
     ],
 )
 def test_settings_that_contradict_are_refused(settings, message):

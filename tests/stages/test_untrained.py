@@ -103,8 +103,8 @@ def test_floats_are_the_sparsifiers_own(base, tmp_path, sparsify):
 
 def test_a_compressed_model_as_it_is_keeps_codes_and_zeros(finished, tmp_path):
     given = (
-        "sparsify={method: given}",
-        "quantize={method: given, group_size: 32}",
+        "sparsify={method: existing}",
+        "quantize={method: existing, group_size: 32}",
         "export.targets=[openvino]",
     )
     merged = finished["merge"].path / "model"

@@ -117,7 +117,7 @@ def as_gptq(model: Path, without_order: bool, bits: int = 4) -> dict[str, torch.
     return codes
 
 
-GIVEN = ("sparsify={method: given}", "quantize.method=given", "quantize.group_size=32")
+GIVEN = ("sparsify={method: existing}", "quantize.method=existing", "quantize.group_size=32")
 
 
 def test_gptq_without_g_idx_is_read_in_column_order(tmp_path):
