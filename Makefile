@@ -29,6 +29,8 @@ TORCH ?= torch==2.13.0
 endif
 # Only the CPU build is fetched from an index of its own; pip would prefer it to a build for GPUs.
 TORCH_INDEX ?= $(if $(findstring +cpu,$(TORCH)),https://download.pytorch.org/whl/cpu)
+# For pip, 2.13.0+cpu is a ==2.13.0, and a newer one, wherever it finds it; === takes no other build.
+TORCH_BUILD = $(if $(findstring +,$(TORCH)),$(TORCH),$(subst ==,===,$(subst ===,==,$(TORCH))))
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -80,7 +82,7 @@ $(INSTALLED): pyproject.toml constraints.txt sqft_export/packed/unpack.c sqft_ex
 	@echo "installing into $(VENV) (once, a few minutes)"
 	$(PYTHON) -m venv $(VENV)
 	@test -e $@ || $(BIN)/pip uninstall --quiet --yes torch
-	$(PIP) --retries 1 --timeout 20 --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(PIP) --retries 1 --timeout 20 --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH_BUILD)"
 	$(PIP) --editable ".[dev]"
 	@$(BIN)/python -m sqft_export.kernels.build
 	@rm -f $(VENV)/installed*
