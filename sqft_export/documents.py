@@ -1,4 +1,4 @@
-"""Typed JSON documents: what this package writes to files and passes between processes."""
+"""Typed JSON documents that this package writes to files or passes between processes."""
 
 from typing import Annotated, Self, TypeVar
 

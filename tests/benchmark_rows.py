@@ -1,4 +1,4 @@
-"""Rows of a benchmark for tests: what a test does not set has plain values."""
+"""Rows of a benchmark for tests, with plain values in all fields that a test does not set."""
 
 from typing import Any
 

@@ -14,7 +14,7 @@ _Value = TypeVar("_Value")
 
 
 class AdapterParts(Document):
-    """What is added to a base model in torch: masks and grids of the base, and the adapter."""
+    """The adapter of a base model in torch, with the masks and grids of the base."""
 
     adapter: Path
     masks: Path | None

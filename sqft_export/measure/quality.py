@@ -113,7 +113,7 @@ def perplexity_of(distributions: np.ndarray, sample: list[SampledItem]) -> float
 
 
 class PassQuality(Document):
-    """What a pass costs on the sample.
+    """The quality of a model after a pass, compared with the model before it.
 
     before: the pass, or the base model, that it is compared with.
     items, tokens: number of compared items and tokens.

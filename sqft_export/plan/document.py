@@ -1,4 +1,4 @@
-"""What ``plan`` predicts, as a typed document."""
+"""The prediction of ``plan`` as a typed document."""
 
 from pydantic import Field
 

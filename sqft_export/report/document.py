@@ -98,7 +98,10 @@ class Report(Document):
 
     @property
     def best(self) -> BenchmarkRow | None:
-        """The fastest of the most accurate deployments; None if none was measured."""
+        """The fastest deployment that is not significantly less accurate than the most accurate.
+
+        None if no deployment was measured.
+        """
         return best_deployment(self.rows)
 
 

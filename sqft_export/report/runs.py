@@ -91,7 +91,9 @@ def read_run(folder: Path) -> ReportedRun:
         check_artifact(file.parent)
     report = read_report(file)
     if not any(row.kind in FINAL_KINDS for row in report.rows):
-        raise UserError(f"{file}: rows: found neither a merged model nor a deployment to compare")
+        raise UserError(
+            f"{file}: rows: found no merged model and no deployment; expected at least one"
+        )
     return ReportedRun(file.parent.name, report, dict(_flatten(report.recipe)))
 
 

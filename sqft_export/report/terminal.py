@@ -9,6 +9,7 @@ from sqft_export.measure.results import BenchmarkRow
 from sqft_export.measure.rows import TITLES, DeploymentFolder, deployments_in
 from sqft_export.report.document import Report
 from sqft_export.report.text import accuracy_text, align_columns
+from sqft_export.report.verdict import fastest_deployment
 from sqft_export.run.artifact import Artifact
 
 LABEL_CHARACTERS = 28
@@ -56,7 +57,7 @@ def deployment_folders(artifacts: dict[str, Artifact]) -> list[DeploymentFolder]
 
 def _fastest(report: Report, deployments: list[DeploymentFolder]) -> DeploymentFolder:
     """Return the fastest measured deployment, or the first if none was measured."""
-    best = report.best
+    best = fastest_deployment(report.rows)
     measured = best.id.removesuffix(f"-{best.device}") if best else None
     return next((one for one in deployments if one.id == measured), deployments[0])
 

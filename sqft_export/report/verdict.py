@@ -15,12 +15,17 @@ def fastest_deployment(rows: Sequence[BenchmarkRow]) -> BenchmarkRow | None:
 def best_deployment(rows: Sequence[BenchmarkRow]) -> BenchmarkRow | None:
     """Return the fastest of the deployments whose 95 % interval reaches the highest accuracy.
 
-    None if no deployment was measured.
+    Without intervals, only deployments with the highest accuracy count. Returns None if no
+    deployment was measured.
     """
     deployed = [row for row in rows if row.kind == "deployment"]
     highest = max((row.accuracy for row in deployed), default=0.0)
-    as_good = [row for row in deployed if (row.interval or (0, row.accuracy))[1] >= highest]
+    as_good = [row for row in deployed if _upper_accuracy(row) >= highest]
     return min(as_good, key=_tpot, default=None)
+
+
+def _upper_accuracy(row: BenchmarkRow) -> float:
+    return row.accuracy if row.interval is None else max(row.accuracy, row.interval[1])
 
 
 def verdict(rows: Sequence[BenchmarkRow], measure: str) -> str | None:
@@ -57,11 +62,11 @@ def choice(rows: Sequence[BenchmarkRow]) -> str | None:
     The last two are chosen among those whose 95 % interval reaches the highest accuracy. Returns
     None if no row has an interval.
     """
-    upper = [(row.interval[1], row) for row in rows if row.interval is not None]
-    if not upper:
+    rows = [row for row in rows if row.interval is not None]
+    if not rows:
         return None
-    best = max((row for _, row in upper), key=lambda row: row.accuracy)
-    as_good = [row for high, row in upper if row is best or high >= best.accuracy]
+    best = max(rows, key=lambda row: row.accuracy)
+    as_good = [row for row in rows if _upper_accuracy(row) >= best.accuracy]
     small = min(as_good, key=lambda row: row.file_bytes)
     fast = min(as_good, key=_tpot)
     return (

@@ -68,7 +68,7 @@ class Environment(TypedDict):
 class Manifest(TypedDict):
     """``manifest.json``, without its seal.
 
-    metrics: results of the pass; ``run.metrics`` has their types.
+    metrics: results of the pass; ``metrics`` has their types.
     seconds: duration of the pass.
     files: path in the artifact -> SHA-256.
     """

@@ -244,7 +244,8 @@ def run(context: Context) -> RowsMetrics:
     with (context.folder / "items.jsonl").open("w") as log:
         for row in table:
             for number, answer in enumerate(judged[row.id]):
-                entry = {"row": row.name, "item": number} | answer_entry(answer).to_json()
+                place = {"id": row.id, "row": row.name, "item": number}
+                entry = place | answer_entry(answer).to_json()
                 log.write(json.dumps(entry) + "\n")
     weights = Checkpoint(context.model).parameters
     results = [_result(row, weights, judged, measured[row.id]) for row in table]

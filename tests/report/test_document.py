@@ -51,11 +51,14 @@ def test_a_report_is_read_as_it_was_written_and_fits_the_schema(tiny_run):
     assert len(kinds) == len(document["rows"])
 
 
-def test_the_best_row_is_the_fastest_deployment(tiny_run):
-    report = read_report(tiny_run["report"].path / "report.json")
-    deployed = [row for row in report.rows if row.kind == "deployment"]
-    assert report.best.tokens_per_second == max(row.tokens_per_second for row in deployed)
-    assert Report.model_construct(rows=[benchmark_row("dense")]).best is None
+def test_the_best_row_is_the_fastest_deployment_that_is_as_accurate():
+    dense, worse = benchmark_row("dense", 0.9, 1.0), benchmark_row("gguf", 0.3, 2.0)
+    slow, fast = benchmark_row("openvino", 0.62, 8.0), benchmark_row("onnx", 0.6, 4.0)
+    report = Report.model_construct(rows=[dense, worse, slow, fast])
+    assert report.best == fast and report.best.tokens_per_second == 250
+    exact = [row.model_copy(update={"interval": None}) for row in (worse, slow, fast)]
+    assert Report.model_construct(rows=exact).best.id == "openvino"
+    assert Report.model_construct(rows=[dense]).best is None
 
 
 @pytest.mark.parametrize(
