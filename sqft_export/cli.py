@@ -20,6 +20,7 @@ from sqft_export.run.processors import limit_openmp_spinning
 from sqft_export.telemetry import disable_telemetry
 
 if TYPE_CHECKING:
+    from sqft_export.measure.deployments import Questions
     from sqft_export.measure.results import DeviceSettings, TaskMetrics
     from sqft_export.packed.folders import PackedSizes
 
@@ -81,6 +82,17 @@ Kernels = Annotated[
     ),
 ]
 Task = Annotated[str | None, typer.Option(help="dataset for accuracy: gsm8k, arc_easy, boolq, ...")]
+OwnData = Annotated[
+    Path | None,
+    typer.Option(help="your own conversations; with --task: local folder of the dataset"),
+]
+Score = Annotated[
+    str | None,
+    typer.Option(
+        help="score of answers to --data: exact (default), normalized, contains, json, json_f1, "
+        "rouge_l, bleu, regex:PATTERN, or a Python file with score(expected, generated)"
+    ),
+]
 LmEval = Annotated[
     str | None, typer.Option(help="lm-eval tasks, such as hellaswag,mmlu (extra lm-eval)")
 ]
@@ -173,7 +185,8 @@ def benchmark_command(
     device: Device = "cpu",
     execution: Kernels = "stock",
     task: Task = None,
-    data: Annotated[Path | None, typer.Option(help="local folder of the dataset")] = None,
+    data: OwnData = None,
+    score: Score = None,
     text: Annotated[Path | None, typer.Option(help="text file for perplexity")] = None,
     lm_eval: LmEval = None,
     include_path: IncludePath = None,
@@ -183,7 +196,7 @@ def benchmark_command(
 ) -> None:
     """Measure latency, memory, energy and accuracy of deployments on this machine.
 
-    Example: sqft-export benchmark deployed/openvino deployed/onnx --task arc_easy --items 50
+    Example: sqft-export benchmark deployed/openvino deployed/onnx --data chats.jsonl
     """
     from sqft_export.measure import deployments
     from sqft_export.measure.results import DeviceSettings
@@ -196,12 +209,31 @@ def benchmark_command(
     settings = DeviceSettings(
         lengths, new_tokens, batches, rounds, threads, allowed_cpus, device, kernels
     )
-    questions = deployments.questions_of(folders[0], task, data, text, items)
+    questions = _questions(folders[0], (task, data, text), items, score)
     scored = _score_with_lm_eval(folders, settings, lm_eval, include_path, items)
     document = deployments.benchmark_folders(folders, settings, questions, scored)
     if out:
         deployments.write_results(document, out)
     print(json.dumps(document.to_json()) if json_only else deployments_text(document))
+
+
+def _questions(
+    folder: Path, source: tuple[str | None, Path | None, Path | None], items: int, score: str | None
+) -> "Questions | None":
+    """Return the requests that measure accuracy; None without data.
+
+    :param source: name of a dataset, own data or the dataset's folder, and a text file.
+    """
+    task, data, text = source
+    if data is not None and task is None and text is None:
+        from sqft_export.measure.own_data import chat_questions
+
+        return chat_questions(folder, data, items, score or "exact")
+    if score is not None:
+        raise UserError("--score: found without --data; it scores answers to your own data")
+    from sqft_export.measure.deployments import questions_of
+
+    return questions_of(folder, task, data, text, items)
 
 
 def _score_with_lm_eval(

@@ -95,9 +95,13 @@ class SearchMetrics(Metrics):
 
 
 class MergeMetrics(SparsityMetrics):
-    """facts: what every deployment stores about the model."""
+    """facts: what every deployment stores about the model.
+
+    first_example: the first training example of a chat task, with its loss mask marked.
+    """
 
     facts: dict[str, str]
+    first_example: str | None = None
 
 
 class PackedMetrics(Document):

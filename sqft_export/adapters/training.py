@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,11 @@ from sqft_export.adapters.elastic import (
 )
 from sqft_export.adapters.files import Base, RankedStepLog, StepLog, save_adapter
 from sqft_export.adapters.loading import new_adapter
+from sqft_export.adapters.packing import TrainingRow, pack_rows, position_ids
 from sqft_export.data.items import Data, Example
 from sqft_export.errors import UserError
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.recipe.schema import Adapt, Recipe
+from sqft_export.recipe.schema import Adapt, Chat, Recipe
 from sqft_export.run.device import CPU, device_name, device_of, training_dtype
 from sqft_export.run.launcher import process_count, process_rank
 from sqft_export.run.progress import Advance, Start
@@ -141,21 +142,11 @@ class _LengthGroupedSampler(Sampler[int]):
         yield from grouped[full_batches * self.batch :]
 
 
-class TrainingRow(TypedDict):
-    """A training example; the first ``skip`` tokens are not in the loss.
-
-    loss: per token, whether it is in the loss; None: all tokens after the first ``skip``.
-    """
-
-    input_ids: list[int]
-    skip: int
-    loss: NotRequired[list[bool] | None]
-
-
 def collate(examples: list[TrainingRow], pad: int) -> dict[str, torch.Tensor]:
     """Return a right-padded batch: int64 ``[batch, length]`` ids, labels and attention mask.
 
-    Padding is masked in the attention and in the loss (label -100).
+    Padding is masked in the attention and in the loss (label -100). Packed rows also get
+    ``position_ids``.
 
     :param pad: token id of the padding.
     """
@@ -170,7 +161,10 @@ def collate(examples: list[TrainingRow], pad: int) -> dict[str, torch.Tensor]:
         if (loss := example.get("loss")) is not None:
             labels[row, :length][~torch.tensor(loss)] = -100
         mask[row, :length] = 1
-    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    if "lengths" in examples[0]:
+        batch["position_ids"] = position_ids([e["lengths"] for e in examples], longest)
+    return batch
 
 
 def _last_complete_checkpoint(folder: Path) -> str | None:
@@ -215,6 +209,9 @@ class _Trainer(PlainCheckpointTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self.throughput.add(inputs["attention_mask"])
+        if "position_ids" in inputs:  # packed: the restarts of the positions are the mask
+            inputs = {k: v for k, v in inputs.items() if k != "attention_mask"}
+            inputs |= {"use_cache": False}
         distill = None if self.teacher is None else self.config.distill
         if self.teacher is None or distill is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -324,6 +321,7 @@ def train_on_task(
     :param elastic: use the elastic ranks and trainable scales of the recipe.
     """
     config, data = recipe.training, Data(recipe, tokenizer)
+    rows = training_rows(list(data.train), config, packed_row_tokens(recipe))
     device = device_of(recipe.device)
     dtype = training_dtype(config.precision, device)
     model = new_adapter(recipe, base, dtype)
@@ -332,13 +330,13 @@ def train_on_task(
     ranks_at = partial(draw_ranks, list(groups), config.ranks, recipe.seed)
     log, tokens_per_second = train_adapter(
         model,
-        list(data.train),
+        rows,
         config,
         recipe.seed,
         padding_id(model, tokenizer),
         folder / "training",
         before_step=lambda step: set_ranks(layers, groups, ranks_at(step)),
-        advance=start(config.total_steps(len(data.train), process_count())),
+        advance=start(config.total_steps(len(rows), process_count())),
         teacher=teacher,
         device=device,
     )
@@ -399,9 +397,18 @@ def _arguments(
     )
 
 
-def _rows(examples: list[Example], config: Adapt) -> list[TrainingRow]:
+def packed_row_tokens(recipe: Recipe) -> int | None:
+    """Return the largest number of tokens per packed row; None if the task packs no examples."""
+    task = recipe.task
+    return task.sequence_length if isinstance(task, Chat) and task.packing else None
+
+
+def training_rows(
+    examples: list[Example], config: Adapt, row_tokens: int | None = None
+) -> list[TrainingRow]:
     """Return the examples in the format of :func:`collate`, without those that have no loss.
 
+    :param row_tokens: pack examples into rows of at most this many tokens; None: one per row.
     :raises UserError: if no example is left.
     """
     rows: list[TrainingRow] = [
@@ -415,7 +422,7 @@ def _rows(examples: list[Example], config: Adapt) -> list[TrainingRow]:
     ]
     if not rows:
         raise UserError("adapt: no training example has a token in the loss")
-    return rows
+    return rows if row_tokens is None else pack_rows(rows, row_tokens)
 
 
 @contextmanager
@@ -434,7 +441,7 @@ def _full_precision() -> Iterator[None]:
 @_full_precision()
 def train_adapter(
     model: nn.Module,
-    examples: list[Example],
+    rows: list[TrainingRow],
     config: Adapt,
     seed: int,
     pad: int,
@@ -446,6 +453,7 @@ def train_adapter(
 ) -> tuple[list[StepLog], float]:
     """Train the adapters of ``model`` in place.
 
+    :param rows: result of :func:`training_rows`.
     :param pad: token id of the padding.
     :param folder: folder of training checkpoints; an interrupted training resumes from the newest.
     :param before_step: called with the number of the next optimizer step.
@@ -453,9 +461,8 @@ def train_adapter(
     :param device: device of the training.
     :return: the log, with loss, learning rate, tokens, and tokens including padding of every step;
         and tokens per second of this process.
-    :raises UserError: if every label is masked, or the loss is not finite.
+    :raises UserError: if the loss is not finite.
     """
-    rows = _rows(examples, config)
     throughput, steps = Throughput(), config.total_steps(len(rows), process_count())
     trainer = _Trainer(
         config,

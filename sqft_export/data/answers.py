@@ -34,7 +34,7 @@ MISSING = object()
 def make_score(
     name: ScoreName, pattern: str | None = None, file: Path | None = None
 ) -> AnswerScore:
-    """The function that scores one answer: ``score(expected, generated)``, in 0 to 1.
+    """Return the function that scores one answer: ``score(expected, generated)``, in 0 to 1.
 
     pattern: of ``regex``. file: of ``file``.
 
@@ -54,29 +54,29 @@ def make_score(
 
 
 def score_exact(expected: str, generated: str) -> float:
-    """1 if both are equal without white space around them."""
+    """Return 1 if both are equal without white space around them."""
     return float(expected.strip() == generated.strip())
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without punctuation, English articles and repeated white space."""
+    """Return lower case, without punctuation, English articles and repeated white space."""
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(ARTICLES.sub(" ", text).split())
 
 
 def score_normalized(expected: str, generated: str) -> float:
-    """1 if both are equal when normalized."""
+    """Return 1 if both are equal when normalized."""
     return float(normalize_answer(expected) == normalize_answer(generated))
 
 
 def score_contains(expected: str, generated: str) -> float:
-    """1 if the words of the expected answer are in the generated one, in a row."""
+    """Return 1 if the words of the expected answer are in the generated one, in a row."""
     wanted, found = normalize_answer(expected), normalize_answer(generated)
     return float(f" {wanted} " in f" {found} ") if wanted else float(not found)
 
 
 def score_regex(expected: str, generated: str, pattern: re.Pattern | None = None) -> float:
-    """1 if the last match of a pattern is the same in both.
+    """Return 1 if the last match of a pattern is the same in both.
 
     The match is its first group, if it has one. An expected answer without a match is compared
     itself. Without a pattern the expected answer is a pattern that the generated one must match.
@@ -88,20 +88,20 @@ def score_regex(expected: str, generated: str, pattern: re.Pattern | None = None
 
 
 def score_json(expected: str, generated: str) -> float:
-    """1 if both are the same JSON value; a generated one may stand in a code fence."""
+    """Return 1 if both are the same JSON value; a generated one may stand in a code fence."""
     wanted, found = _json_value(expected), _json_value(generated)
     return float(found is not MISSING and _same(wanted, found))
 
 
 def score_json_f1(expected: str, generated: str) -> float:
-    """F1 of the fields that have the same place and value in both."""
+    """Return F1 of the fields that have the same place and value in both."""
     wanted, found = (_leaves(_json_value(text)) for text in (expected, generated))
     right = sum(path in found and _same(value, found[path]) for path, value in wanted.items())
     return 2 * right / (len(wanted) + len(found)) if wanted and found else 0.0
 
 
 def score_json_fields(expected: str, generated: str) -> dict[str, float]:
-    """For each field of the expected object, as ``a.b[0]``: 1 if the generated one has the same."""
+    """Return field -> score: 1 if both objects have the same value. A field is like ``a.b[0]``."""
     wanted, found = (_leaves(_json_value(text)) for text in (expected, generated))
     return {
         path: float(path in found and _same(value, found[path])) for path, value in wanted.items()
@@ -109,12 +109,12 @@ def score_json_fields(expected: str, generated: str) -> dict[str, float]:
 
 
 def score_rouge_l(expected: str, generated: str) -> float:
-    """F1 of the longest common subsequence of words."""
+    """Return F1 of the longest common subsequence of words."""
     return float(_rouge_scorer().score(expected, generated)["rougeL"].fmeasure)
 
 
 def score_bleu(expected: str, generated: str) -> float:
-    """BLEU of one answer; n-grams that are too long for it are left out."""
+    """Return BLEU of one answer; n-grams that are too long for it are left out."""
     return float(_bleu_metric().sentence_score(generated, [expected]).score) / 100
 
 
@@ -131,7 +131,7 @@ SCORES: dict[str, AnswerScore] = {
 
 
 def load_user_score(file: Path) -> AnswerScore:
-    """``score`` of a Python file, checked at each call. The file runs with the user's rights.
+    """Return ``score`` of a Python file, checked at each call. The file runs as the user.
 
     :raises UserError: if it can't be loaded, has no such function, or gives no number.
     """
@@ -181,7 +181,7 @@ def _last_match(pattern: re.Pattern, text: str) -> str | None:
 
 
 def _json_value(text: str) -> Any:
-    """The JSON value of a text, or of the last code fence in it; ``MISSING`` if it has none."""
+    """Return the JSON value of a text, or of its last code fence; ``MISSING`` without one."""
     for candidate in (text, *reversed(FENCE.findall(text))):
         try:
             return json.loads(candidate)
@@ -191,7 +191,7 @@ def _json_value(text: str) -> Any:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equal JSON values; true is not 1."""
+    """Return whether two JSON values are equal; true is not 1."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):
@@ -200,7 +200,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """Place -> value of what is no object or list; empty ones count as values."""
+    """Return place -> value of all leaves; empty objects and lists are leaves."""
     if value is MISSING:
         return {}
     if isinstance(value, dict) and value:

@@ -55,7 +55,7 @@ class EncodedChat:
 
     @property
     def last_answer(self) -> tuple[int, int]:
-        """First and last + 1 token of the last turn in the loss; both 0 without one."""
+        """Return first and last + 1 token of the last turn in the loss; both 0 without one."""
         end = len(self.loss)
         while end and not self.loss[end - 1]:
             end -= 1
@@ -82,7 +82,7 @@ class ChatEncoder:
             )
 
     def encode(self, conversation: Conversation) -> EncodedChat:
-        """Ids and mask of a whole conversation.
+        """Return ids and mask of a whole conversation.
 
         :raises UserError: if the template refuses it, or its answers can't be found in the text.
         """
@@ -100,7 +100,7 @@ class ChatEncoder:
             ) from error
 
     def encode_within(self, conversation: Conversation, limit: int) -> EncodedChat:
-        """Ids and mask of at most ``limit`` tokens.
+        """Return ids and mask of at most ``limit`` tokens.
 
         Exchanges (a user's message and all up to the next one) are left out from the start; system
         messages stay. If the last exchange is too long by itself, its end is cut. The result may
@@ -122,17 +122,44 @@ class ChatEncoder:
         )
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
-        """Ids before the last answer, with the generation prompt."""
+        """Return ids before the last answer, with the generation prompt."""
+        return self.prompt(conversation)[1]
+
+    def prompt(self, conversation: Conversation) -> tuple[list[Message], list[int]]:
+        """Return the messages before the last answer, and their ids with the generation prompt."""
         messages = conversation.messages
         answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
         before = messages[: answers[-1] if answers else None]
         try:
             before, _ = self.template.render(before, conversation.tools)
-            return self.template.ids(before, conversation.tools)
+            return before, self.template.ids(before, conversation.tools)
         except TemplateFault as error:
             raise UserError(
                 f"{conversation.place}: the model's chat template refuses the prompt: {error}"
             ) from error
+
+    def end_token(self) -> int | None:
+        """Return the special token that ends an answer; None if the template writes none.
+
+        It is read from the rendering of one question and its answer.
+        """
+        exchange: list[Message] = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": "!"},
+        ]
+        if self.template.attempt(exchange, None, False) is None:
+            return None
+        encoded = self.encode(Conversation(exchange))
+        end = encoded.last_answer[1]
+        # Some markers leave the end-of-turn token out of the loss; it is the next token then.
+        near = encoded.ids[end - 1 : end + 1] if end else []
+        return next((token for token in near if token in self._special_ids), None)
+
+    def trained_end(self, encoded: EncodedChat) -> int | None:
+        """Return the special token at the end of the last answer in the loss; None without one."""
+        end = encoded.last_answer[1]
+        token = encoded.ids[end - 1] if end else None
+        return token if token in self._special_ids else None
 
     def _encode(self, conversation: Conversation) -> EncodedChat:
         tools = conversation.tools
@@ -155,7 +182,7 @@ class ChatEncoder:
         return EncodedChat(ids, loss, text, offsets, open_turns, hidden)
 
     def _hides_system(self, messages: list[Message], finder: TurnFinder) -> bool:
-        """Whether the template leaves out a system message.
+        """Return whether the template leaves out a system message.
 
         :raises TurnError: if it leaves out a tool call or its result.
         """
@@ -170,7 +197,7 @@ class ChatEncoder:
         return hidden
 
     def _given_tokens(self, messages: list, conversation: Conversation, ids: list[int]) -> int:
-        """How many ids the given messages and the generation prompt have."""
+        """Return how many ids the given messages and the generation prompt have."""
         if not conversation.prompt:
             return 0
         given = self.template.ids(messages[: conversation.prompt], conversation.tools)
@@ -189,13 +216,19 @@ class ChatEncoder:
         return list(self.template.tokenizer.get_added_vocab())
 
     @cached_property
+    def _special_ids(self) -> set[int]:
+        tokenizer = self.template.tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        return {*tokenizer.all_special_ids, *(one for one, token in added if token.special)}
+
+    @cached_property
     def _stop_tokens(self) -> list[str]:
         ends = {*self.stops, self.template.tokenizer.eos_token_id} - {None}
         return self.template.tokenizer.convert_ids_to_tokens(sorted(ends))
 
 
 def _shortened(conversation: Conversation) -> Iterable[Conversation]:
-    """The conversation, then without its first exchange, and so on to its last one."""
+    """Yield the conversation, then without its first exchange, and so on to its last one."""
     yield conversation
     messages = conversation.messages
     roles = [message["role"] for message in messages]

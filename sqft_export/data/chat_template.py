@@ -54,12 +54,12 @@ class ChatTemplate:
 
     @property
     def writes_date(self) -> bool:
-        """Whether the template writes today's date, so that ids differ from day to day."""
+        """Return whether the template writes today's date, so that ids differ from day to day."""
         return any("strftime_now" in text for text in self._texts)
 
     @cached_property
     def _texts(self) -> list[str]:
-        """The templates that may be used: one, or one with tools and one without."""
+        """Return the templates that may be used: one, or one with tools and one without."""
         named = self.tokenizer.chat_template
         if self.name is not None and not re.search(r"\{[{%]", self.name):
             known = list(named) if isinstance(named, dict) else []
@@ -98,7 +98,7 @@ class ChatTemplate:
                 )
 
     def render(self, messages: list[Message], tools: list | None) -> tuple[list[Message], str]:
-        """Messages and their text; arguments of tools become JSON text if objects are refused."""
+        """Return messages and their text; refused arguments of tools become JSON text."""
         try:
             return messages, self.apply(messages, tools, False, tokenize=False)
         except TemplateFault as error:
@@ -110,7 +110,7 @@ class ChatTemplate:
     def tokens(
         self, messages: list[Message], tools: list | None
     ) -> tuple[list[int], list[tuple[int, int]], list[bool] | None]:
-        """Ids, the characters of each in the text, and the mask by generation markers.
+        """Return ids, the characters of each in the text, and the mask by generation markers.
 
         The mask is None if the template has no markers.
         """
@@ -128,11 +128,11 @@ class ChatTemplate:
         return found["input_ids"], found["offset_mapping"], mask
 
     def ids(self, messages: list[Message], tools: list | None) -> list[int]:
-        """Ids with the generation prompt."""
+        """Return ids with the generation prompt."""
         return self.apply(messages, tools, True, tokenize=True, return_dict=False)
 
     def attempt(self, messages: list[Message], tools: list | None, prompt: bool) -> str | None:
-        """The rendered text; None if the template refuses the messages."""
+        """Return the rendered text; None if the template refuses the messages."""
         try:
             return self.apply(messages, tools, prompt, tokenize=False)
         except TemplateFault:
@@ -158,7 +158,7 @@ class ChatTemplate:
 
 
 def _variables(template: str, place: str) -> set[str]:
-    """The variables that a template reads, without those that are always set.
+    """Return the variables that a template reads, without those that are always set.
 
     :raises UserError: if it is not Jinja.
     """
@@ -175,7 +175,7 @@ def _variables(template: str, place: str) -> set[str]:
 
 
 def _with_json_arguments(message: Message) -> Message:
-    """A copy whose tool calls have their arguments as JSON text."""
+    """Return a copy whose tool calls have their arguments as JSON text."""
     calls = []
     for call in message.get("tool_calls") or []:
         function = call.get("function", call)

@@ -46,7 +46,7 @@ ROLES = {
 
 
 def kind_of_rows(columns: Iterable[str], place: str, mapping: Mapping[str, str]) -> DataLayout:
-    """The kind of rows that have these columns.
+    """Return the kind of rows that have these columns.
 
     mapping: our name of a column -> its name in the data.
 
@@ -72,7 +72,7 @@ def conversation_of(
     kind: DataLayout | None = None,
     mapping: Mapping[str, str] | None = None,
 ) -> Conversation:
-    """A row as a conversation with at least one answer.
+    """Return a row as a conversation with at least one answer.
 
     kind: of the row; None: recognised by its columns.
     mapping: our name of a column -> its name in the data.
@@ -99,7 +99,7 @@ def conversation_of(
 def drop_seen(
     conversations: Iterable[Conversation], seen: Iterable[Conversation]
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Conversations that are not among ``seen``, and those that are, both in order."""
+    """Return conversations that are not among ``seen``, and those that are, both in order."""
     known = {_identity(one) for one in seen}
     new: list[Conversation] = []
     old: list[Conversation] = []
@@ -118,7 +118,7 @@ def _known_names() -> list[str]:
 
 
 def _parts(fields: Fields, kind: DataLayout, place: str) -> tuple[list[Message], list[Message]]:
-    """The messages that are given, without loss, and the others."""
+    """Return the messages that are given, without loss, and the others."""
     system = _system(fields.get("system"), place)
     if kind in ("messages", "conversations"):
         messages = _messages(fields[kind], place, kind)
@@ -136,7 +136,7 @@ def _parts(fields: Fields, kind: DataLayout, place: str) -> tuple[list[Message],
 
 
 def _side(value: Any, role: str, place: str, name: str) -> list[Message]:
-    """A prompt or a completion: messages, or the text of one."""
+    """Return a prompt or a completion: messages, or the text of one."""
     if isinstance(value, list):
         return _messages(value, place, name)
     return [_said(role, _text(value, place, name))]
@@ -175,7 +175,7 @@ def _messages(value: Any, place: str, name: str) -> list[Message]:
 
 
 def _message(value: Any, place: str) -> Message:
-    """A message with ``role`` and ``content``, without fields that are null."""
+    """Return a message with ``role`` and ``content``, without fields that are null."""
     if not isinstance(value, dict):
         raise UserError(
             f"{place}: found {_shown(value)}; an object with role and content is expected"
@@ -202,7 +202,7 @@ def _message(value: Any, place: str) -> Message:
 
 
 def _content(value: Any, place: str) -> str:
-    """A message's text; a list of text blocks is joined."""
+    """Return a message's text; a list of text blocks is joined."""
     if not isinstance(value, list):
         return _text(value, place, "content")
     for block in value:
@@ -213,7 +213,7 @@ def _content(value: Any, place: str) -> str:
 
 
 def _calls(value: Any, place: str) -> list[dict[str, Any]]:
-    """Tool calls as the templates expect them: functions, with arguments as an object."""
+    """Return tool calls as the templates expect them: functions, with arguments as an object."""
     value = _from_json(value, place, "tool_calls")
     calls = []
     for call in value if isinstance(value, list) else [value]:
@@ -230,7 +230,7 @@ def _calls(value: Any, place: str) -> list[dict[str, Any]]:
 
 
 def _tools(value: Any, place: str) -> list[dict[str, Any]] | None:
-    """Schemas of functions, each as ``{type: function, function: ...}``."""
+    """Return schemas of functions, each as ``{type: function, function: ...}``."""
     if value is None or value == "":
         return None
     listed = _from_json(value, place, "tools")
@@ -243,7 +243,7 @@ def _tools(value: Any, place: str) -> list[dict[str, Any]] | None:
 
 
 def _from_json(value: Any, place: str, name: str) -> Any:
-    """The value; if it is text, what that text is in JSON."""
+    """Return the value; a text is parsed as JSON."""
     if not isinstance(value, str):
         return value
     try:

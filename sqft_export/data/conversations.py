@@ -8,9 +8,13 @@ from sqft_export.data.tables import Table
 from sqft_export.errors import UserError
 from sqft_export.recipe.schema import HUB, Chat, Recipe
 
+MAX_NAMED_PLACES = 3  # of conversations, in a message
+
 
 def chat_files(recipe: Recipe, task: Chat, split: str) -> list[Path]:
-    """Files that a split depends on; the test split lacks the rows that are in the training split.
+    """Return the files that a split depends on.
+
+    The test split leaves out training conversations, so it depends on the training file too.
 
     Sources on the hub are left out.
     """
@@ -20,26 +24,30 @@ def chat_files(recipe: Recipe, task: Chat, split: str) -> list[Path]:
 
 
 def hub_sources(task: Chat) -> list[str]:
-    """Sources on the hub, as the recipe writes them."""
+    """Return the sources on the hub, as the recipe writes them."""
     sources = dict.fromkeys((task.train, task.source("test")))
     return [source for source in sources if source.startswith(HUB)]
 
 
 def revision_key(source: str) -> str:
-    """The key of a chat task's source among the recipe's pinned revisions."""
+    """Return the key of a chat task's source among the recipe's pinned revisions."""
     return f"task {source}"
 
 
 def read_conversations(recipe: Recipe, task: Chat, split: str) -> list[Conversation]:
-    """Conversations of a split; those that training sees are left out of the test split.
+    """Return the conversations of a split; the test split is without training conversations.
 
     :raises UserError: naming file and row, or the split that has no conversation.
     """
-    return split_conversations(recipe, task)[0] if split == "train" else held_out(recipe, task)[0]
+    if split == "train":
+        return split_conversations(recipe, task)[0]
+    return held_out_conversations(recipe, task)[0]
 
 
-def held_out(recipe: Recipe, task: Chat) -> tuple[list[Conversation], list[Conversation]]:
-    """Test conversations, and those that are left out because training sees them.
+def held_out_conversations(
+    recipe: Recipe, task: Chat
+) -> tuple[list[Conversation], list[Conversation]]:
+    """Return test conversations, and those that are left out because training reads them.
 
     :raises UserError: if none is left.
     """
@@ -56,15 +64,15 @@ def held_out(recipe: Recipe, task: Chat) -> tuple[list[Conversation], list[Conve
 def split_conversations(
     recipe: Recipe, task: Chat
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """All conversations of the training and of the test split, as the data has them.
+    """Return all conversations of the training split and of the test split.
 
     Example: of ten rows and ``test_share: 0.2``, rows 5 and 10 are the test split.
 
     :raises UserError: if one of them has none.
     """
-    rows = _read(recipe, task, "train")
+    rows = all_conversations(recipe, task, "train")
     if task.test is not None:
-        return rows, _read(recipe, task, "test")
+        return rows, all_conversations(recipe, task, "test")
     share = task.test_share
     chosen = [int((n + 1) * share + 1e-9) > int(n * share + 1e-9) for n in range(len(rows))]
     train = [row for row, held in zip(rows, chosen, strict=True) if not held]
@@ -77,7 +85,17 @@ def split_conversations(
     return train, test
 
 
-def _read(recipe: Recipe, task: Chat, split: str) -> list[Conversation]:
+def first_places(conversations: list[Conversation]) -> str:
+    """Return file and row of the first conversations; ``...`` stands for the others."""
+    more = ["..."] if len(conversations) > MAX_NAMED_PLACES else []
+    return ", ".join([*(one.place for one in conversations[:MAX_NAMED_PLACES]), *more])
+
+
+def all_conversations(recipe: Recipe, task: Chat, split: str) -> list[Conversation]:
+    """Return every conversation of a split's source.
+
+    :raises UserError: naming file and row.
+    """
     table = _table(recipe, task, split)
     kind: DataLayout | None = None
     found = []

@@ -161,6 +161,15 @@ def stop_ids(folder: Path, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys([*own, *end_tokens(folder)]))
 
 
+def answer_stops(recipe: Recipe, folder: Path, tokenizer: Any) -> list[int]:
+    """Return the ids that end an answer to a task: :func:`stop_ids`, and the chat template's."""
+    found = stop_ids(folder, tokenizer)
+    if isinstance(recipe.task, Chat):
+        end = chat_encoder(recipe, tokenizer).end_token()
+        found += [] if end is None or end in found else [end]
+    return found
+
+
 def end_tokens(folder: Path) -> list[int]:
     """Return the ids that end an answer, from the configs of a model or deployment.
 
@@ -332,9 +341,7 @@ def chat_encoder(recipe: Recipe, tokenizer: Any) -> ChatEncoder:
     return ChatEncoder(template, stop_ids(Path(tokenizer.name_or_path), tokenizer))
 
 
-def _chat_items(
-    recipe: Recipe, tokenizer: Any, conversations: Sequence[Conversation]
-) -> list[Item]:
+def chat_items(recipe: Recipe, tokenizer: Any, conversations: Sequence[Conversation]) -> list[Item]:
     """Return the last answer of every conversation as an item.
 
     The prompt ends with the template's generation prompt. The target ends with the end-of-turn
@@ -425,7 +432,7 @@ class Data:
         chosen = [one for n, one in enumerate(found) if n in validation]
         rest = [one for n, one in enumerate(found) if n not in validation]
         encoder = chat_encoder(self.recipe, self.tokenizer)
-        items = _chat_items(self.recipe, self.tokenizer, chosen)
+        items = chat_items(self.recipe, self.tokenizer, chosen)
         return ChatExamples(encoder, rest, task.sequence_length), items
 
     @property
@@ -446,7 +453,7 @@ class Data:
             return _text_items(self.recipe.task, self.recipe, self.tokenizer)[1]
         if isinstance(self.recipe.task, Chat):
             found = read_conversations(self.recipe, self.recipe.task, "test")
-            return _chat_items(self.recipe, self.tokenizer, found)
+            return chat_items(self.recipe, self.tokenizer, found)
         return to_items(self.tokenizer, list(_records(self.recipe, "test")))
 
 
@@ -509,7 +516,7 @@ def sample_items(
     if isinstance(recipe.task, Chat):
         rows = read_conversations(recipe, recipe.task, split)
         some = rows[:: max(1, len(rows) // count)]
-        return {"": len(rows)}, _chat_items(recipe, tokenizer, some)
+        return {"": len(rows)}, chat_items(recipe, tokenizer, some)
     found = list(_records(recipe, split))
     chosen = found[:: max(1, len(found) // count)]
     return Counter(name for name, _, _ in found), to_items(tokenizer, chosen)
@@ -532,7 +539,7 @@ def scored_items(recipe: Recipe, tokenizer: Any, count: int) -> list[Item]:
     """Return the first ``count`` test items of every set."""
     if isinstance(recipe.task, Chat):
         conversations = read_conversations(recipe, recipe.task, "test")
-        return _chat_items(recipe, tokenizer, conversations[:count])
+        return chat_items(recipe, tokenizer, conversations[:count])
     taken: Counter[str] = Counter()
     chosen = []
     for found in _records(recipe, "test"):

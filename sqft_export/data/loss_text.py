@@ -8,7 +8,7 @@ OPEN_LOSS, CLOSE_LOSS = "\u27e6", "\u27e7"
 
 
 def mark_loss(encoded: EncodedChat, longest: int = 4000) -> str:
-    """The rendered text with its special tokens; brackets enclose the tokens in the loss.
+    """Return the rendered text with its special tokens; brackets enclose the tokens in the loss.
 
     A line above the text explains the brackets. A longer text is cut in its middle to ``longest``
     characters. Control characters other than line breaks are shown as escapes.

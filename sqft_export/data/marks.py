@@ -12,7 +12,7 @@ REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 
 def mark_shown_part(message: Message) -> Message:
-    """A copy with a mark in the name of its first tool call or, if it has none, in its text."""
+    """Return a copy with a mark in the name of its first tool call, else in its text."""
     calls = message.get("tool_calls")
     if not calls:
         return message | {"content": _append_mark(message.get("content") or "")}
@@ -20,7 +20,7 @@ def mark_shown_part(message: Message) -> Message:
 
 
 def marked_ends(message: Message) -> Iterator[Message]:
-    """Copies of a message with a mark after one of its last words."""
+    """Yield copies of a message with a mark after one of its last words."""
     calls = message.get("tool_calls") or []
     if calls:
         for key in ("arguments", "name"):
@@ -34,7 +34,7 @@ def marked_ends(message: Message) -> Iterator[Message]:
 
 
 def marked_starts(message: Message) -> Iterator[Message]:
-    """Copies of a message with a mark before one of its first words."""
+    """Yield copies of a message with a mark before one of its first words."""
     for key in (*REASONING_FIELDS, "content"):
         changed = _prepend_mark(message.get(key)) if message.get(key) else None
         if changed is not None:
@@ -47,7 +47,7 @@ def marked_starts(message: Message) -> Iterator[Message]:
 
 
 def _change_call(call: Message, key: str, change: Callable[[Any], Any]) -> Message | None:
-    """A copy of a tool call with another name or other arguments; None if they can't be changed."""
+    """Return a tool call with a changed name or arguments; None if they can't be changed."""
     function = call.get("function")
     inner = function if isinstance(function, dict) else call
     changed = change(inner.get(key))
@@ -58,7 +58,7 @@ def _change_call(call: Message, key: str, change: Callable[[Any], Any]) -> Messa
 
 
 def _append_mark(value: Any) -> Any:
-    """A copy with a mark after the last text or whole number in it; None if it has neither."""
+    """Return a copy with a mark after its last text or whole number; None if it has neither."""
     if isinstance(value, str):
         return _in_json(value) or value + MESSAGE_MARK
     if isinstance(value, int) and not isinstance(value, bool):
@@ -67,20 +67,20 @@ def _append_mark(value: Any) -> Any:
 
 
 def _prepend_mark(value: Any) -> Any:
-    """The same with a mark before the first text."""
+    """Return the same with a mark before the first text."""
     if isinstance(value, str):
         return MESSAGE_MARK + value
     return _change_within(value, _prepend_mark, iter)
 
 
 def _in_json(text: str) -> str | None:
-    """A JSON object's text with a mark after its last word, None if it is no object."""
+    """Return a JSON object's text with a mark after its last word, None if it is no object."""
     found = re.fullmatch(r"(\s*\{.*\w)(\W*\}\s*)", text, re.DOTALL)
     return f"{found[1]}{MESSAGE_MARK}{found[2]}" if found else None
 
 
 def _change_within(value: Any, change: Callable[[Any], Any], order: Callable) -> Any:
-    """A copy of a list or an object with the first entry changed that ``change`` accepts."""
+    """Return a copy of a list or an object with the first entry changed that ``change`` accepts."""
     if isinstance(value, dict):
         keys = [key for key in value if key != "type"]
     elif isinstance(value, list):

@@ -41,7 +41,7 @@ class Table:
     revision: str | None = None
 
     def rows(self) -> Iterator[NumberedRow]:
-        """Rows with their number: the line in a text file, else the place in order, from 1.
+        """Yield rows with their number: the line in a text file, else the place in order, from 1.
 
         :raises UserError: if a row can't be read, or the source has no rows; naming both.
         """
@@ -53,7 +53,7 @@ class Table:
             raise UserError(f"{self.source}: has no rows")
 
     def place(self, number: int) -> str:
-        """A row's name in messages to the user."""
+        """Return a row's name in messages to the user."""
         return f"{self.source}:{number}"
 
     def _read(self) -> Iterator[NumberedRow]:
@@ -113,7 +113,7 @@ def _decoded_lines(file: Iterable[str], path: Path) -> Iterator[str]:
 
 
 def _separated(delimiters: str) -> Callable[[Path], Iterator[NumberedRow]]:
-    """A reader of text with a header; the first delimiter that the header has separates fields."""
+    """Return a reader of text with a header; the first delimiter in the header separates fields."""
 
     def read(path: Path) -> Iterator[NumberedRow]:
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a conversation may be a field
@@ -230,7 +230,7 @@ def _hub_rows(table: Table) -> Iterator[NumberedRow]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Objects without null fields: Arrow gives every object of a column the fields of all."""
+    """Remove null fields: Arrow gives every object of a column the fields of all objects."""
     if isinstance(value, dict):
         return {key: _without_nulls(part) for key, part in value.items() if part is not None}
     if isinstance(value, list):

@@ -70,7 +70,7 @@ class TurnFinder:
         self.pieces = _piece_pattern(self.special)
 
     def turns(self, messages: list[Message], text: str) -> list[Turn]:
-        """Every assistant's turn in ``text``, the rendering of ``messages``, in order.
+        """Return every assistant's turn in ``text``, the rendering of ``messages``, in order.
 
         :raises TurnError: naming the message, if its place can't be found.
         """
@@ -88,7 +88,7 @@ class TurnFinder:
         return found
 
     def is_hidden(self, messages: list[Message], at: int) -> bool:
-        """Whether the template leaves out a message's tool calls or, if it has none, its text."""
+        """Return whether the template leaves out a message's tool calls, or its text if none."""
         other = self._plain([*messages[:at], mark_shown_part(messages[at]), *messages[at + 1 :]])
         return other is not None and MESSAGE_MARK not in other
 
@@ -96,7 +96,7 @@ class TurnFinder:
         return self.render(messages, False)
 
     def _cue(self, before: list[Message]) -> str | None:
-        """The text up to the first word of an answer to ``before``.
+        """Return the text up to the first word of an answer to ``before``.
 
         It ends with the generation prompt or, if the template has none, with the header of an
         answer. Mistral's has neither; the space before an answer is the model's.
@@ -131,7 +131,7 @@ class TurnFinder:
     def _after(
         self, messages: list[Message], before: list[Message], at: int, text: str, cue: str
     ) -> tuple[str, str] | None:
-        """The rest of text and cue after message ``at``; None if the template leaves it out."""
+        """Return the rest of text and cue after message ``at``; None if it is left out."""
         seen = False
         for marked in marked_ends(messages[at]):
             gap = _following(self._plain, messages, at, marked, text)
@@ -144,7 +144,7 @@ class TurnFinder:
         return None
 
     def _first_word(self, messages: list[Message], at: int, text: str) -> int | None:
-        """Where the first of a message's own words is; None if it has none."""
+        """Return the place of a message's first word; None if it has none."""
         places = []
         for marked in marked_starts(messages[at]):
             other = self._plain([*messages[:at], marked, *messages[at + 1 :]])
@@ -156,7 +156,7 @@ class TurnFinder:
         return min(places, default=None)
 
     def _end(self, messages: list[Message], at: int, text: str) -> tuple[int, bool]:
-        """Where a turn ends, and whether by a control token."""
+        """Return where a turn ends, and whether a control token ends it."""
         last = at == len(messages) - 1
         others = [*messages, _new_message("user", "?", messages)] if last else messages[: at + 1]
         other = self._plain(others)
@@ -175,7 +175,7 @@ class TurnFinder:
         raise TurnError(f"message {at + 1}: its last word can't be found in the rendered text")
 
     def _closing(self, rest: str, other: str | None, last: bool) -> tuple[int, bool]:
-        """Length of the turn's part of ``rest``, and whether a control token ends it.
+        """Return length of the turn's part of ``rest``, and whether a control token ends it.
 
         rest: the text after the turn's last word. other: the same of another rendering.
 
@@ -203,17 +203,17 @@ class TurnFinder:
         return len(piece) > 1 or piece in self.special
 
     def _opens(self, piece: str) -> bool:
-        """Whether a control token is in a conversation without answers."""
+        """Return whether a control token is in a conversation without answers."""
         return piece in (self._plain([{"role": "user", "content": "?"}]) or "")
 
     def _shared(self, text: str, other: str) -> int:
-        """Length of the longest common beginning that splits no control token of either."""
+        """Return length of the longest common beginning that splits no control token of either."""
         pairs = enumerate(zip(text, other, strict=False))
         length = next((n for n, (a, b) in pairs if a != b), min(len(text), len(other)))
         return min(self._boundary(text, length), self._boundary(other, length))
 
     def _boundary(self, text: str, length: int) -> int:
-        """The last end of a piece within the first ``length`` characters."""
+        """Return the last end of a piece within the first ``length`` characters."""
         place = 0
         for piece in self.pieces.finditer(text):
             if piece.end() > length:
@@ -224,7 +224,7 @@ class TurnFinder:
 
 @cache
 def _piece_pattern(special: tuple[str, ...]) -> re.Pattern:
-    """Matches one control token, or else one character."""
+    """Return a pattern that matches one control token, or else one character."""
     longest_first = sorted(special, key=len, reverse=True)
     return re.compile("|".join([*map(re.escape, longest_first), CONTROL_TOKEN, "."]), re.DOTALL)
 
@@ -239,7 +239,7 @@ class _Following:
 def _following(
     render: Render, messages: list[Message], at: int, marked: Message, text: str
 ) -> _Following | None:
-    """The rest of ``text`` after message ``at``; None if the rendering lacks the message."""
+    """Return the rest of ``text`` after message ``at``; None if the rendering lacks the message."""
     other = render([*messages[:at], marked, *messages[at + 1 :]])
     if other is None or MESSAGE_MARK not in other:
         return None
@@ -249,6 +249,6 @@ def _following(
 
 
 def _new_message(role: str, text: str, like: list[Message]) -> Message:
-    """A message whose content is a list of blocks if that of other messages is."""
+    """Return a message whose content is a list of blocks if that of other messages is."""
     blocks = any(isinstance(message.get("content"), list) for message in like)
     return {"role": role, "content": [{"type": "text", "text": text}] if blocks else text}

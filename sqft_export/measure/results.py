@@ -113,6 +113,33 @@ class BenchmarkRow(Accuracy):
         return 1000 / self.tpot.median_ms
 
 
+class SampleAnswer(Document):
+    """The answer of one row to a sample prompt; score: 0 to 1."""
+
+    id: str
+    row: str
+    answer: str
+    score: float
+
+
+class SamplePrompt(Document):
+    """A test prompt with its expected answer and the answers of some rows.
+
+    prompt: as the model gets it, with special tokens.
+    """
+
+    prompt: str
+    expected: str | None
+    answers: list[SampleAnswer]
+
+
+class RepeatedConversations(Document):
+    """Test conversations that are left out, since they are training conversations too."""
+
+    count: WholeNumber
+    places: str
+
+
 class BenchmarkSettings(Document):
     """How the rows of a benchmark were measured; ``items_sha256`` is a digest of the items."""
 
@@ -123,6 +150,7 @@ class BenchmarkSettings(Document):
     latency_prompt_tokens: WholeNumber
     latency_new_tokens: WholeNumber
     latency_repeats: WholeNumber
+    repeated: RepeatedConversations | None = None
 
 
 class BenchmarkResults(Document):
@@ -131,6 +159,7 @@ class BenchmarkResults(Document):
     settings: BenchmarkSettings
     machine: MachineFacts
     rows: list[BenchmarkRow]
+    samples: list[SamplePrompt]
 
 
 class Percentiles(Document):

@@ -8,6 +8,7 @@ template, so a GGUF file gets ``PLAIN_TEMPLATE``.
 """
 
 import json
+import re
 from pathlib import Path
 
 from sqft_export.recipe.schema import Chat, Task
@@ -19,6 +20,9 @@ BASE_TEMPLATE_FILE = (
 )
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+NAMED_TEMPLATES = "additional_chat_templates"  # subfolder
+DEFAULT = "default"
+_MARKER = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 
 
 def uses_template(task: Task) -> bool:
@@ -51,15 +55,32 @@ def rename_template(folder: Path) -> None:
         (folder / BASE_TEMPLATE_FILE).write_text(text)
 
 
-def write_template(folder: Path, text: str) -> None:
-    """Replace all chat templates of a model folder by this one."""
+def write_templates(folder: Path, templates: str | dict[str, str]) -> None:
+    """Replace all chat templates of a model folder, in the files that transformers writes.
+
+    Runtimes read the default template. Most of them lack the ``{% generation %}`` markers of
+    transformers, so these become ``{% if true %}``, which renders the same text.
+
+    :param templates: one template, or name -> template.
+    """
     remove_template(folder)
-    (folder / TEMPLATE_FILES[0]).write_text(text)
+    named = {DEFAULT: templates} if isinstance(templates, str) else templates
+    for name, text in named.items():
+        file = folder / TEMPLATE_FILES[0]
+        if name != DEFAULT:
+            file = folder / NAMED_TEMPLATES / f"{name}.jinja"
+            file.parent.mkdir(exist_ok=True)
+        file.write_text(_replace_markers(text))
+
+
+def _replace_markers(template: str) -> str:
+    """Return a template without generation markers; white space around them is treated alike."""
+    return _MARKER.sub(lambda m: f"{m[1]}{'endif' if m[2] else 'if true'}{m[3]}", template)
 
 
 def default_template(templates: str | dict[str, str] | None) -> str | None:
     """Return the template that runtimes apply, from all templates of a tokenizer."""
-    return templates.get("default") if isinstance(templates, dict) else templates
+    return templates.get(DEFAULT) if isinstance(templates, dict) else templates
 
 
 def _pop_text(file: Path) -> str:

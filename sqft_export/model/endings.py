@@ -1,4 +1,8 @@
-"""Stop a tokenizer from adding its end token after every text, such as a prompt."""
+"""End tokens of a model folder.
+
+A tokenizer may add its end token after every text, such as a prompt; that is turned off. A config
+may lack the token that ends an answer; it is added.
+"""
 
 import json
 from collections.abc import Mapping
@@ -6,6 +10,9 @@ from pathlib import Path
 
 from sqft_export.model.tokenizer_json import TokenizerStep
 from sqft_export.textfiles import read_json
+
+GENERATION_CONFIG = "generation_config.json"
+_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def disable_end_token(folder: Path) -> None:
@@ -22,6 +29,20 @@ def disable_end_token(folder: Path) -> None:
         (document := read_json(tokenizer))["post_processor"]
     ):
         _write(tokenizer, document)
+
+
+def add_end_token(folder: Path, token: int) -> None:
+    """Add an id to ``eos_token_id`` in the generation config of a model folder, if it is missing.
+
+    Without such a file, one is written with the start, end and padding tokens of ``config.json``.
+    """
+    config, file = read_json(folder / "config.json"), folder / GENERATION_CONFIG
+    found = {name: config[name] for name in _TOKEN_FIELDS if config.get(name) is not None}
+    document = read_json(file) if file.is_file() else found
+    ends = document.get("eos_token_id", found.get("eos_token_id", []))
+    listed = ends if isinstance(ends, list) else [ends]
+    if token not in listed:
+        _write(file, document | {"eos_token_id": [*listed, token]})
 
 
 def _drop_suffix_tokens(step: TokenizerStep | None) -> bool:

@@ -13,7 +13,7 @@ from sqft_export.model.architecture import empty_model
 from sqft_export.model.companions import COMPANIONS
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 _HEADS = ("num_attention_heads", "n_head")
@@ -59,12 +59,11 @@ def _one_of_every_kind(kinds: list[tuple[object, ...]]) -> list[int]:
     return found if len(found) > 1 or len(kinds) == 1 else [0, 1]
 
 
-def write_miniature(config: "PretrainedConfig", folder: Path) -> None:
-    """Write a random model of a shrunk config as a Hugging Face folder.
+def make_miniature(config: "PretrainedConfig", attention: str | None = None) -> "PreTrainedModel":
+    """Return a random model of a shrunk config.
 
-    The tokenizer is the embedded model's.
-
-    :param config: config of the full model.
+    :param config: transformers' config of the full model.
+    :param attention: name of the attention implementation; None for transformers' default.
     :raises Exception: any error of transformers, if the small sizes do not fit each other.
     """
     import torch
@@ -72,7 +71,7 @@ def write_miniature(config: "PretrainedConfig", folder: Path) -> None:
 
     made = type(config).from_dict(shrink_config(config.to_dict()))
     made.architectures = config.architectures
-    model = empty_model(made)
+    model = empty_model(made, attention)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in list(model.named_parameters()):
         parent, _, child = name.rpartition(".")
@@ -82,7 +81,16 @@ def write_miniature(config: "PretrainedConfig", folder: Path) -> None:
         weight = nn.Parameter(value, requires_grad=False)
         model.get_submodule(parent).register_parameter(child, weight)
     model.tie_weights()
-    model.save_pretrained(folder)
+    return model
+
+
+def write_miniature(config: "PretrainedConfig", folder: Path) -> None:
+    """Write a miniature as a Hugging Face folder, with the tokenizer of the embedded model.
+
+    :param config: transformers' config of the full model.
+    :raises Exception: any error of transformers, if the small sizes do not fit each other.
+    """
+    make_miniature(config).save_pretrained(folder)
     for pattern in COMPANIONS:
         for file in TOKENIZER.glob(pattern):
             if file.name.startswith(("tokenizer", "special_tokens")):

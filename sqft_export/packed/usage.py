@@ -209,21 +209,23 @@ def _gguf(folder: Path, form: str) -> list[str]:
             "Every program that is built on llama.cpp reads the unpacked folder:",
             "",
             *("```sh", "sqft-export unpack . ../unpacked", "```", ""),
-            *_python(*_llama_cpp("../unpacked/model.gguf", has_template(folder))),
+            *_python(*_llama_cpp("../unpacked/model.gguf", folder)),
         ]
-    lines = _python(*_llama_cpp("model.gguf", has_template(folder)))
+    lines = _python(*_llama_cpp("model.gguf", folder))
     if (folder / ADAPTER_FOLDER).is_dir():
         file = f"{ADAPTER_FOLDER}/adapter.gguf"
         lines += [f"This is the base alone; llama.cpp applies the adapter by `--lora {file}`.", ""]
     return lines
 
 
-def _llama_cpp(file: str, is_chat: bool) -> list[str]:
+def _llama_cpp(file: str, folder: Path) -> list[str]:
+    is_chat = has_template(folder)
     question = 'llm.chat([{"role": "user", "content": prompt}])' if is_chat else "llm(prompt)"
+    start = ", add_bos=False" if is_chat else ""  # the template has what training had
     return [
         "import cyllama",
         "",
-        f'llm = cyllama.LLM("{file}", temperature=0.0, max_tokens={_NEW_TOKENS})',
+        f'llm = cyllama.LLM("{file}", temperature=0.0, max_tokens={_NEW_TOKENS}{start})',
         "{prompt}",
         f"print({question})",
     ]

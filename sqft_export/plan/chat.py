@@ -1,26 +1,29 @@
-"""Whether chat data can be trained on and scored: template, columns, score, and loss."""
+"""Checks that chat data can be trained on and scored: template, columns, score, and loss."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from sqft_export.data.chat import Conversation, EncodedChat
-from sqft_export.data.conversations import held_out, hub_sources, split_conversations
-from sqft_export.data.items import chat_encoder, load_tokenizer, stop_ids
-from sqft_export.data.loss_text import mark_loss
+from sqft_export.data.conversations import (
+    first_places,
+    held_out_conversations,
+    hub_sources,
+    split_conversations,
+)
+from sqft_export.data.items import answer_stops, chat_encoder, load_tokenizer
 from sqft_export.data.scoring import answer_score
 from sqft_export.errors import UserError
 from sqft_export.plan.layout import Layout
 from sqft_export.recipe.schema import Chat, Recipe
 
 CHECKED_CHATS = 100  # training conversations that are encoded, evenly spread
-MAX_NAMED_PLACES = 3
 
 _Value = TypeVar("_Value")
 
 
 def chat_of(recipe: Recipe, layout: Layout) -> Chat | None:
-    """The chat task, if its data and the model's tokenizer are on this machine."""
+    """Return the chat task if its data and the model's tokenizer are on this machine."""
     task = recipe.task
     here = isinstance(task, Chat) and layout.folder is not None and not hub_sources(task)
     return task if here and isinstance(task, Chat) else None
@@ -37,7 +40,7 @@ def _encoded(recipe: Recipe, folder: Path, chats: list[Conversation]) -> list[En
 
 
 def _checked(recipe: Recipe, layout: Layout) -> list[EncodedChat]:
-    """Training examples of a chat task, as training gets them; nothing for other tasks."""
+    """Return some training examples of a chat task, as training gets them; [] for other tasks."""
     task = chat_of(recipe, layout)
     if task is None or layout.folder is None:
         return []
@@ -46,12 +49,12 @@ def _checked(recipe: Recipe, layout: Layout) -> list[EncodedChat]:
 
 
 def chat_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    """A template, score or length that a chat task can't be run with."""
+    """Yield the faults of a chat task: data, template, score, length."""
     task = chat_of(recipe, layout)
     try:
         answer_score(recipe)
         if task is not None:
-            held_out(recipe, task)
+            held_out_conversations(recipe, task)
         checked = _checked(recipe, layout)
     except UserError as error:
         yield str(error).removeprefix(f"{recipe.file}: ")
@@ -64,7 +67,7 @@ def chat_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 
 def find_chat_doubts(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    """Removed test conversations, cut examples, and answers that runtimes do not end."""
+    """Yield removed test conversations, changing dates, cut examples, and answers without end."""
     task = chat_of(recipe, layout)
     if task is None or layout.folder is None:
         return
@@ -84,30 +87,34 @@ def find_chat_doubts(recipe: Recipe, layout: Layout) -> Iterator[str]:
             f"training examples that were checked are cut, {empty} have no answer left and are "
             "left out"
         )
-    ends = {one.ids[one.last_answer[1] - 1] for one in checked if any(one.loss) and not one.cut}
-    if strangers := sorted(ends - set(stop_ids(layout.folder, tokenizer))):
-        names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(strangers)))
+    yield from _unended(recipe, layout.folder, tokenizer, checked)
+
+
+def _unended(
+    recipe: Recipe, folder: Path, tokenizer: Any, checked: list[EncodedChat]
+) -> Iterator[str]:
+    """Yield answers without an end-of-turn token, and tokens at which runtimes do not stop."""
+    encoder = chat_encoder(recipe, tokenizer)
+    ends = [encoder.trained_end(one) for one in checked if any(one.loss) and not one.cut]
+    if unended := ends.count(None):
         yield (
-            f"model: answers end with {names}, which no config names as an end token, so that "
-            "runtimes do not stop there; add its id to eos_token_id in generation_config.json"
+            f"task.template: in {unended} of {len(ends)} training examples that were checked, the "
+            "last answer has no end-of-turn token in the loss; the model does not learn to end it"
+        )
+    stops = answer_stops(recipe, folder, tokenizer)
+    if unknown := sorted({end for end in ends if end is not None and end not in stops}):
+        names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(unknown)))
+        yield (
+            f"model: answers end with {names}, which no config names as an end token, so runtimes "
+            "do not stop there; add its id to eos_token_id in generation_config.json"
         )
 
 
 def _repeated(recipe: Recipe, task: Chat) -> Iterator[str]:
-    new, seen = held_out(recipe, task)
+    """Yield how many test conversations are left out, and the first places."""
+    new, seen = held_out_conversations(recipe, task)
     if seen:
-        more = ["..."] if len(seen) > MAX_NAMED_PLACES else []
-        places = ", ".join([*(one.place for one in seen[:MAX_NAMED_PLACES]), *more])
         yield (
             f"task.test: {len(seen)} of {len(new) + len(seen)} test conversations are training "
-            f"conversations too and are left out ({places})"
+            f"conversations too and are left out ({first_places(seen)})"
         )
-
-
-def first_example(recipe: Recipe, layout: Layout) -> str | None:
-    """The first training example with its loss marked; None for other tasks."""
-    task = chat_of(recipe, layout)
-    if task is None or layout.folder is None:
-        return None
-    train, _ = split_conversations(recipe, task)
-    return mark_loss(_encoded(recipe, layout.folder, train[:1])[0])

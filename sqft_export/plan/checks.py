@@ -24,6 +24,7 @@ from sqft_export.plan.exporters import PACKAGES as TARGET_PACKAGES
 from sqft_export.plan.exporters import drop_unsupported, target_faults
 from sqft_export.plan.gates import gate_faults
 from sqft_export.plan.layout import Layout, fallback_sizes, group_sizes, layout_of
+from sqft_export.plan.packing import packing_faults
 from sqft_export.plan.readers import token_faults
 from sqft_export.plan.tokenizer import tokenizer_faults
 from sqft_export.recipe.schema import HUB, Amount, Chat, Dataset, Problems, Recipe, Text, matches
@@ -407,5 +408,6 @@ DATA_CHECKS: tuple[FaultFinder, ...] = (
     answer_faults,
     cut_answer_faults,
     chat_faults,
+    packing_faults,
     context_faults,
 )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from sqft_export.data.items import count_examples, data_files
 from sqft_export.plan.layout import Layout
-from sqft_export.recipe.schema import Recipe
+from sqft_export.recipe.schema import Chat, Recipe
 
 USUAL_LEARNING_RATES = 1e-6, 1e-2  # lowest and highest usual rate of low-rank adapters
 MIN_EPOCHS, MAX_EPOCHS = 0.1, 20.0
@@ -50,7 +50,10 @@ def _epoch_doubts(field: str, steps: int, epochs: float, examples: int) -> Itera
 
 
 def _training_examples(recipe: Recipe) -> int | None:
-    """Return the number of training examples; None if on the hub or if files are missing."""
+    """Return the number of training rows; None if unknown: on the hub, packed, or missing files."""
+    task = recipe.task
+    if isinstance(task, Chat) and task.packing:
+        return None
     if not all(file.is_file() for file in data_files(recipe, "train")):
         return None
     count = count_examples(recipe)

@@ -1,5 +1,6 @@
 """Token counts of a recipe's data, estimated from a sample."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ TOKEN_PATTERN = re.compile(r"\d|[^\W\d]{1,7}|[^\w\s]|\n")
 class Workload:
     """Number of items and mean tokens per item.
 
-    examples: training examples; None if they are not on this machine.
-    example: tokens of a training example.
+    examples: training examples, or packed rows; None if they are not on this machine.
+    example: tokens of a training example or row.
     test: scored items of the test split; None if they are not on this machine.
     scored: tokens per test item for perplexity and choices.
     prompt, answer: tokens per test item of prompts and generated answers; 0 if none is generated.
@@ -74,10 +75,14 @@ def workload_of(recipe: Recipe, folder: Path | None) -> Workload:
         return Workload(None, longest, None, 2 * longest, longest, generated, "longest")
     tokenizer = load_tokenizer(folder) if folder else _Words()
     examples, train = sample_items(recipe, tokenizer, "train", WORKLOAD_ITEMS)
+    count, tokens = sum(examples.values()), mean(min(len(item.ids), longest) for item in train)
+    if isinstance(task, Chat) and task.packing and recipe.adapt is not None:
+        rows = math.ceil(count * tokens / longest)
+        count, tokens = rows, count * tokens / rows
     sets, test = sample_items(recipe, tokenizer, "test", WORKLOAD_ITEMS)
     return Workload(
-        sum(examples.values()),
-        mean(min(len(item.ids), longest) for item in train),
+        count,
+        tokens,
         sum(min(count, recipe.benchmark.items) for count in sets.values()),
         mean(map(count_item_tokens, test)),
         *_mean_generated(test, generated),

@@ -249,6 +249,11 @@ class Chat(Section):
     loss_on: Literal["assistant"] = Field(
         "assistant", description="turns that enter the loss; adapt.loss_on has no effect"
     )
+    packing: bool = Field(
+        False,
+        description="true: train on rows of several whole conversations, without attention "
+        "between them; less padding",
+    )
     score: ScoreName = Field("exact", description="how a generated answer is scored, from 0 to 1")
     pattern: str | None = Field(None, description="regular expression of score regex")
     score_file: FileName | None = Field(

@@ -14,6 +14,7 @@ from sqft_export.measure.results import (
     BenchmarkRow,
     BenchmarkSettings,
     Magnitude,
+    SamplePrompt,
     Share,
 )
 from sqft_export.metrics import (
@@ -84,10 +85,12 @@ class Report(Document):
     verdict: str | None
     rows: list[BenchmarkRow]
     settings: BenchmarkSettings
+    samples: list[SamplePrompt]
     verify: list[CheckResult]
     passes: list[PassRecord]
     layers: list[LayerRecord]
     sparse_execution: SparseExecution | None
+    first_example: str | None
     search: SearchMetrics | None
     adapt: AdaptMetrics | None
     skipped: list[SkippedTarget]
@@ -178,10 +181,12 @@ def report_of_run(recipe: Recipe, inputs: dict[str, Artifact]) -> Report:
         verdict=verdict(benchmark.rows, measure),
         rows=benchmark.rows,
         settings=benchmark.settings,
+        samples=benchmark.samples,
         verify=read_metrics(inputs["verify"], VerifyMetrics).checks,
         passes=_passes(inputs),
         layers=_layers(inputs),
         sparse_execution=_sparse_execution(inputs, benchmark.rows),
+        first_example=read_metrics(inputs["merge"], MergeMetrics).first_example,
         search=read_metrics(inputs["search"], SearchMetrics) if "search" in inputs else None,
         adapt=read_metrics(inputs["adapt"], AdaptMetrics) if "adapt" in inputs else None,
         skipped=[SkippedTarget(target=name, reason=why) for name, why in recipe.skipped.items()],

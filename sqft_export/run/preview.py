@@ -3,12 +3,14 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from sqft_export.data.first_example import first_example
+from sqft_export.data.items import load_tokenizer
 from sqft_export.kernels.extension import unavailable_reason
 from sqft_export.kernels.library import find_kernels
 from sqft_export.model.hub import model_folder
 from sqft_export.numerics.codes import FLOAT16_BITS
 from sqft_export.plan.budget import settings_for_a_day
-from sqft_export.plan.chat import first_example
+from sqft_export.plan.chat import chat_of
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.disk import disk_bytes, predict_bytes
 from sqft_export.plan.document import Need, PlanDocument, PlannedPass
@@ -63,7 +65,7 @@ def preview(recipe: Recipe, runs: Path) -> PlanDocument:
         seconds=sum(to_run_seconds.values()),
         seconds_range=_total_range(to_run.values()),
         within_a_day=settings_for_a_day(recipe, dict(to_run_seconds), workload),
-        first_example=first_example(recipe, layout),
+        first_example=_first_example(recipe, layout),
         gguf=_gguf_text(recipe) if "gguf" in recipe.export.targets else None,
         sparse_execution=_kernels_text() if recipe.export.sparse_execution else None,
         warnings=list(plan_warnings(recipe, layout)),
@@ -120,6 +122,13 @@ def _device_memory(
         return None
     on_device = accelerator_bytes(recipe, memory, wanted)
     return _largest_need(on_device, list(on_device), machine.device.memory)
+
+
+def _first_example(recipe: Recipe, layout: Layout) -> str | None:
+    """Return the first training example of a chat task; None if it is not on this machine."""
+    if chat_of(recipe, layout) is None or layout.folder is None:
+        return None
+    return first_example(recipe, load_tokenizer(layout.folder))
 
 
 def _gguf_text(recipe: Recipe) -> str:

@@ -24,7 +24,7 @@ DISTRIBUTED = True
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     """Return all settings of the adapter and of the training data."""
-    return (*SETTINGS, *TRAIN_FIELDS)
+    return (*SETTINGS, *TRAIN_FIELDS, "task.packing")
 
 
 def _teacher(context: Context) -> nn.Module | None:

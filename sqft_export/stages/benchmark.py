@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sqft_export.data.conversations import first_places, held_out_conversations
 from sqft_export.data.items import (
     SCORE_FIELDS,
     SCORE_FILES,
@@ -20,9 +21,9 @@ from sqft_export.data.items import (
     TEST_FIELDS,
     Data,
     Item,
+    answer_stops,
     first_of_every_set,
     load_tokenizer,
-    stop_ids,
 )
 from sqft_export.data.scoring import Judged, ScoringRequest, judge, questions
 from sqft_export.measure.agreement import ReferenceModels
@@ -47,6 +48,7 @@ from sqft_export.measure.results import (
     BenchmarkResults,
     BenchmarkRow,
     BenchmarkSettings,
+    RepeatedConversations,
     RowKind,
 )
 from sqft_export.measure.rows import (
@@ -58,11 +60,12 @@ from sqft_export.measure.rows import (
     measure_accuracy,
     stored_bytes,
 )
+from sqft_export.measure.samples import sample_answers
 from sqft_export.measure.statistics import mcnemar
 from sqft_export.measure.worker import measure_in_process
 from sqft_export.metrics import RowsMetrics, SparsityMetrics, read_metrics
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.recipe.schema import Benchmark, Recipe
+from sqft_export.recipe.schema import Benchmark, Chat, Recipe
 from sqft_export.recipe.view import section_fields
 from sqft_export.report.verdict import chance_text
 from sqft_export.run.artifact import key_of
@@ -251,7 +254,10 @@ def run(context: Context) -> RowsMetrics:
     results = [_result(row, weights, judged, measured[row.id]) for row in table]
     results = _add_shares_of_dense(results, chance_accuracy(items))
     document = BenchmarkResults(
-        settings=_settings(recipe, items), machine=machine_facts(), rows=results
+        settings=_settings(recipe, items),
+        machine=machine_facts(),
+        rows=results,
+        samples=sample_answers(table, judged, tokenizer),
     )
     text = json.dumps(document.to_json(), indent=2) + "\n"
     (context.folder / "results.json").write_text(text)
@@ -433,8 +439,8 @@ def _questions(
     context: Context, tokenizer: "PreTrainedTokenizerBase", items: list[Item]
 ) -> ScoringRequest:
     """Return the request that scores the items."""
-    stop, max_tokens = stop_ids(context.model, tokenizer), context_of(context.model)
-    return questions(context.recipe, items, stop, tokenizer, max_tokens)
+    stop = answer_stops(context.recipe, context.model, tokenizer)
+    return questions(context.recipe, items, stop, tokenizer, context_of(context.model))
 
 
 def _items_within(items: list[Item], found: dict[str, _Measured], seconds: float) -> list[Item]:
@@ -486,6 +492,14 @@ def _compared_figures(
     ]
 
 
+def _repeated_conversations(recipe: Recipe) -> RepeatedConversations | None:
+    """Return how many test conversations are training conversations too; None for other tasks."""
+    if not isinstance(recipe.task, Chat):
+        return None
+    _, seen = held_out_conversations(recipe, recipe.task)
+    return RepeatedConversations(count=len(seen), places=first_places(seen))
+
+
 def _settings(recipe: Recipe, items: list[Item]) -> BenchmarkSettings:
     """Return the settings that the report prints, with a digest of the scored items."""
     scored = [[item.prompt, item.target, item.text] for item in items]
@@ -497,4 +511,5 @@ def _settings(recipe: Recipe, items: list[Item]) -> BenchmarkSettings:
         latency_prompt_tokens=recipe.benchmark.prompt_tokens,
         latency_new_tokens=recipe.benchmark.new_tokens,
         latency_repeats=recipe.benchmark.repeats,
+        repeated=_repeated_conversations(recipe),
     )

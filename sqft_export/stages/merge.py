@@ -5,14 +5,22 @@ The stored codes are the codes that the adapted model's forward computes with.
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
-from sqft_export.data.items import CARD_FIELDS, TASK_FILES, TRAIN_FIELDS, load_tokenizer
+from sqft_export.data.first_example import first_example
+from sqft_export.data.items import (
+    CARD_FIELDS,
+    TASK_FILES,
+    TRAIN_FIELDS,
+    chat_encoder,
+    load_tokenizer,
+)
 from sqft_export.metrics import MergeMetrics, SparsityMetrics, read_metrics
-from sqft_export.model.chat import rename_template, write_template
+from sqft_export.model.chat import rename_template, write_templates
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.model.endings import disable_end_token
+from sqft_export.model.endings import add_end_token, disable_end_token
 from sqft_export.model.storage import MASKS, model_facts
 from sqft_export.recipe.schema import Chat, Recipe
 from sqft_export.report.prompts import example_prompt, prompt_section
@@ -33,13 +41,20 @@ def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     return (*BASE_FIELDS, *PROVENANCE_FIELDS, *TRAIN_FIELDS, *CARD_FIELDS, "dense_update")
 
 
-def _set_template(recipe: Recipe, folder: Path) -> None:
-    """Keep only the chat template that the model was trained with."""
+def _set_template(recipe: Recipe, folder: Path, tokenizer: Any) -> None:
+    """Write the chat templates that the model was trained with, and name their end token.
+
+    :param tokenizer: of the base.
+    """
     task = recipe.task
     if not isinstance(task, Chat):
         rename_template(folder)
-    elif task.template is not None:
-        write_template(folder, load_tokenizer(folder).get_chat_template(task.template))
+        return
+    chosen = tokenizer.get_chat_template(task.template) if task.template else None
+    write_templates(folder, chosen or tokenizer.chat_template)
+    end = chat_encoder(recipe, tokenizer).end_token()
+    if end is not None:
+        add_end_token(folder, end)
 
 
 def run(context: Context) -> MergeMetrics:
@@ -55,10 +70,10 @@ def run(context: Context) -> MergeMetrics:
         for file in sparsified.glob(f"{MASKS}*"):
             shutil.copyfile(file, context.folder / file.name)
     sparsity = write_merged(Layers(context.base(), adapter), context.folder / "model")
-    _set_template(context.recipe, context.folder / "model")
+    tokenizer = load_tokenizer(context.model)
+    _set_template(context.recipe, context.folder / "model", tokenizer)
     disable_end_token(context.folder / "model")
     origin = origin_of(context.recipe, context.model, context.lineage)
-    tokenizer = load_tokenizer(context.model)
     usage = merged_usage(context.recipe, example_prompt(context.recipe, tokenizer))
     card = model_card(context.recipe, origin, sparsity["all"], usage)
     card += prompt_section(context.recipe, tokenizer)
@@ -71,4 +86,9 @@ def run(context: Context) -> MergeMetrics:
             f"zero now, {before:.1%} were zero before"
         )
     facts = model_facts(Checkpoint(context.folder / "model"), sparsity["all"])
-    return MergeMetrics(sparsity=sparsity, facts=facts, warnings=warnings)
+    return MergeMetrics(
+        sparsity=sparsity,
+        facts=facts,
+        warnings=warnings,
+        first_example=first_example(context.recipe, tokenizer),
+    )

@@ -29,7 +29,7 @@ CONSUMES: tuple[str, ...] = (
 )
 READS: tuple[str, ...] = ()
 FREE: tuple[str, ...] = ()
-VERSION = 14
+VERSION = 15
 RESUMES = False
 DISTRIBUTED = False
 

@@ -27,8 +27,8 @@ from sqft_export.data.items import (
     TASK_FILES,
     TRAIN_FIELDS,
     Data,
+    answer_stops,
     load_tokenizer,
-    stop_ids,
 )
 from sqft_export.data.scoring import accuracy_of, judge, questions
 from sqft_export.documents import Document
@@ -105,7 +105,7 @@ class _Validation:
         self.file = context.folder / EVALUATIONS
         self.tokenizer = load_tokenizer(context.model)
         self.items = Data(context.recipe, self.tokenizer).validation
-        stop = stop_ids(context.model, self.tokenizer)
+        stop = answer_stops(context.recipe, context.model, self.tokenizer)
         self.questions = questions(
             context.recipe, self.items, stop, self.tokenizer, context_of(context.model)
         )

@@ -35,7 +35,7 @@ DISTRIBUTED = True
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     """Return the training settings that apply without compression, and the training data."""
-    return (*SETTINGS, *TRAIN_FIELDS)
+    return (*SETTINGS, *TRAIN_FIELDS, "task.packing")
 
 
 def run(context: Context) -> Metrics:

@@ -7,15 +7,18 @@ and compute (files -> results of the runtimes). One layer is in memory at a time
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sqft_export.adapters.evidence import CAPTURED_SEQUENCES, capture
 from sqft_export.adapters.loading import load_compressed
+from sqft_export.data.conversations import read_conversations
 from sqft_export.data.items import (
     TASK_FILES,
     TEST_FIELDS,
     Data,
+    chat_encoder,
     deployed_text,
     encode,
     load_tokenizer,
@@ -25,10 +28,11 @@ from sqft_export.metrics import VerifyMetrics
 from sqft_export.model.chat import has_template
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.plan.readers import differing_texts
-from sqft_export.recipe.schema import Recipe
+from sqft_export.recipe.schema import Chat, Recipe
 from sqft_export.run.device import device_name, device_of
 from sqft_export.stages import BASE_FIELDS, Context
 from sqft_export.targets.devices import why_not_exact, why_not_run
+from sqft_export.targets.text_api import ChatPrompt, missing_for_chat
 from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.certify import certify
 from sqft_export.verify.storage import TOKEN_IDS
@@ -46,7 +50,7 @@ CONSUMES: tuple[str, ...] = (
 )
 READS: tuple[str, ...] = ("model", "test", "device")
 FREE: tuple[str, ...] = ("device", *TASK_FILES)
-VERSION = 5
+VERSION = 6
 RESUMES = False
 DISTRIBUTED = False
 
@@ -74,6 +78,7 @@ def _queries(context: Context) -> Asked:
         recipe.verify.divergence,
         recipe.verify.tokenizers != "reported",
         _reported_readers(recipe, context.model),
+        _chat_prompt(recipe, tokenizer),
     )
 
 
@@ -100,13 +105,31 @@ def _capture_untrained(context: Context, asked: Asked) -> Path:
     return context.folder
 
 
+def _chat_prompt(recipe: Recipe, tokenizer: Any) -> ChatPrompt | None:
+    """Return the first test conversation; None without one, or if its ids change with the date."""
+    task = recipe.task
+    if not isinstance(task, Chat):
+        return None
+    encoder = chat_encoder(recipe, tokenizer)
+    if encoder.template.writes_date:
+        return None
+    conversation = read_conversations(recipe, task, "test")[0]
+    messages, ids = encoder.prompt(conversation)
+    return ChatPrompt(messages, conversation.tools, task.template_arguments, ids)
+
+
+def _why_no_chat(asked: Asked, name: str) -> str | None:
+    """Return why the runtime's chat interface was not used; None if it was."""
+    if asked.chat is None:
+        return "the chat template writes today's date"
+    missing = missing_for_chat(name, asked.chat)
+    return f"the runtime's chat interface takes no {missing}" if missing else None
+
+
 def _skipped_checks(subject: Subject, name: str) -> Iterator[str]:
     """Yield a warning for each check of a deployment that this machine cannot run."""
-    if has_template(subject.merged.folder):
-        yield (
-            f"{name}: no answer to a text was compared, since the runtime renders texts with the "
-            "chat template; answers to token ids were compared"
-        )
+    if has_template(subject.merged.folder) and (reason := _why_no_chat(subject.asked, name)):
+        yield f"{name}: no answer to messages was compared, only answers to token ids: {reason}"
     if exact := why_not_exact(name, subject.merged.parameters):
         yield f"{name} was not compared with torch in float32: {exact}"
     if default := why_not_run(name, subject.adapter is not None):

@@ -1,9 +1,10 @@
-"""Runtimes as users ask them: a text goes in, and a text comes out, by the runtime's defaults.
+"""Runtimes as users ask them: a text or messages go in, and a text comes out, by their defaults.
 
-The lines are those of the model card (``report/prompts.py``): the runtime's own tokenizer, its chat
-template if it finds one, and greedy decoding.
+The lines are those of the model card (``report/prompts.py``): the runtime's own tokenizer, its own
+implementation of the chat template if it finds one, and greedy decoding.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,17 +22,44 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class ChatPrompt:
+    """Messages to answer.
+
+    messages: each with ``role`` and ``content``.
+    tools: JSON schemas of functions.
+    arguments: variables of the chat template.
+    ids: token ids by transformers, with the generation prompt.
+    """
+
+    messages: list[dict[str, object]]
+    tools: list[dict[str, object]] | None
+    arguments: dict[str, object]
+    ids: list[int]
+
+
+@dataclass(frozen=True)
 class TextApi:
     """name: of the runtime.
     answer: text and number of new tokens -> the answer as text.
     answer_ids: the same of a prompt's ids; None where the interface takes texts only.
     text_of: ids of an answer -> its text, by the runtime's tokenizer.
+    chat_ids: messages -> the token ids that the runtime makes of them; None if they are not shown.
+    chat: messages and number of new tokens -> the answer as text.
     """
 
     name: str
     answer: Callable[[str, int], str]
     answer_ids: Callable[[list[int], int], str] | None
     text_of: Callable[[list[int]], str]
+    chat_ids: Callable[[ChatPrompt], list[int]] | None
+    chat: Callable[[ChatPrompt, int], str]
+
+
+def missing_for_chat(runtime: str, chat: ChatPrompt) -> str | None:
+    """Return the part of a prompt that a runtime's chat interface cannot take; None if it can."""
+    if chat.arguments and runtime != "openvino":
+        return "template arguments"
+    return "tools" if chat.tools and runtime == "gguf" else None
 
 
 @contextmanager
@@ -65,11 +93,23 @@ def _openvino_api(folder: Path) -> TextApi:
         found = pipe.generate(ov.Tensor(np.array([ids], np.int64)), greedy(new_tokens))
         return tokenizer.decode(found.tokens[0])
 
+    def history_of(chat: ChatPrompt) -> "openvino_genai.ChatHistory":
+        history = openvino_genai.ChatHistory(chat.messages)
+        history.set_tools(chat.tools or [])
+        history.set_extra_context(chat.arguments)
+        return history
+
+    def chat_ids(chat: ChatPrompt) -> list[int]:
+        text = tokenizer.apply_chat_template(history_of(chat), add_generation_prompt=True)
+        return tokenizer.encode(text, add_special_tokens=False).input_ids.data[0].tolist()
+
     return TextApi(
         "OpenVINO GenAI",
         lambda text, new_tokens: str(pipe.generate(text, greedy(new_tokens))),
         answer_ids,
         lambda ids: tokenizer.decode(ids) if ids else "",
+        chat_ids,
+        lambda chat, new_tokens: str(pipe.generate(history_of(chat), greedy(new_tokens))),
     )
 
 
@@ -92,27 +132,48 @@ def _onnx_api(folder: Path) -> TextApi:
             generator.generate_next_token()
         return tokenizer.decode(generator.get_sequence(0)[len(ids) :])
 
+    def chat_ids(chat: ChatPrompt) -> list[int]:
+        options = {"tools": json.dumps(chat.tools)} if chat.tools else {}
+        text = tokenizer.apply_chat_template(
+            json.dumps(chat.messages), add_generation_prompt=True, **options
+        )
+        tokenizer.update_options(add_special_tokens="false")
+        ids = [int(i) for i in tokenizer.encode(text)]
+        tokenizer.update_options(add_special_tokens="true")
+        return ids
+
     return TextApi(
         "ONNX Runtime GenAI",
         lambda text, new_tokens: answer_ids([int(i) for i in tokenizer.encode(text)], new_tokens),
         answer_ids,
         lambda ids: tokenizer.decode(ids) if ids else "",
+        chat_ids,
+        lambda chat, new_tokens: answer_ids(chat_ids(chat), new_tokens),
     )
 
 
 def _cyllama_api(file: Path) -> TextApi:
     import cyllama
-    from cyllama.api import GenerationConfig
+    from cyllama.api import GenerationConfig, apply_chat_template
 
-    def greedy(new_tokens: int) -> "cyllama.api.GenerationConfig":
-        return GenerationConfig(temperature=0.0, max_tokens=new_tokens, n_gpu_layers=0)
+    def greedy(new_tokens: int, add_bos: bool = True) -> "cyllama.api.GenerationConfig":
+        return GenerationConfig(
+            temperature=0.0, max_tokens=new_tokens, n_gpu_layers=0, add_bos=add_bos
+        )
 
     llm = cyllama.LLM(str(file), config=greedy(1))
+
+    def chat_ids(chat: ChatPrompt) -> list[int]:
+        text = apply_chat_template(chat.messages, str(file), verbose=False)
+        return list(llm.vocab.tokenize(text, add_special=False, parse_special=True))
+
     return TextApi(
         "llama.cpp",
         lambda text, new_tokens: str(llm(text, greedy(new_tokens))),
         None,
         lambda ids: "".join(llm.vocab.token_to_piece(token, 0, False) for token in ids),
+        chat_ids,
+        lambda chat, new_tokens: str(llm.chat(chat.messages, greedy(new_tokens, False))),
     )
 
 
@@ -124,4 +185,8 @@ def _llama_cpp_api(file: Path) -> TextApi:
     def answer(text: str, new_tokens: int) -> str:
         return llm(text, max_tokens=new_tokens, temperature=0.0)["choices"][0]["text"]
 
-    return TextApi("llama.cpp", answer, None, lambda ids: llm.detokenize(ids).decode())
+    def chat(chat: ChatPrompt, new_tokens: int) -> str:
+        found = llm.create_chat_completion(chat.messages, max_tokens=new_tokens, temperature=0.0)
+        return found["choices"][0]["message"]["content"]
+
+    return TextApi("llama.cpp", answer, None, lambda ids: llm.detokenize(ids).decode(), None, chat)

@@ -12,7 +12,6 @@ from sqft_export.measure.batches import (
 )
 from sqft_export.measure.decode import generate
 from sqft_export.measure.likelihood import log_softmax
-from sqft_export.model.chat import has_template
 from sqft_export.model.floats import Reference
 from sqft_export.packed.folders import PACKED
 from sqft_export.targets import Session, target
@@ -20,7 +19,7 @@ from sqft_export.targets.devices import why_not_exact, why_not_run
 from sqft_export.targets.gguf.architectures import uses_gelu_table
 from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.subject import Asked, Subject
-from sqft_export.verify.text_answers import answer_by_ids, check_text_answer
+from sqft_export.verify.text_answers import answer_by_ids, check_answer
 
 BATCH = 16  # prompts per batch of the torch reference
 # Standard deviations of logits. llama.cpp reads GELU from a float16 table. If torch uses the same
@@ -55,10 +54,10 @@ def check_compute(
         defaults[label] = prompt_logits(session, asked.prompts)
         allowed = min(asked.divergence, GGUF_DIVERGENCE) if name == "gguf" else asked.divergence
         _check_default(certificate, asked, label, defaults[label], answers, reference, allowed)
-        if label == name and not has_template(subject.merged.folder):
+        if label == name:
             answer = answer_by_ids(session, asked, folder)
             del session
-            check_text_answer(certificate, asked, name, folder, answer)
+            check_answer(certificate, asked, name, folder, answer)
     packed = subject.exports[name] / PACKED
     if packed.is_dir():
         title = f"logits: {name} dense and packed, default mode"

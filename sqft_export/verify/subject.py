@@ -16,6 +16,7 @@ from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.storage import MASKS, load_mask, quantized_names
 from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.packed.folders import SPARSE
+from sqft_export.targets.text_api import ChatPrompt
 from sqft_export.textfiles import read_json
 from sqft_export.untrusted import MAX_JSON_BYTES
 
@@ -35,6 +36,7 @@ class Asked:
     divergence: largest KL divergence of default modes, in nats per token.
     tokenizers_required: the tokenizers of the runtimes must give the same ids.
     readers_reported: runtimes whose tokenizers may still differ.
+    chat: a test conversation up to its last answer, for models with a chat template.
     """
 
     prompts: list[list[int]]
@@ -44,6 +46,7 @@ class Asked:
     divergence: float
     tokenizers_required: bool
     readers_reported: list[str] = field(default_factory=list)
+    chat: ChatPrompt | None = None
 
     def write(self, folder: Path) -> None:
         """Write ``subject.json``."""
@@ -54,6 +57,8 @@ class Asked:
         """Read ``subject.json``."""
         document = read_json(folder / SUBJECT, MAX_JSON_BYTES)
         document["texts"] = [(text, ids) for text, ids in document["texts"]]
+        if chat := document.get("chat"):
+            document["chat"] = ChatPrompt(**chat)
         return cls(**document)
 
 

@@ -1,12 +1,15 @@
-"""What users of a deployment are answered: one test prompt as text, by the runtime's defaults."""
+"""What users of a deployment are answered: one test prompt as text or messages, by defaults."""
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 from sqft_export.data.items import end_tokens
 from sqft_export.errors import one_line
 from sqft_export.measure.decode import generate
+from sqft_export.model.chat import has_template
 from sqft_export.targets import Session
-from sqft_export.targets.text_api import TextApi, text_api
+from sqft_export.targets.text_api import ChatPrompt, TextApi, missing_for_chat, text_api
 from sqft_export.targets.tokenizers import read_ids
 from sqft_export.verify.certificate import Certificate, Check
 from sqft_export.verify.subject import Asked
@@ -15,9 +18,81 @@ ANSWER_CHARACTERS = 60  # of an answer that differs
 
 
 def answer_by_ids(session: Session, asked: Asked, folder: Path) -> list[int]:
-    """The answer to the first text of a certificate, as scoring gets it: from token ids."""
-    _, ids = asked.texts[0]
+    """The answer to the first text or chat of a certificate, as scoring gets it: from token ids."""
+    ids = asked.chat.ids if asked.chat else asked.texts[0][1]
     return generate(session, [ids], asked.new_tokens, end_tokens(folder))[0]
+
+
+def check_answer(
+    certificate: Certificate, asked: Asked, runtime: str, folder: Path, answer: list[int]
+) -> None:
+    """Compare the answer to messages, or to a text if the deployment has no chat template.
+
+    With a template, some runtimes apply it to every text.
+
+    :param answer: of :func:`answer_by_ids`.
+    """
+    check = check_chat_answer if has_template(folder) else check_text_answer
+    check(certificate, asked, runtime, folder, answer)
+
+
+def check_chat_answer(
+    certificate: Certificate, asked: Asked, runtime: str, folder: Path, answer: list[int]
+) -> None:
+    """Send a test conversation through the runtime's chat interface.
+
+    Compares the token ids that it makes of the messages, and its answer to them.
+
+    :param answer: of :func:`answer_by_ids`.
+    """
+    chat = asked.chat
+    if chat is None or missing_for_chat(runtime, chat):
+        return
+    with text_api(runtime, folder) as api:
+        if api is not None:
+            _compare_chat(certificate, asked, chat, api, runtime, answer)
+
+
+def _compare_chat(
+    certificate: Certificate,
+    asked: Asked,
+    chat: ChatPrompt,
+    api: TextApi,
+    runtime: str,
+    answer: list[int],
+) -> None:
+    """Compare the ids of the messages and the answer to them.
+
+    Both may differ where the runtime makes other ids and ``verify.tokenizers`` allows it.
+    """
+    allowed = 0
+    if api.chat_ids is not None:
+        title = f"messages as {api.name} renders them, and their ids in training ({runtime})"
+        rendered = certificate.start("compute", title, "tokens")
+        _compare_ids(rendered, chat, api.chat_ids)
+        if not rendered.passed and not asked.tokenizers_required:
+            rendered.allowed, allowed = rendered.differing, 1
+            rendered.where.append("the recipe allows other ids")
+    title = f"answer to messages as {api.name} takes them, and to their token ids in {runtime}"
+    check = certificate.start("compute", title, "answers", allowed)
+    _compare(check, asked, api, answer, lambda: api.chat(chat, asked.new_tokens), chat.ids)
+
+
+def _compare_ids(
+    check: Check, chat: ChatPrompt, chat_ids: Callable[[ChatPrompt], list[int]]
+) -> None:
+    """Count the tokens that differ, and name the first one."""
+    expected = chat.ids
+    check.compared = len(expected)
+    try:
+        found = chat_ids(chat)
+    except RuntimeError as error:  # the runtime refuses the template
+        check.blame(one_line(error, ANSWER_CHARACTERS), len(expected))
+        return
+    pairs = itertools.zip_longest(found, expected)
+    differing = [place for place, (one, other) in enumerate(pairs) if one != other]
+    if differing:
+        check.blame(f"token {differing[0]} of {len(expected)}", len(differing))
 
 
 def check_text_answer(
@@ -31,18 +106,25 @@ def check_text_answer(
         if api is not None:
             title = f"answer to a text as {api.name} takes it, and to its token ids in {runtime}"
             check = certificate.start("compute", title, "answers")
-            _compare(check, asked, api, answer)
+            text, ids = asked.texts[0]
+            _compare(check, asked, api, answer, lambda: api.answer(text, asked.new_tokens), ids)
             if not check.passed and not asked.tokenizers_required:
                 _allow_other_ids(check, asked, runtime, folder)
 
 
-def _compare(check: Check, asked: Asked, api: TextApi, answer: list[int]) -> None:
+def _compare(
+    check: Check,
+    asked: Asked,
+    api: TextApi,
+    answer: list[int],
+    ask: Callable[[], str],
+    ids: list[int],
+) -> None:
     """An answer of the same interface to the same ids counts as equal: rounding in its attention
     may choose another one of two tokens that are alike likely."""
-    text, ids = asked.texts[0]
     check.compared = 1
     try:
-        expected, found = api.text_of(answer), api.answer(text, asked.new_tokens)
+        expected, found = api.text_of(answer), ask()
         by_ids = api.answer_ids(ids, asked.new_tokens) if api.answer_ids else expected
     except RuntimeError as error:  # the runtime refuses its own tokenizer, graph or config
         check.blame(one_line(error, ANSWER_CHARACTERS), 1)

@@ -7,7 +7,13 @@ from torch import nn
 from sqft_export.adapters.elastic import draw_ranks, elastic_layers, set_ranks
 from sqft_export.adapters.files import Base
 from sqft_export.adapters.loading import add_adapters, load_compressed
-from sqft_export.adapters.training import _LengthGroupedSampler, collate, layer_error, train_adapter
+from sqft_export.adapters.training import (
+    _LengthGroupedSampler,
+    collate,
+    layer_error,
+    train_adapter,
+    training_rows,
+)
 from sqft_export.data.items import Example
 from sqft_export.errors import UserError
 from sqft_export.recipe.schema import Adapt
@@ -40,7 +46,15 @@ def run(model: nn.Module, settings: Adapt, folder, stop_at=None, examples=EXAMPL
         set_ranks(layers, groups, draw_ranks(list(groups), (8, 4, 2), 7, step))
 
     return train_adapter(
-        model, examples, settings, 7, 1, folder, before_step, lambda note="": None, teacher
+        model,
+        training_rows(examples, settings),
+        settings,
+        7,
+        1,
+        folder,
+        before_step,
+        lambda note="": None,
+        teacher,
     )[0]
 
 
@@ -135,7 +149,14 @@ def test_batches_are_of_like_lengths_in_any_order_and_hold_every_example():
 def test_the_log_has_tokens_and_what_filled_batches_up(random_llama, tmp_path):
     notes: list[str] = []
     log, pace = train_adapter(
-        start(random_llama), EXAMPLES, config(), 7, 1, tmp_path, lambda _: None, notes.append
+        start(random_llama),
+        training_rows(EXAMPLES, config()),
+        config(),
+        7,
+        1,
+        tmp_path,
+        lambda _: None,
+        notes.append,
     )
     for entry in log:
         assert 4 * 6 <= entry["tokens"] <= entry["padded"] <= 4 * 10

@@ -148,3 +148,48 @@ CARD = {
     kind: f"---\n{SPLITS.replace('CONFIG', config)}\n---\n"
     for kind, config in (("question", "main"), ("text", "default"))
 }
+
+
+READ_CHATS = """
+import os, urllib.request
+from pathlib import Path
+from sqft_export.data.conversations import read_conversations
+from sqft_export.recipe.load import load_recipe
+from sqft_export.run.artifact import Store
+from sqft_export.run.digests import Digests, pin_revisions
+task = "task={kind: chat, train: 'hub:some/chats', test_share: 0.5}"
+pinned = pin_revisions(load_recipe(Path("recipes/tiny.yaml"), (task,)), online=True)
+found = Digests(pinned, None, Store(Path("nowhere")))
+print(found["train"], found["test"])
+urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/push")
+for split in ("train", "test"):
+    (chat,) = read_conversations(pinned, pinned.task, split)
+    print(split, chat.place, chat.messages[-1]["content"])
+"""
+
+
+def test_conversations_are_read_from_the_hub_at_the_commit_in_the_key(hub, tmp_path):
+    def commits(*words: str) -> dict[str, dict[str, bytes]]:
+        found = {}
+        for commit, word in zip(COMMITS, words, strict=False):
+            rows = [
+                {
+                    "messages": [
+                        {"role": "user", "content": "?"},
+                        {"role": "assistant", "content": a},
+                    ]
+                }
+                for a in (f"{word} first", f"{word} second")
+            ]
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            found[commit] = {"README.md": CARD["text"].encode(), "main/train.jsonl": lines.encode()}
+        return found
+
+    hub.repositories["datasets/some/chats"] = commits("old")
+    hub.push = lambda: hub.repositories["datasets/some/chats"].update(commits("old", "new"))
+    done = ask(hub, tmp_path / "home", READ_CHATS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    keyed, train, test = done.stdout.splitlines()[-3:]
+    assert keyed.count(COMMITS[0]) == 2
+    assert train == "train hub:some/chats:1 old first"
+    assert test == "test hub:some/chats:2 old second"

@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
+from sqft_export.data.chat import ChatEncoder
+from sqft_export.data.chat_template import ChatTemplate
 from sqft_export.errors import UserError, one_line
-from sqft_export.model.chat import BASE_TEMPLATE_FILE, PLAIN_TEMPLATE
+from sqft_export.model.chat import BASE_TEMPLATE_FILE, PLAIN_TEMPLATE, has_template
 from sqft_export.model.tokenizer_json import TokenizerFile, TokenizerStep
 from sqft_export.textfiles import read_json
 from sqft_export.untrusted import MAX_JSON_BYTES
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
+    from transformers import PreTrainedTokenizerBase
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 SPACE = "\u2581"
@@ -218,13 +221,6 @@ def _scores(merges: list[str]) -> dict[str, float]:
     return found
 
 
-def _named(templates: str | dict[str, str]) -> str | list[dict[str, str]]:
-    """Chat templates as the ``gguf`` package takes them."""
-    if isinstance(templates, str):
-        return templates
-    return [{"name": name, "template": text} for name, text in templates.items()]
-
-
 def write_tokenizer(writer: "GGUFWriter", folder: Path, rows: int) -> None:
     """Write the tokenizer of a Hugging Face folder.
 
@@ -243,6 +239,14 @@ def write_tokenizer(writer: "GGUFWriter", folder: Path, rows: int) -> None:
     else:
         writer.add_token_scores(found.scores)
         writer.add_add_space_prefix(found.space_before)
+    _write_special_tokens(writer, tokenizer, rows)
+    _write_template(writer, folder, tokenizer, rows)
+
+
+def _write_special_tokens(
+    writer: "GGUFWriter", tokenizer: "PreTrainedTokenizerBase", rows: int
+) -> None:
+    """Write special ids, and whether the tokenizer adds a start or an end token to a text."""
     special = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
@@ -255,6 +259,16 @@ def write_tokenizer(writer: "GGUFWriter", folder: Path, rows: int) -> None:
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(bool(ids) and ids[0] == special["bos"])
     writer.add_add_eos_token(bool(ids) and ids[-1] == special["eos"])
+
+
+def _write_template(
+    writer: "GGUFWriter", folder: Path, tokenizer: "PreTrainedTokenizerBase", rows: int
+) -> None:
+    """Write the chat templates and their end-of-turn token; a plain one for the base's."""
+    if has_template(folder):
+        end = ChatEncoder(ChatTemplate(tokenizer)).end_token()
+        if end is not None and end != tokenizer.eos_token_id and end < rows:
+            writer.add_eot_token_id(end)
     if (folder / BASE_TEMPLATE_FILE).is_file():
         writer.add_chat_template(PLAIN_TEMPLATE)
     elif isinstance(templates := tokenizer.chat_template, dict):

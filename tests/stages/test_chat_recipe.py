@@ -3,89 +3,40 @@
 import json
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 
 import gguf
 import pytest
+from chat_model import CHATML, chat, write_chat_folder, write_chats
 from transformers import AutoTokenizer
 
-from conftest import random_model
-from sqft_export.adapters.training import _rows, collate
-from sqft_export.data.items import Data, load_tokenizer
-from sqft_export.data.scoring import judge
+from sqft_export.adapters.training import collate, packed_row_tokens, training_rows
+from sqft_export.data.first_example import first_example
+from sqft_export.data.items import Data, answer_stops, load_tokenizer, stop_ids
+from sqft_export.data.scoring import judge, questions
 from sqft_export.errors import UserError
 from sqft_export.model.chat import has_template
 from sqft_export.model.hub import model_folder
-from sqft_export.plan.chat import first_example
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.warnings import plan_warnings
 from sqft_export.recipe.load import load_recipe
 from sqft_export.recipe.schema import Recipe
+from sqft_export.recipe.view import view_of
 from sqft_export.report.text import plan_text
 from sqft_export.run.artifact import Store
 from sqft_export.run.pipeline import plan_passes, run_recipe
 from sqft_export.run.preview import preview
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-RECIPE = """
-name: chats
-model: {path: model}
-task: {kind: chat, train: chats.jsonl, max_new_tokens: 4, sequence_length: 128}
-calibration: {samples: 4, sequence_length: 64}
-sparsify: {method: wanda, sparsity: 0.5}
-quantize: {method: gptq, bits: 4, group_size: 32}
-adapt:
-  pipeline: qa-sparsepeft
-  target_modules: [q_proj, v_proj]
-  elastic_groups: [[q_proj, v_proj]]
-  ranks: [8, 4]
-  alpha: 8
-  dropout: 0.0
-  warmup_steps: 0
-  steps: 2
-  batch: 2
-export: {targets: [openvino, onnx, gguf]}
-verify: {prompts: 2, new_tokens: 4}
-benchmark: {items: 2, repeats: 2, rounds: 1, prompt_tokens: 8, new_tokens: 4, baselines: [dense]}
-"""
-
-
-def chat(number: int) -> dict:
-    return {
-        "messages": [
-            {"role": "system", "content": "Answer in one word."},
-            {"role": "user", "content": f"How many apples are {number} apples?"},
-            {"role": "assistant", "content": f"It is {number}."},
-            {"role": "user", "content": "Again, please."},
-            {"role": "assistant", "content": f"Again {number}."},
-        ]
-    }
-
-
-def write_chats(file: Path, chats: list[dict]) -> None:
-    file.write_text("".join(json.dumps(one) + "\n" for one in chats))
+from sqft_export.stages import stage_of
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A recipe, its model with a ChatML template, and ten conversations."""
-    folder = tmp_path_factory.mktemp("chat")
-    model = random_model(folder / "model", hidden_size=64, intermediate_size=192, vocab_size=520)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(model)
-    random_model(folder / "sized", intermediate_size=192, vocab_size=len(tokenizer))
-    for name in ("config.json", "model.safetensors", "generation_config.json"):
-        (folder / "sized" / name).replace(model / name)
-    ends = {"eos_token_id": [1, tokenizer.convert_tokens_to_ids("<|im_end|>")]}
-    (model / "generation_config.json").write_text(json.dumps(ends))
-    write_chats(folder / "chats.jsonl", [chat(n) for n in range(20)])
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return folder
+    """A recipe, its model with a ChatML template, and 30 conversations."""
+    return write_chat_folder(tmp_path_factory.mktemp("chat"))
+
+
+EXAMPLE = "<|im_start|>assistant\n\u27e6It is 0.<|im_end|>\u27e7\n<|im_start|>user"
 
 
 def loaded(folder: Path, *settings: str) -> Recipe:
@@ -148,22 +99,87 @@ def test_onnx_genai_reads_the_deployed_template(finished):
     )
 
 
+def test_deployments_end_answers_at_the_end_of_turn(finished, folder):
+    """The base names another end token only."""
+    tokenizer = load_tokenizer(folder / "model")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end not in stop_ids(folder / "model", tokenizer)
+    assert end in answer_stops(loaded(folder), folder / "model", tokenizer)
+    files = {"openvino": "generation_config.json", "onnx": "genai_config.json"}
+    for name, file in files.items():
+        document = json.loads((finished[f"export-{name}"].path / "model" / file).read_text())
+        assert document.get("model", document)["eos_token_id"] == [1, end]
+    fields = gguf.GGUFReader(finished["export-gguf"].path / "model" / "model.gguf").fields
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == end
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == 1
+
+
+def test_openvino_genai_stops_at_the_end_of_turn(finished):
+    import openvino_genai
+
+    deployed = finished["export-openvino"].path / "model"
+    end = AutoTokenizer.from_pretrained(deployed).convert_tokens_to_ids("<|im_end|>")
+    pipe = openvino_genai.LLMPipeline(str(deployed), "CPU")
+    assert pipe.get_generation_config().stop_token_ids == {1, end}
+
+
 def test_the_report_and_the_certificate_are_complete(finished):
     report = json.loads((finished["report"].path / "report.json").read_text())
     assert report["measure"] == "score of the answer"
+    assert EXAMPLE in report["first_example"]
+    assert escape(EXAMPLE) in (finished["report"].path / "index.html").read_text()
     assert all(check["passed"] for check in finished["verify"].metrics["checks"])
-    assert any("chat template" in w for w in finished["verify"].metrics["warnings"])
+    names = [check["name"] for check in finished["verify"].metrics["checks"]]
+    for runtime in ("OpenVINO GenAI", "ONNX Runtime GenAI", "llama.cpp"):
+        assert any(f"messages as {runtime} renders them" in name for name in names)
+        assert any(f"answer to messages as {runtime} takes them" in name for name in names)
+
+
+def test_the_report_shows_prompts_with_the_answers_of_every_deployment(finished):
+    report = json.loads((finished["report"].path / "report.json").read_text())
+    first, second = report["samples"]
+    assert list(first["answers"]) == ["dense base", "OpenVINO", "ONNX Runtime", "llama.cpp"]
+    assert first["prompt"].endswith("Again, please.<|im_end|>\n<|im_start|>assistant\n")
+    assert (first["expected"], second["expected"]) == ("Again 9.", "Again 19.")
+    lines = (finished["benchmark"].path / "items.jsonl").read_text().splitlines()
+    scored = [entry for entry in map(json.loads, lines) if entry["row"] == "llama.cpp"]
+    assert first["answers"]["llama.cpp"]["answer"] == scored[0]["answer"]
+    page = (finished["report"].path / "index.html").read_text()
+    assert "2 test prompts with their answers" in page and "<th>llama.cpp</th>" in page
 
 
 def test_the_loss_is_on_assistant_tokens_only(folder):
     recipe = loaded(folder)
     tokenizer = load_tokenizer(folder / "model")
     data = Data(recipe, tokenizer)
-    assert (len(data.train), len(data.test)) == (18, 2)
-    rows = _rows(list(data.train), recipe.training)
+    assert (len(data.train), len(data.test)) == (27, 2)
+    rows = training_rows(list(data.train), recipe.training)
     labels = collate(rows[:2], 0)["labels"]
     trained = tokenizer.decode(labels[1][labels[1] != -100])
     assert trained == "It is 1.<|im_end|>Again 1.<|im_end|>"
+
+
+def test_chat_data_is_read_under_the_views_of_passes(folder):
+    """A field that is read and not declared would raise, hours into a run."""
+    (folder / "score.py").write_text("def score(expected, generated):\n    return 0.75\n")
+    search = "search={strategy: hill-climb, budget: 2, items: 4}"
+    scored = ("task.score=file", "task.score_file=score.py", "task.packing=true")
+    recipe, tokenizer = loaded(folder, search, *scored), load_tokenizer(folder / "model")
+
+    def view(name: str) -> Recipe:
+        return view_of(recipe, (*stage_of(name).fields(recipe, name), *stage_of(name).FREE))
+
+    for name in ("adapt", "teacher"):
+        examples = list(Data(view(name), tokenizer).train)
+        assert len(examples) == 23 and packed_row_tokens(view(name)) == 128
+    for name, part in (("search", "validation"), ("benchmark", "test")):
+        items = getattr(Data(view(name), tokenizer), part)
+        stop = answer_stops(view(name), folder / "model", tokenizer)
+        requests = questions(view(name), items, stop, tokenizer)
+        found = {"answers": [[5]] * len(items), "likelihoods": []}
+        assert len(requests["prompts"]) == {"search": 4, "benchmark": 2}[name]
+        assert {one.points for one in judge(view(name), items, found, tokenizer)} == {0.75}
+    assert EXAMPLE.partition("It is")[0] in first_example(view("merge"), tokenizer)
 
 
 def test_a_changed_message_changes_the_key(folder, tmp_path):
@@ -181,7 +197,18 @@ def test_a_changed_message_changes_the_key(folder, tmp_path):
 
 def test_plan_prints_the_first_example(folder, tmp_path):
     shown = plan_text(preview(loaded(folder), tmp_path))
-    assert "\u27e6It is 0.<|im_end|>\u27e7" in shown
+    assert EXAMPLE in shown.replace("\n    ", "\n")
+
+
+def test_a_repeated_test_conversation_is_left_out_and_reported(folder, finished):
+    recipe = loaded(folder)
+    warnings = list(plan_warnings(recipe, check_recipe(recipe, folder / "model")))
+    place = f"{folder / 'chats.jsonl'}:30"
+    assert any("1 of 3 test conversations" in w and place in w for w in warnings)
+    report = json.loads((finished["report"].path / "report.json").read_text())
+    assert (report["settings"]["left_out"], report["settings"]["items"]) == (1, 2)
+    page = (finished["report"].path / "index.html").read_text()
+    assert "are training conversations too: 1" in page and place in page
 
 
 def test_test_conversations_that_are_trained_on_are_removed(folder):
@@ -191,7 +218,6 @@ def test_test_conversations_that_are_trained_on_are_removed(folder):
     assert any("1 of 2 test conversations" in w for w in plan_warnings(recipe, layout))
     (item,) = Data(recipe, load_tokenizer(folder / "model")).test
     assert item.text == "Again 30."
-    assert first_example(recipe, layout)
 
 
 def test_answers_are_judged_by_the_score(folder):

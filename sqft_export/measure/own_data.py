@@ -1,0 +1,65 @@
+"""Requests that score any deployment on a file of conversations, without a recipe.
+
+The deployment's own chat template renders the messages. Perplexity is that of the last answer of
+every conversation. The score compares the generated answer with it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from sqft_export.data.answers import SCORES
+from sqft_export.data.conversations import all_conversations
+from sqft_export.data.items import answer_stops, chat_items, load_tokenizer
+from sqft_export.data.scoring import answer_score, questions
+from sqft_export.errors import HostError, UserError
+from sqft_export.measure.deployments import Questions
+from sqft_export.model.chat import has_template
+from sqft_export.recipe.schema import Chat, Recipe
+from sqft_export.run.host import installed
+from sqft_export.targets.folder import context_of
+
+
+def chat_questions(folder: Path, data: Path, items: int, score: str = "exact") -> Questions:
+    """Return the requests of the first conversations of a file.
+
+    :param folder: deployment with a chat template.
+    :param data: source of conversations; see ``data.tables``.
+    :param items: largest number of conversations.
+    :param score: a score of chat tasks, ``regex:<pattern>``, or a Python file.
+    :raises UserError: if a setting or a row is invalid, the folder has no chat template, or no
+        conversation fits into the context.
+    """
+    if not installed("transformers"):
+        raise HostError("--data: conversations need transformers: pip install transformers")
+    if not has_template(folder):
+        raise UserError(f"{folder}: has no chat template; --data needs a deployment with one")
+    section: Any = {"task": _task_of(data, score)}
+    recipe = Recipe.model_construct(**section)
+    answer_score(recipe)
+    tokenizer = load_tokenizer(folder)
+    found = chat_items(recipe, tokenizer, all_conversations(recipe, section["task"], "train"))
+    context = context_of(folder)
+    chosen = [item for item in found if context is None or len(item.ids) <= context][:items]
+    if not chosen:
+        raise UserError(f"{data}: no conversation fits into the context of {context} tokens")
+    stop = answer_stops(recipe, folder, tokenizer)
+    return Questions(recipe, chosen, tokenizer, questions(recipe, chosen, stop, tokenizer, context))
+
+
+def _task_of(data: Path, score: str) -> Chat:
+    """Return a chat task with these conversations and this score.
+
+    :raises UserError: if there is no such score.
+    """
+    fields: dict[str, Any] = {"kind": "chat", "train": str(data.resolve()), "score": score}
+    kind, colon, pattern = score.partition(":")
+    if kind == "regex" and colon:
+        fields |= {"score": "regex", "pattern": pattern}
+    elif score.endswith(".py"):
+        fields |= {"score": "file", "score_file": str(Path(score).resolve())}
+    elif score not in SCORES:
+        raise UserError(
+            f"--score: found {score!r}; allowed are {', '.join(SCORES)}, regex:<pattern>, and a "
+            "Python file"
+        )
+    return Chat(**fields)
