@@ -29,7 +29,7 @@ TaskMetrics = dict[str, dict[str, int | float]]  # task of lm-eval -> metric -> 
 class LatencySpread(Document):
     """Median, 10th and 90th percentile of a latency, in milliseconds."""
 
-    median_ms: Magnitude
+    median_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     p10_ms: Magnitude
     p90_ms: Magnitude
 
