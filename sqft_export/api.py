@@ -23,6 +23,7 @@ from sqft_export.run.progress import PassProgress
 if TYPE_CHECKING:
     from sqft_export.inference.locate import Deployment
     from sqft_export.inference.text import TextSession
+    from sqft_export.measure.own_data import ScoredData
     from sqft_export.measure.results import DeploymentResults
     from sqft_export.plan.document import PlanDocument, PlannedPass
     from sqft_export.recipe.schema import Recipe
@@ -194,18 +195,21 @@ def benchmark(
     folders: Sequence[str | Path],
     data: str | Path | None = None,
     items: int = 100,
+    score: str | None = None,
     **settings: Any,
 ) -> "DeploymentResults":
     """Measure deployments on this machine, as ``sqft-export benchmark`` does.
 
     :param folders: deployments; all are compared with the first.
-    :param data: name of a dataset or a text file, to measure accuracy or perplexity.
+    :param data: name of a dataset, a text file, or conversations.
+    :param score: of the answers to conversations; None: exact match.
     :param items: largest number of scored items.
     :param settings: fields of ``measure.deployments.DeviceSettings``, such as ``rounds=1``.
     :raises UserError: if a folder is no deployment, or a setting is unknown.
     """
     from sqft_export.errors import UserError
-    from sqft_export.measure.deployments import DeviceSettings, benchmark_folders, questions_of
+    from sqft_export.measure.deployments import DeviceSettings, benchmark_folders
+    from sqft_export.measure.own_data import questions_about
 
     paths = [Path(folder) for folder in folders]
     try:
@@ -213,9 +217,22 @@ def benchmark(
     except TypeError as error:
         known = ", ".join(DeviceSettings.__dataclass_fields__)
         raise UserError(f"benchmark: {error}; settings are {known}") from error
-    is_file = data is not None and Path(data).is_file()
-    task, text = (None, Path(str(data))) if is_file else (None if data is None else str(data), None)
-    return benchmark_folders(paths, chosen, questions_of(paths[0], task, None, text, items))
+    questions = questions_about(paths[0], _scored_data(data, score), items)
+    return benchmark_folders(paths, chosen, questions)
+
+
+def _scored_data(data: str | Path | None, score: str | None) -> "ScoredData":
+    """Return a dataset's name, a text file, or conversations as data to score on."""
+    from sqft_export.measure.own_data import ScoredData
+    from sqft_export.plan.requests import DATASETS, TEXT_SUFFIXES
+
+    if data is None:
+        return ScoredData(score=score)
+    if str(data) in DATASETS:
+        return ScoredData(task=str(data), score=score)
+    if Path(data).suffix.lower() in TEXT_SUFFIXES:
+        return ScoredData(text=Path(data), score=score)
+    return ScoredData(data=Path(data), score=score)
 
 
 def load(folder: str | Path, device: str = "cpu", threads: int | None = None) -> "TextSession":

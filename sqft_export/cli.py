@@ -20,8 +20,7 @@ from sqft_export.run.processors import limit_openmp_spinning
 from sqft_export.telemetry import disable_telemetry
 
 if TYPE_CHECKING:
-    from sqft_export.measure.deployments import Questions
-    from sqft_export.measure.results import DeviceSettings, TaskMetrics
+    from sqft_export.measure.results import DeploymentResults, DeviceSettings, TaskMetrics
     from sqft_export.packed.folders import PackedSizes
 
 app = typer.Typer(
@@ -199,41 +198,28 @@ def benchmark_command(
     Example: sqft-export benchmark deployed/openvino deployed/onnx --data chats.jsonl
     """
     from sqft_export.measure import deployments
+    from sqft_export.measure.own_data import ScoredData, questions_about
     from sqft_export.measure.results import DeviceSettings
-    from sqft_export.report.text import deployments_text
 
     lengths, batches = _numbers(prompt_tokens, "--prompt-tokens"), _numbers(batch, "--batch")
     allowed_cpus = _numbers(cpus, "--cpus", least=0) if cpus else None
     _check_before_measuring(folders)
     kernels = tuple(dict.fromkeys(execution.split(",")))
-    settings = DeviceSettings(
-        lengths, new_tokens, batches, rounds, threads, allowed_cpus, device, kernels
-    )
-    questions = _questions(folders[0], (task, data, text), items, score)
+    sizes = lengths, new_tokens, batches, rounds
+    settings = DeviceSettings(*sizes, threads, allowed_cpus, device, kernels)
+    questions = questions_about(folders[0], ScoredData(task, data, text, score), items)
     scored = _score_with_lm_eval(folders, settings, lm_eval, include_path, items)
     document = deployments.benchmark_folders(folders, settings, questions, scored)
+    _print_results(document, out, json_only)
+
+
+def _print_results(document: "DeploymentResults", out: Path | None, json_only: bool) -> None:
+    from sqft_export.measure.deployments import write_results
+    from sqft_export.report.text import deployments_text
+
     if out:
-        deployments.write_results(document, out)
+        write_results(document, out)
     print(json.dumps(document.to_json()) if json_only else deployments_text(document))
-
-
-def _questions(
-    folder: Path, source: tuple[str | None, Path | None, Path | None], items: int, score: str | None
-) -> "Questions | None":
-    """Return the requests that measure accuracy; None without data.
-
-    :param source: name of a dataset, own data or the dataset's folder, and a text file.
-    """
-    task, data, text = source
-    if data is not None and task is None and text is None:
-        from sqft_export.measure.own_data import chat_questions
-
-        return chat_questions(folder, data, items, score or "exact")
-    if score is not None:
-        raise UserError("--score: found without --data; it scores answers to your own data")
-    from sqft_export.measure.deployments import questions_of
-
-    return questions_of(folder, task, data, text, items)
 
 
 def _score_with_lm_eval(

@@ -169,7 +169,7 @@ def _missing_data(source: str) -> str:
         )
     known = ", ".join(sorted(file.stem for file in Path("recipes").glob("*.yaml")))
     recipes = f"; recipes here: {known}, as recipes/<name>.yaml" if known else ""
-    if Path(source).exists() or "/" in source:
+    if Path(source).exists() or "/" in source or source.startswith("builtin:"):
         return (
             f"{one_line(source)}: no recipe, and for a model --data is missing; for example: "
             f"sqft-export run {one_line(source)} --data chats.jsonl"

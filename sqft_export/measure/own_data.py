@@ -4,6 +4,7 @@ The deployment's own chat template renders the messages. Perplexity is that of t
 every conversation. The score compares the generated answer with it.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,38 @@ from sqft_export.data.conversations import all_conversations
 from sqft_export.data.items import answer_stops, chat_items, load_tokenizer
 from sqft_export.data.scoring import answer_score, questions
 from sqft_export.errors import HostError, UserError
-from sqft_export.measure.deployments import Questions
+from sqft_export.measure.deployments import Questions, questions_of
 from sqft_export.model.chat import has_template
 from sqft_export.recipe.schema import Chat, Recipe
 from sqft_export.run.host import installed
 from sqft_export.targets.folder import context_of
+
+
+@dataclass(frozen=True)
+class ScoredData:
+    """Data that deployments are scored on; nothing is scored without any.
+
+    task: name of a dataset. data: its local folder; without a task: conversations.
+    text: text file for perplexity. score: of the answers to conversations.
+    """
+
+    task: str | None = None
+    data: Path | None = None
+    text: Path | None = None
+    score: str | None = None
+
+
+def questions_about(folder: Path, source: ScoredData, items: int) -> Questions | None:
+    """Return the requests that score a deployment; None without data.
+
+    :param items: largest number of items.
+    :raises UserError: if the data does not fit the other settings.
+    """
+    if source.data is not None and source.task is None and source.text is None:
+        return chat_questions(folder, source.data, items, source.score or "exact")
+    if source.score is not None:
+        raise UserError("--score: found without --data; it scores answers to your own data")
+    return questions_of(folder, source.task, source.data, source.text, items)
 
 
 def chat_questions(folder: Path, data: Path, items: int, score: str = "exact") -> Questions:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from sqft_export.data.scoring import Judged
-from sqft_export.measure.results import FINAL_KINDS, SamplePrompt, SampleAnswer
+from sqft_export.measure.results import FINAL_KINDS, SampleAnswer, SamplePrompt
 from sqft_export.measure.rows import Row
 
 if TYPE_CHECKING:

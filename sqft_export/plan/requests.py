@@ -140,8 +140,8 @@ def run_name(model: dict[str, str]) -> str:
 
 
 def _folder_of(model: dict[str, str], place: Path) -> Path:
-    fields: dict[str, Any] = {"model": Model(**model)}
-    recipe = Recipe.model_construct(**fields)
+    section: Any = Model(**model)
+    recipe = Recipe.model_construct(**{"model": section})
     recipe._file = place
     folder = model_folder(recipe, download=True)
     assert folder is not None
@@ -153,10 +153,11 @@ def task_section(request: Request, folder: Path) -> dict[str, Any]:
 
     :raises UserError: if the data is missing, or its columns are unknown.
     """
-    data, held_out = request.data, [request.test] if request.test is not None else []
+    data = request.data
+    sources = [data] if request.test is None else [data, request.test]
     if data in DATASETS and not Path(data).exists():
         return {"kind": "dataset", "name": data}
-    for source in (data, *held_out):
+    for source in sources:
         if not source.startswith(HUB) and not Path(source).exists():
             raise UserError(
                 f"{one_line(source)}: no such data; give a file, {HUB}<dataset on the hub>, or one "
@@ -177,8 +178,17 @@ def _chat_section(request: Request, folder: Path) -> dict[str, Any]:
     if columns := _columns_of(section["train"]):
         section["columns"] = columns
     if not has_template(folder):
-        section["template"] = PLAIN_CHAT_TEMPLATE
+        start = "{{ bos_token }}" if _adds_start_token(folder) else ""
+        section["template"] = start + PLAIN_CHAT_TEMPLATE
     return section
+
+
+def _adds_start_token(folder: Path) -> bool:
+    """Return whether the tokenizer adds its start token to a text, as llama.cpp then does too."""
+    tokenizer = load_tokenizer(folder)
+    return tokenizer.bos_token_id is not None and (
+        tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    )
 
 
 def _absolute(source: str) -> str:

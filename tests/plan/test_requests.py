@@ -50,6 +50,8 @@ def test_conversations_are_recognised_by_their_columns(tmp_path, row, columns):
     found = section(tmp_path / "data.jsonl", json.dumps(row) + "\n")
     assert found["kind"] == "chat"
     assert found.get("columns") == columns
+    # llama.cpp puts the start token before every prompt, so the training has it too.
+    assert found["template"].startswith("{{ bos_token }}{% for message")
 
 
 def test_a_text_file_a_known_dataset_and_unknown_columns(tmp_path):
