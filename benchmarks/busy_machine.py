@@ -32,8 +32,8 @@ from typing import Any
 
 from document import finish, spread, table
 
-from sqft_export.run.host import THREADS_VARIABLE, allowed_processors
-from sqft_export.run.processors import (
+from sqft_export.machine.host import THREADS_VARIABLE, allowed_processors
+from sqft_export.machine.processors import (
     OPENMP_THREADS,
     SPIN_VARIABLES,
     limit_openmp_spinning,

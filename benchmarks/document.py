@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sqft_export.measure.machine import machine_facts
+from sqft_export.machine.counters import machine_facts
 
 VERSIONS = ("sqft-export", "torch", "transformers", "numpy")
 

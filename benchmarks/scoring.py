@@ -52,9 +52,9 @@ def _request(asked: dict[str, Any]) -> Any:
 
 def child(kind: str, folder: Path, asked: dict[str, Any], threads: int) -> dict[str, Any]:
     """Seconds and answers of every part, by whichever sqft_export is imported."""
+    from sqft_export.machine.counters import peak_memory
     from sqft_export.measure.decode import generate
     from sqft_export.measure.likelihood import score
-    from sqft_export.measure.machine import peak_memory
     from sqft_export.targets import runner
 
     session = runner(kind).open_session(folder, False, threads)

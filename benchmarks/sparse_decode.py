@@ -46,8 +46,8 @@ from sqft_export.kernels.choice import kernel_model, stock_model
 from sqft_export.kernels.extension import require_kernels
 from sqft_export.kernels.library import Matrix, count_kept
 from sqft_export.kernels.rewrite import resolve_format
+from sqft_export.machine.counters import energy_joules, memory_now
 from sqft_export.measure.decode import greedy
-from sqft_export.measure.machine import energy_joules, memory_now
 from sqft_export.targets import target
 
 GROUP = 128

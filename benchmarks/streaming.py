@@ -18,10 +18,10 @@ from typing import Any
 from document import finish, in_a_process, table
 from shapes import SMALL, WIDE, write_checkpoint
 
+from sqft_export.machine.progress import silent
 from sqft_export.measure.worker import peak_memory
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.recipe.load import load_recipe
-from sqft_export.run.progress import silent
 from sqft_export.stages import Context, quantize, sparsify
 
 GIB = 2**30

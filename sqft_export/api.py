@@ -17,8 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sqft_export.machine.progress import PassProgress
 from sqft_export.plan.presets import DEFAULT_PRESET
-from sqft_export.run.progress import PassProgress
 
 if TYPE_CHECKING:
     from sqft_export.inference.locate import Deployment
@@ -297,6 +297,6 @@ def _plan_of(recipe: "Recipe", runs: Path) -> Plan:
 def _set_threads(threads: int | None) -> None:
     """Set the number of compute threads, which torch reads at import."""
     if threads is not None and "torch" not in sys.modules:
-        from sqft_export.run.processors import set_threads
+        from sqft_export.machine.processors import set_threads
 
         set_threads(threads)

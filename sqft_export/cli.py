@@ -16,7 +16,7 @@ from sqft_export.commands import compiling, publishing, serving, talk
 from sqft_export.commands.help import INTRODUCTION, Commands, version_option
 from sqft_export.commands.machine import set_compute_threads
 from sqft_export.errors import UserError, one_line
-from sqft_export.run.processors import limit_openmp_spinning
+from sqft_export.machine.processors import limit_openmp_spinning
 from sqft_export.telemetry import disable_telemetry
 
 if TYPE_CHECKING:
@@ -135,8 +135,8 @@ def export(
 
     Example: sqft-export export recipes/tiny.yaml --only onnx
     """
+    from sqft_export.machine.host import writing_to
     from sqft_export.recipe.load import load_recipe
-    from sqft_export.run.host import writing_to
 
     settings = [f"export.targets=[{only}]"] if only else []
     loaded = load_recipe(recipe, (*(overrides or ()), *settings), model_path)
@@ -236,7 +236,7 @@ def _score_with_lm_eval(
     """
     if not tasks:
         return {}
-    from sqft_export.run.host import installed
+    from sqft_export.machine.host import installed
 
     if not installed("lm_eval"):
         raise UserError("--lm-eval: lm-eval is not installed; pip install 'sqft-export[lm-eval]'")
@@ -294,8 +294,8 @@ def compare(
 
     Example: sqft-export compare runs/tiny runs/other --out comparison
     """
+    from sqft_export.machine.host import writing_to
     from sqft_export.report.runs import compare_runs
-    from sqft_export.run.host import writing_to
 
     with writing_to(out):
         compare_runs(folders, out)
@@ -318,8 +318,8 @@ def sweep(
 
     Example: sqft-export sweep recipes/tiny.yaml --over quantize.bits=4,8
     """
+    from sqft_export.machine.host import writing_to
     from sqft_export.recipe.load import load_recipe
-    from sqft_export.run.host import writing_to
 
     chosen = [(*(overrides or ()), *settings) for settings in _combinations(over)]
     recipes = [load_recipe(recipe, settings, model_path) for settings in chosen]
@@ -373,8 +373,8 @@ def pack_command(
 
     Example: sqft-export pack deployed/onnx deployed/onnx-packed
     """
+    from sqft_export.machine.host import writing_to
     from sqft_export.packed.folders import pack
-    from sqft_export.run.host import writing_to
 
     with writing_to(out):
         sizes = pack(folder, out, entropy)
@@ -387,8 +387,8 @@ def unpack_command(folder: Deployment, out: Out) -> None:
 
     Example: sqft-export unpack deployed/onnx-packed deployed/onnx-restored
     """
+    from sqft_export.machine.host import writing_to
     from sqft_export.packed.folders import unpack
-    from sqft_export.run.host import writing_to
 
     with writing_to(out):
         sizes = unpack(folder, out)
@@ -415,8 +415,8 @@ def specialize_command(
 
     Example: sqft-export specialize deployed/openvino deployed/openvino-sparse
     """
+    from sqft_export.machine.host import writing_to
     from sqft_export.packed.execution import specialize
-    from sqft_export.run.host import writing_to
 
     _require_folder(folder)
     with writing_to(out):
@@ -440,8 +440,8 @@ def verify_command(
     import tempfile
 
     set_compute_threads(threads)
+    from sqft_export.machine.host import writing_to
     from sqft_export.packed.seal import require_seal
-    from sqft_export.run.host import writing_to
     from sqft_export.targets.folder import is_deployment
 
     _require_folder(folder)
@@ -475,7 +475,7 @@ def _check_before_measuring(folders: list[Path]) -> None:
     import time
 
     from sqft_export.inference.locate import refuse_run
-    from sqft_export.run.processors import SAMPLE_SECONDS, busy_text, sample, used_by_others
+    from sqft_export.machine.processors import SAMPLE_SECONDS, busy_text, sample, used_by_others
 
     for folder in folders:
         _require_folder(folder)
@@ -512,7 +512,7 @@ def _run() -> int:
     2: error of the user. 3: the machine lacks memory, disk or permission. 4: damaged files.
     5: a certificate failed. 130: Ctrl-C. 143: SIGTERM.
     """
-    from sqft_export.run.host import exhausted_resource
+    from sqft_export.machine.host import exhausted_resource
 
     try:
         code = app(standalone_mode=False) or 0

@@ -5,8 +5,8 @@ from typing import TypeVar
 
 from pydantic import Field
 
+from sqft_export.artifacts.store import MANIFEST, Artifact
 from sqft_export.documents import Document, MayBeMissing
-from sqft_export.run.artifact import MANIFEST, Artifact
 from sqft_export.verify.results import CheckResult
 
 

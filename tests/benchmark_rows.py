@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqft_export.measure.machine import machine_facts
+from sqft_export.machine.counters import machine_facts
 from sqft_export.measure.results import (
     BenchmarkResults,
     BenchmarkRow,

@@ -49,14 +49,7 @@ BELOW: dict[str, set[str]] = {
     "cli": {"commands"},
 }
 # Modules that count as a lower room than the rest of their folder.
-LOWER = {
-    "machine": {
-        *("measure.machine", "run.device", "run.host", "run.launcher", "run.limits"),
-        *("run.precision", "run.processors", "run.progress", "run.threads"),
-    },
-    "artifacts": {"run.artifact", "run.hashes"},
-    "folders": {"model.chat", "targets.folder", "targets.genai_config"},
-}
+LOWER = {"folders": {"model.chat", "targets.folder", "targets.genai_config"}}
 # Packages whose ``__init__`` has content: protocols, registries and exporters of several modules.
 FRONTS = {"model.families", "quantizers", "search", "sparsifiers", "stages", "targets"}
 FRONTS |= {"targets.gguf", "targets.onnx"}
@@ -229,11 +222,13 @@ def test_no_code_of_a_model_folder_is_loaded():
 
 
 def test_artifact_needs_the_standard_library_alone():
-    hashing = {"errors", "run.hashes", "run.host", "untrusted"}
-    assert imports_of(MODULES["run.artifact"]) == hashing
+    hashing = {"errors", "artifacts.hashes", "machine.host", "untrusted"}
+    assert imports_of(MODULES["artifacts.store"]) == hashing
     assert imports_of(MODULES["untrusted"]) == {"errors"}
-    assert imports_of(MODULES["run.hashes"]) == {"run.host"}
-    assert imports_of(MODULES["run.host"]) == {"errors", "run.limits"}
-    assert not imports_of(MODULES["run.limits"])
-    names = {n.module for n in ast.walk(MODULES["run.artifact"]) if isinstance(n, ast.ImportFrom)}
+    assert imports_of(MODULES["artifacts.hashes"]) == {"machine.host"}
+    assert imports_of(MODULES["machine.host"]) == {"errors", "machine.limits"}
+    assert not imports_of(MODULES["machine.limits"])
+    names = {
+        n.module for n in ast.walk(MODULES["artifacts.store"]) if isinstance(n, ast.ImportFrom)
+    }
     assert not names & {"numpy", "torch", "safetensors"}

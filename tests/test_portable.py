@@ -24,10 +24,10 @@ def import_portable(name, scope=None, *rest, **named):
 builtins.__import__ = import_portable
 for name in ("sched_getaffinity", "sched_setaffinity", "O_NONBLOCK", "O_CLOEXEC"):
     delattr(os, name)
-import sqft_export.measure.machine, sqft_export.run.limits, sqft_export.run.processors
-sqft_export.run.processors.STAT = Path("missing")
+import sqft_export.machine.counters, sqft_export.machine.limits, sqft_export.machine.processors
+sqft_export.machine.processors.STAT = Path("missing")
 windows = types.SimpleNamespace(platform="win32")
-sqft_export.measure.machine.sys = sqft_export.run.limits.sys = windows
+sqft_export.machine.counters.sys = sqft_export.machine.limits.sys = windows
 from sqft_export.cli import main
 """
 

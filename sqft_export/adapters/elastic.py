@@ -6,10 +6,10 @@ from torch import nn
 
 from sqft_export.adapters.files import PREFIX
 from sqft_export.adapters.linear import CompressedLinear, ElasticLoraLinear, Update, WeightCache
+from sqft_export.machine.device import device_memory
+from sqft_export.machine.host import FLOAT32_MEMORY_SHARE, float32_fits
 from sqft_export.model.families import Family, adapted, rank_groups
 from sqft_export.recipe.schema import Adapt
-from sqft_export.run.device import device_memory
-from sqft_export.run.host import FLOAT32_MEMORY_SHARE, float32_fits
 
 
 def draw_ranks(groups: list[str], ranks: tuple[int, ...], seed: int, step: int) -> dict[str, int]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, cast
 
+from sqft_export.machine.launcher import process_rank
 from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.numerics.codes import LowRank
-from sqft_export.run.launcher import process_rank
 from sqft_export.textfiles import read_json
 
 if TYPE_CHECKING:

@@ -30,11 +30,11 @@ from sqft_export.adapters.loading import new_adapter
 from sqft_export.adapters.packing import TrainingRow, pack_rows, position_ids
 from sqft_export.data.items import Data, Example
 from sqft_export.errors import UserError
+from sqft_export.machine.device import CPU, device_name, device_of, training_dtype
+from sqft_export.machine.launcher import process_count, process_rank
+from sqft_export.machine.progress import Advance, Start
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.recipe.schema import Adapt, Chat, Recipe
-from sqft_export.run.device import CPU, device_name, device_of, training_dtype
-from sqft_export.run.launcher import process_count, process_rank
-from sqft_export.run.progress import Advance, Start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

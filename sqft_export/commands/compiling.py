@@ -207,8 +207,8 @@ def run_command(
     choices = Choices(target, device, sparsity, bits)
     asked = CompileRequest(source, data, test, preset, choices, tuple(settings or ()), model_path)
     recipe, text = asked.load(runs, threads)
-    from sqft_export.run.host import write_file, writing_to
-    from sqft_export.run.launcher import process_rank
+    from sqft_export.machine.host import write_file, writing_to
+    from sqft_export.machine.launcher import process_rank
     from sqft_export.run.pipeline import run_recipe
 
     root = runs / recipe.name
@@ -282,7 +282,7 @@ def init_command(
 
     Example: sqft-export init HuggingFaceTB/SmolLM2-135M-Instruct --data chats.jsonl
     """
-    from sqft_export.run.host import write_file, writing_to
+    from sqft_export.machine.host import write_file, writing_to
 
     asked = CompileRequest(model, data, test, preset, Choices(), ())
     if asked.is_recipe:

@@ -11,8 +11,8 @@ def set_compute_threads(threads: int | None, root: Path | None = None) -> None:
 
     :param root: folder of a run that may have been interrupted.
     """
-    from sqft_export.run.launcher import process_count
-    from sqft_export.run.processors import set_threads
+    from sqft_export.machine.launcher import process_count
+    from sqft_export.machine.processors import set_threads
 
     if threads is None and process_count() > 1:  # a launcher assigns the processors
         return

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sqft_export.data.datasets import SETS, set_names
 from sqft_export.inference.locate import Deployment
-from sqft_export.measure.machine import MachineFacts
+from sqft_export.machine.counters import MachineFacts
 from sqft_export.recipe.schema import HUB, Dataset
 from sqft_export.report.document import Report
 from sqft_export.report.tables import cells

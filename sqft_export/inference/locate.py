@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sqft_export.artifacts.store import MANIFEST, Artifact, Store, read_artifact
 from sqft_export.errors import DamagedError, UserError, one_line
-from sqft_export.run.artifact import MANIFEST, Artifact, Store, read_artifact
 from sqft_export.targets.folder import is_deployment, kind_of
 
 if TYPE_CHECKING:

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqft_export.artifacts.store import files_of
 from sqft_export.errors import HostError, UserError, one_line
 from sqft_export.inference.hub_card import facts_of, hub_card
 from sqft_export.inference.locate import Deployment, deployments_of_run, find_deployment
 from sqft_export.packed.seal import PROVENANCE, Provenance, require_seal, sealed_text
 from sqft_export.packed.usage import CARD
 from sqft_export.report.document import REPORT, read_report
-from sqft_export.run.artifact import files_of
 from sqft_export.targets.folder import is_deployment
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")

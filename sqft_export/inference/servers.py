@@ -19,9 +19,9 @@ from pathlib import Path
 
 from sqft_export.errors import UserError
 from sqft_export.inference.locate import Deployment
+from sqft_export.machine.host import installed
 from sqft_export.packed.folders import packed_file
 from sqft_export.packed.loaders import dense_gguf
-from sqft_export.run.host import installed
 from sqft_export.targets.folder import kind_of
 
 SERVED_KINDS = ("gguf", "openvino")

@@ -40,9 +40,9 @@ from sqft_export.kernels.library import (
     plan_matrix,
 )
 from sqft_export.kernels.rewrite import STOCK, resolve_format
+from sqft_export.machine.host import allowed_processors
+from sqft_export.machine.processors import MIN_BUSY_PROCESSORS, sample, used_by_others
 from sqft_export.numerics.codes import round_up
-from sqft_export.run.host import allowed_processors
-from sqft_export.run.processors import MIN_BUSY_PROCESSORS, sample, used_by_others
 from sqft_export.textfiles import read_json
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ def machine_key() -> str:
     """
     import openvino as ov
 
-    from sqft_export.measure.machine import machine_facts
+    from sqft_export.machine.counters import machine_facts
 
     facts = [machine_facts().processor, allowed_processors(), require_kernels().name]
     version = importlib.metadata.version("sqft-export")

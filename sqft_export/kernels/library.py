@@ -15,8 +15,8 @@ import numpy as np
 
 from sqft_export.compiled import built_library
 from sqft_export.errors import DamagedError
+from sqft_export.machine.host import allowed_processors
 from sqft_export.numerics.codes import QuantizedWeight, from_arrays
-from sqft_export.run.host import allowed_processors
 
 FORMATS = ("dense", "mask", "pairs")
 HUGE_PAGE = 2**21

@@ -34,6 +34,8 @@ from sqft_export.errors import UserError
 from sqft_export.kernels.choice import STOCK
 from sqft_export.kernels.extension import require_kernels
 from sqft_export.kernels.ir import is_specialized
+from sqft_export.machine.counters import machine_facts
+from sqft_export.machine.host import installed
 from sqft_export.measure.agreement import ReferenceModels
 from sqft_export.measure.jobs import (
     MeasuredModel,
@@ -43,7 +45,6 @@ from sqft_export.measure.jobs import (
     WorkerResult,
     requested,
 )
-from sqft_export.measure.machine import machine_facts
 from sqft_export.measure.results import (
     DeploymentResults,
     DeviceSettings,
@@ -62,7 +63,6 @@ from sqft_export.measure.worker import measure_in_process
 from sqft_export.model.checkpoint import file_bytes
 from sqft_export.packed.execution import resolve_execution
 from sqft_export.recipe.schema import Dataset, Recipe, Text
-from sqft_export.run.host import installed
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import (
     GRAPHS,

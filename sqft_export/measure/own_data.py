@@ -13,10 +13,10 @@ from sqft_export.data.conversations import all_conversations
 from sqft_export.data.items import answer_stops, chat_items, load_tokenizer
 from sqft_export.data.scoring import answer_score, questions
 from sqft_export.errors import HostError, UserError
+from sqft_export.machine.host import installed
 from sqft_export.measure.deployments import Questions, questions_of
 from sqft_export.model.chat import has_template
 from sqft_export.recipe.schema import Chat, Recipe
-from sqft_export.run.host import installed
 from sqft_export.targets.folder import context_of
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sqft_export.adapters.files import Base, read_low_rank
 from sqft_export.adapters.loading import Layers
+from sqft_export.artifacts.store import SEAL, key_of
 from sqft_export.data.items import load_tokenizer, sample_items
 from sqft_export.documents import Document
 from sqft_export.errors import DamagedError, UserError
@@ -24,7 +25,6 @@ from sqft_export.measure.likelihood import log_softmax
 from sqft_export.model.floats import StreamedWeights, streamed_model
 from sqft_export.numerics.affine import fake_quantize
 from sqft_export.recipe.schema import Recipe
-from sqft_export.run.artifact import SEAL, key_of
 from sqft_export.textfiles import read_json
 
 SAMPLED_ITEMS = 8

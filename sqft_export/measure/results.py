@@ -7,7 +7,7 @@ from pydantic import Field, Strict, model_validator
 
 from sqft_export.data.scoring import SetAccuracy
 from sqft_export.documents import Document, MayBeMissing
-from sqft_export.measure.machine import MachineFacts
+from sqft_export.machine.counters import MachineFacts
 
 # base: the dense base. baseline: the dense base, tuned. compressed: pruned or quantized, not tuned.
 # adapted: compressed and tuned, with its adapter. merged: the result of merge.

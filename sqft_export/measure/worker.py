@@ -16,6 +16,9 @@ import numpy as np
 
 from sqft_export.data.scoring import ScoringRequest
 from sqft_export.errors import HostError, UserError
+from sqft_export.machine.counters import energy_joules, memory_now, peak_memory
+from sqft_export.machine.host import die_with_parent, exhausted_resource
+from sqft_export.machine.processors import deployed_environment
 from sqft_export.measure.decode import measure_latency, profile
 from sqft_export.measure.jobs import (
     AdapterParts,
@@ -29,10 +32,7 @@ from sqft_export.measure.jobs import (
     WorkerResult,
 )
 from sqft_export.measure.likelihood import distributions, score
-from sqft_export.measure.machine import energy_joules, memory_now, peak_memory
 from sqft_export.measure.results import TaskMetrics
-from sqft_export.run.host import die_with_parent, exhausted_resource
-from sqft_export.run.processors import deployed_environment
 from sqft_export.targets import Session, runner
 from sqft_export.telemetry import disable_telemetry
 

@@ -14,11 +14,11 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 
 from sqft_export.errors import UserError
+from sqft_export.machine.device import CPU
 from sqft_export.model.architecture import empty_model, transformers_config
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.coverage import check_finite, check_sum, count_tokens, no_tokens_error
 from sqft_export.numerics.hessian import inverse_factor
-from sqft_export.run.device import CPU
 
 Collector = Callable[[str, Tensor], None]  # full module name, float32 inputs [..., in]
 

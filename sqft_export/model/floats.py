@@ -9,12 +9,12 @@ from accelerate.hooks import attach_align_device_hook
 from torch import Tensor, nn
 
 from sqft_export.errors import UserError
+from sqft_export.machine.device import CPU
 from sqft_export.model.architecture import empty_model, transformers_config
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.storage import plain_names, quantized_names, read_quantized
 from sqft_export.numerics.affine import dequantize
 from sqft_export.numerics.codes import LowRank
-from sqft_export.run.device import CPU
 
 MAX_CACHED_BYTES = 2**29  # logits that a Reference caches
 

@@ -28,11 +28,11 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field
 
 from sqft_export.errors import DamagedError, UserError, one_line
+from sqft_export.machine.host import allowed_processors
+from sqft_export.machine.threads import map_in_order
 from sqft_export.numerics.codes import round_up
 from sqft_export.packed import blocks
 from sqft_export.packed.inflate import Bytes, DenseFile, Memory, deflate, inflate
-from sqft_export.run.host import allowed_processors
-from sqft_export.run.threads import map_in_order
 from sqft_export.untrusted import open_regular, parse_json
 
 MAGIC = b"SQFTPACK"

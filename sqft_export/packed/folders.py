@@ -13,13 +13,13 @@ from typing import TypedDict
 
 import numpy as np
 
+from sqft_export.artifacts.store import sha256_of
 from sqft_export.errors import DamagedError, UserError
+from sqft_export.machine.host import require_space
 from sqft_export.packed.container import PackedFile, Writer, read_fills
 from sqft_export.packed.inflate import Memory
 from sqft_export.packed.regions import StoredBlocks, find_regions
 from sqft_export.packed.usage import rewrite_card
-from sqft_export.run.artifact import sha256_of
-from sqft_export.run.host import require_space
 from sqft_export.targets.folder import SUFFIX, check_files, graph_and_weights
 from sqft_export.untrusted import fault_of_file, files_inside, real_path
 

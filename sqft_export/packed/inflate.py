@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from sqft_export.compiled import built_library
-from sqft_export.run.threads import map_in_order
+from sqft_export.machine.threads import map_in_order
 
 CHUNK = 2**20  # elements per call; the kept codes of each chunk start on a whole byte
 Bytes = np.ndarray  # uint8 [n]

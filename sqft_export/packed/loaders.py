@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sqft_export.artifacts.store import sha256_of
 from sqft_export.errors import DamagedError, UserError, one_line
 from sqft_export.kernels.choice import STOCK
 from sqft_export.kernels.extension import openvino_extension, require_kernels
 from sqft_export.kernels.ir import Graph, is_specialized
 from sqft_export.kernels.library import HUGE_PAGE, use_huge_pages
 from sqft_export.kernels.rewrite import mark_resident
+from sqft_export.machine.host import installed, require_space
 from sqft_export.packed.container import PackedFile
 from sqft_export.packed.execution import available_execution, resolve_execution, rewrite_deployment
 from sqft_export.packed.folders import map_weights, packed_file
 from sqft_export.packed.seal import check_seal
-from sqft_export.run.artifact import sha256_of
-from sqft_export.run.host import installed, require_space
 from sqft_export.targets.folder import GRAPHS, graph_and_weights
 from sqft_export.targets.genai_config import check_genai_config
 from sqft_export.untrusted import MAX_IR_BYTES, MAX_ONNX_BYTES, files_inside, read_bounded

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Required, TypedDict, cast
 
+from sqft_export.artifacts.store import SEAL, files_of, foreign_entries, key_of, sha256_of
 from sqft_export.errors import DamagedError, UserError, one_line
 from sqft_export.packed.container import PackedFile
 from sqft_export.packed.streaming import check_dense_digest
-from sqft_export.run.artifact import SEAL, files_of, foreign_entries, key_of, sha256_of
 from sqft_export.targets.folder import SUFFIX, check_files, graph_and_weights
 from sqft_export.untrusted import MAX_CONFIG_BYTES, fault_of_file, parse_json, read_bounded
 

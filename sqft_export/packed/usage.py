@@ -13,11 +13,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from sqft_export.artifacts.store import sha256_of
 from sqft_export.kernels.extension import unavailable_reason
 from sqft_export.kernels.ir import is_specialized
 from sqft_export.model.chat import has_template
 from sqft_export.packed.seal import read_seal, write_provenance
-from sqft_export.run.artifact import sha256_of
 from sqft_export.targets.folder import (
     ADAPTER_FOLDER,
     GENAI_CONFIG,

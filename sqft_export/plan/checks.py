@@ -12,6 +12,7 @@ from sqft_export.data.datasets import missing_sets, records
 from sqft_export.data.files import read_text
 from sqft_export.data.items import count_examples, data_files, problem_records
 from sqft_export.errors import UserError, one_line
+from sqft_export.machine.host import installed
 from sqft_export.model.architecture import transformers_config
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.contexts import deployed_config
@@ -28,7 +29,6 @@ from sqft_export.plan.packing import packing_faults
 from sqft_export.plan.readers import token_faults
 from sqft_export.plan.tokenizer import tokenizer_faults
 from sqft_export.recipe.schema import HUB, Amount, Chat, Dataset, Problems, Recipe, Text, matches
-from sqft_export.run.host import installed
 from sqft_export.sparsifiers import override_for
 from sqft_export.targets.devices import devices, why_not_run
 from sqft_export.targets.gguf.blocks import why_no_blocks
@@ -338,7 +338,7 @@ def _row_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 def _accelerator_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     if recipe.device in ("auto", "cpu"):
         return
-    from sqft_export.run.device import device_of
+    from sqft_export.machine.device import device_of
 
     try:
         device_of(recipe.device)

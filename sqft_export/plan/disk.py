@@ -5,12 +5,12 @@ from math import prod
 from pathlib import Path
 
 from sqft_export.errors import HostError
+from sqft_export.machine.host import nearest_folder, size_text
 from sqft_export.model.families import adapted
 from sqft_export.model.hub import Download
 from sqft_export.plan.layout import Layout, group_sizes
 from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import Recipe
-from sqft_export.run.host import nearest_folder, size_text
 
 
 def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:

@@ -19,6 +19,7 @@ import numpy as np
 
 from sqft_export.errors import one_line
 from sqft_export.libraries.optimum import supported_versions
+from sqft_export.machine.host import installed
 from sqft_export.model.architecture import transformers_config
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.config import ModelConfig
@@ -28,7 +29,6 @@ from sqft_export.model.miniature import write_miniature
 from sqft_export.plan.layout import Layout
 from sqft_export.plan.readers import conversion_failure
 from sqft_export.recipe.schema import Export, OnnxGraph, Recipe
-from sqft_export.run.host import installed
 from sqft_export.targets import target
 from sqft_export.targets.gguf.architectures import architecture_lacks
 from sqft_export.targets.gguf.tokenizer import NotExpressible, read_vocabulary

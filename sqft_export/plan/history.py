@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sqft_export.artifacts.store import MANIFEST, Artifact, Facts, environment, read_artifact
 from sqft_export.errors import DamagedError
-from sqft_export.run.artifact import MANIFEST, Artifact, Facts, environment, read_artifact
 
 # All times in benchmarks/notes/speed.md are within this factor of the prediction.
 PREDICTION_FACTOR = 1.5

@@ -6,16 +6,16 @@ Peaks follow from shapes, from the data, and from constants for the memory that 
 from math import prod
 
 from sqft_export.errors import HostError
+from sqft_export.machine.device import device_memory, device_name, device_of
+from sqft_export.machine.host import FLOAT32_MEMORY_SHARE, allowed_processors, size_text
+from sqft_export.machine.limits import free_memory
+from sqft_export.machine.threads import MAX_THREADS
 from sqft_export.measure.batches import MAX_BATCH_ROWS, MAX_CACHE_TOKENS, MAX_LOGIT_BYTES
 from sqft_export.plan.disk import adapter_bytes, predict_bytes
 from sqft_export.plan.layout import Layout
 from sqft_export.plan.workload import Workload, calibration_tokens, checked_tokens
 from sqft_export.recipe.passes import runs_on_cpu
 from sqft_export.recipe.schema import Recipe, Reconstruct
-from sqft_export.run.device import device_memory, device_name, device_of
-from sqft_export.run.host import FLOAT32_MEMORY_SHARE, allowed_processors, size_text
-from sqft_export.run.limits import free_memory
-from sqft_export.run.threads import MAX_THREADS
 
 LONGEST_TO_MEAN = 2.0  # tokens of the longest training batch, relative to the mean
 ACTIVATION_COPIES = 1.0  # copies of every Linear's input and output that backward needs

@@ -3,7 +3,7 @@
 from typing import Any
 
 from sqft_export.errors import UserError
-from sqft_export.run.host import installed
+from sqft_export.machine.host import installed
 
 # Preset -> what it does, for help texts.
 PRESETS = {

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from sqft_export.data.items import HARD_TEXTS, data_files, load_tokenizer, sample_texts
 from sqft_export.errors import one_line
+from sqft_export.machine.host import installed
 from sqft_export.model.companions import companions
 from sqft_export.plan.layout import Layout
 from sqft_export.recipe.schema import Recipe
-from sqft_export.run.host import installed
 from sqft_export.targets.devices import llama_cpp_here
 from sqft_export.targets.tokenizers import tokenize_as_deployed
 

@@ -19,7 +19,7 @@ from sqft_export.data.columns import kind_of_rows
 from sqft_export.data.items import Item, load_tokenizer, sample_items
 from sqft_export.data.tables import Table
 from sqft_export.errors import UserError, one_line
-from sqft_export.measure.machine import machine_facts
+from sqft_export.machine.counters import machine_facts
 from sqft_export.model.chat import has_template
 from sqft_export.model.contexts import context_length
 from sqft_export.model.hub import model_folder
@@ -285,7 +285,7 @@ def _fitting_batch(
     recipe: Recipe, layout: Layout, workload: Workload, length: int
 ) -> tuple[int, bool]:
     """Return the largest batch whose training fits into memory, and gradient checkpointing."""
-    from sqft_export.run.device import device_memory, device_of  # imports torch
+    from sqft_export.machine.device import device_memory, device_of  # imports torch
 
     room = device_memory(device_of(recipe.device)) or MEMORY_SHARE * machine_facts().memory_bytes
     task = recipe.task.model_copy(update={"sequence_length": length})

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sqft_export.machine.processors import sample, used_by_others
 from sqft_export.plan.layout import Layout
-from sqft_export.run.processors import sample, used_by_others
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +33,8 @@ class Speed:
     memory: int | None = None
 
     def dtype(self, precision: str) -> str:
-        """Return the dtype for ``adapt.precision``, like :func:`run.device.training_dtype`."""
-        from sqft_export.run.device import MIN_BFLOAT16_SPEEDUP
+        """Return the dtype for ``adapt.precision``, like :func:`machine.device.training_dtype`."""
+        from sqft_export.machine.device import MIN_BFLOAT16_SPEEDUP
 
         if precision != "auto":
             return precision
@@ -65,7 +65,7 @@ def measure_speeds(layout: Layout, setting: str) -> Speeds:
 
     :param setting: ``device`` of a recipe.
     """
-    from sqft_export.run.device import CPU, device_of
+    from sqft_export.machine.device import CPU, device_of
 
     device, before = device_of(setting), sample()
     cpu = _measure_device(layout, CPU)
@@ -81,7 +81,7 @@ def measure_speeds(layout: Layout, setting: str) -> Speeds:
 def _measure_device(layout: Layout, device: "torch.device") -> Speed:
     import torch
 
-    from sqft_export.run.device import device_memory, device_name, seconds_of
+    from sqft_export.machine.device import device_memory, device_name, seconds_of
 
     outputs, inputs = max(layout.linears.values(), key=lambda shape: shape[0] * shape[1])
     products = {}
@@ -100,7 +100,7 @@ def _measure_elements(device: "torch.device", count: int = 2**24) -> float:
     """
     import torch
 
-    from sqft_export.run.device import seconds_of
+    from sqft_export.machine.device import seconds_of
 
     values = torch.randn(count, device=device)
     result = torch.empty_like(values)  # a new tensor per call would add page faults
@@ -113,7 +113,7 @@ def _measure_elements(device: "torch.device", count: int = 2**24) -> float:
 def _measure_one_thread() -> float:
     import torch
 
-    from sqft_export.run.device import CPU
+    from sqft_export.machine.device import CPU
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -124,7 +124,7 @@ def _measure_one_thread() -> float:
 
 
 def _measure_disk() -> float:
-    from sqft_export.run.device import CPU, seconds_of
+    from sqft_export.machine.device import CPU, seconds_of
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sqft_export"
     cache.mkdir(parents=True, exist_ok=True)

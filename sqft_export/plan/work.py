@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from math import prod
 
+from sqft_export.machine.host import float32_fits
 from sqft_export.measure.batches import MAX_BATCH_ROWS
 from sqft_export.model.families import adapted
 from sqft_export.plan.layout import Layout
 from sqft_export.plan.speeds import Speed
 from sqft_export.plan.workload import Workload, calibration_tokens
 from sqft_export.recipe.schema import Recipe
-from sqft_export.run.host import float32_fits
 
 FLOAT32 = "float32"
 # Products of a training step are narrower than the measured one and reach this share of its speed.

@@ -5,9 +5,10 @@ from typing import Literal
 
 from pydantic import Field, JsonValue
 
+from sqft_export.artifacts.store import Artifact
 from sqft_export.documents import Document
 from sqft_export.errors import UserError
-from sqft_export.measure.machine import MachineFacts
+from sqft_export.machine.counters import MachineFacts
 from sqft_export.measure.quality import PassQuality, quality_file, read_quality
 from sqft_export.measure.results import (
     BenchmarkResults,
@@ -30,7 +31,6 @@ from sqft_export.metrics import (
 )
 from sqft_export.recipe.schema import Recipe
 from sqft_export.report.verdict import best_deployment, verdict
-from sqft_export.run.artifact import Artifact
 from sqft_export.untrusted import MAX_JSON_BYTES, parse_json, read_bounded
 from sqft_export.verify.results import CheckResult
 

@@ -5,12 +5,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from sqft_export.artifacts.store import Facts
 from sqft_export.data.datasets import set_names
 from sqft_export.documents import Document
 from sqft_export.errors import one_line
 from sqft_export.model.chat import uses_template
 from sqft_export.recipe.schema import Dataset, Recipe
-from sqft_export.run.artifact import Facts
 from sqft_export.untrusted import fault_of_file, open_regular
 
 # Licences of named datasets, as their publishers state them. Others are reported as unknown.

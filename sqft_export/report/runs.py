@@ -11,9 +11,10 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from sqft_export.artifacts.store import MANIFEST, check_artifact
 from sqft_export.documents import Document
 from sqft_export.errors import UserError
-from sqft_export.measure.machine import MachineFacts
+from sqft_export.machine.counters import MachineFacts
 from sqft_export.measure.results import FINAL_KINDS, BenchmarkRow
 from sqft_export.report import pictures
 from sqft_export.report.document import REPORT, Report, read_report
@@ -21,7 +22,6 @@ from sqft_export.report.html import render
 from sqft_export.report.tables import DETAILS, MAIN, cells
 from sqft_export.report.text import markdown
 from sqft_export.report.verdict import choice
-from sqft_export.run.artifact import MANIFEST, check_artifact
 
 
 @dataclass(frozen=True)

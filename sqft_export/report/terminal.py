@@ -5,12 +5,12 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+from sqft_export.artifacts.store import Artifact
 from sqft_export.measure.results import BenchmarkRow
 from sqft_export.measure.rows import TITLES, DeploymentFolder, deployments_in
 from sqft_export.report.document import Report
 from sqft_export.report.text import accuracy_text, align_columns
 from sqft_export.report.verdict import fastest_deployment
-from sqft_export.run.artifact import Artifact
 
 LABEL_CHARACTERS = 28
 

@@ -3,9 +3,9 @@
 from textwrap import indent
 from typing import TYPE_CHECKING
 
-from sqft_export.run.host import size_text
-from sqft_export.run.processors import busy_text
-from sqft_export.run.progress import duration
+from sqft_export.machine.host import size_text
+from sqft_export.machine.processors import busy_text
+from sqft_export.machine.progress import duration
 
 if TYPE_CHECKING:
     from sqft_export.measure.results import Accuracy, DeploymentResults, FolderAccuracy

@@ -1,1 +1,1 @@
-"""Run a recipe: compute keys, skip cached passes, seal artifacts, coordinate processes."""
+"""Run a recipe: compute keys, skip cached passes, check gates, preview a run."""

@@ -14,17 +14,17 @@ precision      dtype of torch's benchmark rows on the CPU, for a model with 16-b
 from collections.abc import Callable
 from pathlib import Path
 
+from sqft_export.artifacts.store import Store, digest_of, key_of
 from sqft_export.data.conversations import hub_sources, revision_key
 from sqft_export.data.datasets import SETS, hub_datasets, set_names
 from sqft_export.data.items import data_files
 from sqft_export.data.revisions import dataset_revision
+from sqft_export.machine.device import device_of
+from sqft_export.machine.launcher import process_count
+from sqft_export.machine.precision import fast_precision
 from sqft_export.model.companions import companions, file_in_folder
 from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.recipe.schema import HUB, Chat, Dataset, Recipe
-from sqft_export.run.artifact import Store, digest_of, key_of
-from sqft_export.run.device import device_of
-from sqft_export.run.launcher import process_count
-from sqft_export.run.precision import fast_precision
 from sqft_export.search.space import Ranks
 from sqft_export.stages.search import configured_ranks
 

@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from sqft_export.adapters.files import Base
+from sqft_export.artifacts.store import Artifact, Store, digest_of, key_of
 from sqft_export.data.items import data_files
 from sqft_export.errors import GateError
+from sqft_export.machine.device import device_of
 from sqft_export.measure.quality import (
     PassModel,
     PassQuality,
@@ -27,8 +29,6 @@ from sqft_export.measure.quality import (
 )
 from sqft_export.measure.results import FINAL_KINDS, BenchmarkResults, BenchmarkRow
 from sqft_export.recipe.schema import Recipe
-from sqft_export.run.artifact import Artifact, Store, digest_of, key_of
-from sqft_export.run.device import device_of
 
 # Passes that output a model, in order; the first one is compared with the base model.
 MEASURED_PASSES = ("sparsify", "reconstruct", "quantize", "search", "merge")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sqft_export.errors import UserError
-from sqft_export.run.progress import Listener, PassProgress
+from sqft_export.machine.progress import Listener, PassProgress
 from sqft_export.untrusted import fault_of_file
 
 

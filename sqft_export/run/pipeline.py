@@ -9,7 +9,26 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
+from sqft_export.artifacts.store import Artifact, Facts, Store, environment, key_of, read_artifact
 from sqft_export.errors import HostError, UserError
+from sqft_export.machine.host import exhausted_resource, out_of_memory, require_space
+from sqft_export.machine.launcher import (
+    check_launcher,
+    first_process_presence,
+    first_process_works,
+    process_count,
+    process_rank,
+    wait_for_first,
+)
+from sqft_export.machine.precision import resolve_precision
+from sqft_export.machine.processors import (
+    THREADS_FILE,
+    Sample,
+    busy_text,
+    sample,
+    used_by_others,
+)
+from sqft_export.machine.progress import Listener, Reporter, Start, report_progress, silent
 from sqft_export.metrics import Metrics, read_metrics
 from sqft_export.model.hub import download_model, model_folder, planned_download
 from sqft_export.plan.checks import check_recipe
@@ -22,28 +41,9 @@ from sqft_export.plan.workload import workload_of
 from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import Recipe
 from sqft_export.recipe.view import values_of, view_of
-from sqft_export.run.artifact import Artifact, Facts, Store, environment, key_of, read_artifact
 from sqft_export.run.digests import Digests, pin_revisions
 from sqft_export.run.gates import QualityGates
-from sqft_export.run.host import exhausted_resource, out_of_memory, require_space
-from sqft_export.run.launcher import (
-    check_launcher,
-    first_process_presence,
-    first_process_works,
-    process_count,
-    process_rank,
-    wait_for_first,
-)
 from sqft_export.run.output import open_output, open_run_file
-from sqft_export.run.precision import resolve_precision
-from sqft_export.run.processors import (
-    THREADS_FILE,
-    Sample,
-    busy_text,
-    sample,
-    used_by_others,
-)
-from sqft_export.run.progress import Listener, Reporter, Start, report_progress, silent
 from sqft_export.stages import Context, stage_of
 
 # Settings that lower the memory of a pass, for its out-of-memory message.

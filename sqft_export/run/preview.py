@@ -3,10 +3,13 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from sqft_export.artifacts.store import Store
 from sqft_export.data.first_example import first_example
 from sqft_export.data.items import load_tokenizer
 from sqft_export.kernels.extension import unavailable_reason
 from sqft_export.kernels.library import find_kernels
+from sqft_export.machine.launcher import check_launcher
+from sqft_export.machine.limits import free_memory
 from sqft_export.model.hub import model_folder
 from sqft_export.numerics.codes import FLOAT16_BITS
 from sqft_export.plan.budget import settings_for_a_day
@@ -23,9 +26,6 @@ from sqft_export.plan.speeds import Speeds, measure_speeds
 from sqft_export.plan.warnings import plan_warnings
 from sqft_export.plan.workload import workload_of
 from sqft_export.recipe.schema import Recipe
-from sqft_export.run.artifact import Store
-from sqft_export.run.launcher import check_launcher
-from sqft_export.run.limits import free_memory
 from sqft_export.run.pipeline import Planned, plan_passes
 from sqft_export.targets.devices import why_not_run
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from sqft_export.adapters.files import Base
+from sqft_export.artifacts.store import Artifact, Facts
+from sqft_export.machine.progress import Start
 from sqft_export.metrics import Metrics
 from sqft_export.recipe.schema import Recipe
-from sqft_export.run.artifact import Artifact, Facts
-from sqft_export.run.progress import Start
 
 # The recipe fields that :meth:`Context.base` reads.
 BASE_FIELDS = ("adapt.pipeline", "adapt.merge_dense", "adapt.trainable_scales")

@@ -6,11 +6,11 @@ from sqft_export.adapters.files import Base, write_training_log
 from sqft_export.adapters.loading import load_compressed
 from sqft_export.adapters.training import has_no_loss, train_on_task
 from sqft_export.data.items import TASK_FILES, TRAIN_FIELDS, load_tokenizer
+from sqft_export.machine.device import device_of, training_dtype
+from sqft_export.machine.launcher import process_rank
 from sqft_export.metrics import AdaptMetrics, Metrics
 from sqft_export.recipe.schema import Adapt, Recipe
 from sqft_export.recipe.view import section_fields
-from sqft_export.run.device import device_of, training_dtype
-from sqft_export.run.launcher import process_rank
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "teacher")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sqft_export.artifacts.store import key_of
 from sqft_export.data.conversations import first_places, held_out_conversations
 from sqft_export.data.items import (
     SCORE_FIELDS,
@@ -26,6 +27,9 @@ from sqft_export.data.items import (
     load_tokenizer,
 )
 from sqft_export.data.scoring import Judged, ScoringRequest, judge, questions
+from sqft_export.machine.counters import machine_facts
+from sqft_export.machine.device import device_of
+from sqft_export.machine.host import allowed_processors
 from sqft_export.measure.agreement import ReferenceModels
 from sqft_export.measure.chance import GUESSING_PERPLEXITY, chance_accuracy, is_at_chance
 from sqft_export.measure.jobs import (
@@ -39,7 +43,6 @@ from sqft_export.measure.jobs import (
     WorkerResult,
     requested,
 )
-from sqft_export.measure.machine import machine_facts
 from sqft_export.measure.results import (
     DENSE,
     DENSE_LORA,
@@ -68,9 +71,6 @@ from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.recipe.schema import Benchmark, Chat, Recipe
 from sqft_export.recipe.view import section_fields
 from sqft_export.report.verdict import chance_text
-from sqft_export.run.artifact import key_of
-from sqft_export.run.device import device_of
-from sqft_export.run.host import allowed_processors
 from sqft_export.stages import BASE_FIELDS, Context
 from sqft_export.targets.devices import DEVICE_KINDS, devices, why_not_run
 from sqft_export.targets.folder import ADAPTER_FOLDER, context_of

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sqft_export.data.calibration import calibration_fields, calibration_tensors
 from sqft_export.data.items import TASK_FILES
+from sqft_export.machine.device import device_name, device_of
 from sqft_export.metrics import QuantizeMetrics
 from sqft_export.model.blocks import Block, Inputs, walk
 from sqft_export.model.checkpoint import Checkpoint
@@ -39,7 +40,6 @@ from sqft_export.numerics.groups import fallback_group_size
 from sqft_export.quantizers import BlockQuantizer, Quantizer, quantizer
 from sqft_export.recipe.schema import Quantize, Recipe
 from sqft_export.recipe.view import section_fields
-from sqft_export.run.device import device_name, device_of
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sqft_export.data.calibration import calibration_fields, calibration_tensors
 from sqft_export.data.items import TASK_FILES
+from sqft_export.machine.device import device_name, device_of
 from sqft_export.metrics import ReconstructMetrics
 from sqft_export.model.blocks import Block, walk
 from sqft_export.model.checkpoint import Checkpoint
@@ -17,7 +18,6 @@ from sqft_export.model.reconstruction import Reconstructed, reconstruct
 from sqft_export.model.storage import MAX_BUFFER_BYTES, load_weight_mask
 from sqft_export.model.tensorfiles import TensorFiles, TensorWriter
 from sqft_export.recipe.schema import Recipe
-from sqft_export.run.device import device_name, device_of
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify",)

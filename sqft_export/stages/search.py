@@ -32,12 +32,12 @@ from sqft_export.data.items import (
 )
 from sqft_export.data.scoring import accuracy_of, judge, questions
 from sqft_export.documents import Document
+from sqft_export.machine.device import device_name, device_of
 from sqft_export.measure.likelihood import score
 from sqft_export.metrics import EvaluatedSize, SearchMetrics
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.storage import GridWriter, load_grids
 from sqft_export.recipe.schema import Recipe
-from sqft_export.run.device import device_name, device_of
 from sqft_export.search import STRATEGIES
 from sqft_export.search.space import Ranks, Score, Space
 from sqft_export.stages import BASE_FIELDS, Context

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sqft_export.data.calibration import calibration_fields, calibration_tensors
 from sqft_export.data.items import TASK_FILES
+from sqft_export.machine.device import device_name, device_of
 from sqft_export.metrics import SparsifyMetrics
 from sqft_export.model.blocks import Inputs, walk
 from sqft_export.model.checkpoint import Checkpoint
@@ -25,7 +26,6 @@ from sqft_export.numerics.affine import dequantize
 from sqft_export.numerics.masks import mask_to_bits
 from sqft_export.recipe.schema import Recipe, Sparsify
 from sqft_export.recipe.view import section_fields
-from sqft_export.run.device import device_name, device_of
 from sqft_export.sparsifiers import Pruning, Sparsifier, override_for, pruning_of, sparsifier
 from sqft_export.sparsifiers.allocation import Curve, allocate, error_curve
 from sqft_export.stages import Context

@@ -11,10 +11,10 @@ from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
 from sqft_export.adapters.training import train_on_task
 from sqft_export.data.items import TASK_FILES, TRAIN_FIELDS, load_tokenizer
+from sqft_export.machine.launcher import process_rank
 from sqft_export.metrics import Metrics, TeacherMetrics
 from sqft_export.recipe.schema import Adapt, Recipe
 from sqft_export.recipe.view import section_fields
-from sqft_export.run.launcher import process_rank
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ()

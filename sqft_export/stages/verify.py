@@ -24,12 +24,12 @@ from sqft_export.data.items import (
     load_tokenizer,
     sample_texts,
 )
+from sqft_export.machine.device import device_name, device_of
 from sqft_export.metrics import VerifyMetrics
 from sqft_export.model.chat import has_template
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.plan.readers import differing_texts
 from sqft_export.recipe.schema import Chat, Recipe
-from sqft_export.run.device import device_name, device_of
 from sqft_export.stages import BASE_FIELDS, Context
 from sqft_export.targets.devices import why_not_exact, why_not_run
 from sqft_export.targets.text_api import ChatPrompt, missing_for_chat

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sqft_export.errors import UserError
-from sqft_export.run.host import float32_fits, installed
+from sqft_export.machine.host import float32_fits, installed
 
 DEVICE_KINDS = ("cpu", "gpu", "npu")
 OPENVINO_NEEDS = {

@@ -6,11 +6,11 @@ from typing import NotRequired, TypedDict
 
 import numpy as np
 
+from sqft_export.artifacts.store import files_of, sha256_of
 from sqft_export.errors import UserError, one_line
 from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.packed.seal import check_seal
 from sqft_export.packed.usage import loaders_of, why_no_loader
-from sqft_export.run.artifact import files_of, sha256_of
 from sqft_export.targets import target
 from sqft_export.targets.folder import SUFFIX, runtime_of
 

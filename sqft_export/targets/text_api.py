@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sqft_export.machine.host import installed
 from sqft_export.packed.loaders import dense_gguf
-from sqft_export.run.host import installed
 from sqft_export.targets.devices import llama_cpp_here
 from sqft_export.targets.genai_config import check_genai_config
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sqft_export.machine.host import installed
 from sqft_export.packed.loaders import dense_gguf
-from sqft_export.run.host import installed
 from sqft_export.targets.devices import llama_cpp_here
 from sqft_export.targets.folder import GENAI_CONFIG, GRAPHS, check_files
 from sqft_export.targets.genai_config import check_genai_config

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from sqft_export.libraries.torch import INNER_K_TILES, pack_int4
+from sqft_export.machine.device import CPU, fast_in_bfloat16
+from sqft_export.machine.host import float32_fits
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.floats import load_model
 from sqft_export.model.storage import read_quantized
 from sqft_export.numerics.affine import dequantize
 from sqft_export.numerics.codes import QuantizedWeight
-from sqft_export.run.device import CPU, fast_in_bfloat16
-from sqft_export.run.host import float32_fits
 from sqft_export.targets import Session, positions_of
 from sqft_export.targets.devices import find_device
 

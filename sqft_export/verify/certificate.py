@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sqft_export.errors import CertificateError
+from sqft_export.machine.threads import map_in_order
 from sqft_export.numerics.codes import QuantizedWeight
-from sqft_export.run.threads import map_in_order
 from sqft_export.verify.results import CertificateDocument, CheckResult, Part
 
 _Item = TypeVar("_Item")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from sqft_export.artifacts.store import MANIFEST, Artifact, Store, check_artifact
 from sqft_export.errors import DamagedError, UserError
-from sqft_export.run.artifact import MANIFEST, Artifact, Store, check_artifact
-from sqft_export.run.device import CPU
+from sqft_export.machine.device import CPU
 from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.compute import check_compute
 from sqft_export.verify.fidelity import check_fidelity, load_reference

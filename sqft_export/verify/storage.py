@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from sqft_export.artifacts.store import sha256_of
 from sqft_export.model.storage import read_quantized
 from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.packed.container import PackedFile
 from sqft_export.packed.folders import PACKED, packed_file
-from sqft_export.run.artifact import sha256_of
 from sqft_export.targets import target
 from sqft_export.targets.tokenizers import ids_or_none, read_ids
 from sqft_export.verify.certificate import Certificate, Check, count_in_parallel

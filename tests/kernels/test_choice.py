@@ -13,8 +13,8 @@ from sqft_export.errors import UserError
 from sqft_export.kernels import choice
 from sqft_export.kernels.extension import unavailable_reason
 from sqft_export.kernels.library import Matrix, count_kept
+from sqft_export.machine import processors
 from sqft_export.packed.execution import available_execution, resolve_execution
-from sqft_export.run import processors
 
 pytestmark = pytest.mark.skipif(bool(unavailable_reason()), reason="the extension is not built")
 

@@ -240,7 +240,7 @@ def test_weights_are_in_memory_once(tmp_path):
         code = f"""if True:
             import sys, numpy as np, openvino as ov
             from sqft_export import load_openvino, openvino_extension
-            from sqft_export.measure.machine import memory_now
+            from sqft_export.machine.counters import memory_now
             folder, core = sys.argv[1], ov.Core()
             core.add_extension(openvino_extension())
             before = memory_now()

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from conftest import SQFT, TINY, random_model, small_recipe
+from sqft_export.artifacts.store import Store
 from sqft_export.data.items import Data, load_tokenizer, stop_ids
 from sqft_export.data.scoring import accuracy_by_set, judge, questions
 from sqft_export.errors import UserError
 from sqft_export.measure.likelihood import score
 from sqft_export.plan.checks import check_recipe
-from sqft_export.run.artifact import Store
 from sqft_export.run.pipeline import plan_passes, run_recipe
 from sqft_export.targets import target
 

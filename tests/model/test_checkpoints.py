@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from conftest import TINY, random_model, small_recipe
+from sqft_export.artifacts.store import sha256_of
 from sqft_export.errors import UserError
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import companions
@@ -18,7 +19,6 @@ from sqft_export.model.floats import load_model
 from sqft_export.model.storage import read_quantized
 from sqft_export.numerics.gptq_layout import from_gptq, to_gptq
 from sqft_export.plan.checks import check_recipe
-from sqft_export.run.artifact import sha256_of
 from sqft_export.run.digests import model_digest
 
 

@@ -71,7 +71,7 @@ def test_a_download_is_what_the_model_needs_and_is_counted(hub, tmp_path):
 
 FULL = """
 import shutil, sys
-from sqft_export.run import host
+from sqft_export.machine import host
 host.shutil.disk_usage = lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000)
 from sqft_export.cli import main
 hub = "model={hub: some/model}"
@@ -96,7 +96,7 @@ from sqft_export.data.calibration import _stream_dataset
 from sqft_export.data.datasets import hub_rows
 from sqft_export.recipe.load import load_recipe
 from sqft_export.run.digests import Digests, pin_revisions
-from sqft_export.run.artifact import Store
+from sqft_export.artifacts.store import Store
 import os, urllib.request
 calibration = "calibration={source: 'hub:some/text', samples: 1}"
 settings = ("task={kind: dataset, name: gsm8k}", calibration)
@@ -155,7 +155,7 @@ import os, urllib.request
 from pathlib import Path
 from sqft_export.data.conversations import read_conversations
 from sqft_export.recipe.load import load_recipe
-from sqft_export.run.artifact import Store
+from sqft_export.artifacts.store import Store
 from sqft_export.run.digests import Digests, pin_revisions
 task = "task={kind: chat, train: 'hub:some/chats', test_share: 0.5}"
 pinned = pin_revisions(load_recipe(Path("recipes/tiny.yaml"), (task,)), online=True)

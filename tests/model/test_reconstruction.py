@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from conftest import TINY, random_model, small_recipe
+from sqft_export.artifacts.store import Artifact
 from sqft_export.data.calibration import calibration_tensors
 from sqft_export.data.items import load_tokenizer
 from sqft_export.errors import UserError
@@ -19,7 +20,6 @@ from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.floats import load_model
 from sqft_export.model.storage import load_grids, load_mask
 from sqft_export.numerics.affine import fake_quantize
-from sqft_export.run.artifact import Artifact
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.stages import quantize as quantize_stage
 from sqft_export.stages import reconstruct as reconstruct_stage

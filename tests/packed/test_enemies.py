@@ -177,9 +177,9 @@ def test_modules_in_the_current_folder_are_not_run(dense):
 def test_a_worker_ends_with_its_parent(dense, tmp_path):
     code = (
         "import os, sys, subprocess, time\n"
-        "from sqft_export.run.host import die_with_parent\n"
+        "from sqft_export.machine.host import die_with_parent\n"
         "child = subprocess.Popen([sys.executable, '-c', "
-        "f'from sqft_export.run.host import die_with_parent; die_with_parent({os.getpid()}); "
+        "f'from sqft_export.machine.host import die_with_parent; die_with_parent({os.getpid()}); "
         "import time; print(1, flush=True); time.sleep(60)'], stdout=subprocess.PIPE)\n"
         "child.stdout.readline()\n"
         "print(child.pid, flush=True)\n"

@@ -13,6 +13,7 @@ import pytest
 import xxhash
 
 import sqft_export
+from sqft_export.artifacts.store import Store, check_artifact, key_of
 from sqft_export.errors import DamagedError, UserError
 from sqft_export.kernels.ir import Graph
 from sqft_export.packed.container import MAGIC, PackedFile, Writer
@@ -22,7 +23,6 @@ from sqft_export.packed.gguf_file import read_gguf
 from sqft_export.packed.regions import find_regions
 from sqft_export.packed.seal import check_seal, write_seal
 from sqft_export.packed.streaming import check_dense_digest
-from sqft_export.run.artifact import Store, check_artifact, key_of
 from sqft_export.targets.folder import is_deployment
 from sqft_export.targets.inspect import inspect_folder
 

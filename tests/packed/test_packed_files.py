@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 import sqft_export
 from conftest import SQFT, random_model, small_recipe
+from sqft_export.artifacts.store import digest_of, sha256_of
 from sqft_export.errors import UserError
 from sqft_export.packed.container import MAGIC, PackedFile
 from sqft_export.packed.folders import pack, unpack
 from sqft_export.packed.inflate import CHUNK, Memory, deflate, inflate, native_library
 from sqft_export.recipe.schema import Export
-from sqft_export.run.artifact import digest_of, sha256_of
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets import target
 

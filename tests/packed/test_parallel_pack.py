@@ -9,10 +9,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sqft_export.machine import threads
 from sqft_export.packed import container, inflate
 from sqft_export.packed.container import FRAME_BYTES, ZSTD_LEVEL, PackedFile, Writer
 from sqft_export.packed.inflate import CHUNK, deflate
-from sqft_export.run import threads
 
 KINDS = {4: np.uint8, 8: np.uint8, 16: np.uint16, 32: np.uint32}
 

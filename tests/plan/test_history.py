@@ -3,11 +3,12 @@
 import pytest
 
 from conftest import small_recipe
+from sqft_export.artifacts import store as artifact
+from sqft_export.artifacts.store import Store, environment
 from sqft_export.plan.history import PassTime, earlier_seconds
 from sqft_export.plan.speeds import Speed, Speeds
 from sqft_export.report.text import plan_text, range_text
-from sqft_export.run import artifact, preview
-from sqft_export.run.artifact import Store, environment
+from sqft_export.run import preview
 
 CPU = Speed("cpu", {"float32": 1e11, "bfloat16": 1e11}, 1e9)
 FACTS = {

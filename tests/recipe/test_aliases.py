@@ -6,10 +6,10 @@ import logging
 import pytest
 
 from conftest import TINY, small_recipe
+from sqft_export.artifacts.store import Store
 from sqft_export.errors import UserError
 from sqft_export.recipe.aliases import OLD_WORDS
 from sqft_export.recipe.load import load_recipe
-from sqft_export.run.artifact import Store
 from sqft_export.run.pipeline import plan_passes
 
 CHOSEN = "configuration.json"

@@ -13,9 +13,9 @@ import pytest
 
 import sqft_export
 from conftest import SQFT, small_recipe
+from sqft_export.artifacts.store import files_of, sha256_of
 from sqft_export.packed.folders import pack, unpack
 from sqft_export.packed.seal import check_seal
-from sqft_export.run.artifact import files_of, sha256_of
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets.inspect import inspect_folder
 

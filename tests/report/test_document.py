@@ -8,10 +8,10 @@ import pytest
 from benchmark_rows import benchmark_row
 
 from conftest import ROOT
+from sqft_export.artifacts.store import Artifact
 from sqft_export.errors import UserError
 from sqft_export.metrics import MergeMetrics, read_metrics
 from sqft_export.report.document import Report, read_report
-from sqft_export.run.artifact import Artifact
 
 SCHEMA = json.loads((ROOT / "docs" / "reference" / "report.schema.json").read_text())
 

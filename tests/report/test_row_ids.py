@@ -7,11 +7,11 @@ import pytest
 from benchmark_rows import NAMES, benchmark_results, benchmark_row
 
 from conftest import TINY, small_recipe
+from sqft_export.artifacts.store import Artifact, Store
 from sqft_export.errors import GateError
 from sqft_export.measure.results import BenchmarkRow
 from sqft_export.measure.rows import Row
 from sqft_export.report.verdict import verdict
-from sqft_export.run.artifact import Artifact, Store
 from sqft_export.run.gates import QualityGates
 from sqft_export.stages import benchmark
 from sqft_export.stages.benchmark import _add_shares_of_dense, _warnings, on_devices

@@ -14,7 +14,7 @@ from io import StringIO
 import pytest
 
 from conftest import ROOT, SMALL, SQFT
-from sqft_export.run.progress import report_progress
+from sqft_export.machine.progress import report_progress
 
 
 def on_a_terminal(command: list[str], columns: int) -> str:

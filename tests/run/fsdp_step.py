@@ -13,11 +13,11 @@ from torch.distributed.fsdp import fully_shard
 
 from sqft_export.adapters.files import Base, save_adapter
 from sqft_export.adapters.loading import add_adapters, load_compressed
+from sqft_export.machine.launcher import process_rank
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.storage import GridWriter, mask_writer
 from sqft_export.numerics.affine import fit_grid
 from sqft_export.numerics.masks import drop_share, mask_to_bits
-from sqft_export.run.launcher import process_rank
 
 
 def write_masks_and_grids(model: Path, folder: Path) -> None:

@@ -14,16 +14,16 @@ from pydantic import BaseModel
 from safetensors.torch import load_file, save_file
 
 from conftest import TINY, small_recipe
+from sqft_export.artifacts.store import Store
 from sqft_export.data.calibration import calibration_samples
 from sqft_export.data.items import Data, load_tokenizer, sample_texts
 from sqft_export.data.scoring import Answers, judge, questions
 from sqft_export.errors import DamagedError
+from sqft_export.machine import precision
 from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import TASK_KINDS, Recipe, Section, UndeclaredFieldError
 from sqft_export.recipe.view import values_of, view_of
 from sqft_export.report.provenance import model_card, origin_of
-from sqft_export.run import precision
-from sqft_export.run.artifact import Store
 from sqft_export.run.pipeline import plan_passes
 from sqft_export.stages import stage_of
 

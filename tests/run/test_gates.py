@@ -11,13 +11,13 @@ import torch
 from benchmark_rows import benchmark_results, benchmark_row
 
 from conftest import ROOT, SMALL, SQFT, TINY, copy_run, small_recipe
+from sqft_export.artifacts.store import Artifact, Store
 from sqft_export.errors import DamagedError, GateError, UserError
 from sqft_export.measure.quality import held_out_sample, quality_file, read_quality
 from sqft_export.measure.results import BenchmarkRow
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.floats import load_model
 from sqft_export.plan.checks import check_recipe
-from sqft_export.run.artifact import Artifact, Store
 from sqft_export.run.gates import BASE, QualityGates
 from sqft_export.run.pipeline import plan_passes, run_recipe
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from conftest import TINY, small_recipe
+from sqft_export.artifacts.store import Store
 from sqft_export.errors import HostError
 from sqft_export.model.hub import _is_complete
 from sqft_export.plan import disk
-from sqft_export.run.artifact import Store
 from sqft_export.run.pipeline import needed_passes, plan_passes, run_recipe
 
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from conftest import ROOT, SQFT, TINY, copy_run, small_recipe
+from sqft_export.artifacts.store import Store
 from sqft_export.errors import HostError
+from sqft_export.machine.host import exhausted_resource, writing_to
+from sqft_export.machine.progress import silent
 from sqft_export.plan import memory
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.memory import check_memory
 from sqft_export.plan.workload import workload_of
 from sqft_export.run import pipeline
-from sqft_export.run.artifact import Store
-from sqft_export.run.host import exhausted_resource, writing_to
 from sqft_export.run.pipeline import _run_pass, plan_passes
-from sqft_export.run.progress import silent
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 7.9 GiB\n"

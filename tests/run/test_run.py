@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from conftest import copy_run, small_recipe, start_run
+from sqft_export.artifacts.store import Store
 from sqft_export.errors import UserError
-from sqft_export.run.artifact import Store
-from sqft_export.run.device import CPU, fast_in_bfloat16
+from sqft_export.machine.device import CPU, fast_in_bfloat16
 from sqft_export.run.pipeline import _lock_run_folder, plan_passes, run_recipe
 
 

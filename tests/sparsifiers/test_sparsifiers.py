@@ -3,11 +3,11 @@ import torch
 
 from conftest import random_model, small_recipe
 from sqft_export.errors import UserError
+from sqft_export.machine.progress import silent
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.storage import load_mask
 from sqft_export.numerics.hessian import inverse_factor
 from sqft_export.plan.checks import check_recipe
-from sqft_export.run.progress import silent
 from sqft_export.sparsifiers import Pruning, magnitude, sparsegpt, wanda
 from sqft_export.stages import Context
 from sqft_export.stages.sparsify import run

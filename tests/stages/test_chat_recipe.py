@@ -12,6 +12,7 @@ from chat_model import CHATML, chat, write_chat_folder, write_chats
 from transformers import AutoTokenizer
 
 from sqft_export.adapters.training import collate, packed_row_tokens, training_rows
+from sqft_export.artifacts.store import Store
 from sqft_export.data.first_example import first_example
 from sqft_export.data.items import Data, answer_stops, load_tokenizer, stop_ids
 from sqft_export.data.scoring import judge, questions
@@ -24,7 +25,6 @@ from sqft_export.recipe.load import load_recipe
 from sqft_export.recipe.schema import Recipe
 from sqft_export.recipe.view import view_of
 from sqft_export.report.text import plan_text
-from sqft_export.run.artifact import Store
 from sqft_export.run.pipeline import plan_passes, run_recipe
 from sqft_export.run.preview import preview
 from sqft_export.stages import stage_of

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import TINY, small_recipe
+from sqft_export.artifacts.store import Artifact
 from sqft_export.errors import UserError
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.storage import load_mask, read_quantized
 from sqft_export.numerics.affine import Grid, dequantize
 from sqft_export.plan.checks import check_recipe
-from sqft_export.run.artifact import Artifact
 from sqft_export.run.pipeline import run_recipe
 
 LAYER = "model.layers.1.mlp.up_proj"

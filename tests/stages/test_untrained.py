@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import random_model, small_recipe
+from sqft_export.artifacts.store import Artifact
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.storage import load_grids, load_mask, read_quantized
 from sqft_export.numerics.affine import dequantize, quantize
-from sqft_export.run.artifact import Artifact
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.verify.certify import certify, certify_again
 from sqft_export.verify.subject import Asked, Subject

@@ -72,7 +72,7 @@ def test_packed_products_are_the_dequantized_ones(tiny_run):
 def test_a_model_too_large_for_float32_runs_from_its_stored_weights(tiny_run, monkeypatch, stage):
     folder = tiny_run[stage].path / "model"
     expected = target("torch").open_session(folder, True, 2)
-    monkeypatch.setattr("sqft_export.run.host.FLOAT32_MEMORY_SHARE", 0.0)
+    monkeypatch.setattr("sqft_export.machine.host.FLOAT32_MEMORY_SHARE", 0.0)
     monkeypatch.setattr("sqft_export.targets.torch.fast_in_bfloat16", lambda device: False)
     lean = target("torch").open_session(folder, False, 2)
     linears = [m for m in lean.model.modules() if isinstance(m, StoredLinear | Int4Linear)]

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 import sqft_export
 from conftest import exact_pipeline, random_model, small_recipe
 from sqft_export.errors import UserError
+from sqft_export.machine.device import CPU
 from sqft_export.measure.decode import generate
 from sqft_export.measure.likelihood import log_likelihoods
 from sqft_export.model.families import FAMILIES
@@ -26,7 +27,6 @@ from sqft_export.numerics.affine import dequantize, fit_grid, quantize
 from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.plan.checks import check_recipe
 from sqft_export.recipe.schema import GGUF_SCALE_BITS, Export
-from sqft_export.run.device import CPU
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.run.preview import preview
 from sqft_export.stages.verify import _skipped_checks
@@ -526,7 +526,7 @@ def test_what_is_broken_in_the_file_is_named(subject, change, name, lines):
 
 
 def test_a_model_too_large_for_float32_is_compared_as_deployed(subject, monkeypatch):
-    monkeypatch.setattr("sqft_export.run.host.FLOAT32_MEMORY_SHARE", 0.0)
+    monkeypatch.setattr("sqft_export.machine.host.FLOAT32_MEMORY_SHARE", 0.0)
     certificate = Certificate()
     check_compute(certificate, subject, "gguf", load_reference(subject, CPU))
     names = {check.name for check in certificate.checks}

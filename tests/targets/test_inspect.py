@@ -6,8 +6,8 @@ import subprocess
 import pytest
 
 from conftest import ROOT, SMALL, SQFT
+from sqft_export.artifacts.store import sha256_of
 from sqft_export.errors import UserError
-from sqft_export.run.artifact import sha256_of
 from sqft_export.targets.inspect import inspect_folder
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from conftest import random_model, small_recipe
+from sqft_export.machine.device import CPU
 from sqft_export.model.architecture import transformers_config
 from sqft_export.recipe.schema import Export
-from sqft_export.run.device import CPU
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets import target
 from sqft_export.verify import lengths

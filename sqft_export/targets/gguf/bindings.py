@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from sqft_export.errors import UserError
+from sqft_export.machine.host import installed
 from sqft_export.packed.loaders import gguf_model, silence_llama_cpp
-from sqft_export.run.host import installed
 
 if TYPE_CHECKING:
     import llama_cpp as llama_cpp_python

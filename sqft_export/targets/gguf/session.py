@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sqft_export.errors import UserError
+from sqft_export.machine.host import allowed_processors
+from sqft_export.machine.threads import map_in_order
 from sqft_export.packed.gguf_file import read_gguf
 from sqft_export.packed.loaders import dense_gguf
-from sqft_export.run.host import allowed_processors
-from sqft_export.run.threads import map_in_order
 from sqft_export.targets import Session, last_columns
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from sqft_export.errors import DamagedError
+from sqft_export.machine.device import CPU, device_of, training_dtype
+from sqft_export.machine.host import write_file
 from sqft_export.recipe.schema import Recipe
-from sqft_export.run.device import CPU, device_of, training_dtype
-from sqft_export.run.host import write_file
 
 PRECISION_FILE = "precision.json"  # one file per device kind: <kind>-precision.json
 PRECISIONS = ("float32", "bfloat16")

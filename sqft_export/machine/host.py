@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sqft_export.errors import HostError
-from sqft_export.run.limits import free_memory, processor_quota
+from sqft_export.machine.limits import free_memory, processor_quota
 
 PR_SET_PDEATHSIG = 1
 THREADS_VARIABLE = "SQFT_EXPORT_THREADS"  # set by --threads, for this process and its children

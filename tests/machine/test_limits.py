@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sqft_export.run import host, limits
-from sqft_export.run.artifact import environment
-from sqft_export.run.limits import free_memory, processor_quota
+from sqft_export.artifacts.store import environment
+from sqft_export.machine import host, limits
+from sqft_export.machine.limits import free_memory, processor_quota
 
 GIB = 2**30
 
@@ -98,7 +98,7 @@ def test_threads_are_no_more_than_the_quota_rounded_up(groups, version, files, e
 def test_a_limited_address_space_is_less_memory():
     """ulimit -v, as batch systems set it."""
     code = (
-        "from sqft_export.run.limits import free_memory; from sqft_export.run.host import "
+        "from sqft_export.machine.limits import free_memory; from sqft_export.machine.host import "
         "float32_fits; print(free_memory(), float32_fits(2**28))"
     )
     size = 2 * GIB

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sqft_export.run.host import write_file
+from sqft_export.machine.host import write_file
 
 HASHES_FILE = "hashes.json"
 # Two changes within one tick of the file system's clock get the same mtime. A digest is therefore

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from conftest import TINY, copy_run, small_recipe
+from sqft_export.artifacts.hashes import HASHES_FILE, FileHashes
+from sqft_export.artifacts.store import Store, check_artifact, key_of, sha256_of
 from sqft_export.errors import DamagedError
-from sqft_export.run.artifact import Store, check_artifact, key_of, sha256_of
-from sqft_export.run.hashes import HASHES_FILE, FileHashes
 from sqft_export.run.pipeline import plan_passes, run_recipe
 
 FACTS = {"stage": "prune"}

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from sqft_export.run.host import allowed_processors
+from sqft_export.machine.host import allowed_processors
 
 MAX_THREADS = 8  # each thread holds its own arrays in memory
 _Item = TypeVar("_Item")

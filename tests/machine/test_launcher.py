@@ -12,8 +12,8 @@ import pytest
 
 from conftest import ROOT, SMALL
 from sqft_export.errors import UserError
-from sqft_export.run import launcher
-from sqft_export.run.launcher import (
+from sqft_export.machine import launcher
+from sqft_export.machine.launcher import (
     check_launcher,
     first_process_presence,
     first_process_works,
@@ -65,7 +65,7 @@ def test_they_are_refused_before_any_work(command, variables, tmp_path):
 def sqft_with(variables: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
     """The command line with variables of a launcher; it waits a second for a first process."""
     code = (
-        "import sys; from sqft_export.run import launcher; launcher.MAX_ABSENCE_SECONDS = 1.0;"
+        "import sys; from sqft_export.machine import launcher; launcher.MAX_ABSENCE_SECONDS = 1.0;"
         "from sqft_export.cli import main; sys.argv[0] = 'sqft-export'; main()"
     )
     clean = {name: value for name, value in os.environ.items() if name not in WHOLE}

@@ -5,11 +5,11 @@ import torch
 
 from conftest import small_recipe
 from sqft_export.errors import UserError
+from sqft_export.machine import device
+from sqft_export.machine.device import CPU, device_of, fast_in_bfloat16, training_dtype
 from sqft_export.model.hub import model_folder
 from sqft_export.numerics import hessian
 from sqft_export.plan.checks import check_recipe
-from sqft_export.run import device
-from sqft_export.run.device import CPU, device_of, fast_in_bfloat16, training_dtype
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.stages import benchmark
 from sqft_export.verify.certify import certify_again

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from sqft_export.run import threads
-from sqft_export.run.threads import map_in_order
+from sqft_export.machine import threads
+from sqft_export.machine.threads import map_in_order
 
 
 def test_what_is_made_comes_in_the_order_of_the_items(monkeypatch):

@@ -9,10 +9,9 @@ import pytest
 
 from conftest import ROOT
 from sqft_export.errors import UserError
-from sqft_export.plan.speeds import Speed, Speeds
-from sqft_export.run import processors
-from sqft_export.run.host import THREADS_VARIABLE, allowed_processors
-from sqft_export.run.processors import (
+from sqft_export.machine import processors
+from sqft_export.machine.host import THREADS_VARIABLE, allowed_processors
+from sqft_export.machine.processors import (
     OPENMP_THREADS,
     SPIN_COUNT,
     SPIN_VARIABLES,
@@ -27,6 +26,7 @@ from sqft_export.run.processors import (
     set_threads,
     used_by_others,
 )
+from sqft_export.plan.speeds import Speed, Speeds
 
 STAT = """cpu  100 10 20 900 5 1 2 3 4 0
 cpu0 50 5 10 400 5 1 2 3 4 0
@@ -184,7 +184,7 @@ def test_commands_take_threads_before_torch_counts_them(tmp_path):
         "assert 'torch' not in sys.modules\n"
         "cli._set_threads(1)\n"
         "import torch\n"
-        "from sqft_export.run.artifact import environment\n"
+        "from sqft_export.artifacts.store import environment\n"
         "print(torch.get_num_threads(), environment()['threads'])\n"
     )
     done = subprocess.run(

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from sqft_export.artifacts.store import MANIFEST, Store, key_of
 from sqft_export.errors import UserError
-from sqft_export.run.artifact import MANIFEST, Store, key_of
 
 FACTS = {"stage": "prune", "version": 1, "options": {"sparsity": 0.5}}
 

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from sqft_export.run import progress
-from sqft_export.run.progress import duration, report_progress
+from sqft_export.machine import progress
+from sqft_export.machine.progress import duration, report_progress
 
 
 def lines_of(terminal: io.StringIO, wanted: int) -> list[str]:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, cast
 
+from sqft_export.artifacts.hashes import FileHashes
 from sqft_export.errors import DamagedError, UserError, one_line
-from sqft_export.run.hashes import FileHashes
-from sqft_export.run.host import openmp_threads, processor_name
+from sqft_export.machine.host import openmp_threads, processor_name
 from sqft_export.untrusted import (
     MAX_JSON_BYTES,
     entries_of,

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from sqft_export.documents import Document
-from sqft_export.run.host import installed
+from sqft_export.machine.host import installed
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sqft_export.errors import UserError
-from sqft_export.run.host import THREADS_VARIABLE, allowed_processors
+from sqft_export.machine.host import THREADS_VARIABLE, allowed_processors
 
 STAT = Path("/proc/stat")
 SAMPLE_SECONDS = 0.25

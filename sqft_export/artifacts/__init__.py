@@ -1,0 +1,1 @@
+"""Sealed folders of passes: manifests, and digests of their files."""

@@ -1,0 +1,1 @@
+"""Processors, memory, accelerators, launchers and the terminal of this machine."""
