@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from sqft_export.errors import UserError
 from sqft_export.recipe.schema import HUB, Recipe
 from sqft_export.recipe.templates import text_field
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MIN_ROW_TOKENS = 16  # shorter dataset rows (headings, blank lines) are skipped
 SHUFFLE_BUFFER_ROWS = 10_000
 
@@ -34,7 +37,7 @@ def calibration_fields(recipe: Recipe) -> tuple[str, ...]:
     return ("calibration", "seed", *(TRAIN_FIELDS if recipe.calibration.source == "task" else ()))
 
 
-def calibration_samples(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
+def calibration_samples(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """Return a seeded choice of samples, each cut to the calibration length; lengths may differ.
 
     :raises UserError: if the source has fewer samples than requested.
@@ -55,7 +58,7 @@ def calibration_samples(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
     return [one[: config.sequence_length] for one in ids]
 
 
-def _tokenize_source(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
+def _tokenize_source(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """Return the samples of a source that is not the task's training split."""
     config = recipe.calibration
     file = recipe.resolve(config.source)
@@ -69,7 +72,7 @@ def _tokenize_source(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
     return split_windows(ids, config.sequence_length, first_token(tokenizer))
 
 
-def _stream_dataset(recipe: Recipe, tokenizer: Any) -> list[list[int]]:
+def _stream_dataset(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """Return the first rows of a seeded shuffle as token ids.
 
     Rows are streamed, so that a large dataset is not downloaded completely. Rows of fewer than

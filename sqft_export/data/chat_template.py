@@ -5,10 +5,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqft_export.data.marks import Message
 from sqft_export.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 GENERATION_MARKER = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 # Arguments of apply_chat_template that are set here.
@@ -44,7 +47,7 @@ class ChatTemplate:
     place: file and field that name template and arguments, for messages to the user.
     """
 
-    tokenizer: Any
+    tokenizer: "PreTrainedTokenizerBase"
     name: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     place: str = "the chat template"

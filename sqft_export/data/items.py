@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, overload
 
 from sqft_export.data.chat import ChatEncoder, Conversation, EncodedChat
 from sqft_export.data.chat_template import ChatTemplate
@@ -23,6 +23,9 @@ from sqft_export.errors import UserError
 from sqft_export.recipe.schema import Chat, Dataset, Problems, Recipe, Text
 from sqft_export.recipe.templates import fill_template
 from sqft_export.textfiles import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Recipe fields that determine the examples and items of a split, besides the content of its files.
 TASK_FIELDS = (
@@ -95,7 +98,7 @@ class Example:
         return self.skip >= len(self.ids)
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """Return the tokenizer of a model folder; if it has no end token, set that of the configs."""
     from transformers import AutoTokenizer
 
@@ -106,7 +109,7 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def encode(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:
     """Return the token ids of every text, for training, calibration, scoring and verify.
 
     The tokenizer's start token appears once, even if the text already begins with it. An end token
@@ -116,23 +119,23 @@ def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return [_strip_added(tokenizer, *pair) for pair in zip(texts, found, strict=True)]
 
 
-def doubles_start_token(tokenizer: Any, text: str) -> bool:
+def doubles_start_token(tokenizer: "PreTrainedTokenizerBase", text: str) -> bool:
     """Return whether the tokenizer adds a start token to a text that begins with one."""
     return _is_doubled(tokenizer, tokenizer(text)["input_ids"]) and not _is_doubled(
         tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"]
     )
 
 
-def deployed_text(tokenizer: Any, text: str) -> str:
+def deployed_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
     """Return the text to give to a runtime, whose tokenizer adds a start token to every text."""
     return text.removeprefix(tokenizer.bos_token) if doubles_start_token(tokenizer, text) else text
 
 
-def _is_doubled(tokenizer: Any, ids: list[int]) -> bool:
+def _is_doubled(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> bool:
     return len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id
 
 
-def _strip_added(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
+def _strip_added(tokenizer: "PreTrainedTokenizerBase", text: str, ids: list[int]) -> list[int]:
     """Remove a second start token and an end token that the tokenizer added to a text."""
     doubled = _is_doubled(tokenizer, ids)
     if not doubled and ids[-1:] != [tokenizer.eos_token_id]:
@@ -155,13 +158,13 @@ def _append_end(answer: list[int], end: int) -> list[int]:
     return answer if answer[-1:] == [end] else [*answer, end]
 
 
-def stop_ids(folder: Path, tokenizer: Any) -> list[int]:
+def stop_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return the ids that end an answer: the tokenizer's and those of the folder's configs."""
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return list(dict.fromkeys([*own, *end_tokens(folder)]))
 
 
-def answer_stops(recipe: Recipe, folder: Path, tokenizer: Any) -> list[int]:
+def answer_stops(recipe: Recipe, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return the ids that end an answer to a task: :func:`stop_ids`, and the chat template's."""
     found = stop_ids(folder, tokenizer)
     if isinstance(recipe.task, Chat):
@@ -229,7 +232,7 @@ def _records(recipe: Recipe, split: str) -> Iterator[SetRecord]:
 
 
 def _encode_pairs(
-    tokenizer: Any, texts: list[tuple[str, str]]
+    tokenizer: "PreTrainedTokenizerBase", texts: list[tuple[str, str]]
 ) -> list[tuple[list[int], list[int]]]:
     """Return the ids of every prompt and of its answer; each text is tokenized once.
 
@@ -248,7 +251,7 @@ def _encode_pairs(
     return found
 
 
-def to_items(tokenizer: Any, found: list[SetRecord]) -> list[Item]:
+def to_items(tokenizer: "PreTrainedTokenizerBase", found: list[SetRecord]) -> list[Item]:
     """Return the records of a split as items of token ids."""
     texts = [pair for _, _, r in found for pair in ((r.prompt, r.answer), *r.choices)]
     pairs = iter(_encode_pairs(tokenizer, texts))
@@ -294,7 +297,9 @@ class Examples(Sequence[Example]):
     longest: largest number of tokens per example; longer ones are cut.
     """
 
-    def __init__(self, tokenizer: Any, texts: list[tuple[str, str]], longest: int):
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", texts: list[tuple[str, str]], longest: int
+    ):
         self.tokenizer, self.texts, self.longest = tokenizer, texts, longest
 
     def __len__(self) -> int:
@@ -329,7 +334,7 @@ class Examples(Sequence[Example]):
         return [Example(prompt + _append_end(answer, end), len(prompt)) for prompt, answer in pairs]
 
 
-def chat_encoder(recipe: Recipe, tokenizer: Any) -> ChatEncoder:
+def chat_encoder(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> ChatEncoder:
     """Return the encoder of a chat task's conversations, for the tokenizer of a model folder.
 
     :raises UserError: if the tokenizer has no such template.
@@ -341,7 +346,9 @@ def chat_encoder(recipe: Recipe, tokenizer: Any) -> ChatEncoder:
     return ChatEncoder(template, stop_ids(Path(tokenizer.name_or_path), tokenizer))
 
 
-def chat_items(recipe: Recipe, tokenizer: Any, conversations: Sequence[Conversation]) -> list[Item]:
+def chat_items(
+    recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Conversation]
+) -> list[Item]:
     """Return the last answer of every conversation as an item.
 
     The prompt ends with the template's generation prompt. The target ends with the end-of-turn
@@ -406,7 +413,7 @@ class Data:
     truncated: number of training examples that are cut.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: Any):
+    def __init__(self, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase"):
         self.recipe, self.tokenizer = recipe, tokenizer
 
     @cached_property
@@ -471,7 +478,9 @@ def _find_cut(text: str, wanted: int) -> int:
     return wanted
 
 
-def _text_items(task: Text, recipe: Recipe, tokenizer: Any) -> tuple[list[Item], list[Item]]:
+def _text_items(
+    task: Text, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[list[Item], list[Item]]:
     """Return the windows for training and the held-out windows."""
     file = recipe.resolve(task.text)
     text = read_text(file)
@@ -507,7 +516,7 @@ def count_examples(recipe: Recipe) -> int | None:
 
 
 def sample_items(
-    recipe: Recipe, tokenizer: Any, split: str, count: int
+    recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", split: str, count: int
 ) -> tuple[dict[str, int], list[Item]]:
     """Return the number of items per set, and about ``count`` evenly spread items as token ids."""
     if isinstance(recipe.task, Text):
@@ -535,7 +544,7 @@ def train_records(recipe: Recipe) -> Iterator[Record]:
     return (record for _, _, record in _records(recipe, "train"))
 
 
-def scored_items(recipe: Recipe, tokenizer: Any, count: int) -> list[Item]:
+def scored_items(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", count: int) -> list[Item]:
     """Return the first ``count`` test items of every set."""
     if isinstance(recipe.task, Chat):
         conversations = read_conversations(recipe, recipe.task, "test")
@@ -549,7 +558,7 @@ def scored_items(recipe: Recipe, tokenizer: Any, count: int) -> list[Item]:
     return to_items(tokenizer, chosen)
 
 
-def held_out(recipe: Recipe, tokenizer: Any) -> list[Item]:
+def held_out(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> list[Item]:
     """Return the test items; several sets are interleaved, so that the first items cover them."""
     by_set: dict[str, list[Item]] = {}
     for item in Data(recipe, tokenizer).test:
@@ -606,7 +615,7 @@ def last_user_text(conversation: Conversation) -> str:
     return str([conversation.messages[0]["content"], *texts][-1])
 
 
-def first_token(tokenizer: Any) -> list[int]:
+def first_token(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return the ids that begin every window of text: the start token, if there is one."""
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
 

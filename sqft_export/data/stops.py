@@ -4,9 +4,12 @@ A worker process has no tokenizer.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sqft_export.recipe.schema import Task, Text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def stop_texts(task: Task) -> tuple[str, ...]:
@@ -27,7 +30,7 @@ def _may_belong(piece: str, stop: str) -> bool:
     return any(piece.endswith(stop[:n]) or piece.startswith(stop[-n:]) for n in lengths)
 
 
-def stop_pieces(tokenizer: Any, stops: Sequence[str]) -> dict[str, str]:
+def stop_pieces(tokenizer: "PreTrainedTokenizerBase", stops: Sequence[str]) -> dict[str, str]:
     """Return token id -> text of all tokens that can overlap a stop text.
 
     A worker concatenates them to end generation early (``measure/stops.py``). The scored answer is

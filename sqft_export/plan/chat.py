@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from sqft_export.data.chat import Conversation, EncodedChat
 from sqft_export.data.conversations import (
@@ -16,6 +16,9 @@ from sqft_export.data.scoring import answer_score
 from sqft_export.errors import UserError
 from sqft_export.plan.layout import Layout
 from sqft_export.recipe.schema import Chat, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CHECKED_CHATS = 100  # training conversations that are encoded, evenly spread
 
@@ -91,7 +94,7 @@ def find_chat_doubts(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 
 def _unended(
-    recipe: Recipe, folder: Path, tokenizer: Any, checked: list[EncodedChat]
+    recipe: Recipe, folder: Path, tokenizer: "PreTrainedTokenizerBase", checked: list[EncodedChat]
 ) -> Iterator[str]:
     """Yield answers without an end-of-turn token, and tokens at which runtimes do not stop."""
     encoder = chat_encoder(recipe, tokenizer)

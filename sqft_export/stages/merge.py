@@ -5,7 +5,7 @@ The stored codes are the codes that the adapted model's forward computes with.
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
@@ -27,6 +27,9 @@ from sqft_export.report.prompts import example_prompt, prompt_section
 from sqft_export.report.provenance import PROVENANCE_FIELDS, merged_usage, model_card, origin_of
 from sqft_export.stages import BASE_FIELDS, Context
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "search")
 # Tensors that no pass changes are copied from the model. The model card shows a training item.
 READS: tuple[str, ...] = ("model", "train")
@@ -41,7 +44,7 @@ def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     return (*BASE_FIELDS, *PROVENANCE_FIELDS, *TRAIN_FIELDS, *CARD_FIELDS, "dense_update")
 
 
-def _set_template(recipe: Recipe, folder: Path, tokenizer: Any) -> None:
+def _set_template(recipe: Recipe, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Write the chat templates that the model was trained with, and name their end token.
 
     :param tokenizer: of the base.

@@ -7,7 +7,7 @@ and compute (files -> results of the runtimes). One layer is in memory at a time
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -37,6 +37,9 @@ from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.certify import certify
 from sqft_export.verify.storage import TOKEN_IDS
 from sqft_export.verify.subject import MASKED_PASSES, Asked, Subject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONSUMES: tuple[str, ...] = (
     "sparsify",
@@ -105,7 +108,7 @@ def _capture_untrained(context: Context, asked: Asked) -> Path:
     return context.folder
 
 
-def _chat_prompt(recipe: Recipe, tokenizer: Any) -> ChatPrompt | None:
+def _chat_prompt(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> ChatPrompt | None:
     """Return the first test conversation; None without one, or if its ids change with the date."""
     task = recipe.task
     if not isinstance(task, Chat):
