@@ -5,7 +5,7 @@
     print(run.deployments["gguf"].path)
     print(sqft_export.load(run.folder).generate([{"role": "user", "content": "Hello"}]))
 
-Importing it loads no torch and no runtime; the functions load what they need. Errors are the
+Importing it loads no torch and no runtime; each function loads its libraries. Errors are the
 classes of ``sqft_export.errors``. Nothing here redirects output or ends the process.
 """
 

@@ -42,7 +42,7 @@ OTHER_WORDS = {
 
 
 class Commands(TyperGroup):
-    """The commands; an unknown one gets the name of the command that does what it says."""
+    """The commands; for an unknown one, the message names the command with that purpose."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

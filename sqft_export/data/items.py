@@ -610,7 +610,7 @@ def sample_texts(recipe: Recipe, count: int) -> list[str]:
 
 
 def last_user_text(conversation: Conversation) -> str:
-    """Return the last text of the user; the first message if there is none."""
+    """Return the last text of the user; the first message if the user wrote none."""
     texts = [m["content"] for m in conversation.messages if m["role"] == "user"]
     return str([conversation.messages[0]["content"], *texts][-1])
 

@@ -68,7 +68,7 @@ def _hub_datasets(task: Mapping[str, object]) -> list[str]:
 def hub_card(card: str, found: Deployment, report: Report, facts: CardFacts) -> str:
     """Return the card of a deployment with the hub's front matter and the measured table.
 
-    :param card: the card in the deployment's folder, whose text stays as it is.
+    :param card: the card in the deployment's folder; its text is kept.
     """
     text = _FRONT_MATTER.sub("", card)
     table = _measured(found, report)

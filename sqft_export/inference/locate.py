@@ -74,7 +74,7 @@ def refuse_run(folder: Path, command: str) -> None:
 def best_of(found: list[Deployment]) -> Deployment | None:
     """Return the best measured deployment, see ``report.verdict.best_deployment``.
 
-    If none is measured, return the first one; None if there is none.
+    If none is measured, return the first one; None for an empty list.
     """
     from sqft_export.report.verdict import best_deployment
 

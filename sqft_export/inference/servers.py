@@ -139,7 +139,7 @@ def _how_to_install(folder: Path, at: Address, kind: str) -> str:
 
 @contextmanager
 def served_path(folder: Path) -> Iterator[Path]:
-    """Yield what a server loads: the GGUF file, inflated if it is packed, or the folder.
+    """Yield the path that a server loads: the GGUF file, inflated if it is packed, or the folder.
 
     :raises UserError: if the folder has a form that its server does not load.
     """

@@ -97,7 +97,7 @@ def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class GenerationMarkers(ext.Extension):
-        """``{% generation %}`` marks the answers for the loss; it renders what it contains."""
+        """``{% generation %}`` marks the answers for the loss; its content is rendered."""
 
         tags = {"generation"}  # noqa: RUF012
 

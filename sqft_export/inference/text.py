@@ -94,7 +94,7 @@ class TextSession:
     ) -> str:
         """Return the greedy answer to a prompt.
 
-        :param prompt: a text, which is continued as it is, or messages with ``role`` and
+        :param prompt: a text, which is continued unchanged, or messages with ``role`` and
             ``content``, which are rendered with the chat template.
         :param stop: texts that end the answer; they are not part of it.
         :raises UserError: if the prompt is longer than the context, or messages are given and the

@@ -26,7 +26,7 @@ FREE_OF_WORK = frozenset(
 
 @dataclass(frozen=True)
 class PassTime:
-    """Predicted seconds of a pass, with their range, and what they are from."""
+    """Predicted seconds of a pass, with their range and source."""
 
     seconds: float
     source: Literal["model", "earlier run"]

@@ -5,7 +5,7 @@ from typing import Any
 from sqft_export.errors import UserError
 from sqft_export.machine.host import installed
 
-# Preset -> what it does, for help texts.
+# Preset -> description in help texts.
 PRESETS = {
     "int4": "INT4, tuned through its grid: loses least",
     "int4-sparse": "INT4 with 50 % zeros, tuned through its grid: smaller files",

@@ -72,7 +72,7 @@ BATCHES = (
 
 @dataclass(frozen=True)
 class Request:
-    """What a user gives in place of a recipe.
+    """A model and data, in place of a recipe.
 
     model: folder, name on the hub, or builtin:tiny.
     data: file, save_to_disk folder, hub:<name>, or the name of a known dataset.

@@ -1,4 +1,4 @@
-"""Recipes of this package, which are found by name from any folder."""
+"""Recipes of this package; their names work from any folder."""
 
 from pathlib import Path
 

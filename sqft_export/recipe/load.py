@@ -59,7 +59,7 @@ def _read_yaml(text: str, where: str) -> object:
 
 
 def _values(node: object, path: str = "", depth: int = 0) -> Iterator[tuple[str, object]]:
-    """Path and value of every key, scalar and section; what an alias stands for, once each time."""
+    """Path and value of every key, scalar and section; an alias counts once per use."""
     yield path, node
     if depth > DEEPEST:
         return
@@ -97,7 +97,7 @@ def _check_values(data: object, where: str) -> None:
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields allowed beside the one at ``location``."""
+    """Names of the fields allowed next to the one at ``location``."""
     model: type[BaseModel] | None = Recipe
     for name in location[:-1]:
         if name in TASK_KINDS and model is None:
@@ -194,7 +194,7 @@ def parse_recipe(
     data = _read_yaml(text, str(file))
     if not isinstance(data, dict):
         raise UserError(f"{file}: a recipe is a mapping, found {type(data).__name__}")
-    _check_values(data, str(file))  # before an override is set in what an alias stands for
+    _check_values(data, str(file))  # before an override is set in the target of an alias
     apply_overrides(data, overrides, _read_yaml)
     if model_path is not None:
         data["model"] = {"path": str(real_path(model_path))}

@@ -5,7 +5,7 @@
 
 llama.cpp has its ways of cutting a text as code, each by a name; which one a tokenizer's
 expression is stands in ``CUTS``. Merges of SentencePiece's kind are in order of their scores, so a
-score is the place of a token's first merge. What can't be said so is refused.
+score is the place of a token's first merge. Anything else is refused.
 """
 
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ class Vocabulary:
 
 
 class NotExpressible(Exception):
-    """What of a tokenizer llama.cpp has no words for."""
+    """A part of a tokenizer that GGUF cannot express."""
 
 
 def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
