@@ -17,9 +17,11 @@ from sqft_export.metrics import EvaluatedSize
 if TYPE_CHECKING:
     from sqft_export.adapters.files import RankedStepLog
 
+Point = tuple[float, float]  # cost and accuracy
 COLOURS = {"torch": "#4c72b0", "openvino": "#dd8452", "onnx": "#55a868", "gguf": "#8172b3"}
 
 TICK_STEPS = [1, 2, 2.5, 5, 10]
+LABEL_STEP = 0.065  # smallest distance of two labels, as a share of the axes' height
 
 # A fixed salt and no date, so that the same numbers give the same bytes.
 STYLE = {
@@ -111,7 +113,7 @@ def cost_of(row: BenchmarkRow, cost: str) -> float:
     return COSTS[cost][1](row)
 
 
-def pareto(points: list["Point"]) -> list["Point"]:
+def pareto(points: list[Point]) -> list[Point]:
     """Return the Pareto front, sorted by cost: no other point is cheaper and more accurate."""
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p[0], -p[1])):
@@ -120,7 +122,7 @@ def pareto(points: list["Point"]) -> list["Point"]:
     return front
 
 
-def _plane(axes: Axes, rows: Sequence[BenchmarkRow], measure: str, cost: str) -> list["Point"]:
+def _plane(axes: Axes, rows: Sequence[BenchmarkRow], measure: str, cost: str) -> list[Point]:
     """Set up axes of cost and accuracy with the Pareto front; return the rows as points."""
     points = [(cost_of(row, cost), 100 * row.accuracy) for row in rows]
     front = zip(*pareto(points), strict=True)
@@ -135,28 +137,46 @@ def _plane(axes: Axes, rows: Sequence[BenchmarkRow], measure: str, cost: str) ->
 def accuracy_scatter(rows: Sequence[BenchmarkRow], measure: str, cost: str) -> str:
     """Draw accuracy against ``file_bytes`` or ``tpot`` with the Pareto front.
 
-    Points have the numbers of the rows, because many are close; the legend has the names.
+    The names of the rows are in a column at the right; a line leads from each name to its point.
     """
 
     def draw(axes: Axes) -> None:
         points = _plane(axes, rows, measure, cost)
-        for number, (point, row) in enumerate(zip(points, rows, strict=True), 1):
-            colour, name = COLOURS[row.runtime], f"{number}  {row.name}"
-            axes.scatter(*point, color=colour, s=45, zorder=3, label=name)
-        for (x, y), numbers in _clusters(axes, points):
-            # The front goes up to a point and right from it; the lower right of a point is free.
+        for point, row in zip(points, rows, strict=True):
+            axes.scatter(*point, color=COLOURS[row.runtime], s=45, zorder=3)
+        axes.autoscale_view()
+        # Of equally accurate rows the cheapest gets the lowest label, so that no lines cross.
+        named = sorted(zip(points, [row.name for row in rows], strict=True))
+        heights = [float(axes.transLimits.transform(point)[1]) for point, _ in named]
+        for (point, name), height in zip(named, spread_labels(heights), strict=True):
             axes.annotate(
-                format_ranges(numbers),
-                (x, y),
-                xytext=(5, -5),
-                textcoords="offset points",
-                ha="left",
-                va="top",
+                name,
+                point,
+                xytext=(1.04, height),
+                textcoords="axes fraction",
+                va="center",
                 size=9,
+                arrowprops={
+                    **{"arrowstyle": "-", "color": "#888888", "lw": 0.6, "alpha": 0.7},
+                    "relpos": (0, 0.5),  # the line ends at the left edge of the name
+                },
             )
-        _legend_at_right(axes, fontsize=9)
 
-    return _svg(draw, height=4.2)
+    return _svg(draw, height=max(4.2, _bars_height(len(rows), 0.25)))
+
+
+def spread_labels(heights: Sequence[float]) -> list[float]:
+    """Return heights of labels in the order of their points, evenly spread where they are close.
+
+    :param heights: heights of the points, 0 at the bottom to 1 at the top.
+    """
+    step = min(LABEL_STEP, 1 / max(1, len(heights) - 1))
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    found, low = list(heights), -1.0
+    for place, index in enumerate(order):
+        above = len(order) - 1 - place
+        found[index] = low = max(low + step, min(heights[index], 1 - above * step), place * step)
+    return found
 
 
 MARKERS = {"torch": "o", "openvino": "s", "onnx": "^", "gguf": "D"}
@@ -183,35 +203,6 @@ def runs_scatter(rows: Sequence[BenchmarkRow], runs: list[int], measure: str, co
         _legend_at_right(axes, fontsize=9)
 
     return _svg(draw, height=4.2)
-
-
-Point = tuple[float, float]
-
-
-def _clusters(axes: Axes, points: list[Point]) -> list[tuple[Point, list[int]]]:
-    """Group points that are too close for separate labels; the rightmost one gets the label."""
-    clusters: list[tuple[Point, list[int]]] = []
-    for point, number in sorted(zip(points, range(1, len(points) + 1), strict=True), reverse=True):
-        x, y = axes.transLimits.transform(point)
-        for other, numbers in clusters:
-            other_x, other_y = axes.transLimits.transform(other)
-            if abs(other_x - x) < 0.12 and abs(other_y - y) < 0.06:
-                numbers.append(number)
-                break
-        else:
-            clusters.append((point, [number]))
-    return clusters
-
-
-def format_ranges(numbers: list[int]) -> str:
-    """Return numbers as text with ranges, such as ``1, 3-5``."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def latency_bars(rows: Sequence[BenchmarkRow], labels: list[str]) -> str:

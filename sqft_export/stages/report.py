@@ -4,11 +4,13 @@ import json
 
 from sqft_export.adapters.files import read_training_log
 from sqft_export.metrics import RowsMetrics
+from sqft_export.model.chat import uses_template
 from sqft_export.recipe.schema import Recipe
 from sqft_export.report import pictures
 from sqft_export.report.document import REPORT, report_of_run
 from sqft_export.report.html import render
 from sqft_export.report.tables import DETAILS, MAIN, cells, lm_eval_cells
+from sqft_export.report.terminal import deployment_folders
 from sqft_export.report.text import markdown, skipped_lines
 from sqft_export.stages import Context
 
@@ -68,8 +70,18 @@ def run(context: Context) -> RowsMetrics:
         details=cells(rows, (MAIN[0], *DETAILS)),
         sets=[name for name in rows[0].accuracy_by_set if name],
         lm_eval=lm_eval_cells(rows),
+        commands=_commands(context),
         recipe=json.dumps(report.recipe, indent=2),
         pictures=drawn,
     )
     (context.folder / "index.html").write_text(page)
     return RowsMetrics(rows=len(rows))
+
+
+def _commands(context: Context) -> list[tuple[str, str]]:
+    """Return the name of every deployment with the command that runs it in the run's folder."""
+    word = "chat" if uses_template(context.recipe.task) else "generate"
+    return [
+        (one.name, f'sqft-export {word} {one.folder.parent.name}/{one.folder.name} -p "..."')
+        for one in deployment_folders(context.inputs)
+    ]

@@ -1,29 +1,36 @@
 """What a reader sees in a picture."""
 
+import itertools
 import re
 
 import pytest
 from benchmark_rows import benchmark_row
 
 from sqft_export.measure.results import BenchmarkRow
-from sqft_export.report.pictures import accuracy_scatter, format_ranges
+from sqft_export.report.pictures import LABEL_STEP, accuracy_scatter, spread_labels
 
 
 def row(name: str, accuracy: float, bytes_: float) -> BenchmarkRow:
     return benchmark_row("openvino", accuracy, name=name, file_bytes=int(bytes_))
 
 
-def test_rows_whose_points_lie_together_are_all_named():
+def test_every_point_has_its_name_next_to_it_and_no_legend_of_numbers():
     rows = [row("far", 0.9, 9e6), row("one", 0.5, 1e6), row("same", 0.5, 1e6), row("low", 0.1, 1e6)]
     picture = accuracy_scatter(rows, "exact match", "file_bytes")
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", picture)
-    named = [f"{number}  {r.name}" for number, r in enumerate(rows, 1)]
-    assert [text for text in texts if text in named] == named
-    assert {"1", "2-3", "4"} <= set(texts)
+    assert sorted(text for text in texts if text in {r.name for r in rows}) == [
+        *("far", "low", "one", "same")
+    ]
 
 
 @pytest.mark.parametrize(
-    ("numbers", "said"), [([3], "3"), ([5, 4, 2], "2, 4-5"), ([3, 1, 2, 7], "1-3, 7")]
+    "heights", [[0.5], [0.5] * 5, [0.0] * 20, [1.0] * 20, [0.9, 0.1, 0.12, 0.88, 0.5]]
 )
-def test_numbers_are_written_as_ranges(numbers, said):
-    assert format_ranges(numbers) == said
+def test_labels_keep_their_distance_and_order_and_stay_inside(heights):
+    found = spread_labels(heights)
+    assert all(-1e-9 <= height <= 1 + 1e-9 for height in found)
+    ordered = sorted(found)
+    step = min(LABEL_STEP, 1 / max(1, len(heights) - 1))
+    assert all(high - low >= step - 1e-9 for low, high in itertools.pairwise(ordered))
+    by_label = sorted(range(len(heights)), key=lambda i: found[i])
+    assert [heights[i] for i in by_label] == sorted(heights)
