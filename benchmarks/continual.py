@@ -22,10 +22,10 @@ from sqft_export.data.scoring import judge, questions
 from sqft_export.measure.jobs import MeasuredModel, Requests, requested
 from sqft_export.measure.statistics import wilson
 from sqft_export.measure.worker import measure_in_process
+from sqft_export.metrics import SparsityMetrics, read_metrics
 from sqft_export.model.storage import load_mask_bits
 from sqft_export.recipe.load import load_recipe
 from sqft_export.recipe.schema import Recipe
-from sqft_export.run.metrics import SparsityMetrics, read_metrics
 from sqft_export.run.pipeline import run_recipe
 
 ROOT = Path(__file__).parent.parent

@@ -36,11 +36,11 @@ from sqft_export.data.scoring import accuracy_by_set, judge, questions
 from sqft_export.machine.device import device_of
 from sqft_export.measure.likelihood import score
 from sqft_export.measure.statistics import mcnemar
+from sqft_export.metrics import ExportMetrics, read_metrics
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.floats import load_model
 from sqft_export.recipe.load import load_recipe
 from sqft_export.recipe.schema import Recipe
-from sqft_export.run.metrics import ExportMetrics, read_metrics
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets.torch import TorchSession
 

@@ -34,6 +34,8 @@ EXPLAINED = {
     '{"messages"': "a line of a data file",
     "sqft-export run HuggingFaceTB": "needs the hub; tests/commands has another model",
     "sqft-export chat runs/SmolLM2": "needs that run; the same command for runs/tiny is run",
+    "sqft-export benchmark deployed/openvino deployed/onnx --data": "needs a chat template; "
+    "tests/measure/test_own_data.py has one",
     "sqft-export serve runs/SmolLM2": "needs that run; tests/commands serves another",
     "cd runs/tiny/export-gguf": "needs Ollama",
     "ollama create": "needs Ollama",

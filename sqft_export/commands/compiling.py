@@ -15,6 +15,7 @@ from sqft_export.plan.presets import DEFAULT_PRESET, PRESETS
 from sqft_export.recipe.builtin import find_recipe
 
 if TYPE_CHECKING:
+    from sqft_export.artifacts.store import Artifact
     from sqft_export.recipe.schema import Recipe
 
 _RECIPE_FILE = "recipe.yaml"  # in a run's folder: the preset's recipe
@@ -225,17 +226,18 @@ def _settings_comment(overrides: tuple[str, ...]) -> str:
     return f"# run with these settings too: {' '.join(overrides)}\n" if overrides else ""
 
 
-def _print_report(report: Path, artifacts: dict, json_only: bool) -> None:
+def _print_report(report: Path, artifacts: "dict[str, Artifact]", json_only: bool) -> None:
+    from sqft_export.report.document import REPORT, read_report
     from sqft_export.report.terminal import run_text
 
-    document = json.loads((report / "report.json").read_text())
+    document = read_report(report / REPORT)
     if sys.stdout.isatty() and not json_only:
         print(run_text(document, artifacts, shutil.get_terminal_size().columns))
         return
     if not json_only:
         print((report / "report.md").read_text())
         print(f"report: {report / 'index.html'}")
-    print(json.dumps(document))
+    print(json.dumps(document.to_json()))
 
 
 def plan_command(
@@ -266,7 +268,7 @@ def plan_command(
     from sqft_export.run.preview import preview
 
     document = preview(recipe, runs)
-    print(json.dumps(document) if json_only else plan_text(document))
+    print(json.dumps(document.to_json()) if json_only else plan_text(document))
 
 
 def init_command(

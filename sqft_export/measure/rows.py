@@ -129,10 +129,11 @@ def measure_accuracy(judged: list[Judged], scores: Scores, first_right: list[boo
 def answer_entry(judged: Judged) -> AnswerEntry:
     """Return the line of ``items.jsonl`` for one answered item."""
     item = judged.item
+    score = {} if judged.score is None else {"score": judged.score}
     return AnswerEntry(
         item_set=item.source,
         answer=judged.answer,
         expected=item.text,
         right=judged.right,
-        score=judged.score,
+        **score,
     )

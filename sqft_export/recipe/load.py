@@ -119,6 +119,11 @@ def _path_of(location: tuple[int | str, ...]) -> str:
     return ".".join(str(name)[:SHOWN] for name in names) or "recipe"
 
 
+def _kinds_text(kinds: list[str]) -> str:
+    """State which kinds of task have a field."""
+    return f"kind {kinds[0]} has it" if len(kinds) == 1 else f"kinds {' and '.join(kinds)} have it"
+
+
 def _unknown_key(location: tuple[int | str, ...]) -> str:
     """What is allowed in place of a key: of its section, or with another kind of task."""
     name, allowed = str(location[-1])[:SHOWN], _fields_at(location)
@@ -126,7 +131,7 @@ def _unknown_key(location: tuple[int | str, ...]) -> str:
     hint = f"; did you mean {close[0]}?" if close else ""
     kinds = [k for k, kind in TASK_KINDS.items() if name in kind.model_fields]
     if location[0] == "task" and len(location) == 3 and kinds:
-        hint = f"; kind {' and '.join(kinds)} has it"
+        hint = f"; {_kinds_text(kinds)}"
     return f"unknown key; allowed are {', '.join(allowed)}{hint}"
 
 

@@ -203,7 +203,9 @@ def test_a_mix_trains_on_all_its_sets_and_is_scored_set_by_set(tmp_path, monkeyp
         }
     assert "Accuracy by set" in (artifacts["report"].path / "index.html").read_text()
     lines = (artifacts["benchmark"].path / "items.jsonl").read_text().splitlines()
-    assert json.loads(lines[0]).keys() == {"row", "item", "answer", "expected", "right", "set"}
+    assert json.loads(lines[0]).keys() == {
+        *("id", "row", "item", "answer", "expected", "right", "set")
+    }
 
 
 def test_answers_without_choices_are_trained_on_but_never_scored(tmp_path):

@@ -181,8 +181,9 @@ def test_commands_take_threads_before_torch_counts_them(tmp_path):
     code = (
         "import sys\n"
         "from sqft_export import cli\n"
+        "from sqft_export.commands.machine import set_compute_threads\n"
         "assert 'torch' not in sys.modules\n"
-        "cli._set_threads(1)\n"
+        "set_compute_threads(1)\n"
         "import torch\n"
         "from sqft_export.artifacts.store import environment\n"
         "print(torch.get_num_threads(), environment()['threads'])\n"

@@ -13,6 +13,7 @@ from ruamel.yaml import YAML
 from conftest import ROOT, TINY, write_conversations
 from sqft_export.data.items import Item
 from sqft_export.errors import UserError
+from sqft_export.plan.presets import PRESETS
 from sqft_export.plan.requests import (
     Request,
     answer_length,
@@ -24,7 +25,6 @@ from sqft_export.plan.requests import (
     write_preset,
 )
 from sqft_export.recipe.load import parse_recipe
-from sqft_export.recipe.presets import PRESETS
 
 
 def section(file: Path, content: str, test: str | None = None) -> dict:

@@ -98,7 +98,7 @@ def run_sparsify(tmp_path, *overrides, model=None):
     folder = tmp_path / "out"
     folder.mkdir()
     context = Context("sparsify", recipe, model, {}, folder, silent)
-    return folder, run(context)["sparsity"]
+    return folder, run(context).sparsity
 
 
 def stored(folder):
