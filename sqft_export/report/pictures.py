@@ -49,6 +49,17 @@ def _svg(draw: Callable[[Axes], None], width: float = 7.5, height: float = 3.4) 
     return re.sub(r"#000000|(?<=: )black", "currentColor", svg)
 
 
+def add_titles(drawn: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return (title, SVG) pairs whose SVGs contain their title, which screen readers read."""
+    return [
+        (
+            title,
+            re.sub(r"<svg\b([^>]*)>", rf'<svg role="img"\1><title>{title}</title>', svg, count=1),
+        )
+        for title, svg in drawn
+    ]
+
+
 def _colours(rows: Sequence[BenchmarkRow]) -> list[str]:
     return [COLOURS[row.runtime] for row in rows]
 

@@ -223,6 +223,7 @@ def compare_runs(folders: list[Path], out: Path) -> Comparison:
         ("Accuracy against latency", pictures.runs_scatter(rows, numbers, measure, "tpot")),
         ("Latency", pictures.latency_bars(rows, [row.label for row in rows])),
     ]
+    drawn = pictures.add_titles(drawn)
     marked = _mark_pareto_rows(rows)
     table, main = cells(marked), cells(marked, MAIN)
     details = cells(marked, (MAIN[0], *DETAILS))

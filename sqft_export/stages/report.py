@@ -61,6 +61,7 @@ def run(context: Context) -> RowsMetrics:
         drawn.append(("Training", pictures.training_curve(read_training_log(trained))))
     if report.search and report.search.front:
         drawn.append(("Search", pictures.search_front(report.search.front, measure)))
+    drawn = pictures.add_titles(drawn)
     for title, svg in drawn:
         (context.folder / f"{title.lower().replace(' ', '-')}.svg").write_text(svg)
     page = render(

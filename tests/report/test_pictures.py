@@ -2,12 +2,13 @@
 
 import itertools
 import re
+from xml.etree import ElementTree
 
 import pytest
 from benchmark_rows import benchmark_row
 
 from sqft_export.measure.results import BenchmarkRow
-from sqft_export.report.pictures import LABEL_STEP, accuracy_scatter, spread_labels
+from sqft_export.report.pictures import LABEL_STEP, accuracy_scatter, add_titles, spread_labels
 
 
 def row(name: str, accuracy: float, bytes_: float) -> BenchmarkRow:
@@ -34,3 +35,11 @@ def test_labels_keep_their_distance_and_order_and_stay_inside(heights):
     assert all(high - low >= step - 1e-9 for low, high in itertools.pairwise(ordered))
     by_label = sorted(range(len(heights)), key=lambda i: found[i])
     assert [heights[i] for i in by_label] == sorted(heights)
+
+
+def test_an_svg_has_its_title():
+    picture = accuracy_scatter([row("far", 0.9, 9e6)], "exact match", "file_bytes")
+    ((title, titled),) = add_titles([("Accuracy against file size", picture)])
+    root = ElementTree.fromstring(titled)
+    assert root[0].tag.endswith("title") and root[0].text == title
+    assert root.get("role") == "img"
