@@ -62,4 +62,4 @@ def benchmark_results(*rows: BenchmarkRow) -> BenchmarkResults:
         latency_new_tokens=4,
         latency_repeats=2,
     )
-    return BenchmarkResults(settings=settings, machine=machine_facts(), rows=list(rows))
+    return BenchmarkResults(settings=settings, machine=machine_facts(), rows=list(rows), samples=[])

@@ -38,7 +38,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "hole": sparse_file,
 }
 # Weights are mapped or hashed by pieces, which takes time by their size.
-STREAMED = (".bin", ".data", ".gguf", ".sqft", ".safetensors", ".md")
+STREAMED = (".bin", ".data", ".gguf", ".sqft", ".safetensors")
 
 
 def run_command(command: str, folder: Path, out: Path) -> dict:

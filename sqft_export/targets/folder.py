@@ -19,12 +19,10 @@ WEIGHT_FILES = GRAPHS | {"openvino": "openvino_model.bin", "onnx": "model.onnx.d
 SUFFIX = ".sqft"  # appended to the name of the dense weight file
 GENAI_CONFIG = "genai_config.json"  # written for ONNX Runtime GenAI
 ADAPTER_FOLDER = "adapter"  # subfolder of a deployment, with its unmerged adapter
-# Size limit, in bytes, of files that a program loads completely. Weights are mapped or streamed.
-MAX_LOADED_BYTES = {
-    **dict.fromkeys((".json", ".jinja", ".txt", ".model"), MAX_JSON_BYTES),
-    ".xml": MAX_IR_BYTES,
-    ".onnx": MAX_ONNX_BYTES,
-}
+# Size limit, in bytes, of files that a program loads completely; other files: MAX_JSON_BYTES.
+MAX_LOADED_BYTES = {".xml": MAX_IR_BYTES, ".onnx": MAX_ONNX_BYTES}
+# Weights are mapped or streamed.
+UNLIMITED_SUFFIXES = (".bin", ".data", ".gguf", SUFFIX, ".safetensors", ".onnx_adapter")
 
 
 def check_files(folder: Path) -> None:
@@ -34,8 +32,8 @@ def check_files(folder: Path) -> None:
         that is loaded completely is too large.
     """
     for file in files_inside(folder):
-        limit, size = MAX_LOADED_BYTES.get(file.suffix), file.stat().st_size
-        if limit is not None and size > limit:
+        limit, size = MAX_LOADED_BYTES.get(file.suffix, MAX_JSON_BYTES), file.stat().st_size
+        if file.suffix not in UNLIMITED_SUFFIXES and size > limit:
             raise UserError(f"{file}: has {size:,} bytes; at most {limit:,} are read")
 
 

@@ -101,14 +101,14 @@ def test_plan_says_where_a_time_is_from(tiny_run, monkeypatch):
     root = tiny_run["merge"].path.parent
     recipe = small_recipe("adapt.learning_rate=1e-3", "verify.prompts=4", "name=elsewhere")
     document = preview.preview(recipe, root.parent)
-    passes = {step["pass"]: step for step in document["passes"]}
+    passes = {step.name: step for step in document.passes}
     took = tiny_run["adapt"].manifest["seconds"]
-    assert not passes["adapt"]["cached"]
-    assert passes["adapt"]["predicted_seconds"] == took
-    assert passes["verify"]["seconds_from"] == "model"
+    assert not passes["adapt"].cached
+    assert passes["adapt"].predicted_seconds == took
+    assert passes["verify"].seconds_from == "model"
     lines = {line.split()[0]: line for line in plan_text(document).splitlines()[1:]}
     assert lines["adapt"].endswith(", as an earlier run took")
     assert " to " in lines["verify"] and "earlier" not in lines["verify"]
-    low, high = document["seconds_range"]
+    low, high = document.seconds_range
     assert low < document["seconds"] < high
     assert f"total time on this machine: {range_text(low, high)}" in plan_text(document)

@@ -15,7 +15,7 @@ from sqft_export.adapters.training import collate, packed_row_tokens, training_r
 from sqft_export.artifacts.store import Store
 from sqft_export.data.first_example import first_example
 from sqft_export.data.items import Data, answer_stops, load_tokenizer, stop_ids
-from sqft_export.data.scoring import judge, questions
+from sqft_export.data.scoring import Answers, judge, questions
 from sqft_export.errors import UserError
 from sqft_export.model.chat import has_template
 from sqft_export.model.hub import model_folder
@@ -138,12 +138,13 @@ def test_the_report_and_the_certificate_are_complete(finished):
 def test_the_report_shows_prompts_with_the_answers_of_every_deployment(finished):
     report = json.loads((finished["report"].path / "report.json").read_text())
     first, second = report["samples"]
-    assert list(first["answers"]) == ["dense base", "OpenVINO", "ONNX Runtime", "llama.cpp"]
+    answers = {one["row"]: one["answer"] for one in first["answers"]}
+    assert list(answers) == ["dense base", "OpenVINO", "ONNX Runtime", "llama.cpp"]
     assert first["prompt"].endswith("Again, please.<|im_end|>\n<|im_start|>assistant\n")
     assert (first["expected"], second["expected"]) == ("Again 9.", "Again 19.")
     lines = (finished["benchmark"].path / "items.jsonl").read_text().splitlines()
     scored = [entry for entry in map(json.loads, lines) if entry["row"] == "llama.cpp"]
-    assert first["answers"]["llama.cpp"]["answer"] == scored[0]["answer"]
+    assert answers["llama.cpp"] == scored[0]["answer"]
     page = (finished["report"].path / "index.html").read_text()
     assert "2 test prompts with their answers" in page and "<th>llama.cpp</th>" in page
 
@@ -176,8 +177,8 @@ def test_chat_data_is_read_under_the_views_of_passes(folder):
         items = getattr(Data(view(name), tokenizer), part)
         stop = answer_stops(view(name), folder / "model", tokenizer)
         requests = questions(view(name), items, stop, tokenizer)
-        found = {"answers": [[5]] * len(items), "likelihoods": []}
-        assert len(requests["prompts"]) == {"search": 4, "benchmark": 2}[name]
+        found = Answers(answers=[[5]] * len(items))
+        assert len(requests.prompts) == {"search": 4, "benchmark": 2}[name]
         assert {one.points for one in judge(view(name), items, found, tokenizer)} == {0.75}
     assert EXAMPLE.partition("It is")[0] in first_example(view("merge"), tokenizer)
 
@@ -206,7 +207,7 @@ def test_a_repeated_test_conversation_is_left_out_and_reported(folder, finished)
     place = f"{folder / 'chats.jsonl'}:30"
     assert any("1 of 3 test conversations" in w and place in w for w in warnings)
     report = json.loads((finished["report"].path / "report.json").read_text())
-    assert (report["settings"]["left_out"], report["settings"]["items"]) == (1, 2)
+    assert (report["settings"]["repeated"]["count"], report["settings"]["items"]) == (1, 2)
     page = (finished["report"].path / "index.html").read_text()
     assert "are training conversations too: 1" in page and place in page
 
@@ -225,11 +226,9 @@ def test_answers_are_judged_by_the_score(folder):
     recipe = loaded(folder, "task.score=file", "task.score_file=score.py")
     tokenizer = load_tokenizer(folder / "model")
     item = Data(recipe, tokenizer).test[0]
-    (judged,) = judge(recipe, [item], {"answers": [[5]], "likelihoods": []}, tokenizer)
+    (judged,) = judge(recipe, [item], Answers(answers=[[5]]), tokenizer)
     assert judged.points == 0.75 and judged.right
-    (exact,) = judge(
-        loaded(folder), [item], {"answers": [item.target[:-1]], "likelihoods": []}, tokenizer
-    )
+    (exact,) = judge(loaded(folder), [item], Answers(answers=[item.target[:-1]]), tokenizer)
     assert exact.points == 1
 
 
