@@ -27,6 +27,7 @@ from sqft_export.plan.gates import gate_faults
 from sqft_export.plan.layout import Layout, fallback_sizes, group_sizes, layout_of
 from sqft_export.plan.packing import packing_faults
 from sqft_export.plan.readers import token_faults
+from sqft_export.plan.rendering import rendering_faults
 from sqft_export.plan.tokenizer import tokenizer_faults
 from sqft_export.recipe.schema import HUB, Amount, Chat, Dataset, Problems, Recipe, Text, matches
 from sqft_export.sparsifiers import override_for
@@ -409,5 +410,6 @@ DATA_CHECKS: tuple[FaultFinder, ...] = (
     cut_answer_faults,
     chat_faults,
     packing_faults,
+    rendering_faults,
     context_faults,
 )

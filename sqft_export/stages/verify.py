@@ -13,12 +13,10 @@ import torch
 
 from sqft_export.adapters.evidence import CAPTURED_SEQUENCES, capture
 from sqft_export.adapters.loading import load_compressed
-from sqft_export.data.conversations import read_conversations
 from sqft_export.data.items import (
     TASK_FILES,
     TEST_FIELDS,
     Data,
-    chat_encoder,
     deployed_text,
     encode,
     load_tokenizer,
@@ -29,17 +27,18 @@ from sqft_export.metrics import VerifyMetrics
 from sqft_export.model.chat import has_template
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.plan.readers import differing_texts
-from sqft_export.recipe.schema import Chat, Recipe
+from sqft_export.recipe.schema import Recipe
 from sqft_export.stages import BASE_FIELDS, Context
 from sqft_export.targets.devices import why_not_exact, why_not_run
-from sqft_export.targets.text_api import ChatPrompt, missing_for_chat
+from sqft_export.targets.text_api import missing_for_chat
 from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.certify import certify
 from sqft_export.verify.storage import TOKEN_IDS
 from sqft_export.verify.subject import MASKED_PASSES, Asked, Subject
+from sqft_export.verify.text_answers import first_chat
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 CONSUMES: tuple[str, ...] = (
     "sparsify",
@@ -81,7 +80,7 @@ def _queries(context: Context) -> Asked:
         recipe.verify.divergence,
         recipe.verify.tokenizers != "reported",
         _reported_readers(recipe, context.model),
-        _chat_prompt(recipe, tokenizer),
+        first_chat(recipe, tokenizer),
     )
 
 
@@ -106,19 +105,6 @@ def _capture_untrained(context: Context, asked: Asked) -> Path:
         context.folder
     )
     return context.folder
-
-
-def _chat_prompt(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> ChatPrompt | None:
-    """Return the first test conversation; None without one, or if its ids change with the date."""
-    task = recipe.task
-    if not isinstance(task, Chat):
-        return None
-    encoder = chat_encoder(recipe, tokenizer)
-    if encoder.template.writes_date:
-        return None
-    conversation = read_conversations(recipe, task, "test")[0]
-    messages, ids = encoder.prompt(conversation)
-    return ChatPrompt(messages, conversation.tools, task.template_arguments, ids)
 
 
 def _why_no_chat(asked: Asked, name: str) -> str | None:

@@ -76,6 +76,21 @@ def text_api(runtime: str, folder: Path) -> Iterator[TextApi | None]:
         yield None
 
 
+def openvino_chat_ids(tokenizer: "openvino_genai.Tokenizer", chat: ChatPrompt) -> list[int]:
+    """Return the token ids of messages, rendered by OpenVINO GenAI's own template engine."""
+    text = tokenizer.apply_chat_template(_history_of(chat), add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False).input_ids.data[0].tolist()
+
+
+def _history_of(chat: ChatPrompt) -> "openvino_genai.ChatHistory":
+    import openvino_genai
+
+    history = openvino_genai.ChatHistory(chat.messages)
+    history.set_tools(chat.tools or [])
+    history.set_extra_context(chat.arguments)
+    return history
+
+
 def _openvino_api(folder: Path) -> TextApi:
     import numpy as np
     import openvino as ov
@@ -93,23 +108,13 @@ def _openvino_api(folder: Path) -> TextApi:
         found = pipe.generate(ov.Tensor(np.array([ids], np.int64)), greedy(new_tokens))
         return tokenizer.decode(found.tokens[0])
 
-    def history_of(chat: ChatPrompt) -> "openvino_genai.ChatHistory":
-        history = openvino_genai.ChatHistory(chat.messages)
-        history.set_tools(chat.tools or [])
-        history.set_extra_context(chat.arguments)
-        return history
-
-    def chat_ids(chat: ChatPrompt) -> list[int]:
-        text = tokenizer.apply_chat_template(history_of(chat), add_generation_prompt=True)
-        return tokenizer.encode(text, add_special_tokens=False).input_ids.data[0].tolist()
-
     return TextApi(
         "OpenVINO GenAI",
         lambda text, new_tokens: str(pipe.generate(text, greedy(new_tokens))),
         answer_ids,
         lambda ids: tokenizer.decode(ids) if ids else "",
-        chat_ids,
-        lambda chat, new_tokens: str(pipe.generate(history_of(chat), greedy(new_tokens))),
+        lambda chat: openvino_chat_ids(tokenizer, chat),
+        lambda chat, new_tokens: str(pipe.generate(_history_of(chat), greedy(new_tokens))),
     )
 
 

@@ -3,18 +3,37 @@
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sqft_export.data.items import end_tokens
+from sqft_export.data.conversations import read_conversations
+from sqft_export.data.items import chat_encoder, end_tokens
 from sqft_export.errors import one_line
 from sqft_export.measure.decode import generate
 from sqft_export.model.chat import has_template
+from sqft_export.recipe.schema import Chat, Recipe
 from sqft_export.targets import Session
 from sqft_export.targets.text_api import ChatPrompt, TextApi, missing_for_chat, text_api
 from sqft_export.targets.tokenizers import read_ids
 from sqft_export.verify.certificate import Certificate, Check
 from sqft_export.verify.subject import Asked
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 ANSWER_CHARACTERS = 60  # of an answer that differs
+
+
+def first_chat(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> ChatPrompt | None:
+    """Return the first test conversation; None without one, or if its ids change with the date."""
+    task = recipe.task
+    if not isinstance(task, Chat):
+        return None
+    encoder = chat_encoder(recipe, tokenizer)
+    if encoder.template.writes_date:
+        return None
+    conversation = read_conversations(recipe, task, "test")[0]
+    messages, ids = encoder.prompt(conversation)
+    return ChatPrompt(messages, conversation.tools, task.template_arguments, ids)
 
 
 def answer_by_ids(session: Session, asked: Asked, folder: Path) -> list[int]:

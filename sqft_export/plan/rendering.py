@@ -1,0 +1,65 @@
+"""Whether OpenVINO GenAI, which has its own template engine, renders chats as training does."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from sqft_export.data.items import load_tokenizer
+from sqft_export.errors import UserError, one_line
+from sqft_export.machine.host import installed
+from sqft_export.model.chat import write_templates
+from sqft_export.plan.chat import chat_of
+from sqft_export.plan.layout import Layout
+from sqft_export.recipe.schema import Chat, Recipe
+from sqft_export.targets.text_api import ChatPrompt, openvino_chat_ids
+from sqft_export.targets.tokenizers import write_openvino_tokenizers
+from sqft_export.verify.text_answers import first_chat
+
+SHOWN_CHARACTERS = 200  # of the engine's message
+_PACKAGES = ("openvino_genai", "openvino_tokenizers")
+
+
+def rendering_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    """Yield a chat template that OpenVINO GenAI cannot render, or renders to other token ids.
+
+    The first test conversation is rendered. `verify` compares it again after the training.
+    """
+    task = chat_of(recipe, layout)
+    here = "openvino" in recipe.export.targets and all(map(installed, _PACKAGES))
+    if task is None or layout.folder is None or not here:
+        return
+    try:
+        chat = first_chat(recipe, load_tokenizer(layout.folder))
+    except UserError:
+        return  # a fault of the data, which ``plan.chat`` reports
+    if chat is None:
+        return
+    try:
+        found = _ids_in_openvino(task, layout.folder, chat)
+    except RuntimeError as error:
+        reason = f"OpenVINO GenAI cannot render the chat template: {_reason(error)}"
+    else:
+        reason = "" if found == chat.ids else "OpenVINO GenAI renders other token ids of messages"
+    if reason:
+        yield f"task.template: {reason}; name another, or leave out openvino"
+
+
+def _ids_in_openvino(task: Chat, base: Path, chat: ChatPrompt) -> list[int]:
+    """Return the ids of messages with the template that the deployment will have."""
+    import openvino_genai
+
+    tokenizer = load_tokenizer(base)
+    with tempfile.TemporaryDirectory(prefix="sqft-") as scratch:
+        source, folder = Path(scratch) / "source", Path(scratch) / "deployed"
+        tokenizer.save_pretrained(source)
+        chosen = tokenizer.get_chat_template(task.template) if task.template else None
+        write_templates(source, chosen or tokenizer.chat_template)
+        folder.mkdir()
+        write_openvino_tokenizers(source, folder)
+        return openvino_chat_ids(openvino_genai.Tokenizer(str(folder)), chat)
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return the engine's own sentence of a long exception."""
+    text = str(error).partition("Minja's error: ")[2] or str(error)
+    return one_line(text.partition("\n")[0], SHOWN_CHARACTERS)
