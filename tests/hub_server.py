@@ -79,7 +79,12 @@ class Answer(BaseHTTPRequestHandler):
         key, action = "/".join(parts[:3]), parts[3:4]
         if action == ["preupload"]:
             files = json.loads(asked)["files"]
-            return {"files": [{"path": f["path"], "uploadMode": "regular"} for f in files]}
+            return {
+                "files": [
+                    {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for f in files
+                ]
+            }
         if action == ["commit"]:
             lines = [json.loads(line) for line in asked.splitlines()]
             files = [line["value"] for line in lines if line["key"] == "file"]

@@ -107,8 +107,9 @@ def test_commands_switch_telemetry_off():
 
 def test_workers_switch_telemetry_off(tiny_run, tmp_path):
     folder = str(tiny_run["export-openvino"].path / "model")
-    job = {"kind": "openvino", "folder": folder, "threads": 1, "device": "cpu"}
-    (tmp_path / "job.json").write_text(json.dumps(job | {"parent": os.getpid()}))
+    model = {"kind": "openvino", "folder": folder, "threads": 1, "device": "cpu"}
+    job = {"model": model, "requests": {}, "parent": os.getpid()}
+    (tmp_path / "job.json").write_text(json.dumps(job))
     arguments = ["worker", str(tmp_path / "job.json"), str(tmp_path / "result.json")]
     start = "runpy.run_module('sqft_export.measure.worker', run_name='__main__')\n"
     assert "seen\n" in run(f"{AT_EXIT}sys.argv = {arguments}\n{start}")

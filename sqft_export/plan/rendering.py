@@ -1,4 +1,7 @@
-"""Whether OpenVINO GenAI, which has its own template engine, renders chats as training does."""
+"""Whether the template engine of the GenAI runtimes renders chats as training does.
+
+OpenVINO GenAI and ONNX Runtime GenAI have the same engine, which lacks some filters of Jinja.
+"""
 
 import tempfile
 from collections.abc import Iterator
@@ -15,18 +18,19 @@ from sqft_export.targets.text_api import ChatPrompt, openvino_chat_ids
 from sqft_export.targets.tokenizers import write_openvino_tokenizers
 from sqft_export.verify.text_answers import first_chat
 
-SHOWN_CHARACTERS = 200  # of the engine's message
+_SHOWN_CHARACTERS = 200  # of the engine's message
+_ENGINE_TARGETS = {"openvino", "onnx"}
 _PACKAGES = ("openvino_genai", "openvino_tokenizers")
 
 
 def rendering_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    """Yield a chat template that OpenVINO GenAI cannot render, or renders to other token ids.
+    """Yield a chat template that the engine cannot render, or OpenVINO GenAI to other token ids.
 
     The first test conversation is rendered. `verify` compares it again after the training.
     """
     task = chat_of(recipe, layout)
-    here = "openvino" in recipe.export.targets and all(map(installed, _PACKAGES))
-    if task is None or layout.folder is None or not here:
+    targets = _ENGINE_TARGETS & set(recipe.export.targets)
+    if task is None or layout.folder is None or not targets or not all(map(installed, _PACKAGES)):
         return
     try:
         chat = first_chat(recipe, load_tokenizer(layout.folder))
@@ -37,11 +41,16 @@ def rendering_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     try:
         found = _ids_in_openvino(task, layout.folder, chat)
     except RuntimeError as error:
-        reason = f"OpenVINO GenAI cannot render the chat template: {_reason(error)}"
-    else:
-        reason = "" if found == chat.ids else "OpenVINO GenAI renders other token ids of messages"
-    if reason:
-        yield f"task.template: {reason}; name another, or leave out openvino"
+        yield (
+            f"task.template: {' and '.join(sorted(targets))} cannot render the chat template: "
+            f"{_reason(error)}; name another, or set export.targets without them"
+        )
+        return
+    if found != chat.ids and "openvino" in targets:
+        yield (
+            "task.template: OpenVINO GenAI renders messages to other token ids than transformers; "
+            "name another, or set export.targets without openvino"
+        )
 
 
 def _ids_in_openvino(task: Chat, base: Path, chat: ChatPrompt) -> list[int]:
@@ -62,4 +71,4 @@ def _ids_in_openvino(task: Chat, base: Path, chat: ChatPrompt) -> list[int]:
 def _reason(error: RuntimeError) -> str:
     """Return the engine's own sentence of a long exception."""
     text = str(error).partition("Minja's error: ")[2] or str(error)
-    return one_line(text.partition("\n")[0], SHOWN_CHARACTERS)
+    return one_line(text.partition("\n")[0], _SHOWN_CHARACTERS)
