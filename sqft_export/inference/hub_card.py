@@ -113,9 +113,10 @@ def _front_matter(found: Deployment, report: Report, facts: CardFacts) -> str:
 
 def _measured(found: Deployment, report: Report) -> str:
     """Return a section with the measured rows: the dense base and this deployment."""
-    rows = [row for row in report.rows if row.kind == "base" or row is found.row]
-    if found.row is None:
+    measured = found.row
+    if measured is None:
         return ""
+    rows = [row for row in report.rows if row.kind == "base" or row.id == measured.id]
     settings, machine = report.settings, _machine_text(report.machine)
     note = (
         f"Accuracy ({report.measure}) on {settings.items} held-out items, with its 95 % interval; "

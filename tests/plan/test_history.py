@@ -110,5 +110,5 @@ def test_plan_says_where_a_time_is_from(tiny_run, monkeypatch):
     assert lines["adapt"].endswith(", as an earlier run took")
     assert " to " in lines["verify"] and "earlier" not in lines["verify"]
     low, high = document.seconds_range
-    assert low < document["seconds"] < high
+    assert low < document.seconds < high
     assert f"total time on this machine: {range_text(low, high)}" in plan_text(document)
