@@ -7,11 +7,12 @@ grid. M is the pruning mask, all True without SparsePEFT. Forward computes with 
 merge stores it. Both compute in float32, in this order of operations, for every dtype of the base
 weight. A model is therefore stored with the codes that it was trained with.
 
-Backward recomputes the effective weight instead of keeping it. Between forward and backward only
-the input, the base weight in its own dtype and one mask bit per weight are in memory. The gradient
-passes FQ unchanged (straight-through). It is zero where the code is clamped or the weight pruned.
-Trainable scales are ``s * exp(d)``, rounded to float16 as in the stored model. Their gradient is
-``dW_eff / dd = W_eff - W * inside``: the step size gradient of LSQ (arXiv 1902.08153), relative to
+Backward recomputes the effective weight instead of keeping it. Between forward and backward the
+input, the base weight in its own dtype, one mask bit per weight, the adapter and the grid are in
+memory. The gradient passes FQ unchanged (straight-through). It is zero where the code is clamped or
+the weight pruned. Trainable scales are ``s * exp(d)``, rounded to float16 as in the stored model.
+With ``W`` the input of FQ and ``inside`` 1 where the code is not clamped, else 0, their gradient is
+``dW_eff / dd = W_eff - W * inside``. This is the step size gradient of LSQ (arXiv 1902.08153) times
 the step.
 
 Two of the four pipelines leave the adapter unmerged. This is plain LoRA on a sparse or quantized
@@ -103,7 +104,7 @@ class CompressedLinear(MovableLinear):
     mask_bits: uint8 ``[out, ceil(in / 8)]``; None if nothing is pruned or masked.
     scale, zero_point, bits: the grid; None if the weight is not quantized.
     unmerged: True if the adapter's output is added to this layer's output.
-    cached: True if ``weight`` has been replaced by the effective weight, for good.
+    cached: True if ``weight`` has been replaced by the effective weight permanently.
     cache: effective weight for forwards without gradient, recomputed after a change of its sources;
         None if such forwards compute it every time.
     """
@@ -195,7 +196,6 @@ class CompressedLinear(MovableLinear):
         """Replace the weight by the effective weight; only for a layer that no adapter changes.
 
         Does nothing without a grid, or if ``dtype`` needs more memory than the stored weight.
-        Forward then computes the effective weight every time.
 
         :param dtype: dtype of the activations.
         """

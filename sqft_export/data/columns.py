@@ -1,12 +1,14 @@
 """Rows of chat data, recognised by their columns, as conversations.
 
-    messages         messages: [{role, content}, ...]                      tools
-    conversations    conversations: [{from, value}, ...] (ShareGPT)         system, tools
-    completion       prompt, completion: text, or messages each             system, tools
-    instruction      instruction, output (Alpaca)                           input, system
-    answer           prompt, answer: text                                   system
+    layout           required columns
+    messages         messages: [{role, content}, ...]
+    conversations    conversations: [{from, value}, ...] (ShareGPT)
+    completion       prompt, completion: text, or lists of messages
+    instruction      instruction, output (Alpaca); input is optional
+    answer           prompt, answer: text, or lists of messages
 
-Columns on the right are optional. Lists may also be JSON text, as CSV has them.
+``system`` and ``tools`` are optional in every layout. The lists in ``messages``, ``conversations``
+and ``tools`` may also be JSON text, as CSV has them.
 """
 
 import json
@@ -74,10 +76,10 @@ def conversation_of(
 ) -> Conversation:
     """Return a row as a conversation with at least one answer.
 
-    kind: of the row; None: recognised by its columns.
+    kind: layout of the row; None detects it from the columns.
     mapping: our name of a column -> its name in the data.
 
-    :raises UserError: naming place and column.
+    :raises UserError: naming the place and, for a wrong value, its column.
     """
     mapping = mapping or {}
     row = {name: value for name, value in row.items() if value is not None}
@@ -99,7 +101,7 @@ def conversation_of(
 def drop_seen(
     conversations: Iterable[Conversation], seen: Iterable[Conversation]
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Return conversations that are not among ``seen``, and those that are, both in order."""
+    """Split conversations into those that are not among ``seen`` and those that are."""
     known = {_identity(one) for one in seen}
     new: list[Conversation] = []
     old: list[Conversation] = []
@@ -118,7 +120,7 @@ def _known_names() -> list[str]:
 
 
 def _parts(fields: Fields, kind: DataLayout, place: str) -> tuple[list[Message], list[Message]]:
-    """Return the messages that are given, without loss, and the others."""
+    """Return the messages of the prompt, which have no loss, and the remaining messages."""
     system = _system(fields.get("system"), place)
     if kind in ("messages", "conversations"):
         messages = _messages(fields[kind], place, kind)

@@ -97,8 +97,8 @@ class TextSession:
         :param prompt: a text, which is continued unchanged, or messages with ``role`` and
             ``content``, which are rendered with the chat template.
         :param stop: texts that end the answer; they are not part of it.
-        :raises UserError: if the prompt is longer than the context, or messages are given and the
-            deployment has no chat template.
+        :raises UserError: if the prompt fills the context, or messages are given and the deployment
+            has no chat template.
         """
         return "".join(self.stream(prompt, max_new_tokens, stop))
 
@@ -129,12 +129,12 @@ class TextSession:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _end_tokens(self) -> set[int]:
-        """Return the ids that end an answer: of the configs, and the tokenizer's end token."""
+        """Return the end-token ids of the config files and of the tokenizer."""
         own = self.tokenizer.token_to_id(self.special_tokens.get("eos_token", ""))
         return {*end_tokens(self.folder), *([] if own is None else [own])}
 
     def _tokens(self, ids: list[int], limit: int) -> Iterator[int]:
-        """Yield new tokens until one ends the answer."""
+        """Yield at most ``limit`` new tokens, up to one that ends the answer."""
         fresh = self._uncached(ids)
         self.speed = speed = AnswerSpeed(prompt_tokens=len(fresh))
         for _ in range(limit):
@@ -160,7 +160,8 @@ class TextSession:
     def _decode(self, tokens: Iterable[int]) -> Iterator[str]:
         """Yield the text of tokens; an incomplete character waits for its other bytes."""
         done: list[int] = []
-        start = shown = 0  # the tokens decoded again each time, and those whose text was yielded
+        start = 0  # the first token that is decoded again at every step
+        shown = 0  # number of tokens whose text was yielded
         for token in tokens:
             done.append(token)
             before, after = (self._text(done[start:end]) for end in (shown, len(done)))
@@ -193,11 +194,11 @@ def cut_stream(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
 
 
 def open_deployment(folder: Path, device: str = "cpu", threads: int | None = None) -> TextSession:
-    """Load a deployment, packed or plain, or a merged model into its runtime.
+    """Load a deployment (packed or plain) or a merged Hugging Face model into its runtime.
 
     :param device: cpu, gpu or npu.
     :param threads: CPU threads; None: the runtime's choice.
-    :raises UserError: if the folder is neither, or its runtime cannot load it.
+    :raises UserError: if the folder is no such model, or its runtime cannot load it.
     """
     kind = kind_of(folder)
     try:

@@ -1,4 +1,6 @@
-"""The GPTQ checkpoint layout (AutoGPTQ v1): ``f = 32 / bits`` codes per int32, lowest bits first.
+"""The GPTQ checkpoint layout (AutoGPTQ v1) of 4 or 8 bits, and that of compressed-tensors.
+
+An int32 holds ``f = 32 / bits`` codes, the first in its lowest bits.
 
 qweight  int32 [in / f, out]           f consecutive inputs of one output
 qzeros   int32 [groups, out / f]       f consecutive outputs, stored as zero_point - 1
@@ -23,7 +25,7 @@ def _pack_int32(codes: Tensor, bits: int) -> Tensor:
 
 
 def _unpack_int32(words: Tensor, bits: int) -> Tensor:
-    """Inverse of :func:`_pack_int32`: uint8 ``[n, m * f]``."""
+    """Return the codes of :func:`_pack_int32` with their padding, uint8 ``[n, words * f]``."""
     stored = np.ascontiguousarray(words.numpy()).view(np.uint8)
     return torch.from_numpy(unpack_nibbles(stored, 2 * stored.shape[1]) if bits == 4 else stored)
 
@@ -55,7 +57,7 @@ def from_gptq(
     """
     grid = grid_from_gptq(tensors, bits, group_size, stored_minus)
     in_features = tensors["g_idx"].shape[0]
-    # Transposing the words moves an eighth of the elements that transposing the codes would.
+    # Transposing the words moves fewer elements than transposing the codes: 1 / f of them.
     codes = _unpack_int32(tensors["qweight"].T, bits)[:, :in_features].contiguous()
     return QuantizedWeight(codes, grid)
 

@@ -20,7 +20,7 @@ from sqft_export.recipe.schema import Recipe, Reconstruct
 LONGEST_TO_MEAN = 2.0  # tokens of the longest training batch, relative to the mean
 ACTIVATION_COPIES = 1.0  # copies of every Linear's input and output that backward needs
 LOGIT_COPIES = 3.0  # float32 copies of the logits that backward needs
-KEY_WIDTH = 0.5  # width of a key or value relative to the model's; several heads share one
+KEY_VALUE_WIDTH_RATIO = 0.5  # width of keys relative to the model's; several heads share one
 MAPPED_BYTES = 2**28  # resident pages of mapped files that the system has not freed yet
 FIXED_MEMORY = 0.65 * 2**30  # bytes of the imported libraries
 SEARCH_BYTES = 2**27  # logits and other data of search
@@ -39,7 +39,7 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
     exported = max((written[f"export-{name}"] for name in recipe.export.targets), default=0)
     deployed = exported / (1 + recipe.export.sparse_files)
     loaded = layout.width * whole + layout.weights / 8
-    # The tuned model runs once to record its operands; one weight at a time is hashed.
+    # The tuned model runs once to capture its operands; weights are hashed one by one.
     tuned = loaded + outer + 3 * largest + 2 * adapter_bytes(recipe, layout)
     cached = tuned + _cached_weights(layout, SEARCH_BYTES + tuned)
     in_float = max(_torch_row_bytes(recipe, layout), cached * _has_tuned_row(recipe))
@@ -123,7 +123,10 @@ def _activation_bytes(recipe: Recipe, layout: Layout, workload: Workload) -> flo
 
 
 def _torch_row_bytes(recipe: Recipe, layout: Layout) -> float:
-    """Return the bytes of a torch row: in float32 if it fits, else in the checkpoint's dtype."""
+    """Return the bytes of a benchmark row in torch; 0 without baselines.
+
+    The weights are in float32 if that fits, else in the dtype of the checkpoint.
+    """
     whole = layout.weights + layout.others
     if not recipe.benchmark.baselines:
         return 0
@@ -165,7 +168,9 @@ def _kv_cache_bytes(recipe: Recipe, layout: Layout, workload: Workload) -> float
     _, width = layout.embedding
     rows = min(MAX_BATCH_ROWS, recipe.benchmark.items)
     most = workload.prompt + getattr(recipe.task, "max_new_tokens", 0) if workload.answer else 0
-    return min(MAX_CACHE_TOKENS, rows * most) * 2 * 4 * width * layout.blocks * KEY_WIDTH
+    return (
+        min(MAX_CACHE_TOKENS, rows * most) * 2 * 4 * width * layout.blocks * KEY_VALUE_WIDTH_RATIO
+    )
 
 
 def _reconstruction_bytes(
@@ -173,8 +178,9 @@ def _reconstruction_bytes(
 ) -> float:
     """Return the bytes of a block's reconstruction; 0 without one.
 
-    They are: two blocks; gradients, moments and current weights of one of them; the hidden states
-    of both and the targets; and the activations that a step holds for backward.
+    In units of a float32 block: both blocks with their stored weights, and gradients, two moments
+    and current weights of the trained one (8 copies). In units of the hidden states: inputs and
+    outputs of both blocks, and the targets (5 copies). Activations of a step are added.
     """
     if config is None:
         return 0

@@ -125,7 +125,7 @@ def cost_of(row: BenchmarkRow, cost: str) -> float:
 
 
 def pareto(points: list[Point]) -> list[Point]:
-    """Return the Pareto front, sorted by cost: no other point is cheaper and more accurate."""
+    """Return the points that no other point equals or beats in both cost and accuracy, by cost."""
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p[0], -p[1])):
         if not front or point[1] > front[-1][1]:

@@ -24,6 +24,7 @@ def search(space: Space) -> Ranks:
 
     with _warnings_only():
         sampler = optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=space.seed)
+        # ``score.size`` is negative: the smaller adapter has the larger one.
         study = optuna.create_study(directions=["maximize", "maximize"], sampler=sampler)
         for pick in (pick_median, pick_maximal, pick_minimal):
             study.enqueue_trial(pick(space))

@@ -2,9 +2,9 @@
 
 A certificate has three parts:
 
-fidelity   trained or compressed model -> merged model: weights of its forward, logits, token ids
-storage    merged model -> every file of every deployment, bit for bit
-compute    each file -> its runtime: logits and tokens in exact mode, divergence in default mode
+fidelity   trained (or compressed) model and merged model: weights that forward uses, logits, tokens
+storage    merged model and every file of every deployment: all weights, bit for bit
+compute    merged model and each runtime: logits, tokens in exact mode; divergence in default mode
 """
 
 from collections.abc import Callable, Iterable
@@ -30,9 +30,9 @@ class Check:
     """One line of a certificate.
 
     unit: of ``differing`` and ``allowed``.
-    compared: how many things were compared.
-    differing: how many of them differ, or the largest difference.
-    where: the first modules, files or texts that differ.
+    compared: number of compared weights, tokens, files or texts.
+    differing: number of those that differ, or the largest difference.
+    where: the first modules, files or texts that differ; for a largest difference, its place.
     """
 
     part: Part
@@ -121,7 +121,7 @@ def count_in_parallel(
     """Call ``count(item, *lines)`` for every item on a thread pool.
 
     Each call gets separate copies of the lines. Their counts are added in the order of the items.
-    torch uses one thread per item: several threads each would wait for the same processors.
+    torch uses one thread per item, since the items run in parallel.
     """
 
     def count_item(item: _Item) -> list[Check | None]:
