@@ -1,10 +1,12 @@
 """The conversations of a chat task: read, split, and compared."""
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 from sqft_export.data.chat import Conversation
 from sqft_export.data.columns import DataLayout, conversation_of, drop_seen, kind_of_rows
-from sqft_export.data.tables import Table
+from sqft_export.data.tables import Stamp, Table
 from sqft_export.errors import UserError
 from sqft_export.recipe.schema import HUB, Chat, Recipe
 
@@ -96,14 +98,27 @@ def all_conversations(recipe: Recipe, task: Chat, split: str) -> list[Conversati
 
     :raises UserError: naming file and row.
     """
-    table = _table(recipe, task, split)
+    table, columns = _table(recipe, task, split), task.columns
+    stamp = table.stamp()
+    if stamp is None:
+        return list(_parse(table, columns))
+    return list(_parse_once(table, tuple(columns.items()), stamp))
+
+
+@functools.lru_cache(maxsize=2)  # a training and a test source
+def _parse_once(
+    table: Table, columns: tuple[tuple[str, str], ...], stamp: Stamp
+) -> tuple[Conversation, ...]:
+    """Return the conversations of a table in the state of its stamp."""
+    return tuple(_parse(table, dict(columns)))
+
+
+def _parse(table: Table, columns: dict[str, str]) -> Iterator[Conversation]:
     kind: DataLayout | None = None
-    found = []
     for number, row in table.rows():
         place = table.place(number)
-        kind = kind or kind_of_rows(row, place, task.columns)
-        found.append(conversation_of(row, place, kind, task.columns))
-    return found
+        kind = kind or kind_of_rows(row, place, columns)
+        yield conversation_of(row, place, kind, columns)
 
 
 def _table(recipe: Recipe, task: Chat, split: str) -> Table:

@@ -23,6 +23,7 @@ from sqft_export.errors import HostError, UserError, one_line
 from sqft_export.recipe.schema import HUB
 
 NumberedRow = tuple[int, Fields]
+Stamp = tuple[int, int, int]  # size in bytes, time of the last change in ns, inode
 INSTALL_DATASETS = "pip install 'sqft-export[datasets]'"
 
 
@@ -51,6 +52,14 @@ class Table:
             yield number, row
         if empty:
             raise UserError(f"{self.source}: has no rows")
+
+    def stamp(self) -> Stamp | None:
+        """Return a value that changes with a local file; None for folders and the hub."""
+        path = Path(self.source)
+        if self.source.startswith(HUB) or not path.is_file():
+            return None
+        found = path.stat()
+        return found.st_size, found.st_mtime_ns, found.st_ino
 
     def place(self, number: int) -> str:
         """Return a row's name in messages to the user."""
