@@ -69,7 +69,7 @@ def test_a_recipe_and_data_are_not_mixed(own_run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "tiny"), "no such recipe and no such model"),
+        (("run", "tinny"), "no such recipe and no such model"),
         (("run", "chats.jsonl"), "is a data file; name the model too"),
         (("run", "builtin:tiny"), "--data is missing"),
         (("run", "builtin:tiny", "--data", "nowhere.jsonl"), "nowhere.jsonl: no such data"),
