@@ -213,7 +213,7 @@ def write_conversations(file: Path, count: int) -> Path:
 
 @dataclass(frozen=True)
 class OwnRun:
-    """A finished run of a model and data: where it was started, and what it printed."""
+    """A finished run of a model and data: its working folder and its output."""
 
     folder: Path
     done: subprocess.CompletedProcess

@@ -9,7 +9,7 @@ from sqft_export.data.chat import ChatEncoder, Conversation, EncodedChat
 from sqft_export.data.chat_template import ChatTemplate
 
 TINY = Path(sqft_export.builtin.__file__).parent / "tiny"
-# What the templates write as one token, besides bos and eos.
+# Special tokens of the templates, in addition to bos and eos.
 CONTROL = re.compile(
     r"<\|[^<>|\s'\"]+\|>|<\uff5c[^<>\s]+\uff5c>|<\|?(?:turn|channel|tool_call|tool_response)\|?>"
     r"|</?(?:think|tool_call|tool_response|start_of_turn|end_of_turn|end_of_utterance)>"

@@ -1,4 +1,4 @@
-"""Templates by name, their arguments, length limits, and the text that shows the loss."""
+"""Named templates, their arguments, length limits, and the text that shows the loss."""
 
 import json
 

@@ -36,7 +36,7 @@ def root(tmp_path_factory) -> Path:
 
 
 def perplexity(model: Path) -> float:
-    """Of the last answers, by transformers."""
+    """Perplexity of the last answers, by transformers."""
     network = AutoModelForCausalLM.from_pretrained(model)
     encoder = ChatEncoder(ChatTemplate(load_tokenizer(model)))
     total, count = 0.0, 0

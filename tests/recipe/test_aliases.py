@@ -1,4 +1,4 @@
-"""Old words of a recipe mean what the new ones mean, down to the cache keys."""
+"""Old words of a recipe have the meaning and the cache keys of the new ones."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ def test_both_words_give_the_same_recipe_and_keys(path, configured, caplog, tmp_
 
 @pytest.mark.parametrize("path", sorted(OLD_WORDS))
 def test_a_setting_takes_the_old_word_too(path, configured):
-    """And clears what the method has no use for, as the new word does."""
+    """The old word clears the unused fields of the method, as the new one does."""
     ((old, new),) = OLD_WORDS[path].items()
     more = (f"search.configuration={configured / CHOSEN}",) if path == "search.strategy" else ()
     section, _, field = path.partition(".")

@@ -1,4 +1,4 @@
-"""What a reader sees in a picture."""
+"""Texts and titles in the pictures of a report."""
 
 import itertools
 import re
