@@ -89,17 +89,17 @@ class Run:
     @cached_property
     def report(self) -> "Report":
         """Return the latest report; ``report.best`` is the row of the best deployment."""
-        from sqft_export.inference.locate import latest_report
+        from sqft_export.inference.locate import require_report
         from sqft_export.report.document import REPORT, read_report
 
-        return read_report(latest_report(self.folder) / REPORT)
+        return read_report(require_report(self.folder) / REPORT)
 
     @property
     def page(self) -> Path:
         """Return the HTML page of the latest report."""
-        from sqft_export.inference.locate import latest_report
+        from sqft_export.inference.locate import require_report
 
-        return latest_report(self.folder) / "index.html"
+        return require_report(self.folder) / "index.html"
 
     @cached_property
     def deployments(self) -> "dict[str, Deployment]":
@@ -185,9 +185,9 @@ def open_run(folder: str | Path) -> Run:
 
     :raises UserError: if the folder has no report.
     """
-    from sqft_export.inference.locate import latest_report
+    from sqft_export.inference.locate import require_report
 
-    latest_report(Path(folder))
+    require_report(Path(folder))
     return Run(Path(folder))
 
 
@@ -224,11 +224,12 @@ def benchmark(
 def _scored_data(data: str | Path | None, score: str | None) -> "ScoredData":
     """Return a dataset's name, a text file, or conversations as data to score on."""
     from sqft_export.measure.own_data import ScoredData
-    from sqft_export.plan.requests import DATASETS, TEXT_SUFFIXES
+    from sqft_export.plan.requests import TEXT_SUFFIXES
+    from sqft_export.recipe.schema import DATASET_NAMES
 
     if data is None:
         return ScoredData(score=score)
-    if str(data) in DATASETS:
+    if str(data) in DATASET_NAMES:
         return ScoredData(task=str(data), score=score)
     if Path(data).suffix.lower() in TEXT_SUFFIXES:
         return ScoredData(text=Path(data), score=score)

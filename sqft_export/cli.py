@@ -15,6 +15,7 @@ import typer
 from sqft_export.commands import compiling, publishing, serving, talk
 from sqft_export.commands.help import INTRODUCTION, Commands, version_option
 from sqft_export.commands.machine import set_compute_threads
+from sqft_export.commands.options import Json, ModelPath, Runs, Threads
 from sqft_export.errors import UserError, one_line
 from sqft_export.machine.processors import limit_openmp_spinning
 from sqft_export.telemetry import disable_telemetry
@@ -46,13 +47,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="recipe settings to replace, such as sparsify.sparsity=0.6"),
 ]
-ModelPath = Annotated[
-    Path | None, typer.Option(help="local Hugging Face folder, instead of the recipe's model")
-]
-Runs = Annotated[Path, typer.Option(help="folder for all artifacts")]
-Json = Annotated[
-    bool, typer.Option("--json", help="print one JSON document on stdout and nothing else")
-]
 
 Deployment = Annotated[Path, typer.Argument(help="deployment: an OpenVINO, ONNX or GGUF folder")]
 MAX_OPTION = 2**20
@@ -60,14 +54,6 @@ Items = Annotated[
     int,
     typer.Option(
         min=1, max=MAX_OPTION, help="number of items of the task, or of windows of the text"
-    ),
-]
-Threads = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        max=4096,
-        help="compute threads; default: OMP_NUM_THREADS, else the number of idle processors",
     ),
 ]
 Device = Annotated[

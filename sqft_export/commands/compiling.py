@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sqft_export.commands.machine import set_compute_threads
+from sqft_export.commands.options import Json, ModelPath, Runs, Threads
 from sqft_export.errors import UserError, one_line
 from sqft_export.plan.presets import DEFAULT_PRESET, PRESETS
-from sqft_export.recipe.builtin import find_recipe
+from sqft_export.recipe.builtin import builtin_recipes, find_recipe
 
 if TYPE_CHECKING:
     from sqft_export.artifacts.store import Artifact
@@ -58,21 +59,6 @@ _TorchDevice = Annotated[
 ]
 _Sparsity = Annotated[float | None, typer.Option(help="share of the weights that become zero")]
 _Bits = Annotated[int | None, typer.Option(help="bits per weight: 2, 3, 4 or 8")]
-_LocalModel = Annotated[
-    Path | None, typer.Option(help="local Hugging Face folder, instead of the recipe's model")
-]
-_RunsFolder = Annotated[Path, typer.Option(help="folder for all artifacts")]
-_CpuThreads = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        max=4096,
-        help="compute threads; default: OMP_NUM_THREADS, else the number of idle processors",
-    ),
-]
-_JsonOnly = Annotated[
-    bool, typer.Option("--json", help="print one JSON document on stdout and nothing else")
-]
 
 
 @dataclass(frozen=True)
@@ -168,8 +154,6 @@ def _missing_data(source: str) -> str:
             f"{one_line(source)}: is a data file; name the model too: sqft-export run <model> "
             f"--data {one_line(source)}"
         )
-    known = ", ".join(sorted(file.stem for file in Path("recipes").glob("*.yaml")))
-    recipes = f"; recipes here: {known}, as recipes/<name>.yaml" if known else ""
     if Path(source).exists() or "/" in source or source.startswith("builtin:"):
         return (
             f"{one_line(source)}: no recipe, and for a model --data is missing; for example: "
@@ -177,7 +161,8 @@ def _missing_data(source: str) -> str:
         )
     return (
         f"{one_line(source)}: no such recipe and no such model; a recipe is a .yaml file, a model "
-        f"is a folder or a name on the hub, such as HuggingFaceTB/SmolLM2-135M-Instruct{recipes}"
+        f"is a folder or a name on the hub, such as HuggingFaceTB/SmolLM2-135M-Instruct; built-in "
+        f"recipes: {', '.join(builtin_recipes())}"
     )
 
 
@@ -191,10 +176,10 @@ def run_command(
     device: _TorchDevice = None,
     sparsity: _Sparsity = None,
     bits: _Bits = None,
-    model_path: _LocalModel = None,
-    runs: _RunsFolder = Path("runs"),
-    threads: _CpuThreads = None,
-    json_only: _JsonOnly = False,
+    model_path: ModelPath = None,
+    runs: Runs = Path("runs"),
+    threads: Threads = None,
+    json_only: Json = False,
 ) -> None:
     """Compile a model on your data: run all passes and write the report.
 
@@ -250,10 +235,10 @@ def plan_command(
     device: _TorchDevice = None,
     sparsity: _Sparsity = None,
     bits: _Bits = None,
-    model_path: _LocalModel = None,
-    runs: _RunsFolder = Path("runs"),
-    threads: _CpuThreads = None,
-    json_only: _JsonOnly = False,
+    model_path: ModelPath = None,
+    runs: Runs = Path("runs"),
+    threads: Threads = None,
+    json_only: Json = False,
 ) -> None:
     """Check a recipe, or a model with data; predict time, memory and disk space of each pass.
 

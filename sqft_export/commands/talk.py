@@ -127,7 +127,7 @@ def _typed_lines() -> Iterator[str]:
 
 
 def _print_answer(session: "TextSession", prompt: Any, limit: int, stop: Iterable[str]) -> str:
-    """Print an answer as it is computed, and its speed on stderr; return its text."""
+    """Print an answer while it is computed, and its speed on stderr; return its text."""
     pieces = []
     for piece in session.stream(prompt, limit, tuple(stop)):
         print(piece, end="", flush=True)

@@ -7,6 +7,7 @@ Padding is added where batches are formed: in ``measure/batches.py`` (evaluation
 
 import itertools
 import random
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -290,7 +291,24 @@ def _choose_validation(recipe: Recipe, count: int) -> list[int]:
     return sorted(random.Random(recipe.seed).sample(range(count), wanted))
 
 
-class Examples(Sequence[Example]):
+class _IndexedExamples(Sequence[Example]):
+    """Training examples of which an index or a slice reads only the selected ones."""
+
+    @abstractmethod
+    def _read(self, indices: range) -> list[Example]: ...
+
+    @overload
+    def __getitem__(self, at: int) -> Example: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Example]: ...
+    def __getitem__(self, at):
+        chosen = range(len(self))[at]
+        if isinstance(at, slice):
+            return self._read(chosen)
+        return self._read(range(chosen, chosen + 1))[0]
+
+
+class Examples(_IndexedExamples):
     """Training examples; an index tokenizes only the examples that it selects.
 
     texts: prompt and answer of every example.
@@ -305,14 +323,9 @@ class Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.texts)
 
-    @overload
-    def __getitem__(self, at: int) -> Example: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[Example]: ...
-    def __getitem__(self, at):
-        if isinstance(at, slice):
-            return [self._truncate(whole) for whole in self._tokenize(self.texts[at])]
-        return self._truncate(self._tokenize([self.texts[at]])[0])
+    def _read(self, indices: range) -> list[Example]:
+        texts = [self.texts[n] for n in indices]
+        return [self._truncate(whole) for whole in self._tokenize(texts)]
 
     def __iter__(self) -> Iterator[Example]:
         return map(self._truncate, self._untruncated)
@@ -366,7 +379,7 @@ def chat_items(
     return items
 
 
-class ChatExamples(Sequence[Example]):
+class ChatExamples(_IndexedExamples):
     """Training examples of conversations; each one is encoded at its first access.
 
     longest: largest number of tokens per example; longer ones lose their first turns.
@@ -379,14 +392,11 @@ class ChatExamples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.conversations)
 
-    @overload
-    def __getitem__(self, at: int) -> Example: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[Example]: ...
-    def __getitem__(self, at):
-        if isinstance(at, slice):
-            return [self[n] for n in range(*at.indices(len(self)))]
-        encoded = self.encoded(range(len(self))[at])
+    def _read(self, indices: range) -> list[Example]:
+        return [self._example(self.encoded(n)) for n in indices]
+
+    @staticmethod
+    def _example(encoded: EncodedChat) -> Example:
         first = next((n for n, one in enumerate(encoded.loss) if one), len(encoded.ids))
         return Example(encoded.ids, first, encoded.loss)
 

@@ -90,24 +90,25 @@ def deployments_of_run(run: Path) -> list[Deployment]:
     from sqft_export.report.runs import read_run
     from sqft_export.report.terminal import deployment_folders
 
-    report = latest_report(run)
+    report = require_report(run)
     rows = {row.id: row for row in read_run(report).report.rows}
     folders = deployment_folders(_parents_of(report, run))
     return [Deployment(one.name, one.folder, rows.get(one.id)) for one in folders]
 
 
-def latest_report(run: Path) -> Path:
+def require_report(run: Path) -> Path:
     """Return the newest sealed report of a run.
 
     :raises UserError: if the folder has none.
     """
-    reports = [file.parent for file in run.glob(f"report-*/{MANIFEST}")]
-    if not reports:
-        raise UserError(
-            f"{run}: neither a deployment nor a finished run; expected openvino_model.xml, "
-            "model.onnx, model.gguf or report-*; an unfinished run resumes with the same command"
-        )
-    return max(reports, key=lambda path: (path / MANIFEST).stat().st_mtime)
+    from sqft_export.report.runs import latest_report
+
+    if found := latest_report(run):
+        return found
+    raise UserError(
+        f"{run}: neither a deployment nor a finished run; expected openvino_model.xml, "
+        "model.onnx, model.gguf or report-*; an unfinished run resumes with the same command"
+    )
 
 
 def _parents_of(report: Path, run: Path) -> dict[str, Artifact]:

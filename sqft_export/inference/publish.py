@@ -9,7 +9,12 @@ from pathlib import Path
 from sqft_export.artifacts.store import files_of
 from sqft_export.errors import HostError, UserError, one_line
 from sqft_export.inference.hub_card import facts_of, hub_card
-from sqft_export.inference.locate import Deployment, deployments_of_run, find_deployment
+from sqft_export.inference.locate import (
+    Deployment,
+    deployments_of_run,
+    find_deployment,
+    require_report,
+)
 from sqft_export.packed.seal import PROVENANCE, Provenance, require_seal, sealed_text
 from sqft_export.packed.usage import CARD
 from sqft_export.report.document import REPORT, read_report
@@ -36,7 +41,7 @@ def prepare(folder: Path) -> Publication:
     """
     found = _deployment_of_run(folder)
     provenance = require_seal(found.path)
-    report = read_report(_report_of(found.path) / REPORT)
+    report = read_report(require_report(found.path.parent.parent) / REPORT)
     license = str((provenance.get("base") or {}).get("license") or "unknown")
     card = hub_card((found.path / CARD).read_text(), found, report, facts_of(report, license))
     texts = {CARD: card, PROVENANCE: _seal_with(provenance, CARD, card)}
@@ -46,12 +51,6 @@ def prepare(folder: Path) -> Publication:
         if file.name != CARD
     }
     return Publication(found, paths, texts)
-
-
-def _report_of(deployment: Path) -> Path:
-    from sqft_export.inference.locate import latest_report
-
-    return latest_report(deployment.parent.parent)
 
 
 def _deployment_of_run(folder: Path) -> Deployment:

@@ -105,7 +105,7 @@ class TextSession:
     def stream(
         self, prompt: Prompt, max_new_tokens: int = MAX_NEW_TOKENS, stop: Sequence[str] = ()
     ) -> Iterator[str]:
-        """Yield the answer of :meth:`generate` piece by piece, as it is computed."""
+        """Yield the answer of :meth:`generate` piece by piece, while it is computed."""
         ids = self.encode(prompt)
         room = self.context - len(ids)
         if room < 1:

@@ -62,7 +62,7 @@ from sqft_export.measure.statistics import bootstrap_ratio, percentiles
 from sqft_export.measure.worker import measure_in_process
 from sqft_export.model.checkpoint import file_bytes
 from sqft_export.packed.execution import resolve_execution
-from sqft_export.recipe.schema import Dataset, Recipe, Text
+from sqft_export.recipe.schema import DATASET_NAMES, Dataset, Recipe, Text
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import (
     GRAPHS,
@@ -327,7 +327,7 @@ def _dataset_section(name: str, data: Path | None) -> Dataset:
     try:
         return Dataset.model_validate({"kind": "dataset", "name": name, "folder": local})
     except ValueError as error:
-        names = ", ".join(get_args(Dataset.model_fields["name"].annotation))
+        names = ", ".join(DATASET_NAMES)
         raise UserError(f"--task: found {name!r}; allowed are {names}") from error
 
 

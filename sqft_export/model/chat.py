@@ -10,9 +10,13 @@ template, so a GGUF file gets ``PLAIN_TEMPLATE``.
 import json
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sqft_export.recipe.schema import Chat, Task
 from sqft_export.textfiles import read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PLAIN_TEMPLATE = "{{ messages[-1]['content'] }}"
 BASE_TEMPLATE_FILE = (
@@ -71,6 +75,18 @@ def write_templates(folder: Path, templates: str | dict[str, str]) -> None:
             file = folder / NAMED_TEMPLATES / f"{name}.jinja"
             file.parent.mkdir(exist_ok=True)
         file.write_text(_replace_markers(text))
+
+
+def write_task_templates(
+    folder: Path, tokenizer: "PreTrainedTokenizerBase", name: str | None
+) -> None:
+    """Write the chat templates with which a chat task trains, see :func:`write_templates`.
+
+    :param tokenizer: of the base model.
+    :param name: of one of its templates; None: all of them.
+    """
+    chosen = tokenizer.get_chat_template(name) if name else None
+    write_templates(folder, chosen or tokenizer.chat_template)
 
 
 def _replace_markers(template: str) -> str:

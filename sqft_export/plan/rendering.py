@@ -10,7 +10,7 @@ from pathlib import Path
 from sqft_export.data.items import load_tokenizer
 from sqft_export.errors import UserError, one_line
 from sqft_export.machine.host import installed
-from sqft_export.model.chat import write_templates
+from sqft_export.model.chat import write_task_templates
 from sqft_export.plan.chat import chat_of
 from sqft_export.plan.layout import Layout
 from sqft_export.recipe.schema import Chat, Recipe
@@ -61,8 +61,7 @@ def _ids_in_openvino(task: Chat, base: Path, chat: ChatPrompt) -> list[int]:
     with tempfile.TemporaryDirectory(prefix="sqft-") as scratch:
         source, folder = Path(scratch) / "source", Path(scratch) / "deployed"
         tokenizer.save_pretrained(source)
-        chosen = tokenizer.get_chat_template(task.template) if task.template else None
-        write_templates(source, chosen or tokenizer.chat_template)
+        write_task_templates(source, tokenizer, task.template)
         folder.mkdir()
         write_openvino_tokenizers(source, folder)
         return openvino_chat_ids(openvino_genai.Tokenizer(str(folder)), chat)

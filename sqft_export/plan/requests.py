@@ -13,7 +13,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from sqft_export.data.columns import kind_of_rows
 from sqft_export.data.items import Item, load_tokenizer, sample_items
@@ -28,13 +28,12 @@ from sqft_export.plan.memory import predict_memory
 from sqft_export.plan.presets import DEFAULT_PRESET, EPOCHS, STEP_EXAMPLES, preset_sections
 from sqft_export.plan.workload import Workload, workload_of
 from sqft_export.recipe.load import parse_recipe
-from sqft_export.recipe.schema import BUILTIN, HUB, Dataset, Model, Recipe
+from sqft_export.recipe.schema import BUILTIN, DATASET_NAMES, HUB, Model, Recipe
 from sqft_export.recipe.writing import recipe_text
 from sqft_export.untrusted import real_path
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TEXT_SUFFIXES = (".txt", ".md", ".text")
-DATASETS: tuple[str, ...] = get_args(Dataset.model_fields["name"].annotation)
 # For a model without a chat template; its end token ends every answer.
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -156,13 +155,13 @@ def task_section(request: Request, folder: Path) -> dict[str, Any]:
     """
     data = request.data
     sources = [data] if request.test is None else [data, request.test]
-    if data in DATASETS and not Path(data).exists():
+    if data in DATASET_NAMES and not Path(data).exists():
         return {"kind": "dataset", "name": data}
     for source in sources:
         if not source.startswith(HUB) and not Path(source).exists():
             raise UserError(
                 f"{one_line(source)}: no such data; give a file, {HUB}<dataset on the hub>, or one "
-                f"of {', '.join(DATASETS)}"
+                f"of {', '.join(DATASET_NAMES)}"
             )
     if Path(data).suffix.lower() in TEXT_SUFFIXES:
         if request.test:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Generic, Literal, TypeVar, get_args
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -197,6 +197,9 @@ class Dataset(Section):
     def stop_texts(self) -> tuple[str, ...]:
         """Return ``stop``, or the texts that begin every prompt of the template."""
         return DATASET_STOPS[self.template] if self.stop is None else self.stop
+
+
+DATASET_NAMES: tuple[str, ...] = get_args(Dataset.model_fields["name"].annotation)
 
 
 class Text(Section):

@@ -68,6 +68,13 @@ class Comparison(Document):
     machines: list[MachineFacts]
 
 
+def latest_report(run: Path) -> Path | None:
+    """Return the folder of a run's newest sealed report; None if it has none."""
+    sealed = list(run.glob(f"report-*/{MANIFEST}"))
+    newest = max(sealed, key=lambda manifest: manifest.stat().st_mtime, default=None)
+    return newest.parent if newest else None
+
+
 def report_of(folder: Path) -> Path:
     """Return the path of a folder's ``report.json``: its own, or the latest of a run.
 
@@ -75,10 +82,9 @@ def report_of(folder: Path) -> Path:
     """
     if (folder / REPORT).is_file():
         return folder / REPORT
-    found = [f for f in folder.glob(f"report-*/{REPORT}") if (f.parent / MANIFEST).is_file()]
-    if not found:
-        raise UserError(f"{folder}: found no report; expected {REPORT} or a run that has one")
-    return max(found, key=lambda file: file.stat().st_mtime)
+    if latest := latest_report(folder):
+        return latest / REPORT
+    raise UserError(f"{folder}: found no report; expected {REPORT} or a run that has one")
 
 
 def read_run(folder: Path) -> ReportedRun:

@@ -18,7 +18,7 @@ from sqft_export.data.items import (
     load_tokenizer,
 )
 from sqft_export.metrics import MergeMetrics, SparsityMetrics, read_metrics
-from sqft_export.model.chat import rename_template, write_templates
+from sqft_export.model.chat import rename_template, write_task_templates
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.endings import add_end_token, disable_end_token
 from sqft_export.model.storage import MASKS, model_facts
@@ -53,8 +53,7 @@ def _set_template(recipe: Recipe, folder: Path, tokenizer: "PreTrainedTokenizerB
     if not isinstance(task, Chat):
         rename_template(folder)
         return
-    chosen = tokenizer.get_chat_template(task.template) if task.template else None
-    write_templates(folder, chosen or tokenizer.chat_template)
+    write_task_templates(folder, tokenizer, task.template)
     end = chat_encoder(recipe, tokenizer).end_token()
     if end is not None:
         add_end_token(folder, end)

@@ -1,0 +1,22 @@
+"""Options that several commands have."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelPath = Annotated[
+    Path | None, typer.Option(help="local Hugging Face folder, instead of the recipe's model")
+]
+Runs = Annotated[Path, typer.Option(help="folder for all artifacts")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=4096,
+        help="compute threads; default: OMP_NUM_THREADS, else the number of idle processors",
+    ),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="print one JSON document on stdout and nothing else")
+]
