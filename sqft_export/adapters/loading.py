@@ -21,7 +21,7 @@ from sqft_export.numerics.affine import (
     dequantize,
     fake_quantize,
 )
-from sqft_export.recipe.schema import Recipe
+from sqft_export.recipe.sections import TrainingSections
 
 
 class Layers:
@@ -134,7 +134,7 @@ def load_adapted(base: Base, adapter: Path, dtype: torch.dtype) -> nn.Module:
     return adapted.eval()
 
 
-def new_adapter(recipe: Recipe, base: Base, dtype: torch.dtype) -> PeftModel:
+def new_adapter(recipe: TrainingSections, base: Base, dtype: torch.dtype) -> PeftModel:
     """Return a model with a new, seeded super-adapter; activations in ``dtype``."""
     config = recipe.training
     model = load_compressed(base, dtype)

@@ -34,7 +34,8 @@ from sqft_export.machine.device import CPU, device_name, device_of, training_dty
 from sqft_export.machine.launcher import process_count, process_rank
 from sqft_export.machine.progress import Advance, Start
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.recipe.schema import Adapt, Chat, Recipe
+from sqft_export.recipe.schema import Adapt, Chat
+from sqft_export.recipe.sections import TrainingSections
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -307,7 +308,7 @@ class Trained:
 
 
 def train_on_task(
-    recipe: Recipe,
+    recipe: TrainingSections,
     base: Base,
     tokenizer: "PreTrainedTokenizerBase",
     folder: Path,
@@ -397,7 +398,7 @@ def _arguments(
     )
 
 
-def packed_row_tokens(recipe: Recipe) -> int | None:
+def packed_row_tokens(recipe: TrainingSections) -> int | None:
     """Return the largest number of tokens per packed row; None if the task packs no examples."""
     task = recipe.task
     return task.sequence_length if isinstance(task, Chat) and task.packing else None

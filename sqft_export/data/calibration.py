@@ -19,7 +19,8 @@ from sqft_export.data.items import (
     split_windows,
 )
 from sqft_export.errors import UserError
-from sqft_export.recipe.schema import HUB, Recipe
+from sqft_export.recipe.schema import HUB
+from sqft_export.recipe.sections import CalibrationSections
 from sqft_export.recipe.templates import text_field
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ MIN_ROW_TOKENS = 16  # shorter dataset rows (headings, blank lines) are skipped
 SHUFFLE_BUFFER_ROWS = 10_000
 
 
-def calibration_fields(recipe: Recipe) -> tuple[str, ...]:
+def calibration_fields(recipe: CalibrationSections) -> tuple[str, ...]:
     """Return the recipe fields that the samples depend on.
 
     They include the fields of the training data if the samples come from it.
@@ -37,7 +38,9 @@ def calibration_fields(recipe: Recipe) -> tuple[str, ...]:
     return ("calibration", "seed", *(TRAIN_FIELDS if recipe.calibration.source == "task" else ()))
 
 
-def calibration_samples(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+def calibration_samples(
+    recipe: CalibrationSections, tokenizer: "PreTrainedTokenizerBase"
+) -> list[list[int]]:
     """Return a seeded choice of samples, each cut to the calibration length; lengths may differ.
 
     :raises UserError: if the source has fewer samples than requested.
@@ -58,7 +61,9 @@ def calibration_samples(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") ->
     return [one[: config.sequence_length] for one in ids]
 
 
-def _tokenize_source(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+def _tokenize_source(
+    recipe: CalibrationSections, tokenizer: "PreTrainedTokenizerBase"
+) -> list[list[int]]:
     """Return the samples of a source that is not the task's training split."""
     config = recipe.calibration
     file = recipe.resolve(config.source)
@@ -72,7 +77,9 @@ def _tokenize_source(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> li
     return split_windows(ids, config.sequence_length, first_token(tokenizer))
 
 
-def _stream_dataset(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+def _stream_dataset(
+    recipe: CalibrationSections, tokenizer: "PreTrainedTokenizerBase"
+) -> list[list[int]]:
     """Return the first rows of a seeded shuffle as token ids.
 
     Rows are streamed, so that a large dataset is not downloaded completely. Rows of fewer than
@@ -108,6 +115,6 @@ def _stream_dataset(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> lis
     return samples
 
 
-def calibration_tensors(recipe: Recipe, model: Path) -> list[Tensor]:
+def calibration_tensors(recipe: CalibrationSections, model: Path) -> list[Tensor]:
     """Return the samples as int64 tensors ``[length]``, tokenized by a model folder's tokenizer."""
     return [torch.tensor(ids) for ids in calibration_samples(recipe, load_tokenizer(model))]

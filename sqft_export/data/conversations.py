@@ -8,12 +8,13 @@ from sqft_export.data.chat import Conversation
 from sqft_export.data.columns import DataLayout, conversation_of, drop_seen, kind_of_rows
 from sqft_export.data.tables import Stamp, Table
 from sqft_export.errors import UserError
-from sqft_export.recipe.schema import HUB, Chat, Recipe
+from sqft_export.recipe.schema import HUB, Chat
+from sqft_export.recipe.sections import TaskSections
 
 MAX_NAMED_PLACES = 3  # of conversations, in a message
 
 
-def chat_files(recipe: Recipe, task: Chat, split: str) -> list[Path]:
+def chat_files(recipe: TaskSections, task: Chat, split: str) -> list[Path]:
     """Return the files that a split depends on.
 
     The test split leaves out training conversations, so it depends on the training file too.
@@ -36,7 +37,7 @@ def revision_key(source: str) -> str:
     return f"task {source}"
 
 
-def read_conversations(recipe: Recipe, task: Chat, split: str) -> list[Conversation]:
+def read_conversations(recipe: TaskSections, task: Chat, split: str) -> list[Conversation]:
     """Return the conversations of a split; the test split is without training conversations.
 
     :raises UserError: naming file and row, or the split that has no conversation.
@@ -47,7 +48,7 @@ def read_conversations(recipe: Recipe, task: Chat, split: str) -> list[Conversat
 
 
 def held_out_conversations(
-    recipe: Recipe, task: Chat
+    recipe: TaskSections, task: Chat
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Return test conversations, and those that are left out because training reads them.
 
@@ -64,7 +65,7 @@ def held_out_conversations(
 
 
 def split_conversations(
-    recipe: Recipe, task: Chat
+    recipe: TaskSections, task: Chat
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Return all conversations of the training split and of the test split.
 
@@ -93,7 +94,7 @@ def first_places(conversations: list[Conversation]) -> str:
     return ", ".join([*(one.place for one in conversations[:MAX_NAMED_PLACES]), *more])
 
 
-def all_conversations(recipe: Recipe, task: Chat, split: str) -> list[Conversation]:
+def all_conversations(recipe: TaskSections, task: Chat, split: str) -> list[Conversation]:
     """Return every conversation of a split's source.
 
     :raises UserError: naming file and row.
@@ -121,7 +122,7 @@ def _parse(table: Table, columns: dict[str, str]) -> Iterator[Conversation]:
         yield conversation_of(row, place, kind, columns)
 
 
-def _table(recipe: Recipe, task: Chat, split: str) -> Table:
+def _table(recipe: TaskSections, task: Chat, split: str) -> Table:
     source = task.source(split)
     part = task.split if split == "train" else task.test_split
     if not source.startswith(HUB):

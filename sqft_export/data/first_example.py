@@ -4,13 +4,14 @@ from typing import TYPE_CHECKING
 
 from sqft_export.data.items import ChatExamples, Data
 from sqft_export.data.loss_text import mark_loss
-from sqft_export.recipe.schema import Chat, Recipe
+from sqft_export.recipe.schema import Chat
+from sqft_export.recipe.sections import TaskSections
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def first_example(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> str | None:
+def first_example(recipe: TaskSections, tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """Return the first training example with its loss marked; None for tasks without messages.
 
     :param tokenizer: of the base model.

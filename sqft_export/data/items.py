@@ -21,7 +21,8 @@ from sqft_export.data.conversations import chat_files, hub_sources, read_convers
 from sqft_export.data.datasets import SETS, Record, Scoring, local_file, records, set_names
 from sqft_export.data.files import numbered_rows, read_text
 from sqft_export.errors import UserError
-from sqft_export.recipe.schema import Chat, Dataset, Problems, Recipe, Text
+from sqft_export.recipe.schema import Chat, Dataset, Problems, Text
+from sqft_export.recipe.sections import TaskSections
 from sqft_export.recipe.templates import fill_template
 from sqft_export.textfiles import read_json
 
@@ -165,7 +166,9 @@ def stop_ids(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return list(dict.fromkeys([*own, *end_tokens(folder)]))
 
 
-def answer_stops(recipe: Recipe, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def answer_stops(
+    recipe: TaskSections, folder: Path, tokenizer: "PreTrainedTokenizerBase"
+) -> list[int]:
     """Return the ids that end an answer to a task: :func:`stop_ids`, and the chat template's."""
     found = stop_ids(folder, tokenizer)
     if isinstance(recipe.task, Chat):
@@ -202,7 +205,7 @@ def problem_records(task: Problems, file: Path) -> Iterator[Record]:
         yield Record(fill_template(task.prompt, item, file, number), answer, final=answer)
 
 
-def data_files(recipe: Recipe, split: str) -> list[Path]:
+def data_files(recipe: TaskSections, split: str) -> list[Path]:
     """Return the files of a split; empty if the split is on the hub."""
     task = recipe.task
     if isinstance(task, Problems):
@@ -219,7 +222,7 @@ def data_files(recipe: Recipe, split: str) -> list[Path]:
     return [file for file in found if file is not None]
 
 
-def _records(recipe: Recipe, split: str) -> Iterator[SetRecord]:
+def _records(recipe: TaskSections, split: str) -> Iterator[SetRecord]:
     """Yield set, scoring and record of every item of a split."""
     task = recipe.task
     if isinstance(task, Dataset):
@@ -275,7 +278,7 @@ def to_items(tokenizer: "PreTrainedTokenizerBase", found: list[SetRecord]) -> li
     return items
 
 
-def _choose_validation(recipe: Recipe, count: int) -> list[int]:
+def _choose_validation(recipe: TaskSections, count: int) -> list[int]:
     """Return the indices of the training items that only search uses, a seeded choice.
 
     :raises UserError: if no item would remain for training.
@@ -347,7 +350,7 @@ class Examples(_IndexedExamples):
         return [Example(prompt + _append_end(answer, end), len(prompt)) for prompt, answer in pairs]
 
 
-def chat_encoder(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> ChatEncoder:
+def chat_encoder(recipe: TaskSections, tokenizer: "PreTrainedTokenizerBase") -> ChatEncoder:
     """Return the encoder of a chat task's conversations, for the tokenizer of a model folder.
 
     :raises UserError: if the tokenizer has no such template.
@@ -360,7 +363,9 @@ def chat_encoder(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> ChatEn
 
 
 def chat_items(
-    recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Conversation]
+    recipe: TaskSections,
+    tokenizer: "PreTrainedTokenizerBase",
+    conversations: Sequence[Conversation],
 ) -> list[Item]:
     """Return the last answer of every conversation as an item.
 
@@ -423,7 +428,7 @@ class Data:
     truncated: number of training examples that are cut.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase"):
+    def __init__(self, recipe: TaskSections, tokenizer: "PreTrainedTokenizerBase"):
         self.recipe, self.tokenizer = recipe, tokenizer
 
     @cached_property
@@ -489,7 +494,7 @@ def _find_cut(text: str, wanted: int) -> int:
 
 
 def _text_items(
-    task: Text, recipe: Recipe, tokenizer: "PreTrainedTokenizerBase"
+    task: Text, recipe: TaskSections, tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[list[Item], list[Item]]:
     """Return the windows for training and the held-out windows."""
     file = recipe.resolve(task.text)
@@ -509,7 +514,7 @@ def _text_items(
     return train, test
 
 
-def count_examples(recipe: Recipe) -> int | None:
+def count_examples(recipe: TaskSections) -> int | None:
     """Return the number of training examples, without a tokenizer; None if they are on the hub.
 
     The windows of a text are estimated at four characters per token.
@@ -526,7 +531,7 @@ def count_examples(recipe: Recipe) -> int | None:
 
 
 def sample_items(
-    recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", split: str, count: int
+    recipe: TaskSections, tokenizer: "PreTrainedTokenizerBase", split: str, count: int
 ) -> tuple[dict[str, int], list[Item]]:
     """Return the number of items per set, and about ``count`` evenly spread items as token ids."""
     if isinstance(recipe.task, Text):
@@ -541,7 +546,7 @@ def sample_items(
     return Counter(name for name, _, _ in found), to_items(tokenizer, chosen)
 
 
-def spread_records(recipe: Recipe, split: str, most: int | None) -> list[SetRecord]:
+def spread_records(recipe: TaskSections, split: str, most: int | None) -> list[SetRecord]:
     """Return at most ``most`` evenly spread records of a split; None: all records."""
     found = list(_records(recipe, split))
     if most is None or len(found) <= most:
@@ -549,12 +554,14 @@ def spread_records(recipe: Recipe, split: str, most: int | None) -> list[SetReco
     return [found[at * len(found) // most] for at in range(most)]
 
 
-def train_records(recipe: Recipe) -> Iterator[Record]:
+def train_records(recipe: TaskSections) -> Iterator[Record]:
     """Yield the training items as records."""
     return (record for _, _, record in _records(recipe, "train"))
 
 
-def scored_items(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", count: int) -> list[Item]:
+def scored_items(
+    recipe: TaskSections, tokenizer: "PreTrainedTokenizerBase", count: int
+) -> list[Item]:
     """Return the first ``count`` test items of every set."""
     if isinstance(recipe.task, Chat):
         conversations = read_conversations(recipe, recipe.task, "test")
@@ -568,7 +575,7 @@ def scored_items(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", count: in
     return to_items(tokenizer, chosen)
 
 
-def held_out(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> list[Item]:
+def held_out(recipe: TaskSections, tokenizer: "PreTrainedTokenizerBase") -> list[Item]:
     """Return the test items; several sets are interleaved, so that the first items cover them."""
     by_set: dict[str, list[Item]] = {}
     for item in Data(recipe, tokenizer).test:
@@ -587,7 +594,7 @@ HARD_TEXTS = (
 )
 
 
-def train_texts(recipe: Recipe) -> Iterator[str]:
+def train_texts(recipe: TaskSections) -> Iterator[str]:
     """Yield the training texts, one per example or line; none if on the hub or missing."""
     task = recipe.task
     if isinstance(task, Dataset) and not set(set_names(task, "train")) <= SETS.keys():
@@ -606,7 +613,7 @@ def train_texts(recipe: Recipe) -> Iterator[str]:
         yield record.prompt + record.answer
 
 
-def sample_texts(recipe: Recipe, count: int) -> list[str]:
+def sample_texts(recipe: TaskSections, count: int) -> list[str]:
     """Return texts to compare tokenizers with: ``count`` of the test split, and hard cases."""
     task = recipe.task
     if isinstance(task, Text):

@@ -11,7 +11,8 @@ from sqft_export.data.datasets import parse_number, plain_number
 from sqft_export.data.items import Item
 from sqft_export.data.stops import cut_at_stop, stop_pieces, stop_texts
 from sqft_export.documents import Document
-from sqft_export.recipe.schema import Chat, Problems, Recipe, Task, Text
+from sqft_export.recipe.schema import Chat, Problems, Task, Text
+from sqft_export.recipe.sections import TaskSections
 
 NUMBER = re.compile(r"-?\d+\.?\d*")
 NUMBER_TOLERANCE = 1e-3
@@ -82,7 +83,7 @@ class SetAccuracy(Document):
 
 
 def questions(
-    recipe: Recipe,
+    recipe: TaskSections,
     items: list[Item],
     stop: list[int],
     tokenizer: object = None,
@@ -138,7 +139,7 @@ class Judged:
 
 
 def judge(
-    recipe: Recipe, items: list[Item], found: Answers, tokenizer: AnswerDecoder
+    recipe: TaskSections, items: list[Item], found: Answers, tokenizer: AnswerDecoder
 ) -> list[Judged]:
     """Judge the answers to :func:`questions`; plain text has none and is skipped."""
     answers, likelihoods = iter(found.answers), iter(found.likelihoods)
@@ -165,7 +166,7 @@ def judge(
     return judged
 
 
-def answer_score(recipe: Recipe) -> AnswerScore | None:
+def answer_score(recipe: TaskSections) -> AnswerScore | None:
     """Return the score that a chat task names; None for other tasks.
 
     :raises UserError: if its pattern or its file is not valid.

@@ -12,6 +12,7 @@ from sqft_export.machine.host import installed
 from sqft_export.model.companions import companions
 from sqft_export.plan.layout import Layout
 from sqft_export.recipe.schema import Recipe
+from sqft_export.recipe.sections import VerifySections
 from sqft_export.targets.devices import llama_cpp_here
 from sqft_export.targets.tokenizers import tokenize_as_deployed
 
@@ -59,7 +60,7 @@ def conversion_failure(name: str, layout: Layout) -> str | None:
     return f"its tokenizer can't be converted: {found}" if isinstance(found, str) else None
 
 
-def differing_texts(recipe: Recipe, folder: Path, rows: int) -> dict[str, list[str]]:
+def differing_texts(recipe: VerifySections, folder: Path, rows: int) -> dict[str, list[str]]:
     """Tokenizer of a runtime -> the texts that it makes other ids of; nothing where all are equal.
 
     Faults of the data and of the model's own tokenizer are found elsewhere.

@@ -8,7 +8,8 @@ from sqft_export.data.conversations import read_conversations
 from sqft_export.data.datasets import TEMPLATES
 from sqft_export.data.items import deployed_text, last_user_text, train_records
 from sqft_export.data.stops import stop_texts
-from sqft_export.recipe.schema import Chat, Problems, Recipe, Text
+from sqft_export.recipe.schema import Chat, Problems, Text
+from sqft_export.recipe.sections import TaskSections
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 TEXT_PROMPT = "Once upon a time"  # for models of plain text
 
 
-def example_prompt(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> str:
+def example_prompt(recipe: TaskSections, tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return the first training prompt as a user types it.
 
     :param tokenizer: of the base; a start token that it adds by itself is not part of a prompt.
@@ -28,7 +29,7 @@ def example_prompt(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> str:
     return deployed_text(tokenizer, next(islice(train_records(recipe), 1)).prompt)
 
 
-def prompt_section(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> str:
+def prompt_section(recipe: TaskSections, tokenizer: "PreTrainedTokenizerBase") -> str:
     """The part of a model card on prompts, in Markdown.
 
     :param tokenizer: of the base; a start token that it adds by itself is not part of a prompt.

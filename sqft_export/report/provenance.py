@@ -10,7 +10,8 @@ from sqft_export.data.datasets import set_names
 from sqft_export.documents import Document
 from sqft_export.errors import one_line
 from sqft_export.model.chat import uses_template
-from sqft_export.recipe.schema import Dataset, Recipe
+from sqft_export.recipe.schema import Dataset
+from sqft_export.recipe.sections import CardSections
 from sqft_export.untrusted import fault_of_file, open_regular
 
 # Licences of named datasets, as their publishers state them. Others are reported as unknown.
@@ -79,7 +80,7 @@ class Origin(Document):
     passes: dict[str, PassOrigin]
 
 
-def origin_of(recipe: Recipe, base: Path, lineage: dict[str, Facts]) -> Origin:
+def origin_of(recipe: CardSections, base: Path, lineage: dict[str, Facts]) -> Origin:
     """Return the origin of a model.
 
     :param lineage: facts of every pass that the model depends on.
@@ -106,13 +107,13 @@ def origin_of(recipe: Recipe, base: Path, lineage: dict[str, Facts]) -> Origin:
     )
 
 
-def _data_licences(recipe: Recipe) -> dict[str, str]:
+def _data_licences(recipe: CardSections) -> dict[str, str]:
     if not isinstance(recipe.task, Dataset):
         return {"task": UNKNOWN}
     return {name: LICENCES.get(name, UNKNOWN) for name in set_names(recipe.task, "train")}
 
 
-def model_card(recipe: Recipe, origin: Origin, sparsity: float, usage: str) -> str:
+def model_card(recipe: CardSections, origin: Origin, sparsity: float, usage: str) -> str:
     """Return README.md of a model folder.
 
     :param sparsity: share of zero weights in the decoder's Linears, 0 to 1.
@@ -148,7 +149,7 @@ def model_card(recipe: Recipe, origin: Origin, sparsity: float, usage: str) -> s
     return "\n".join(lines) + "\n"
 
 
-def merged_usage(recipe: Recipe, prompt: str) -> str:
+def merged_usage(recipe: CardSections, prompt: str) -> str:
     """Return the section of a merged model's card with code to run inside its folder."""
     in_gptq_layout = recipe.quantize.method != "none"
     first = ["In this folder:", ""]
@@ -173,7 +174,7 @@ def merged_usage(recipe: Recipe, prompt: str) -> str:
     return "\n".join(lines)
 
 
-def _tokenized(recipe: Recipe) -> list[str]:
+def _tokenized(recipe: CardSections) -> list[str]:
     """Code that makes ids of a prompt."""
     if not uses_template(recipe.task):
         return ['batch = tokenizer(prompt, return_tensors="pt")']

@@ -3,24 +3,30 @@
 import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar, cast
 
 from sqft_export.adapters.files import Base
 from sqft_export.artifacts.store import Artifact, Facts
 from sqft_export.machine.progress import Start
 from sqft_export.metrics import Metrics
 from sqft_export.recipe.schema import Recipe
+from sqft_export.recipe.sections import AdaptSection
 
 # The recipe fields that :meth:`Context.base` reads.
 BASE_FIELDS = ("adapt.pipeline", "adapt.merge_dense", "adapt.trainable_scales")
 
 
+# The recipe sections that a pass reads: a type of ``recipe/sections.py``, or several combined.
+_Sections = TypeVar("_Sections", covariant=True)
+
+
 @dataclass(frozen=True)
-class Context:
-    """The inputs of a pass.
+class Context(Generic[_Sections]):
+    """The inputs of a pass. ``Context[Sections]`` names the recipe sections that the pass reads.
 
     name: name of the pass, such as ``export-onnx``.
-    recipe: view of the recipe with only the fields that the pass declares.
+    recipe: view of the recipe with only the fields that the pass declares. mypy refuses a read of
+        another section, and the view refuses a read of another field.
     model: folder of the base model.
     inputs: name of a consumed pass -> its sealed artifact.
     folder: output folder of the pass.
@@ -30,7 +36,7 @@ class Context:
     """
 
     name: str
-    recipe: Recipe
+    recipe: _Sections
     model: Path
     inputs: dict[str, Artifact]
     folder: Path
@@ -47,7 +53,7 @@ class Context:
         """Return the folder of an input, or None if the recipe has no such pass."""
         return self.inputs[name].path if name in self.inputs else None
 
-    def base(self) -> Base:
+    def base(self: "Context[AdaptSection]") -> Base:
         """Return the base model of the adapter.
 
         Its grids have the trained scales if search has written them.
@@ -95,7 +101,7 @@ class Stage(Protocol):
         :param name: name of the pass, such as ``export-onnx``.
         """
 
-    def run(self, context: Context, /) -> Metrics:
+    def run(self, context: Context[Recipe], /) -> Metrics:
         """Do the work in ``context.folder`` and return metrics."""
 
 

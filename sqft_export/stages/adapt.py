@@ -10,6 +10,7 @@ from sqft_export.machine.device import device_of, training_dtype
 from sqft_export.machine.launcher import process_rank
 from sqft_export.metrics import AdaptMetrics, Metrics
 from sqft_export.recipe.schema import Adapt, Recipe
+from sqft_export.recipe.sections import TrainingSections
 from sqft_export.recipe.view import section_fields
 from sqft_export.stages import Context
 
@@ -27,7 +28,7 @@ def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     return (*SETTINGS, *TRAIN_FIELDS, "task.packing")
 
 
-def _teacher(context: Context) -> nn.Module | None:
+def _teacher(context: Context[TrainingSections]) -> nn.Module | None:
     """Return the frozen teacher of the distillation loss, or None without distillation."""
     config = context.recipe.training
     if config.distill is None:
@@ -39,7 +40,7 @@ def _teacher(context: Context) -> nn.Module | None:
     return load_compressed(Base(folder), dtype)
 
 
-def run(context: Context) -> Metrics:
+def run(context: Context[TrainingSections]) -> Metrics:
     """Write ``adapter/`` in peft's format, and ``training.jsonl`` with loss and ranks per step."""
     trained = train_on_task(
         context.recipe,

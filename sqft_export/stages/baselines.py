@@ -4,6 +4,7 @@ from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
 from sqft_export.metrics import SparsityMetrics
 from sqft_export.recipe.schema import Recipe
+from sqft_export.recipe.sections import AdaptSection
 from sqft_export.stages import BASE_FIELDS, Context
 
 CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize")
@@ -19,7 +20,7 @@ def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     return BASE_FIELDS
 
 
-def run(context: Context) -> SparsityMetrics:
+def run(context: Context[AdaptSection]) -> SparsityMetrics:
     """Write ``sparse-quantized/``."""
     base = context.base()
     sparsity = write_merged(Layers(base), context.folder / "sparse-quantized")

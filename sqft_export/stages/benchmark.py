@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from sqft_export.artifacts.store import key_of
 from sqft_export.data.conversations import first_places, held_out_conversations
@@ -69,6 +69,13 @@ from sqft_export.measure.worker import measure_in_process
 from sqft_export.metrics import RowsMetrics, SparsityMetrics, read_metrics
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.recipe.schema import Benchmark, Chat, Recipe
+from sqft_export.recipe.sections import (
+    AdaptSection,
+    BenchmarkSection,
+    DeviceSection,
+    QuantizeSection,
+    TaskSections,
+)
 from sqft_export.recipe.view import section_fields
 from sqft_export.report.verdict import chance_text
 from sqft_export.stages import BASE_FIELDS, Context
@@ -128,12 +135,18 @@ BASELINES: tuple[tuple[str, RowKind, str, str, str, str], ...] = (
 MOVABLE = (MERGED, *TITLES)  # ids of the rows that are also measured on other devices
 
 
+class Sections(
+    TaskSections, QuantizeSection, AdaptSection, DeviceSection, BenchmarkSection, Protocol
+):
+    """The recipe sections that this pass reads."""
+
+
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     """Return the fields of the benchmark, the base, and the test items."""
     return (*SETTINGS, *BASE_FIELDS, *TEST_FIELDS, *SCORE_FIELDS)
 
 
-def rows(context: Context) -> list[Row]:
+def rows(context: Context[Sections]) -> list[Row]:
     """Return the rows of this recipe in the order of the passes."""
     wanted = context.recipe.benchmark.baselines
     table = [*_baselines(context), *_tuned(context), *_deployments(context)]
@@ -145,7 +158,7 @@ def rows(context: Context) -> list[Row]:
     return on_devices(table, context.recipe.benchmark.targets)
 
 
-def _baselines(context: Context) -> Iterator[Row]:
+def _baselines(context: Context[Sections]) -> Iterator[Row]:
     """Yield the rows of models without the recipe's full pipeline."""
     wanted, quantize = context.recipe.benchmark.baselines, context.recipe.quantize
     codes = f"INT{quantize.bits}{', reconstructed' if quantize.reconstruct else ''}"
@@ -157,12 +170,12 @@ def _baselines(context: Context) -> Iterator[Row]:
             yield Row(id, kind, name.format(codes=codes), "torch", path, (path,), sparsity)
 
 
-def _sparsity(context: Context, stage: str) -> float:
+def _sparsity(context: Context[Sections], stage: str) -> float:
     """Return the share of zero weights in the model of a pass."""
     return read_metrics(context.inputs[stage], SparsityMetrics).sparsity["all"]
 
 
-def _tuned(context: Context) -> Iterator[Row]:
+def _tuned(context: Context[Sections]) -> Iterator[Row]:
     """Yield the torch rows of the deployed model: unmerged if it was tuned, and merged."""
     inputs, recipe = context.inputs, context.recipe
     wanted, merged = recipe.benchmark.baselines, inputs["merge"].path / "model"
@@ -177,7 +190,7 @@ def _tuned(context: Context) -> Iterator[Row]:
         yield Row(MERGED, "merged", "merged", "torch", merged, (merged,), sparsity)
 
 
-def _deployments(context: Context) -> Iterator[Row]:
+def _deployments(context: Context[Sections]) -> Iterator[Row]:
     """Yield the rows of every deployment and its packed and sparse copies."""
     recipe, sparsity = context.recipe, _sparsity(context, "merge")
     for target in TITLES:
@@ -210,7 +223,7 @@ def on_devices(table: list[Row], targets: tuple[str, ...]) -> list[Row]:
     return [row for row in table if row not in made or row.device in targets] + on_others
 
 
-def _model(context: Context, row: Row) -> MeasuredModel:
+def _model(context: Context[Sections], row: Row) -> MeasuredModel:
     """Return a row as the model of a worker's job."""
     parts = None
     if row.kind == "adapted":
@@ -232,12 +245,12 @@ def _model(context: Context, row: Row) -> MeasuredModel:
     )
 
 
-def threads(recipe: Recipe) -> int:
+def threads(recipe: Sections) -> int:
     """Return the number of threads of every row: the recipe's, or all allowed processors."""
     return recipe.benchmark.threads or allowed_processors()
 
 
-def run(context: Context) -> RowsMetrics:
+def run(context: Context[Sections]) -> RowsMetrics:
     """Write ``results.json``, and ``items.jsonl`` with every answer of every row."""
     recipe = context.recipe
     tokenizer = load_tokenizer(context.model)
@@ -346,7 +359,7 @@ def _lm_eval_fields(result: WorkerResult) -> dict[str, object]:
     return {"lm_eval": result.lm_eval, "lm_eval_warnings": result.lm_eval_warnings}
 
 
-def _lm_eval_request(recipe: Recipe) -> LmEvalRequest | None:
+def _lm_eval_request(recipe: Sections) -> LmEvalRequest | None:
     benchmark = recipe.benchmark
     if not benchmark.lm_eval:
         return None
@@ -355,7 +368,7 @@ def _lm_eval_request(recipe: Recipe) -> LmEvalRequest | None:
 
 
 def _measure_rows(
-    context: Context,
+    context: Context[Sections],
     table: list[Row],
     items: list[Item],
     tokenizer: "PreTrainedTokenizerBase",
@@ -393,7 +406,7 @@ def _measure_rows(
     return scored, found
 
 
-def _row_runner(context: Context, total: int) -> Callable[[Row, Requests], WorkerResult]:
+def _row_runner(context: Context[Sections], total: int) -> Callable[[Row, Requests], WorkerResult]:
     """Return a function that measures a row in a process.
 
     :param total: number of processes.
@@ -408,7 +421,7 @@ def _row_runner(context: Context, total: int) -> Callable[[Row, Requests], Worke
     return run_row
 
 
-def _latency_request(recipe: Recipe, items: list[Item]) -> LatencyRequest:
+def _latency_request(recipe: Sections, items: list[Item]) -> LatencyRequest:
     """Return the request for latencies; its prompt is the beginning of the items."""
     benchmark = recipe.benchmark
     ids = [token for item in items for token in item.ids]
@@ -436,7 +449,7 @@ class _References:
 
 
 def _questions(
-    context: Context, tokenizer: "PreTrainedTokenizerBase", items: list[Item]
+    context: Context[Sections], tokenizer: "PreTrainedTokenizerBase", items: list[Item]
 ) -> ScoringRequest:
     """Return the request that scores the items."""
     stop = answer_stops(context.recipe, context.model, tokenizer)
@@ -492,7 +505,7 @@ def _compared_figures(
     ]
 
 
-def _repeated_conversations(recipe: Recipe) -> RepeatedConversations | None:
+def _repeated_conversations(recipe: Sections) -> RepeatedConversations | None:
     """Return how many test conversations are training conversations too; None for other tasks."""
     if not isinstance(recipe.task, Chat):
         return None
@@ -500,7 +513,7 @@ def _repeated_conversations(recipe: Recipe) -> RepeatedConversations | None:
     return RepeatedConversations(count=len(seen), places=first_places(seen))
 
 
-def _settings(recipe: Recipe, items: list[Item]) -> BenchmarkSettings:
+def _settings(recipe: Sections, items: list[Item]) -> BenchmarkSettings:
     """Return the settings that the report prints, with a digest of the scored items."""
     scored = [[item.prompt, item.target, item.text] for item in items]
     return BenchmarkSettings(

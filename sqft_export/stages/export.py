@@ -1,6 +1,7 @@
 """export-<target>: convert the merged model to a deployment folder of one runtime."""
 
 from pathlib import Path
+from typing import Protocol
 
 from sqft_export.data.items import (
     CARD_FIELDS,
@@ -25,6 +26,7 @@ from sqft_export.packed.folders import PACKED, SPARSE, NothingSaved, pack
 from sqft_export.packed.seal import write_seal
 from sqft_export.packed.usage import usage_section
 from sqft_export.recipe.schema import Recipe
+from sqft_export.recipe.sections import CardSections, ExportSection
 from sqft_export.report.prompts import example_prompt, prompt_section
 from sqft_export.report.provenance import PROVENANCE_FIELDS, model_card, origin_of
 from sqft_export.stages import Context
@@ -44,6 +46,10 @@ RESUMES = False
 DISTRIBUTED = False
 
 
+class Sections(CardSections, ExportSection, Protocol):
+    """The recipe sections that this pass reads."""
+
+
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     """Return the fields of all targets and those of this target."""
     return (
@@ -55,7 +61,7 @@ def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     )
 
 
-def run(context: Context) -> ExportMetrics:
+def run(context: Context[Sections]) -> ExportMetrics:
     """Write ``model/``; ``packed/`` and ``sparse/`` if the recipe requests them."""
     advance = context.start(1)
     folder = context.folder / "model"
@@ -85,7 +91,7 @@ def run(context: Context) -> ExportMetrics:
     return metrics
 
 
-def _pack(context: Context, folder: Path) -> dict[str, PackedMetrics | list[str]]:
+def _pack(context: Context[Sections], folder: Path) -> dict[str, PackedMetrics | list[str]]:
     """Write the packed copy; return its metrics, or a warning if packing saves nothing."""
     try:
         sizes = pack(folder, context.folder / PACKED, context.recipe.export.entropy)
@@ -94,7 +100,7 @@ def _pack(context: Context, folder: Path) -> dict[str, PackedMetrics | list[str]
     return {"packed": PackedMetrics(**sizes)}
 
 
-def _specialize(context: Context, folder: Path) -> SparseExecution:
+def _specialize(context: Context[Sections], folder: Path) -> SparseExecution:
     """Write the copy that runs on our kernels; return its metrics, or why it is missing."""
     packed = context.folder / PACKED
     if missing := unavailable_reason():

@@ -23,6 +23,7 @@ from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.endings import add_end_token, disable_end_token
 from sqft_export.model.storage import MASKS, model_facts
 from sqft_export.recipe.schema import Chat, Recipe
+from sqft_export.recipe.sections import CardSections
 from sqft_export.report.prompts import example_prompt, prompt_section
 from sqft_export.report.provenance import PROVENANCE_FIELDS, merged_usage, model_card, origin_of
 from sqft_export.stages import BASE_FIELDS, Context
@@ -44,7 +45,7 @@ def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     return (*BASE_FIELDS, *PROVENANCE_FIELDS, *TRAIN_FIELDS, *CARD_FIELDS, "dense_update")
 
 
-def _set_template(recipe: Recipe, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+def _set_template(recipe: CardSections, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
     """Write the chat templates that the model was trained with, and name their end token.
 
     :param tokenizer: of the base.
@@ -59,7 +60,7 @@ def _set_template(recipe: Recipe, folder: Path, tokenizer: "PreTrainedTokenizerB
         add_end_token(folder, end)
 
 
-def run(context: Context) -> MergeMetrics:
+def run(context: Context[CardSections]) -> MergeMetrics:
     """Write ``model/``, a copy of the masks, and the adapter if the recipe leaves it unmerged.
 
     The metric ``facts`` describes the model; every export stores it.

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ from sqft_export.numerics.affine import (
 from sqft_export.numerics.groups import fallback_group_size
 from sqft_export.quantizers import BlockQuantizer, Quantizer, quantizer
 from sqft_export.recipe.schema import Quantize, Recipe
+from sqft_export.recipe.sections import CalibrationSections, DeviceSection, QuantizeSection
 from sqft_export.recipe.view import section_fields
 from sqft_export.stages import Context
 
@@ -53,6 +54,10 @@ DISTRIBUTED = False
 BLOCKS = "blocks"
 _ROWS_AT_ONCE = 1024
 MIN_CLAMPED_SHARE = 0.01  # of the groups of a Linear; a smaller share gives no warning
+
+
+class Sections(CalibrationSections, QuantizeSection, DeviceSection, Protocol):
+    """The recipe sections that this pass reads."""
 
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
@@ -88,7 +93,7 @@ def set_grid_points(linear: nn.Linear, weight: Tensor, grid: Grid) -> None:
         linear.weight[rows] = fake_quantize(weight[rows], grid.rows(rows))
 
 
-def run(context: Context) -> QuantizeMetrics:
+def run(context: Context[Sections]) -> QuantizeMetrics:
     """Write ``model/`` (compensated floats) and ``grids.safetensors``, which gives their codes."""
     method = _copy_codes if context.recipe.quantize.method == "existing" else _compress
     weight_writer = TensorWriter(context.folder / "model", shard_bytes=MAX_BUFFER_BYTES)
@@ -103,13 +108,13 @@ def run(context: Context) -> QuantizeMetrics:
     )
 
 
-def _device(context: Context) -> torch.device:
+def _device(context: Context[Sections]) -> torch.device:
     """Return the device of the recipe; for NNCF the CPU, on which it traces the blocks."""
     nncf = context.recipe.quantize.method == "nncf"
     return device_of("cpu" if nncf else context.recipe.device)
 
 
-def _copy_codes(context: Context, grids: GridWriter, weights: TensorWriter) -> dict:
+def _copy_codes(context: Context[Sections], grids: GridWriter, weights: TensorWriter) -> dict:
     """Take codes and grids unchanged from a quantized checkpoint; weights are their grid points."""
     base = Checkpoint(context.model)
     names = quantized_names(base)
@@ -140,7 +145,7 @@ def _clamped_scale_warning(name: str, weight: Tensor, grid: Grid) -> Iterator[st
         )
 
 
-def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> dict:
+def _compress(context: Context[Sections], grids: GridWriter, weights: TensorWriter) -> dict:
     """Quantize all blocks in order, then embedding and head; return the metrics."""
     config, checkpoint = context.recipe.quantize, Checkpoint(context.latest_model())
     method = quantizer(config.method)
@@ -189,7 +194,7 @@ def _row_grid(weight: Tensor, config: Quantize) -> Grid:
 
 
 def _walk(
-    context: Context, checkpoint: Checkpoint, inputs: Inputs, tokens: dict[str, int]
+    context: Context[Sections], checkpoint: Checkpoint, inputs: Inputs, tokens: dict[str, int]
 ) -> Iterator[tuple[Block | None, Block]]:
     """Yield (dense block or None, block to compress).
 
@@ -207,13 +212,16 @@ def _walk(
     return zip(walk(Checkpoint(context.model), samples, None, device), blocks, strict=True)
 
 
-def _block_file(context: Context, index: int) -> Path:
+def _block_file(context: Context[Sections], index: int) -> Path:
     """Return the file of a reconstructed block, from which an interrupted run resumes."""
     return context.folder / BLOCKS / f"{index}.safetensors"
 
 
 def _reconstruct(
-    context: Context, target: Block, block: Block, quantized: Iterator[tuple[str, Tensor, Grid]]
+    context: Context[Sections],
+    target: Block,
+    block: Block,
+    quantized: Iterator[tuple[str, Tensor, Grid]],
 ) -> Reconstructed:
     """Train a quantized block to reproduce the output of the dense block ``target``.
 
@@ -235,7 +243,7 @@ def _reconstruct(
 
 
 def _quantize_block(
-    context: Context, method: Quantizer | BlockQuantizer, block: Block, inputs: Inputs
+    context: Context[Sections], method: Quantizer | BlockQuantizer, block: Block, inputs: Inputs
 ) -> Iterator[tuple[str, Tensor, Grid]]:
     """Yield name, compensated weight (float32 ``[out, in]``) and grid of every Linear."""
     config, sparsified = context.recipe.quantize, context.path("sparsify")

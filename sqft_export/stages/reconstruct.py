@@ -5,6 +5,7 @@ Finished blocks are kept in ``blocks/``, from which an interrupted run resumes.
 
 import shutil
 from pathlib import Path
+from typing import Protocol
 
 from sqft_export.data.calibration import calibration_fields, calibration_tensors
 from sqft_export.data.items import TASK_FILES
@@ -18,6 +19,7 @@ from sqft_export.model.reconstruction import Reconstructed, reconstruct
 from sqft_export.model.storage import MAX_BUFFER_BYTES, load_weight_mask
 from sqft_export.model.tensorfiles import TensorFiles, TensorWriter
 from sqft_export.recipe.schema import Recipe
+from sqft_export.recipe.sections import CalibrationSections, DeviceSection, SparsifySection
 from sqft_export.stages import Context
 
 CONSUMES: tuple[str, ...] = ("sparsify",)
@@ -29,12 +31,16 @@ DISTRIBUTED = False
 BLOCKS = "blocks"
 
 
+class Sections(CalibrationSections, SparsifySection, DeviceSection, Protocol):
+    """The recipe sections that this pass reads."""
+
+
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     """Return the fields of the reconstruction and the calibration data."""
     return ("sparsify.reconstruct", "seed", *calibration_fields(recipe))
 
 
-def run(context: Context) -> ReconstructMetrics:
+def run(context: Context[Sections]) -> ReconstructMetrics:
     """Write ``model/``; the pruned positions are those of sparsify."""
     sparsified, device = context.inputs["sparsify"].path, device_of(context.recipe.device)
     dense, sparse = Checkpoint(context.model), Checkpoint(sparsified / "model")
@@ -64,7 +70,7 @@ def run(context: Context) -> ReconstructMetrics:
     )
 
 
-def _reconstruct(context: Context, target: Block, block: Block) -> Reconstructed:
+def _reconstruct(context: Context[Sections], target: Block, block: Block) -> Reconstructed:
     """Train a pruned block to reproduce the output of the dense block ``target``."""
     config, sparsified = context.recipe.sparsify.reconstruct, context.inputs["sparsify"].path
     assert config is not None

@@ -31,7 +31,7 @@ CONSUMES: tuple[str, ...] = (
 )
 READS: tuple[str, ...] = ()
 FREE: tuple[str, ...] = ()
-VERSION = 15
+VERSION = 16
 RESUMES = False
 DISTRIBUTED = False
 
@@ -41,7 +41,7 @@ def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     return (*Recipe.model_fields, "overrides", "skipped")
 
 
-def run(context: Context) -> RowsMetrics:
+def run(context: Context[Recipe]) -> RowsMetrics:
     """Write ``index.html``, its pictures as SVG files, ``report.md`` and ``report.json``."""
     report = report_of_run(context.recipe, context.inputs)
     rows, measure, document = report.rows, report.measure, report.to_json()
@@ -79,7 +79,7 @@ def run(context: Context) -> RowsMetrics:
     return RowsMetrics(rows=len(rows))
 
 
-def _commands(context: Context) -> list[tuple[str, str]]:
+def _commands(context: Context[Recipe]) -> list[tuple[str, str]]:
     """Return the name of every deployment with the command that runs it in the run's folder."""
     word = "chat" if uses_template(context.recipe.task) else "generate"
     return [

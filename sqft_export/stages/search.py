@@ -6,6 +6,7 @@ Candidates are scored on items held out from the training data, never on the tes
 import json
 import math
 import time
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -38,6 +39,7 @@ from sqft_export.metrics import EvaluatedSize, SearchMetrics
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.storage import GridWriter, load_grids
 from sqft_export.recipe.schema import Recipe
+from sqft_export.recipe.sections import SearchSection, TrainingSections
 from sqft_export.search import STRATEGIES
 from sqft_export.search.space import Ranks, Score, Space
 from sqft_export.stages import BASE_FIELDS, Context
@@ -58,13 +60,17 @@ DISTRIBUTED = False
 EVALUATIONS = "evaluations.jsonl"
 
 
+class Sections(TrainingSections, SearchSection, Protocol):
+    """The recipe sections that this pass reads."""
+
+
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     """Return the settings, and the scoring fields if the strategy evaluates candidates."""
     scored = ("search.budget", *SCORE_FIELDS)
     return (*SETTINGS, *TRAIN_FIELDS, *(scored if recipe.search.evaluates else ()))
 
 
-def _write_trained_grids(context: Context, model: nn.Module) -> None:
+def _write_trained_grids(context: Context[Sections], model: nn.Module) -> None:
     """Write all grids of the model with the trained scales."""
     for layer in elastic_layers(model).values():
         layer.apply_trained_scales()
@@ -99,7 +105,7 @@ class Evaluation(Document):
 class _Validation:
     """Scores configurations on the validation items and writes every score to disk."""
 
-    def __init__(self, context: Context, model: nn.Module, groups: dict[str, list[str]]):
+    def __init__(self, context: Context[Sections], model: nn.Module, groups: dict[str, list[str]]):
         self.context, self.groups, self.layers = context, groups, elastic_layers(model)
         self.session = TorchSession(model, str(next(model.parameters()).device))
         self.file = context.folder / EVALUATIONS
@@ -147,14 +153,14 @@ def _evaluation(line: str) -> Evaluation | None:
         return None
 
 
-def configured_ranks(recipe: Recipe) -> Ranks:
+def configured_ranks(recipe: Sections) -> Ranks:
     """Return the ranks of ``search.configuration``, checked by ``plan``; empty without it."""
     file = recipe.search.configuration
     return read_json(recipe.resolve(file), finite=True) if file else {}
 
 
 def _choose_ranks(
-    context: Context, model: nn.Module, groups: dict[str, list[str]]
+    context: Context[Sections], model: nn.Module, groups: dict[str, list[str]]
 ) -> tuple[Ranks, list[Evaluation]]:
     """Return the rank of every group, and all evaluations."""
     recipe = context.recipe
@@ -182,13 +188,13 @@ def _choose_ranks(
     return chosen, validation.known()
 
 
-def _capture(context: Context, model: nn.Module) -> CapturedForward:
+def _capture(context: Context[Sections], model: nn.Module) -> CapturedForward:
     """Capture the operands of the chosen sub-adapter's forward, for ``verify``."""
     examples = Data(context.recipe, load_tokenizer(context.model)).train[:CAPTURED_SEQUENCES]
     return capture(model, [example.ids for example in examples], context.path("sparsify"))
 
 
-def run(context: Context) -> SearchMetrics:
+def run(context: Context[Sections]) -> SearchMetrics:
     """Write ``configuration.json`` (group -> rank), ``adapter/`` and the captured forward.
 
     The captured forward is in ``trained.*``. Trainable scales add ``grids.safetensors``.

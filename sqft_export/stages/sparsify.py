@@ -1,6 +1,7 @@
 """sparsify: prune the decoder Linears; write the checkpoint and the pruning masks."""
 
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from sqft_export.model.tensorfiles import TensorWriter
 from sqft_export.numerics.affine import dequantize
 from sqft_export.numerics.masks import mask_to_bits
 from sqft_export.recipe.schema import Recipe, Sparsify
+from sqft_export.recipe.sections import CalibrationSections, DeviceSection, SparsifySection
 from sqft_export.recipe.view import section_fields
 from sqft_export.sparsifiers import Pruning, Sparsifier, override_for, pruning_of, sparsifier
 from sqft_export.sparsifiers.allocation import Curve, allocate, error_curve
@@ -37,6 +39,10 @@ FREE: tuple[str, ...] = ("device", *TASK_FILES)
 VERSION = 4
 RESUMES = False
 DISTRIBUTED = False
+
+
+class Sections(CalibrationSections, SparsifySection, DeviceSection, Protocol):
+    """The recipe sections that this pass reads."""
 
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
@@ -70,7 +76,7 @@ class _Masks:
         self._writer.__exit__(*failure)
 
 
-def run(context: Context) -> SparsifyMetrics:
+def run(context: Context[Sections]) -> SparsifyMetrics:
     """Write ``model/`` and ``masks.safetensors``."""
     config, checkpoint = context.recipe.sparsify, Checkpoint(context.model)
     if checkpoint.quantized_linears:
@@ -111,7 +117,7 @@ def run(context: Context) -> SparsifyMetrics:
 
 
 def _prunings(
-    context: Context,
+    context: Context[Sections],
     checkpoint: Checkpoint,
     samples: list[Tensor] | None,
     device: torch.device,
@@ -143,7 +149,7 @@ def _prunings(
     return prunings | {name: Pruning(share, None, config.at_most) for name, share in shares.items()}
 
 
-def _mask_existing_zeros(context: Context, checkpoint: Checkpoint) -> SparsifyMetrics:
+def _mask_existing_zeros(context: Context[Sections], checkpoint: Checkpoint) -> SparsifyMetrics:
     """Write a quantized checkpoint as floats, and the mask of weights that are not zero.
 
     A weight is zero if its code is the zero point. One tensor is in memory at a time. Tensors that

@@ -14,6 +14,7 @@ from sqft_export.data.items import TASK_FILES, TRAIN_FIELDS, load_tokenizer
 from sqft_export.machine.launcher import process_rank
 from sqft_export.metrics import Metrics, TeacherMetrics
 from sqft_export.recipe.schema import Adapt, Recipe
+from sqft_export.recipe.sections import TrainingSections
 from sqft_export.recipe.view import section_fields
 from sqft_export.stages import Context
 
@@ -38,7 +39,7 @@ def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     return (*SETTINGS, *TRAIN_FIELDS, "task.packing")
 
 
-def run(context: Context) -> Metrics:
+def run(context: Context[TrainingSections]) -> Metrics:
     """Write ``adapter/`` in peft's format, and ``dense-lora/``, the merged model."""
     base, tokenizer = Base(context.model), load_tokenizer(context.model)
     # Unmerged, as in plain LoRA: this saves the matrix product B A in every step.

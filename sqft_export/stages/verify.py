@@ -7,7 +7,7 @@ and compute (files -> results of the runtimes). One layer is in memory at a time
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
@@ -28,6 +28,11 @@ from sqft_export.model.chat import has_template
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.plan.readers import differing_texts
 from sqft_export.recipe.schema import Recipe
+from sqft_export.recipe.sections import (
+    AdaptSection,
+    DeviceSection,
+    VerifySections,
+)
 from sqft_export.stages import BASE_FIELDS, Context
 from sqft_export.targets.devices import why_not_exact, why_not_run
 from sqft_export.targets.text_api import missing_for_chat
@@ -36,9 +41,6 @@ from sqft_export.verify.certify import certify
 from sqft_export.verify.storage import TOKEN_IDS
 from sqft_export.verify.subject import MASKED_PASSES, Asked, Subject
 from sqft_export.verify.text_answers import first_chat
-
-if TYPE_CHECKING:
-    pass
 
 CONSUMES: tuple[str, ...] = (
     "sparsify",
@@ -57,12 +59,16 @@ RESUMES = False
 DISTRIBUTED = False
 
 
+class Sections(VerifySections, AdaptSection, DeviceSection, Protocol):
+    """The recipe sections that this pass reads."""
+
+
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     """Return the fields of the checks, the base and the test items."""
     return ("verify", "dense_update", "export.targets", *BASE_FIELDS, *TEST_FIELDS)
 
 
-def _queries(context: Context) -> Asked:
+def _queries(context: Context[Sections]) -> Asked:
     """Return prompts, texts and tolerances of the certificate."""
     recipe, tokenizer = context.recipe, load_tokenizer(context.model)
     items = Data(recipe, tokenizer).test[: recipe.verify.prompts]
@@ -84,7 +90,7 @@ def _queries(context: Context) -> Asked:
     )
 
 
-def _reported_readers(recipe: Recipe, model: Path) -> list[str]:
+def _reported_readers(recipe: Sections, model: Path) -> list[str]:
     """Runtimes whose own tokenizer differs from the base's, whatever was trained."""
     if recipe.verify.tokenizers != "auto":
         return []
@@ -93,7 +99,7 @@ def _reported_readers(recipe: Recipe, model: Path) -> list[str]:
     return list(differing_texts(recipe, model, rows))
 
 
-def _capture_untrained(context: Context, asked: Asked) -> Path:
+def _capture_untrained(context: Context[Sections], asked: Asked) -> Path:
     """Capture the forward of the compressed model, for recipes without training.
 
     It runs on the CPU, like the capture of a trained model in search.
@@ -135,7 +141,7 @@ def _tokenizer_warnings(certificate: Certificate) -> Iterator[str]:
             )
 
 
-def run(context: Context) -> VerifyMetrics:
+def run(context: Context[Sections]) -> VerifyMetrics:
     """Write ``verify.json``, and ``subject.json``, the inputs to repeat the checks.
 
     :raises CertificateError: if checks fail; lists all of them.

@@ -10,7 +10,8 @@ from sqft_export.data.items import chat_encoder, end_tokens
 from sqft_export.errors import one_line
 from sqft_export.measure.decode import generate
 from sqft_export.model.chat import has_template
-from sqft_export.recipe.schema import Chat, Recipe
+from sqft_export.recipe.schema import Chat
+from sqft_export.recipe.sections import TaskSections
 from sqft_export.targets import Session
 from sqft_export.targets.text_api import ChatPrompt, TextApi, missing_for_chat, text_api
 from sqft_export.targets.tokenizers import read_ids
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 ANSWER_CHARACTERS = 60  # of an answer that differs
 
 
-def first_chat(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase") -> ChatPrompt | None:
+def first_chat(recipe: TaskSections, tokenizer: "PreTrainedTokenizerBase") -> ChatPrompt | None:
     """Return the first test conversation; None without one, or if its ids change with the date."""
     task = recipe.task
     if not isinstance(task, Chat):
