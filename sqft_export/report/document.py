@@ -101,10 +101,7 @@ class Report(Document):
 
     @property
     def best(self) -> BenchmarkRow | None:
-        """The fastest deployment that is not significantly less accurate than the most accurate.
-
-        None if no deployment was measured.
-        """
+        """The best deployment (``verdict.best_deployment``); None if no deployment was measured."""
         return best_deployment(self.rows)
 
 

@@ -10,7 +10,6 @@ from sqft_export.measure.results import BenchmarkRow
 from sqft_export.measure.rows import TITLES, DeploymentFolder, deployments_in
 from sqft_export.report.document import Report
 from sqft_export.report.text import accuracy_text, align_columns
-from sqft_export.report.verdict import fastest_deployment
 
 LABEL_CHARACTERS = 28
 
@@ -39,7 +38,7 @@ def run_text(report: Report, artifacts: dict[str, Artifact], width: int) -> str:
     parts.append("\n".join(_label_path(one.name, one.folder) for one in deployments))
     parts.append(_label_path("report", artifacts["report"].path / "index.html"))
     if deployments:
-        folder = _fastest(report, deployments).folder
+        folder = _recommended(report, deployments).folder
         command = f"sqft-export inspect {shlex.quote(str(folder))}"
         parts.append(f"next: {command}\n  It prints the code that loads the folder.")
     return "\n\n".join(parts)
@@ -55,9 +54,9 @@ def deployment_folders(artifacts: dict[str, Artifact]) -> list[DeploymentFolder]
     ]
 
 
-def _fastest(report: Report, deployments: list[DeploymentFolder]) -> DeploymentFolder:
-    """Return the fastest measured deployment, or the first if none was measured."""
-    best = fastest_deployment(report.rows)
+def _recommended(report: Report, deployments: list[DeploymentFolder]) -> DeploymentFolder:
+    """Return the recommended deployment, or the first if none was measured."""
+    best = report.best
     measured = best.id.removesuffix(f"-{best.device}") if best else None
     return next((one for one in deployments if one.id == measured), deployments[0])
 

@@ -1,15 +1,9 @@
-"""Summarize a report in one line: the savings and the accuracy of the fastest deployment."""
+"""Summarize a report in one line: the savings and the accuracy of the best deployment."""
 
 from collections.abc import Sequence
 
 from sqft_export.measure.results import DENSE_LORA, BenchmarkRow
 from sqft_export.report.text import accuracy_text
-
-
-def fastest_deployment(rows: Sequence[BenchmarkRow]) -> BenchmarkRow | None:
-    """Return the deployment with the lowest time per output token; None if none was measured."""
-    deployed = [row for row in rows if row.kind == "deployment"]
-    return min(deployed, key=_tpot, default=None)
 
 
 def best_deployment(rows: Sequence[BenchmarkRow]) -> BenchmarkRow | None:
@@ -29,16 +23,16 @@ def _upper_accuracy(row: BenchmarkRow) -> float:
 
 
 def verdict(rows: Sequence[BenchmarkRow], measure: str) -> str | None:
-    """Compare the fastest deployment with the dense base in torch; None if either is missing.
+    """Compare the best deployment with the dense base in torch; None if either is missing.
 
     Accuracy is compared with dense + LoRA if that was trained, else with the dense base.
     """
     dense = next((row for row in rows if row.kind == "base"), None)
     lora = next((row for row in rows if row.id == DENSE_LORA), None)
-    best = fastest_deployment(rows)
+    best = best_deployment(rows)
     if dense is None or best is None:
         return None
-    first = f"{best.name}, the fastest deployment: {_savings_text(best, dense)}."
+    first = f"{best.name}, the best deployment: {_savings_text(best, dense)}."
     if dense.at_chance and lora is None:
         return f"{first} Accuracy: {accuracy_text(best)} {measure}; {chance_text(dense)}."
     text = f"{first} Accuracy: {_comparison_text(best, lora or dense, measure)}"
