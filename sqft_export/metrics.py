@@ -139,7 +139,7 @@ class ExportMetrics(Metrics):
 
 
 class VerifyMetrics(Metrics):
-    """checks: the lines of the certificate."""
+    """checks: the results of the certificate's checks."""
 
     checks: list[CheckResult]
     device: str

@@ -61,7 +61,8 @@ def cache_effective_weights(model: nn.Module) -> bool:
 
     :return: False if it does not fit into free memory; nothing is cached then.
     """
-    layers = [m for m in model.modules() if isinstance(m, CompressedLinear) and not m.cached]
+    layers = [m for m in model.modules() if isinstance(m, CompressedLinear)]
+    layers = [layer for layer in layers if not layer.holds_effective]
     weights = sum(layer.weight.numel() for layer in layers)
     free = device_memory(layers[0].weight.device) if layers else None
     fits = float32_fits(weights) if free is None else 4 * weights <= FLOAT32_MEMORY_SHARE * free

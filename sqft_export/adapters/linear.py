@@ -104,9 +104,8 @@ class CompressedLinear(MovableLinear):
     mask_bits: uint8 ``[out, ceil(in / 8)]``; None if nothing is pruned or masked.
     scale, zero_point, bits: the grid; None if the weight is not quantized.
     unmerged: True if the adapter's output is added to this layer's output.
-    cached: True if ``weight`` has been replaced by the effective weight permanently.
-    cache: effective weight for forwards without gradient, recomputed after a change of its sources;
-        None if such forwards compute it every time.
+    holds_effective: True if ``weight`` has been replaced by the effective weight permanently.
+    cache: the last effective weight, for forwards without gradient; None: they compute it again.
     """
 
     cache: WeightCache | None
@@ -130,7 +129,7 @@ class CompressedLinear(MovableLinear):
         new.register_buffer("scale", grid.scale if grid else None, persistent=False)
         new.register_buffer("zero_point", grid.zero_point if grid else None, persistent=False)
         new.bits, new.unmerged = grid.bits if grid else None, unmerged
-        new.cached, new.cache = False, None
+        new.holds_effective, new.cache = False, None
         return new.requires_grad_(False)
 
     @property
@@ -192,7 +191,7 @@ class CompressedLinear(MovableLinear):
             self.cache.clear()
 
     @torch.no_grad()
-    def cache_effective_weight(self, dtype: torch.dtype) -> None:
+    def store_effective_weight(self, dtype: torch.dtype) -> None:
         """Replace the weight by the effective weight; only for a layer that no adapter changes.
 
         Does nothing without a grid, or if ``dtype`` needs more memory than the stored weight.
@@ -201,7 +200,7 @@ class CompressedLinear(MovableLinear):
         """
         if self.grid is not None and dtype.itemsize <= self.weight.itemsize:
             self.weight.data = self.effective_weight(None, None, dtype)
-            self.cached = True
+            self.holds_effective = True
 
     def merged(self, update: Update | None) -> Merged:
         """Return the effective weight as a merged model stores it.
@@ -217,7 +216,7 @@ class CompressedLinear(MovableLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x W_eff^T + bias`` without an adapter, in the dtype of ``x``."""
-        if self.cached or (self.grid is None and self.weight.dtype == x.dtype):
+        if self.holds_effective or (self.grid is None and self.weight.dtype == x.dtype):
             weight = self.weight
         elif self.uses_cache:
             weight = self.cached_weight(None, None, x.dtype)

@@ -108,15 +108,15 @@ def add_adapters(
         task_type="CAUSAL_LM",
     )
     register_adapter(config, CompressedLinear, ElasticLoraLinear)
-    return _cache_unchanged_weights(get_peft_model(model, config))
+    return _store_effective_weights(get_peft_model(model, config))
 
 
-def _cache_unchanged_weights(model: PeftModel) -> PeftModel:
-    """Cache the effective weights of all Linears that no adapter changes; return the model."""
+def _store_effective_weights(model: PeftModel) -> PeftModel:
+    """Store the effective weights of all Linears that no adapter changes; return the model."""
     for name, module in model.named_modules():
         adapted = name.endswith(".base_layer")
         if isinstance(module, CompressedLinear) and (module.unmerged or not adapted):
-            module.cache_effective_weight(model.config.dtype)
+            module.store_effective_weight(model.config.dtype)
     return model
 
 
@@ -125,7 +125,7 @@ def load_adapted(base: Base, adapter: Path, dtype: torch.dtype) -> nn.Module:
     config = LoraConfig.from_pretrained(adapter)
     config.inference_mode = False
     register_adapter(config, CompressedLinear, ElasticLoraLinear)
-    adapted = _cache_unchanged_weights(get_peft_model(load_compressed(base, dtype), config))
+    adapted = _store_effective_weights(get_peft_model(load_compressed(base, dtype), config))
     state = load_file(adapter / "adapter_model.safetensors")
     if any(".lora_shift" in name for name in state):
         train_scales(adapted)

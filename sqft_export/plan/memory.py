@@ -28,7 +28,9 @@ SEARCH_BYTES = 2**27  # logits and other data of search
 
 def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[str, float]:
     """Predict the peak resident bytes of every pass, including the processes that it starts."""
-    written = predict_bytes(recipe, layout)
+    # Variables are bytes, except ``whole``: a number of weights. ``block``, ``largest`` and
+    # ``outer`` are float32 copies of a block, of the largest Linear, and of all other tensors.
+    artifacts = predict_bytes(recipe, layout)
     block = 4 * layout.weights / layout.blocks
     largest = 4 * max(map(prod, layout.linears.values()))
     widest = max(inputs for _, inputs in layout.linears.values())
@@ -36,13 +38,11 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
     outer, whole = 4 * layout.others, layout.weights + layout.others
     quantize, data = recipe.quantize, (recipe, layout, workload)
     hessians = 4 * widest**2 * (quantize.method == "gptq")
-    exported = max((written[f"export-{name}"] for name in recipe.export.targets), default=0)
+    exported = max((artifacts[f"export-{name}"] for name in recipe.export.targets), default=0)
     deployed = exported / (1 + recipe.export.sparse_files)
-    loaded = layout.width * whole + layout.weights / 8
-    # The tuned model runs once to capture its operands; weights are hashed one by one.
-    tuned = loaded + outer + 3 * largest + 2 * adapter_bytes(recipe, layout)
-    cached = tuned + _cached_weights(layout, SEARCH_BYTES + tuned)
-    in_float = max(_torch_row_bytes(recipe, layout), cached * _has_tuned_row(recipe))
+    tuned = _tuned_model_bytes(recipe, layout, largest)
+    with_cache = tuned + _weight_cache_bytes(layout, SEARCH_BYTES + tuned)
+    torch_row = max(_torch_row_bytes(recipe, layout), with_cache * _has_tuned_row(recipe))
     peaks = {
         "sparsify": MAPPED_BYTES + block + 3 * largest + activations * recipe.sparsify.calibrates,
         "reconstruct": _reconstruction_bytes(recipe.sparsify.reconstruct, *data),
@@ -50,22 +50,22 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
             MAPPED_BYTES + block + 2 * largest + hessians + activations * quantize.calibrates,
             _reconstruction_bytes(quantize.reconstruct, *data),
         ),
-        "search": SEARCH_BYTES + (cached if recipe.search.evaluates else tuned),
+        "search": SEARCH_BYTES + (with_cache if recipe.search.evaluates else tuned),
         "merge": 4 * largest + 2**29,
         "export-openvino": deployed,
         "export-onnx": MAPPED_BYTES + 2 * largest + outer,
         "export-gguf": MAPPED_BYTES + largest,
         "verify": _comparison_bytes(*data) + 2 * deployed + _gguf_copy_bytes(recipe, whole),
-        "benchmark": max(deployed, in_float) + MAX_LOGIT_BYTES + _kv_cache_bytes(*data),
+        "benchmark": max(deployed, torch_row) + MAX_LOGIT_BYTES + _kv_cache_bytes(*data),
     }
     peaks["baselines"] = peaks["merge"]
     if recipe.adapt is None:  # verify runs the model itself, as search does
         peaks["verify"] = max(peaks["verify"], peaks["search"])
     else:
-        kept = _activation_bytes(*data) + (outer if recipe.adapt.precision == "float32" else 0)
-        training = loaded + kept + 5 * written["adapt"] + 4 * largest
+        training = _torch_model_bytes(layout) + 5 * artifacts["adapt"] + 4 * largest
+        training += _activation_bytes(*data) + outer * (recipe.adapt.precision == "float32")
         peaks |= {"adapt": training, "teacher": training}
-    return {name: FIXED_MEMORY + peaks.get(name, 0) for name in written}
+    return {name: FIXED_MEMORY + peaks.get(name, 0) for name in artifacts}
 
 
 def check_memory(recipe: Recipe, layout: Layout, workload: Workload, passes: list[str]) -> None:
@@ -97,14 +97,30 @@ def accelerator_bytes(
     return {name: memory[name] - FIXED_MEMORY for name in passes if not runs_on_cpu(name, recipe)}
 
 
-def _require_memory(recipe: Recipe, place: str, needed: dict[str, float], free: int) -> None:
-    worst = max(needed, key=needed.__getitem__, default=None)
-    if worst is not None and needed[worst] > free:
-        advice = "" if place == "memory" else "; device=cpu computes in the host's memory"
+def _require_memory(recipe: Recipe, resource: str, needed: dict[str, float], free: int) -> None:
+    largest = max(needed, key=needed.__getitem__, default=None)
+    if largest is not None and needed[largest] > free:
+        advice = "" if resource == "memory" else "; device=cpu computes in the host's memory"
         raise HostError(
-            f"{recipe.file}: {place}: {worst} needs {size_text(needed[worst])}, "
+            f"{recipe.file}: {resource}: {largest} needs {size_text(needed[largest])}, "
             f"{size_text(free)} are free{advice}"
         )
+
+
+def _torch_model_bytes(layout: Layout) -> float:
+    """Return the bytes of a model in torch: the checkpoint's dtype, and one mask bit per weight."""
+    return layout.width * (layout.weights + layout.others) + layout.weights / 8
+
+
+def _tuned_model_bytes(recipe: Recipe, layout: Layout, largest: int) -> float:
+    """Return the bytes of the tuned, unmerged model in torch while its operands are captured.
+
+    Embedding, head and norms have float32 copies. The weights are hashed one by one.
+
+    :param largest: bytes of the largest Linear in float32.
+    """
+    copies = 4 * layout.others + 3 * largest
+    return _torch_model_bytes(layout) + copies + 2 * adapter_bytes(recipe, layout)
 
 
 def _activation_bytes(recipe: Recipe, layout: Layout, workload: Workload) -> float:
@@ -112,14 +128,12 @@ def _activation_bytes(recipe: Recipe, layout: Layout, workload: Workload) -> flo
     config = recipe.training
     tokens = config.batch * min(LONGEST_TO_MEAN * workload.example, recipe.task.sequence_length)
     vocabulary, width = layout.embedding
-    of_block = sum(sum(shape) for shape in layout.linears.values()) / layout.blocks
-    kept = (
-        layout.blocks * width + of_block
-        if config.gradient_checkpointing
-        else (layout.blocks * of_block)
-    )
-    size = 4 if config.precision == "float32" else 2
-    return tokens * (ACTIVATION_COPIES * size * kept + 4 * LOGIT_COPIES * vocabulary)
+    # Numbers per token: inputs and outputs of all Linears of a block.
+    per_block = sum(sum(shape) for shape in layout.linears.values()) / layout.blocks
+    checkpointed = layout.blocks * width + per_block
+    per_token = checkpointed if config.gradient_checkpointing else layout.blocks * per_block
+    itemsize = 4 if config.precision == "float32" else 2
+    return tokens * (ACTIVATION_COPIES * itemsize * per_token + 4 * LOGIT_COPIES * vocabulary)
 
 
 def _torch_row_bytes(recipe: Recipe, layout: Layout) -> float:
@@ -138,13 +152,13 @@ def _has_tuned_row(recipe: Recipe) -> bool:
     return recipe.adapt is not None and "adapted" in recipe.benchmark.baselines
 
 
-def _cached_weights(layout: Layout, taken: float) -> float:
+def _weight_cache_bytes(layout: Layout, other_bytes: float) -> float:
     """Return the bytes of the cached effective weights of a tuned, unmerged model; 0 if too large.
 
-    :param taken: bytes of everything else, so that the cache fits into the free memory.
+    :param other_bytes: bytes of everything else; the cache gets a share of what is left.
     """
-    size = 4 * layout.weights
-    return size if size <= FLOAT32_MEMORY_SHARE * (free_memory() - FIXED_MEMORY - taken) else 0
+    size, free = 4 * layout.weights, free_memory() - FIXED_MEMORY - other_bytes
+    return size if size <= FLOAT32_MEMORY_SHARE * free else 0
 
 
 def _gguf_copy_bytes(recipe: Recipe, weights: int) -> float:
@@ -167,10 +181,10 @@ def _kv_cache_bytes(recipe: Recipe, layout: Layout, workload: Workload) -> float
     """Return the bytes of the keys and values of a batch, in float32."""
     _, width = layout.embedding
     rows = min(MAX_BATCH_ROWS, recipe.benchmark.items)
-    most = workload.prompt + getattr(recipe.task, "max_new_tokens", 0) if workload.answer else 0
-    return (
-        min(MAX_CACHE_TOKENS, rows * most) * 2 * 4 * width * layout.blocks * KEY_VALUE_WIDTH_RATIO
-    )
+    new_tokens = getattr(recipe.task, "max_new_tokens", 0)
+    row_tokens = workload.prompt + new_tokens if workload.answer else 0
+    tokens = min(MAX_CACHE_TOKENS, rows * row_tokens)
+    return tokens * 2 * 4 * width * layout.blocks * KEY_VALUE_WIDTH_RATIO
 
 
 def _reconstruction_bytes(
@@ -186,7 +200,8 @@ def _reconstruction_bytes(
         return 0
     _, width = layout.embedding
     hidden = 4 * calibration_tokens(recipe, workload) * width
-    inside = sum(sum(shape) for shape in layout.linears.values()) / layout.blocks
-    drawn = min(config.batch, recipe.calibration.samples) / recipe.calibration.samples
-    kept = 4 * ACTIVATION_COPIES * drawn * calibration_tokens(recipe, workload) * inside
-    return MAPPED_BYTES + 8 * 4 * layout.weights / layout.blocks + 5 * hidden + kept
+    per_token = sum(sum(shape) for shape in layout.linears.values()) / layout.blocks
+    batch_share = min(config.batch, recipe.calibration.samples) / recipe.calibration.samples
+    batch_tokens = batch_share * calibration_tokens(recipe, workload)
+    activations = 4 * ACTIVATION_COPIES * batch_tokens * per_token
+    return MAPPED_BYTES + 8 * 4 * layout.weights / layout.blocks + 5 * hidden + activations

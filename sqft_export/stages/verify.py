@@ -170,7 +170,7 @@ def run(context: Context[Sections]) -> VerifyMetrics:
     (context.folder / "verify.json").write_text(document)
     certificate.require()
     return VerifyMetrics(
-        checks=certificate.rows(),
+        checks=certificate.results(),
         device=device_name(device),
         warnings=[
             *(warning for name in exports for warning in _skipped_checks(subject, name)),

@@ -22,12 +22,12 @@ from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.verify.results import CertificateDocument, CheckResult, Part
 
 _Item = TypeVar("_Item")
-MAX_NAMED = 4  # differing modules, files or texts that a line names
+MAX_NAMED = 4  # differing modules, files or texts that a check names
 
 
 @dataclass
 class Check:
-    """One line of a certificate.
+    """One check of a certificate.
 
     unit: of ``differing`` and ``allowed``.
     compared: number of compared weights, tokens, files or texts.
@@ -55,11 +55,11 @@ class Check:
             self.where.append(where)
 
     def without_counts(self) -> "Check":
-        """Return the same line with nothing compared."""
+        """Return the same check with nothing compared."""
         return replace(self, compared=0, differing=0, where=[])
 
     def add(self, other: "Check") -> None:
-        """Add the counts of another copy of this line."""
+        """Add the counts of another copy of this check."""
         self.compared += other.compared
         self.differing += other.differing
         self.where = [*self.where, *other.where][:MAX_NAMED]
@@ -116,26 +116,26 @@ class Check:
 
 
 def count_in_parallel(
-    count: Callable[..., None], items: Iterable[_Item], *lines: Check | None
+    count: Callable[..., None], items: Iterable[_Item], *checks: Check | None
 ) -> None:
-    """Call ``count(item, *lines)`` for every item on a thread pool.
+    """Call ``count(item, *checks)`` for every item on a thread pool.
 
-    Each call gets separate copies of the lines. Their counts are added in the order of the items.
+    Each call gets separate copies of the checks. Their counts are added in the order of the items.
     torch uses one thread per item, since the items run in parallel.
     """
 
     def count_item(item: _Item) -> list[Check | None]:
-        copies = [line and line.without_counts() for line in lines]
+        copies = [check and check.without_counts() for check in checks]
         count(item, *copies)
         return copies
 
     threads = torch.get_num_threads()
     try:
         counted = map_in_order(count_item, items, partial(torch.set_num_threads, 1))
-        pairs = (pair for copies in counted for pair in zip(lines, copies, strict=True))
-        for line, copy in pairs:
-            if line and copy:
-                line.add(copy)
+        pairs = (pair for copies in counted for pair in zip(checks, copies, strict=True))
+        for check, copy in pairs:
+            if check and copy:
+                check.add(copy)
     finally:
         torch.set_num_threads(threads)  # also for threads that start later
 
@@ -151,14 +151,14 @@ class Certificate:
         self.checks.append(Check(part, name, unit, allowed))
         return self.checks[-1]
 
-    def rows(self) -> list[CheckResult]:
+    def results(self) -> list[CheckResult]:
         """Return the result of every check."""
         return [CheckResult(**asdict(check), passed=check.passed) for check in self.checks]
 
     def document(self) -> CertificateDocument:
         """Return the results, grouped by part."""
         fidelity, storage, compute = (
-            [row for row in self.rows() if row.part == part] for part in get_args(Part)
+            [result for result in self.results() if result.part == part] for part in get_args(Part)
         )
         return CertificateDocument(fidelity=fidelity, storage=storage, compute=compute)
 

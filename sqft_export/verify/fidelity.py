@@ -105,14 +105,14 @@ def _check_zeros(certificate: Certificate, subject: Subject, evidence: CapturedF
         after = [_zeros(certificate, name) for name in names]
     quantized = set(subject.quantized)
 
-    def count(linear: str, *lines: Check) -> None:
+    def count(linear: str, *checks: Check) -> None:
         dropped = subject.dropped(linear, subject.merged.linears[linear])
-        for checkpoint, check in zip(passes.values(), lines, strict=False):
+        for checkpoint, check in zip(passes.values(), checks, strict=False):
             weight = checkpoint.tensor(f"{linear}.weight")
             check.count_zeros(dropped, (weight != 0).numpy(), linear)
         if not after:
             return
-        in_forward, merged = lines[len(passes) :]
+        in_forward, merged = checks[len(passes) :]
         positions, kept = evidence.pruned.get(linear, (0, 0))
         in_forward.compared += positions
         in_forward.blame(linear, kept)

@@ -8,11 +8,11 @@ Part = Literal["fidelity", "storage", "compute"]
 
 
 class CheckResult(Document):
-    """One line of a certificate.
+    """The result of one check.
 
     unit: of ``differing`` and ``allowed``.
-    compared: number of compared things.
-    differing: number of different things, or the largest difference.
+    compared: number of compared weights, tokens, files or texts.
+    differing: number of those that differ, or the largest difference.
     where: the first modules, files or texts that differ.
     """
 

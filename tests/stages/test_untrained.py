@@ -130,8 +130,8 @@ def test_the_report_has_no_row_of_a_training(finished):
 
 def test_the_certificate_can_be_derived_again(finished, tmp_path):
     _, certificate = certify_again(finished["verify"].path.parent, tmp_path)
-    rows = [row.to_json() for row in certificate.rows()]
-    assert rows == finished["verify"].metrics["checks"]
+    results = [result.to_json() for result in certificate.results()]
+    assert results == finished["verify"].metrics["checks"]
 
 
 @pytest.mark.parametrize("broken", ["merge", "quantize"])

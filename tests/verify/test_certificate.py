@@ -1,4 +1,4 @@
-"""Every line of the certificate can fail: each thing is broken once, and named."""
+"""Every check of the certificate can fail: each file is damaged once, and named."""
 
 import json
 import shutil
