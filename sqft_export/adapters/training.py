@@ -278,7 +278,7 @@ def padding_id(model: nn.Module, tokenizer: "PreTrainedTokenizerBase") -> int:
 
 
 def has_no_loss(example: Example, config: Adapt) -> bool:
-    """True if truncation left no token of the example in the loss."""
+    """Return whether truncation left no token of the example in the loss."""
     masked = config.loss_on == "answer" or example.loss is not None
     return masked and example.has_no_answer
 

@@ -73,7 +73,7 @@ class ChatTemplate:
                 )
         if self.name is None and not named:
             raise UserError(
-                f"{self.place}: the tokenizer has no chat template; set task.template, or take an "
+                f"{self.place}: the tokenizer has no chat template; set task.template, or use an "
                 "instruction-tuned model"
             )
         return list(dict.fromkeys([self._text(None), self._text([])]))
@@ -89,8 +89,9 @@ class ChatTemplate:
             ) from error
 
     def _check_arguments(self, texts: list[str]) -> None:
-        """
-        :raises UserError: if an argument is one of ours, or no template reads it.
+        """Check that the templates read every argument of the recipe.
+
+        :raises UserError: naming the argument that no template reads.
         """
         known = set().union(*(_variables(text, self.place) for text in texts))
         for name in self.arguments:
@@ -142,7 +143,9 @@ class ChatTemplate:
             return None
 
     def apply(self, messages: list, tools: list | None, prompt: bool, **options: Any) -> Any:
-        """
+        """Render messages with the chat template, as text or as token ids.
+
+        :param prompt: add the generation prompt.
         :raises TemplateFault: with the message of the template.
         """
         from jinja2 import TemplateError

@@ -17,9 +17,8 @@ MAX_NAMED_PLACES = 3  # of conversations, in a message
 def chat_files(recipe: TaskSections, task: Chat, split: str) -> list[Path]:
     """Return the files that a split depends on.
 
-    The test split leaves out training conversations, so it depends on the training file too.
-
-    Sources on the hub are left out.
+    The test split depends on the training file too, whose conversations it leaves out. Sources on
+    the hub are not in the list.
     """
     sources = [task.train] if split == "train" else [task.source(split), task.train]
     local = (source for source in dict.fromkeys(sources) if not source.startswith(HUB))
@@ -38,7 +37,7 @@ def revision_key(source: str) -> str:
 
 
 def read_conversations(recipe: TaskSections, task: Chat, split: str) -> list[Conversation]:
-    """Return the conversations of a split; the test split is without training conversations.
+    """Return the conversations of a split; the test split has no training conversations.
 
     :raises UserError: naming file and row, or the split that has no conversation.
     """

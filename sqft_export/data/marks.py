@@ -1,4 +1,4 @@
-"""Copies of chat messages with a mark in them, which shows their place in a rendered text."""
+"""Copy chat messages with a mark in them, to find their place in a rendered text."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -67,7 +67,7 @@ def _append_mark(value: Any) -> Any:
 
 
 def _prepend_mark(value: Any) -> Any:
-    """Return the same with a mark before the first text."""
+    """Return a copy with a mark before its first text; None if it has no text."""
     if isinstance(value, str):
         return MESSAGE_MARK + value
     return _change_within(value, _prepend_mark, iter)

@@ -106,8 +106,9 @@ def _json_list(path: Path) -> Iterator[NumberedRow]:
 
 
 def _decoded_lines(file: Iterable[str], path: Path) -> Iterator[str]:
-    """
-    :raises UserError: with the line that is not UTF-8.
+    """Yield the lines of a text file.
+
+    :raises UserError: naming the line after which the file is not UTF-8.
     """
     number = 0
     try:

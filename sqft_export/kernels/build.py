@@ -34,9 +34,9 @@ def _run(command: list[str]) -> None:
 
 
 def build_extension(compiler: str = "g++") -> Path:
-    """Compile the extension and return its path. A rename publishes it, so it is never partial.
+    """Compile the extension, move it to its final path, and return that path.
 
-    :raises RuntimeError: if something is missing (it is named), or with the compiler's message.
+    :raises RuntimeError: naming a missing tool or library, or with the compiler's message.
     """
     out, openvino = extension_file(), find_spec("openvino")
     if out is None or openvino is None or openvino.origin is None:

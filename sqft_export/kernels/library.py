@@ -66,7 +66,7 @@ class Kernels:
 
     @property
     def any_mask_pays(self) -> bool:
-        """Whether they expand unstructured masks about as fast as memory is read."""
+        """True if these kernels expand unstructured masks about as fast as memory is read."""
         return self.name in ("avx512-amx", "avx512")
 
 

@@ -31,8 +31,8 @@ Start = Callable[[int], Advance]
 class PassProgress:
     """The progress of one pass.
 
-    done, total: finished steps of the pass, and all of them; equal once it ended.
-    note: text of the last step, such as the loss; the line of a pass that ended.
+    done, total: finished steps of the pass, and all its steps; equal at its end.
+    note: text of the last step, such as the loss; at the end of the pass, its printed line.
     """
 
     name: str

@@ -85,7 +85,7 @@ def measure(model: MeasuredModel, requests: Requests) -> WorkerResult:
     latency = measure_latency(session, requests.latency) if requests.latency else None
     scores = _score(session, requests.questions) if requests.questions else None
     steady, peak = memory_now(), peak_memory()
-    # The rest takes memory that a deployment does not need, so memory is read before it.
+    # Memory is read here: the measurements below need memory that a deployment does not need.
     if wanted := requests.distributions:
         np.save(wanted.file, distributions(session, wanted.ids))
     lm_eval, warnings = None, list[str]()

@@ -137,7 +137,8 @@ class _StopForwardError(Exception):
 class _CallRecorder(nn.Module):
     """Replace a block and record the arguments of its calls.
 
-    :param wraps: whether the block returns its hidden states in a tuple; None ends the pass here.
+    :param wraps: whether the block returns its hidden states in a tuple; None: recording ends the
+        forward pass.
     """
 
     def __init__(self, block: nn.Module, wraps: bool | None):

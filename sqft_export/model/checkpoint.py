@@ -58,7 +58,7 @@ class Checkpoint(TensorFiles):
 
     @cached_property
     def _named(self) -> dict[str, TensorInfo]:
-        """All stored tensors, under the names of the model class."""
+        """Return all stored tensors by their names in the model class."""
         headers = self.stored
         outer, _, _ = self.family.blocks.partition(".")
         if not any(name.startswith(f"{self.family.blocks}.") for name in headers):
@@ -88,7 +88,7 @@ class Checkpoint(TensorFiles):
 
     @cached_property
     def _stored_head_differs(self) -> bool:
-        """Whether embedding and head are both stored and differ."""
+        """Return whether embedding and head are both stored and differ."""
         keys = [f"{self.family.embedding}.weight", f"{self.family.head}.weight"]
         if not all(key in self._named for key in keys):
             return False

@@ -71,7 +71,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _is_supported(base: Frozen, update: Tensor | None, dtype: torch.dtype) -> bool:
-    """True if the compiled library can compute with these tensors."""
+    """Return whether the compiled library can compute with these tensors."""
     tensors = [t for t in (base.weight, update, base.mask_bits) if t is not None]
     return (
         _library() is not None

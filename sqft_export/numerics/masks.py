@@ -69,7 +69,7 @@ def mask_to_bits(mask: Tensor) -> Tensor:
 
 
 def bits_to_mask(packed: Tensor, in_features: int) -> Tensor:
-    """Inverse of :func:`mask_to_bits`: bool ``[out, in_features]``."""
+    """Invert :func:`mask_to_bits`; return bool ``[out, in_features]``."""
     # Eight bools are one 64-bit word of a table: a training step unpacks every mask twice.
     words = _words(packed.device)[packed.int()]
     return words.view(torch.bool)[:, :in_features]

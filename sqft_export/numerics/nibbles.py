@@ -15,7 +15,7 @@ def pack_nibbles(codes: np.ndarray) -> np.ndarray:
 
 
 def unpack_nibbles(packed: np.ndarray, count: int) -> np.ndarray:
-    """Inverse of :func:`pack_nibbles`: ``[..., count]``."""
+    """Invert :func:`pack_nibbles`; return ``[..., count]``."""
     pairs = packed.astype("<u2", order="C")
     pairs |= pairs << 4
     pairs &= 0x0F0F

@@ -173,7 +173,8 @@ def _compress(frame: memoryview) -> bytes:
 class Writer:
     """Write a packed file: add regions in order, then call :meth:`finish`.
 
-    The header comes last and a rename publishes the file, so no partial file is ever visible.
+    The header is written last, then the file is renamed to its final name: no partial file is
+    ever visible under that name.
 
     :param entropy: compress each piece with zstd where that makes it smaller.
     """

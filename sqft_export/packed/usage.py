@@ -189,7 +189,7 @@ def _onnx(folder: Path, form: str) -> list[str]:
 
 
 def _as_message(folder: Path) -> list[str]:
-    """Code that renders the prompt with the chat template, if the folder has one."""
+    """Return the code that renders the prompt with the folder's chat template, if there is one."""
     if not has_template(folder):
         return []
     return [
@@ -221,7 +221,7 @@ def _gguf(folder: Path, form: str) -> list[str]:
 def _llama_cpp(file: str, folder: Path) -> list[str]:
     is_chat = has_template(folder)
     question = 'llm.chat([{"role": "user", "content": prompt}])' if is_chat else "llm(prompt)"
-    start = ", add_bos=False" if is_chat else ""  # the template has what training had
+    start = ", add_bos=False" if is_chat else ""  # the template writes the start token itself
     return [
         "import cyllama",
         "",

@@ -85,7 +85,10 @@ def _task_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 
 def _chat_source_faults(recipe: Recipe, task: Chat) -> Iterator[str]:
-    """Missing sources, and rows that are no conversations."""
+    """Yield a fault for a missing source.
+
+    :raises UserError: naming a row that is no conversation.
+    """
     if hub_sources(task) and not installed("datasets"):
         yield f"task: the hub {NEEDS_DATASETS}"
     for split in ("train", "test"):

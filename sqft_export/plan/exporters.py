@@ -40,12 +40,14 @@ PACKAGES = {
     "gguf": ("gguf",),
 }
 _REHEARSED_TOKENS = 24
-_ALIKE = 1e-2  # of logits, in their standard deviations: rounding is far below, another graph above
+# Largest difference of logits, in their standard deviations. Rounding is far below, another graph
+# above.
+_MAX_LOGIT_DIFFERENCE = 1e-2
 _COLORS = re.compile(r"\x1b?\[\d+m")
 
 
 def target_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    """Targets that the model cannot have, where these are not skipped."""
+    """Yield a fault for every target that the model cannot have and that is not skipped."""
     for name, reason in unsupported_targets(recipe, layout).items():
         others = ", ".join(other for other in recipe.export.targets if other != name)
         way_out = f"export.targets=[{others}]" if others else "another target"
@@ -53,9 +55,9 @@ def target_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 
 def drop_unsupported(recipe: Recipe, layout: Layout) -> Recipe:
-    """The recipe without targets that the model cannot have, if another one works.
+    """Return the recipe without targets that the model cannot have, if another one works.
 
-    With ``export.on_unsupported: error``, or where no target works, nothing is dropped;
+    With ``export.on_unsupported: error``, or if no target works, nothing is dropped;
     :func:`target_faults` then refuses the recipe.
     """
     reasons = unsupported_targets(recipe, layout)
@@ -66,7 +68,7 @@ def drop_unsupported(recipe: Recipe, layout: Layout) -> Recipe:
 
 
 def find_skipped_targets(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    """Targets that were dropped, with the reason."""
+    """Yield a warning for every target that was dropped, with the reason."""
     for name, reason in recipe.skipped.items():
         yield (
             f"export.targets: {name} is skipped: {reason}; export.on_unsupported=error refuses the "
@@ -75,7 +77,7 @@ def find_skipped_targets(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 
 def find_caps(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    """Where a deployment computes less than the model, or stores another dtype."""
+    """Yield a warning if a deployment has a shorter context or another dtype than the model."""
     if recipe.export.targets and installed("transformers"):
         config = transformers_config(layout.config, "config.json").to_dict()
         if rope_type(config) == "dynamic":
@@ -93,7 +95,7 @@ def find_caps(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 
 def unsupported_targets(recipe: Recipe, layout: Layout) -> dict[str, str]:
-    """Target -> why the model cannot have it. A target whose packages are missing is left out."""
+    """Return target -> why the model cannot have it, for targets whose packages are installed."""
     wanted = [name for name in recipe.export.targets if _is_installed(name)]
     if not wanted or not installed("transformers"):
         return {}
@@ -116,7 +118,7 @@ def _openvino_lacks(recipe: Recipe, layout: Layout, config: ModelConfig) -> str 
 
 @functools.cache
 def _optimum_lacks(model_type: str) -> str | None:
-    """Whether optimum-intel has the model type, for this version of transformers."""
+    """Return why optimum-intel can't export the model type with this transformers, or None."""
     from packaging.version import Version
 
     supported = supported_versions(model_type)
@@ -170,7 +172,7 @@ def rehearse(name: str, config: str, onnx_graph: OnnxGraph) -> str | None:
     """Export a random miniature of a config, run it, and compare its logits with torch.
 
     :param config: JSON of ``config.json``.
-    :return: why the target cannot have such a model; None where it can, or where no miniature can
+    :return: why the target cannot have such a model; None if it can, or if no miniature can
         be made.
     """
     made = transformers_config(json.loads(config), "config.json")
@@ -180,14 +182,14 @@ def rehearse(name: str, config: str, onnx_graph: OnnxGraph) -> str | None:
         try:
             write_miniature(made, model)
             Checkpoint(model).check()
-        except Exception:  # its small sizes do not fit each other: nothing was learnt
+        except Exception:  # the small sizes are inconsistent, so nothing is known
             return None
         try:
             target(name).export(model, deployed, Export(onnx_graph=onnx_graph))
             difference = _logit_difference(name, model, deployed)
         except Exception as error:  # whatever tracers and runtimes raise
             return f"the export of a small {made.model_type} model fails: {_cause_of(error)}"
-    if difference < _ALIKE:
+    if difference < _MAX_LOGIT_DIFFERENCE:
         return None
     return (
         f"a small {made.model_type} model computes other logits there than in torch (up to "
@@ -197,7 +199,7 @@ def rehearse(name: str, config: str, onnx_graph: OnnxGraph) -> str | None:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep libraries from printing: nothing that they say is about the user's model."""
+    """Keep libraries from printing messages about the miniature."""
     level, nowhere = logging.root.manager.disable, io.StringIO()
     logging.disable(logging.ERROR)
     try:
@@ -208,7 +210,7 @@ def _silence() -> Iterator[None]:
 
 
 def _logit_difference(name: str, model: Path, deployed: Path) -> float:
-    """The largest difference of logits from torch, in their standard deviations."""
+    """Return the largest difference of logits from torch, in their standard deviations."""
     ids = np.random.RandomState(0).randint(5, 400, (1, _REHEARSED_TOKENS))
     sessions = target("torch"), target(name)
     ours, theirs = (
@@ -219,7 +221,7 @@ def _logit_difference(name: str, model: Path, deployed: Path) -> float:
 
 
 def _cause_of(error: BaseException) -> str:
-    """The first cause of an error, on one line."""
+    """Return the first cause of an error, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = _COLORS.sub("", one_line(Exception(str(error)), 160))

@@ -1,4 +1,4 @@
-"""Whether the tokenizers of the requested runtimes make the ids that the model is trained with."""
+"""Compare the tokenizers of the requested runtimes with the tokenizer used in training."""
 
 import functools
 import hashlib
@@ -19,7 +19,7 @@ from sqft_export.targets.tokenizers import tokenize_as_deployed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_NAMED = 2  # texts that a message names
+_MAX_NAMED_TEXTS = 2  # in a message
 RUNTIMES = {
     "openvino": ("openvino_genai", "openvino_tokenizers"),
     "onnx": ("onnxruntime_genai", "onnx"),
@@ -28,17 +28,17 @@ RUNTIMES = {
 
 
 def token_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    """Tokenizers that differ where ``verify.tokenizers`` says that none may."""
+    """Yield a fault per tokenizer that differs, if ``verify.tokenizers`` is ``required``."""
     if recipe.verify.tokenizers == "required" and layout.folder is not None:
         for reader, texts in differing_texts(recipe, layout.folder, layout.embedding[0]).items():
             yield (
                 f"verify.tokenizers: found required, but {_difference(reader, texts)}; auto and "
-                "reported let it differ"
+                "reported allow it"
             )
 
 
 def find_token_differences(recipe: Recipe, layout: Layout) -> Iterator[str]:
-    """Tokenizers that differ where they may."""
+    """Yield a warning per tokenizer that differs, if ``verify.tokenizers`` allows it."""
     if recipe.verify.tokenizers != "required" and layout.folder is not None:
         for reader, texts in differing_texts(recipe, layout.folder, layout.embedding[0]).items():
             yield (
@@ -48,12 +48,12 @@ def find_token_differences(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 
 def _difference(reader: str, texts: list[str]) -> str:
-    first = ", ".join(repr(text[:40]) for text in texts[:_NAMED])
+    first = ", ".join(repr(text[:40]) for text in texts[:_MAX_NAMED_TEXTS])
     return f"the tokenizer of {reader} makes other ids of {len(texts)} texts ({first})"
 
 
 def conversion_failure(name: str, layout: Layout) -> str | None:
-    """Why a target's tokenizer can't be made of the model's; None where it can."""
+    """Return why the tokenizer can't be converted for a target; None if it can."""
     if layout.folder is None or not _is_readable(name) or _loaded(layout.folder) is None:
         return None
     found = _tokenized(name, layout.folder, _stamp(layout.folder), HARD_TEXTS, layout.embedding[0])
@@ -61,12 +61,13 @@ def conversion_failure(name: str, layout: Layout) -> str | None:
 
 
 def differing_texts(recipe: VerifySections, folder: Path, rows: int) -> dict[str, list[str]]:
-    """Tokenizer of a runtime -> the texts that it makes other ids of; nothing where all are equal.
+    """Return runtime's tokenizer -> the texts that it tokenizes differently from the model's.
 
-    Faults of the data and of the model's own tokenizer are found elsewhere.
+    Tokenizers that agree on every text are left out. Other checks report faults of the data and of
+    the model's own tokenizer.
 
-    :param folder: of the base model.
-    :param rows: of its embedding.
+    :param folder: folder of the base model.
+    :param rows: number of rows of its embedding.
     """
     tokenizer = _loaded(folder)
     if tokenizer is None or not all(file.is_file() for file in data_files(recipe, "test")):
@@ -89,7 +90,7 @@ def _is_readable(name: str) -> bool:
 
 
 def _loaded(folder: Path) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer of a folder; None where it can't be loaded (``plan/tokenizer.py``)."""
+    """Return the tokenizer of a folder; None if it can't be loaded (``plan/tokenizer.py``)."""
     try:
         return load_tokenizer(folder)
     except Exception:  # whatever transformers and its converters raise
@@ -97,7 +98,7 @@ def _loaded(folder: Path) -> "PreTrainedTokenizerBase | None":
 
 
 def _stamp(folder: Path) -> str:
-    """A digest of the files that a tokenizer is made of."""
+    """Return a digest of the files that determine a tokenizer."""
     digest = hashlib.sha256()
     for file in companions(folder):
         digest.update(file.read_bytes())
@@ -108,7 +109,7 @@ def _stamp(folder: Path) -> str:
 def _tokenized(
     name: str, folder: Path, stamp: str, texts: tuple[str, ...], rows: int
 ) -> dict[str, list[list[int] | None]] | str:
-    """Ids of every text by every tokenizer of a runtime; what failed where it can't be made."""
+    """Return tokenizer of a runtime -> ids of every text; the error if the conversion fails."""
     try:
         return tokenize_as_deployed(name, folder, list(texts), rows)
     except Exception as error:  # whatever converters raise

@@ -14,8 +14,8 @@ from sqft_export.measure.likelihood import merge_prefixes
 from sqft_export.recipe.schema import Chat, Dataset, Recipe, Text
 
 WORKLOAD_ITEMS = 128  # items that are tokenized
-# Its match count is within 10 % of the tokens of a 50,000-token vocabulary, on prose and word
-# problems.
+# On prose and word problems, the number of matches is within 10 % of the number of tokens of a
+# 50,000-token vocabulary.
 TOKEN_PATTERN = re.compile(r"\d|[^\W\d]{1,7}|[^\w\s]|\n")
 
 
@@ -70,8 +70,8 @@ def workload_of(recipe: Recipe, folder: Path | None) -> Workload:
     """
     task, longest = recipe.task, recipe.task.sequence_length
     generated = 0 if isinstance(task, Text) else task.max_new_tokens
-    away = isinstance(task, Chat) and (folder is None or hub_sources(task))
-    if away or (isinstance(task, Dataset) and task.folder is None):
+    on_hub = isinstance(task, Chat) and (folder is None or hub_sources(task))
+    if on_hub or (isinstance(task, Dataset) and task.folder is None):
         return Workload(None, longest, None, 2 * longest, longest, generated, "longest")
     tokenizer = load_tokenizer(folder) if folder else _Words()
     examples, train = sample_items(recipe, tokenizer, "train", WORKLOAD_ITEMS)
@@ -107,8 +107,8 @@ def _mean_generated(items: Sequence[Item], most: int) -> tuple[float, float]:
 def calibration_tokens(recipe: Recipe, workload: Workload) -> float:
     """Return the tokens of all calibration samples."""
     longest = recipe.calibration.sequence_length
-    of_task = recipe.calibration.source == "task"
-    return recipe.calibration.samples * (min(workload.example, longest) if of_task else longest)
+    from_task = recipe.calibration.source == "task"
+    return recipe.calibration.samples * (min(workload.example, longest) if from_task else longest)
 
 
 def checked_tokens(recipe: Recipe, workload: Workload) -> float:

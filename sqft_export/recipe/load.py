@@ -59,7 +59,7 @@ def _read_yaml(text: str, where: str) -> object:
 
 
 def _values(node: object, path: str = "", depth: int = 0) -> Iterator[tuple[str, object]]:
-    """Path and value of every key, scalar and section; an alias counts once per use."""
+    """Yield path and value of every key, scalar and section; an alias counts once per use."""
     yield path, node
     if depth > DEEPEST:
         return
@@ -73,7 +73,7 @@ def _values(node: object, path: str = "", depth: int = 0) -> Iterator[tuple[str,
 
 
 def _fault_of(path: str, value: object) -> str | None:
-    """What no field of any recipe may hold."""
+    """Return why a value is allowed in no field of a recipe; None if it may be."""
     if path.count(".") > DEEPEST:
         return "is nested too deeply"
     if isinstance(value, str):
@@ -88,7 +88,10 @@ def _fault_of(path: str, value: object) -> str | None:
 
 
 def _check_values(data: object, where: str) -> None:
-    """:raises UserError: at the first value that is none of a recipe."""
+    """Check every value of a recipe before it is validated.
+
+    :raises UserError: at the first value that no field may hold.
+    """
     for count, (path, value) in enumerate(_values(data)):
         if count > MOST_VALUES:
             raise UserError(f"{where}: holds more than {MOST_VALUES} values, aliases counted")
@@ -97,7 +100,7 @@ def _check_values(data: object, where: str) -> None:
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields allowed next to the one at ``location``."""
+    """Return the names of the fields of the section that contains ``location``."""
     model: type[BaseModel] | None = Recipe
     for name in location[:-1]:
         if name in TASK_KINDS and model is None:
@@ -125,7 +128,7 @@ def _kinds_text(kinds: list[str]) -> str:
 
 
 def _unknown_key(location: tuple[int | str, ...]) -> str:
-    """What is allowed in place of a key: of its section, or with another kind of task."""
+    """Describe the keys that are allowed in place of an unknown one, with a suggestion."""
     name, allowed = str(location[-1])[:SHOWN], _fields_at(location)
     close = difflib.get_close_matches(name, allowed, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
@@ -136,7 +139,7 @@ def _unknown_key(location: tuple[int | str, ...]) -> str:
 
 
 def _explain(error: ErrorDetails, where: str) -> str:
-    """One validation error as: file, YAML path, what was found, what is allowed, a suggestion."""
+    """Describe a validation error: file, YAML path, found value, allowed values, suggestion."""
     location = error["loc"]
     path = _path_of(location)
     if error["type"] == "extra_forbidden":
@@ -155,9 +158,9 @@ def _explain(error: ErrorDetails, where: str) -> str:
 
 
 def _read(file: Path) -> str:
-    """The text of a recipe file.
+    """Return the text of a recipe file.
 
-    :raises UserError: if it is none, or can't be read.
+    :raises UserError: if there is no such file, or it can't be read.
     """
     try:
         if not os.path.lexists(file):
@@ -181,7 +184,7 @@ def load_recipe(
 
     :param file: path of a recipe, or the name of a built-in recipe.
     :param overrides: ``a.b=value`` settings applied on top of the file.
-    :param model_path: a local model folder that takes the place of the recipe's model.
+    :param model_path: a local model folder that replaces the recipe's model.
     :raises UserError: listing every fault found.
     """
     file = find_recipe(file)
@@ -193,8 +196,7 @@ def parse_recipe(
 ) -> Recipe:
     """Check the text of a recipe; see :func:`load_recipe`.
 
-    :param file: its place, which messages name and to which its paths are relative; it need not
-        exist.
+    :param file: path for messages, and for the recipe's relative paths; it need not exist.
     """
     data = _read_yaml(text, str(file))
     if not isinstance(data, dict):

@@ -67,7 +67,7 @@ def _apply(data: dict[str, object], setting: str, read_yaml: Callable[[str, str]
 
 
 def _annotation_at(path: str, data: dict[str, object]) -> object:
-    """The type of the field at a dotted path; None where no recipe has it."""
+    """Return the type of the field at a dotted path; None if no recipe has such a field."""
     annotation: object = Recipe
     for name in path.split("."):
         sections = [t for t in _alternatives(annotation) if _is_section(t)]
@@ -96,7 +96,7 @@ def _is_section(annotation: object) -> TypeGuard[type[BaseModel]]:
 def _value(
     text: str, annotation: object, where: str, read_yaml: Callable[[str, str], object]
 ) -> object:
-    """A setting's value: YAML, but for text, which stands for itself unless it is in quotes."""
+    """Return a setting's value: parsed as YAML, but unquoted text of a text field is kept."""
     allowed = _alternatives(annotation)
     word = text.strip()
     is_null = not word or (word in NULLS and NoneType in allowed)

@@ -1038,11 +1038,11 @@ class Recipe(Section):
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Targets that were left out because the model cannot have them, and why."""
+        """Return target -> why the model cannot have it, for all targets that were left out."""
         return self._skipped
 
     def without_targets(self, reasons: dict[str, str]) -> "Recipe":
-        """The same recipe without some targets.
+        """Return a copy of this recipe without some targets.
 
         :param reasons: target -> why it is left out.
         """

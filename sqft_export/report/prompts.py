@@ -30,7 +30,7 @@ def example_prompt(recipe: TaskSections, tokenizer: "PreTrainedTokenizerBase") -
 
 
 def prompt_section(recipe: TaskSections, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """The part of a model card on prompts, in Markdown.
+    """Return the section of a model card on prompts, in Markdown.
 
     :param tokenizer: of the base; a start token that it adds by itself is not part of a prompt.
     """
@@ -75,5 +75,5 @@ def _chat_section(task: Chat) -> str:
 
 
 def _cell(text: str) -> str:
-    """A text as a JSON string in a cell of a table: line ends and blanks can be seen."""
+    """Return a text as a JSON string for a table cell, which shows line ends and spaces."""
     return f"`{json.dumps(text, ensure_ascii=False)}`".replace("|", "\\|")

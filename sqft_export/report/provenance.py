@@ -175,7 +175,7 @@ def merged_usage(recipe: CardSections, prompt: str) -> str:
 
 
 def _tokenized(recipe: CardSections) -> list[str]:
-    """Code that makes ids of a prompt."""
+    """Return the lines of code that tokenize a prompt."""
     if not uses_template(recipe.task):
         return ['batch = tokenizer(prompt, return_tensors="pt")']
     return [

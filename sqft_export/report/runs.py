@@ -42,7 +42,7 @@ class ComparedRun(Document):
 
 
 class ComparedRow(BenchmarkRow):
-    """A row of a run; its name also has that of the run.
+    """A row of a run; its name begins with the name of the run.
 
     label: a shorter name, with the number of the run.
     """

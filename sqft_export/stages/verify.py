@@ -91,7 +91,7 @@ def _queries(context: Context[Sections]) -> Asked:
 
 
 def _reported_readers(recipe: Sections, model: Path) -> list[str]:
-    """Runtimes whose own tokenizer differs from the base's, whatever was trained."""
+    """Return the runtimes whose tokenizer differs from the base's already before training."""
     if recipe.verify.tokenizers != "auto":
         return []
     checkpoint = Checkpoint(model)
@@ -132,7 +132,7 @@ def _skipped_checks(subject: Subject, name: str) -> Iterator[str]:
 
 
 def _tokenizer_warnings(certificate: Certificate) -> Iterator[str]:
-    """Deployed tokenizers that differ, where the recipe lets them."""
+    """Yield a warning for every deployed tokenizer that differs, if the recipe allows it."""
     for check in certificate.checks:
         if check.name.startswith(TOKEN_IDS) and check.differing and check.passed:
             yield (

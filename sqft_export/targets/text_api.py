@@ -64,7 +64,7 @@ def missing_for_chat(runtime: str, chat: ChatPrompt) -> str | None:
 
 @contextmanager
 def text_api(runtime: str, folder: Path) -> Iterator[TextApi | None]:
-    """The text interface of a deployment; None where its runtime is not here."""
+    """Yield the text interface of a deployment; None if its runtime is not installed."""
     if runtime == "openvino" and installed("openvino_genai"):
         yield _openvino_api(folder)
     elif runtime == "onnx" and installed("onnxruntime_genai"):

@@ -37,7 +37,7 @@ def read_ids(runtime: str, folder: Path) -> Iterator[tuple[str, IdsOf]]:
 
         check_genai_config(folder)
         made = onnxruntime_genai.Tokenizer(onnxruntime_genai.Model(str(folder)))
-        made.update_options(add_special_tokens="true")  # this runtime leaves them out by itself
+        made.update_options(add_special_tokens="true")  # off by default in this runtime
         yield "ONNX Runtime GenAI", lambda text: [int(i) for i in made.encode(text)]
     if runtime == "gguf" and llama_cpp_here():
         with dense_gguf(folder) as file:
@@ -45,13 +45,12 @@ def read_ids(runtime: str, folder: Path) -> Iterator[tuple[str, IdsOf]]:
 
 
 def tokenize_as_deployed(runtime: str, source: Path, texts: list[str], rows: int) -> dict[str, Ids]:
-    """Token ids of texts by every tokenizer of a runtime, before any model is exported.
+    """Tokenize texts with every tokenizer of a runtime, before any model is exported.
 
     :param source: Hugging Face folder of the model.
-    :param rows: of its embedding.
-    :return: tokenizer -> ids of every text; None where the tokenizer fails on a text.
-    :raises Exception: whatever the runtime's converter raises for a tokenizer that it has no form
-        of.
+    :param rows: number of rows of its embedding.
+    :return: tokenizer -> ids of every text; None for a text on which the tokenizer fails.
+    :raises Exception: any error of the runtime's converter, if it does not support the tokenizer.
     """
     with tempfile.TemporaryDirectory(prefix="sqft-") as scratch:
         folder = Path(scratch)
@@ -61,7 +60,7 @@ def tokenize_as_deployed(runtime: str, source: Path, texts: list[str], rows: int
 
 
 def ids_or_none(ids_of: IdsOf, text: str) -> list[int] | None:
-    """Ids of a text; None where the tokenizer fails on it."""
+    """Return the ids of a text; None if the tokenizer fails on it."""
     try:
         return ids_of(text)
     except RuntimeError:
@@ -89,7 +88,7 @@ def _write_for_openvino(source: Path, folder: Path, rows: int) -> None:
 
 
 def _write_for_onnx(source: Path, folder: Path, rows: int) -> None:
-    """A graph that does nothing, which ONNX Runtime GenAI requires for a tokenizer."""
+    """Write a tokenizer with an empty graph, without which ONNX Runtime GenAI does not load it."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
     from transformers import AutoTokenizer
@@ -117,7 +116,7 @@ def _write_for_onnx(source: Path, folder: Path, rows: int) -> None:
 
 
 def _write_for_llama_cpp(source: Path, folder: Path, rows: int) -> None:
-    """A llama of zeros with one layer: cyllama ends the process where a file has no tensors."""
+    """Write a tokenizer with one layer of zeros: cyllama aborts on a file without tensors."""
     import gguf
 
     from sqft_export.targets.gguf.tokenizer import write_tokenizer

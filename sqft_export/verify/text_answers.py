@@ -21,7 +21,7 @@ from sqft_export.verify.subject import Asked
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ANSWER_CHARACTERS = 60  # of an answer that differs
+ANSWER_CHARACTERS = 60  # shown of an answer that differs
 
 
 def first_chat(recipe: TaskSections, tokenizer: "PreTrainedTokenizerBase") -> ChatPrompt | None:
@@ -38,7 +38,7 @@ def first_chat(recipe: TaskSections, tokenizer: "PreTrainedTokenizerBase") -> Ch
 
 
 def answer_by_ids(session: Session, asked: Asked, folder: Path) -> list[int]:
-    """The answer to the first text or chat of a certificate, as scoring gets it: from token ids."""
+    """Return the answer to the first text or chat from its token ids, as scoring computes it."""
     ids = asked.chat.ids if asked.chat else asked.texts[0][1]
     return generate(session, [ids], asked.new_tokens, end_tokens(folder))[0]
 
@@ -61,7 +61,7 @@ def check_chat_answer(
 ) -> None:
     """Send a test conversation through the runtime's chat interface.
 
-    Compares the token ids that it makes of the messages, and its answer to them.
+    Compares the token ids of the messages in the runtime, and its answer to them.
 
     :param answer: of :func:`answer_by_ids`.
     """
@@ -83,7 +83,7 @@ def _compare_chat(
 ) -> None:
     """Compare the ids of the messages and the answer to them.
 
-    Both may differ where the runtime makes other ids and ``verify.tokenizers`` allows it.
+    Both may differ if the runtime produces other ids and ``verify.tokenizers`` allows it.
     """
     allowed = 0
     if api.chat_ids is not None:
@@ -140,8 +140,11 @@ def _compare(
     ask: Callable[[], str],
     ids: list[int],
 ) -> None:
-    """An answer of the same interface to the same ids counts as equal: rounding in its attention
-    may choose another one of two tokens that are alike likely."""
+    """Compare an answer of a text interface with the answer to the same token ids.
+
+    The interface's own answer to these ids counts as equal too: rounding in its attention can
+    choose the other of two tokens with almost equal probability.
+    """
     check.compared = 1
     try:
         expected, found = api.text_of(answer), ask()
@@ -157,8 +160,10 @@ def _compare(
 
 
 def _allow_other_ids(check: Check, asked: Asked, runtime: str, folder: Path) -> None:
-    """Let an answer differ where the runtime's tokenizer gives the text other ids than the model
-    was trained with, which ``verify.tokenizers: reported`` allows."""
+    """Allow another answer if the runtime's tokenizer gives the text other ids than in training.
+
+    ``verify.tokenizers: reported`` allows such ids.
+    """
     text, ids = asked.texts[0]
     if any(ids_of(text) != ids for _, ids_of in read_ids(runtime, folder)):
         check.allowed = 1

@@ -128,7 +128,7 @@ def test_a_tokenizer_that_differs_is_a_warning_and_required_an_error(random_llam
     _, warnings = planned(random_llama, targets)
     assert any("the tokenizer of ONNX Runtime GenAI makes other ids of 1" in w for w in warnings)
     recipe = small_recipe(targets, "verify.tokenizers=required", model_path=random_llama)
-    with pytest.raises(UserError, match=r"verify.tokenizers: found required.* reported let it"):
+    with pytest.raises(UserError, match=r"verify.tokenizers: found required.* reported allow it"):
         check_recipe(recipe, random_llama)
     readers._tokenized.cache_clear()
 

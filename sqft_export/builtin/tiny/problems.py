@@ -25,7 +25,7 @@ QUESTIONS = [
 
 
 def is_held_out(a: int, op: str, b: int) -> bool:
-    """True if only test problems may contain this step; about a tenth of all steps."""
+    """Return whether only test problems may contain this step; about a tenth of all steps."""
     return zlib.crc32(f"{a}{op}{b}".encode()) % 10 == 0
 
 

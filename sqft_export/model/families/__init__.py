@@ -80,7 +80,7 @@ def builder_lacks(family: Family, config: ModelConfig) -> str | None:
 
 
 def builder_class(family: Family, config: ModelConfig) -> str:
-    """The class of ONNX Runtime GenAI's builder for a model that it has one for."""
+    """Return the class of ONNX Runtime GenAI's builder for a model that the builder supports."""
     assert family.builder
     return family.rope_builders.get(rope_type(config), family.builder)
 

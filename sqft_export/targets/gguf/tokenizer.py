@@ -60,10 +60,10 @@ class NotExpressible(Exception):
 
 
 def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
-    """Read a tokenizer as llama.cpp has it, without tokens that the embedding has no row for.
+    """Read a tokenizer in llama.cpp's form, without tokens that have no row in the embedding.
 
     :param rows: number of rows of the embedding; rows without a token are marked as unused.
-    :raises NotExpressible: saying what llama.cpp lacks.
+    :raises NotExpressible: naming the part that llama.cpp does not support.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -74,7 +74,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
     document = cast(TokenizerFile, found)
     model = document["model"]
     if model["type"] != "BPE":
-        raise NotExpressible(f"its model is {model['type']}; of merges alone (BPE) is known how")
+        raise NotExpressible(f"its model is {model['type']}; only BPE is supported")
     tokens = {**model["vocab"], **{t["content"]: t["id"] for t in document["added_tokens"]}}
     by_id = {number: token for token, number in tokens.items() if number < rows}
     document["added_tokens"] = [t for t in document["added_tokens"] if t["id"] < rows]
@@ -94,7 +94,7 @@ def read_vocabulary(folder: Path, rows: int) -> Vocabulary:
 
 
 def _fault_of_document(document: Mapping[str, object]) -> str | None:
-    """What is of a kind that no tokenizer has there; None where nothing is."""
+    """Return the first part of ``tokenizer.json`` that has a wrong type or value, or None."""
     model, added = document.get("model"), document.get("added_tokens")
     if not isinstance(model, dict) or not isinstance(model.get("type"), str):
         return "model: expected its type and vocabulary"
@@ -130,14 +130,14 @@ def _has_type(step: object) -> bool:
 
 
 def _fault_of_steps(document: Mapping[str, object]) -> str | None:
-    """The same of how a text is cut; each step is an object that says its type."""
+    """Return the fault of a normalizer or pre-tokenizer, or None; each step needs a type."""
     for section, name in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")):
         found = document.get(section)
         steps: object = [] if found is None else [found]
         if isinstance(found, dict) and found.get("type") == "Sequence":
             steps = found.get(name)
         if not isinstance(steps, list) or not all(map(_has_type, steps)):
-            return f"{section}: expected steps that say their type"
+            return f"{section}: expected steps, each with a type"
         if any(not isinstance(step.get("pattern", {}), dict) for step in steps):
             return f"{section}: pattern: expected an object"
     return None
@@ -161,7 +161,7 @@ def _types(document: TokenizerFile, by_id: dict[int, str], rows: int, pieces: bo
 def _parts(
     section: TokenizerStep | None, name: Literal["normalizers", "pretokenizers"]
 ) -> list[TokenizerStep]:
-    """Steps of a normalizer or pre-tokenizer, one after the other."""
+    """Return the steps of a normalizer or pre-tokenizer, in order."""
     if section is None:
         return []
     return section[name] if section["type"] == "Sequence" else [section]
@@ -175,7 +175,7 @@ def _cut(document: TokenizerFile) -> str:
     steps = _parts(document.get("pre_tokenizer"), "pretokenizers")
     kinds = [step["type"] for step in steps]
     if any(step.get("add_prefix_space") for step in steps):
-        raise NotExpressible("its pre_tokenizer puts a blank before a text (add_prefix_space)")
+        raise NotExpressible("its pre_tokenizer puts a space before a text (add_prefix_space)")
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
@@ -190,7 +190,10 @@ def _cut(document: TokenizerFile) -> str:
 
 
 def _check_pieces(document: TokenizerFile) -> None:
-    """SentencePiece's way: blanks become a character, and nothing else is done to a text."""
+    """Check that the tokenizer changes texts as SentencePiece does: it only replaces spaces.
+
+    :raises NotExpressible: naming a step that does more.
+    """
     steps = _parts(document.get("normalizer"), "normalizers")
     for step in steps:
         blank = step["type"] == "Replace" and step.get("content") == SPACE
@@ -203,7 +206,7 @@ def _check_pieces(document: TokenizerFile) -> None:
 
 
 def _prepends(document: TokenizerFile) -> bool:
-    """Whether a text begins with a blank that it has not."""
+    """Return whether the tokenizer puts a space before every text."""
     steps = _parts(document.get("normalizer"), "normalizers")
     if any(step["type"] == "Prepend" for step in steps):
         return True
@@ -214,7 +217,7 @@ def _prepends(document: TokenizerFile) -> bool:
 
 
 def _scores(merges: list[str]) -> dict[str, float]:
-    """Token -> minus the place of the first merge that makes it."""
+    """Return token -> minus the rank of the first merge that produces it."""
     found: dict[str, float] = {}
     for place, merge in enumerate(merges):
         found.setdefault(merge.replace(" ", ""), -float(place))
@@ -224,7 +227,7 @@ def _scores(merges: list[str]) -> dict[str, float]:
 def write_tokenizer(writer: "GGUFWriter", folder: Path, rows: int) -> None:
     """Write the tokenizer of a Hugging Face folder.
 
-    :raises NotExpressible: saying what llama.cpp lacks.
+    :raises NotExpressible: naming the part that llama.cpp does not support.
     """
     from transformers import AutoTokenizer
 
@@ -264,7 +267,10 @@ def _write_special_tokens(
 def _write_template(
     writer: "GGUFWriter", folder: Path, tokenizer: "PreTrainedTokenizerBase", rows: int
 ) -> None:
-    """Write the chat templates and their end-of-turn token; a plain one for the base's."""
+    """Write the chat templates and their end-of-turn token.
+
+    If the model keeps the base's template in another file, the plain template is written.
+    """
     if has_template(folder):
         end = ChatEncoder(ChatTemplate(tokenizer)).end_token()
         if end is not None and end != tokenizer.eos_token_id and end < rows:
