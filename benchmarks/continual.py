@@ -1,4 +1,4 @@
-"""Three recipes in sequence, each on the merged model of the last: what it keeps and forgets.
+"""Run three recipes in sequence, each on the merged model of the last, and measure forgetting.
 
     python benchmarks/continual.py [--steps 150] [--items 150]
 
@@ -35,7 +35,7 @@ GIVEN = ("sparsify={method: existing}", "quantize.method=existing")
 
 
 def write_kinds(folder: Path) -> None:
-    """``<kind>-train.jsonl`` and ``-test.jsonl``: problems by the equations in their answer."""
+    """Write ``<kind>-train.jsonl`` and ``-test.jsonl``, by the equations per answer."""
     for split in ("train", "test"):
         lines = (TINY / f"{split}.jsonl").read_text().splitlines()
         for kind, steps in KINDS.items():
@@ -57,18 +57,18 @@ def recipe_of(kind: str, data: Path, base: Path | None, steps: int, items: int) 
 
 
 def accuracy(folder: Path, recipe: Recipe) -> tuple[int, int]:
-    """Problems answered right by a deployment, and problems asked."""
+    """Return the number of problems that a deployment answers right, and the number of problems."""
     tokenizer = load_tokenizer(TINY)
     items = first_of_every_set(Data(recipe, tokenizer).test, recipe.benchmark.items)
     model = MeasuredModel(kind="openvino", folder=folder, threads=None, device="cpu")
-    asked = Requests(questions=questions(recipe, items, stop_ids(folder, tokenizer)))
-    scores = requested(measure_in_process(model, asked).scores)
+    requests = Requests(questions=questions(recipe, items, stop_ids(folder, tokenizer)))
+    scores = requested(measure_in_process(model, requests).scores)
     judged = judge(recipe, items, scores, tokenizer)
     return sum(one.right for one in judged), len(judged)
 
 
 def rounds(root: Path, steps: int, items: int) -> list[dict[str, Any]]:
-    """One entry a round: its kind, zeros, and how many problems of every kind are right."""
+    """Return kind, zeros and right answers per kind of problem for every round."""
     write_kinds(root)
     found: list[dict[str, Any]] = []
     base, first = None, None

@@ -48,7 +48,7 @@ def block_of(structure: dict[str, Any]) -> int:
 
 
 def setting_of(structure: dict[str, Any], linears: dict[str, tuple[int, int]]) -> str:
-    """``sparsify=...`` of a structure."""
+    """Return the setting ``sparsify=...`` of a structure."""
     block, sparsity = block_of(structure), structure.get("sparsity", 0.5)
     undivided = {name.rpartition(".")[2] for name, size in linears.items() if size[1] % block}
     section: dict[str, Any] = {"method": "wanda", **structure}
@@ -82,8 +82,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", type=Path, default=Path("recipes/tiny.yaml"))
     parser.add_argument("--model-path", type=Path)
-    parser.add_argument("--runs", type=Path, help="keep what is made here")
-    parser.add_argument("settings", nargs="*", help="of the recipe, such as adapt.steps=60")
+    parser.add_argument("--runs", type=Path, help="folder that keeps the runs")
+    parser.add_argument("settings", nargs="*", help="recipe settings, such as adapt.steps=60")
     arguments = parser.parse_args()
     plain = load_recipe(arguments.recipe, tuple(arguments.settings), arguments.model_path)
     folder = model_folder(plain, download=False)

@@ -152,7 +152,7 @@ def report(arguments: argparse.Namespace) -> None:
             }
             if "before" in runs:
                 values[f"{kind} same"] = compared(runs["now"][0], runs["before"][0])
-    table(["runtime", "part", "code", "s an item", "low", "high"], rows)
+    table(["runtime", "part", "code", "s per item", "low", "high"], rows)
     print()
     for name, found in values.items():
         if name.endswith("same"):

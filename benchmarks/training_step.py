@@ -174,7 +174,7 @@ def measure(variant: str, folder: Path, arguments: argparse.Namespace) -> dict[s
 
 
 def counted(hidden: int, tokens: int) -> dict[str, float]:
-    """Multiply-adds of the Linears of one block and step, over those of stock LoRA.
+    """Return the multiply-adds of a block's Linears per step, relative to stock LoRA.
 
     Stock LoRA needs the product with the weight forward and back (2 per weight and token). An
     update that enters the weight also needs the weight's own gradient, 1 more on adapted Linears,
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--model", type=Path, help="whose steps are taken, instead of two blocks")
+    parser.add_argument("--model", type=Path, help="model to train, instead of two random blocks")
     parser.add_argument("--before", type=Path, help="checkout of a commit to compare (c) with")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -247,7 +247,7 @@ def report(found: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace
         [name, median(each), min(each), max(each), peaks[name] / 2**20]
         for name, each in medians.items()
     ]
-    table(["variant", "s a step", "low", "high", "peak MiB"], rows)
+    table(["variant", "s per step", "low", "high", "peak MiB"], rows)
     print()
     table(["ratio", "median", "low", "high"], [[n, *found.values()] for n, found in ratios.items()])
     values: dict[str, Any] = {

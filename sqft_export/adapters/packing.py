@@ -110,5 +110,5 @@ def separates_packed(model: nn.Module, vocabulary: int) -> bool:
     with torch.no_grad():
         positions = position_ids([lengths], ids.shape[1])
         packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-        alone = torch.cat([model(input_ids=p, use_cache=False).logits for p in parts], dim=1)
-    return float((packed - alone).abs().max() / alone.std()) < MAX_PACKED_DIFFERENCE
+        separate = torch.cat([model(input_ids=p, use_cache=False).logits for p in parts], dim=1)
+    return float((packed - separate).abs().max() / separate.std()) < MAX_PACKED_DIFFERENCE

@@ -113,7 +113,7 @@ def exhausted_resource(error: BaseException, folder: Path | None) -> str | None:
     """Return which resource (disk, memory, permission) an error reports as exhausted.
 
     :param folder: the folder that was written to; None if it is unknown.
-    :return: a message with the free space where it is known; None for any other error.
+    :return: a message, with the free space if it is known; None for any other error.
     """
     text = str(error)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

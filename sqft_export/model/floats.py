@@ -49,7 +49,7 @@ class StreamedWeights(Mapping[str, Tensor]):
 
 
 class _MergedWeights(StreamedWeights):
-    """The weights of a merged model, dequantized where they are codes."""
+    """The weights of a merged model as floats; codes are dequantized."""
 
     def __init__(self, folder: Path, updates: LowRank):
         super().__init__(Checkpoint(folder), updates)

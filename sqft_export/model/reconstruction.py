@@ -165,7 +165,7 @@ class Reconstructed(NamedTuple):
     """Trained weights of one block.
 
     weights: Linear -> float32 ``[out, in]``.
-    grids: Linear -> the grid of its codes; empty where nothing is rounded.
+    grids: Linear -> the grid of its codes; empty if nothing is rounded.
     errors: relative errors of the block's outputs before and after the training.
     """
 

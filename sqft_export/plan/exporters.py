@@ -124,7 +124,7 @@ def _optimum_lacks(model_type: str) -> str | None:
     supported = supported_versions(model_type)
     if supported is None:
         return f"optimum-intel has no OpenVINO export for {model_type}"
-    if model_type in FAMILIES:  # its bounds are lifted where it is exported
+    if model_type in FAMILIES:  # our export ignores optimum's version bounds
         return None
     here = importlib.metadata.version("transformers")
     least, most = supported.least or here, supported.most or here
@@ -187,7 +187,7 @@ def rehearse(name: str, config: str, onnx_graph: OnnxGraph) -> str | None:
         try:
             target(name).export(model, deployed, Export(onnx_graph=onnx_graph))
             difference = _logit_difference(name, model, deployed)
-        except Exception as error:  # whatever tracers and runtimes raise
+        except Exception as error:  # tracers and runtimes raise many kinds
             return f"the export of a small {made.model_type} model fails: {_cause_of(error)}"
     if difference < _MAX_LOGIT_DIFFERENCE:
         return None

@@ -93,7 +93,7 @@ def _loaded(folder: Path) -> "PreTrainedTokenizerBase | None":
     """Return the tokenizer of a folder; None if it can't be loaded (``plan/tokenizer.py``)."""
     try:
         return load_tokenizer(folder)
-    except Exception:  # whatever transformers and its converters raise
+    except Exception:  # transformers and its converters raise many kinds
         return None
 
 
@@ -112,5 +112,5 @@ def _tokenized(
     """Return tokenizer of a runtime -> ids of every text; the error if the conversion fails."""
     try:
         return tokenize_as_deployed(name, folder, list(texts), rows)
-    except Exception as error:  # whatever converters raise
+    except Exception as error:  # converters raise many kinds
         return one_line(error)

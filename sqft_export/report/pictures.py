@@ -177,7 +177,7 @@ def accuracy_scatter(rows: Sequence[BenchmarkRow], measure: str, cost: str) -> s
 
 
 def spread_labels(heights: Sequence[float]) -> list[float]:
-    """Return heights of labels in the order of their points, evenly spread where they are close.
+    """Return heights of labels in the order of their points, evenly spread if they are close.
 
     :param heights: heights of the points, 0 at the bottom to 1 at the top.
     """

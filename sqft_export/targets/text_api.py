@@ -39,11 +39,13 @@ class ChatPrompt:
 
 @dataclass(frozen=True)
 class TextApi:
-    """name: of the runtime.
+    """A runtime's interface for texts and messages.
+
+    name: name of the runtime.
     answer: text and number of new tokens -> the answer as text.
-    answer_ids: the same of a prompt's ids; None where the interface takes texts only.
+    answer_ids: the answer to a prompt's ids; None if the interface takes texts only.
     text_of: ids of an answer -> its text, by the runtime's tokenizer.
-    chat_ids: messages -> the token ids that the runtime makes of them; None if they are not shown.
+    chat_ids: messages -> their token ids in the runtime; None if the runtime does not return them.
     chat: messages and number of new tokens -> the answer as text.
     """
 

@@ -1,7 +1,7 @@
 """torch: the reference that the runtimes are compared with.
 
-It computes in float32, or in bfloat16 on a GPU and where that is faster. On a GPU the INT4 Linears
-of a merged model stay INT4, in torch's layout and with torch's matmul.
+It computes in float32, or in bfloat16 on a GPU and on CPUs where that is faster. On a GPU the INT4
+Linears of a merged model stay INT4, in torch's layout and with torch's matmul.
 """
 
 import inspect

@@ -1,4 +1,4 @@
-"""Data as people have it: read, or refused with file, place and what was found."""
+"""Data files as users have them are read, or refused with file, place and the value found."""
 
 import pytest
 
@@ -51,7 +51,7 @@ def test_a_blank_line_does_not_shift_the_numbers(tmp_path):
         (b"[" * 100_000, "data.jsonl:1: is nested too deeply"),
     ],
 )
-def test_what_is_no_data_is_named(tmp_path, content, message):
+def test_a_file_of_another_format_is_named(tmp_path, content, message):
     with pytest.raises(UserError, match=message):
         read_rows(written(tmp_path, content))
 
@@ -81,7 +81,7 @@ def test_templates_take_fields_indices_formats_and_braces(tmp_path):
         ("{question[a]}", "x:6: the template needs"),
     ],
 )
-def test_an_item_that_a_template_does_not_fit_is_named(tmp_path, template, message):
+def test_an_item_without_a_template_field_is_named(tmp_path, template, message):
     with pytest.raises(UserError, match=message):
         fill_template(template, ITEM, tmp_path / "x", 6)
 
@@ -97,14 +97,14 @@ def test_an_item_that_a_template_does_not_fit_is_named(tmp_path, template, messa
         ("{a:{b}}", "at most three digits"),
     ],
 )
-def test_a_template_that_fits_no_item_is_refused_when_it_is_read(template, message):
+def test_an_invalid_template_is_refused_with_the_recipe(template, message):
     assert message in (template_fault(template) or "")
     with pytest.raises(UserError, match="task"):
         small_recipe(f"task.answer='{template}'")
 
 
 @pytest.mark.parametrize(
-    ("said", "expected", "right"),
+    ("answer", "expected", "right"),
     [
         ("#### 1,234", "#### 1234", True),
         ("#### 1,2", "#### 12", False),
@@ -117,9 +117,9 @@ def test_a_template_that_fits_no_item_is_refused_when_it_is_read(template, messa
         ("#### Yes.", "#### Yes", False),
     ],
 )
-def test_final_answers_are_compared_as_the_named_sets_do(said, expected, right):
+def test_final_answers_are_compared_as_the_named_sets_do(answer, expected, right):
     task = Problems(kind="problems", train="a", test="b", final="####")
-    assert is_right(task, said, Item([], [], expected)) is right
+    assert is_right(task, answer, Item([], [], expected)) is right
 
 
 def test_gsm8k_is_scored_as_lm_eval_does():
@@ -131,7 +131,7 @@ def test_gsm8k_is_scored_as_lm_eval_does():
 @pytest.mark.parametrize(
     ("answer", "number"), [("1/2", 0.5), ("-3", -3), ("3:4", None), ("12 apples", None), ("", None)]
 )
-def test_numbers_and_fractions_are_told_from_other_answers(answer, number):
+def test_only_numbers_and_fractions_are_parsed_as_numbers(answer, number):
     assert parse_number(plain_number(answer)) == number
 
 
@@ -155,7 +155,7 @@ def test_a_text_of_one_line_is_split_at_a_word(tmp_path):
     assert len(data.train) > len(data.test) > 0
 
 
-def test_the_choice_of_a_sentence_is_called_by_its_option(tmp_path):
+def test_the_choices_of_a_sentence_are_its_options(tmp_path):
     folder = tmp_path / "winogrande"
     folder.mkdir()
     (folder / "test.json").write_text(

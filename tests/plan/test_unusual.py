@@ -15,7 +15,7 @@ def doubts(*settings: str) -> list[str]:
     return [*find_training_doubts(recipe, layout), *find_calibration_doubts(recipe, layout)]
 
 
-def test_the_embedded_recipe_has_none():
+def test_the_embedded_recipe_gives_no_warning():
     assert doubts() == []
     assert doubts("adapt=none") == []
 
@@ -32,19 +32,19 @@ def test_the_embedded_recipe_has_none():
         ("calibration.samples=1", ("samples: found 1;", "112 tokens", "one per input")),
     ],
 )
-def test_each_is_told_with_both_values(setting, words):
-    told = " ".join(doubts(setting))
+def test_a_warning_names_both_values(setting, words):
+    warnings = " ".join(doubts(setting))
     for word in words:
-        assert word in told
+        assert word in warnings
 
 
 @pytest.mark.parametrize("epochs", [1, 30])
 def test_epochs_are_counted_in_steps(epochs):
-    told = doubts(f"adapt={{epochs: {epochs}, batch: 32, warmup_steps: 10}}")
-    assert bool(told) == (epochs == 30)
-    assert all("adapt.epochs" in one and "30 times" in one for one in told)
+    warnings = doubts(f"adapt={{epochs: {epochs}, batch: 32, warmup_steps: 10}}")
+    assert bool(warnings) == (epochs == 30)
+    assert all("adapt.epochs" in one and "30 times" in one for one in warnings)
 
 
-def test_warmup_of_epochs_is_compared_with_the_steps_that_they_come_to():
-    (told,) = doubts("adapt={epochs: 1, batch: 32, warmup_steps: 9999}")
-    assert "warmup_steps: found 9999" in told and f"has {-(-EXAMPLES // 32)} steps" in told
+def test_warmup_is_compared_with_the_steps_of_all_epochs():
+    (warning,) = doubts("adapt={epochs: 1, batch: 32, warmup_steps: 9999}")
+    assert "warmup_steps: found 9999" in warning and f"has {-(-EXAMPLES // 32)} steps" in warning

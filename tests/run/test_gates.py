@@ -1,4 +1,4 @@
-"""What each pass costs on held-out data, and runs that stop where the recipe does not allow it."""
+"""The loss of each pass on held-out data is measured, and a loss above a gate stops the run."""
 
 import itertools
 import json
@@ -31,8 +31,8 @@ def record_of(artifact: Artifact) -> dict:
     return record.to_json()
 
 
-def literal(folder: Path, sample) -> list[torch.Tensor]:
-    """log p(. | ids before) for every target token, an item at a time, in float64."""
+def log_probabilities(folder: Path, sample) -> list[torch.Tensor]:
+    """Return log-probabilities for every target token, item by item, in float64."""
     model, rows = load_model(Checkpoint(folder)), []
     for item in sample:
         with torch.no_grad():
@@ -56,8 +56,8 @@ def test_every_pass_is_compared_with_the_one_before(tiny_run):
 def test_the_figures_are_those_of_the_whole_models(tiny_run):
     recipe, sample = small_recipe(), held_out_sample(small_recipe(), TINY)
     assert recipe.task.max_new_tokens and sum(item.count for item in sample) > 100
-    dense = literal(TINY, sample)
-    sparse = literal(tiny_run["sparsify"].path / "model", sample)
+    dense = log_probabilities(TINY, sample)
+    sparse = log_probabilities(tiny_run["sparsify"].path / "model", sample)
     targets = [token for item in sample for token in item.ids[-item.count :]]
     divergence = [float((p.exp() * (p - q)).sum()) for p, q in zip(dense, sparse, strict=True)]
     losses = [-float(row[token]) for row, token in zip(sparse, targets, strict=True)]
@@ -77,7 +77,7 @@ def test_a_pass_that_costs_more_than_the_gate_stops_the_run(tiny_run, tmp_path):
     assert {n: a.key for n, a in passed.items()} == {n: tiny_run[n].key for n in passed}
 
 
-def test_training_may_move_a_model_that_gets_better(tiny_run):
+def test_training_that_lowers_the_perplexity_passes_the_gate(tiny_run):
     search, gates = record_of(tiny_run["search"]), small_recipe("gates.kl=1e-9")
     assert search["kl_nats"] > 1e-9 and search["perplexity"] < search["perplexity_before"]
     judge = QualityGates(gates, TINY, Store(tiny_run["search"].path.parent))
@@ -122,7 +122,7 @@ def test_accuracy_is_judged_at_the_benchmark(tmp_path, id):
     assert "7.0 points below" in check()[0]
     rows[2] = rows[2].model_copy(
         update={"p_same_as_first": 0.4}
-    )  # so few items that it may be chance
+    )  # not significant with so few items
     made = {"benchmark": benchmark_of(tmp_path, *rows)}
     assert check() == []
 
@@ -143,7 +143,7 @@ def test_other_pipelines_merge_without_loss(random_llama, tmp_path, pipeline):
     assert record_of(made["merge"])["kl_nats"] < 1e-6
 
 
-def test_a_record_that_was_changed_is_named(tiny_run, tmp_path):
+def test_a_changed_record_is_named(tiny_run, tmp_path):
     root = copy_run(tiny_run, tmp_path)
     file = quality_file(root, "sparsify", tiny_run["sparsify"].key)
     file.write_text(file.read_text().replace('"kl_nats": 0', '"kl_nats": 1'))
@@ -176,6 +176,6 @@ def test_gates_are_in_no_key_but_the_reports(tmp_path):
         ("benchmark.baselines=[dense]", "export.targets=[]"),
     ],
 )
-def test_a_gate_that_nothing_measures_is_refused(settings):
+def test_a_gate_without_a_measurement_is_refused(settings):
     with pytest.raises(UserError, match=r"gates.accuracy_drop: found 2, but"):
         check_recipe(small_recipe("gates.accuracy_drop=2", *settings), TINY)
