@@ -76,6 +76,12 @@ class TeacherMetrics(TrainingMetrics, SparsityMetrics):
     """Metrics of the dense model with LoRA."""
 
 
+class PeersMetrics(Metrics):
+    """notes: folder of a deployment -> notes for the report's tables."""
+
+    notes: dict[str, list[str]]
+
+
 class EvaluatedSize(Document):
     """Score and number of adapter parameters of one evaluated configuration."""
 

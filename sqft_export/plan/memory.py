@@ -59,6 +59,10 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
         "benchmark": max(deployed, in_float) + MAX_LOGIT_BYTES + _kv_cache_bytes(*data),
     }
     peaks["baselines"] = peaks["merge"]
+    solved = MAPPED_BYTES + block + 3 * largest + activations + 4 * widest**2
+    peaks["peers-grid"] = max(solved, deployed, MAPPED_BYTES + 2 * largest + outer)
+    peaks["peers-gguf"] = MAPPED_BYTES + block + 3 * largest + activations
+    peaks["peers-nncf"] = 3 * 4 * whole + activations
     if recipe.adapt is None:  # verify runs the model itself, as search does
         peaks["verify"] = max(peaks["verify"], peaks["search"])
     else:

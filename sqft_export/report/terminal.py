@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sqft_export.artifacts.store import Artifact
+from sqft_export.measure.peers import PEER_STAGES, peers_in
 from sqft_export.measure.results import BenchmarkRow
 from sqft_export.measure.rows import TITLES, DeploymentFolder, deployments_in
 from sqft_export.report.document import Report
+from sqft_export.report.tables import note_lines
 from sqft_export.report.text import accuracy_text, align_columns
-from sqft_export.report.verdict import fastest_deployment
 
 LABEL_CHARACTERS = 28
 
@@ -33,31 +34,34 @@ def run_text(report: Report, artifacts: dict[str, Artifact], width: int) -> str:
     :param width: width of the terminal in characters.
     """
     deployments = deployment_folders(artifacts)
-    parts = ["\n".join(_table(report.rows, width))]
+    notes = [part for line in note_lines(report.rows) for part in textwrap.wrap(line, width)]
+    parts = ["\n".join([*_table(report.rows, width), *notes])]
     if report.verdict:
         parts.append("\n".join(textwrap.wrap(report.verdict, width)))
     parts.append("\n".join(_label_path(one.name, one.folder) for one in deployments))
     parts.append(_label_path("report", artifacts["report"].path / "index.html"))
     if deployments:
-        folder = _fastest(report, deployments).folder
+        folder = _recommended(report, deployments).folder
         command = f"sqft-export inspect {shlex.quote(str(folder))}"
         parts.append(f"next: {command}\n  It prints the code that loads the folder.")
     return "\n\n".join(parts)
 
 
 def deployment_folders(artifacts: dict[str, Artifact]) -> list[DeploymentFolder]:
-    """Return the folders of all deployments of a run."""
-    return [
+    """Return the folders of all deployments of a run, those of its peers last."""
+    made = [
         found
         for target in TITLES
         if f"export-{target}" in artifacts
         for found in deployments_in(artifacts[f"export-{target}"].path, target)
     ]
+    peers = [artifacts[stage].path for stage in PEER_STAGES if stage in artifacts]
+    return made + [found for path in peers for found in peers_in(path)]
 
 
-def _fastest(report: Report, deployments: list[DeploymentFolder]) -> DeploymentFolder:
-    """Return the fastest measured deployment, or the first if none was measured."""
-    best = fastest_deployment(report.rows)
+def _recommended(report: Report, deployments: list[DeploymentFolder]) -> DeploymentFolder:
+    """Return the recommended deployment, or the first if none was measured."""
+    best = report.best
     measured = best.id.removesuffix(f"-{best.device}") if best else None
     return next((one for one in deployments if one.id == measured), deployments[0])
 

@@ -47,6 +47,8 @@ def plan_text(plan: "PlanDocument") -> str:
     lines.append(f"  total time on this machine: {range_text(*plan.seconds_range)}")
     if plan.within_a_day:
         lines.append(f"  within a day: {plan.within_a_day}")
+    if plan.expectation:
+        lines.append(f"  expectation: {plan.expectation}")
     if plan.gguf:
         lines.append(f"  gguf: {plan.gguf}")
     if plan.sparse_execution:

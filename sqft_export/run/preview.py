@@ -21,6 +21,7 @@ from sqft_export.plan.exporters import drop_unsupported
 from sqft_export.plan.history import PassTime, pass_times
 from sqft_export.plan.layout import Layout, fallback_sizes
 from sqft_export.plan.memory import accelerator_bytes, predict_memory
+from sqft_export.plan.peers import expectation
 from sqft_export.plan.seconds import predict_seconds
 from sqft_export.plan.speeds import Speeds, measure_speeds
 from sqft_export.plan.warnings import plan_warnings
@@ -65,6 +66,7 @@ def preview(recipe: Recipe, runs: Path) -> PlanDocument:
         seconds=sum(to_run_seconds.values()),
         seconds_range=_total_range(to_run.values()),
         within_a_day=settings_for_a_day(recipe, dict(to_run_seconds), workload),
+        expectation=expectation(recipe, workload),
         first_example=_first_example(recipe, layout),
         gguf=_gguf_text(recipe) if "gguf" in recipe.export.targets else None,
         sparse_execution=_kernels_text() if recipe.export.sparse_execution else None,
