@@ -180,6 +180,7 @@ class FolderResults(Document):
     """Figures of one deployment over all rounds, by prompt length and batch size where they vary.
 
     joules_per_token: energy per measured pass; None if the machine does not report it.
+    notes: facts about its files, such as fallback types of K-quants.
     """
 
     runtime: Runtime
@@ -191,6 +192,7 @@ class FolderResults(Document):
     peak_memory_bytes: WholeNumber
     steady_memory_bytes: WholeNumber
     joules_per_token: float | None
+    notes: list[str] = Field(default_factory=list)
 
 
 class FigureRatio(Document):

@@ -107,6 +107,7 @@ def range_text(low: float, high: float) -> str:
 def deployments_text(document: "DeploymentResults") -> str:
     """Return the measurements of deployments as text for a terminal."""
     lines = _latency_table(document)
+    lines += [f"{name}: {note}" for name, row in document.folders.items() for note in row.notes]
     for ratio in document.ratios:
         note = f"  ({ratio.warning})" if ratio.warning else ""
         lines.append(

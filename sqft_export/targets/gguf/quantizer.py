@@ -41,7 +41,7 @@ def quantize_gguf(
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns(file))
     run = _quantize_with_cyllama if installed("cyllama") else _quantize_with_llama_cpp
     notes = run(source / file, folder / file, FILE_TYPES[file_type], matrix, threads)
-    return notes + fallback_notes(folder / file, file_type)
+    return notes + fallback_notes(folder / file)
 
 
 def _quantize_with_cyllama(
@@ -81,17 +81,18 @@ def _quantize_with_llama_cpp(
     return []
 
 
-def fallback_notes(file: Path, file_type: str) -> list[str]:
-    """Return a note if a K-quant stores decoder matrices in other types, since 256 does not fit.
+def fallback_notes(file: Path) -> list[str]:
+    """Return a note if a file with K-quants stores other matrices in other types.
 
-    >>> fallback_notes(file, "Q4_K_M")
+    A block of a K-quant has 256 inputs. A matrix whose inputs 256 does not divide has another type.
+
+    >>> fallback_notes(file)
     ['60 of 210 matrices are not K-quants, because 256 does not divide their inputs: 60 Q5_0']
     """
-    if "_K" not in file_type:
-        return []
     matrices = [t for t in read_gguf(file).tensors if t.name.startswith("blk.") and _is_matrix(t)]
     other = [t for t in matrices if int(t.shape[0]) % SUPER_BLOCK]
-    if not other:
+    names = {t.tensor_type.name for t in matrices}
+    if not other or not any(name.endswith("_K") for name in names):
         return []
     kinds = Counter(t.tensor_type.name for t in other)
     listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
