@@ -23,12 +23,8 @@ def peer(id: str, accuracy: float, megabytes: float, tpot: float = 5.0) -> Bench
 
 
 def ours(accuracy: float, megabytes: float, tpot: float = 5.0, p: float = 0.5, **more):
-    fields = {"sparsity": 0.5} | more
-    p_values = {GRID: p, FILE: p}
-    bytes_ = int(megabytes * 1e6)
-    return benchmark_row(
-        "gguf", accuracy, tpot, file_bytes=bytes_, p_same_as_peers=p_values, **fields
-    )
+    fields = {"sparsity": 0.5, "file_bytes": int(megabytes * 1e6)} | more
+    return benchmark_row("gguf", accuracy, tpot, p_same_as_peers={GRID: p, FILE: p}, **fields)
 
 
 def found(*rows: BenchmarkRow):
