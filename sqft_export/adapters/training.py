@@ -28,6 +28,7 @@ from sqft_export.adapters.elastic import (
 from sqft_export.adapters.files import Base, RankedStepLog, StepLog, save_adapter
 from sqft_export.adapters.loading import new_adapter
 from sqft_export.adapters.packing import TrainingRow, pack_rows, position_ids
+from sqft_export.adapters.stopping import HeldOut, HeldOutCallback, restore_best, split_rows
 from sqft_export.data.items import Data, Example
 from sqft_export.errors import UserError
 from sqft_export.machine.device import CPU, device_name, device_of, training_dtype
@@ -298,12 +299,14 @@ class Trained:
     model: model with the trained super-adapter.
     data: items that it was trained on.
     log: one entry per step: loss, learning rate, tokens and ranks.
+    held_out: step -> loss on held-out examples; empty without ``adapt.stop``.
     """
 
     model: nn.Module
     data: Data
     log: list[RankedStepLog]
     facts: TrainingFacts
+    held_out: dict[int, float]
 
 
 def train_on_task(
@@ -321,13 +324,16 @@ def train_on_task(
     :param elastic: use the elastic ranks and trainable scales of the recipe.
     """
     config, data = recipe.training, Data(recipe, tokenizer)
-    rows = training_rows(list(data.train), config, packed_row_tokens(recipe))
+    whole = training_rows(list(data.train), config, packed_row_tokens(recipe))
+    rows, others = split_rows(whole, config.stop)
     device = device_of(recipe.device)
     dtype = training_dtype(config.precision, device)
     model = new_adapter(recipe, base, dtype)
     groups = _elastic_groups(model, base, config) if elastic else {}
     layers = elastic_layers(model)
     ranks_at = partial(draw_ranks, list(groups), config.ranks, recipe.seed)
+    highest = partial(set_ranks, layers, groups, dict.fromkeys(groups, config.max_rank))
+    held_out = HeldOut(config.stop, others, config.batch, highest) if config.stop else None
     log, tokens_per_second = train_adapter(
         model,
         rows,
@@ -339,13 +345,15 @@ def train_on_task(
         advance=start(config.total_steps(len(rows), process_count())),
         teacher=teacher,
         device=device,
+        held_out=held_out,
     )
     save_adapter(model, folder / "adapter")
     if process_rank() == 0:  # checkpoints are only needed to resume an interrupted run
         shutil.rmtree(folder / "training")
     # The Trainer logs a step after incrementing its number: entry n used the ranks of n - 1.
     ranked = [RankedStepLog(**e, ranks=ranks_at(int(e["step"]) - 1)) for e in log]
-    return Trained(model, data, ranked, _facts(log, tokens_per_second, dtype, device))
+    losses = held_out.losses if held_out else {}
+    return Trained(model, data, ranked, _facts(log, tokens_per_second, dtype, device), losses)
 
 
 def _elastic_groups(model: nn.Module, base: Base, config: Adapt) -> dict[str, list[str]]:
@@ -450,6 +458,7 @@ def train_adapter(
     advance: Advance,
     teacher: nn.Module | None = None,
     device: torch.device = CPU,
+    held_out: HeldOut | None = None,
 ) -> tuple[list[StepLog], float]:
     """Train the adapters of ``model`` in place.
 
@@ -459,6 +468,7 @@ def train_adapter(
     :param before_step: called with the number of the next optimizer step.
     :param teacher: teacher of ``config.distill``.
     :param device: device of the training.
+    :param held_out: when to stop earlier, with the best adapter; None: train all steps.
     :return: the log, with loss, learning rate, tokens, and tokens including padding of every step;
         and tokens per second of this process.
     :raises UserError: if the loss is not finite.
@@ -474,8 +484,12 @@ def train_adapter(
         data_collator=lambda batch: collate(batch, pad),
         callbacks=[_Callback(before_step, advance, throughput)],
     )
+    if held_out and held_out.rows:
+        trainer.add_callback(HeldOutCallback(held_out, partial(collate, pad=pad), folder))
     trainer.train(resume_from_checkpoint=_last_complete_checkpoint(folder))
     model.eval()
+    if held_out and held_out.losses:
+        restore_best(model, folder)
     log = [_step_log(e) for e in trainer.state.log_history if "loss" in e]
     return log, throughput.tokens_per_second
 

@@ -39,7 +39,7 @@ def peer_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
                 f"benchmark.baselines: found {name}, which quantizes the base model with LoRA, but "
                 "the base model is quantized already (quantize.method: existing); remove it"
             )
-        elif peer.runtime and peer.runtime not in recipe.export.targets:
+        elif peer.runtime and peer.runtime not in (*recipe.export.targets, *recipe.skipped):
             yield from _runtime_faults(recipe, layout, name, peer.runtime)
 
 
@@ -57,14 +57,19 @@ def expectation(recipe: Recipe, workload: Workload) -> str | None:
     """Return which deployment the report will probably recommend; None without training."""
     if recipe.adapt is None:
         return None
+    stop = "; adapt.stop may end the training earlier, so its time is an upper bound"
+    return f"{_expected_form(recipe, workload)}{stop if recipe.adapt.stop else ''}"
+
+
+def _expected_form(recipe: Recipe, workload: Workload) -> str:
     compared = ", ".join(PEERS[name].title for name in recipe.peers) or "no such model"
     first = (
-        f"the report compares the best deployment with the dense base quantized after LoRA "
+        "the report compares the best deployment with the dense base quantized after LoRA "
         f"({compared})"
     )
     if recipe.sparsify.method == "none":
         return f"{first}; dense weights: expect equal bytes and the same or a higher accuracy"
-    config = recipe.adapt
+    config = recipe.training
     if config.steps is None and workload.examples is None:
         return f"{first}; {SHORT_TRAINING}"
     seen = config.total_steps(workload.examples or 0) * config.batch * config.accumulation

@@ -5,6 +5,7 @@ rows share one training, that of the row ``dense + LoRA``.
 """
 
 import importlib.util
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -57,27 +58,35 @@ PEERS: dict[str, Peer] = {
 }
 # Without benchmark.baselines in a recipe, the first of these that can be made here joins the table.
 _DEFAULT_FILES = ("lora-then-q4_k_m", "lora-then-nncf")
+
+
+def default_files(targets: Collection[str]) -> tuple[str, ...]:
+    """Return the file of another quantizer that a table has by default; empty if there is none.
+
+    :param targets: runtimes of the recipe.
+    """
+    made = [n for n in _DEFAULT_FILES if PEERS[n].runtime in targets and PEERS[n].installed]
+    return tuple(made[:1])
+
+
 _GRID_RUNTIMES = ("openvino", "gguf")  # runtimes for which other quantizers exist
 
 
 def peers_of(recipe: "Recipe") -> tuple[str, ...]:
     """Return the baselines of this recipe that are quantized after training, in table order.
 
-    They need a recipe that trains. If the recipe does not list its baselines, these are
-    ``lora-then-int4``, if the recipe quantizes, and one file of another quantizer, if its runtime
-    is a target of the recipe and installed here.
+    They need a recipe that trains. Files of a runtime that the model cannot have are left out. If
+    the recipe does not list its baselines, these are ``lora-then-int4``, if the recipe quantizes,
+    and one file of another quantizer, if its runtime is a target of the recipe and installed here.
     """
     if recipe.adapt is None:
         return ()
     if "baselines" in recipe.benchmark.model_fields_set:
-        return tuple(name for name in PEERS if name in recipe.benchmark.baselines)
-    files = [
-        name
-        for name in _DEFAULT_FILES
-        if PEERS[name].runtime in recipe.export.targets and PEERS[name].installed
-    ]
+        listed = (name for name in PEERS if name in recipe.benchmark.baselines)
+        return tuple(name for name in listed if PEERS[name].runtime not in recipe.skipped)
     has_grid = recipe.quantize.method not in ("none", "existing")
-    return (*(("lora-then-int4",) if has_grid else ()), *files[:1])
+    grid = ("lora-then-int4",) if has_grid else ()
+    return grid + default_files(recipe.export.targets)
 
 
 def grid_targets(recipe: "Recipe") -> tuple[str, ...]:

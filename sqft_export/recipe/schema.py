@@ -582,6 +582,24 @@ class Distill(Section):
     )
 
 
+class Stop(Section):
+    """Stop training before its last step, once the loss on held-out training examples is flat."""
+
+    items: int = Field(
+        64,
+        ge=1,
+        description="training examples held out for this rule, at most a quarter of them; the "
+        "training does not use them",
+    )
+    every: int = Field(50, ge=1, description="steps between two measurements of the held-out loss")
+    patience: int = Field(
+        3, ge=1, description="measurements without an improvement after which the training stops"
+    )
+    improvement: float = Field(
+        0.005, ge=0, lt=1, description="smallest fraction by which a loss has to fall to count"
+    )
+
+
 class Adapt(Section):
     """Elastic sparse LoRA; the defaults are those of the paper (arXiv 2410.03750)."""
 
@@ -648,6 +666,12 @@ class Adapt(Section):
     )
     steps: int | None = Field(
         None, ge=1, description="optimizer steps; give either epochs or steps"
+    )
+    stop: Stop | None = Field(
+        None,
+        description="stop earlier, once the loss on held-out examples is flat, and keep the best "
+        "adapter; steps or epochs are then the upper bound; {}: with the defaults; null: train to "
+        "the end",
     )
     batch: int = Field(16, ge=1, description="training examples per batch and process")
     accumulation: int = Field(

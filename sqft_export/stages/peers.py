@@ -48,7 +48,7 @@ from sqft_export.targets.gguf.quantizer import quantize_gguf
 CONSUMES: tuple[str, ...] = ("teacher",)
 READS: tuple[str, ...] = ("model", "train", "calibration", "device")
 ABOUT = "{base} with LoRA, trained and merged in floats and quantized afterwards, without pruning."
-CARD = ("name", "base_name", "model.revision", "task.kind", *TRAIN_FIELDS, *CARD_FIELDS)
+_CARD_AND_ORIGIN = ("name", "base_name", "model.revision", "task.kind", *TRAIN_FIELDS, *CARD_FIELDS)
 FIELDS_OF_KIND: dict[str, tuple[str, ...]] = {
     "peers-grid": (
         *(f"quantize.{n}" for n in ("bits", "group_size", "symmetric", "damping")),
@@ -65,7 +65,7 @@ DISTRIBUTED = False
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     """Return the calibration fields and those of this kind."""
-    return (*calibration_fields(recipe), *CARD, *FIELDS_OF_KIND[name])
+    return (*calibration_fields(recipe), *_CARD_AND_ORIGIN, *FIELDS_OF_KIND[name])
 
 
 def run(context: Context) -> PeersMetrics:

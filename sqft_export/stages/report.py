@@ -61,7 +61,9 @@ def run(context: Context) -> RowsMetrics:
         ("Sparsity by layer", pictures.sparsity_by_layer(sparsity)),
     ]
     if trained := context.path("adapt"):
-        drawn.append(("Training", pictures.training_curve(read_training_log(trained))))
+        held_out = report.adapt.held_out if report.adapt else []
+        curve = pictures.training_curve(read_training_log(trained), held_out)
+        drawn.append(("Training", curve))
     if report.search and report.search.front:
         drawn.append(("Search", pictures.search_front(report.search.front, measure)))
     drawn = pictures.add_titles(drawn)
