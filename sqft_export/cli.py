@@ -191,22 +191,21 @@ def benchmark_command(
 
     Example: sqft-export benchmark deployed/openvino deployed/onnx --data chats.jsonl
     """
-    from sqft_export.measure import deployments
     from sqft_export.measure.against import as_deployments
+    from sqft_export.measure.deployments import benchmark_folders
     from sqft_export.measure.own_data import ScoredData, questions_about
     from sqft_export.measure.results import DeviceSettings
 
-    lengths, batches = _numbers(prompt_tokens, "--prompt-tokens"), _numbers(batch, "--batch")
-    allowed_cpus = _numbers(cpus, "--cpus", least=0) if cpus else None
+    sizes = _numbers(prompt_tokens, "--prompt-tokens"), new_tokens, _numbers(batch, "--batch")
+    processors = _numbers(cpus, "--cpus", least=0) if cpus else None
     _check_before_measuring(folders)
     kernels = tuple(dict.fromkeys(execution.split(",")))
-    sizes = lengths, new_tokens, batches, rounds
-    settings = DeviceSettings(*sizes, threads, allowed_cpus, device, kernels)
+    settings = DeviceSettings(*sizes, rounds, threads, processors, device, kernels)
+    questions = questions_about(folders[0], ScoredData(task, data, text, score), items)
     with as_deployments(against or [], folders[0]) as others:
-        found = [*folders, *others]
-        questions = questions_about(folders[0], ScoredData(task, data, text, score), items)
-        scored = _score_with_lm_eval(found, settings, lm_eval, include_path, items)
-        document = deployments.benchmark_folders(found, settings, questions, scored, others)
+        folders = [*folders, *others]
+        scored = _score_with_lm_eval(folders, settings, lm_eval, include_path, items)
+        document = benchmark_folders(folders, settings, questions, scored, others)
     _print_results(document, out, json_only)
 
 

@@ -8,6 +8,7 @@ best adapter are files next to the checkpoints, so that an interrupted training 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from sqft_export.adapters.elastic import set_ranks
+from sqft_export.adapters.linear import ElasticLoraLinear
 from sqft_export.adapters.packing import TrainingRow
 from sqft_export.machine.launcher import process_rank
-from sqft_export.recipe.schema import Stop
+from sqft_export.recipe.schema import Adapt, Stop
 
 BEST, LOSSES = "best.safetensors", "held_out.json"
 Collate = Callable[[list[TrainingRow]], dict[str, Tensor]]
@@ -68,6 +71,22 @@ class HeldOut:
         found = [self.losses[step] for step in sorted(self.losses)]
         recent, before = found[-self.config.patience :], found[: -self.config.patience]
         return bool(before) and min(recent) > min(before) * (1 - self.config.improvement)
+
+
+def held_out_of(
+    config: Adapt,
+    rows: list[TrainingRow],
+    layers: dict[str, ElasticLoraLinear],
+    groups: dict[str, list[str]],
+) -> HeldOut | None:
+    """Return the rule of a recipe; None if it has none.
+
+    :param layers, groups: as for ``set_ranks``.
+    """
+    if config.stop is None:
+        return None
+    highest = partial(set_ranks, layers, groups, dict.fromkeys(groups, config.max_rank))
+    return HeldOut(config.stop, rows, config.batch, highest)
 
 
 class HeldOutCallback(TrainerCallback):
@@ -121,8 +140,22 @@ class HeldOutCallback(TrainerCallback):
         return total / max(1, count)
 
 
-def restore_best(model: nn.Module, folder: Path) -> None:
-    """Set the trained parameters to those of the step with the lowest held-out loss."""
+def measured_losses(held_out: HeldOut | None) -> dict[int, float]:
+    """Return step -> held-out loss; empty without a rule."""
+    return held_out.losses if held_out else {}
+
+
+def held_out_callbacks(
+    held_out: HeldOut | None, collate: Collate, folder: Path
+) -> list[HeldOutCallback]:
+    """Return the callback of a rule; empty without a rule or without held-out rows."""
+    return [HeldOutCallback(held_out, collate, folder)] if held_out and held_out.rows else []
+
+
+def restore_best(model: nn.Module, folder: Path, held_out: HeldOut | None) -> None:
+    """Set the trained parameters to those of the lowest held-out loss, if it was measured."""
+    if held_out is None or not held_out.losses:
+        return
     best = load_file(folder / BEST)
     parameters = dict(model.named_parameters())
     with torch.no_grad():

@@ -412,12 +412,7 @@ def benchmark_folders(
     named = _measured_folders(folders, settings, names)
     kinds = {name: kind_of(measured.folder) for name, measured in named.items()}
     sizes = {name: vocabulary_of(measured.folder) for name, measured in named.items()}
-    cpus = settings.cpus
-    if cpus and not hasattr(os, "sched_setaffinity"):
-        raise UserError(f"--cpus: {platform.system()} can't bind a process to processors; leave it")
-    if cpus and not set(cpus) <= set(range(os.cpu_count() or 1)):
-        last = (os.cpu_count() or 1) - 1
-        raise UserError(f"--cpus: found {list(cpus)}; this machine has 0 to {last}")
+    _check_processors(settings.cpus)
     for kind in sorted(set(kinds.values())):
         find_device(kind, settings.device)
     settings = _drop_long_prompts(settings, folders)
@@ -435,6 +430,15 @@ def benchmark_folders(
         return document
     accuracy, agreement = score_folders(named, questions, settings)
     return document.model_copy(update={"accuracy": accuracy, "agreement": agreement})
+
+
+def _check_processors(cpus: tuple[int, ...] | None) -> None:
+    """Refuse processors that this machine lacks or can't bind a process to."""
+    if cpus and not hasattr(os, "sched_setaffinity"):
+        raise UserError(f"--cpus: {platform.system()} can't bind a process to processors; leave it")
+    if cpus and not set(cpus) <= set(range(os.cpu_count() or 1)):
+        last = (os.cpu_count() or 1) - 1
+        raise UserError(f"--cpus: found {list(cpus)}; this machine has 0 to {last}")
 
 
 def _drop_long_prompts(settings: DeviceSettings, folders: list[Path]) -> DeviceSettings:

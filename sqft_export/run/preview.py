@@ -25,7 +25,7 @@ from sqft_export.plan.peers import expectation
 from sqft_export.plan.seconds import predict_seconds
 from sqft_export.plan.speeds import Speeds, measure_speeds
 from sqft_export.plan.warnings import plan_warnings
-from sqft_export.plan.workload import workload_of
+from sqft_export.plan.workload import Workload, workload_of
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.pipeline import Planned, plan_passes
 from sqft_export.targets.devices import why_not_run
@@ -41,8 +41,7 @@ def preview(recipe: Recipe, runs: Path) -> PlanDocument:
     machine, workload = measure_speeds(layout, recipe.device), workload_of(recipe, folder)
     written, memory = predict_bytes(recipe, layout), predict_memory(recipe, layout, workload)
     steps = plan_passes(recipe, folder, Store(runs / recipe.name))
-    predicted = predict_seconds(recipe, layout, machine, workload)
-    times = pass_times(predicted, {step.name: step.facts for step in steps}, runs)
+    times = _pass_times(recipe, layout, machine, workload, steps, runs)
     wanted = [step.name for step in steps if step.artifact is None]
     needed, free = disk_bytes(recipe, layout, runs, wanted)
     needed += 0 if folder else (layout.weights + layout.others) * layout.width  # its download
@@ -68,8 +67,8 @@ def preview(recipe: Recipe, runs: Path) -> PlanDocument:
         within_a_day=settings_for_a_day(recipe, dict(to_run_seconds), workload),
         expectation=expectation(recipe, workload),
         first_example=_first_example(recipe, layout),
-        gguf=_gguf_text(recipe) if "gguf" in recipe.export.targets else None,
-        sparse_execution=_kernels_text() if recipe.export.sparse_execution else None,
+        gguf=_gguf_text(recipe),
+        sparse_execution=_kernels_text(recipe),
         warnings=list(plan_warnings(recipe, layout)),
     )
 
@@ -85,6 +84,19 @@ def _prepare_recipe(recipe: Recipe) -> tuple[Recipe, Path | None, Layout]:
     folder = model_folder(recipe, download=False)
     layout = check_recipe(recipe, folder)
     return drop_unsupported(recipe, layout), folder, layout
+
+
+def _pass_times(
+    recipe: Recipe,
+    layout: Layout,
+    machine: Speeds,
+    workload: Workload,
+    steps: list[Planned],
+    runs: Path,
+) -> dict[str, PassTime | None]:
+    """Return the predicted time of every pass; earlier runs correct the prediction."""
+    predicted = predict_seconds(recipe, layout, machine, workload)
+    return pass_times(predicted, {step.name: step.facts for step in steps}, runs)
 
 
 def _total_range(times: Iterable[PassTime]) -> tuple[float, float]:
@@ -133,8 +145,13 @@ def _first_example(recipe: Recipe, layout: Layout) -> str | None:
     return first_example(recipe, load_tokenizer(layout.folder))
 
 
-def _gguf_text(recipe: Recipe) -> str:
-    """Return how llama.cpp's format changes the scales, and why the file can't be run here."""
+def _gguf_text(recipe: Recipe) -> str | None:
+    """Return how llama.cpp's format changes the scales, and why the file can't be run here.
+
+    None if it is no target.
+    """
+    if "gguf" not in recipe.export.targets:
+        return None
     notes = []
     if recipe.scale_bits < FLOAT16_BITS:
         notes.append(
@@ -146,8 +163,10 @@ def _gguf_text(recipe: Recipe) -> str:
     return "; ".join(notes) or "bit for bit"
 
 
-def _kernels_text() -> str:
-    """Return which kernels execute sparse weights on this machine, or why none can."""
+def _kernels_text(recipe: Recipe) -> str | None:
+    """Return which kernels execute sparse weights here, or why none can; None if not requested."""
+    if not recipe.export.sparse_execution:
+        return None
     found = find_kernels()
     missing = unavailable_reason()
     return f"not here: {missing}" if missing or not found else f"on {found.name} kernels"
