@@ -197,16 +197,23 @@ def benchmark_command(
     from sqft_export.measure.results import DeviceSettings
 
     sizes = _numbers(prompt_tokens, "--prompt-tokens"), new_tokens, _numbers(batch, "--batch")
-    processors = _numbers(cpus, "--cpus", least=0) if cpus else None
     _check_before_measuring(folders)
-    kernels = tuple(dict.fromkeys(execution.split(",")))
-    settings = DeviceSettings(*sizes, rounds, threads, processors, device, kernels)
+    chosen = rounds, threads, _processors(cpus), device, _kernel_names(execution)
+    settings = DeviceSettings(*sizes, *chosen)
     questions = questions_about(folders[0], ScoredData(task, data, text, score), items)
     with as_deployments(against or [], folders[0]) as others:
         folders = [*folders, *others]
         scored = _score_with_lm_eval(folders, settings, lm_eval, include_path, items)
         document = benchmark_folders(folders, settings, questions, scored, others)
     _print_results(document, out, json_only)
+
+
+def _processors(cpus: str | None) -> tuple[int, ...] | None:
+    return _numbers(cpus, "--cpus", least=0) if cpus else None
+
+
+def _kernel_names(execution: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(execution.split(",")))
 
 
 def _print_results(document: "DeploymentResults", out: Path | None, json_only: bool) -> None:
