@@ -3,7 +3,10 @@
 from sqft_export.recipe.peers import PEERS
 from sqft_export.recipe.schema import Recipe
 
-CPU_PASSES = ("merge", "baselines", "export-openvino", "export-onnx", "export-gguf", "report")
+CPU_PASSES = (
+    *("merge", "baselines", "export-openvino", "export-onnx", "export-gguf", "peers-nncf"),
+    "report",
+)
 
 
 def runs_on_cpu(name: str, recipe: Recipe) -> bool:

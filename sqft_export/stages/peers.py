@@ -52,7 +52,7 @@ _CARD_AND_ORIGIN = ("name", "base_name", "model.revision", "task.kind", *TRAIN_F
 FIELDS_OF_KIND: dict[str, tuple[str, ...]] = {
     "peers-grid": (
         *(f"quantize.{n}" for n in ("bits", "group_size", "symmetric", "damping")),
-        *("quantize.embedding_bits", "scale_bits", "grid_targets", "export.onnx_graph"),
+        *("quantize.embedding_bits", "scale_bits", "grid_targets"),
     ),
     "peers-gguf": ("peers",),
     "peers-nncf": ("quantize.group_size",),
@@ -64,8 +64,10 @@ DISTRIBUTED = False
 
 
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
-    """Return the calibration fields and those of this kind."""
-    return (*calibration_fields(recipe), *_CARD_AND_ORIGIN, *FIELDS_OF_KIND[name])
+    """Return the calibration fields, those of the card, and those of this kind."""
+    in_onnx = name == "peers-grid" and "onnx" in recipe.grid_targets
+    graph = ("export.onnx_graph",) if in_onnx else ()
+    return (*calibration_fields(recipe), *_CARD_AND_ORIGIN, *FIELDS_OF_KIND[name], *graph)
 
 
 def run(context: Context) -> PeersMetrics:
@@ -94,7 +96,9 @@ def _write_grid(context: Context) -> dict[str, list[str]]:
     _quantize(context, scratch)
     write_merged(Layers(Base(scratch / "model", grids=scratch)), merged)
     shutil.rmtree(scratch)
-    options = Export(onnx_graph=context.recipe.export.onnx_graph)
+    options = Export()
+    if "onnx" in targets:
+        options = Export(onnx_graph=context.recipe.export.onnx_graph)
     for name in targets:
         folder = context.folder / f"lora-then-int4-{name}"
         folder.mkdir()

@@ -65,7 +65,7 @@ def test_warnings_stay_when_only_a_gpu_is_measured(on_a_gpu):
 
 def test_the_verdict_and_the_gate_judge_deployments_on_a_gpu(on_a_gpu, tmp_path):
     rows = [measured(row, 0.8 if row.kind == "base" else 0.6) for row in on_a_gpu]
-    assert verdict(rows, "exact match").startswith("OpenVINO, GPU, the fastest deployment")
+    assert verdict(rows, "exact match").startswith("OpenVINO, GPU, the best deployment")
     (tmp_path / "results.json").write_text(json.dumps(benchmark_results(*rows).to_json()))
     made = {"benchmark": Artifact(tmp_path, {"key": "0" * 64, "stage": "benchmark"})}
     gates = QualityGates(small_recipe("gates.accuracy_drop=5"), TINY, Store(tmp_path))
