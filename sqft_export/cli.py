@@ -196,10 +196,10 @@ def benchmark_command(
     from sqft_export.measure.own_data import ScoredData, questions_about
     from sqft_export.measure.results import DeviceSettings
 
-    sizes = _numbers(prompt_tokens, "--prompt-tokens"), new_tokens, _numbers(batch, "--batch")
+    lengths, batches = _numbers(prompt_tokens, "--prompt-tokens"), _numbers(batch, "--batch")
     _check_before_measuring(folders)
-    chosen = rounds, threads, _processors(cpus), device, _kernel_names(execution)
-    settings = DeviceSettings(*sizes, *chosen)
+    sizes = lengths, new_tokens, batches, rounds
+    settings = DeviceSettings(*sizes, threads, _processors(cpus), device, _kernel_names(execution))
     questions = questions_about(folders[0], ScoredData(task, data, text, score), items)
     with as_deployments(against or [], folders[0]) as others:
         folders = [*folders, *others]

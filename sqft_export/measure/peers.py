@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 from sqft_export.data.scoring import Judged
+from sqft_export.measure.results import Runtime
 from sqft_export.measure.rows import TITLES, DeploymentFolder
 from sqft_export.measure.statistics import mcnemar
 from sqft_export.recipe.peers import PEERS
@@ -15,7 +17,9 @@ PEER_STAGES = tuple(dict.fromkeys(peer.stage for peer in PEERS.values()))
 def peers_in(artifact: Path) -> list[DeploymentFolder]:
     """Return the deployments of an artifact in the order of ``PEERS``."""
     return [
-        DeploymentFolder(folder.name, f"{peer.title}, {TITLES[runtime_of(folder)]}", folder)
+        DeploymentFolder(
+            folder.name, f"{peer.title}, {TITLES[cast(Runtime, runtime_of(folder))]}", folder
+        )
         for name, peer in PEERS.items()
         for folder in sorted(artifact.glob(f"{name}*"))
         if folder.name == name or folder.name.removeprefix(f"{name}-") in TITLES
