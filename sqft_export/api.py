@@ -196,6 +196,7 @@ def benchmark(
     data: str | Path | None = None,
     items: int = 100,
     score: str | None = None,
+    against: Sequence[str | Path] = (),
     **settings: Any,
 ) -> "DeploymentResults":
     """Measure deployments on this machine, as ``sqft-export benchmark`` does.
@@ -204,10 +205,12 @@ def benchmark(
     :param data: name of a dataset, a text file, or conversations.
     :param score: of the answers to conversations; None: exact match.
     :param items: largest number of scored items.
+    :param against: files or folders of other programs for the same table.
     :param settings: fields of ``measure.deployments.DeviceSettings``, such as ``rounds=1``.
     :raises UserError: if a folder is no deployment, or a setting is unknown.
     """
     from sqft_export.errors import UserError
+    from sqft_export.measure.against import as_deployments
     from sqft_export.measure.deployments import DeviceSettings, benchmark_folders
     from sqft_export.measure.own_data import questions_about
 
@@ -218,7 +221,8 @@ def benchmark(
         known = ", ".join(DeviceSettings.__dataclass_fields__)
         raise UserError(f"benchmark: {error}; settings are {known}") from error
     questions = questions_about(paths[0], _scored_data(data, score), items)
-    return benchmark_folders(paths, chosen, questions)
+    with as_deployments([Path(path) for path in against], paths[0]) as others:
+        return benchmark_folders([*paths, *others], chosen, questions, None, others)
 
 
 def _scored_data(data: str | Path | None, score: str | None) -> "ScoredData":

@@ -96,6 +96,13 @@ RuntimeThreads = Annotated[
 Processors = Annotated[
     str | None, typer.Option(help="processors that may be used, such as 0,1; default: all")
 ]
+Against = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="file or folder of another program for the same table: a .gguf file with the same "
+        "tokenizer, an OpenVINO, ONNX or Hugging Face folder; may be repeated"
+    ),
+]
 Results = Annotated[Path | None, typer.Option(help="folder for results.json and items.jsonl")]
 SweepAxes = Annotated[
     list[str],
@@ -176,6 +183,7 @@ def benchmark_command(
     lm_eval: LmEval = None,
     include_path: IncludePath = None,
     items: Items = 100,
+    against: Against = None,
     out: Results = None,
     json_only: Json = False,
 ) -> None:
@@ -183,20 +191,29 @@ def benchmark_command(
 
     Example: sqft-export benchmark deployed/openvino deployed/onnx --data chats.jsonl
     """
-    from sqft_export.measure import deployments
+    from sqft_export.measure.against import as_deployments
+    from sqft_export.measure.deployments import benchmark_folders
     from sqft_export.measure.own_data import ScoredData, questions_about
     from sqft_export.measure.results import DeviceSettings
 
     lengths, batches = _numbers(prompt_tokens, "--prompt-tokens"), _numbers(batch, "--batch")
-    allowed_cpus = _numbers(cpus, "--cpus", least=0) if cpus else None
     _check_before_measuring(folders)
-    kernels = tuple(dict.fromkeys(execution.split(",")))
     sizes = lengths, new_tokens, batches, rounds
-    settings = DeviceSettings(*sizes, threads, allowed_cpus, device, kernels)
+    settings = DeviceSettings(*sizes, threads, _processors(cpus), device, _kernel_names(execution))
     questions = questions_about(folders[0], ScoredData(task, data, text, score), items)
-    scored = _score_with_lm_eval(folders, settings, lm_eval, include_path, items)
-    document = deployments.benchmark_folders(folders, settings, questions, scored)
+    with as_deployments(against or [], folders[0]) as others:
+        folders = [*folders, *others]
+        scored = _score_with_lm_eval(folders, settings, lm_eval, include_path, items)
+        document = benchmark_folders(folders, settings, questions, scored, others)
     _print_results(document, out, json_only)
+
+
+def _processors(cpus: str | None) -> tuple[int, ...] | None:
+    return _numbers(cpus, "--cpus", least=0) if cpus else None
+
+
+def _kernel_names(execution: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(execution.split(",")))
 
 
 def _print_results(document: "DeploymentResults", out: Path | None, json_only: bool) -> None:

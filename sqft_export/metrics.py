@@ -47,13 +47,24 @@ class QuantizeMetrics(Metrics):
     block_errors: list[tuple[float, float]] = Field(default_factory=list)
 
 
+class HeldOutLoss(Document):
+    """The mean loss per token, in nats, on held-out examples after a step."""
+
+    step: int
+    loss: float
+
+
 class TrainingMetrics(Metrics):
-    """padded_share: share of the trained tokens that are padding."""
+    """padded_share: share of the trained tokens that are padding.
+
+    held_out: the losses that ``adapt.stop`` measured; the adapter is that of the lowest.
+    """
 
     precision: str
     device: str
     tokens_per_second: float
     padded_share: float
+    held_out: list[HeldOutLoss] = Field(default_factory=list)
 
 
 class AdaptMetrics(TrainingMetrics):
@@ -74,6 +85,12 @@ class AdaptMetrics(TrainingMetrics):
 
 class TeacherMetrics(TrainingMetrics, SparsityMetrics):
     """Metrics of the dense model with LoRA."""
+
+
+class PeersMetrics(Metrics):
+    """notes: folder of a deployment -> notes for the report's tables."""
+
+    notes: dict[str, list[str]]
 
 
 class EvaluatedSize(Document):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from chat_model import write_chat_model
 
 from conftest import ROOT, random_model
 
@@ -53,3 +54,32 @@ def test_codes_in_llama_cpp_lose_less_than_its_own_quantizer(tmp_path):
     rows = document["values"]["tiny"]
     assert set(rows) == {"torch", "ours", "llama.cpp Q4_0", "llama.cpp Q8_0"}
     assert document["ratios"]["tiny_kl_ours_over_requantized"]["median"] < 0.5
+
+
+@pytest.mark.slow
+def test_worth_prints_differences_in_points_and_resumes(tmp_path):
+    model = write_chat_model(tmp_path / "model", tmp_path / "scratch", hidden_size=64)
+    folder = tmp_path / "data" / "banking77"
+    folder.mkdir(parents=True)
+    for split, count in (("train", 40), ("test", 8)):
+        rows = [f"{split} where is my card {n},card_{n % 3}" for n in range(count)]
+        (folder / f"{split}.csv").write_text("\n".join(["text,category", *rows]))
+    script = str(ROOT / "benchmarks" / "worth.py")
+    command = [sys.executable, script, "--model", str(model), "--data", str(tmp_path / "data")]
+    command += ["--tasks", "banking77", "--seeds", "0", "--steps", "1", "2", "--items", "6"]
+    command += ["--validation", "4", "--runs", str(tmp_path / "runs")]
+    command += ["--set", "calibration.samples=4", "adapt.batch=2"]
+    first, second = (
+        subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(2)
+    )
+    values = json.loads(first.stdout.splitlines()[-1])["values"]
+    for row in ("base", "lora", "lora_then_int4", "dense_int4", "sparse_int4"):
+        name = f"{row}_minus_lora_then_q4_k_m"
+        assert values[f"pooled_{name}"] == values[f"banking77_{name}"]
+        assert 0 < values[f"pooled_{name}_p"] <= 1
+    assert first.stdout.count("# banking77, ") == 13  # base once, all others at both steps
+    assert "# banking77, " not in second.stdout
+    assert (
+        second.stdout.splitlines()[-1] != ""
+        and values == json.loads(second.stdout.splitlines()[-1])["values"]
+    )

@@ -28,6 +28,14 @@ from sqft_export.adapters.elastic import (
 from sqft_export.adapters.files import Base, RankedStepLog, StepLog, save_adapter
 from sqft_export.adapters.loading import new_adapter
 from sqft_export.adapters.packing import TrainingRow, pack_rows, position_ids
+from sqft_export.adapters.stopping import (
+    HeldOut,
+    held_out_callbacks,
+    held_out_of,
+    measured_losses,
+    restore_best,
+    split_rows,
+)
 from sqft_export.data.items import Data, Example
 from sqft_export.errors import UserError
 from sqft_export.machine.device import CPU, device_name, device_of, training_dtype
@@ -299,12 +307,14 @@ class Trained:
     model: model with the trained super-adapter.
     data: items that it was trained on.
     log: one entry per step: loss, learning rate, tokens and ranks.
+    held_out: step -> loss on held-out examples; empty without ``adapt.stop``.
     """
 
     model: nn.Module
     data: Data
     log: list[RankedStepLog]
     facts: TrainingFacts
+    held_out: dict[int, float]
 
 
 def train_on_task(
@@ -318,17 +328,18 @@ def train_on_task(
 ) -> Trained:
     """Train a new, seeded adapter and write it to ``folder / "adapter"``.
 
-    :param start: ``start(steps) -> advance``; ``advance`` is called once per step.
+    :param start: ``start(steps) -> advance``, called once per step.
     :param elastic: use the elastic ranks and trainable scales of the recipe.
     """
     config, data = recipe.training, Data(recipe, tokenizer)
-    rows = training_rows(list(data.train), config, packed_row_tokens(recipe))
+    rows, others = split_rows(_task_rows(recipe, data), config.stop)
     device = device_of(recipe.device)
     dtype = training_dtype(config.precision, device)
     model = new_adapter(recipe, base, dtype)
     groups = _elastic_groups(model, base, config) if elastic else {}
     layers = elastic_layers(model)
     ranks_at = partial(draw_ranks, list(groups), config.ranks, recipe.seed)
+    held_out = held_out_of(config, others, layers, groups)
     log, tokens_per_second = train_adapter(
         model,
         rows,
@@ -340,13 +351,27 @@ def train_on_task(
         advance=start(config.total_steps(len(rows), process_count())),
         teacher=teacher,
         device=device,
+        held_out=held_out,
     )
+    _save_trained(model, folder)
+    ranked = [RankedStepLog(**e, ranks=ranks_at(_ranks_step(e))) for e in log]
+    facts = _facts(log, tokens_per_second, dtype, device)
+    return Trained(model, data, ranked, facts, measured_losses(held_out))
+
+
+def _ranks_step(entry: StepLog) -> int:
+    """Return the step whose ranks an entry used: the Trainer logs a step after incrementing it."""
+    return int(entry["step"]) - 1
+
+
+def _save_trained(model: nn.Module, folder: Path) -> None:
     save_adapter(model, folder / "adapter")
     if process_rank() == 0:  # checkpoints are only needed to resume an interrupted run
         shutil.rmtree(folder / "training")
-    # The Trainer logs a step after incrementing its number: entry n used the ranks of n - 1.
-    ranked = [RankedStepLog(**e, ranks=ranks_at(int(e["step"]) - 1)) for e in log]
-    return Trained(model, data, ranked, _facts(log, tokens_per_second, dtype, device))
+
+
+def _task_rows(recipe: TrainingSections, data: Data) -> list[TrainingRow]:
+    return training_rows(list(data.train), recipe.training, packed_row_tokens(recipe))
 
 
 def _elastic_groups(model: nn.Module, base: Base, config: Adapt) -> dict[str, list[str]]:
@@ -451,6 +476,7 @@ def train_adapter(
     advance: Advance,
     teacher: nn.Module | None = None,
     device: torch.device = CPU,
+    held_out: HeldOut | None = None,
 ) -> tuple[list[StepLog], float]:
     """Train the adapters of ``model`` in place.
 
@@ -459,12 +485,13 @@ def train_adapter(
     :param folder: folder of training checkpoints; an interrupted training resumes from the newest.
     :param before_step: called with the number of the next optimizer step.
     :param teacher: teacher of ``config.distill``.
-    :param device: device of the training.
-    :return: the log, with loss, learning rate, tokens, and tokens including padding of every step;
-        and tokens per second of this process.
+    :param held_out: when to stop earlier, with the best adapter; None: train all steps.
+    :return: the log of every step, and tokens per second of this process.
     :raises UserError: if the loss is not finite.
     """
-    throughput, steps = Throughput(), config.total_steps(len(rows), process_count())
+    throughput, collator = Throughput(), partial(collate, pad=pad)
+    steps = config.total_steps(len(rows), process_count())
+    measured = held_out_callbacks(held_out, collator, folder)
     trainer = _Trainer(
         config,
         teacher,
@@ -472,13 +499,17 @@ def train_adapter(
         model=model,
         args=_arguments(config, steps, seed, folder, device),
         train_dataset=rows,  # type: ignore[arg-type]  # a list serves as a map-style dataset
-        data_collator=lambda batch: collate(batch, pad),
-        callbacks=[_Callback(before_step, advance, throughput)],
+        data_collator=collator,
+        callbacks=[_Callback(before_step, advance, throughput), *measured],
     )
     trainer.train(resume_from_checkpoint=_last_complete_checkpoint(folder))
-    model.eval()
-    log = [_step_log(e) for e in trainer.state.log_history if "loss" in e]
-    return log, throughput.tokens_per_second
+    restore_best(model.eval(), folder, held_out)
+    return _step_logs(trainer.state.log_history), throughput.tokens_per_second
+
+
+def _step_logs(history: list[dict[str, float]]) -> list[StepLog]:
+    """Return the log of every step from the Trainer's log, which has other entries too."""
+    return [_step_log(entry) for entry in history if "loss" in entry]
 
 
 def _step_log(entry: dict[str, float]) -> StepLog:

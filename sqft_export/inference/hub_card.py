@@ -112,17 +112,21 @@ def _front_matter(found: Deployment, report: Report, facts: CardFacts) -> str:
 
 
 def _measured(found: Deployment, report: Report) -> str:
-    """Return a section with the measured rows: the dense base and this deployment."""
+    """Return a section with the measured rows: the dense base, this deployment, and its peer."""
     measured = found.row
     if measured is None:
         return ""
-    rows = [row for row in report.rows if row.kind == "base" or row.id == measured.id]
+    advice = report.recommendation
+    compared = {advice.ours, advice.peer} if advice and advice.peer else set()
+    shown = compared if measured.id in compared else {measured.id}
+    rows = [row for row in report.rows if row.kind == "base" or row.id in shown]
     settings, machine = report.settings, _machine_text(report.machine)
     note = (
         f"Accuracy ({report.measure}) on {settings.items} held-out items, with its 95 % interval; "
         f"speed at batch 1 with {settings.threads} threads on {machine}."
     )
-    return f"## Measured\n\n{markdown(cells(rows), None)}\n{note}\n\n"
+    first = report.verdict if measured.id in compared else None
+    return f"## Measured\n\n{markdown(cells(rows), first)}\n{note}\n\n"
 
 
 def _machine_text(machine: MachineFacts) -> str:

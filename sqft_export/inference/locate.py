@@ -72,13 +72,15 @@ def refuse_run(folder: Path, command: str) -> None:
 
 
 def best_of(found: list[Deployment]) -> Deployment | None:
-    """Return the best measured deployment, see ``report.verdict.best_deployment``.
+    """Return the recommended deployment, see ``report.recommendation``.
 
     If none is measured, return the first one; None for an empty list.
     """
+    from sqft_export.report.recommendation import recommended_row
     from sqft_export.report.verdict import best_deployment
 
-    best = best_deployment([one.row for one in found if one.row is not None])
+    rows = [one.row for one in found if one.row is not None]
+    best = recommended_row(rows, best_deployment(rows))
     return next((one for one in found if one.row is best), None)
 
 

@@ -21,6 +21,7 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, get_args
@@ -72,6 +73,7 @@ from sqft_export.targets.folder import (
     number_in_config,
     vocabulary_of,
 )
+from sqft_export.targets.gguf.quantizer import fallback_notes
 from sqft_export.untrusted import MAX_IR_BYTES, read_bounded
 
 NOT_SIGNIFICANT = "the 95 % interval contains 1: not significantly different"
@@ -119,11 +121,14 @@ def _model(measured: MeasuredFolder, settings: DeviceSettings) -> MeasuredModel:
     )
 
 
-def _measured_folders(folders: list[Path], settings: DeviceSettings) -> dict[str, MeasuredFolder]:
+def _measured_folders(
+    folders: list[Path], settings: DeviceSettings, names: list[str]
+) -> dict[str, MeasuredFolder]:
     """Return every folder under its name, an OpenVINO folder once per requested kind of kernels.
 
     A specialized folder states its own kernels and is measured once.
 
+    :param names: short unique name of every folder.
     :raises UserError: if the kernels are not available, or the device has its own.
     """
     wanted = [resolve_execution(kernels) for kernels in settings.execution]
@@ -135,7 +140,7 @@ def _measured_folders(folders: list[Path], settings: DeviceSettings) -> dict[str
             )
         require_kernels()
     found = {}
-    for name, folder in zip(names_of(folders), folders, strict=True):
+    for name, folder in zip(names, folders, strict=True):
         check_files(folder)
         fixed = kind_of(folder) != "openvino" or is_specialized(
             read_bounded(folder / GRAPHS["openvino"], MAX_IR_BYTES)
@@ -199,7 +204,14 @@ def summarize(measured: MeasuredFolder, runs: list[WorkerResult]) -> FolderResul
         joules_per_token=(
             sum(known) / sum(one.passes for one in profiles) if len(known) == len(runs) else None
         ),
+        notes=_notes(measured.folder),
     )
+
+
+def _notes(folder: Path) -> list[str]:
+    """Return the notes about a deployment's files; reading a GGUF file needs the gguf package."""
+    file = folder / GRAPHS["gguf"]
+    return fallback_notes(file) if file.is_file() and installed("gguf") else []
 
 
 def _medians(runs: list[WorkerResult], figure: str) -> list[float]:
@@ -386,23 +398,21 @@ def benchmark_folders(
     settings: DeviceSettings,
     questions: Questions | None = None,
     lm_eval: dict[str, TaskMetrics] | None = None,
+    sources: Mapping[Path, Path] | None = None,
 ) -> DeploymentResults:
     """Measure deployments and return the document of ``results.json``.
 
     :param questions: requests that measure accuracy; None: measure latency, memory and energy only.
     :param lm_eval: results of lm-eval, which the document gets.
+    :param sources: temporary folder -> the path that names it (``measure.against``).
     :raises UserError: if a folder is no deployment, a measurement fails, or a runtime does not
         support the device.
     """
-    named = _measured_folders(folders, settings)
+    names = names_of([(sources or {}).get(folder, folder) for folder in folders])
+    named = _measured_folders(folders, settings, names)
     kinds = {name: kind_of(measured.folder) for name, measured in named.items()}
     sizes = {name: vocabulary_of(measured.folder) for name, measured in named.items()}
-    cpus = settings.cpus
-    if cpus and not hasattr(os, "sched_setaffinity"):
-        raise UserError(f"--cpus: {platform.system()} can't bind a process to processors; leave it")
-    if cpus and not set(cpus) <= set(range(os.cpu_count() or 1)):
-        last = (os.cpu_count() or 1) - 1
-        raise UserError(f"--cpus: found {list(cpus)}; this machine has 0 to {last}")
+    _check_processors(settings.cpus)
     for kind in sorted(set(kinds.values())):
         find_device(kind, settings.device)
     settings = _drop_long_prompts(settings, folders)
@@ -420,6 +430,15 @@ def benchmark_folders(
         return document
     accuracy, agreement = score_folders(named, questions, settings)
     return document.model_copy(update={"accuracy": accuracy, "agreement": agreement})
+
+
+def _check_processors(cpus: tuple[int, ...] | None) -> None:
+    """Refuse processors that this machine lacks or can't bind a process to."""
+    if cpus and not hasattr(os, "sched_setaffinity"):
+        raise UserError(f"--cpus: {platform.system()} can't bind a process to processors; leave it")
+    if cpus and not set(cpus) <= set(range(os.cpu_count() or 1)):
+        last = (os.cpu_count() or 1) - 1
+        raise UserError(f"--cpus: found {list(cpus)}; this machine has 0 to {last}")
 
 
 def _drop_long_prompts(settings: DeviceSettings, folders: list[Path]) -> DeviceSettings:

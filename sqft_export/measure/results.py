@@ -11,7 +11,8 @@ from sqft_export.machine.counters import MachineFacts
 
 # base: the dense base. baseline: the dense base, tuned. compressed: pruned or quantized, not tuned.
 # adapted: compressed and tuned, with its adapter. merged: the result of merge.
-RowKind = Literal["base", "baseline", "compressed", "adapted", "merged", "deployment"]
+# peer: the baseline, quantized after its training.
+RowKind = Literal["base", "baseline", "compressed", "adapted", "merged", "deployment", "peer"]
 Runtime = Literal["torch", "openvino", "onnx", "gguf"]
 FINAL_KINDS: tuple[RowKind, ...] = ("merged", "deployment")  # the results of a recipe
 # Ids of rows; ``measure.rows.Row`` lists all.
@@ -80,6 +81,9 @@ class BenchmarkRow(Accuracy):
 
     id: unique in a report and the same in every report, such as ``dense`` or ``openvino-packed``.
     name: name for readers.
+    p_same_as_peers: of a deployment: id of a peer's row -> p-value of McNemar's test that both
+        answer equally well.
+    notes: facts about its files, such as fallback types of K-quants.
     """
 
     id: str
@@ -99,6 +103,8 @@ class BenchmarkRow(Accuracy):
     steady_memory_bytes: WholeNumber
     peak_memory_bytes: WholeNumber
     p_same_as_lora: float | None
+    p_same_as_peers: dict[str, float] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
     lm_eval: TaskMetrics = Field(default_factory=dict)
     lm_eval_warnings: list[str] = Field(default_factory=list)
     beside_dense: MayBeMissing[Agreement] = None
@@ -174,6 +180,7 @@ class FolderResults(Document):
     """Figures of one deployment over all rounds, by prompt length and batch size where they vary.
 
     joules_per_token: energy per measured pass; None if the machine does not report it.
+    notes: facts about its files, such as fallback types of K-quants.
     """
 
     runtime: Runtime
@@ -185,6 +192,7 @@ class FolderResults(Document):
     peak_memory_bytes: WholeNumber
     steady_memory_bytes: WholeNumber
     joules_per_token: float | None
+    notes: list[str] = Field(default_factory=list)
 
 
 class FigureRatio(Document):

@@ -29,12 +29,14 @@ class Row:
 
     id: unique in a benchmark and the same in every run: ``dense``, ``dense-lora``, ``sparse``,
         ``sparse-reconstructed``, ``sparse-quantized``, ``adapted``, ``merged``; a deployment has
-        its target, followed by ``-packed`` or ``-sparse``. A copy of a row for another device ends
-        with it, as in ``openvino-gpu``.
+        its target, followed by ``-packed`` or ``-sparse``; a peer has its name in
+        ``recipe.peers.PEERS``, ``lora-then-int4`` followed by its target. A copy of a row for
+        another device ends with it, as in ``openvino-gpu``.
     name: name for readers.
     stored: files and folders whose model files count as its size.
     sparsity: share of zero weights in the decoder's Linears, 0 to 1.
     device: cpu, gpu or npu.
+    notes: facts about its files for readers.
     """
 
     id: str
@@ -45,6 +47,7 @@ class Row:
     stored: tuple[Path, ...]
     sparsity: float
     device: str = "cpu"
+    notes: tuple[str, ...] = ()
 
     def on(self, device: str) -> "Row":
         """Return a copy of this row for another device, with a separate id and name."""

@@ -26,6 +26,7 @@ from sqft_export.plan.exporters import drop_unsupported, target_faults
 from sqft_export.plan.gates import gate_faults
 from sqft_export.plan.layout import Layout, fallback_sizes, group_sizes, layout_of
 from sqft_export.plan.packing import packing_faults
+from sqft_export.plan.peers import peer_faults
 from sqft_export.plan.readers import token_faults
 from sqft_export.plan.rendering import rendering_faults
 from sqft_export.plan.tokenizer import tokenizer_faults
@@ -403,6 +404,7 @@ CHECKS: tuple[FaultFinder, ...] = (
     _gguf_faults,
     token_faults,
     _row_faults,
+    peer_faults,
     _accelerator_faults,
     _device_faults,
     _lm_eval_faults,

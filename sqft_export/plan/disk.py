@@ -39,6 +39,10 @@ def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
         "export-gguf": deployed,
         "teacher": stored,
         "baselines": merged,
+        "peers-grid": 3 * stored + len(recipe.grid_targets) * deployed,
+        # The float file and one quantized file of at most 6 bits per weight.
+        "peers-gguf": 2 * stored + len(recipe.peers) * stored,
+        "peers-nncf": 6 * stored,
     }
     return {name: predicted.get(name, 2**20) for name in pass_names(recipe)}
 

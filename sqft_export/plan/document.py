@@ -44,6 +44,7 @@ class PlanDocument(Document):
     seconds, seconds_range: of all passes that are not cached.
     within_a_day: settings with which the run takes less than a day, if it takes longer.
     first_example: the first training example of a chat task, with its loss mask marked.
+    expectation: which deployment the report will probably recommend; None without training.
     gguf, sparse_execution: notes about these deployments; None if they are not requested.
     """
 
@@ -61,6 +62,7 @@ class PlanDocument(Document):
     seconds: float
     seconds_range: tuple[float, float]
     within_a_day: str | None
+    expectation: str | None
     gguf: str | None
     sparse_execution: str | None
     first_example: str | None

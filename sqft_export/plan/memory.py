@@ -38,8 +38,7 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
     outer, whole = 4 * layout.others, layout.weights + layout.others
     quantize, data = recipe.quantize, (recipe, layout, workload)
     hessians = 4 * widest**2 * (quantize.method == "gptq")
-    exported = max((artifacts[f"export-{name}"] for name in recipe.export.targets), default=0)
-    deployed = exported / (1 + recipe.export.sparse_files)
+    deployed = _deployed_bytes(recipe, artifacts)
     tuned = _tuned_model_bytes(recipe, layout, largest)
     with_cache = tuned + _weight_cache_bytes(layout, SEARCH_BYTES + tuned)
     torch_row = max(_torch_row_bytes(recipe, layout), with_cache * _has_tuned_row(recipe))
@@ -59,6 +58,7 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
         "benchmark": max(deployed, torch_row) + MAX_LOGIT_BYTES + _kv_cache_bytes(*data),
     }
     peaks["baselines"] = peaks["merge"]
+    peaks |= _peer_bytes(layout, activations, max(deployed, peaks["export-onnx"]))
     if recipe.adapt is None:  # verify runs the model itself, as search does
         peaks["verify"] = max(peaks["verify"], peaks["search"])
     else:
@@ -66,6 +66,28 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
         training += _activation_bytes(*data) + outer * (recipe.adapt.precision == "float32")
         peaks |= {"adapt": training, "teacher": training}
     return {name: FIXED_MEMORY + peaks.get(name, 0) for name in artifacts}
+
+
+def _deployed_bytes(recipe: Recipe, artifacts: dict[str, int]) -> float:
+    """Return the bytes of the largest deployment, without its packed copy."""
+    exported = max((artifacts[f"export-{name}"] for name in recipe.export.targets), default=0)
+    return exported / (1 + recipe.export.sparse_files)
+
+
+def _peer_bytes(layout: Layout, activations: float, exported: float) -> dict[str, float]:
+    """Return the bytes of the passes that quantize the dense LoRA.
+
+    :param activations: bytes of the calibration samples in a block.
+    :param exported: bytes of the largest export.
+    """
+    block, largest = 4 * layout.weights / layout.blocks, 4 * max(map(prod, layout.linears.values()))
+    widest = max(inputs for _, inputs in layout.linears.values())
+    walked = MAPPED_BYTES + block + 3 * largest + activations
+    return {
+        "peers-grid": max(walked + 4 * widest**2, exported),
+        "peers-gguf": walked,
+        "peers-nncf": walked + 3 * 4 * (layout.weights + layout.others),  # copies that NNCF holds
+    }
 
 
 def check_memory(recipe: Recipe, layout: Layout, workload: Workload, passes: list[str]) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from sqft_export.errors import UserError
 from sqft_export.machine.host import installed
+from sqft_export.recipe.peers import default_files
 
 # Preset -> description in help texts.
 PRESETS = {
@@ -36,8 +37,16 @@ def preset_sections(preset: str) -> dict[str, Any]:
         "adapt": _adapt_section() if tuned else "none",
         "export": _export_section(sparse),
         "verify": {"prompts": 16},
-        "benchmark": {"items": 50, "rounds": 1, "baselines": ["dense", "merged"]},
+        "benchmark": {"items": 50, "rounds": 1, "baselines": _baselines(tuned)},
     }
+
+
+def _baselines(tuned: bool) -> list[str]:
+    """Return the rows of the report; a trained model is compared with LoRA quantized afterwards."""
+    if not tuned:
+        return ["dense", "merged"]
+    files = default_files(_targets())
+    return ["dense", "dense-lora", "merged", "lora-then-int4", *files]
 
 
 def _quantize_section(bits: int, tuned: bool) -> dict[str, Any]:
@@ -55,11 +64,17 @@ def _adapt_section() -> dict[str, Any]:
         "schedule": "linear",
         "warmup_steps": 1,
         "epochs": EPOCHS,
+        "stop": {},
         "batch": STEP_EXAMPLES,
     }
 
 
 def _export_section(sparse: bool) -> dict[str, Any]:
-    targets = [name for name, package in TARGET_PACKAGES.items() if installed(package)]
     copies = {"sparse_files": True, "sparse_execution": True} if sparse else {}
-    return {"targets": targets or ["openvino"], **copies}
+    return {"targets": _targets(), **copies}
+
+
+def _targets() -> list[str]:
+    """Return the runtimes whose exporters are installed; OpenVINO if there is none."""
+    found = [name for name, package in TARGET_PACKAGES.items() if installed(package)]
+    return found or ["openvino"]

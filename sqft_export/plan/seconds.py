@@ -15,6 +15,7 @@ from sqft_export.plan.speeds import Speed, Speeds
 from sqft_export.plan.work import BYTES_PER_ELEMENT, FLOAT32, Work
 from sqft_export.plan.workload import Workload, checked_tokens
 from sqft_export.recipe.passes import runs_on_cpu
+from sqft_export.recipe.peers import PEERS
 from sqft_export.recipe.schema import Recipe
 
 
@@ -53,6 +54,9 @@ PASS_COSTS = {
     "export-gguf": Cost(21, 0, 3, place="thread"),
     "verify": Cost(28, 20, 4),
     "baselines": Cost(22),
+    "peers-grid": Cost(75, 120, 3, 0.45, "device"),
+    "peers-gguf": Cost(60, 20, 5, place="device"),
+    "peers-nncf": Cost(60, 85, 5, 1.0, "cpu"),
     "benchmark": Cost(),
     "report": Cost(),
 }
@@ -92,7 +96,7 @@ def _work_seconds(
 ) -> float | None:
     """Return the seconds of work that depends on data or deployments; None if data is missing."""
     speed = _speed(name, recipe, machine)
-    if name in ("sparsify", "quantize"):
+    if name in ("sparsify", "quantize", "peers-grid", "peers-gguf", "peers-nncf"):
         return counted.count_calibration(name, recipe, layout, workload).on(speed)
     if name == "reconstruct":
         return counted.count_reconstruction(recipe, layout, workload).on(speed)
@@ -123,7 +127,10 @@ def _scoring_seconds(recipe: Recipe, layout: Layout, workload: Workload, machine
     config, weights = recipe.benchmark, layout.weights + layout.head
     items = config.items if workload.test is None else workload.test
     skipped = () if recipe.adapt else ("dense-lora", "sparse-quantized", "adapted")
-    in_torch = [row for row in config.baselines if row not in skipped]
+    in_torch = [row for row in config.baselines if row not in (*skipped, *PEERS)]
+    files = len(recipe.peers) + (
+        len(recipe.grid_targets) - 1 if "lora-then-int4" in recipe.peers else 0
+    )
     compared = COMPARED_TOKENS if {"dense", "merged"} & set(in_torch) else 0
     passes = config.rounds * (config.repeats + 1)
     dtype = machine.device.dtype("auto") if layout.width == 2 else FLOAT32
@@ -132,7 +139,7 @@ def _scoring_seconds(recipe: Recipe, layout: Layout, workload: Workload, machine
     seconds = 0.0
     for kind, speed, precision, rows, stored in (
         ("torch", machine.device, dtype, len(in_torch), (4 - 2 * (dtype != FLOAT32)) * weights),
-        ("runtime", machine.cpu, FLOAT32, _deployments(recipe), layout.weights * bits / 8),
+        ("runtime", machine.cpu, FLOAT32, _deployments(recipe) + files, layout.weights * bits / 8),
     ):
         decoded = passes * config.new_tokens
         fixed = decoded * TOKEN_SECONDS[kind] * layout.blocks + config.rounds * ROW_SECONDS[kind]

@@ -57,8 +57,12 @@ class Work:
 
 
 def count_calibration(name: str, recipe: Recipe, layout: Layout, workload: Workload) -> Work:
-    """Count sparsify or quantize: two runs of the samples, and the solver of GPTQ or SparseGPT."""
-    method = recipe.sparsify.method if name == "sparsify" else recipe.quantize.method
+    """Count sparsify, quantize or a peer: two runs of the samples, and the solver of the method."""
+    method = {
+        "sparsify": recipe.sparsify.method,
+        "quantize": recipe.quantize.method,
+        "peers-grid": "gptq",
+    }.get(name, name)
     rebuilt = name == "quantize" and recipe.quantize.reconstruct is not None
     work = count_reconstruction(recipe, layout, workload) if rebuilt else Work()
     if method in ("magnitude", "rtn", "existing", "none"):

@@ -1,8 +1,12 @@
 """The passes that a recipe runs, and where they run."""
 
+from sqft_export.recipe.peers import PEERS
 from sqft_export.recipe.schema import Recipe
 
-CPU_PASSES = ("merge", "baselines", "export-openvino", "export-onnx", "export-gguf", "report")
+CPU_PASSES = (
+    *("merge", "baselines", "export-openvino", "export-onnx", "export-gguf", "peers-nncf"),
+    "report",
+)
 
 
 def runs_on_cpu(name: str, recipe: Recipe) -> bool:
@@ -31,6 +35,7 @@ def pass_names(recipe: Recipe) -> list[str]:
     # Without training, these rows would repeat the base and the merged model.
     if "sparse-quantized" in baselines and recipe.adapt and recipe.quantize.method != "none":
         names.append("baselines")
-    if "dense-lora" in baselines and recipe.adapt and not learns_from_lora:
+    if ("dense-lora" in baselines or recipe.peers) and recipe.adapt and not learns_from_lora:
         names.append("teacher")
+    names += dict.fromkeys(PEERS[peer].stage for peer in recipe.peers)
     return [*names, "benchmark", "report"]

@@ -16,6 +16,7 @@ import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sqft_export.numerics.codes import FLOAT16_BITS
+from sqft_export.recipe.peers import PeerName, grid_targets, peers_of
 from sqft_export.recipe.templates import leading_text, template_fault
 from sqft_export.untrusted import real_path
 
@@ -581,6 +582,24 @@ class Distill(Section):
     )
 
 
+class Stop(Section):
+    """Stop training before its last step, once the loss on held-out training examples is flat."""
+
+    items: int = Field(
+        64,
+        ge=1,
+        description="training examples held out for this rule, at most a quarter of them; the "
+        "training does not use them",
+    )
+    every: int = Field(50, ge=1, description="steps between two measurements of the held-out loss")
+    patience: int = Field(
+        3, ge=1, description="measurements without an improvement after which the training stops"
+    )
+    improvement: float = Field(
+        0.005, ge=0, lt=1, description="smallest fraction by which a loss has to fall to count"
+    )
+
+
 class Adapt(Section):
     """Elastic sparse LoRA; the defaults are those of the paper (arXiv 2410.03750)."""
 
@@ -647,6 +666,12 @@ class Adapt(Section):
     )
     steps: int | None = Field(
         None, ge=1, description="optimizer steps; give either epochs or steps"
+    )
+    stop: Stop | None = Field(
+        None,
+        description="stop earlier, once the loss on held-out examples is flat, and keep the best "
+        "adapter; steps or epochs are then the upper bound; {}: with the defaults; null: train to "
+        "the end",
     )
     batch: int = Field(16, ge=1, description="training examples per batch and process")
     accumulation: int = Field(
@@ -846,10 +871,16 @@ class Benchmark(Section):
         "dataset, at least 8, as many as fit into this time",
     )
     baselines: tuple[
-        Literal["dense", "dense-lora", "sparse", "sparse-quantized", "adapted", "merged"], ...
+        Literal["dense", "dense-lora", "sparse", "sparse-quantized", "adapted", "merged"]
+        | PeerName,
+        ...,
     ] = Field(
         ("dense", "dense-lora", "sparse", "sparse-quantized", "adapted", "merged"),
-        description="models that are measured in torch, next to the deployments",
+        description="models that are measured next to the deployments. Names with lora-then are "
+        "the dense base with LoRA, merged and quantized afterwards, in their runtime: by our GPTQ "
+        "on the recipe's grid (int4), by llama.cpp with an importance matrix, or by NNCF. Without "
+        "this field, a recipe that trains also has lora-then-int4, and lora-then-q4_k_m or "
+        "lora-then-nncf",
     )
     targets: tuple[Literal["auto", "cpu", "gpu", "npu"], ...] = Field(
         ("cpu",),
@@ -993,6 +1024,16 @@ class Recipe(Section):
         """
         offsets = not self.quantize.symmetric and "gguf" in self.export.targets
         return GGUF_SCALE_BITS if offsets else FLOAT16_BITS
+
+    @Combined
+    def peers(self) -> tuple[str, ...]:
+        """Return the baselines that are quantized after training."""
+        return peers_of(self)
+
+    @Combined
+    def grid_targets(self) -> tuple[str, ...]:
+        """Return the runtimes that the baseline ``lora-then-int4`` is exported to."""
+        return grid_targets(self)
 
     @Combined
     def unmerged(self) -> bool:

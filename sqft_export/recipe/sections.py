@@ -116,8 +116,19 @@ class BenchmarkSection(Protocol):
     def lm_eval_folder(self) -> Path | None: ...
 
 
-class CardSections(TaskSections, SparsifySection, QuantizeSection, AdaptSection, Protocol):
-    """The sections that a model card and ``provenance.json`` show."""
+class PeersSection(Protocol):
+    """The rows of models that are quantized after LoRA, and the targets of the grid's row."""
+
+    @property
+    def peers(self) -> tuple[str, ...]: ...
+    @property
+    def grid_targets(self) -> tuple[str, ...]: ...
+    @property
+    def scale_bits(self) -> int: ...
+
+
+class OriginSections(TaskSections, Protocol):
+    """The sections that ``provenance.json`` shows."""
 
     @property
     def name(self) -> str: ...
@@ -125,3 +136,7 @@ class CardSections(TaskSections, SparsifySection, QuantizeSection, AdaptSection,
     def base_name(self) -> str: ...
     @property
     def model(self) -> Model: ...
+
+
+class CardSections(OriginSections, SparsifySection, QuantizeSection, AdaptSection, Protocol):
+    """The sections that a model card shows."""

@@ -30,6 +30,7 @@ from sqft_export.metrics import (
     read_metrics,
 )
 from sqft_export.recipe.schema import Recipe
+from sqft_export.report.recommendation import Recommendation, recommend, recommended_row
 from sqft_export.report.verdict import best_deployment, verdict
 from sqft_export.untrusted import MAX_JSON_BYTES, parse_json, read_bounded
 from sqft_export.verify.results import CheckResult
@@ -83,6 +84,7 @@ class Report(Document):
     recipe: dict[str, JsonValue]
     measure: str
     verdict: str | None
+    recommendation: Recommendation | None = None
     rows: list[BenchmarkRow]
     settings: BenchmarkSettings
     samples: list[SamplePrompt]
@@ -101,8 +103,12 @@ class Report(Document):
 
     @property
     def best(self) -> BenchmarkRow | None:
-        """The best deployment (``verdict.best_deployment``); None if no deployment was measured."""
-        return best_deployment(self.rows)
+        """The recommended deployment; None if no deployment of the recipe was measured.
+
+        It is the fastest one that is not significantly less accurate than the most accurate, or a
+        model that was quantized after LoRA if that one is better (``report.recommendation``).
+        """
+        return recommended_row(self.rows, best_deployment(self.rows))
 
 
 def read_report(file: Path) -> Report:
@@ -166,16 +172,23 @@ def _sparse_execution(
     return sparse.model_copy(update=gains)
 
 
+def _codes(recipe: Recipe) -> str:
+    """Return the format of the deployed weights for readers."""
+    quantize = recipe.quantize
+    return "floats" if quantize.method == "none" else f"INT{quantize.bits}"
+
+
 def report_of_run(recipe: Recipe, inputs: dict[str, Artifact]) -> Report:
     """Return the report of a run. Every number comes from a sealed artifact."""
     file = inputs["benchmark"].path / "results.json"
     benchmark = BenchmarkResults.parse(file.read_text(), str(file))
-    measure = MEASURES[recipe.task.kind]
+    measure, codes = MEASURES[recipe.task.kind], _codes(recipe)
     return Report(
         version=SCHEMA,
         recipe=recipe.model_dump(mode="json"),
         measure=measure,
-        verdict=verdict(benchmark.rows, measure),
+        verdict=verdict(benchmark.rows, measure, codes),
+        recommendation=recommend(benchmark.rows, best_deployment(benchmark.rows), codes),
         rows=benchmark.rows,
         settings=benchmark.settings,
         samples=benchmark.samples,

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sqft_export.measure.results import BenchmarkRow
-from sqft_export.metrics import EvaluatedSize
+from sqft_export.metrics import EvaluatedSize, HeldOutLoss
 
 if TYPE_CHECKING:
     from sqft_export.adapters.files import RankedStepLog
@@ -268,11 +268,18 @@ def sparsity_by_layer(sparsity: Mapping[str, float]) -> str:
     return _svg(draw)
 
 
-def training_curve(log: "list[RankedStepLog]") -> str:
-    """Draw the loss by optimizer step, and the mean drawn rank if ranks vary."""
+def training_curve(log: "list[RankedStepLog]", held_out: Sequence[HeldOutLoss] = ()) -> str:
+    """Draw the loss by optimizer step, and the mean drawn rank if ranks vary.
+
+    :param held_out: the losses on held-out examples, drawn in the same plane.
+    """
 
     def draw(axes: Axes) -> None:
         axes.plot([e["step"] for e in log], [e["loss"] for e in log], color="#4c72b0", lw=1)
+        if held_out:
+            steps, losses = [one.step for one in held_out], [one.loss for one in held_out]
+            axes.plot(steps, losses, "o-", color="#55a868", ms=4, label="held-out examples")
+            axes.legend(frameon=False)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("loss")
         if log and log[0]["ranks"]:

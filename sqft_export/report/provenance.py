@@ -11,7 +11,7 @@ from sqft_export.documents import Document
 from sqft_export.errors import one_line
 from sqft_export.model.chat import uses_template
 from sqft_export.recipe.schema import Dataset
-from sqft_export.recipe.sections import CardSections
+from sqft_export.recipe.sections import CardSections, OriginSections
 from sqft_export.untrusted import fault_of_file, open_regular
 
 # Licences of named datasets, as their publishers state them. Others are reported as unknown.
@@ -80,7 +80,7 @@ class Origin(Document):
     passes: dict[str, PassOrigin]
 
 
-def origin_of(recipe: CardSections, base: Path, lineage: dict[str, Facts]) -> Origin:
+def origin_of(recipe: OriginSections, base: Path, lineage: dict[str, Facts]) -> Origin:
     """Return the origin of a model.
 
     :param lineage: facts of every pass that the model depends on.
@@ -107,7 +107,7 @@ def origin_of(recipe: CardSections, base: Path, lineage: dict[str, Facts]) -> Or
     )
 
 
-def _data_licences(recipe: CardSections) -> dict[str, str]:
+def _data_licences(recipe: OriginSections) -> dict[str, str]:
     if not isinstance(recipe.task, Dataset):
         return {"task": UNKNOWN}
     return {name: LICENCES.get(name, UNKNOWN) for name in set_names(recipe.task, "train")}

@@ -47,6 +47,11 @@ def cells(rows: Sequence[BenchmarkRow], columns: Columns = (*MAIN, *DETAILS)) ->
     return [[cell or "" for cell in line] for line in zip(*kept, strict=True)]
 
 
+def note_lines(rows: Sequence[BenchmarkRow]) -> list[str]:
+    """Return the lines under a table: facts about the files of its rows."""
+    return [f"{row.name}: {note}" for row in rows for note in row.notes]
+
+
 def lm_eval_cells(rows: Sequence[BenchmarkRow]) -> list[list[str]]:
     """Return lm-eval's metrics of every row, header first; empty if none were requested."""
     tasks = rows[0].lm_eval

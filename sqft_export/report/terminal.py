@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sqft_export.artifacts.store import Artifact
+from sqft_export.measure.peers import PEER_STAGES, peers_in
 from sqft_export.measure.results import BenchmarkRow
 from sqft_export.measure.rows import TITLES, DeploymentFolder, deployments_in
 from sqft_export.report.document import Report
+from sqft_export.report.tables import note_lines
 from sqft_export.report.text import accuracy_text, align_columns
 
 LABEL_CHARACTERS = 28
@@ -32,7 +34,8 @@ def run_text(report: Report, artifacts: dict[str, Artifact], width: int) -> str:
     :param width: width of the terminal in characters.
     """
     deployments = deployment_folders(artifacts)
-    parts = ["\n".join(_table(report.rows, width))]
+    notes = [part for line in note_lines(report.rows) for part in textwrap.wrap(line, width)]
+    parts = ["\n".join([*_table(report.rows, width), *notes])]
     if report.verdict:
         parts.append("\n".join(textwrap.wrap(report.verdict, width)))
     parts.append("\n".join(_label_path(one.name, one.folder) for one in deployments))
@@ -45,13 +48,15 @@ def run_text(report: Report, artifacts: dict[str, Artifact], width: int) -> str:
 
 
 def deployment_folders(artifacts: dict[str, Artifact]) -> list[DeploymentFolder]:
-    """Return the folders of all deployments of a run."""
-    return [
+    """Return the folders of all deployments of a run, those of its peers last."""
+    made = [
         found
         for target in TITLES
         if f"export-{target}" in artifacts
         for found in deployments_in(artifacts[f"export-{target}"].path, target)
     ]
+    peers = [artifacts[stage].path for stage in PEER_STAGES if stage in artifacts]
+    return made + [found for path in peers for found in peers_in(path)]
 
 
 def _recommended(report: Report, deployments: list[DeploymentFolder]) -> DeploymentFolder:

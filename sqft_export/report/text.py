@@ -47,6 +47,8 @@ def plan_text(plan: "PlanDocument") -> str:
     lines.append(f"  total time on this machine: {range_text(*plan.seconds_range)}")
     if plan.within_a_day:
         lines.append(f"  within a day: {plan.within_a_day}")
+    if plan.expectation:
+        lines.append(f"  expectation: {plan.expectation}")
     if plan.gguf:
         lines.append(f"  gguf: {plan.gguf}")
     if plan.sparse_execution:
@@ -105,6 +107,7 @@ def range_text(low: float, high: float) -> str:
 def deployments_text(document: "DeploymentResults") -> str:
     """Return the measurements of deployments as text for a terminal."""
     lines = _latency_table(document)
+    lines += [f"{name}: {note}" for name, row in document.folders.items() for note in row.notes]
     for ratio in document.ratios:
         note = f"  ({ratio.warning})" if ratio.warning else ""
         lines.append(

@@ -1,8 +1,9 @@
-"""Summarize a report in one line: the savings and the accuracy of the best deployment."""
+"""Summarize a report: the deployment to take, its accuracy and its size."""
 
 from collections.abc import Sequence
 
 from sqft_export.measure.results import DENSE_LORA, BenchmarkRow
+from sqft_export.report.recommendation import recommend
 from sqft_export.report.text import accuracy_text
 
 
@@ -22,16 +23,22 @@ def _upper_accuracy(row: BenchmarkRow) -> float:
     return row.accuracy if row.interval is None else max(row.accuracy, row.interval[1])
 
 
-def verdict(rows: Sequence[BenchmarkRow], measure: str) -> str | None:
-    """Compare the best deployment with the dense base in torch; None if either is missing.
+def verdict(rows: Sequence[BenchmarkRow], measure: str, codes: str = "INT4") -> str | None:
+    """Name the deployment to take; None if no dense base or no deployment was measured.
 
-    Accuracy is compared with dense + LoRA if that was trained, else with the dense base.
+    The best deployment is compared with the best model that was quantized after LoRA. If there is
+    none, its accuracy is compared with dense + LoRA if that was trained, else with the dense base.
+
+    :param codes: the format of the deployment's weights for readers, such as INT4.
     """
     dense = next((row for row in rows if row.kind == "base"), None)
     lora = next((row for row in rows if row.id == DENSE_LORA), None)
     best = best_deployment(rows)
     if dense is None or best is None:
         return None
+    found = recommend(rows, best, codes)
+    if found and found.peer:
+        return f"{found.text} {chance_text(dense)}." if dense.at_chance else found.text
     first = f"{best.name}, the best deployment: {_savings_text(best, dense)}."
     if dense.at_chance and lora is None:
         return f"{first} Accuracy: {accuracy_text(best)} {measure}; {chance_text(dense)}."
@@ -76,11 +83,11 @@ def _tpot(row: BenchmarkRow) -> float:
 
 
 def _savings_text(row: BenchmarkRow, dense: BenchmarkRow) -> str:
-    speed, memory = _tpot(dense) / _tpot(row), row.peak_memory_bytes / dense.peak_memory_bytes
+    memory = row.peak_memory_bytes / dense.peak_memory_bytes
     return (
+        f"{row.tokens_per_second:.0f} tokens/s, "
         f"{100 * row.file_bytes / dense.file_bytes:.0f} % of the dense base's bytes "
-        f"({row.file_bytes / 1e6:.1f} of {dense.file_bytes / 1e6:.1f} MB), {speed:.1f} times "
-        f"its tokens per second in torch ({row.tokens_per_second:.0f} tokens/s), "
+        f"({row.file_bytes / 1e6:.1f} of {dense.file_bytes / 1e6:.1f} MB), "
         f"{100 * memory:.0f} % of its peak memory"
     )
 

@@ -21,10 +21,11 @@ from sqft_export.plan.exporters import drop_unsupported
 from sqft_export.plan.history import PassTime, pass_times
 from sqft_export.plan.layout import Layout, fallback_sizes
 from sqft_export.plan.memory import accelerator_bytes, predict_memory
+from sqft_export.plan.peers import expectation
 from sqft_export.plan.seconds import predict_seconds
 from sqft_export.plan.speeds import Speeds, measure_speeds
 from sqft_export.plan.warnings import plan_warnings
-from sqft_export.plan.workload import workload_of
+from sqft_export.plan.workload import Workload, workload_of
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.pipeline import Planned, plan_passes
 from sqft_export.targets.devices import why_not_run
@@ -40,8 +41,7 @@ def preview(recipe: Recipe, runs: Path) -> PlanDocument:
     machine, workload = measure_speeds(layout, recipe.device), workload_of(recipe, folder)
     written, memory = predict_bytes(recipe, layout), predict_memory(recipe, layout, workload)
     steps = plan_passes(recipe, folder, Store(runs / recipe.name))
-    predicted = predict_seconds(recipe, layout, machine, workload)
-    times = pass_times(predicted, {step.name: step.facts for step in steps}, runs)
+    times = _pass_times(recipe, layout, machine, workload, steps, runs)
     wanted = [step.name for step in steps if step.artifact is None]
     needed, free = disk_bytes(recipe, layout, runs, wanted)
     needed += 0 if folder else (layout.weights + layout.others) * layout.width  # its download
@@ -65,9 +65,10 @@ def preview(recipe: Recipe, runs: Path) -> PlanDocument:
         seconds=sum(to_run_seconds.values()),
         seconds_range=_total_range(to_run.values()),
         within_a_day=settings_for_a_day(recipe, dict(to_run_seconds), workload),
+        expectation=expectation(recipe, workload),
         first_example=_first_example(recipe, layout),
-        gguf=_gguf_text(recipe) if "gguf" in recipe.export.targets else None,
-        sparse_execution=_kernels_text() if recipe.export.sparse_execution else None,
+        gguf=_gguf_text(recipe),
+        sparse_execution=_kernels_text(recipe),
         warnings=list(plan_warnings(recipe, layout)),
     )
 
@@ -83,6 +84,19 @@ def _prepare_recipe(recipe: Recipe) -> tuple[Recipe, Path | None, Layout]:
     folder = model_folder(recipe, download=False)
     layout = check_recipe(recipe, folder)
     return drop_unsupported(recipe, layout), folder, layout
+
+
+def _pass_times(
+    recipe: Recipe,
+    layout: Layout,
+    machine: Speeds,
+    workload: Workload,
+    steps: list[Planned],
+    runs: Path,
+) -> dict[str, PassTime | None]:
+    """Return the predicted time of every pass; earlier runs correct the prediction."""
+    predicted = predict_seconds(recipe, layout, machine, workload)
+    return pass_times(predicted, {step.name: step.facts for step in steps}, runs)
 
 
 def _total_range(times: Iterable[PassTime]) -> tuple[float, float]:
@@ -131,8 +145,13 @@ def _first_example(recipe: Recipe, layout: Layout) -> str | None:
     return first_example(recipe, load_tokenizer(layout.folder))
 
 
-def _gguf_text(recipe: Recipe) -> str:
-    """Return how llama.cpp's format changes the scales, and why the file can't be run here."""
+def _gguf_text(recipe: Recipe) -> str | None:
+    """Return how llama.cpp's format changes the scales, and why the file can't be run here.
+
+    None if it is no target.
+    """
+    if "gguf" not in recipe.export.targets:
+        return None
     notes = []
     if recipe.scale_bits < FLOAT16_BITS:
         notes.append(
@@ -144,8 +163,10 @@ def _gguf_text(recipe: Recipe) -> str:
     return "; ".join(notes) or "bit for bit"
 
 
-def _kernels_text() -> str:
-    """Return which kernels execute sparse weights on this machine, or why none can."""
+def _kernels_text(recipe: Recipe) -> str | None:
+    """Return which kernels execute sparse weights here, or why none can; None if not requested."""
+    if not recipe.export.sparse_execution:
+        return None
     found = find_kernels()
     missing = unavailable_reason()
     return f"not here: {missing}" if missing or not found else f"on {found.name} kernels"

@@ -4,11 +4,12 @@ from torch import nn
 
 from sqft_export.adapters.files import Base, write_training_log
 from sqft_export.adapters.loading import load_compressed
+from sqft_export.adapters.stopping import short_training
 from sqft_export.adapters.training import has_no_loss, train_on_task
 from sqft_export.data.items import TASK_FILES, TRAIN_FIELDS, load_tokenizer
 from sqft_export.machine.device import device_of, training_dtype
 from sqft_export.machine.launcher import process_rank
-from sqft_export.metrics import AdaptMetrics, Metrics
+from sqft_export.metrics import AdaptMetrics, HeldOutLoss, Metrics
 from sqft_export.recipe.schema import Adapt, Recipe
 from sqft_export.recipe.sections import TrainingSections
 from sqft_export.recipe.view import section_fields
@@ -62,5 +63,7 @@ def run(context: Context[TrainingSections]) -> Metrics:
         truncated_examples=data.truncated,
         examples_without_answer=sum(example.has_no_answer for example in data.train),
         left_out_examples=sum(has_no_loss(e, context.recipe.training) for e in data.train),
+        warnings=short_training(trained.held_out, context.recipe.training.stop, "adapt"),
+        held_out=[HeldOutLoss(step=s, loss=x) for s, x in sorted(trained.held_out.items())],
         **trained.facts,
     )

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 from sqft_export.artifacts.store import key_of
 from sqft_export.data.conversations import first_places, held_out_conversations
@@ -43,6 +43,7 @@ from sqft_export.measure.jobs import (
     WorkerResult,
     requested,
 )
+from sqft_export.measure.peers import PEER_STAGES, peer_p_values, peers_in
 from sqft_export.measure.results import (
     DENSE,
     DENSE_LORA,
@@ -53,6 +54,7 @@ from sqft_export.measure.results import (
     BenchmarkSettings,
     RepeatedConversations,
     RowKind,
+    Runtime,
 )
 from sqft_export.measure.rows import (
     TITLES,
@@ -66,7 +68,7 @@ from sqft_export.measure.rows import (
 from sqft_export.measure.samples import sample_answers
 from sqft_export.measure.statistics import mcnemar
 from sqft_export.measure.worker import measure_in_process
-from sqft_export.metrics import RowsMetrics, SparsityMetrics, read_metrics
+from sqft_export.metrics import PeersMetrics, RowsMetrics, SparsityMetrics, read_metrics
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.recipe.schema import Benchmark, Chat, Recipe
 from sqft_export.recipe.sections import (
@@ -80,7 +82,7 @@ from sqft_export.recipe.view import section_fields
 from sqft_export.report.verdict import chance_text
 from sqft_export.stages import BASE_FIELDS, Context
 from sqft_export.targets.devices import DEVICE_KINDS, devices, why_not_run
-from sqft_export.targets.folder import ADAPTER_FOLDER, context_of
+from sqft_export.targets.folder import ADAPTER_FOLDER, context_of, runtime_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,14 +98,16 @@ CONSUMES: tuple[str, ...] = (
     "export-gguf",
     "teacher",
     "baselines",
+    *PEER_STAGES,
 )
 READS: tuple[str, ...] = ("model", "test", "device", "precision", "lm_eval_tasks", "score")
 SETTINGS = (
     *section_fields("benchmark", Benchmark, without=("lm_eval_folder",)),
-    *("quantize.bits", "quantize.reconstruct", "unmerged"),  # decide the rows and their titles
+    # These decide the rows and their titles.
+    *("quantize.bits", "quantize.reconstruct", "unmerged", "peers"),
 )
 FREE: tuple[str, ...] = ("device", "benchmark.lm_eval_folder", *TASK_FILES, *SCORE_FILES)
-VERSION = 13
+VERSION = 14
 RESUMES = False
 DISTRIBUTED = False
 
@@ -149,7 +153,7 @@ def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
 def rows(context: Context[Sections]) -> list[Row]:
     """Return the rows of this recipe in the order of the passes."""
     wanted = context.recipe.benchmark.baselines
-    table = [*_baselines(context), *_tuned(context), *_deployments(context)]
+    table = [*_baselines(context), *_peers(context), *_tuned(context), *_deployments(context)]
     if "dense" in wanted:
         model = context.model
         table.insert(0, Row(DENSE, "base", "dense base", "torch", model, (model,), 0.0))
@@ -200,6 +204,27 @@ def _deployments(context: Context[Sections]) -> Iterator[Row]:
         for found in deployments_in(artifact, target):
             folder, stored = found.folder, (found.folder, found.folder / ADAPTER_FOLDER)
             yield Row(found.id, "deployment", found.name, target, folder, stored, sparsity)
+
+
+def _peers(context: Context[Sections]) -> Iterator[Row]:
+    """Yield the rows of the dense base with LoRA that was quantized after training."""
+    for stage in PEER_STAGES:
+        made = context.inputs.get(stage)
+        notes = read_metrics(made, PeersMetrics).notes if made else {}
+        for found in peers_in(made.path) if made else ():
+            runtime, folder = cast(Runtime, runtime_of(found.folder)), found.folder
+            if why_not_run(runtime, False):
+                continue
+            yield Row(
+                found.id,
+                "peer",
+                found.name,
+                runtime,
+                folder,
+                (folder,),
+                0.0,
+                notes=tuple(notes.get(found.id, ())),
+            )
 
 
 def on_devices(table: list[Row], targets: tuple[str, ...]) -> list[Row]:
@@ -348,6 +373,8 @@ def _result(
         steady_memory_bytes=measured.first.steady_memory_bytes,
         peak_memory_bytes=measured.first.peak_memory_bytes,
         p_same_as_lora=mcnemar(right, lora) if right and lora else None,
+        p_same_as_peers=peer_p_values(right, judged) if row.kind == "deployment" else {},
+        notes=list(row.notes),
     )
     return result.model_copy(update=measured.compared | _lm_eval_fields(measured.first))
 

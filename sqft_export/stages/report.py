@@ -3,13 +3,14 @@
 import json
 
 from sqft_export.adapters.files import read_training_log
+from sqft_export.measure.peers import PEER_STAGES
 from sqft_export.metrics import RowsMetrics
 from sqft_export.model.chat import uses_template
 from sqft_export.recipe.schema import Recipe
 from sqft_export.report import pictures
 from sqft_export.report.document import REPORT, report_of_run
 from sqft_export.report.html import render
-from sqft_export.report.tables import DETAILS, MAIN, cells, lm_eval_cells
+from sqft_export.report.tables import DETAILS, MAIN, cells, lm_eval_cells, note_lines
 from sqft_export.report.terminal import deployment_folders
 from sqft_export.report.text import markdown, skipped_lines
 from sqft_export.stages import Context
@@ -27,6 +28,7 @@ CONSUMES: tuple[str, ...] = (
     "verify",
     "teacher",
     "baselines",
+    *PEER_STAGES,
     "benchmark",
 )
 READS: tuple[str, ...] = ()
@@ -48,6 +50,7 @@ def run(context: Context[Recipe]) -> RowsMetrics:
     (context.folder / REPORT).write_text(json.dumps(document, indent=2) + "\n")
     skipped = {one.target: one.reason for one in report.skipped}
     text = markdown(cells(rows), report.verdict) + skipped_lines(skipped)
+    text += "".join(f"\n{line}\n" for line in note_lines(rows))
     (context.folder / "report.md").write_text(text)
     sparsity = {one.layer: one.sparsity for one in report.layers}
     drawn = [
@@ -58,7 +61,9 @@ def run(context: Context[Recipe]) -> RowsMetrics:
         ("Sparsity by layer", pictures.sparsity_by_layer(sparsity)),
     ]
     if trained := context.path("adapt"):
-        drawn.append(("Training", pictures.training_curve(read_training_log(trained))))
+        held_out = report.adapt.held_out if report.adapt else []
+        curve = pictures.training_curve(read_training_log(trained), held_out)
+        drawn.append(("Training", curve))
     if report.search and report.search.front:
         drawn.append(("Search", pictures.search_front(report.search.front, measure)))
     drawn = pictures.add_titles(drawn)
@@ -71,6 +76,7 @@ def run(context: Context[Recipe]) -> RowsMetrics:
         details=cells(rows, (MAIN[0], *DETAILS)),
         sets=[name for name in rows[0].accuracy_by_set if name],
         lm_eval=lm_eval_cells(rows),
+        notes=note_lines(rows),
         commands=_commands(context),
         recipe=json.dumps(report.recipe, indent=2),
         pictures=drawn,

@@ -9,10 +9,11 @@ from dataclasses import replace
 from sqft_export.adapters.files import Base
 from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
+from sqft_export.adapters.stopping import short_training
 from sqft_export.adapters.training import train_on_task
 from sqft_export.data.items import TASK_FILES, TRAIN_FIELDS, load_tokenizer
 from sqft_export.machine.launcher import process_rank
-from sqft_export.metrics import Metrics, TeacherMetrics
+from sqft_export.metrics import HeldOutLoss, Metrics, TeacherMetrics
 from sqft_export.recipe.schema import Adapt, Recipe
 from sqft_export.recipe.sections import TrainingSections
 from sqft_export.recipe.view import section_fields
@@ -48,4 +49,9 @@ def run(context: Context[TrainingSections]) -> Metrics:
     if process_rank():
         return Metrics()
     sparsity = write_merged(Layers(base, folder / "adapter"), folder / "dense-lora")
-    return TeacherMetrics(sparsity=sparsity, **trained.facts)
+    return TeacherMetrics(
+        sparsity=sparsity,
+        warnings=short_training(trained.held_out, context.recipe.training.stop, "teacher"),
+        held_out=[HeldOutLoss(step=s, loss=x) for s, x in sorted(trained.held_out.items())],
+        **trained.facts,
+    )

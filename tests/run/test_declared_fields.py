@@ -191,6 +191,9 @@ def test_another_target_is_no_reason_to_quantize_again():
     """But for an asymmetric grid, whose scales have fewer bits where GGUF holds their products."""
     assert changed("export.targets=[openvino, onnx]") == {
         "export-gguf",
+        "peers-grid",  # written for other runtimes
+        "peers-gguf",
+        "peers-nncf",  # in place of llama.cpp's file
         "verify",
         "benchmark",
         "report",
