@@ -415,11 +415,18 @@ def specialize_command(
 def verify_command(
     folder: Annotated[Path, typer.Argument(help="run, such as runs/tiny, or deployment")],
     threads: Threads = None,
+    device: Device = "cpu",
+    long: Annotated[
+        bool, typer.Option("--long", help="run the long prompts of a deployment's self-test too")
+    ] = False,
     json_only: Json = False,
 ) -> None:
-    """Recompute all digests and re-run every certificate check from the files.
+    """Check a run or a deployment again, from its files.
 
-    For a deployment, only the digests of its files are checked.
+    For a run: recompute all digests and re-run every check of the certificate.
+
+    For a deployment: check the digests of its files, and run its self-test (probe.json) in the
+    installed runtime, in exact and default mode. If it fails, the likely cause is printed.
 
     Example: sqft-export verify runs/tiny
     """
@@ -427,15 +434,14 @@ def verify_command(
 
     set_compute_threads(threads)
     from sqft_export.machine.host import writing_to
-    from sqft_export.packed.seal import require_seal
-    from sqft_export.targets.folder import is_deployment
+    from sqft_export.probes.verify import is_testable, verify_deployment
 
     _require_folder(folder)
-    if is_deployment(folder):
-        files = require_seal(folder)["files"]
-        found = {"folder": str(folder), "files": len(files)}
-        print(json.dumps(found) if json_only else f"{folder}: {len(files)} files match their seal")
+    if is_testable(folder):
+        verify_deployment(folder, device, threads, long, json_only)
         return
+    if long or device != "cpu":
+        raise UserError(f"{folder}: is a run; --long and --device are for its deployments")
     from sqft_export.verify.certify import certify_again  # imports torch
 
     # Not in the run, which may be read-only or on a full disk. TMPDIR selects another folder.
