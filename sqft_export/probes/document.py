@@ -24,7 +24,7 @@ STORED_TOKENS = 20  # most likely tokens of a position
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 LogProbability = Annotated[float, Field(le=0, allow_inf_nan=False)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROBE_TOKENS)]
+ProbeIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROBE_TOKENS)]
 ShortText = Annotated[str, Field(max_length=2**16)]
 
 
@@ -54,8 +54,8 @@ class ProbePrompt(Document):
         prompt.
     """
 
-    ids: TokenIds
-    continuation: TokenIds
+    ids: ProbeIds
+    continuation: ProbeIds
     positions: Annotated[list[ProbePosition], Field(min_length=1, max_length=64)]
     beyond: MayBeMissing[ShortText] = None
 
@@ -77,7 +77,7 @@ class ProbeText(Document):
     """A text and its token ids in training."""
 
     text: ShortText
-    ids: TokenIds
+    ids: ProbeIds
 
 
 class ProbeChat(Document):
@@ -89,7 +89,7 @@ class ProbeChat(Document):
     messages: Annotated[list[dict[str, JsonValue]], Field(min_length=1, max_length=1000)]
     tools: MayBeMissing[list[dict[str, JsonValue]]] = None
     arguments: dict[str, JsonValue]
-    ids: TokenIds
+    ids: ProbeIds
     readers: Annotated[list[ShortText], Field(max_length=16)]
 
     def prompt(self) -> ChatPrompt:

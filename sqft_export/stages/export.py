@@ -73,7 +73,8 @@ def run(context: Context) -> ExportMetrics:
     origin = origin_of(context.recipe, context.model, context.lineage)
     tokenizer = load_tokenizer(context.model)
     usage = usage_section(folder, example_prompt(context.recipe, tokenizer))
-    card = model_card(context.recipe, origin, found.sparsity["all"], usage)
+    sparsity, overflow = found.sparsity["all"], found.overflow
+    card = model_card(context.recipe, origin, sparsity, usage, overflow)
     card += prompt_section(context.recipe, tokenizer)
     (folder / "README.md").write_text(card)
     if runtime == "gguf":

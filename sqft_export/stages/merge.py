@@ -19,7 +19,14 @@ from sqft_export.data.items import (
     chat_encoder,
     load_tokenizer,
 )
-from sqft_export.metrics import MergeMetrics, SparsityMetrics, read_metrics
+from sqft_export.metrics import (
+    MergeMetrics,
+    QuantizeMetrics,
+    SparsifyMetrics,
+    SparsityMetrics,
+    read_metrics,
+)
+from sqft_export.model.activations import overflow_warnings, scale_warnings
 from sqft_export.model.chat import rename_template, write_task_templates
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.endings import add_end_token, disable_end_token
@@ -76,6 +83,19 @@ def _write_probe(context: Context, tokenizer: "PreTrainedTokenizerBase") -> None
     probe.write(context.folder if context.recipe.unmerged else folder)
 
 
+def _overflow_warnings(context: Context) -> list[str]:
+    """Return the warnings of calibration about float16, of the last pass that calibrated."""
+    activations, scales = dict[str, float](), dict[str, float]()
+    if "sparsify" in context.inputs:
+        found = read_metrics(context.inputs["sparsify"], SparsifyMetrics)
+        activations = found.largest_activations
+    if "quantize" in context.inputs:
+        quantized = read_metrics(context.inputs["quantize"], QuantizeMetrics)
+        activations = quantized.largest_activations or activations
+        scales = quantized.largest_scales
+    return overflow_warnings(activations) + scale_warnings(scales)
+
+
 def run(context: Context) -> MergeMetrics:
     """Write ``model/``, a copy of the masks, and the adapter if the recipe leaves it unmerged.
 
@@ -94,7 +114,8 @@ def run(context: Context) -> MergeMetrics:
     disable_end_token(context.folder / "model")
     origin = origin_of(context.recipe, context.model, context.lineage)
     usage = merged_usage(context.recipe, example_prompt(context.recipe, tokenizer))
-    card = model_card(context.recipe, origin, sparsity["all"], usage)
+    overflow = _overflow_warnings(context)
+    card = model_card(context.recipe, origin, sparsity["all"], usage, overflow)
     card += prompt_section(context.recipe, tokenizer)
     (context.folder / "model" / "README.md").write_text(card)
     warnings = []
@@ -111,4 +132,5 @@ def run(context: Context) -> MergeMetrics:
         facts=facts,
         warnings=warnings,
         first_example=first_example(context.recipe, tokenizer),
+        overflow=overflow,
     )
