@@ -96,7 +96,9 @@ RuntimeThreads = Annotated[
 Processors = Annotated[
     str | None, typer.Option(help="processors that may be used, such as 0,1; default: all")
 ]
-Results = Annotated[Path | None, typer.Option(help="folder for results.json and items.jsonl")]
+Results = Annotated[
+    Path | None, typer.Option(help="folder for results.json, items.jsonl and a JSON per deployment")
+]
 SweepAxes = Annotated[
     list[str],
     typer.Option(
@@ -163,7 +165,7 @@ def benchmark_command(
     folders: Deployments,
     prompt_tokens: PromptLengths = "32,128,512,2048",
     new_tokens: NewTokens = 32,
-    batch: BatchSizes = "1,4,16",
+    batch: BatchSizes = "1,8",
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="processes per folder")] = 5,
     threads: RuntimeThreads = None,
     cpus: Processors = None,
@@ -176,6 +178,10 @@ def benchmark_command(
     lm_eval: LmEval = None,
     include_path: IncludePath = None,
     items: Items = 100,
+    reference: Annotated[
+        bool,
+        typer.Option("--reference", help="also the KL divergence from the reference (probe.json)"),
+    ] = False,
     out: Results = None,
     json_only: Json = False,
 ) -> None:
@@ -196,6 +202,11 @@ def benchmark_command(
     questions = questions_about(folders[0], ScoredData(task, data, text, score), items)
     scored = _score_with_lm_eval(folders, settings, lm_eval, include_path, items)
     document = deployments.benchmark_folders(folders, settings, questions, scored)
+    if reference:
+        from sqft_export.probes.reference import measure_divergences
+
+        found = measure_divergences(folders, device, threads)
+        document = document.model_copy(update={"reference": found})
     _print_results(document, out, json_only)
 
 
@@ -215,7 +226,7 @@ def _score_with_lm_eval(
     include: Path | None,
     items: int,
 ) -> "dict[str, TaskMetrics]":
-    """Return the results of lm-eval for every folder; print its warnings on stderr.
+    """Return the results of lm-eval by the name of the folder; print its warnings on stderr.
 
     :param tasks: names with commas; None: return no results.
     :raises UserError: if lm-eval is not installed or does not know a task.
@@ -226,12 +237,13 @@ def _score_with_lm_eval(
 
     if not installed("lm_eval"):
         raise UserError("--lm-eval: lm-eval is not installed; pip install 'sqft-export[lm-eval]'")
+    from sqft_export.measure.deployments import names_of
     from sqft_export.measure.harness import SessionLM, evaluate
 
     found = {}
-    for folder in folders:
+    for name, folder in zip(names_of(folders), folders, strict=True):
         model = SessionLM(folder, settings.threads, settings.device)
-        found[str(folder)] = evaluate(model, tasks.split(","), include, items)
+        found[name] = evaluate(model, tasks.split(","), include, items)
         for warning in model.warnings:
             print(f"warning: {warning}", file=sys.stderr)
     return found

@@ -40,7 +40,7 @@ BELOW: dict[str, set[str]] = {
     "verify": {"measure"},
     "metrics": {"artifacts", "verify"},
     "report": {"metrics"},
-    "plan": {"sparsifiers", "verify"},
+    "plan": {"probes", "sparsifiers"},
     "probes": {"inference"},
     "stages": {"plan", "probes", "quantizers", "search"},
     "run": {"stages"},

@@ -126,6 +126,12 @@ def measure_accuracy(judged: list[Judged], scores: Scores, first_right: list[boo
     )
 
 
+def interval_field(scores: Scores) -> dict[str, tuple[float, float]]:
+    """Return the field of a row for the interval of the perplexity; none for a single item."""
+    found = scores.perplexity_interval
+    return {} if found is None else {"perplexity_interval": found}
+
+
 def answer_entry(judged: Judged) -> AnswerEntry:
     """Return the line of ``items.jsonl`` for one answered item."""
     item = judged.item

@@ -20,6 +20,8 @@ PROBE = "probe.json"
 MAX_PROBE_BYTES = 2**22
 MAX_PROBE_PROMPTS = 32
 MAX_PROBE_TOKENS = 2**14  # of one prompt
+LONG_TOKENS = 4000  # of the longest prompt, if no length of the config is longer
+LONG_CACHE_BYTES = 2**30  # keys and values of the longest prompt, in float32
 STORED_TOKENS = 20  # most likely tokens of a position
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]

@@ -18,6 +18,8 @@ from sqft_export.model.architecture import transformers_config
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.floats import MAX_CACHED_BYTES, Reference
 from sqft_export.probes.document import (
+    LONG_CACHE_BYTES,
+    LONG_TOKENS,
     MAX_PROBE_TOKENS,
     STORED_TOKENS,
     Probe,
@@ -39,13 +41,12 @@ from sqft_export.verify.lengths import LONGEST_VERIFIED, named_lengths
 from sqft_export.verify.text_answers import first_chat
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 SHORT_PROMPTS = 6
 SHORT_TOKENS = 128  # a longer prompt is cut to its first tokens
 SHORT_NEW_TOKENS = 8
 LONG_NEW_TOKENS = 4
-LONG_TOKENS = 4000  # of the longest prompt, if no length of the config is longer
 LARGEST_LONG_SCORES = 2**28  # heads * tokens squared
 MAX_CHARACTERS = 4096  # of a stored text; a longer one is left out
 DIGITS = 6  # of a stored log-probability
@@ -107,7 +108,7 @@ def _long_prompts(
     """Return the name of the passed length, and the ids, of every long prompt."""
     config = transformers_config(merged.config, merged.where)
     context = context_of(folder) or LONG_TOKENS
-    longest = _longest_affordable(context, getattr(config, "num_attention_heads", 1), session)
+    longest = _longest_affordable(context, config, session)
     wanted: dict[int, str] = {}
     for length in named_lengths(config.to_dict()):
         first = length.text_tokens - LONG_NEW_TOKENS if length.last else length.text_tokens
@@ -126,9 +127,14 @@ def _long_prompts(
     ]
 
 
-def _longest_affordable(context: int, heads: int, session: Session) -> int:
-    """Return the largest number of prompt tokens by context, memory and time."""
+def _longest_affordable(context: int, config: "PretrainedConfig", session: Session) -> int:
+    """Return the largest number of prompt tokens by context, and by memory of scores and cache."""
+    heads = getattr(config, "num_attention_heads", 1)
+    width = 2 * 4 * getattr(config, "hidden_size", 1) * getattr(config, "num_hidden_layers", 1)
+    share = (getattr(config, "num_key_value_heads", None) or heads) / heads
+    cache = int(LONG_CACHE_BYTES / (width * share))
     limits = [
+        cache,
         context - LONG_NEW_TOKENS,
         LONGEST_VERIFIED,
         int((LARGEST_LONG_SCORES / heads) ** 0.5),
