@@ -103,7 +103,9 @@ Against = Annotated[
         "tokenizer, an OpenVINO, ONNX or Hugging Face folder; may be repeated"
     ),
 ]
-Results = Annotated[Path | None, typer.Option(help="folder for results.json and items.jsonl")]
+Results = Annotated[
+    Path | None, typer.Option(help="folder for results.json, items.jsonl and a JSON per deployment")
+]
 SweepAxes = Annotated[
     list[str],
     typer.Option(
@@ -170,7 +172,7 @@ def benchmark_command(
     folders: Deployments,
     prompt_tokens: PromptLengths = "32,128,512,2048",
     new_tokens: NewTokens = 32,
-    batch: BatchSizes = "1,4,16",
+    batch: BatchSizes = "1,8",
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="processes per folder")] = 5,
     threads: RuntimeThreads = None,
     cpus: Processors = None,
@@ -184,6 +186,10 @@ def benchmark_command(
     include_path: IncludePath = None,
     items: Items = 100,
     against: Against = None,
+    reference: Annotated[
+        bool,
+        typer.Option("--reference", help="also the KL divergence from the reference (probe.json)"),
+    ] = False,
     out: Results = None,
     json_only: Json = False,
 ) -> None:
@@ -202,9 +208,14 @@ def benchmark_command(
     settings = DeviceSettings(*sizes, threads, _processors(cpus), device, _kernel_names(execution))
     questions = questions_about(folders[0], ScoredData(task, data, text, score), items)
     with as_deployments(against or [], folders[0]) as others:
-        folders = [*folders, *others]
-        scored = _score_with_lm_eval(folders, settings, lm_eval, include_path, items)
-        document = benchmark_folders(folders, settings, questions, scored, others)
+        measured = [*folders, *others]
+        scored = _score_with_lm_eval(measured, settings, lm_eval, include_path, items)
+        document = benchmark_folders(measured, settings, questions, scored, others)
+    if reference:
+        from sqft_export.probes.reference import measure_divergences
+
+        found = measure_divergences(folders, device, threads)
+        document = document.model_copy(update={"reference": found})
     _print_results(document, out, json_only)
 
 
@@ -232,7 +243,7 @@ def _score_with_lm_eval(
     include: Path | None,
     items: int,
 ) -> "dict[str, TaskMetrics]":
-    """Return the results of lm-eval for every folder; print its warnings on stderr.
+    """Return the results of lm-eval by the name of the folder; print its warnings on stderr.
 
     :param tasks: names with commas; None: return no results.
     :raises UserError: if lm-eval is not installed or does not know a task.
@@ -243,12 +254,13 @@ def _score_with_lm_eval(
 
     if not installed("lm_eval"):
         raise UserError("--lm-eval: lm-eval is not installed; pip install 'sqft-export[lm-eval]'")
+    from sqft_export.measure.deployments import names_of
     from sqft_export.measure.harness import SessionLM, evaluate
 
     found = {}
-    for folder in folders:
+    for name, folder in zip(names_of(folders), folders, strict=True):
         model = SessionLM(folder, settings.threads, settings.device)
-        found[str(folder)] = evaluate(model, tasks.split(","), include, items)
+        found[name] = evaluate(model, tasks.split(","), include, items)
         for warning in model.warnings:
             print(f"warning: {warning}", file=sys.stderr)
     return found
@@ -432,11 +444,18 @@ def specialize_command(
 def verify_command(
     folder: Annotated[Path, typer.Argument(help="run, such as runs/tiny, or deployment")],
     threads: Threads = None,
+    device: Device = "cpu",
+    long: Annotated[
+        bool, typer.Option("--long", help="run the long prompts of a deployment's self-test too")
+    ] = False,
     json_only: Json = False,
 ) -> None:
-    """Recompute all digests and re-run every certificate check from the files.
+    """Check a run or a deployment again, from its files.
 
-    For a deployment, only the digests of its files are checked.
+    For a run: recompute all digests and re-run every check of the certificate.
+
+    For a deployment: check the digests of its files, and run its self-test (probe.json) in the
+    installed runtime, in exact and default mode. If it fails, the likely cause is printed.
 
     Example: sqft-export verify runs/tiny
     """
@@ -444,15 +463,14 @@ def verify_command(
 
     set_compute_threads(threads)
     from sqft_export.machine.host import writing_to
-    from sqft_export.packed.seal import require_seal
-    from sqft_export.targets.folder import is_deployment
+    from sqft_export.probes.verify import is_testable, verify_deployment
 
     _require_folder(folder)
-    if is_deployment(folder):
-        files = require_seal(folder)["files"]
-        found = {"folder": str(folder), "files": len(files)}
-        print(json.dumps(found) if json_only else f"{folder}: {len(files)} files match their seal")
+    if is_testable(folder):
+        verify_deployment(folder, device, threads, long, json_only)
         return
+    if long or device != "cpu":
+        raise UserError(f"{folder}: is a run; --long and --device are for its deployments")
     from sqft_export.verify.certify import certify_again  # imports torch
 
     # Not in the run, which may be read-only or on a full disk. TMPDIR selects another folder.

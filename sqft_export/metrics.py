@@ -23,10 +23,14 @@ class SparsityMetrics(Metrics):
 
 
 class SparsifyMetrics(SparsityMetrics):
-    """calibration_tokens: Linear -> tokens that it was calibrated on."""
+    """calibration_tokens: Linear -> tokens that it was calibrated on.
+
+    largest_activations: Linear or block -> its largest absolute activation on these tokens.
+    """
 
     device: MayBeMissing[str] = None
     calibration_tokens: dict[str, int] = Field(default_factory=dict)
+    largest_activations: dict[str, float] = Field(default_factory=dict)
 
 
 class ReconstructMetrics(Metrics):
@@ -38,13 +42,19 @@ class ReconstructMetrics(Metrics):
 
 
 class QuantizeMetrics(Metrics):
-    """group_size, bits: per quantized module. block_errors: only with a reconstruction."""
+    """group_size, bits: per quantized module. block_errors: only with a reconstruction.
+
+    largest_activations: Linear or block -> its largest absolute activation on calibration tokens.
+    largest_scales: module -> the largest scale of its grid.
+    """
 
     device: str
     group_size: dict[str, int]
     bits: dict[str, int]
     calibration_tokens: dict[str, int] = Field(default_factory=dict)
     block_errors: list[tuple[float, float]] = Field(default_factory=list)
+    largest_activations: dict[str, float] = Field(default_factory=dict)
+    largest_scales: dict[str, float] = Field(default_factory=dict)
 
 
 class HeldOutLoss(Document):
@@ -115,10 +125,12 @@ class MergeMetrics(SparsityMetrics):
     """facts: what every deployment stores about the model.
 
     first_example: the first training example of a chat task, with its loss mask marked.
+    overflow: warnings about large activations and scales, for the model card.
     """
 
     facts: dict[str, str]
     first_example: str | None = None
+    overflow: list[str] = Field(default_factory=list)
 
 
 class PackedMetrics(Document):

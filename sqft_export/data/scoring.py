@@ -2,9 +2,9 @@
 
 import re
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
-from pydantic import Field
+from pydantic import Field, Strict
 
 from sqft_export.data.answers import AnswerScore, make_score
 from sqft_export.data.datasets import parse_number, plain_number
@@ -68,9 +68,13 @@ class Answers(Document):
 
 
 class Scores(Answers):
-    """Answers, the perplexity of the targets, and the share of their tokens that are the argmax."""
+    """Answers, the perplexity of the targets, and the share of their tokens that are the argmax.
+
+    perplexity_interval: 95 % interval over items; None for a single item.
+    """
 
     perplexity: float
+    perplexity_interval: Annotated[tuple[float, float], Strict(False)] | None = None
     token_accuracy: float
 
 

@@ -33,6 +33,14 @@ def read_chat_template(folder: Path) -> str | None:
     return None if found == PLAIN_TEMPLATE else found
 
 
+def template_sources(folder: Path) -> list[tuple[str, str]]:
+    """Return the chat templates of a deployment: where runtimes find each one, and its text."""
+    found = [("the chat template file", _template_of_files(folder))]
+    if kind_of(folder) == "gguf":
+        found.append((GGUF_TEMPLATE_KEY, _template_of_gguf(folder)))
+    return [(place, text) for place, text in found if text is not None]
+
+
 def _template_of_files(folder: Path) -> str | None:
     plain, document = (folder / name for name in TEMPLATE_FILES)
     if plain.is_file():
@@ -70,19 +78,26 @@ def read_special_tokens(folder: Path) -> dict[str, str]:
 
 
 def render_conversation(
-    template: str, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, str]
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    special_tokens: Mapping[str, str],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> str:
     """Return the prompt text of a conversation, up to the beginning of the next answer.
 
     :param messages: each has ``role`` and ``content``.
+    :param tools: JSON schemas of functions.
+    :param arguments: variables of the template.
     :raises UserError: with the template's own message, if it refuses the conversation.
     """
     from jinja2 import TemplateError
 
     try:
         compiled = _environment().from_string(template)
+        variables = {**special_tokens, **(arguments or {})}
         return compiled.render(
-            messages=messages, tools=None, add_generation_prompt=True, **special_tokens
+            messages=messages, tools=tools, add_generation_prompt=True, **variables
         )
     except (TemplateError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise UserError(

@@ -127,6 +127,8 @@ def measure_latency(session: Session, request: LatencyRequest) -> LatencySamples
 def profile(session: Session, request: ProfileRequest) -> Profile:
     """Measure TTFT at every prompt length, TPOT, and tokens per second at every batch size.
 
+    Tokens per second are measured for the pass over the prompts and for decode.
+
     The prompts are synthetic token ids: latency does not depend on their content.
     """
     prompt_tokens, new_tokens = request.prompt_tokens, request.new_tokens
@@ -140,14 +142,19 @@ def profile(session: Session, request: ProfileRequest) -> Profile:
     for length in prompt_tokens[1:]:
         _pass_seconds(session, prompt(length), 1)  # warm-up: allocations for this length
         ttft[str(length)] = [1e3 * _pass_seconds(session, prompt(length), 1)[0]]
-    rates = {}
+    rates, prompt_rates = {}, {}
     for batch in request.batches:
-        later = _pass_seconds(session, prompt(prompt_tokens[0], batch), new_tokens)[1:]
+        ids = prompt(prompt_tokens[0], batch)
+        _pass_seconds(session, ids, 1)  # warm-up: allocations for this batch size
+        prefill, *later = _pass_seconds(session, ids, new_tokens)
         rates[str(batch)] = batch * len(later) / sum(later)
-    passes = new_tokens + 2 * (len(prompt_tokens) - 1) + new_tokens * sum(request.batches)
+        prompt_rates[str(batch)] = ids.size / prefill
+    rows = sum(request.batches)
+    passes = new_tokens + 2 * (len(prompt_tokens) - 1) + (new_tokens + 1) * rows
     return Profile(
         ttft_ms=ttft,
         tpot_ms=[1e3 * s for s in first[1:]],
         tokens_per_second=rates,
+        prompt_tokens_per_second=prompt_rates,
         passes=passes,
     )

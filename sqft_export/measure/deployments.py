@@ -38,6 +38,7 @@ from sqft_export.kernels.ir import is_specialized
 from sqft_export.machine.counters import machine_facts
 from sqft_export.machine.host import installed
 from sqft_export.measure.agreement import ReferenceModels
+from sqft_export.measure.comparable import write_comparable
 from sqft_export.measure.jobs import (
     MeasuredModel,
     Profile,
@@ -58,7 +59,7 @@ from sqft_export.measure.results import (
     Runtime,
     TaskMetrics,
 )
-from sqft_export.measure.rows import answer_entry, measure_accuracy
+from sqft_export.measure.rows import answer_entry, interval_field, measure_accuracy
 from sqft_export.measure.statistics import bootstrap_ratio, percentiles
 from sqft_export.measure.worker import measure_in_process
 from sqft_export.model.checkpoint import file_bytes
@@ -181,14 +182,15 @@ def _profiles(runs: list[WorkerResult]) -> list[Profile]:
     return [requested(run.profile) for run in runs]
 
 
+def _median_rates(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """Return batch size -> median over all rounds."""
+    return {batch: float(np.median([one[batch] for one in rounds])) for batch in rounds[0]}
+
+
 def summarize(measured: MeasuredFolder, runs: list[WorkerResult]) -> FolderResults:
     """Return medians and percentiles over all rounds of one folder."""
     profiles = _profiles(runs)
     known = [one.energy_joules for one in profiles if one.energy_joules is not None]
-    rates = {
-        batch: _percentiles([one.tokens_per_second[batch] for one in profiles])
-        for batch in profiles[0].tokens_per_second
-    }
     return FolderResults(
         runtime=_runtime(measured.folder),
         file_bytes=file_bytes(measured.folder),
@@ -198,7 +200,8 @@ def summarize(measured: MeasuredFolder, runs: list[WorkerResult]) -> FolderResul
             for length in profiles[0].ttft_ms
         },
         tpot_ms=_percentiles([s for one in profiles for s in one.tpot_ms]),
-        tokens_per_second={batch: rate.median for batch, rate in rates.items()},
+        tokens_per_second=_median_rates([one.tokens_per_second for one in profiles]),
+        prompt_tokens_per_second=_median_rates([one.prompt_tokens_per_second for one in profiles]),
         peak_memory_bytes=max(run.peak_memory_bytes for run in runs),
         steady_memory_bytes=int(np.median([run.steady_memory_bytes for run in runs])),
         joules_per_token=(
@@ -354,7 +357,7 @@ def _check_data(section: Dataset) -> None:
 
 
 def write_results(document: DeploymentResults, out: Path) -> None:
-    """Write ``results.json``, and ``items.jsonl`` with every answer of every folder."""
+    """Write ``results.json``, ``items.jsonl`` with every answer, and a JSON per deployment."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / "items.jsonl").open("w") as log:
         for row in document.accuracy:
@@ -362,6 +365,7 @@ def write_results(document: DeploymentResults, out: Path) -> None:
                 entry = {"folder": row.folder, "item": number} | item.to_json()
                 log.write(json.dumps(entry) + "\n")
     (out / "results.json").write_text(json.dumps(document.to_json(), indent=2) + "\n")
+    write_comparable(document, out)
 
 
 def score_folders(
@@ -384,6 +388,7 @@ def score_folders(
                 FolderAccuracy(
                     folder=name,
                     perplexity=scores.perplexity,
+                    **interval_field(scores),
                     **dict(measure_accuracy(judged, scores, first_right)),
                     items=[answer_entry(answer) for answer in judged],
                 )

@@ -97,6 +97,8 @@ class Job(Document):
 class Profile(Document):
     """Latencies by prompt length and batch size, in milliseconds and tokens per second.
 
+    prompt_tokens_per_second: prompts of the first length.
+
     passes: number of measured passes, each counted once per row of its batch.
     energy_joules: energy of these passes; None if the machine does not report it.
     """
@@ -104,6 +106,7 @@ class Profile(Document):
     ttft_ms: dict[str, list[float]]
     tpot_ms: list[float]
     tokens_per_second: dict[str, float]
+    prompt_tokens_per_second: dict[str, float]
     passes: int
     energy_joules: float | None = None
 

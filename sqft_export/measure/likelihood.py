@@ -14,6 +14,7 @@ from sqft_export.measure.batches import (
     split_batches,
 )
 from sqft_export.measure.decode import generate
+from sqft_export.measure.statistics import perplexity_interval
 from sqft_export.measure.stops import Stops
 from sqft_export.targets import Session
 
@@ -187,9 +188,10 @@ def _score_continuations(
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Perplexity of targets, and the share of their tokens that are the argmax."""
+    """Perplexity of targets with its 95 % interval, and the share of tokens that are the argmax."""
 
     perplexity: float
+    interval: tuple[float, float] | None
     token_accuracy: float
 
 
@@ -200,8 +202,10 @@ def likelihood(session: Session, prompts: list[list[int]], targets: list[list[in
 
 def _summary(found: list[tuple[float, int]], targets: list[list[int]]) -> Likelihood:
     count = sum(len(target) for target in targets)
-    perplexity = math.exp(-sum(total for total, _ in found) / count)
-    return Likelihood(perplexity, sum(first for _, first in found) / count)
+    totals = [total for total, _ in found]
+    perplexity = math.exp(-sum(totals) / count)
+    interval = perplexity_interval(totals, [len(target) for target in targets])
+    return Likelihood(perplexity, interval, sum(first for _, first in found) / count)
 
 
 def score(session: Session, questions: ScoringRequest) -> Scores:
@@ -214,6 +218,7 @@ def score(session: Session, questions: ScoringRequest) -> Scores:
     stops = Stops.from_questions(questions)
     return Scores(
         perplexity=of_targets.perplexity,
+        perplexity_interval=of_targets.interval,
         token_accuracy=of_targets.token_accuracy,
         likelihoods=[total for total, _ in found[len(prompts) :]],
         answers=generate(session, questions.asked, questions.max_new_tokens, stops),

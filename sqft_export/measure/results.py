@@ -23,6 +23,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Magnitude = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 WholeNumber = Annotated[int, Field(ge=0)]
 Interval = Annotated[tuple[Share, Share], Strict(False)]
+RealInterval = Annotated[tuple[float, float], Strict(False)]
 Figure = Literal["load", "ttft", "tpot"]
 TaskMetrics = dict[str, dict[str, int | float]]  # task of lm-eval -> metric -> value
 
@@ -98,6 +99,7 @@ class BenchmarkRow(Accuracy):
     tpot: LatencySpread
     load_seconds: Magnitude
     perplexity: float
+    perplexity_interval: MayBeMissing[RealInterval] = None
     token_accuracy: Share
     score_seconds: Magnitude
     steady_memory_bytes: WholeNumber
@@ -179,6 +181,8 @@ class Percentiles(Document):
 class FolderResults(Document):
     """Figures of one deployment over all rounds, by prompt length and batch size where they vary.
 
+    tokens_per_second: of decode. prompt_tokens_per_second: of the pass over prompts of the first
+        length.
     joules_per_token: energy per measured pass; None if the machine does not report it.
     notes: facts about its files, such as fallback types of K-quants.
     """
@@ -189,6 +193,7 @@ class FolderResults(Document):
     ttft_ms: dict[str, Percentiles]
     tpot_ms: Percentiles
     tokens_per_second: dict[str, float]
+    prompt_tokens_per_second: dict[str, float]
     peak_memory_bytes: WholeNumber
     steady_memory_bytes: WholeNumber
     joules_per_token: float | None
@@ -222,11 +227,28 @@ class AnswerEntry(Document):
 
 
 class FolderAccuracy(Accuracy):
-    """Accuracy of one deployment, with every answer."""
+    """Accuracy of one deployment, with every answer.
+
+    perplexity_interval: 95 % interval over items; missing for a single item.
+    """
 
     folder: str
     perplexity: float
+    perplexity_interval: MayBeMissing[RealInterval] = None
     items: list[AnswerEntry]
+
+
+class ReferenceDivergence(Document):
+    """Default mode of a deployment, compared with the reference in ``probe.json``.
+
+    positions: number of compared positions. same_top: those with the same argmax token.
+    kl_nats, largest_kl_nats: mean and largest KL divergence, in nats per token.
+    """
+
+    positions: WholeNumber
+    same_top: WholeNumber
+    kl_nats: float
+    largest_kl_nats: float
 
 
 class FolderAgreement(Agreement):
@@ -250,7 +272,7 @@ class DeviceSettings:
 
     prompt_tokens: tuple[int, ...] = (32, 128, 512, 2048)
     new_tokens: int = 32
-    batches: tuple[int, ...] = (1, 4, 16)
+    batches: tuple[int, ...] = (1, 8)
     rounds: int = 5
     threads: int | None = None
     cpus: tuple[int, ...] | None = None
@@ -261,7 +283,7 @@ class DeviceSettings:
 class DeploymentResults(Document):
     """``results.json`` of the command ``benchmark``.
 
-    accuracy, agreement: only with a task or a text.
+    accuracy, agreement: only with a task or a text. reference: only if it was requested.
     """
 
     machine: MachineFacts
@@ -271,4 +293,5 @@ class DeploymentResults(Document):
     ratios: list[FigureRatio]
     accuracy: list[FolderAccuracy] = Field(default_factory=list)
     agreement: list[FolderAgreement] = Field(default_factory=list)
+    reference: dict[str, ReferenceDivergence] = Field(default_factory=dict)
     lm_eval: dict[str, TaskMetrics] = Field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 from sqft_export.data.scoring import Judged, Scores, accuracy_by_set, accuracy_of
 from sqft_export.measure.jobs import LatencySamples
@@ -127,6 +128,18 @@ def measure_accuracy(judged: list[Judged], scores: Scores, first_right: list[boo
         p_same_as_first=mcnemar(right, first_right or right) if right else None,
         accuracy_by_set=accuracy_by_set(judged),
     )
+
+
+class IntervalField(TypedDict, total=False):
+    """A field that a row has only if it was measured."""
+
+    perplexity_interval: tuple[float, float]
+
+
+def interval_field(scores: Scores) -> IntervalField:
+    """Return the field of a row for the interval of the perplexity; none for a single item."""
+    found = scores.perplexity_interval
+    return {} if found is None else {"perplexity_interval": found}
 
 
 def answer_entry(judged: Judged) -> AnswerEntry:

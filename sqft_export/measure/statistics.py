@@ -39,6 +39,27 @@ def mean_interval(right: Sequence[float], counts: list[int]) -> tuple[float, flo
     return max(0.0, mean - below / len(shares)), min(1.0, mean + above / len(shares))
 
 
+def perplexity_interval(
+    log_likelihoods: Sequence[float], tokens: Sequence[int]
+) -> tuple[float, float] | None:
+    """Return the 95 % interval of the perplexity over items; None for a single item.
+
+    The mean log-likelihood per token is a ratio of two sums over items; its variance is that of the
+    linearized ratio (Cochran 1977, 2.11). The interval is symmetric in the logarithm.
+
+    :param log_likelihoods: of each item, in nats, summed over its tokens.
+    :param tokens: of each item.
+    """
+    items = len(tokens)
+    if items < 2:
+        return None
+    loss, counts = -np.array(log_likelihoods), np.array(tokens)
+    mean = loss.sum() / counts.sum()
+    variance = items / (items - 1) * float(((loss - mean * counts) ** 2).sum())
+    half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.sqrt(variance) / counts.sum()
+    return float(np.exp(mean - half)), float(np.exp(mean + half))
+
+
 def mcnemar(one: list[bool], other: list[bool]) -> float:
     """Return the two-sided exact p-value that two models answer the same items equally well.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sqft_export.errors import UserError
 from sqft_export.machine.device import CPU
+from sqft_export.model.activations import record_largest, watch_activations
 from sqft_export.model.architecture import empty_model, transformers_config
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.coverage import check_finite, check_sum, count_tokens, no_tokens_error
@@ -256,19 +257,22 @@ def output_of(module: nn.Module, hidden: Tensor, kwargs: Keywords) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _run_block(block: Block, tokens: dict[str, int]) -> list[Tensor]:
+def _run_block(block: Block, tokens: dict[str, int], largest: dict[str, float]) -> list[Tensor]:
     """Run the block on all samples and return its outputs; they replace its inputs to free memory.
 
     :param tokens: receives the number of tokens that each Linear saw; unchanged without samples.
+    :param largest: receives the largest absolute activation of each Linear and of the block.
     :raises UserError: naming the block if its output is not finite, or a Linear without tokens.
     """
     if not block.calls:
         return []
-    with count_tokens(block.linears) as seen:
+    with count_tokens(block.linears) as seen, watch_activations(block.linears, largest):
         for index, (hidden, kwargs) in enumerate(block.calls):
             block.calls[index] = (output_of(block.module, hidden, kwargs), kwargs)
     outputs = [hidden for hidden, _ in block.calls]
-    check_finite(f"output of block {block.index}", outputs)
+    where = f"output of block {block.index}"
+    check_finite(where, outputs)
+    record_largest(largest, where, max(float(one.abs().max()) for one in outputs))
     for name, count in seen.items():
         if not count:
             raise no_tokens_error(name)
@@ -297,6 +301,7 @@ def walk(
     device: torch.device = CPU,
     known: Collection[int] = (),
     tokens: dict[str, int] | None = None,
+    largest: dict[str, float] | None = None,
 ) -> Iterator[Block]:
     """Yield every block after collecting its inputs; the caller may then change its weights.
 
@@ -307,6 +312,8 @@ def walk(
     :param device: device of blocks and activations.
     :param known: numbers of the blocks whose inputs are not collected.
     :param tokens: receives the number of calibration tokens that each Linear saw.
+    :param largest: receives the largest absolute activation of each Linear and block, after the
+        caller has changed its weights.
     :raises UserError: naming the file and the tensor, if it is missing or has NaN or infinite
         weights; the block, if its activations are NaN or infinite; the Linear, if it saw no token.
     """
@@ -326,5 +333,7 @@ def walk(
         if collector and index not in known:
             _collect(block, collector)
         yield block
-        hidden = _run_block(block, {} if tokens is None else tokens)
+        hidden = _run_block(
+            block, {} if tokens is None else tokens, {} if largest is None else largest
+        )
         module.to("meta")

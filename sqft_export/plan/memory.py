@@ -14,6 +14,7 @@ from sqft_export.measure.batches import MAX_BATCH_ROWS, MAX_CACHE_TOKENS, MAX_LO
 from sqft_export.plan.disk import adapter_bytes, predict_bytes
 from sqft_export.plan.layout import Layout
 from sqft_export.plan.workload import Workload, calibration_tokens, checked_tokens
+from sqft_export.probes.document import LONG_CACHE_BYTES, LONG_TOKENS
 from sqft_export.recipe.passes import runs_on_cpu
 from sqft_export.recipe.schema import Recipe, Reconstruct
 
@@ -50,7 +51,7 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
             _reconstruction_bytes(quantize.reconstruct, *data),
         ),
         "search": SEARCH_BYTES + (with_cache if recipe.search.evaluates else tuned),
-        "merge": 4 * largest + 2**29,
+        "merge": max(4 * largest + 2**29, _probe_bytes(layout, outer)),
         "export-openvino": deployed,
         "export-onnx": MAPPED_BYTES + 2 * largest + outer,
         "export-gguf": MAPPED_BYTES + largest,
@@ -88,6 +89,14 @@ def _peer_bytes(layout: Layout, activations: float, exported: float) -> dict[str
         "peers-gguf": walked,
         "peers-nncf": walked + 3 * 4 * (layout.weights + layout.others),  # copies that NNCF holds
     }
+
+
+def _probe_bytes(layout: Layout, outer: float) -> float:
+    """Return the bytes of the reference that makes the self-test: a module, cache, activations."""
+    _, width = layout.embedding
+    cache = 2 * 4 * LONG_TOKENS * width * layout.blocks * KEY_VALUE_WIDTH_RATIO
+    inside = 4 * LONG_TOKENS * sum(sum(shape) for shape in layout.linears.values()) / layout.blocks
+    return outer / 2 + min(LONG_CACHE_BYTES, cache) + inside + MAPPED_BYTES
 
 
 def check_memory(recipe: Recipe, layout: Layout, workload: Workload, passes: list[str]) -> None:

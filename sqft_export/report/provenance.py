@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sqft_export.artifacts.store import Facts
@@ -113,11 +113,18 @@ def _data_licences(recipe: OriginSections) -> dict[str, str]:
     return {name: LICENCES.get(name, UNKNOWN) for name in set_names(recipe.task, "train")}
 
 
-def model_card(recipe: CardSections, origin: Origin, sparsity: float, usage: str) -> str:
+def model_card(
+    recipe: CardSections,
+    origin: Origin,
+    sparsity: float,
+    usage: str,
+    overflow: Sequence[str] = (),
+) -> str:
     """Return README.md of a model folder.
 
     :param sparsity: share of zero weights in the decoder's Linears, 0 to 1.
     :param usage: a section with code that loads and runs the model.
+    :param overflow: warnings about activations and scales that float16 may not hold.
     """
     base, quantize = origin.base, recipe.quantize
     codes = "floats"
@@ -143,6 +150,11 @@ def model_card(recipe: CardSections, origin: Origin, sparsity: float, usage: str
         *(f"# {recipe.name}", "", f"Made from {base.model}{revision}.", ""),
         *("| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items())),
         *("", usage),
+        *(
+            ["## Number formats", "", *(f"- {warning}" for warning in overflow), ""]
+            if overflow
+            else []
+        ),
         *("## Origin", ""),
         "`provenance.json`, if present, lists passes, settings and the digest of every file.",
     ]

@@ -120,6 +120,12 @@ def deployments_text(document: "DeploymentResults") -> str:
             f"agreement: {row.folder} {row.agreement:.1%} ({row.low:.1%} to {row.high:.1%}) of "
             f"{row.tokens} tokens, KL {row.kl_nats:.2g} nats per token"
         )
+    for folder, found in document.reference.items():
+        lines.append(
+            f"reference: {folder} KL {found.kl_nats:.2g} nats per token (largest "
+            f"{found.largest_kl_nats:.2g}), same top token at {found.same_top} of "
+            f"{found.positions} positions"
+        )
     for folder, tasks in document.lm_eval.items():
         for task, figures in tasks.items():
             listed = ", ".join(f"{k.removesuffix(',none')} {v:.4g}" for k, v in figures.items())
@@ -136,6 +142,8 @@ def _accuracy_line(row: "FolderAccuracy") -> str:
         interval = f" ({row.interval[0]:.1%} to {row.interval[1]:.1%})"
         test = f", compared with the first: McNemar p = {row.p_same_as_first:.2g}"
     perplexity = f"perplexity {row.perplexity:.3f}"
+    if row.perplexity_interval is not None:
+        perplexity += " ({:.3f} to {:.3f})".format(*row.perplexity_interval)
     return f"accuracy: {row.folder} {row.accuracy:.1%}{interval}, {perplexity}{test}"
 
 
@@ -144,6 +152,7 @@ def _latency_table(document: "DeploymentResults") -> list[str]:
     lengths, batches = list(first.ttft_ms), list(first.tokens_per_second)
     header = ["deployment", "files MB", "load s", *(f"TTFT ms ({n})" for n in lengths)]
     header += ["TPOT ms", "p90", "p99", *(f"tokens/s x{b}" for b in batches)]
+    header += [f"prompt tokens/s x{b}" for b in batches]
     header += ["peak MiB", "J/token"]
     rows = [header]
     for name, row in document.folders.items():
@@ -152,6 +161,7 @@ def _latency_table(document: "DeploymentResults") -> list[str]:
         cells += [f"{row.ttft_ms[n].median:.2f}" for n in lengths]
         cells += [f"{value:.2f}" for value in (tpot.median, tpot.p90, tpot.p99)]
         cells += [f"{row.tokens_per_second[b]:.0f}" for b in batches]
+        cells += [f"{row.prompt_tokens_per_second[b]:.0f}" for b in batches]
         cells += [f"{row.peak_memory_bytes / 2**20:.0f}"]
         cells += [f"{joules:.2f}" if joules is not None else "not measurable"]
         rows.append(cells)

@@ -61,6 +61,7 @@ from sqft_export.measure.rows import (
     Row,
     answer_entry,
     deployments_in,
+    interval_field,
     latency_spreads,
     measure_accuracy,
     stored_bytes,
@@ -75,6 +76,7 @@ from sqft_export.recipe.sections import (
     AdaptSection,
     BenchmarkSection,
     DeviceSection,
+    PeersSection,
     QuantizeSection,
     TaskSections,
 )
@@ -140,7 +142,13 @@ MOVABLE = (MERGED, *TITLES)  # ids of the rows that are also measured on other d
 
 
 class Sections(
-    TaskSections, QuantizeSection, AdaptSection, DeviceSection, BenchmarkSection, Protocol
+    TaskSections,
+    QuantizeSection,
+    AdaptSection,
+    DeviceSection,
+    BenchmarkSection,
+    PeersSection,
+    Protocol,
 ):
     """The recipe sections that this pass reads."""
 
@@ -368,6 +376,7 @@ def _result(
         tpot=tpot,
         load_seconds=measured.first.load_seconds,
         perplexity=measured.scores.perplexity,
+        **interval_field(measured.scores),
         token_accuracy=measured.scores.token_accuracy,
         score_seconds=measured.scores.seconds,
         steady_memory_bytes=measured.first.steady_memory_bytes,

@@ -25,8 +25,9 @@ from sqft_export.packed.execution import NothingSpecialized, specialize
 from sqft_export.packed.folders import PACKED, SPARSE, NothingSaved, pack
 from sqft_export.packed.seal import write_seal
 from sqft_export.packed.usage import usage_section
+from sqft_export.probes.writing import copy_probe
 from sqft_export.recipe.schema import Recipe
-from sqft_export.recipe.sections import CardSections, ExportSection
+from sqft_export.recipe.sections import CardSections, VerifySections
 from sqft_export.report.prompts import example_prompt, prompt_section
 from sqft_export.report.provenance import PROVENANCE_FIELDS, model_card, origin_of
 from sqft_export.stages import Context
@@ -34,19 +35,22 @@ from sqft_export.targets import target
 
 CONSUMES: tuple[str, ...] = ("merge",)
 READS: tuple[str, ...] = ("model", "train")
-FIELDS_OF_ALL = ("export.sparse_files", "export.entropy")
+FIELDS_OF_ALL = (
+    *("export.sparse_files", "export.entropy"),
+    *("verify.divergence", "verify.tokenizers"),  # of the self-test
+)
 FIELDS_OF_TARGET: dict[str, tuple[str, ...]] = {
     "openvino": ("export.sparse_execution",),
     "onnx": ("export.onnx_graph",),
     "gguf": (),
 }
 FREE: tuple[str, ...] = TASK_FILES
-VERSION = 10
+VERSION = 11
 RESUMES = False
 DISTRIBUTED = False
 
 
-class Sections(CardSections, ExportSection, Protocol):
+class Sections(CardSections, VerifySections, Protocol):
     """The recipe sections that this pass reads."""
 
 
@@ -75,12 +79,14 @@ def run(context: Context[Sections]) -> ExportMetrics:
     origin = origin_of(context.recipe, context.model, context.lineage)
     tokenizer = load_tokenizer(context.model)
     usage = usage_section(folder, example_prompt(context.recipe, tokenizer))
-    card = model_card(context.recipe, origin, found.sparsity["all"], usage)
+    sparsity, overflow = found.sparsity["all"], found.overflow
+    card = model_card(context.recipe, origin, sparsity, usage, overflow)
     card += prompt_section(context.recipe, tokenizer)
     (folder / "README.md").write_text(card)
     if runtime == "gguf":
         ends, stops = stop_ids(folder, tokenizer), stop_texts(context.recipe.task)
         (folder / MODELFILE).write_text(modelfile_text(folder, ends, stops))
+    copy_probe(merge.path, folder, runtime, context.recipe.verify)
     write_seal(folder, origin.to_json())
     metrics = ExportMetrics(bytes=file_bytes(folder))
     if context.recipe.export.sparse_files:

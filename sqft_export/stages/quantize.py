@@ -12,6 +12,7 @@ from sqft_export.data.calibration import calibration_fields, calibration_tensors
 from sqft_export.data.items import TASK_FILES
 from sqft_export.machine.device import device_name, device_of
 from sqft_export.metrics import QuantizeMetrics
+from sqft_export.model.activations import overflow_warnings, scale_warnings
 from sqft_export.model.blocks import Block, Inputs, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config, write_config
@@ -48,7 +49,7 @@ READS: tuple[str, ...] = ("model", "calibration", "device")
 # The fallback option only decides whether a group size is refused; it changes no result.
 SETTINGS = section_fields("quantize", Quantize, without=("group_size_fallback",))
 FREE: tuple[str, ...] = ("device", *TASK_FILES)
-VERSION = 6
+VERSION = 7
 RESUMES = True  # at the first block that is not yet reconstructed
 DISTRIBUTED = False
 BLOCKS = "blocks"
@@ -152,16 +153,18 @@ def _compress(context: Context[Sections], grids: GridWriter, weights: TensorWrit
     advance = context.start(checkpoint.blocks)
     inputs = Inputs(method.NEEDS, config.damping)
     warnings, errors, tokens = list[str](), list[tuple[float, float]](), dict[str, int]()
+    largest, scales = dict[str, float](), dict[str, float]()
     copy_companions(checkpoint.folder, weights.folder)
     write_config(weights.folder, checkpoint.config)
 
     def add(name: str, weight: Tensor, grid: Grid) -> None:
         warnings.extend(_clamped_scale_warning(name, weight, grid))
+        scales[name] = float(grid.scale.abs().max())
         grids.add(name, grid)
         key = f"{name}.weight"
         weights.add(key, cast_keeping_codes(weight, grid, checkpoint.dtype(key)))
 
-    for target, block in _walk(context, checkpoint, inputs, tokens):
+    for target, block in _walk(context, checkpoint, inputs, tokens, largest):
         rest = set(checkpoint.block_names(block.index))
         quantized = _quantize_block(context, method, block, inputs)
         if target:
@@ -183,7 +186,9 @@ def _compress(context: Context[Sections], grids: GridWriter, weights: TensorWrit
         else:
             weights.add(name, tensor)
     warnings += coverage_warnings(tokens, checkpoint.linears, inputs.has_hessian)
-    metrics = {"warnings": warnings, "calibration_tokens": tokens}
+    overflow = overflow_warnings(largest) + scale_warnings(scales)
+    metrics = {"warnings": warnings + overflow, "calibration_tokens": tokens}
+    metrics |= {"largest_activations": largest, "largest_scales": scales}
     return metrics | ({"block_errors": errors} if errors else {})
 
 
@@ -194,19 +199,24 @@ def _row_grid(weight: Tensor, config: Quantize) -> Grid:
 
 
 def _walk(
-    context: Context[Sections], checkpoint: Checkpoint, inputs: Inputs, tokens: dict[str, int]
+    context: Context[Sections],
+    checkpoint: Checkpoint,
+    inputs: Inputs,
+    tokens: dict[str, int],
+    largest: dict[str, float],
 ) -> Iterator[tuple[Block | None, Block]]:
     """Yield (dense block or None, block to compress).
 
     The dense block is the target of the reconstruction, None without reconstruction.
 
     :param tokens: receives the number of calibration tokens of every Linear.
+    :param largest: receives the largest absolute activations.
     """
     device, samples = _device(context), None
     if context.recipe.quantize.calibrates:
         samples = calibration_tensors(context.recipe, context.model)
     finished = [i for i in range(checkpoint.blocks) if _block_file(context, i).is_file()]
-    blocks = walk(checkpoint, samples, inputs.collector, device, finished, tokens)
+    blocks = walk(checkpoint, samples, inputs.collector, device, finished, tokens, largest)
     if not context.recipe.quantize.reconstruct:
         return ((None, block) for block in blocks)
     return zip(walk(Checkpoint(context.model), samples, None, device), blocks, strict=True)

@@ -10,6 +10,7 @@ from sqft_export.data.calibration import calibration_fields, calibration_tensors
 from sqft_export.data.items import TASK_FILES
 from sqft_export.machine.device import device_name, device_of
 from sqft_export.metrics import SparsifyMetrics
+from sqft_export.model.activations import overflow_warnings
 from sqft_export.model.blocks import Inputs, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config, write_config
@@ -36,7 +37,7 @@ CONSUMES: tuple[str, ...] = ()
 READS: tuple[str, ...] = ("model", "calibration", "device")
 SETTINGS = section_fields("sparsify", Sparsify, without=("reconstruct",))
 FREE: tuple[str, ...] = ("device", *TASK_FILES)
-VERSION = 4
+VERSION = 5
 RESUMES = False
 DISTRIBUTED = False
 
@@ -82,7 +83,7 @@ def run(context: Context[Sections]) -> SparsifyMetrics:
     if checkpoint.quantized_linears:
         return _mask_existing_zeros(context, checkpoint)
     method, device = sparsifier(config.method), device_of(context.recipe.device)
-    samples, tokens = None, dict[str, int]()
+    samples, tokens, largest = None, dict[str, int](), dict[str, float]()
     if config.calibrates:
         samples = calibration_tensors(context.recipe, context.model)
     prunings = _prunings(context, checkpoint, samples, device, tokens)
@@ -94,7 +95,8 @@ def run(context: Context[Sections]) -> SparsifyMetrics:
     write_config(context.folder / "model", checkpoint.config)
     model_writer = TensorWriter(context.folder / "model", shard_bytes=MAX_BUFFER_BYTES)
     with model_writer as writer, _Masks(context.folder) as masks:
-        for block in walk(checkpoint, samples, inputs.collector, device, tokens=tokens):
+        blocks = walk(checkpoint, samples, inputs.collector, device, (), tokens, largest)
+        for block in blocks:
             rest = set(checkpoint.block_names(block.index))
             for name, linear in block.linears.items():
                 weight, mask = _compress(method, linear.weight, prunings[name], inputs.take(name))
@@ -112,7 +114,11 @@ def run(context: Context[Sections]) -> SparsifyMetrics:
         sparsity=masks.sparsity(),
         device=device_name(device),
         calibration_tokens=tokens,
-        warnings=coverage_warnings(tokens, checkpoint.linears, inputs.has_hessian),
+        largest_activations=largest,
+        warnings=[
+            *coverage_warnings(tokens, checkpoint.linears, inputs.has_hessian),
+            *overflow_warnings(largest),
+        ],
     )
 
 

@@ -10,7 +10,7 @@ needed (NNCF's INT4_SYM). An asymmetric code is stored unsigned, with zero point
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -404,15 +404,17 @@ def open_session(
     threads: int | None,
     device: str = "cpu",
     execution: str = STOCK,
+    properties: Mapping[str, str] | None = None,
 ) -> OpenVinoSession:
     """Load an OpenVINO folder into a session.
 
     :param exact: compute in float32, to compare with torch; else use the runtime's defaults.
     :param threads: CPU threads.
     :param execution: which kernels multiply, see ``packed/execution.py``.
+    :param properties: settings in place of the runtime's defaults.
     :raises UserError: if the device is unavailable or the graph has no cache.
     """
-    settings: dict[str, str | int] = dict(EXACT) if exact else {}
+    settings: dict[str, str | int] = {**(EXACT if exact else {}), **(properties or {})}
     if device != "cpu":
         find_device("openvino", device)
     elif threads:

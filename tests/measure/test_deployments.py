@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -34,8 +35,8 @@ def folders(tiny_run) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def measured(folders, tmp_path_factory) -> tuple[dict, list[dict]]:
-    """The document and the answers to items of the embedded task, as a dataset of one set."""
+def measured_files(folders, tmp_path_factory) -> tuple[dict, Path]:
+    """The document and its folder, for the embedded task as a dataset of one set."""
     out = tmp_path_factory.mktemp("out")
     data = out / "data" / "gsm8k"
     data.mkdir(parents=True)
@@ -45,12 +46,19 @@ def measured(folders, tmp_path_factory) -> tuple[dict, list[dict]]:
         *folders,
         *("--rounds", "2", "--prompt-tokens", "16,40", "--new-tokens", "4", "--batch", "1,2"),
         *("--task", "gsm8k", "--data", str(data.parent), "--items", "6", "--threads", "2"),
-        *("--out", str(out), "--json"),
+        *("--reference", "--out", str(out), "--json"),
     )
     assert done.returncode == 0, done.stderr
-    items = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
     document = json.loads(done.stdout)
     assert json.loads((out / "results.json").read_text()) == document
+    return document, out
+
+
+@pytest.fixture(scope="module")
+def measured(measured_files) -> tuple[dict, list[dict]]:
+    """The document and the answers to items."""
+    document, out = measured_files
+    items = [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
     return document, items
 
 
@@ -60,6 +68,8 @@ def test_every_folder_has_every_number(measured):
     for row in document["folders"].values():
         assert set(row["ttft_ms"]) == {"16", "40"}
         assert set(row["tokens_per_second"]) == {"1", "2"}
+        assert set(row["prompt_tokens_per_second"]) == {"1", "2"}
+        assert min(row["prompt_tokens_per_second"].values()) > 0
         tpot = row["tpot_ms"]
         assert 0 < tpot["median"] <= tpot["p90"] <= tpot["p99"]
         assert row["peak_memory_bytes"] >= row["steady_memory_bytes"] > 1e7
@@ -83,6 +93,8 @@ def test_accuracy_has_an_interval_and_every_answer_is_kept(measured):
     for row in rows:
         low, high = row["interval"]
         assert low <= row["accuracy"] <= high and row["perplexity"] > 1
+        low, high = row["perplexity_interval"]
+        assert 1 < low < row["perplexity"] < high
     assert rows[0]["p_same_as_first"] == 1.0
     dense, packed = rows[1:]
     assert dense["items"] == packed["items"]  # the same bytes, the same answers
@@ -96,6 +108,31 @@ def test_agreement_is_with_the_first_on_the_same_tokens(measured):
     assert onnx["low"] <= onnx["agreement"] <= onnx["high"] and onnx["agreement"] > 0.9
     assert 0 <= onnx["kl_nats"] < 0.05
     assert (onnx["agreement"], onnx["kl_nats"]) == (packed["agreement"], packed["kl_nats"])
+
+
+def test_divergence_from_the_reference_needs_no_torch_folder(measured):
+    document, _ = measured
+    found = document["reference"]
+    assert set(found) == set(document["folders"])
+    for row in found.values():
+        assert row["same_top"] >= 0.9 * row["positions"] > 50
+        assert 0 <= row["kl_nats"] < 0.02 and row["kl_nats"] <= row["largest_kl_nats"]
+
+
+def test_every_deployment_has_a_file_with_the_field_names_of_other_tools(measured_files):
+    document, out = measured_files
+    for name, row in document["folders"].items():
+        found = json.loads((out / f"{name.replace('/', '-')}.json").read_text())
+        assert set(found["sources"]) == {"lm_eval", "llm_bench", "sqft_export"}
+        [task] = found["lm_eval"]["results"].values()
+        assert {"acc,none", "acc_stderr,none", "perplexity,none"} <= task.keys()
+        results = found["llm_bench"]["perfdata"]["results"]
+        assert [one["input_size"] for one in results] == [16, 40]
+        for one in results:
+            assert one["first_latency"] == row["ttft_ms"][str(one["input_size"])]["median"]
+            assert one["second_avg_latency"] == row["tpot_ms"]["median"]
+        assert found["sqft_export"]["figures"] == row
+        assert found["sqft_export"]["reference"] == document["reference"][name]
 
 
 def test_prompts_that_do_not_fit_are_left_out(tiny_run):

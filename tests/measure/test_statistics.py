@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sqft_export.measure.statistics import bootstrap_ratio, mcnemar, mean_interval, wilson
+from sqft_export.measure.statistics import (
+    bootstrap_ratio,
+    mcnemar,
+    mean_interval,
+    perplexity_interval,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 10), (7, 10), (240, 300), (300, 300), (512, 512)])
@@ -29,6 +35,18 @@ def test_the_interval_of_a_mean_over_sets_covers_it():
     assert 0.93 < covered < 0.98
     pooled = [wilson(int(right.sum()), int(counts.sum())) for right in drawn]
     assert not any(low <= shares.mean() <= high for low, high in pooled)  # what it is not
+
+
+def test_the_interval_of_a_perplexity_covers_it():
+    """Items of unlike lengths, whose mean loss per token differs between items."""
+    random = np.random.default_rng(5)
+    tokens = random.integers(5, 60, (1000, 80))
+    losses = tokens * random.gamma(4, 0.25, tokens.shape)  # one nat per token on average
+    pairs = zip(losses, tokens, strict=True)
+    intervals = [perplexity_interval((-one).tolist(), two.tolist()) for one, two in pairs]
+    covered = np.mean([low <= math.e <= high for low, high in intervals])
+    assert 0.92 < covered < 0.97
+    assert perplexity_interval([-1.0], [3]) is None
 
 
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (5, 5), (9, 1), (40, 20)])

@@ -154,13 +154,18 @@ def _check_rows(count: int) -> None:
 
 
 def open_session(
-    folder: Path, exact: bool, threads: int | None, device: str = "cpu"
+    folder: Path,
+    exact: bool,
+    threads: int | None,
+    device: str = "cpu",
+    float32_cache: bool = False,
 ) -> GgufSession:
     """Load a GGUF folder into a llama.cpp session on the CPU.
 
     :param exact: compute in float32, to compare with torch; an unmerged adapter is added to the
         weights.
     :param threads: CPU threads.
+    :param float32_cache: float32 keys and values without flash attention, as in exact mode.
     :raises UserError: if the device is not the CPU, or if an unmerged adapter is to run in default
         mode, which cyllama does not support.
     """
@@ -170,7 +175,7 @@ def open_session(
         raise UserError(f"{adapter}: cyllama can't apply an adapter; llama-cli --lora can")
     with dense_gguf(folder) as file:
         if not exact:
-            return GgufSession(open_model(file), exact, threads)
+            return GgufSession(open_model(file), float32_cache, threads)
         with tempfile.TemporaryDirectory(prefix="sqft-") as scratch:
             floats = Path(scratch) / "float32.gguf"
             write_float32(file, floats, adapter if adapter.is_file() else None)
