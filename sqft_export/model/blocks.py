@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from sqft_export.errors import UserError
 from sqft_export.machine.device import CPU
-from sqft_export.model.architecture import empty_model, transformers_config
+from sqft_export.model.architecture import transformers_config
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.coverage import check_finite, check_sum, count_tokens, no_tokens_error
+from sqft_export.model.empty import empty_model
 from sqft_export.numerics.hessian import inverse_factor
 
 Collector = Callable[[str, Tensor], None]  # full module name, float32 inputs [..., in]
