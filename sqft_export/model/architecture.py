@@ -30,6 +30,9 @@ _MAX_SIZES = {
     "vocab_size": 2**22,
     "max_position_embeddings": 2**24,
 }
+# Fields of config.json that differ between the artifacts of one model.
+_SETTINGS_OF_STORAGE = ("quantization_config", "dtype", "torch_dtype", "tie_word_embeddings")
+_found_families: dict[str, Family] = {}  # config -> family of an unlisted model type
 MULTIMODAL_FIELDS = ("vision_config", "audio_config", "vision_tower")
 
 
@@ -44,21 +47,24 @@ def family_of(config: ModelConfig, where: str) -> Family:
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    return _unlisted_family(json.dumps(config, sort_keys=True, default=str), where)
+    plain = {k: v for k, v in config.items() if k not in _SETTINGS_OF_STORAGE}
+    key = json.dumps(plain, sort_keys=True, default=str)
+    if key not in _found_families:
+        _found_families[key] = _unlisted_family(config, where)
+    return _found_families[key]
 
 
-@functools.cache
-def _unlisted_family(config: str, where: str) -> Family:
-    settings = json.loads(config)
-    model = _empty_model_of(settings, where)
-    family = family_of_model(model, settings["model_type"], where)
+def _unlisted_family(config: ModelConfig, where: str) -> Family:
+    model_type = str(config.get("model_type"))
+    model = _empty_model_of(config, where)
+    family = family_of_model(model, model_type, where)
     if fault := find_decoder_fault(model.config):
-        raise UserError(f"{where}: model_type: {settings['model_type']} {fault}")
+        raise UserError(f"{where}: model_type: {model_type} {fault}")
     logger.warning(
         "%s: model_type %s is not one of the tested ones (%s); detected structure: %s has %s; all "
         "of them get an adapter",
         where,
-        settings["model_type"],
+        model_type,
         ", ".join(sorted(FAMILIES)),
         family.blocks,
         "; ".join(list_linears(model, family.blocks)),
