@@ -6,14 +6,14 @@ torch and transformers are imported only when a model is built, since devices re
 import functools
 import json
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqft_export.errors import UserError, one_line
 from sqft_export.model.config import ModelConfig
 from sqft_export.model.decoding import find_decoder_fault
 from sqft_export.model.empty import empty_model
 from sqft_export.model.families import FAMILIES, Family
-from sqft_export.model.structure import family_of_model, list_linears
+from sqft_export.model.structure import check_blocks, family_of_model, list_linears
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -84,7 +84,9 @@ def shapes_of(config: ModelConfig, where: str) -> dict[str, tuple[int, ...]]:
 
 @functools.cache
 def _shapes(config: str, where: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    model = _empty_model_of(json.loads(config), where)
+    settings: ModelConfig = json.loads(config)
+    model = _empty_model_of(settings, where)
+    check_blocks(model, family_of(settings, where).blocks, where)
     return tuple((name, tuple(weight.shape)) for name, weight in model.named_parameters())
 
 
@@ -97,9 +99,18 @@ def transformers_config(config: ModelConfig, where: str) -> "PretrainedConfig":
 
     settings = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config")}
     try:
-        return AutoConfig.for_model(config["model_type"], **settings)
+        return AutoConfig.for_model(config["model_type"], **_decode_floats(settings))
     except Exception as error:  # transformers and its validation raise many types
         raise UserError(f"{where}: transformers rejects it: {_error_text(error)}") from error
+
+
+def _decode_floats(value: Any) -> Any:
+    """Replace ``{"__float__": "Infinity"}``, transformers' form of infinity, by a float."""
+    if isinstance(value, dict):
+        if list(value) == ["__float__"]:
+            return float(value["__float__"])
+        return {key: _decode_floats(entry) for key, entry in value.items()}
+    return [_decode_floats(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _error_text(error: Exception) -> str:

@@ -6,6 +6,7 @@ replaces weights, and the block runs again to compute the inputs of the next blo
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
@@ -145,11 +146,15 @@ class _CallRecorder(nn.Module):
         super().__init__()
         # Models also read attributes of their blocks, such as the kind of attention mask.
         self.__dict__ |= {k: v for k, v in vars(block).items() if not k.startswith("_")}
+        self.names = list(inspect.signature(block.forward).parameters)
         self.wraps = wraps
         self.calls: list[Call] = []
 
-    def forward(self, hidden: Tensor, **kwargs: object) -> Tensor | tuple[Tensor]:
-        self.calls.append((hidden, kwargs))
+    def forward(
+        self, hidden: Tensor, *others: object, **kwargs: object
+    ) -> Tensor | tuple[Tensor]:
+        named = zip(self.names[1:], others, strict=False)
+        self.calls.append((hidden, {**dict(named), **kwargs}))
         if self.wraps is None:
             raise _StopForwardError
         return (hidden,) if self.wraps else hidden

@@ -1,5 +1,7 @@
 """Run a random miniature of an unlisted model: is it a causal decoder with a key-value cache?"""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from sqft_export.errors import one_line
@@ -38,7 +40,10 @@ def _fault_of(model: "PreTrainedModel", ids: "Tensor") -> str | None:
     import torch
 
     with torch.no_grad():
-        full = model(input_ids=ids, use_cache=False).logits
+        with _record_linears(model) as unused:
+            full = model(input_ids=ids, use_cache=False).logits
+        if unused:
+            return f"does not compute {unused[0]} for text alone ({len(unused)} such Linears)"
         prompt = model(input_ids=ids[:, :_PROMPT_TOKENS], use_cache=True)
         if _differs(prompt.logits, full[:, :_PROMPT_TOKENS]):
             return "lets tokens see later ones: it is not a causal language model"
@@ -49,6 +54,25 @@ def _fault_of(model: "PreTrainedModel", ids: "Tensor") -> str | None:
     if _differs(rest.logits, full[:, _PROMPT_TOKENS:]):
         return "computes other logits with its key-value cache than without it"
     return None
+
+
+@contextmanager
+def _record_linears(model: "PreTrainedModel") -> Iterator[list[str]]:
+    """Yield a list of the model's Linears, from which each is removed once it computes."""
+    from torch import nn
+
+    unused = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    names = list(unused)
+
+    def hook_of(name: str) -> Callable[..., None]:
+        return lambda *_: names.remove(name) if name in names else None
+
+    hooks = [m.register_forward_pre_hook(hook_of(name)) for name, m in unused.items()]
+    try:
+        yield names
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _differs(found: "Tensor", expected: "Tensor") -> bool:

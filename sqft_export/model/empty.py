@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+# Subclasses of Linear with a forward of the same result, which exporters would trace otherwise.
+_PLAIN_LINEARS = ("FalconLinear",)
+
 
 def empty_model(config: "PretrainedConfig", attention: str | None = None) -> "PreTrainedModel":
     """Build a float32 causal language model whose parameters take no memory; buffers are real.
@@ -13,7 +16,10 @@ def empty_model(config: "PretrainedConfig", attention: str | None = None) -> "Pr
     """
     import torch
     from accelerate import init_empty_weights
+    from torch import nn
     from transformers import AutoModelForCausalLM
+
+    from sqft_export.libraries.transformers import drop_recurrent_mask
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(
@@ -22,4 +28,8 @@ def empty_model(config: "PretrainedConfig", attention: str | None = None) -> "Pr
             attn_implementation=attention,
             trust_remote_code=False,
         )
+    drop_recurrent_mask(model)
+    for module in model.modules():
+        if type(module).__name__ in _PLAIN_LINEARS:
+            module.__class__ = nn.Linear
     return model.eval().requires_grad_(False)

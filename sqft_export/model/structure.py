@@ -38,9 +38,7 @@ def family_of_model(model: "PreTrainedModel", model_type: str, where: str) -> Fa
             f"are {', '.join(sorted(FAMILIES))}"
         )
     embedding, head = _find_ends(model, model_type, where)
-    for index, block in enumerate(_blocks(model, path)):
-        if reason := find_unsupported_part(block):
-            raise UserError(f"{where}: model_type: {model_type}: {path}.{index}.{reason}")
+    check_blocks(model, path, where)
     targets = tuple(
         dict.fromkeys(_last(name) for block in _blocks(model, path) for name in linears_of(block))
     )
@@ -53,6 +51,18 @@ def family_of_model(model: "PreTrainedModel", model_type: str, where: str) -> Fa
         groups=tuple((target,) for target in targets),
         tied=bool(model.config.tie_word_embeddings),
     )
+
+
+def check_blocks(model: "PreTrainedModel", path: str, where: str) -> None:
+    """Check that every block can be compressed.
+
+    :param path: path of the list of blocks.
+    :raises UserError: naming the first part of a block that can't be.
+    """
+    for index, block in enumerate(_blocks(model, path)):
+        if reason := find_unsupported_part(block):
+            model_type = model.config.model_type
+            raise UserError(f"{where}: model_type: {model_type}: {path}.{index}.{reason}")
 
 
 def list_linears(model: "nn.Module", path: str) -> list[str]:

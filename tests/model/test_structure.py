@@ -47,6 +47,10 @@ def test_an_unlisted_model_is_taken_by_its_blocks_with_a_notice(caplog):
         ({"model_type": "gpt2", "n_layer": 2}, "gpt2 has no list of blocks with Linears"),
         ({"model_type": "mamba"}, r"mamba: backbone.layers.0.mixer belongs to a recurrent block"),
         ({"model_type": "bert"}, "bert lets tokens see later ones"),
+        (
+            {"model_type": "bart", "d_model": 64, "decoder_layers": 2},
+            "bart does not compute model.decoder.layers.0.encoder_attn.k_proj for text alone",
+        ),
         ({"model_type": "gpt5"}, "found 'gpt5', which is not a causal language model"),
     ],
 )
@@ -103,7 +107,7 @@ def _add_table(block):
 def test_a_later_block_that_cannot_be_compressed_is_refused(add, reason):
     model = empty_model(transformers_config({"model_type": "llama", **SIZES}, "here"))
     add(model.model.layers[2])
-    with pytest.raises(UserError, match=f"here: model_type: unknown: {reason}"):
+    with pytest.raises(UserError, match=f"here: model_type: llama: {reason}"):
         family_of_model(model, "unknown", "here")
 
 
