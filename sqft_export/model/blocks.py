@@ -150,9 +150,7 @@ class _CallRecorder(nn.Module):
         self.wraps = wraps
         self.calls: list[Call] = []
 
-    def forward(
-        self, hidden: Tensor, *others: object, **kwargs: object
-    ) -> Tensor | tuple[Tensor]:
+    def forward(self, hidden: Tensor, *others: object, **kwargs: object) -> Tensor | tuple[Tensor]:
         named = zip(self.names[1:], others, strict=False)
         self.calls.append((hidden, {**dict(named), **kwargs}))
         if self.wraps is None:

@@ -73,6 +73,7 @@ class ModelConfig(TypedDict, total=False):
     n_head: int
     num_key_value_heads: int | None
     multi_query: bool
+    new_decoder_architecture: bool
     head_dim: int | None
     hidden_act: str
     hidden_activation: str

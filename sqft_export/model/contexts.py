@@ -31,6 +31,16 @@ def deployed_config(config: ModelConfig) -> ModelConfig:
     return config | {"rope_parameters": deployed}
 
 
+def cached_heads(config: ModelConfig) -> int | None:
+    """Return the number of heads in the key-value cache; None if it is that of the queries.
+
+    Falcon has one head, or with its new blocks as many as queries.
+    """
+    if config.get("multi_query") and not config.get("new_decoder_architecture"):
+        return 1
+    return config.get("num_key_value_heads")
+
+
 def partial_rotary(config: ModelConfig) -> float:
     """Return the share of a head's columns that rotate with positions.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sqft_export.model.config import ModelConfig, RopeParameters
-from sqft_export.model.contexts import deployed_config
+from sqft_export.model.contexts import cached_heads, deployed_config
 from sqft_export.model.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -435,9 +435,7 @@ def naming_of(config: ModelConfig) -> Names:
     :param config: content of ``config.json``.
     """
     heads = config.get("num_attention_heads") or config["n_head"]
-    key_value_heads = config.get("num_key_value_heads") or heads
-    if config.get("multi_query"):  # Falcon
-        key_value_heads = 1
+    key_value_heads = cached_heads(config) or heads
     counts = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads}
     return Names(config["model_type"], counts)
 
@@ -475,8 +473,9 @@ def write_keys(writer: "GGUFWriter", config: ModelConfig) -> None:
     writer.add_context_length(context_of_file(config))
     writer.add_embedding_length(width)
     writer.add_block_count(blocks)
-    feed_forward = None if model_type == "bloom" else config.get("intermediate_size")
-    feed_forward = feed_forward or config.get("ffn_hidden_size")
+    feed_forward = config.get("ffn_hidden_size")
+    if model_type != "bloom":
+        feed_forward = feed_forward or config.get("intermediate_size")
     writer.add_feed_forward_length(feed_forward or 4 * width)
     writer.add_head_count(count)
     writer.add_head_count_kv(heads["num_key_value_heads"])
