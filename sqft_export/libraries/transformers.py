@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 DISTRIBUTION = "transformers"
 PRIVATE = (
@@ -14,7 +14,19 @@ PRIVATE = (
     "transformers:Trainer._save",
     "transformers:Trainer._save_optimizer_and_scheduler",
     "transformers:Trainer._save_rng_state",
+    "transformers:GraniteMoeHybridModel._update_mamba_mask",
 )
+
+
+def drop_recurrent_mask(model: PreTrainedModel) -> None:
+    """Make a hybrid without recurrent layers compute no mask for them.
+
+    The mask depends on values of the attention mask, which a traced graph can't branch on, and
+    on the state of a recurrent layer, which the cache of such a model lacks.
+    """
+    decoder = model.base_model
+    if hasattr(decoder, "_update_mamba_mask"):
+        decoder._update_mamba_mask = lambda attention_mask, past_key_values: None
 
 
 class HookedTrainer(Trainer):

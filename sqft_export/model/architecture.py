@@ -6,14 +6,16 @@ torch and transformers are imported only when a model is built, since devices re
 import functools
 import json
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqft_export.errors import UserError, one_line
 from sqft_export.model.config import ModelConfig
+from sqft_export.model.decoding import find_decoder_fault
+from sqft_export.model.empty import empty_model
 from sqft_export.model.families import FAMILIES, Family
+from sqft_export.model.structure import check_blocks, family_of_model, list_linears
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,9 @@ _MAX_SIZES = {
     "vocab_size": 2**22,
     "max_position_embeddings": 2**24,
 }
+# Fields of config.json that differ between the artifacts of one model.
+_SETTINGS_OF_STORAGE = ("quantization_config", "dtype", "torch_dtype", "tie_word_embeddings")
+_found_families: dict[str, Family] = {}  # config -> family of an unlisted model type
 MULTIMODAL_FIELDS = ("vision_config", "audio_config", "vision_tower")
 
 
@@ -42,20 +47,27 @@ def family_of(config: ModelConfig, where: str) -> Family:
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
-    return _unlisted_family(json.dumps(config, sort_keys=True, default=str), where)
+    plain = {k: v for k, v in config.items() if k not in _SETTINGS_OF_STORAGE}
+    key = json.dumps(plain, sort_keys=True, default=str)
+    if key not in _found_families:
+        _found_families[key] = _unlisted_family(config, where)
+    return _found_families[key]
 
 
-@functools.cache
-def _unlisted_family(config: str, where: str) -> Family:
-    family = family_from_structure(json.loads(config), where)
+def _unlisted_family(config: ModelConfig, where: str) -> Family:
+    model_type = str(config.get("model_type"))
+    model = _empty_model_of(config, where)
+    family = family_of_model(model, model_type, where)
+    if fault := find_decoder_fault(model.config):
+        raise UserError(f"{where}: model_type: {model_type} {fault}")
     logger.warning(
-        "%s: model_type %s is not one of the tested ones (%s); detected structure: blocks %s, "
-        "adapters on %s",
+        "%s: model_type %s is not one of the tested ones (%s); detected structure: %s has %s; all "
+        "of them get an adapter",
         where,
-        family.model_types[0],
+        model_type,
         ", ".join(sorted(FAMILIES)),
         family.blocks,
-        ", ".join(family.targets),
+        "; ".join(list_linears(model, family.blocks)),
     )
     return family
 
@@ -72,7 +84,9 @@ def shapes_of(config: ModelConfig, where: str) -> dict[str, tuple[int, ...]]:
 
 @functools.cache
 def _shapes(config: str, where: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    model = _empty_model_of(json.loads(config), where)
+    settings: ModelConfig = json.loads(config)
+    model = _empty_model_of(settings, where)
+    check_blocks(model, family_of(settings, where).blocks, where)
     return tuple((name, tuple(weight.shape)) for name, weight in model.named_parameters())
 
 
@@ -85,33 +99,23 @@ def transformers_config(config: ModelConfig, where: str) -> "PretrainedConfig":
 
     settings = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config")}
     try:
-        return AutoConfig.for_model(config["model_type"], **settings)
+        return AutoConfig.for_model(config["model_type"], **_decode_floats(settings))
     except Exception as error:  # transformers and its validation raise many types
         raise UserError(f"{where}: transformers rejects it: {_error_text(error)}") from error
+
+
+def _decode_floats(value: Any) -> Any:
+    """Replace ``{"__float__": "Infinity"}``, transformers' form of infinity, by a float."""
+    if isinstance(value, dict):
+        if list(value) == ["__float__"]:
+            return float(value["__float__"])
+        return {key: _decode_floats(entry) for key, entry in value.items()}
+    return [_decode_floats(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _error_text(error: Exception) -> str:
     """Return the type and message of an error on one line."""
     return f"{type(error).__name__}: {one_line(error)}"
-
-
-def empty_model(config: "PretrainedConfig", attention: str | None = None) -> "PreTrainedModel":
-    """Build a float32 causal language model whose parameters take no memory; buffers are real.
-
-    :param attention: name of the attention implementation; None for transformers' default.
-    """
-    import torch
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=torch.float32,
-            attn_implementation=attention,
-            trust_remote_code=False,
-        )
-    return model.eval().requires_grad_(False)
 
 
 def _empty_model_of(config: ModelConfig, where: str) -> "PreTrainedModel":
@@ -164,43 +168,3 @@ def _refuse_unsupported(config: "PretrainedConfig", where: str) -> None:
                 f"{where}: model_type: {config.model_type} is multimodal ({name}); only "
                 "language models are compressed, for example its text model saved separately"
             )
-
-
-def family_from_structure(config: ModelConfig, where: str) -> Family:
-    """Derive a family from the longest list of blocks with Linears; every Linear gets an adapter.
-
-    :raises UserError: if the model has no such list.
-    """
-    from torch import nn
-
-    model = _empty_model_of(config, where)
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(_linears(module[:1]))
-    ]
-    model_type = str(config["model_type"])
-    if not lists:
-        raise UserError(
-            f"{where}: model_type: {model_type} has no list of blocks with Linears in them; tested "
-            f"are {', '.join(sorted(FAMILIES))}"
-        )
-    blocks, module = max(lists, key=lambda found: len(found[1]))
-    targets = tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in _linears(module[0])))
-    names = {id(part): name for name, part in model.named_modules()}
-    return Family(
-        model_types=(model_type,),
-        blocks=blocks,
-        embedding=names[id(model.get_input_embeddings())],
-        head=names[id(model.get_output_embeddings())],
-        targets=targets,
-        groups=tuple((target,) for target in targets),
-        tied=bool(model.config.tie_word_embeddings),
-    )
-
-
-def _linears(module: "nn.Module") -> list[str]:
-    """Return the names of all Linears in a module."""
-    from torch import nn
-
-    return [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]

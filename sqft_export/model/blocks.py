@@ -6,6 +6,7 @@ replaces weights, and the block runs again to compute the inputs of the next blo
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from sqft_export.errors import UserError
 from sqft_export.machine.device import CPU
 from sqft_export.model.activations import record_largest, watch_activations
-from sqft_export.model.architecture import empty_model, transformers_config
+from sqft_export.model.architecture import transformers_config
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.coverage import check_finite, check_sum, count_tokens, no_tokens_error
+from sqft_export.model.empty import empty_model
 from sqft_export.numerics.hessian import inverse_factor
 
 Collector = Callable[[str, Tensor], None]  # full module name, float32 inputs [..., in]
@@ -146,11 +148,13 @@ class _CallRecorder(nn.Module):
         super().__init__()
         # Models also read attributes of their blocks, such as the kind of attention mask.
         self.__dict__ |= {k: v for k, v in vars(block).items() if not k.startswith("_")}
+        self.names = list(inspect.signature(block.forward).parameters)
         self.wraps = wraps
         self.calls: list[Call] = []
 
-    def forward(self, hidden: Tensor, **kwargs: object) -> Tensor | tuple[Tensor]:
-        self.calls.append((hidden, kwargs))
+    def forward(self, hidden: Tensor, *others: object, **kwargs: object) -> Tensor | tuple[Tensor]:
+        named = zip(self.names[1:], others, strict=False)
+        self.calls.append((hidden, {**dict(named), **kwargs}))
         if self.wraps is None:
             raise _StopForwardError
         return (hidden,) if self.wraps else hidden

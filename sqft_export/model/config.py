@@ -20,6 +20,7 @@ class RopeParameters(TypedDict, total=False):
     original_max_position_embeddings: int
     low_freq_factor: float
     high_freq_factor: float
+    alpha: float
     full_attention: "RopeParameters"
     sliding_attention: "RopeParameters"
 
@@ -65,11 +66,14 @@ class ModelConfig(TypedDict, total=False):
     vocab_size: int
     hidden_size: int
     intermediate_size: int | None
+    ffn_hidden_size: int | None
     num_hidden_layers: int
     n_layer: int
     num_attention_heads: int
     n_head: int
     num_key_value_heads: int | None
+    multi_query: bool
+    new_decoder_architecture: bool
     head_dim: int | None
     hidden_act: str
     hidden_activation: str
@@ -78,6 +82,7 @@ class ModelConfig(TypedDict, total=False):
     use_parallel_residual: bool
     layer_norm_eps: float
     layer_norm_epsilon: float
+    norm_epsilon: float
     rms_norm_eps: float
     max_position_embeddings: int
     n_positions: int
@@ -90,6 +95,7 @@ class ModelConfig(TypedDict, total=False):
     sliding_window_pattern: int
     use_sliding_window: bool
     layer_types: list[str] | None
+    no_rope_layers: list[int] | None
     query_pre_attn_scalar: float
     attn_logit_softcapping: float | None
     final_logit_softcapping: float | None

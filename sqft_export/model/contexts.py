@@ -18,12 +18,27 @@ def deployed_config(config: ModelConfig) -> ModelConfig:
     """Return the config to build graphs from, with the same results up to the deployed context.
 
     Dynamic NTK changes its frequencies with every token beyond ``max_position_embeddings``, but the
-    frequencies of a graph are constant. Up to that length they equal those of an unscaled model.
+    frequencies of a graph are constant. Up to that length they equal those of an unscaled model, or
+    of a model with a larger base if the config has an ``alpha`` (Hunyuan).
     """
     rope = config.get("rope_parameters")
     if not rope or rope_type(config) != "dynamic":
         return config
-    return config | {"rope_parameters": rope | {"rope_type": "default"}}
+    deployed: RopeParameters = {**rope, "rope_type": "default"}
+    if alpha := rope.get("alpha"):
+        size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        deployed["rope_theta"] = rope["rope_theta"] * alpha ** (size / (size - 2))
+    return config | {"rope_parameters": deployed}
+
+
+def cached_heads(config: ModelConfig) -> int | None:
+    """Return the number of heads in the key-value cache; None if it is that of the queries.
+
+    Falcon has one head, or with its new blocks as many as queries.
+    """
+    if config.get("multi_query") and not config.get("new_decoder_architecture"):
+        return 1
+    return config.get("num_key_value_heads")
 
 
 def partial_rotary(config: ModelConfig) -> float:

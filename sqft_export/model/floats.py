@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from sqft_export.errors import UserError
 from sqft_export.machine.device import CPU
-from sqft_export.model.architecture import empty_model, transformers_config
+from sqft_export.model.architecture import transformers_config
 from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.empty import empty_model
 from sqft_export.model.storage import plain_names, quantized_names, read_quantized
 from sqft_export.numerics.affine import dequantize
 from sqft_export.numerics.codes import LowRank

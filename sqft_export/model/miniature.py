@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sqft_export.model.architecture import empty_model
 from sqft_export.model.companions import COMPANIONS
+from sqft_export.model.empty import empty_model
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from sqft_export.model.architecture import empty_model, transformers_config
+from sqft_export.model.architecture import transformers_config
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.contexts import deployed_config
+from sqft_export.model.empty import empty_model
 
 PLAIN_ATTENTION = "eager"
 

@@ -111,7 +111,7 @@ def _is_installed(name: str) -> bool:
 
 def _openvino_lacks(recipe: Recipe, layout: Layout, config: ModelConfig) -> str | None:
     model_type = config["model_type"]
-    if reason := _optimum_lacks(model_type):
+    if reason := _optimum_lacks(layout.family.openvino_config or model_type):
         return reason
     return None if model_type in FAMILIES else _rehearsal_lacks("openvino", recipe, layout)
 

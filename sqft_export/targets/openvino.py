@@ -33,6 +33,7 @@ from sqft_export.targets import Session, positions_of
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER, GRAPHS
 from sqft_export.targets.tokenizers import write_openvino_tokenizers
+from sqft_export.textfiles import read_json
 
 if TYPE_CHECKING:
     import torch
@@ -84,19 +85,26 @@ def _trace(checkpoint: "Checkpoint", folder: Path) -> None:
     from optimum.intel import OVConfig
 
     from sqft_export.libraries.optimum import TASK, without_version_limit
+    from sqft_export.model.companions import write_config
     from sqft_export.model.families import FAMILIES
     from sqft_export.model.skeleton import skeleton
 
     model_type = checkpoint.config["model_type"]
+    model = skeleton(checkpoint)
+    if described := checkpoint.family.openvino_config:
+        model.config.model_type = described
     # Our tests run the pinned version, and ``verify`` compares every graph with torch.
     with without_version_limit(model_type) if model_type in FAMILIES else nullcontext():
         export_from_model(
-            skeleton(checkpoint),
+            model,
             folder,
             task=TASK,
             ov_config=OVConfig(dtype="fp32"),
             stateful=True,
         )
+    config = read_json(folder / "config.json")
+    if config["model_type"] != model_type:
+        write_config(folder, config | {"model_type": model_type})
 
 
 def _place_weights(graph: ov.Model, checkpoint: "Checkpoint") -> None:

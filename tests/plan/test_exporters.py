@@ -1,6 +1,7 @@
 """An unsupported target is found before any work, skipped, and reported with its true reason."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from transformers import AutoTokenizer
 
 from conftest import random_model, small_recipe
 from sqft_export.errors import UserError
+from sqft_export.model.architecture import family_of
+from sqft_export.model.families import FAMILIES
 from sqft_export.plan import exporters, readers
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.exporters import drop_unsupported, rehearse
@@ -37,9 +40,9 @@ def test_a_model_that_every_target_has_keeps_all(random_llama):
 
 
 def test_an_old_bound_of_transformers_skips_openvino_and_names_both_versions(tmp_path):
-    model = random_model(tmp_path / "model", model_type="exaone4", num_key_value_heads=4)
+    model = random_model(tmp_path / "model", model_type="gemma", head_dim=16)
     recipe = small_recipe("adapt=none", "export.targets=[openvino]", model_path=model)
-    with pytest.raises(UserError, match=r"found openvino, but .*exaone4.*4\.57\.6; 5\.5\.4"):
+    with pytest.raises(UserError, match=r"found openvino, but .*gemma .*5\.0; 5\.5\.4"):
         check_recipe(recipe, model)
 
 
@@ -52,17 +55,17 @@ def test_a_type_that_optimum_lacks_is_refused_by_name():
 
 def test_llama_cpp_is_not_blamed_for_what_this_package_lacks(tmp_path, monkeypatch):
     monkeypatch.setattr(exporters, "rehearse", lambda *asked: None)
-    model = random_model(tmp_path / "model", model_type="smollm3", no_rope_layer_interval=2)
+    model = random_model(tmp_path / "model", model_type="olmo")
     kept, warnings = planned(model, ALL)
     assert kept.export.targets == ("openvino", "onnx")
     reason = kept.skipped["gguf"]
-    assert reason.startswith("this package can't write smollm3 as GGUF yet")
+    assert reason.startswith("this package can't write olmo as GGUF yet")
     assert any("gguf is skipped" in warning and reason in warning for warning in warnings)
 
 
 def test_error_refuses_and_names_what_to_type(tmp_path, monkeypatch):
     monkeypatch.setattr(exporters, "rehearse", lambda *asked: None)
-    model = random_model(tmp_path / "model", model_type="smollm3", no_rope_layer_interval=2)
+    model = random_model(tmp_path / "model", model_type="olmo")
     recipe = small_recipe(ALL, "export.on_unsupported=error", model_path=model)
     with pytest.raises(UserError, match=r"export\.targets=\[openvino, onnx\]"):
         check_recipe(recipe, model)
@@ -75,8 +78,9 @@ def test_it_is_an_error_where_no_target_works(tmp_path):
         check_recipe(recipe, model)
 
 
-def test_a_rehearsed_export_that_fails_names_the_cause(tmp_path):
-    """Phi of grouped queries fails in optimum's trace; of equal heads it works."""
+def test_a_rehearsed_export_that_fails_names_the_cause(monkeypatch):
+    """Phi of grouped queries fails with optimum's own export config; of equal heads it works."""
+    monkeypatch.setitem(FAMILIES, "phi", replace(FAMILIES["phi"], openvino_config=None))
     sizes = {"model_type": "phi", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 416}
     sizes |= {"num_attention_heads": 4, "intermediate_size": 128}
     failing = rehearse("openvino", json.dumps(sizes | {"num_key_value_heads": 2}), "auto")
@@ -85,13 +89,20 @@ def test_a_rehearsed_export_that_fails_names_the_cause(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["falcon", "lfm2"])
-def test_a_standard_graph_that_torch_cannot_trace_skips_onnx(tmp_path, model_type):
-    config = LFM2 if model_type == "lfm2" else {"model_type": "falcon", "multi_query": True}
-    config = {"vocab_size": 416, "hidden_size": 64, "num_hidden_layers": 2} | config
-    config |= {"num_attention_heads": 4}
+def test_a_standard_graph_that_torch_cannot_trace_skips_onnx(monkeypatch):
+    monkeypatch.setattr("sqft_export.targets.onnx.standard.cached_heads", lambda config: 4)
+    config = {"model_type": "falcon", "multi_query": True, "num_attention_heads": 4}
+    config |= {"vocab_size": 416, "hidden_size": 64, "num_hidden_layers": 2}
     reason = rehearse("onnx", json.dumps(config), "auto")
-    assert reason and f"the export of a small {model_type} model fails" in reason
+    assert reason and "the export of a small falcon model fails" in reason
+
+
+def test_gated_convolutions_are_refused_before_any_work():
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with pytest.raises(
+        UserError, match=r"lfm2: model\.layers\.0\.conv\.conv belongs to a recurrent"
+    ):
+        family_of(LFM2 | sizes, "config.json")
 
 
 def test_longrope_in_a_standard_graph_is_refused_before_any_work(tmp_path):

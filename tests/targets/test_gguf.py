@@ -55,6 +55,27 @@ MODELS = {
     "gemma3_text": GEMMA | {"num_hidden_layers": 6},
     "bloom": {},
     "gpt_neox": {"rotary_pct": 0.25},
+    "granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 4.0},
+    "cohere2": {"head_dim": 16, "num_hidden_layers": 4, "sliding_window": 16},
+}
+# Each takes some seconds: `make test-slow`.
+LONG_TAIL: dict[str, dict[str, Any]] = {
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 4},
+    "olmo2": {},
+    "olmo3": {"num_hidden_layers": 4, "sliding_window": 16},
+    "glm4": {"head_dim": 16},
+    "stablelm": {"partial_rotary_factor": 0.25, "use_qkv_bias": True},
+    "hunyuan_v1_dense": {
+        "head_dim": 16,
+        "rope_parameters": {
+            **{"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0},
+            "alpha": 1000.0,
+        },
+    },
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "phi": {"partial_rotary_factor": 0.5},
+    "falcon": {"multi_query": True, "ffn_hidden_size": 256},
+    "starcoder2": {"sliding_window": None},
 }
 GGUF = (
     "adapt=none",
@@ -77,17 +98,21 @@ ROPES = {
 }
 
 
-@pytest.fixture(scope="module", params=[*MODELS, *ROPES])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in LONG_TAIL]
+
+
+@pytest.fixture(scope="module", params=[*MODELS, *ROPES, *SLOW])
 def family_run(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     model_type, rope = ROPES.get(request.param, (request.param, None))
-    config = MODELS[model_type] | ({"rope_parameters": rope} if rope else {})
+    config = (MODELS | LONG_TAIL)[model_type] | ({"rope_parameters": rope} if rope else {})
     model = random_model(root / "model", model_type=model_type, intermediate_size=192, **config)
     return run_recipe(small_recipe(*GGUF, model_path=model), root / "runs", ("verify",))
 
 
 def test_every_architecture_has_its_case():
-    assert set(MODELS) == set(ARCHITECTURES) == set(FAMILIES) - {"opt"}
+    without = {"opt", "granitemoehybrid"}
+    assert set(MODELS | LONG_TAIL) == set(ARCHITECTURES) == set(FAMILIES) - without
 
 
 def test_a_family_is_the_same_in_llama_cpp(family_run):
@@ -155,7 +180,11 @@ def test_rows_go_and_come_back(name):
 LLAMA = {"intermediate_size": 192}
 REFUSED = [
     ("opt", {"ffn_dim": 192}, (), "llama.cpp has no architecture for opt"),
-    ("stablelm", LLAMA, (), "can't write stablelm as GGUF yet"),
+    ("olmo", LLAMA, (), "can't write olmo as GGUF yet"),
+    ("smollm3", LLAMA | {"no_rope_layer_interval": 2}, (), "no_rope_layer_interval 4, not 2"),
+    ("exaone4", LLAMA | {"sliding_window": 16}, (), "sliding_window None, not 16"),
+    ("olmo3", LLAMA | {"layer_types": ["full_attention"] * 2}, (), "every 4th block of olmo3"),
+    ("falcon", {"new_decoder_architecture": True}, (), "new_decoder_architecture False, not True"),
     ("llama", {}, (), r"mlp.down_proj has 172 inputs, which blocks of 32 do not divide"),
     (
         "llama",

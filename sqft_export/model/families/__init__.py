@@ -27,6 +27,8 @@ class Family:
         scaled biases.
     learned_positions: whether positions are rows of a table, which limits the length.
     joined: Linear that combines several equal parts -> the builder's names of the parts.
+    openvino_config: model type whose export config of optimum-intel describes the graph, where it
+        has none for this one, or only for other versions of transformers.
     """
 
     model_types: tuple[str, ...]
@@ -44,6 +46,7 @@ class Family:
     query_scaled: bool = False
     learned_positions: bool = False
     joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    openvino_config: str | None = None
 
 
 def _load() -> dict[str, Family]:

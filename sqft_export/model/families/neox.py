@@ -1,4 +1,4 @@
-"""GPT-NeoX (Pythia) with rotary positions, and Bloom with ALiBi; one Linear for q, k, v."""
+"""GPT-NeoX (Pythia), Bloom and Falcon: one Linear for q, k, v, and the same names in the MLP."""
 
 from dataclasses import replace
 
@@ -17,6 +17,14 @@ FAMILIES = (
     replace(
         NEOX,
         model_types=("bloom",),
+        blocks="transformer.h",
+        embedding="transformer.word_embeddings",
+        head="lm_head",
+        tied=True,
+    ),
+    replace(
+        NEOX,
+        model_types=("falcon",),
         blocks="transformer.h",
         embedding="transformer.word_embeddings",
         head="lm_head",

@@ -5,12 +5,13 @@ for some families, and all rows of q before those of k and v. Rows are permuted;
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sqft_export.model.config import ModelConfig, RopeParameters
+from sqft_export.model.contexts import cached_heads, deployed_config
 from sqft_export.model.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ class Architecture:
     head_always: llama.cpp expects an output matrix even if it equals the embedding.
     activations: supported values of ``hidden_act``; llama.cpp has one function per family.
     ropes: rotary scalings that llama.cpp computes in the same way.
+    epsilon: config key of the norms' epsilon; a LayerNorm's, unless it starts with ``rms``.
+    numbers: config key -> llama.cpp's key of a float.
+    window_period: every nth block has full attention, the others the sliding window; None if
+        llama.cpp has no windows for the family.
+    values: config key -> the only value that llama.cpp computes with.
     """
 
     name: str
@@ -41,6 +47,10 @@ class Architecture:
     head_always: bool = False
     activations: tuple[str, ...] = SILU
     ropes: tuple[str, ...] = ("default", "linear")
+    epsilon: str = "rms_norm_eps"
+    numbers: dict[str, str] = field(default_factory=dict)
+    window_period: int | None = None
+    values: dict[str, object] = field(default_factory=dict)
 
 
 _ATTENTION = {
@@ -83,6 +93,28 @@ def _joined(attention: str) -> dict[str, str]:
     }
 
 
+_NORMS_AFTER = {
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_OLMO2 = Architecture(
+    "olmo2",
+    {
+        **{name: module for name, module in _ATTENTION.items() if name != "attn_norm"},
+        **_MLP,
+        **_HEAD_NORMS,
+        **_NORMS_AFTER,
+    },
+    _OUTER,
+    head_always=True,
+    values={"attention_bias": False},
+)
+_GRANITE_NUMBERS = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
 ARCHITECTURES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -103,10 +135,14 @@ ARCHITECTURES = {
         ropes=("default",),
     ),
     "gemma2": Architecture(
-        "gemma2", _ATTENTION | _MLP | _FOUR_NORMS, _OUTER, activations=GELU_TANH
+        "gemma2", _ATTENTION | _MLP | _FOUR_NORMS, _OUTER, activations=GELU_TANH, window_period=2
     ),
     "gemma3_text": Architecture(
-        "gemma3", _ATTENTION | _MLP | _FOUR_NORMS | _HEAD_NORMS, _OUTER, activations=GELU_TANH
+        "gemma3",
+        _ATTENTION | _MLP | _FOUR_NORMS | _HEAD_NORMS,
+        _OUTER,
+        activations=GELU_TANH,
+        window_period=6,
     ),
     "bloom": Architecture(
         "bloom",
@@ -119,6 +155,7 @@ ARCHITECTURES = {
         },
         joined=("query_key_value",),
         activations=(),
+        epsilon="layer_norm_epsilon",
     ),
     "gpt_neox": Architecture(
         "gptneox",
@@ -131,6 +168,109 @@ ARCHITECTURES = {
         joined=("query_key_value",),
         head_always=True,
         activations=("gelu", *GELU_TANH),
+        epsilon="layer_norm_eps",
+    ),
+    "smollm3": replace(_LLAMA, name="smollm3", values={"no_rope_layer_interval": 4}),
+    "granite": replace(_LLAMA, name="granite", ropes=("default",), numbers=_GRANITE_NUMBERS),
+    "olmo2": _OLMO2,
+    "olmo3": replace(_OLMO2, ropes=("default",), window_period=4),
+    "cohere2": Architecture(
+        "cohere2",
+        _ATTENTION | _MLP,
+        _OUTER,
+        epsilon="layer_norm_eps",
+        numbers={"logit_scale": "logit_scale"},
+        window_period=4,
+        values={"tie_word_embeddings": True, "attention_bias": False},
+    ),
+    "glm4": Architecture(
+        "glm4",
+        {
+            **_ATTENTION,
+            "ffn_up": "mlp.gate_up_proj",
+            "ffn_down": "mlp.down_proj",
+            "post_attention_norm": "post_self_attn_layernorm",
+            "ffn_norm": "post_attention_layernorm",
+            "post_ffw_norm": "post_mlp_layernorm",
+        },
+        _OUTER,
+        head_always=True,
+        ropes=("default",),
+    ),
+    "stablelm": Architecture(
+        "stablelm",
+        _ATTENTION | _MLP | _NORM,
+        _OUTER,
+        head_always=True,
+        epsilon="layer_norm_eps",
+        values={"qk_layernorm": False},
+    ),
+    "hunyuan_v1_dense": Architecture(
+        "hunyuan-dense",
+        {
+            **_ATTENTION,
+            **_MLP,
+            **_NORM,
+            "attn_q_norm": "self_attn.query_layernorm",
+            "attn_k_norm": "self_attn.key_layernorm",
+        },
+        _OUTER,
+        ropes=("default",),
+    ),
+    "exaone4": Architecture(
+        "exaone4",
+        {
+            **{name: module for name, module in _ATTENTION.items() if name != "attn_norm"},
+            **_MLP,
+            **_HEAD_NORMS,
+            **_NORMS_AFTER,
+        },
+        _OUTER,
+        ropes=("default", "linear", "llama3"),
+        values={"sliding_window": None},
+    ),
+    "phi": Architecture(
+        "phi2",
+        {
+            **_ATTENTION,
+            "attn_output": "self_attn.dense",
+            "ffn_up": "mlp.fc1",
+            "ffn_down": "mlp.fc2",
+        },
+        _OUTER | {"output_norm": "model.final_layernorm"},
+        head_always=True,
+        activations=GELU_TANH,
+        epsilon="layer_norm_eps",
+        values={"qk_layernorm": False},
+    ),
+    "falcon": Architecture(
+        "falcon",
+        {
+            "attn_qkv": "self_attention.query_key_value",
+            "attn_output": "self_attention.dense",
+            "ffn_up": "mlp.dense_h_to_4h",
+            "ffn_down": "mlp.dense_4h_to_h",
+            "attn_norm": "input_layernorm",
+        },
+        {
+            "token_embd": "transformer.word_embeddings",
+            "output_norm": "transformer.ln_f",
+            "output": "lm_head",
+        },
+        head_always=True,
+        activations=("gelu", *GELU_TANH),
+        epsilon="layer_norm_epsilon",
+        values={
+            **{"alibi": False, "parallel_attn": True, "bias": False},
+            **{"new_decoder_architecture": False, "multi_query": True},
+        },
+    ),
+    "starcoder2": Architecture(
+        "starcoder2",
+        {**_ATTENTION, **_NORM, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+        _OUTER,
+        activations=GELU_TANH,
+        epsilon="norm_epsilon",
     ),
 }
 
@@ -147,8 +287,13 @@ _REQUIRED_VALUES = {"use_sliding_window": False, "apply_residual_connection_post
 
 
 def rope_of(config: ModelConfig) -> RopeParameters:
-    """Return the rotary parameters; those of full attention if they differ per kind of layer."""
+    """Return the rotary parameters; those of full attention if they differ per kind of layer.
+
+    Dynamic scaling with an ``alpha`` (Hunyuan) is a larger base, which llama.cpp has.
+    """
     parameters = config.get("rope_parameters") or RopeParameters(rope_type="default")
+    if parameters.get("alpha"):
+        parameters = deployed_config(config)["rope_parameters"] or parameters
     return parameters.get("full_attention", parameters)
 
 
@@ -170,9 +315,11 @@ def architecture_lacks(config: ModelConfig) -> str | None:
     rope = rope_of(config)["rope_type"]
     if rope not in known.ropes:
         return f"llama.cpp's {known.name} is not written with rope_type {rope}"
-    for key, only in _REQUIRED_VALUES.items():
-        if (config.get(key) or only) != only:
-            return f"llama.cpp's {known.name} has {key} {only}, not {config.get(key)}"
+    for key, only in (_REQUIRED_VALUES | known.values).items():
+        if (found := config.get(key)) is not None and found != only:
+            return f"llama.cpp's {known.name} has {key} {only}, not {found}"
+    if lacks := _pattern_lacks(config, known):
+        return lacks
     if model_type == "gpt_neox" and not config.get("attention_bias", True):
         return "llama.cpp's gptneox requires attention biases"
     if model_type.startswith("gemma"):
@@ -190,13 +337,21 @@ def _gemma_lacks(config: ModelConfig) -> str | None:
             return f"llama.cpp requires {key} for {config['model_type']}"
     if config["model_type"] != "gemma2" and config.get("final_logit_softcapping"):
         return "llama.cpp's gemma3 does not cap logits"
-    period = 2 if config["model_type"] == "gemma2" else 6
-    kinds = config.get("layer_types") or []
-    wanted = [
-        "full_attention" if (i + 1) % period == 0 else "sliding_attention"
-        for i in range(len(kinds))
-    ]
-    if kinds != wanted or config.get("sliding_window_pattern", period) != period:
+    return None
+
+
+def _pattern_lacks(config: ModelConfig, known: Architecture) -> str | None:
+    """Return which windows or rotations per block differ from llama.cpp's; None if none."""
+    if config.get("no_rope_layers"):
+        wanted = [int((index + 1) % 4 != 0) for index in range(config["num_hidden_layers"])]
+        if config["no_rope_layers"] != wanted:
+            return f"llama.cpp's {known.name} rotates all but every 4th block"
+    period, kinds = known.window_period, config.get("layer_types") or []
+    if period is None:
+        return None
+    full = [(index + 1) % period == 0 for index in range(len(kinds))]
+    has_period = config.get("sliding_window_pattern", period) == period
+    if [kind == "full_attention" for kind in kinds] != full or not has_period:
         return f"llama.cpp has full attention in every {period}th block of {config['model_type']}"
     return None
 
@@ -280,7 +435,7 @@ def naming_of(config: ModelConfig) -> Names:
     :param config: content of ``config.json``.
     """
     heads = config.get("num_attention_heads") or config["n_head"]
-    key_value_heads = config.get("num_key_value_heads") or heads
+    key_value_heads = cached_heads(config) or heads
     counts = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads}
     return Names(config["model_type"], counts)
 
@@ -318,25 +473,31 @@ def write_keys(writer: "GGUFWriter", config: ModelConfig) -> None:
     writer.add_context_length(context_of_file(config))
     writer.add_embedding_length(width)
     writer.add_block_count(blocks)
-    feed_forward = None if model_type == "bloom" else config.get("intermediate_size")
+    feed_forward = config.get("ffn_hidden_size")
+    if model_type != "bloom":
+        feed_forward = feed_forward or config.get("intermediate_size")
     writer.add_feed_forward_length(feed_forward or 4 * width)
     writer.add_head_count(count)
     writer.add_head_count_kv(heads["num_key_value_heads"])
     writer.add_vocab_size(config["vocab_size"])
-    if model_type in ("bloom", "gpt_neox"):
-        writer.add_layer_norm_eps(
-            config["layer_norm_epsilon"] if model_type == "bloom" else config["layer_norm_eps"]
-        )
+    known = ARCHITECTURES[model_type]
+    if known.epsilon.startswith("rms"):
+        writer.add_layer_norm_rms_eps(config[known.epsilon])
     else:
-        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+        writer.add_layer_norm_eps(config[known.epsilon])
+    if model_type not in ("bloom", "gpt_neox"):
         writer.add_key_length(_head_size(config))
         writer.add_value_length(_head_size(config))
-    if model_type == "gpt_neox":
+    if model_type in ("gpt_neox", "stablelm"):
         writer.add_parallel_residual(config["use_parallel_residual"])
     if model_type != "bloom":
         _write_rope(writer, config)
     if model_type.startswith("gemma"):
         _write_gemma(writer, config)
+    elif known.window_period and config.get("sliding_window"):
+        writer.add_sliding_window(config["sliding_window"])
+    for key, name in known.numbers.items():
+        writer.add_float32(f"{known.name}.{name}", float(config[key]))
 
 
 def context_of_file(config: ModelConfig) -> int:
@@ -345,7 +506,8 @@ def context_of_file(config: ModelConfig) -> int:
     llama.cpp has no sliding window for most families. The context then ends at the window.
     """
     length = config.get("max_position_embeddings") or config.get("seq_length") or 2048
-    window = None if config["model_type"].startswith("gemma") else config.get("sliding_window")
+    known = ARCHITECTURES[config["model_type"]]
+    window = None if known.window_period else config.get("sliding_window")
     return min(length, window) if window and "use_sliding_window" not in config else length
 
 

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from sqft_export.model.config import ModelConfig
+from sqft_export.model.contexts import cached_heads
 from sqft_export.model.skeleton import PLAIN_ATTENTION, empty_matrix, skeleton
 from sqft_export.targets.folder import GENAI_CONFIG
 from sqft_export.targets.onnx.weights import (
@@ -118,7 +119,7 @@ def _decoder_config(config: PretrainedConfig) -> dict[str, int]:
         "hidden_size": config.hidden_size,
         "num_attention_heads": heads,
         "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "num_key_value_heads": cached_heads(config.to_dict()) or heads,
     }
 
 
@@ -201,11 +202,11 @@ def _write_config(
 
     context = config.get("max_position_embeddings") or config.get("seq_length") or 2048
     model_section = {
-        "bos_token_id": token("bos_token_id"),
+        "bos_token_id": _first_token(token("bos_token_id"), token("eos_token_id")),
         "context_length": context,
         "decoder": _decoder_section(decoder, [i.name for i in proto.graph.input]),
         "eos_token_id": token("eos_token_id"),
-        "pad_token_id": _pad_token(token("pad_token_id"), token("eos_token_id")),
+        "pad_token_id": _first_token(token("pad_token_id"), token("eos_token_id")),
         "type": GENAI_TYPE,
         "vocab_size": config["vocab_size"],
     }
@@ -240,8 +241,8 @@ def _decoder_section(decoder: dict[str, int], inputs: list[str]) -> dict[str, ob
     }
 
 
-def _pad_token(pad: TokenIds, end: TokenIds) -> TokenIds:
-    """Return the padding token, or the first end token if it is missing."""
-    if pad is not None:
-        return pad
+def _first_token(found: TokenIds, end: TokenIds) -> TokenIds:
+    """Return a token, or the first end token if it is missing, since GenAI requires a number."""
+    if found is not None:
+        return found
     return end[0] if isinstance(end, list) else end
