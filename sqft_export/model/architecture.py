@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from sqft_export.errors import UserError, one_line
 from sqft_export.model.config import ModelConfig
 from sqft_export.model.families import FAMILIES, Family
+from sqft_export.model.wrappers import MULTIMODAL_FIELDS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +29,6 @@ _MAX_SIZES = {
     "vocab_size": 2**22,
     "max_position_embeddings": 2**24,
 }
-MULTIMODAL_FIELDS = ("vision_config", "audio_config", "vision_tower")
 
 
 def family_of(config: ModelConfig, where: str) -> Family:

@@ -19,6 +19,7 @@ from sqft_export.model.companions import file_in_folder
 from sqft_export.model.config import ModelConfig
 from sqft_export.model.families import Family
 from sqft_export.model.tensorfiles import TORCH_NAMES, TensorFiles, TensorInfo
+from sqft_export.model.wrappers import is_wrapper, text_config_of, text_tensors
 from sqft_export.textfiles import read_json
 
 if TYPE_CHECKING:
@@ -42,11 +43,18 @@ class Checkpoint(TensorFiles):
         super().__init__(folder)
         self.where = str(folder / "config.json")
         stored = read_json(file_in_folder(folder, "config.json"))
-        self.stored_config = cast(ModelConfig, stored)
+        # config.json of a multimodal wrapper; its text model is read. None for a text model.
+        self.wrapper_config = stored if is_wrapper(stored) else None
+        self.stored_config = text_config_of(cast(ModelConfig, stored), self.where)
 
     @cached_property
     def config(self) -> ModelConfig:
-        """``config.json``, with embedding and head tied only if their stored matrices are equal."""
+        """``config.json``, with embedding and head tied only if their stored matrices are equal.
+
+        The text model of a wrapper is tied too if no head is stored.
+        """
+        if self.wrapper_config is not None and f"{self.family.head}.weight" not in self._named:
+            return self.stored_config | {"tie_word_embeddings": True}
         tied = self.stored_config.get("tie_word_embeddings", self.family.tied)
         if tied and self._stored_head_differs:
             return self.stored_config | {"tie_word_embeddings": False}
@@ -59,6 +67,8 @@ class Checkpoint(TensorFiles):
     @cached_property
     def _named(self) -> dict[str, TensorInfo]:
         """All stored tensors, under the names of the model class."""
+        if self.wrapper_config is not None:
+            return text_tensors(self.stored, str(self.folder))
         headers = self.stored
         outer, _, _ = self.family.blocks.partition(".")
         if not any(name.startswith(f"{self.family.blocks}.") for name in headers):
