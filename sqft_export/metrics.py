@@ -23,10 +23,14 @@ class SparsityMetrics(Metrics):
 
 
 class SparsifyMetrics(SparsityMetrics):
-    """calibration_tokens: Linear -> tokens that it was calibrated on."""
+    """calibration_tokens: Linear -> tokens that it was calibrated on.
+
+    uncalibrated_experts: Linears of experts that saw too few tokens, pruned by magnitude.
+    """
 
     device: MayBeMissing[str] = None
     calibration_tokens: dict[str, int] = Field(default_factory=dict)
+    uncalibrated_experts: list[str] = Field(default_factory=list)
 
 
 class ReconstructMetrics(Metrics):
@@ -38,12 +42,16 @@ class ReconstructMetrics(Metrics):
 
 
 class QuantizeMetrics(Metrics):
-    """group_size, bits: per quantized module. block_errors: only with a reconstruction."""
+    """group_size, bits: per quantized module. block_errors: only with a reconstruction.
+
+    uncalibrated_experts: Linears of experts that saw too few tokens, rounded without GPTQ.
+    """
 
     device: str
     group_size: dict[str, int]
     bits: dict[str, int]
     calibration_tokens: dict[str, int] = Field(default_factory=dict)
+    uncalibrated_experts: list[str] = Field(default_factory=list)
     block_errors: list[tuple[float, float]] = Field(default_factory=list)
 
 

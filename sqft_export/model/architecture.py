@@ -111,6 +111,11 @@ def empty_model(config: "PretrainedConfig", attention: str | None = None) -> "Pr
             attn_implementation=attention,
             trust_remote_code=False,
         )
+    family = FAMILIES.get(config.model_type)
+    if family and family.experts:
+        from sqft_export.model.experts import separate_experts
+
+        separate_experts(model, family.experts)
     return model.eval().requires_grad_(False)
 
 
@@ -151,12 +156,13 @@ def _check_sizes(config: ModelConfig, where: str) -> None:
 
 def _refuse_unsupported(config: "PretrainedConfig", where: str) -> None:
     """Refuse mixtures of experts and multimodal models."""
-    for name in EXPERT_FIELDS:
+    family = FAMILIES.get(config.model_type)
+    for name in () if family and family.experts else EXPERT_FIELDS:
         if (getattr(config, name, None) or 0) > 1:
             raise UserError(
                 f"{where}: model_type: {config.model_type} is a mixture of experts ({name}: "
-                f"{getattr(config, name)}); an expert sees "
-                "only a part of the calibration tokens"
+                f"{getattr(config, name)}) whose experts are not known here; known are "
+                f"{', '.join(sorted(name for name, one in FAMILIES.items() if one.experts))}"
             )
     for name in MULTIMODAL_FIELDS:
         if getattr(config, name, None):

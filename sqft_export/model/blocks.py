@@ -7,7 +7,7 @@ replaces weights, and the block runs again to compute the inputs of the next blo
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
@@ -17,7 +17,14 @@ from sqft_export.errors import UserError
 from sqft_export.machine.device import CPU
 from sqft_export.model.architecture import empty_model, transformers_config
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.model.coverage import check_finite, check_sum, count_tokens, no_tokens_error
+from sqft_export.model.coverage import (
+    MIN_TOKENS,
+    check_finite,
+    check_sum,
+    count_tokens,
+    no_tokens_error,
+)
+from sqft_export.model.experts import find_experts, recorded
 from sqft_export.numerics.hessian import inverse_factor
 
 Collector = Callable[[str, Tensor], None]  # full module name, float32 inputs [..., in]
@@ -63,6 +70,11 @@ class Inputs:
             self._sums[name] += x.square().sum(dim=0)
         else:
             self._sums[name].addmm_(x.T, x)
+
+    def has_too_few(self, block: "Block") -> bool:
+        """Return whether a method needs data and an expert saw fewer than MIN_TOKENS tokens."""
+        count = block.routed_tokens
+        return self.collector is not None and count is not None and count < MIN_TOKENS
 
     def take(self, name: str) -> Tensor | None:
         """Return the statistic of one Linear and drop it; None if the method needs none.
@@ -122,12 +134,17 @@ class Block:
         statistics one by one frees the largest sum first.
     calls: inputs of the block, one entry per sample: hidden states ``[1, length, hidden]`` and
         keyword arguments.
+    names: all tensors of the checkpoint that belong to the module.
+    routed_tokens: calibration tokens that were routed here, if the module is an expert of a block;
+        None for a block. Its calls are hidden states ``[tokens, hidden]``.
     """
 
     index: int
     module: nn.Module
     linears: dict[str, nn.Linear]
     calls: list[Call]
+    names: list[str] = field(default_factory=list)
+    routed_tokens: int | None = None
 
 
 class _StopForwardError(Exception):
@@ -226,8 +243,11 @@ def _first_inputs(
     _load_weights(model, checkpoint, before, device)
     # Run a block once to see whether it returns a tuple.
     [[(hidden, kwargs)]] = _record_calls(model, layers, samples[:1], [None])
-    _load_weights(model, checkpoint, checkpoint.block_names(0), device)
-    wraps = isinstance(layers[0](hidden, **kwargs), tuple)
+    experts, names = find_experts(layers[0]), checkpoint.block_names(0)
+    outer = [name for name in names if ".experts." not in name] if experts else names
+    _load_weights(model, checkpoint, outer, device)
+    with recorded(experts):
+        wraps = isinstance(layers[0](hidden, **kwargs), tuple)
     calls = _record_calls(model, layers, samples, [wraps] * (len(layers) - 1) + [None])
     for module in (model.get_submodule(name.rpartition(".")[0]) for name in before):
         module.to("meta")
@@ -275,11 +295,18 @@ def _run_block(block: Block, tokens: dict[str, int]) -> list[Tensor]:
     return outputs
 
 
-def _linears_of(module: nn.Module, prefix: str) -> dict[str, nn.Linear]:
-    """Return full name -> Linear of a block, the one with the most inputs first."""
-    children = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)]
+def _linears_of(
+    checkpoint: Checkpoint, module: nn.Module, index: int, names: Collection[str]
+) -> dict[str, nn.Linear]:
+    """Return full name -> Linear of a block, the one with the most inputs first.
+
+    :param names: tensors of the block; Linears without a weight among them are left out.
+    """
+    prefix = f"{checkpoint.family.blocks}.{index}."
+    found = ((f"{prefix}{n}", m) for n, m in module.named_modules() if isinstance(m, nn.Linear))
+    children = [(n, m) for n, m in found if f"{n}.weight" in names and n in checkpoint.linears]
     children.sort(key=lambda child: -child[1].in_features)
-    return {f"{prefix}.{name}": linear for name, linear in children}
+    return dict(children)
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
@@ -317,13 +344,62 @@ def walk(
     hidden, keywords = _first_inputs(model, checkpoint, samples, device)
     check_finite("inputs of block 0", hidden)
     layers = model.get_submodule(checkpoint.family.blocks)
+    tokens = {} if tokens is None else tokens
     for index in range(checkpoint.blocks):
-        prefix = f"{checkpoint.family.blocks}.{index}"
-        _load_weights(model, checkpoint, checkpoint.block_names(index), device)
-        module, calls = layers[index], list(zip(hidden, keywords[index], strict=True))
-        block = Block(index, module, _linears_of(module, prefix), calls)
-        if collector and index not in known:
-            _collect(block, collector)
+        names, experts = checkpoint.block_names(index), find_experts(layers[index])
+        outer = [name for name in names if ".experts." not in name] if experts else names
+        _load_weights(model, checkpoint, outer, device)
+        linears = _linears_of(checkpoint, layers[index], index, outer)
+        calls = list(zip(hidden, keywords[index], strict=True))
+        block = Block(index, layers[index], linears, calls, outer)
+        with recorded(experts):
+            if collector and index not in known:
+                _collect(block, collector)
         yield block
-        hidden = _run_block(block, {} if tokens is None else tokens)
+        if experts is not None:
+            yield from _walk_experts(model, checkpoint, block, collector, tokens)
+        hidden = _run_block(block, tokens)
+        layers[index].to("meta")
+
+
+def count_parts(checkpoint: Checkpoint) -> int:
+    """Return how many blocks and experts :func:`walk` yields."""
+    experts = {name.rpartition(".")[0] for name in checkpoint.linears if ".experts." in name}
+    return checkpoint.blocks + len(experts)
+
+
+def _walk_experts(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    block: Block,
+    collector: Collector | None,
+    tokens: dict[str, int],
+) -> Iterator[Block]:
+    """Yield every expert of a block with its tokens; then the block replays their outputs.
+
+    One expert is in memory at a time, so that memory does not grow with their number.
+    """
+    experts, device = find_experts(block.module), next(block.module.parameters()).device
+    assert experts is not None
+    with recorded(experts) as routed:
+        for hidden, kwargs in block.calls:
+            block.module(hidden, **kwargs)
+    path = next(n for n, m in block.module.named_modules() if m is experts)
+    totals = [torch.zeros_like(one.x) for one in routed]
+    for number, module in enumerate(experts):
+        prefix = f"{checkpoint.family.blocks}.{block.index}.{path}.{number}."
+        names = [n for n in checkpoint.block_names(block.index) if n.startswith(prefix)]
+        _load_weights(model, checkpoint, names, device)
+        inputs = [one.inputs_of(number) for one in routed]
+        calls: list[Call] = [(x, {}) for x in inputs if len(x)]
+        linears = _linears_of(checkpoint, block.module, block.index, names)
+        count = sum(len(x) for x in inputs)
+        expert = Block(block.index, module, linears, calls, names, count)
+        if collector and count >= MIN_TOKENS:
+            _collect(expert, collector)
+        yield expert
+        tokens |= dict.fromkeys(linears, count) if routed else {}
+        for total, one in zip(totals, routed, strict=True):
+            one.add_outputs(total, module, number)
         module.to("meta")
+    experts.replay(totals)

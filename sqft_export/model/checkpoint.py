@@ -17,6 +17,7 @@ from sqft_export.errors import UserError
 from sqft_export.model.architecture import family_of, shapes_of
 from sqft_export.model.companions import file_in_folder
 from sqft_export.model.config import ModelConfig
+from sqft_export.model.expert_names import expert_tensors
 from sqft_export.model.families import Family
 from sqft_export.model.tensorfiles import TORCH_NAMES, TensorFiles, TensorInfo
 from sqft_export.model.wrappers import is_wrapper, text_config_of, text_tensors
@@ -67,9 +68,11 @@ class Checkpoint(TensorFiles):
     @cached_property
     def _named(self) -> dict[str, TensorInfo]:
         """All stored tensors, under the names of the model class."""
-        if self.wrapper_config is not None:
-            return text_tensors(self.stored, str(self.folder))
         headers = self.stored
+        if self.wrapper_config is not None:
+            headers = text_tensors(headers, str(self.folder))
+        if self.family.experts is not None:
+            headers = expert_tensors(headers, self.family.blocks, self.family.experts)
         outer, _, _ = self.family.blocks.partition(".")
         if not any(name.startswith(f"{self.family.blocks}.") for name in headers):
             # The names lack the outer module if the model was saved without its head, as Bloom is.
@@ -201,7 +204,7 @@ class Checkpoint(TensorFiles):
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Decoder Linear -> (outputs, inputs)."""
-        return decoder_linears(self.shapes, self.family.blocks)
+        return decoder_linears(self.shapes, self.family)
 
     @cached_property
     def float_dtype(self) -> "torch.dtype":
@@ -248,16 +251,19 @@ def count_blocks(names: Iterable[str], blocks: str) -> int:
     return 1 + max(int(name.partition(".")[0]) for name in inside)
 
 
-def decoder_linears(shapes: dict[str, tuple[int, ...]], blocks: str) -> dict[str, tuple[int, int]]:
+def decoder_linears(
+    shapes: dict[str, tuple[int, ...]], family: Family
+) -> dict[str, tuple[int, int]]:
     """Return the Linears of the decoder blocks: module name -> (outputs, inputs).
 
-    :param blocks: path of the list of decoder blocks.
+    Routers of experts are left out; they stay in floats.
     """
-    inside = re.compile(rf"^{re.escape(blocks)}\.\d+\..+\.weight$")
+    inside = re.compile(rf"^{re.escape(family.blocks)}\.\d+\..+\.weight$")
     return {
-        name.removesuffix(".weight"): (shape[0], shape[1])
+        module: (shape[0], shape[1])
         for name, shape in shapes.items()
         if inside.match(name) and len(shape) == 2
+        and not family.is_router(module := name.removesuffix(".weight"))
     }
 
 

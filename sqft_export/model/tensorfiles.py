@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sqft_export.errors import UserError, one_line
 from sqft_export.model.companions import file_in_folder
@@ -35,14 +35,26 @@ def index_name(stem: str) -> str:
     return f"{stem}.safetensors.index.json"
 
 
+class Slice(NamedTuple):
+    """Rows ``start`` to ``stop`` of one matrix of a stored tensor with three axes."""
+
+    index: int
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor in the header of its file; ``key`` is its name in that file."""
+    """One tensor in the header of its file.
+
+    key: name in that file. part: the matrix that is read; None: the complete tensor.
+    """
 
     file: str
     key: str
     dtype: str
     shape: tuple[int, ...]
+    part: Slice | None = None
 
     @property
     def bytes(self) -> int:
@@ -167,7 +179,12 @@ class TensorFiles:
         for file, wanted in by_file.items():
             with safe_open(self.folder / file, framework="pt") as shard:
                 for name in wanted:
-                    yield name, shard.get_tensor(self.headers[name].key)
+                    info = self.headers[name]
+                    if info.part is None:
+                        yield name, shard.get_tensor(info.key)
+                    else:
+                        index, start, stop = info.part
+                        yield name, shard.get_slice(info.key)[index, start:stop]
 
     def dtype(self, name: str) -> "torch.dtype":
         """Return the dtype of a stored tensor."""

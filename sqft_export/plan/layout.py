@@ -108,7 +108,7 @@ def layout_of(recipe: Recipe, folder: Path | None) -> Layout:
     described = described_config(recipe) or ModelConfig()
     config = described if folder is None else Checkpoint(folder).config
     family = family_of(config, str(recipe.file))
-    linears = decoder_linears(shapes, family.blocks)
+    linears = decoder_linears(shapes, family)
     total = sum(prod(shape) for shape in shapes.values())
     weights = sum(prod(shape) for shape in linears.values())
     vocabulary, width = shapes[f"{family.embedding}.weight"]

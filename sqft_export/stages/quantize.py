@@ -12,10 +12,10 @@ from sqft_export.data.calibration import calibration_fields, calibration_tensors
 from sqft_export.data.items import TASK_FILES
 from sqft_export.machine.device import device_name, device_of
 from sqft_export.metrics import QuantizeMetrics
-from sqft_export.model.blocks import Block, Inputs, walk
+from sqft_export.model.blocks import Block, Inputs, count_parts, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config, write_config
-from sqft_export.model.coverage import coverage_warnings
+from sqft_export.model.coverage import coverage_warnings, expert_warnings
 from sqft_export.model.reconstruction import Reconstructed, reconstruct
 from sqft_export.model.storage import (
     MAX_BUFFER_BYTES,
@@ -144,9 +144,10 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> dic
     """Quantize all blocks in order, then embedding and head; return the metrics."""
     config, checkpoint = context.recipe.quantize, Checkpoint(context.latest_model())
     method = quantizer(config.method)
-    advance = context.start(checkpoint.blocks)
+    advance = context.start(count_parts(checkpoint))
     inputs = Inputs(method.NEEDS, config.damping)
     warnings, errors, tokens = list[str](), list[tuple[float, float]](), dict[str, int]()
+    uncalibrated = list[str]()
     copy_companions(checkpoint.folder, weights.folder)
     write_config(weights.folder, checkpoint.config)
 
@@ -157,8 +158,10 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> dic
         weights.add(key, cast_keeping_codes(weight, grid, checkpoint.dtype(key)))
 
     for target, block in _walk(context, checkpoint, inputs, tokens):
-        rest = set(checkpoint.block_names(block.index))
+        rest = set(block.names)
         quantized = _quantize_block(context, method, block, inputs)
+        if inputs.has_too_few(block):
+            uncalibrated.extend(block.linears)
         if target:
             trained = _reconstruct(context, target, block, quantized)
             quantized = ((n, trained.weights[n], grid) for n, grid in trained.grids.items())
@@ -178,7 +181,9 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> dic
         else:
             weights.add(name, tensor)
     warnings += coverage_warnings(tokens, checkpoint.linears, inputs.has_hessian)
+    warnings += expert_warnings(uncalibrated, tokens, "rounded without GPTQ")
     metrics = {"warnings": warnings, "calibration_tokens": tokens}
+    metrics |= {"uncalibrated_experts": uncalibrated}
     return metrics | ({"block_errors": errors} if errors else {})
 
 
@@ -247,12 +252,13 @@ def _quantize_block(
     if method.NEEDS == "block":
         yield from cast(BlockQuantizer, method).compress_block(block, mask_of, config)
         return
+    starved = inputs.has_too_few(block)
+    used = cast(Quantizer, quantizer("rtn") if starved else method)
     for name, linear in block.linears.items():
         group_size = fallback_group_size(linear.in_features, config.group_size)
         grid_options = config.bits, group_size, config.symmetric
+        found = None if starved else inputs.take(name)
         yield (
             name,
-            *cast(Quantizer, method).compress(
-                linear.weight, mask_of(name), *grid_options, inputs.take(name), scale_bits
-            ),
+            *used.compress(linear.weight, mask_of(name), *grid_options, found, scale_bits),
         )

@@ -9,10 +9,10 @@ from sqft_export.data.calibration import calibration_fields, calibration_tensors
 from sqft_export.data.items import TASK_FILES
 from sqft_export.machine.device import device_name, device_of
 from sqft_export.metrics import SparsifyMetrics
-from sqft_export.model.blocks import Inputs, walk
+from sqft_export.model.blocks import Inputs, count_parts, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config, write_config
-from sqft_export.model.coverage import coverage_warnings
+from sqft_export.model.coverage import coverage_warnings, expert_warnings
 from sqft_export.model.storage import (
     MAX_BUFFER_BYTES,
     finite_dtype,
@@ -76,6 +76,7 @@ def run(context: Context) -> SparsifyMetrics:
     if checkpoint.quantized_linears:
         return _mask_existing_zeros(context, checkpoint)
     method, device = sparsifier(config.method), device_of(context.recipe.device)
+    uncalibrated = list[str]()
     samples, tokens = None, dict[str, int]()
     if config.calibrates:
         samples = calibration_tensors(context.recipe, context.model)
@@ -83,15 +84,19 @@ def run(context: Context) -> SparsifyMetrics:
     inputs = Inputs(method.NEEDS)
     if inputs.collector is None:
         samples = None  # only the allocation needed them
-    advance = context.start(checkpoint.blocks)
+    advance = context.start(count_parts(checkpoint))
     copy_companions(context.model, context.folder / "model")
     write_config(context.folder / "model", checkpoint.config)
     model_writer = TensorWriter(context.folder / "model", shard_bytes=MAX_BUFFER_BYTES)
     with model_writer as writer, _Masks(context.folder) as masks:
         for block in walk(checkpoint, samples, inputs.collector, device, tokens=tokens):
-            rest = set(checkpoint.block_names(block.index))
+            rest = set(block.names)
             for name, linear in block.linears.items():
-                weight, mask = _compress(method, linear.weight, prunings[name], inputs.take(name))
+                if starved := inputs.has_too_few(block):
+                    uncalibrated.append(name)
+                found = None if starved else inputs.take(name)
+                used = sparsifier("magnitude") if starved else method
+                weight, mask = _compress(used, linear.weight, prunings[name], found)
                 masks.add(name, mask)
                 linear.weight.copy_(weight)
                 key = f"{name}.weight"
@@ -106,7 +111,11 @@ def run(context: Context) -> SparsifyMetrics:
         sparsity=masks.sparsity(),
         device=device_name(device),
         calibration_tokens=tokens,
-        warnings=coverage_warnings(tokens, checkpoint.linears, inputs.has_hessian),
+        uncalibrated_experts=uncalibrated,
+        warnings=[
+            *coverage_warnings(tokens, checkpoint.linears, inputs.has_hessian),
+            *expert_warnings(uncalibrated, tokens, "pruned by magnitude"),
+        ],
     )
 
 
@@ -132,10 +141,11 @@ def _prunings(
     assert config.sparsity is not None and samples is not None
     free = [name for name in prunings if override_for(config, name) is None]
     inputs, curves = Inputs("norms"), dict[str, Curve]()
-    advance = context.start(checkpoint.blocks)
+    advance = context.start(count_parts(checkpoint))
     for block in walk(checkpoint, samples, inputs.collector, device, tokens=tokens):
         for name, linear in block.linears.items():
-            norms = inputs.take(name)
+            few = inputs.has_too_few(block)
+            norms = torch.ones_like(linear.weight[0]) if few else inputs.take(name)
             if name in free:
                 curves[name] = error_curve(linear.weight, norms, config.sparsity)
         advance()

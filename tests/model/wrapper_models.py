@@ -42,7 +42,13 @@ _LAYERS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_atte
 # Wrapper -> text config, vision config, other fields of its config.
 WRAPPERS: dict[str, tuple[dict, dict, dict]] = {
     "gemma3": (
-        _TEXT | _LAYERS | {"query_pre_attn_scalar": 24},
+        _TEXT
+        | {
+            "num_hidden_layers": 6,  # llama.cpp has full attention in every sixth layer
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+            "query_pre_attn_scalar": 16,
+        },
         _VISION,
         {"mm_tokens_per_image": 4},
     ),

@@ -163,6 +163,8 @@ def _place(graph: onnx.GraphProto, weights: Weights, data: ExternalData) -> None
     """Write the weights of all products and embeddings, and connect them to the traced nodes."""
     wanted = {name for node in graph.node for name in node.input}
     gathers = {node.input[0]: node for node in graph.node if node.op_type == "Gather"}
+    # Matrices whose rows are outputs: embeddings, and routers of experts, which are no Linears.
+    kept = gathers.keys() | {node.input[1] for node in graph.node if _is_transposed_product(node)}
     for name in sorted(weights.linears):
         traced = f"model.{name}"
         if f"{traced}.B" in wanted:
@@ -173,8 +175,13 @@ def _place(graph: onnx.GraphProto, weights: Weights, data: ExternalData) -> None
             quantize_gather(data, graph, weights, gathers[f"{traced}.weight"], name, None)
         elif f"{traced}.weight" in wanted:
             floats = weights.floats([Rows(name)])
-            array = floats if f"{traced}.weight" in gathers else floats.T
+            array = floats if f"{traced}.weight" in kept else floats.T
             _rename(graph, f"{traced}.weight", data.add(graph, f"{name}.weight", array))
+
+
+def _is_transposed_product(node: onnx.NodeProto) -> bool:
+    """Return whether a node multiplies with the transposed second matrix."""
+    return node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
 
 
 def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
