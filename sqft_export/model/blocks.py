@@ -243,10 +243,8 @@ def _first_inputs(
     _load_weights(model, checkpoint, before, device)
     # Run a block once to see whether it returns a tuple.
     [[(hidden, kwargs)]] = _record_calls(model, layers, samples[:1], [None])
-    experts, names = find_experts(layers[0]), checkpoint.block_names(0)
-    outer = [name for name in names if ".experts." not in name] if experts else names
-    _load_weights(model, checkpoint, outer, device)
-    with recorded(experts):
+    _load_weights(model, checkpoint, _outer_names(layers[0], checkpoint, 0), device)
+    with recorded(find_experts(layers[0])):
         wraps = isinstance(layers[0](hidden, **kwargs), tuple)
     calls = _record_calls(model, layers, samples, [wraps] * (len(layers) - 1) + [None])
     for module in (model.get_submodule(name.rpartition(".")[0]) for name in before):
@@ -346,12 +344,9 @@ def walk(
     layers = model.get_submodule(checkpoint.family.blocks)
     tokens = {} if tokens is None else tokens
     for index in range(checkpoint.blocks):
-        names, experts = checkpoint.block_names(index), find_experts(layers[index])
-        outer = [name for name in names if ".experts." not in name] if experts else names
-        _load_weights(model, checkpoint, outer, device)
-        linears = _linears_of(checkpoint, layers[index], index, outer)
         calls = list(zip(hidden, keywords[index], strict=True))
-        block = Block(index, layers[index], linears, calls, outer)
+        block = _load_block(model, checkpoint, index, calls, device)
+        experts = find_experts(block.module)
         with recorded(experts):
             if collector and index not in known:
                 _collect(block, collector)
@@ -360,6 +355,22 @@ def walk(
             yield from _walk_experts(model, checkpoint, block, collector, tokens)
         hidden = _run_block(block, tokens)
         layers[index].to("meta")
+
+
+def _load_block(
+    model: nn.Module, checkpoint: Checkpoint, index: int, calls: list[Call], device: torch.device
+) -> Block:
+    """Load a block, without its experts."""
+    module = model.get_submodule(f"{checkpoint.family.blocks}.{index}")
+    names = _outer_names(module, checkpoint, index)
+    _load_weights(model, checkpoint, names, device)
+    return Block(index, module, _linears_of(checkpoint, module, index, names), calls, names)
+
+
+def _outer_names(module: nn.Module, checkpoint: Checkpoint, index: int) -> list[str]:
+    """Return the names of a block's tensors that are not its experts'."""
+    names, routed = checkpoint.block_names(index), find_experts(module) is not None
+    return [name for name in names if not (routed and ".experts." in name)]
 
 
 def count_parts(checkpoint: Checkpoint) -> int:

@@ -262,7 +262,8 @@ def decoder_linears(
     return {
         module: (shape[0], shape[1])
         for name, shape in shapes.items()
-        if inside.match(name) and len(shape) == 2
+        if inside.match(name)
+        and len(shape) == 2
         and not family.is_router(module := name.removesuffix(".weight"))
     }
 

@@ -35,7 +35,9 @@ def _experts_path(experts: Experts) -> str:
     return f"{experts.batched[0].partition('.')[0]}.experts"
 
 
-def _matrices(info: TensorInfo, prefix: str, parts: tuple[str, ...]) -> list[tuple[str, TensorInfo]]:
+def _matrices(
+    info: TensorInfo, prefix: str, parts: tuple[str, ...]
+) -> list[tuple[str, TensorInfo]]:
     """Return the matrices of a batched tensor by the name of their Linear."""
     count, outputs, inputs = info.shape
     rows = outputs // len(parts)

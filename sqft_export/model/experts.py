@@ -133,6 +133,8 @@ class _GraniteBlock(nn.Module):
     def __init__(self, replaced: nn.Module, experts: RoutedExperts):
         super().__init__()
         self.router, self.experts = replaced.router, experts
+        # optimum-intel patches the forward of these while it traces; they are not called.
+        self.input_linear = self.output_linear = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs ``[batch, length, hidden]`` of inputs of the same shape."""

@@ -16,6 +16,7 @@ from sqft_export.untrusted import MAX_JSON_BYTES, open_regular, parse_json
 
 if TYPE_CHECKING:
     import torch
+    from safetensors import safe_open
     from torch import Tensor
 
 
@@ -179,12 +180,7 @@ class TensorFiles:
         for file, wanted in by_file.items():
             with safe_open(self.folder / file, framework="pt") as shard:
                 for name in wanted:
-                    info = self.headers[name]
-                    if info.part is None:
-                        yield name, shard.get_tensor(info.key)
-                    else:
-                        index, start, stop = info.part
-                        yield name, shard.get_slice(info.key)[index, start:stop]
+                    yield name, _read_tensor(shard, self.headers[name])
 
     def dtype(self, name: str) -> "torch.dtype":
         """Return the dtype of a stored tensor."""
@@ -195,6 +191,14 @@ class TensorFiles:
     def tensor(self, name: str) -> "Tensor":
         """Read one tensor."""
         return next(self.tensors([name]))[1]
+
+
+def _read_tensor(shard: "safe_open", info: TensorInfo) -> "Tensor":
+    """Return a tensor of an open file, or the part of it that ``info`` describes."""
+    if info.part is None:
+        return shard.get_tensor(info.key)
+    index, start, stop = info.part
+    return shard.get_slice(info.key)[index, start:stop]
 
 
 class TensorWriter:

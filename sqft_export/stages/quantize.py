@@ -160,8 +160,7 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> dic
     for target, block in _walk(context, checkpoint, inputs, tokens):
         rest = set(block.names)
         quantized = _quantize_block(context, method, block, inputs)
-        if inputs.has_too_few(block):
-            uncalibrated.extend(block.linears)
+        uncalibrated += block.linears if inputs.has_too_few(block) else ()
         if target:
             trained = _reconstruct(context, target, block, quantized)
             quantized = ((n, trained.weights[n], grid) for n, grid in trained.grids.items())
@@ -182,9 +181,8 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> dic
             weights.add(name, tensor)
     warnings += coverage_warnings(tokens, checkpoint.linears, inputs.has_hessian)
     warnings += expert_warnings(uncalibrated, tokens, "rounded without GPTQ")
-    metrics = {"warnings": warnings, "calibration_tokens": tokens}
-    metrics |= {"uncalibrated_experts": uncalibrated}
-    return metrics | ({"block_errors": errors} if errors else {})
+    found = {"calibration_tokens": tokens, "uncalibrated_experts": uncalibrated}
+    return found | {"warnings": warnings} | ({"block_errors": errors} if errors else {})
 
 
 def _row_grid(weight: Tensor, config: Quantize) -> Grid:

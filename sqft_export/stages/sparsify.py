@@ -1,5 +1,6 @@
 """sparsify: prune the decoder Linears; write the checkpoint and the pruning masks."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from sqft_export.data.calibration import calibration_fields, calibration_tensors
 from sqft_export.data.items import TASK_FILES
 from sqft_export.machine.device import device_name, device_of
 from sqft_export.metrics import SparsifyMetrics
-from sqft_export.model.blocks import Inputs, count_parts, walk
+from sqft_export.model.blocks import Block, Inputs, count_parts, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config, write_config
 from sqft_export.model.coverage import coverage_warnings, expert_warnings
@@ -90,19 +91,11 @@ def run(context: Context) -> SparsifyMetrics:
     model_writer = TensorWriter(context.folder / "model", shard_bytes=MAX_BUFFER_BYTES)
     with model_writer as writer, _Masks(context.folder) as masks:
         for block in walk(checkpoint, samples, inputs.collector, device, tokens=tokens):
-            rest = set(block.names)
-            for name, linear in block.linears.items():
-                if starved := inputs.has_too_few(block):
-                    uncalibrated.append(name)
-                found = None if starved else inputs.take(name)
-                used = sparsifier("magnitude") if starved else method
-                weight, mask = _compress(used, linear.weight, prunings[name], found)
-                masks.add(name, mask)
-                linear.weight.copy_(weight)
-                key = f"{name}.weight"
-                writer.add(key, weight.to(checkpoint.dtype(key)).cpu())
-                rest.remove(key)
-            for name, tensor in checkpoint.tensors(sorted(rest)):
+            if starved := inputs.has_too_few(block):
+                uncalibrated += block.linears
+            used = sparsifier("magnitude") if starved else method
+            found = None if starved else inputs
+            for name, tensor in _prune_block(checkpoint, block, used, prunings, found, masks):
                 writer.add(name, tensor)
             advance()
         for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
@@ -117,6 +110,30 @@ def run(context: Context) -> SparsifyMetrics:
             *expert_warnings(uncalibrated, tokens, "pruned by magnitude"),
         ],
     )
+
+
+def _prune_block(
+    checkpoint: Checkpoint,
+    block: Block,
+    method: Sparsifier,
+    prunings: dict[str, Pruning | None],
+    inputs: Inputs | None,
+    masks: _Masks,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield all tensors of a block with its pruned Linears first; write their masks.
+
+    :param inputs: statistics of the Linears' inputs; None if the method needs none.
+    """
+    rest = set(block.names)
+    for name, linear in block.linears.items():
+        statistic = inputs.take(name) if inputs else None
+        weight, mask = _compress(method, linear.weight, prunings[name], statistic)
+        masks.add(name, mask)
+        linear.weight.copy_(weight)
+        key = f"{name}.weight"
+        yield key, weight.to(checkpoint.dtype(key)).cpu()
+        rest.remove(key)
+    yield from checkpoint.tensors(sorted(rest))
 
 
 def _prunings(
