@@ -261,8 +261,9 @@ def _collect(block: Block, collector: Collector) -> None:
     hooks = [
         linear.register_forward_pre_hook(hook_of(name)) for name, linear in block.linears.items()
     ]
-    for hidden, kwargs in block.calls:
-        block.module(hidden, **kwargs)
+    with recorded(find_experts(block.module)):
+        for hidden, kwargs in block.calls:
+            block.module(hidden, **kwargs)
     for hook in hooks:
         hook.remove()
 
@@ -346,12 +347,10 @@ def walk(
     for index in range(checkpoint.blocks):
         calls = list(zip(hidden, keywords[index], strict=True))
         block = _load_block(model, checkpoint, index, calls, device)
-        experts = find_experts(block.module)
-        with recorded(experts):
-            if collector and index not in known:
-                _collect(block, collector)
+        if collector and index not in known:
+            _collect(block, collector)
         yield block
-        if experts is not None:
+        if find_experts(block.module):
             yield from _walk_experts(model, checkpoint, block, collector, tokens)
         hidden = _run_block(block, tokens)
         layers[index].to("meta")

@@ -224,6 +224,11 @@ class TensorWriter:
         if sum(t.nbytes for t in self._held.values()) > self.shard_bytes:
             self._flush()
 
+    def add_all(self, tensors: "Iterable[tuple[str, Tensor]]") -> None:
+        """Buffer tensors, one in memory at a time."""
+        for name, tensor in tensors:
+            self.add(name, tensor)
+
     def _flush(self) -> None:
         from safetensors.torch import save_file
 

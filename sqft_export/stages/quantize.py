@@ -144,12 +144,10 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> dic
     """Quantize all blocks in order, then embedding and head; return the metrics."""
     config, checkpoint = context.recipe.quantize, Checkpoint(context.latest_model())
     method = quantizer(config.method)
-    advance = context.start(count_parts(checkpoint))
-    inputs = Inputs(method.NEEDS, config.damping)
-    warnings, errors, tokens = list[str](), list[tuple[float, float]](), dict[str, int]()
-    uncalibrated = list[str]()
-    copy_companions(checkpoint.folder, weights.folder)
-    write_config(weights.folder, checkpoint.config)
+    advance, inputs = context.start(count_parts(checkpoint)), Inputs(method.NEEDS, config.damping)
+    warnings, uncalibrated, tokens = list[str](), list[str](), dict[str, int]()
+    errors = list[tuple[float, float]]()
+    _write_configs(checkpoint, weights.folder)
 
     def add(name: str, weight: Tensor, grid: Grid) -> None:
         warnings.extend(_clamped_scale_warning(name, weight, grid))
@@ -171,8 +169,7 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> dic
             add(name, weight.cpu(), grid.cpu())
             set_grid_points(block.linears[name], weight, grid)
             rest.remove(f"{name}.weight")
-        for name, tensor in checkpoint.tensors(sorted(rest)):
-            weights.add(name, tensor)
+        weights.add_all(checkpoint.tensors(sorted(rest)))
         advance()
     for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
         if config.embedding_bits and tensor.dim() == 2:
@@ -181,8 +178,14 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> dic
             weights.add(name, tensor)
     warnings += coverage_warnings(tokens, checkpoint.linears, inputs.has_hessian)
     warnings += expert_warnings(uncalibrated, tokens, "rounded without GPTQ")
-    found = {"calibration_tokens": tokens, "uncalibrated_experts": uncalibrated}
-    return found | {"warnings": warnings} | ({"block_errors": errors} if errors else {})
+    found = {"block_errors": errors, "uncalibrated_experts": uncalibrated}
+    return {"warnings": warnings, "calibration_tokens": tokens, **found}
+
+
+def _write_configs(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy configs and tokenizer of a model, with the config as the checkpoint reads it."""
+    copy_companions(checkpoint.folder, folder)
+    write_config(folder, checkpoint.config)
 
 
 def _row_grid(weight: Tensor, config: Quantize) -> Grid:

@@ -99,8 +99,12 @@ class _Decoder(nn.Module):
 def build(weights: Weights, folder: Path, data: ExternalData) -> onnx.ModelProto:
     """Return the graph. Write weights to ``data`` and ``genai_config.json`` to ``folder``."""
     model = skeleton(weights.checkpoint, attention=PLAIN_ATTENTION)
+    is_router = weights.checkpoint.family.is_router
     for number, (name, module) in enumerate(list(model.named_modules()), start=1):
-        if isinstance(module, nn.Linear):
+        if is_router(name):  # may compute more than a product; marked as products are
+            marked = empty_matrix(*module.weight.shape, number)
+            module.weight = nn.Parameter(marked, requires_grad=False)
+        elif isinstance(module, nn.Linear):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, _Product(name, module, weights, number))
     decoder = _decoder_config(model.config)
