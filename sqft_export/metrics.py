@@ -26,11 +26,13 @@ class SparsifyMetrics(SparsityMetrics):
     """calibration_tokens: Linear -> tokens that it was calibrated on.
 
     largest_activations: Linear or block -> its largest absolute activation on these tokens.
+    uncalibrated_experts: Linears of experts that saw too few tokens, pruned by magnitude.
     """
 
     device: MayBeMissing[str] = None
     calibration_tokens: dict[str, int] = Field(default_factory=dict)
     largest_activations: dict[str, float] = Field(default_factory=dict)
+    uncalibrated_experts: list[str] = Field(default_factory=list)
 
 
 class ReconstructMetrics(Metrics):
@@ -46,12 +48,14 @@ class QuantizeMetrics(Metrics):
 
     largest_activations: Linear or block -> its largest absolute activation on calibration tokens.
     largest_scales: module -> the largest scale of its grid.
+    uncalibrated_experts: Linears of experts that saw too few tokens, rounded without GPTQ.
     """
 
     device: str
     group_size: dict[str, int]
     bits: dict[str, int]
     calibration_tokens: dict[str, int] = Field(default_factory=dict)
+    uncalibrated_experts: list[str] = Field(default_factory=list)
     block_errors: list[tuple[float, float]] = Field(default_factory=list)
     largest_activations: dict[str, float] = Field(default_factory=dict)
     largest_scales: dict[str, float] = Field(default_factory=dict)

@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from sqft_export.adapters.files import PREFIX
 from sqft_export.adapters.linear import CompressedLinear, ElasticLoraLinear
+from sqft_export.model.experts import compute_all_experts
 from sqft_export.model.storage import MASKS, load_mask
 from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.textfiles import read_json
@@ -165,6 +166,7 @@ def capture(model: nn.Module, sequences: list[list[int]], masks: Path | None) ->
     :param masks: folder of the pruning masks; None if nothing was pruned.
     """
     captured, all_logits = CapturedForward(), []
+    compute_all_experts(model)
     tracer = _OperandTracer(captured, _masks_in(masks))
     with _tracked_linears(model, tracer), tracer:
         for sequence in sequences:

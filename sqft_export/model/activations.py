@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,18 @@ from torch import Tensor, nn
 # float16 ends at 65,504. Other texts than the calibration's reach higher values.
 LARGEST_SAFE_ACTIVATION = 3e4
 LARGEST_USUAL_SCALE = 100.0  # of a grid; the product of scale and code is a weight
+
+
+@dataclass
+class Observations:
+    """What Linears saw of the calibration data.
+
+    tokens: Linear -> number of its tokens.
+    largest: Linear or block -> its largest absolute activation.
+    """
+
+    tokens: dict[str, int] = field(default_factory=dict)
+    largest: dict[str, float] = field(default_factory=dict)
 
 
 @contextlib.contextmanager

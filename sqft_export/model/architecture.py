@@ -14,6 +14,7 @@ from sqft_export.model.decoding import find_decoder_fault
 from sqft_export.model.empty import empty_model
 from sqft_export.model.families import FAMILIES, Family
 from sqft_export.model.structure import check_blocks, family_of_model, list_linears
+from sqft_export.model.wrappers import MULTIMODAL_FIELDS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -33,7 +34,6 @@ _MAX_SIZES = {
 # Fields of config.json that differ between the artifacts of one model.
 _SETTINGS_OF_STORAGE = ("quantization_config", "dtype", "torch_dtype", "tie_word_embeddings")
 _found_families: dict[str, Family] = {}  # config -> family of an unlisted model type
-MULTIMODAL_FIELDS = ("vision_config", "audio_config", "vision_tower")
 
 
 def family_of(config: ModelConfig, where: str) -> Family:
@@ -155,12 +155,13 @@ def _check_sizes(config: ModelConfig, where: str) -> None:
 
 def _refuse_unsupported(config: "PretrainedConfig", where: str) -> None:
     """Refuse mixtures of experts and multimodal models."""
-    for name in EXPERT_FIELDS:
+    family = FAMILIES.get(config.model_type)
+    for name in () if family and family.experts else EXPERT_FIELDS:
         if (getattr(config, name, None) or 0) > 1:
             raise UserError(
                 f"{where}: model_type: {config.model_type} is a mixture of experts ({name}: "
-                f"{getattr(config, name)}); an expert sees "
-                "only a part of the calibration tokens"
+                f"{getattr(config, name)}) whose experts are not known here; known are "
+                f"{', '.join(sorted(name for name, one in FAMILIES.items() if one.experts))}"
             )
     for name in MULTIMODAL_FIELDS:
         if getattr(config, name, None):

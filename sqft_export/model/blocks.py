@@ -8,7 +8,7 @@ replaces weights, and the block runs again to compute the inputs of the next blo
 import contextlib
 import inspect
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
@@ -16,11 +16,18 @@ from torch import Tensor, nn
 
 from sqft_export.errors import UserError
 from sqft_export.machine.device import CPU
-from sqft_export.model.activations import record_largest, watch_activations
+from sqft_export.model.activations import Observations, record_largest, watch_activations
 from sqft_export.model.architecture import transformers_config
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.model.coverage import check_finite, check_sum, count_tokens, no_tokens_error
+from sqft_export.model.coverage import (
+    MIN_TOKENS,
+    check_finite,
+    check_sum,
+    count_tokens,
+    no_tokens_error,
+)
 from sqft_export.model.empty import empty_model
+from sqft_export.model.experts import find_experts, recorded
 from sqft_export.numerics.hessian import inverse_factor
 
 Collector = Callable[[str, Tensor], None]  # full module name, float32 inputs [..., in]
@@ -66,6 +73,11 @@ class Inputs:
             self._sums[name] += x.square().sum(dim=0)
         else:
             self._sums[name].addmm_(x.T, x)
+
+    def has_too_few(self, block: "Block") -> bool:
+        """Return whether a method needs data and an expert saw fewer than MIN_TOKENS tokens."""
+        count = block.routed_tokens
+        return self.collector is not None and count is not None and count < MIN_TOKENS
 
     def take(self, name: str) -> Tensor | None:
         """Return the statistic of one Linear and drop it; None if the method needs none.
@@ -125,12 +137,17 @@ class Block:
         statistics one by one frees the largest sum first.
     calls: inputs of the block, one entry per sample: hidden states ``[1, length, hidden]`` and
         keyword arguments.
+    names: all tensors of the checkpoint that belong to the module.
+    routed_tokens: calibration tokens that were routed here, if the module is an expert of a block;
+        None for a block. Its calls are hidden states ``[tokens, hidden]``.
     """
 
     index: int
     module: nn.Module
     linears: dict[str, nn.Linear]
     calls: list[Call]
+    names: list[str] = field(default_factory=list)
+    routed_tokens: int | None = None
 
 
 class _StopForwardError(Exception):
@@ -232,8 +249,9 @@ def _first_inputs(
     _load_weights(model, checkpoint, before, device)
     # Run a block once to see whether it returns a tuple.
     [[(hidden, kwargs)]] = _record_calls(model, layers, samples[:1], [None])
-    _load_weights(model, checkpoint, checkpoint.block_names(0), device)
-    wraps = isinstance(layers[0](hidden, **kwargs), tuple)
+    _load_weights(model, checkpoint, _outer_names(layers[0], checkpoint, 0), device)
+    with recorded(find_experts(layers[0])):
+        wraps = isinstance(layers[0](hidden, **kwargs), tuple)
     calls = _record_calls(model, layers, samples, [wraps] * (len(layers) - 1) + [None])
     for module in (model.get_submodule(name.rpartition(".")[0]) for name in before):
         module.to("meta")
@@ -249,8 +267,9 @@ def _collect(block: Block, collector: Collector) -> None:
     hooks = [
         linear.register_forward_pre_hook(hook_of(name)) for name, linear in block.linears.items()
     ]
-    for hidden, kwargs in block.calls:
-        block.module(hidden, **kwargs)
+    with recorded(find_experts(block.module)):
+        for hidden, kwargs in block.calls:
+            block.module(hidden, **kwargs)
     for hook in hooks:
         hook.remove()
 
@@ -261,34 +280,40 @@ def output_of(module: nn.Module, hidden: Tensor, kwargs: Keywords) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _run_block(block: Block, tokens: dict[str, int], largest: dict[str, float]) -> list[Tensor]:
+def _run_block(block: Block, seen: Observations) -> list[Tensor]:
     """Run the block on all samples and return its outputs; they replace its inputs to free memory.
 
-    :param tokens: receives the number of tokens that each Linear saw; unchanged without samples.
-    :param largest: receives the largest absolute activation of each Linear and of the block.
+    :param seen: receives what its Linears and the block saw; unchanged without samples.
     :raises UserError: naming the block if its output is not finite, or a Linear without tokens.
     """
     if not block.calls:
         return []
-    with count_tokens(block.linears) as seen, watch_activations(block.linears, largest):
+    with count_tokens(block.linears) as tokens, watch_activations(block.linears, seen.largest):
         for index, (hidden, kwargs) in enumerate(block.calls):
             block.calls[index] = (output_of(block.module, hidden, kwargs), kwargs)
     outputs = [hidden for hidden, _ in block.calls]
     where = f"output of block {block.index}"
     check_finite(where, outputs)
-    record_largest(largest, where, max(float(one.abs().max()) for one in outputs))
-    for name, count in seen.items():
+    record_largest(seen.largest, where, max(float(one.abs().max()) for one in outputs))
+    for name, count in tokens.items():
         if not count:
             raise no_tokens_error(name)
-    tokens |= seen
+    seen.tokens |= tokens
     return outputs
 
 
-def _linears_of(module: nn.Module, prefix: str) -> dict[str, nn.Linear]:
-    """Return full name -> Linear of a block, the one with the most inputs first."""
-    children = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)]
+def _linears_of(
+    checkpoint: Checkpoint, module: nn.Module, index: int, names: Collection[str]
+) -> dict[str, nn.Linear]:
+    """Return full name -> Linear of a block, the one with the most inputs first.
+
+    :param names: tensors of the block; Linears without a weight among them are left out.
+    """
+    prefix = f"{checkpoint.family.blocks}.{index}."
+    found = ((f"{prefix}{n}", m) for n, m in module.named_modules() if isinstance(m, nn.Linear))
+    children = [(n, m) for n, m in found if f"{n}.weight" in names and n in checkpoint.linears]
     children.sort(key=lambda child: -child[1].in_features)
-    return {f"{prefix}.{name}": linear for name, linear in children}
+    return dict(children)
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
@@ -304,8 +329,7 @@ def walk(
     collector: Collector | None,
     device: torch.device = CPU,
     known: Collection[int] = (),
-    tokens: dict[str, int] | None = None,
-    largest: dict[str, float] | None = None,
+    seen: Observations | None = None,
 ) -> Iterator[Block]:
     """Yield every block after collecting its inputs; the caller may then change its weights.
 
@@ -315,9 +339,7 @@ def walk(
         sample.
     :param device: device of blocks and activations.
     :param known: numbers of the blocks whose inputs are not collected.
-    :param tokens: receives the number of calibration tokens that each Linear saw.
-    :param largest: receives the largest absolute activation of each Linear and block, after the
-        caller has changed its weights.
+    :param seen: receives what each Linear saw, after the caller has changed its weights.
     :raises UserError: naming the file and the tensor, if it is missing or has NaN or infinite
         weights; the block, if its activations are NaN or infinite; the Linear, if it saw no token.
     """
@@ -329,15 +351,74 @@ def walk(
     hidden, keywords = _first_inputs(model, checkpoint, samples, device)
     check_finite("inputs of block 0", hidden)
     layers = model.get_submodule(checkpoint.family.blocks)
+    seen = Observations() if seen is None else seen
     for index in range(checkpoint.blocks):
-        prefix = f"{checkpoint.family.blocks}.{index}"
-        _load_weights(model, checkpoint, checkpoint.block_names(index), device)
-        module, calls = layers[index], list(zip(hidden, keywords[index], strict=True))
-        block = Block(index, module, _linears_of(module, prefix), calls)
+        calls = list(zip(hidden, keywords[index], strict=True))
+        block = _load_block(model, checkpoint, index, calls, device)
         if collector and index not in known:
             _collect(block, collector)
         yield block
-        hidden = _run_block(
-            block, {} if tokens is None else tokens, {} if largest is None else largest
-        )
+        if find_experts(block.module):
+            yield from _walk_experts(model, checkpoint, block, collector, seen)
+        hidden = _run_block(block, seen)
+        layers[index].to("meta")
+
+
+def _load_block(
+    model: nn.Module, checkpoint: Checkpoint, index: int, calls: list[Call], device: torch.device
+) -> Block:
+    """Load a block, without its experts."""
+    module = model.get_submodule(f"{checkpoint.family.blocks}.{index}")
+    names = _outer_names(module, checkpoint, index)
+    _load_weights(model, checkpoint, names, device)
+    return Block(index, module, _linears_of(checkpoint, module, index, names), calls, names)
+
+
+def _outer_names(module: nn.Module, checkpoint: Checkpoint, index: int) -> list[str]:
+    """Return the names of a block's tensors that are not its experts'."""
+    names, routed = checkpoint.block_names(index), find_experts(module) is not None
+    return [name for name in names if not (routed and ".experts." in name)]
+
+
+def count_parts(checkpoint: Checkpoint) -> int:
+    """Return how many blocks and experts :func:`walk` yields."""
+    experts = {name.rpartition(".")[0] for name in checkpoint.linears if ".experts." in name}
+    return checkpoint.blocks + len(experts)
+
+
+def _walk_experts(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    block: Block,
+    collector: Collector | None,
+    seen: Observations,
+) -> Iterator[Block]:
+    """Yield every expert of a block with its tokens; then the block replays their outputs.
+
+    One expert is in memory at a time, so that memory does not grow with their number.
+    """
+    experts, device = find_experts(block.module), next(block.module.parameters()).device
+    assert experts is not None
+    with recorded(experts) as routed:
+        for hidden, kwargs in block.calls:
+            block.module(hidden, **kwargs)
+    path = next(n for n, m in block.module.named_modules() if m is experts)
+    totals = [torch.zeros_like(one.x) for one in routed]
+    for number, module in enumerate(experts):
+        prefix = f"{checkpoint.family.blocks}.{block.index}.{path}.{number}."
+        names = [n for n in checkpoint.block_names(block.index) if n.startswith(prefix)]
+        _load_weights(model, checkpoint, names, device)
+        inputs = [one.inputs_of(number) for one in routed]
+        calls: list[Call] = [(x, {}) for x in inputs if len(x)]
+        linears = _linears_of(checkpoint, block.module, block.index, names)
+        count = sum(len(x) for x in inputs)
+        expert = Block(block.index, module, linears, calls, names, count)
+        if collector and count >= MIN_TOKENS:
+            _collect(expert, collector)
+        yield expert
+        seen.tokens |= dict.fromkeys(linears, count) if routed else {}
+        with watch_activations(linears, seen.largest):
+            for total, one in zip(totals, routed, strict=True):
+                one.add_outputs(total, module, number)
         module.to("meta")
+    experts.replay(totals)

@@ -17,8 +17,10 @@ from sqft_export.errors import UserError
 from sqft_export.model.architecture import family_of, shapes_of
 from sqft_export.model.companions import file_in_folder
 from sqft_export.model.config import ModelConfig
+from sqft_export.model.expert_names import expert_tensors
 from sqft_export.model.families import Family
 from sqft_export.model.tensorfiles import TORCH_NAMES, TensorFiles, TensorInfo
+from sqft_export.model.wrappers import is_wrapper, text_config_of, text_tensors
 from sqft_export.textfiles import read_json
 
 if TYPE_CHECKING:
@@ -42,11 +44,18 @@ class Checkpoint(TensorFiles):
         super().__init__(folder)
         self.where = str(folder / "config.json")
         stored = read_json(file_in_folder(folder, "config.json"))
-        self.stored_config = cast(ModelConfig, stored)
+        # config.json of a multimodal wrapper; its text model is read. None for a text model.
+        self.wrapper_config = stored if is_wrapper(stored) else None
+        self.stored_config = text_config_of(cast(ModelConfig, stored), self.where)
 
     @cached_property
     def config(self) -> ModelConfig:
-        """``config.json``, with embedding and head tied only if their stored matrices are equal."""
+        """``config.json``, with embedding and head tied only if their stored matrices are equal.
+
+        The text model of a wrapper is tied too if no head is stored.
+        """
+        if self.wrapper_config is not None and f"{self.family.head}.weight" not in self._named:
+            return self.stored_config | {"tie_word_embeddings": True}
         tied = self.stored_config.get("tie_word_embeddings", self.family.tied)
         if tied and self._stored_head_differs:
             return self.stored_config | {"tie_word_embeddings": False}
@@ -60,6 +69,10 @@ class Checkpoint(TensorFiles):
     def _named(self) -> dict[str, TensorInfo]:
         """Return all stored tensors by their names in the model class."""
         headers = self.stored
+        if self.wrapper_config is not None:
+            headers = text_tensors(headers, str(self.folder))
+        if self.family.experts is not None:
+            headers = expert_tensors(headers, self.family.blocks, self.family.experts)
         outer, _, _ = self.family.blocks.partition(".")
         if not any(name.startswith(f"{self.family.blocks}.") for name in headers):
             # The names lack the outer module if the model was saved without its head, as Bloom is.
@@ -191,7 +204,7 @@ class Checkpoint(TensorFiles):
     @cached_property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Decoder Linear -> (outputs, inputs)."""
-        return decoder_linears(self.shapes, self.family.blocks)
+        return decoder_linears(self.shapes, self.family)
 
     @cached_property
     def float_dtype(self) -> "torch.dtype":
@@ -238,16 +251,20 @@ def count_blocks(names: Iterable[str], blocks: str) -> int:
     return 1 + max(int(name.partition(".")[0]) for name in inside)
 
 
-def decoder_linears(shapes: dict[str, tuple[int, ...]], blocks: str) -> dict[str, tuple[int, int]]:
+def decoder_linears(
+    shapes: dict[str, tuple[int, ...]], family: Family
+) -> dict[str, tuple[int, int]]:
     """Return the Linears of the decoder blocks: module name -> (outputs, inputs).
 
-    :param blocks: path of the list of decoder blocks.
+    Routers of experts are left out; they stay in floats.
     """
-    inside = re.compile(rf"^{re.escape(blocks)}\.\d+\..+\.weight$")
+    inside = re.compile(rf"^{re.escape(family.blocks)}\.\d+\..+\.weight$")
     return {
-        name.removesuffix(".weight"): (shape[0], shape[1])
+        module: (shape[0], shape[1])
         for name, shape in shapes.items()
-        if inside.match(name) and len(shape) == 2
+        if inside.match(name)
+        and len(shape) == 2
+        and not family.is_router(module := name.removesuffix(".weight"))
     }
 
 

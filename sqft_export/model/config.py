@@ -102,4 +102,12 @@ class ModelConfig(TypedDict, total=False):
     bos_token_id: int | list[int] | None
     eos_token_id: int | list[int] | None
     pad_token_id: int | list[int] | None
+    num_experts: int
+    num_local_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    attention_multiplier: float
+    embedding_multiplier: float
+    residual_multiplier: float
+    logits_scaling: float
     quantization_config: QuantizationConfig

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from sqft_export.errors import UserError
 
-MIN_TOKENS = 128  # per Linear, for a method that needs no Hessian
+# Per Linear, for a method that needs no Hessian. An expert with fewer tokens is not calibrated.
+MIN_TOKENS = 128
 CALIBRATION_ADVICE = (
     "look at calibration.source and calibration.samples, or use methods that need no data "
     "(magnitude, rtn)"
@@ -78,8 +79,9 @@ def coverage_warnings(
     :param shapes: Linear -> ``(out, in)``.
     :param has_hessian: a Hessian is factored, which needs at least one token per input.
     """
-    wanted = {name: shapes[name][1] if has_hessian else MIN_TOKENS for name in tokens}
-    few = [name for name, count in tokens.items() if count < wanted[name]]
+    calibrated = (n for n in tokens if ".experts." not in n or tokens[n] >= MIN_TOKENS)
+    wanted = {name: shapes[name][1] if has_hessian else MIN_TOKENS for name in calibrated}
+    few = [name for name in wanted if tokens[name] < wanted[name]]
     if not few:
         return []
     worst = min(few, key=lambda name: tokens[name] / wanted[name])
@@ -88,4 +90,22 @@ def coverage_warnings(
         f"calibration: {len(few)} of {len(tokens)} Linears saw few tokens; {worst} saw "
         f"{tokens[worst]}, {wanted[worst]} are needed ({reason}); raise calibration.samples or "
         "calibration.sequence_length"
+    ]
+
+
+def expert_warnings(names: list[str], tokens: dict[str, int], remedy: str) -> list[str]:
+    """Return at most one warning about experts that saw too few tokens to be calibrated.
+
+    :param names: their Linears. tokens: Linear -> number of calibration tokens.
+    :param remedy: what was done in place of the recipe's method.
+    """
+    if not names:
+        return []
+    experts = {name.rpartition(".")[0] for name in names}
+    all_experts = {name.rpartition(".")[0] for name in tokens if ".experts." in name} | experts
+    worst = min(names, key=lambda name: tokens.get(name, 0))
+    return [
+        f"calibration: {len(experts)} of {len(all_experts)} experts saw fewer than {MIN_TOKENS} "
+        f"tokens and were {remedy}; {worst.rpartition('.')[0]} saw {tokens.get(worst, 0)}; raise "
+        "calibration.samples or calibration.sequence_length"
     ]

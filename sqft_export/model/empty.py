@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from sqft_export.model.families import FAMILIES
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -29,6 +31,11 @@ def empty_model(config: "PretrainedConfig", attention: str | None = None) -> "Pr
             trust_remote_code=False,
         )
     drop_recurrent_mask(model)
+    family = FAMILIES.get(config.model_type)
+    if family and family.experts:
+        from sqft_export.model.experts import separate_experts
+
+        separate_experts(model, family.experts)
     for module in model.modules():
         if type(module).__name__ in _PLAIN_LINEARS:
             module.__class__ = nn.Linear

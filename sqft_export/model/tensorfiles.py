@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sqft_export.errors import UserError, one_line
 from sqft_export.model.companions import file_in_folder
@@ -16,6 +16,7 @@ from sqft_export.untrusted import MAX_JSON_BYTES, open_regular, parse_json
 
 if TYPE_CHECKING:
     import torch
+    from safetensors import safe_open
     from torch import Tensor
 
 
@@ -35,14 +36,26 @@ def index_name(stem: str) -> str:
     return f"{stem}.safetensors.index.json"
 
 
+class Slice(NamedTuple):
+    """Rows ``start`` to ``stop`` of one matrix of a stored tensor with three axes."""
+
+    index: int
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor in the header of its file; ``key`` is its name in that file."""
+    """One tensor in the header of its file.
+
+    key: name in that file. part: the matrix that is read; None: the complete tensor.
+    """
 
     file: str
     key: str
     dtype: str
     shape: tuple[int, ...]
+    part: Slice | None = None
 
     @property
     def bytes(self) -> int:
@@ -167,7 +180,7 @@ class TensorFiles:
         for file, wanted in by_file.items():
             with safe_open(self.folder / file, framework="pt") as shard:
                 for name in wanted:
-                    yield name, shard.get_tensor(self.headers[name].key)
+                    yield name, _read_tensor(shard, self.headers[name])
 
     def dtype(self, name: str) -> "torch.dtype":
         """Return the dtype of a stored tensor."""
@@ -178,6 +191,14 @@ class TensorFiles:
     def tensor(self, name: str) -> "Tensor":
         """Read one tensor."""
         return next(self.tensors([name]))[1]
+
+
+def _read_tensor(shard: "safe_open", info: TensorInfo) -> "Tensor":
+    """Return a tensor of an open file, or the part of it that ``info`` describes."""
+    if info.part is None:
+        return shard.get_tensor(info.key)
+    index, start, stop = info.part
+    return shard.get_slice(info.key)[index, start:stop]
 
 
 class TensorWriter:
@@ -202,6 +223,11 @@ class TensorWriter:
         self._total += tensor.nbytes
         if sum(t.nbytes for t in self._held.values()) > self.shard_bytes:
             self._flush()
+
+    def add_all(self, tensors: "Iterable[tuple[str, Tensor]]") -> None:
+        """Buffer tensors, one in memory at a time."""
+        for name, tensor in tensors:
+            self.add(name, tensor)
 
     def _flush(self) -> None:
         from safetensors.torch import save_file

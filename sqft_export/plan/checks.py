@@ -21,6 +21,7 @@ from sqft_export.model.families import adapted, builder_lacks, rank_groups
 from sqft_export.plan.answers import answer_faults, cut_answer_faults
 from sqft_export.plan.chat import chat_faults
 from sqft_export.plan.context import context_faults
+from sqft_export.plan.experts import expert_faults
 from sqft_export.plan.exporters import PACKAGES as TARGET_PACKAGES
 from sqft_export.plan.exporters import drop_unsupported, target_faults
 from sqft_export.plan.gates import gate_faults
@@ -393,6 +394,7 @@ CHECKS: tuple[FaultFinder, ...] = (
     tokenizer_faults,
     _calibration_faults,
     _target_module_faults,
+    expert_faults,
     _override_faults,
     _pattern_faults,
     _group_size_faults,

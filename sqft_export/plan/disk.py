@@ -9,6 +9,7 @@ from sqft_export.machine.host import nearest_folder, size_text
 from sqft_export.model.families import adapted
 from sqft_export.model.hub import Download
 from sqft_export.plan.layout import Layout, group_sizes
+from sqft_export.plan.wrapped import text_model_bytes
 from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import Recipe
 
@@ -97,4 +98,5 @@ def disk_bytes(recipe: Recipe, layout: Layout, root: Path, passes: list[str]) ->
         scratch["verify"] += 4 * (layout.weights + layout.others)
     transient = max((scratch.get(name, 0) for name in passes), default=0)
     needed = sum(written.get(name, 0) for name in passes) + transient
+    needed += text_model_bytes(layout) if passes else 0
     return needed, shutil.disk_usage(nearest_folder(root)).free

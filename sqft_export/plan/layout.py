@@ -11,8 +11,16 @@ from sqft_export.model.checkpoint import Checkpoint, count_blocks, decoder_linea
 from sqft_export.model.config import ModelConfig
 from sqft_export.model.families import Family
 from sqft_export.model.hub import HUB_ADVICE
+from sqft_export.model.wrappers import text_config_of
 from sqft_export.numerics.groups import fallback_group_size
 from sqft_export.recipe.schema import Recipe
+
+
+def described_config(recipe: Recipe) -> ModelConfig | None:
+    """Return the recipe's ``model.config``, of a multimodal model that of its text model."""
+    if recipe.model.config is None:
+        return None
+    return text_config_of(cast(ModelConfig, recipe.model.config), f"{recipe.file}: model.config")
 
 
 def weight_shapes(recipe: Recipe, folder: Path | None) -> dict[str, tuple[int, ...]]:
@@ -21,14 +29,14 @@ def weight_shapes(recipe: Recipe, folder: Path | None) -> dict[str, tuple[int, .
     :raises UserError: if the model is not on this machine and the recipe does not describe it, or
         if the folder's config differs from the recipe's.
     """
-    expected = recipe.model.config
+    expected = described_config(recipe)
     if folder is None:
         if expected is None:
             raise UserError(
                 f"{recipe.file}: model.hub: {recipe.model.hub} is not on this machine and "
                 f"model.config does not describe it; {HUB_ADVICE}"
             )
-        return shapes_of(cast(ModelConfig, expected), f"{recipe.file}: model.config")
+        return shapes_of(expected, f"{recipe.file}: model.config")
     checkpoint = Checkpoint(folder)
     checkpoint.check()
     for field, value in (expected or {}).items():
@@ -43,7 +51,7 @@ def weight_shapes(recipe: Recipe, folder: Path | None) -> dict[str, tuple[int, .
 def weight_bytes(recipe: Recipe, folder: Path | None) -> int:
     """Return the bytes of one weight in the base checkpoint: those of its largest tensor."""
     if folder is None:
-        return 4 if (recipe.model.config or {}).get("dtype") == "float32" else 2
+        return 4 if (described_config(recipe) or {}).get("dtype") == "float32" else 2
     headers = Checkpoint(folder).headers.values()
     largest = max(headers, key=lambda header: header.bytes)
     return largest.bytes // prod(largest.shape)
@@ -97,10 +105,10 @@ def layout_of(recipe: Recipe, folder: Path | None) -> Layout:
     :raises UserError: see :func:`weight_shapes`.
     """
     shapes = weight_shapes(recipe, folder)
-    described = cast(ModelConfig, recipe.model.config or {})
+    described = described_config(recipe) or ModelConfig()
     config = described if folder is None else Checkpoint(folder).config
     family = family_of(config, str(recipe.file))
-    linears = decoder_linears(shapes, family.blocks)
+    linears = decoder_linears(shapes, family)
     total = sum(prod(shape) for shape in shapes.values())
     weights = sum(prod(shape) for shape in linears.values())
     vocabulary, width = shapes[f"{family.embedding}.weight"]

@@ -32,10 +32,10 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
     # Variables are bytes, except ``whole``: a number of weights. ``block``, ``largest`` and
     # ``outer`` are float32 copies of a block, of the largest Linear, and of all other tensors.
     artifacts = predict_bytes(recipe, layout)
-    block = 4 * layout.weights / layout.blocks
+    block = _block_bytes(layout)
     largest = 4 * max(map(prod, layout.linears.values()))
     widest = max(inputs for _, inputs in layout.linears.values())
-    activations = 4 * calibration_tokens(recipe, workload) * widest
+    activations = _calibration_bytes(recipe, layout, workload)
     outer, whole = 4 * layout.others, layout.weights + layout.others
     quantize, data = recipe.quantize, (recipe, layout, workload)
     hessians = 4 * widest**2 * (quantize.method == "gptq")
@@ -54,7 +54,7 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
         "merge": max(4 * largest + 2**29, _probe_bytes(layout, outer)),
         "export-openvino": deployed,
         "export-onnx": MAPPED_BYTES + 2 * largest + outer,
-        "export-gguf": MAPPED_BYTES + largest,
+        "export-gguf": MAPPED_BYTES + largest + _stacked_bytes(layout),
         "verify": _comparison_bytes(*data) + 2 * deployed + _gguf_copy_bytes(recipe, whole),
         "benchmark": max(deployed, torch_row) + MAX_LOGIT_BYTES + _kv_cache_bytes(*data),
     }
@@ -97,6 +97,30 @@ def _probe_bytes(layout: Layout, outer: float) -> float:
     cache = 2 * 4 * LONG_TOKENS * width * layout.blocks * KEY_VALUE_WIDTH_RATIO
     inside = 4 * LONG_TOKENS * sum(sum(shape) for shape in layout.linears.values()) / layout.blocks
     return outer / 2 + min(LONG_CACHE_BYTES, cache) + inside + MAPPED_BYTES
+
+
+def _calibration_bytes(recipe: Recipe, layout: Layout, workload: Workload) -> float:
+    """Return the bytes of the calibration samples' activations, in float32.
+
+    A mixture of experts also keeps the recorded inputs and the outputs of a block's experts.
+    """
+    widest = max(inputs for _, inputs in layout.linears.values())
+    recorded = 2 * layout.embedding[1] if layout.family.experts else 0
+    return 4 * calibration_tokens(recipe, workload) * (widest + recorded)
+
+
+def _block_bytes(layout: Layout) -> float:
+    """Return the float32 bytes of a block; of experts, one is in memory at a time."""
+    shapes = layout.linears.items()
+    experts = {n: prod(shape) for n, shape in shapes if ".experts." in n}
+    one = sum(size for n, size in experts.items() if ".experts.0." in n) / layout.blocks
+    return 4 * ((layout.weights - sum(experts.values())) / layout.blocks + one)
+
+
+def _stacked_bytes(layout: Layout) -> float:
+    """Return the bytes of the codes of all experts of one Linear, which GGUF stores together."""
+    sizes = [prod(shape) for name, shape in layout.linears.items() if ".experts." in name]
+    return sum(sizes) / layout.blocks / 3
 
 
 def check_memory(recipe: Recipe, layout: Layout, workload: Workload, passes: list[str]) -> None:

@@ -14,15 +14,19 @@ from sqft_export.plan.answers import (
 )
 from sqft_export.plan.chat import find_chat_doubts
 from sqft_export.plan.context import find_context_excess
+from sqft_export.plan.experts import find_computed_experts
 from sqft_export.plan.exporters import find_caps, find_skipped_targets
 from sqft_export.plan.layout import Layout
 from sqft_export.plan.prompts import find_unused_template
 from sqft_export.plan.readers import find_token_differences
 from sqft_export.plan.unusual import find_calibration_doubts, find_training_doubts
+from sqft_export.plan.wrapped import find_left_out
 from sqft_export.recipe.schema import Recipe
 
 WarningFinder = Callable[[Recipe, Layout], Iterator[str]]
 FINDERS: tuple[WarningFinder, ...] = (
+    find_left_out,
+    find_computed_experts,
     find_skipped_targets,
     find_token_differences,
     find_caps,

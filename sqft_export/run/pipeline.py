@@ -41,6 +41,7 @@ from sqft_export.plan.workload import workload_of
 from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import Recipe
 from sqft_export.recipe.view import values_of, view_of
+from sqft_export.run.base import base_folder
 from sqft_export.run.digests import Digests, pin_revisions
 from sqft_export.run.gates import QualityGates
 from sqft_export.run.output import open_output, open_run_file
@@ -188,8 +189,10 @@ def _join_pass(
     if stage.DISTRIBUTED and not sealed.exists():
         inputs = {n: artifacts[n] for n in stage.CONSUMES if n in artifacts}
         partial = store.partial_of(step.name, step.key)
+        base = base_folder(folder, store.root, store.hashes.sha256_of, write=False)
+        wait_for_first(store.root, base.is_dir)
         view, lineage = _view_of(recipe, step.name), {step.name: step.facts}
-        stage.run(Context(step.name, view, folder, inputs, partial, silent, lineage))
+        stage.run(Context(step.name, view, base, inputs, partial, silent, lineage))
     wait_for_first(store.root, sealed.exists)
 
 
@@ -254,8 +257,9 @@ def _run_pass(
     partial = store.open_partial(step.name, step.key, stage.RESUMES)
     started = time.monotonic()
     try:
+        base = base_folder(folder, store.root, store.hashes.sha256_of, write=True)
         view, lineage = _view_of(recipe, step.name), _lineage(step, artifacts)
-        metrics = stage.run(Context(step.name, view, folder, inputs, partial, start, lineage))
+        metrics = stage.run(Context(step.name, view, base, inputs, partial, start, lineage))
         seconds = time.monotonic() - started
         return store.seal(partial, step.name, step.facts, metrics.to_json(), seconds)
     except Exception as error:

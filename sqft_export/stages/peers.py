@@ -148,7 +148,7 @@ def _quantize(context: Context[Sections], folder: Path) -> None:
             weights.add(key, fake_quantize(weight, grid).to(checkpoint.dtype(key)))
 
         for block in walk(checkpoint, samples, inputs.collector, device_of(context.recipe.device)):
-            rest = set(checkpoint.block_names(block.index))
+            rest = set(block.names)
             for name, linear in block.linears.items():
                 size = fallback_group_size(linear.in_features, config.group_size)
                 kept = torch.ones_like(linear.weight, dtype=torch.bool)

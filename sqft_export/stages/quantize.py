@@ -12,11 +12,11 @@ from sqft_export.data.calibration import calibration_fields, calibration_tensors
 from sqft_export.data.items import TASK_FILES
 from sqft_export.machine.device import device_name, device_of
 from sqft_export.metrics import QuantizeMetrics
-from sqft_export.model.activations import overflow_warnings, scale_warnings
-from sqft_export.model.blocks import Block, Inputs, walk
+from sqft_export.model.activations import Observations, overflow_warnings, scale_warnings
+from sqft_export.model.blocks import Block, Inputs, count_parts, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config, write_config
-from sqft_export.model.coverage import coverage_warnings
+from sqft_export.model.coverage import coverage_warnings, expert_warnings
 from sqft_export.model.reconstruction import Reconstructed, reconstruct
 from sqft_export.model.storage import (
     MAX_BUFFER_BYTES,
@@ -150,12 +150,10 @@ def _compress(context: Context[Sections], grids: GridWriter, weights: TensorWrit
     """Quantize all blocks in order, then embedding and head; return the metrics."""
     config, checkpoint = context.recipe.quantize, Checkpoint(context.latest_model())
     method = quantizer(config.method)
-    advance = context.start(checkpoint.blocks)
-    inputs = Inputs(method.NEEDS, config.damping)
-    warnings, errors, tokens = list[str](), list[tuple[float, float]](), dict[str, int]()
-    largest, scales = dict[str, float](), dict[str, float]()
-    copy_companions(checkpoint.folder, weights.folder)
-    write_config(weights.folder, checkpoint.config)
+    advance, inputs = context.start(count_parts(checkpoint)), Inputs(method.NEEDS, config.damping)
+    seen, scales = Observations(), dict[str, float]()
+    warnings, uncalibrated, errors = list[str](), list[str](), list[tuple[float, float]]()
+    _write_configs(checkpoint, weights.folder)
 
     def add(name: str, weight: Tensor, grid: Grid) -> None:
         warnings.extend(_clamped_scale_warning(name, weight, grid))
@@ -164,9 +162,10 @@ def _compress(context: Context[Sections], grids: GridWriter, weights: TensorWrit
         key = f"{name}.weight"
         weights.add(key, cast_keeping_codes(weight, grid, checkpoint.dtype(key)))
 
-    for target, block in _walk(context, checkpoint, inputs, tokens, largest):
-        rest = set(checkpoint.block_names(block.index))
+    for target, block in _walk(context, checkpoint, inputs, seen):
+        rest = set(block.names)
         quantized = _quantize_block(context, method, block, inputs)
+        uncalibrated += block.linears if inputs.has_too_few(block) else ()
         if target:
             trained = _reconstruct(context, target, block, quantized)
             quantized = ((n, trained.weights[n], grid) for n, grid in trained.grids.items())
@@ -177,19 +176,25 @@ def _compress(context: Context[Sections], grids: GridWriter, weights: TensorWrit
             add(name, weight.cpu(), grid.cpu())
             set_grid_points(block.linears[name], weight, grid)
             rest.remove(f"{name}.weight")
-        for name, tensor in checkpoint.tensors(sorted(rest)):
-            weights.add(name, tensor)
+        weights.add_all(checkpoint.tensors(sorted(rest)))
         advance()
     for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
         if config.embedding_bits and tensor.dim() == 2:
             add(name.removesuffix(".weight"), tensor.float(), _row_grid(tensor.float(), config))
         else:
             weights.add(name, tensor)
-    warnings += coverage_warnings(tokens, checkpoint.linears, inputs.has_hessian)
-    overflow = overflow_warnings(largest) + scale_warnings(scales)
-    metrics = {"warnings": warnings + overflow, "calibration_tokens": tokens}
-    metrics |= {"largest_activations": largest, "largest_scales": scales}
-    return metrics | ({"block_errors": errors} if errors else {})
+    warnings += coverage_warnings(seen.tokens, checkpoint.linears, inputs.has_hessian)
+    warnings += expert_warnings(uncalibrated, seen.tokens, "rounded without GPTQ")
+    warnings += overflow_warnings(seen.largest) + scale_warnings(scales)
+    found = {"uncalibrated_experts": uncalibrated, "block_errors": errors}
+    found |= {"calibration_tokens": seen.tokens, "largest_activations": seen.largest}
+    return {"warnings": warnings, "largest_scales": scales, **found}
+
+
+def _write_configs(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy configs and tokenizer of a model, with the config as the checkpoint reads it."""
+    copy_companions(checkpoint.folder, folder)
+    write_config(folder, checkpoint.config)
 
 
 def _row_grid(weight: Tensor, config: Quantize) -> Grid:
@@ -202,21 +207,19 @@ def _walk(
     context: Context[Sections],
     checkpoint: Checkpoint,
     inputs: Inputs,
-    tokens: dict[str, int],
-    largest: dict[str, float],
+    seen: Observations,
 ) -> Iterator[tuple[Block | None, Block]]:
     """Yield (dense block or None, block to compress).
 
     The dense block is the target of the reconstruction, None without reconstruction.
 
-    :param tokens: receives the number of calibration tokens of every Linear.
-    :param largest: receives the largest absolute activations.
+    :param seen: receives what the Linears saw.
     """
     device, samples = _device(context), None
     if context.recipe.quantize.calibrates:
         samples = calibration_tensors(context.recipe, context.model)
     finished = [i for i in range(checkpoint.blocks) if _block_file(context, i).is_file()]
-    blocks = walk(checkpoint, samples, inputs.collector, device, finished, tokens, largest)
+    blocks = walk(checkpoint, samples, inputs.collector, device, finished, seen)
     if not context.recipe.quantize.reconstruct:
         return ((None, block) for block in blocks)
     return zip(walk(Checkpoint(context.model), samples, None, device), blocks, strict=True)
@@ -265,12 +268,13 @@ def _quantize_block(
     if method.NEEDS == "block":
         yield from cast(BlockQuantizer, method).compress_block(block, mask_of, config)
         return
+    starved = inputs.has_too_few(block)
+    used = cast(Quantizer, quantizer("rtn") if starved else method)
     for name, linear in block.linears.items():
         group_size = fallback_group_size(linear.in_features, config.group_size)
         grid_options = config.bits, group_size, config.symmetric
+        found = None if starved else inputs.take(name)
         yield (
             name,
-            *cast(Quantizer, method).compress(
-                linear.weight, mask_of(name), *grid_options, inputs.take(name), scale_bits
-            ),
+            *used.compress(linear.weight, mask_of(name), *grid_options, found, scale_bits),
         )

@@ -11,6 +11,7 @@ from sqft_export.data.calibration import calibration_fields, calibration_tensors
 from sqft_export.data.items import TASK_FILES
 from sqft_export.machine.device import device_name, device_of
 from sqft_export.metrics import ReconstructMetrics
+from sqft_export.model.activations import Observations
 from sqft_export.model.blocks import Block, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, write_config
@@ -48,8 +49,8 @@ def run(context: Context[Sections]) -> ReconstructMetrics:
     finished = context.folder / BLOCKS
     finished.mkdir(exist_ok=True)
     advance = context.start(sparse.blocks)
-    errors, tokens = [], dict[str, int]()
-    compressed = walk(sparse, samples, None, device, tokens=tokens)
+    errors, seen = [], Observations()
+    compressed = walk(sparse, samples, None, device, seen=seen)
     for target, block in zip(walk(dense, samples, None, device), compressed, strict=True):
         file = finished / f"{block.index}.safetensors"
         if not file.is_file():
@@ -65,8 +66,8 @@ def run(context: Context[Sections]) -> ReconstructMetrics:
     return ReconstructMetrics(
         block_errors=errors,
         device=device_name(device),
-        calibration_tokens=tokens,
-        warnings=coverage_warnings(tokens, sparse.linears, has_hessian=False),
+        calibration_tokens=seen.tokens,
+        warnings=coverage_warnings(seen.tokens, sparse.linears, has_hessian=False),
     )
 
 

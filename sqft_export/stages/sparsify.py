@@ -1,5 +1,6 @@
 """sparsify: prune the decoder Linears; write the checkpoint and the pruning masks."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -10,11 +11,11 @@ from sqft_export.data.calibration import calibration_fields, calibration_tensors
 from sqft_export.data.items import TASK_FILES
 from sqft_export.machine.device import device_name, device_of
 from sqft_export.metrics import SparsifyMetrics
-from sqft_export.model.activations import overflow_warnings
-from sqft_export.model.blocks import Inputs, walk
+from sqft_export.model.activations import Observations, overflow_warnings
+from sqft_export.model.blocks import Block, Inputs, count_parts, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config, write_config
-from sqft_export.model.coverage import coverage_warnings
+from sqft_export.model.coverage import coverage_warnings, expert_warnings
 from sqft_export.model.storage import (
     MAX_BUFFER_BYTES,
     finite_dtype,
@@ -83,29 +84,24 @@ def run(context: Context[Sections]) -> SparsifyMetrics:
     if checkpoint.quantized_linears:
         return _mask_existing_zeros(context, checkpoint)
     method, device = sparsifier(config.method), device_of(context.recipe.device)
-    samples, tokens, largest = None, dict[str, int](), dict[str, float]()
+    samples, seen, uncalibrated = None, Observations(), list[str]()
     if config.calibrates:
         samples = calibration_tensors(context.recipe, context.model)
-    prunings = _prunings(context, checkpoint, samples, device, tokens)
+    prunings = _prunings(context, checkpoint, samples, device, seen)
     inputs = Inputs(method.NEEDS)
     if inputs.collector is None:
         samples = None  # only the allocation needed them
-    advance = context.start(checkpoint.blocks)
+    advance = context.start(count_parts(checkpoint))
     copy_companions(context.model, context.folder / "model")
     write_config(context.folder / "model", checkpoint.config)
     model_writer = TensorWriter(context.folder / "model", shard_bytes=MAX_BUFFER_BYTES)
     with model_writer as writer, _Masks(context.folder) as masks:
-        blocks = walk(checkpoint, samples, inputs.collector, device, (), tokens, largest)
-        for block in blocks:
-            rest = set(checkpoint.block_names(block.index))
-            for name, linear in block.linears.items():
-                weight, mask = _compress(method, linear.weight, prunings[name], inputs.take(name))
-                masks.add(name, mask)
-                linear.weight.copy_(weight)
-                key = f"{name}.weight"
-                writer.add(key, weight.to(checkpoint.dtype(key)).cpu())
-                rest.remove(key)
-            for name, tensor in checkpoint.tensors(sorted(rest)):
+        for block in walk(checkpoint, samples, inputs.collector, device, seen=seen):
+            if starved := inputs.has_too_few(block):
+                uncalibrated += block.linears
+            used = sparsifier("magnitude") if starved else method
+            found = None if starved else inputs
+            for name, tensor in _prune_block(checkpoint, block, used, prunings, found, masks):
                 writer.add(name, tensor)
             advance()
         for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
@@ -113,13 +109,39 @@ def run(context: Context[Sections]) -> SparsifyMetrics:
     return SparsifyMetrics(
         sparsity=masks.sparsity(),
         device=device_name(device),
-        calibration_tokens=tokens,
-        largest_activations=largest,
+        calibration_tokens=seen.tokens,
+        largest_activations=seen.largest,
+        uncalibrated_experts=uncalibrated,
         warnings=[
-            *coverage_warnings(tokens, checkpoint.linears, inputs.has_hessian),
-            *overflow_warnings(largest),
+            *coverage_warnings(seen.tokens, checkpoint.linears, inputs.has_hessian),
+            *expert_warnings(uncalibrated, seen.tokens, "pruned by magnitude"),
+            *overflow_warnings(seen.largest),
         ],
     )
+
+
+def _prune_block(
+    checkpoint: Checkpoint,
+    block: Block,
+    method: Sparsifier,
+    prunings: dict[str, Pruning | None],
+    inputs: Inputs | None,
+    masks: _Masks,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield all tensors of a block with its pruned Linears first; write their masks.
+
+    :param inputs: statistics of the Linears' inputs; None if the method needs none.
+    """
+    rest = set(block.names)
+    for name, linear in block.linears.items():
+        statistic = inputs.take(name) if inputs else None
+        weight, mask = _compress(method, linear.weight, prunings[name], statistic)
+        masks.add(name, mask)
+        linear.weight.copy_(weight)
+        key = f"{name}.weight"
+        yield key, weight.to(checkpoint.dtype(key)).cpu()
+        rest.remove(key)
+    yield from checkpoint.tensors(sorted(rest))
 
 
 def _prunings(
@@ -127,15 +149,14 @@ def _prunings(
     checkpoint: Checkpoint,
     samples: list[Tensor] | None,
     device: torch.device,
-    tokens: dict[str, int],
+    seen: Observations,
 ) -> dict[str, Pruning | None]:
     """Return the pruning of every Linear; None leaves the Linear dense.
 
     It follows the recipe. An allocation distributes the overall sparsity by the output error that
     it costs in each Linear.
 
-    :param tokens: receives the number of calibration tokens of every Linear that the allocation
-        measures.
+    :param seen: receives what the Linears saw, if the allocation measures them.
     """
     config = context.recipe.sparsify
     prunings = {name: pruning_of(config, name) for name in checkpoint.linears}
@@ -144,10 +165,11 @@ def _prunings(
     assert config.sparsity is not None and samples is not None
     free = [name for name in prunings if override_for(config, name) is None]
     inputs, curves = Inputs("norms"), dict[str, Curve]()
-    advance = context.start(checkpoint.blocks)
-    for block in walk(checkpoint, samples, inputs.collector, device, tokens=tokens):
+    advance = context.start(count_parts(checkpoint))
+    for block in walk(checkpoint, samples, inputs.collector, device, seen=seen):
         for name, linear in block.linears.items():
-            norms = inputs.take(name)
+            few = inputs.has_too_few(block)
+            norms = torch.ones_like(linear.weight[0]) if few else inputs.take(name)
             if name in free:
                 curves[name] = error_curve(linear.weight, norms, config.sparsity)
         advance()

@@ -12,7 +12,7 @@ from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.packed.seal import check_seal
 from sqft_export.packed.usage import loaders_of, why_no_loader
 from sqft_export.targets import target
-from sqft_export.targets.folder import SUFFIX, runtime_of
+from sqft_export.targets.folder import SUFFIX, is_deployment, runtime_of
 
 
 class InspectedLayer(TypedDict):
@@ -65,8 +65,12 @@ _WEIGHTS, _GRAPH, _TOKENIZER = "weights", "graph", "tokenizer and configs"
 def inspect_folder(folder: Path) -> Inspection:
     """Return layers, bytes per kind of file, digests, stored model facts, and possible loaders.
 
+    Of a multimodal Hugging Face model, return which tensors a run would read and leave out.
+
     :raises UserError: if the folder is not a deployment, or its runtime is not installed.
     """
+    if not is_deployment(folder) and (facts := _wrapper_facts(folder)):
+        return _model_inspection(folder, facts)
     runtime = runtime_of(folder)
     sealed = check_seal(folder, whole=True)
     module = target(runtime)
@@ -80,19 +84,60 @@ def inspect_folder(folder: Path) -> Inspection:
     except Exception as error:  # an untrusted graph may raise any error in a reader
         raise UserError(f"{folder}: can't be read as {runtime}: {one_line(error)}") from error
     layers.sort(key=lambda layer: _sort_key(layer["layer"]))
-    sizes: Counter[str] = Counter()
-    for file in files_of(folder):
-        sizes[_kind(file)] += file.stat().st_size
     return {
         "folder": str(folder),
         "runtime": runtime,
         "layers": layers,
-        "bytes": dict(sizes),
+        "bytes": _bytes_by_kind(folder),
         "files": {str(f.relative_to(folder)): sha256_of(f) for f in files_of(folder)},
         "sealed": sealed,
         "says": facts,
         "loads_in": _runtimes(folder),
     }
+
+
+def _wrapper_facts(folder: Path) -> dict[str, str]:
+    """Return the text model and the left out parts of a multimodal model; {} of other folders."""
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        return {}
+    from sqft_export.model.checkpoint import Checkpoint
+    from sqft_export.model.wrappers import left_out
+
+    checkpoint = Checkpoint(folder)
+    if checkpoint.wrapper_config is None:
+        return {}
+    text = checkpoint.headers.values()
+    size = sum(header.bytes for header in text)
+    return {
+        "model_type": str(checkpoint.wrapper_config.get("model_type")),
+        "text model": f"{checkpoint.config['model_type']}: {len(text)} tensors, {size:,} bytes",
+        **{
+            f"left out: {one.part}": f"{one.tensors} tensors, {one.bytes:,} bytes"
+            for one in left_out(checkpoint.stored, str(folder))
+        },
+    }
+
+
+def _model_inspection(folder: Path, facts: dict[str, str]) -> Inspection:
+    """Return the result for a Hugging Face model, which has no exported layers."""
+    return {
+        "folder": str(folder),
+        "runtime": "torch",
+        "layers": [],
+        "bytes": _bytes_by_kind(folder),
+        "files": {str(f.relative_to(folder)): sha256_of(f) for f in files_of(folder)},
+        "sealed": False,
+        "says": facts,
+        "loads_in": [],
+    }
+
+
+def _bytes_by_kind(folder: Path) -> dict[str, int]:
+    """Return kind of file -> total size."""
+    sizes: Counter[str] = Counter()
+    for file in files_of(folder):
+        sizes[_kind(file)] += file.stat().st_size
+    return dict(sizes)
 
 
 def _add_kernels(folder: Path, layers: list[InspectedLayer]) -> None:

@@ -89,10 +89,12 @@ def _trace(checkpoint: "Checkpoint", folder: Path) -> None:
     from sqft_export.model.families import FAMILIES
     from sqft_export.model.skeleton import skeleton
 
-    model_type = checkpoint.config["model_type"]
-    model = skeleton(checkpoint)
+    model_type, model = checkpoint.config["model_type"], skeleton(checkpoint)
     if described := checkpoint.family.openvino_config:
         model.config.model_type = described
+    if checkpoint.family.experts and getattr(model.config, "head_dim", None) is None:
+        # Qwen3 MoE's class derives it; optimum's reads it.
+        model.config.head_dim = model.config.hidden_size // model.config.num_attention_heads
     # Our tests run the pinned version, and ``verify`` compares every graph with torch.
     with without_version_limit(model_type) if model_type in FAMILIES else nullcontext():
         export_from_model(

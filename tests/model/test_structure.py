@@ -39,11 +39,11 @@ def test_an_unlisted_model_is_taken_by_its_blocks_with_a_notice(caplog):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"model_type": "mixtral", "num_local_experts": 8}, "mixtral is a mixture of experts"),
-        ({"model_type": "qwen3_moe", "num_experts": 128}, "qwen3_moe is a mixture of experts"),
+        ({"model_type": "qwen2_moe", "num_experts": 60}, "qwen2_moe is a mixture of experts"),
+        ({"model_type": "dbrx_like", "num_experts": 8}, "found 'dbrx_like'"),
         ({"model_type": "gemma3", "vision_config": {"hidden_size": 8}}, "gemma3 is multimodal"),
         ({"model_type": "t5"}, "found 't5', which is not a causal language model"),
-        ({"model_type": "mixtral"}, "mixtral is a mixture of experts"),
+        ({"model_type": "minimax"}, "minimax is a mixture of experts"),
         ({"model_type": "gpt2", "n_layer": 2}, "gpt2 has no list of blocks with Linears"),
         ({"model_type": "mamba"}, r"mamba: backbone.layers.0.mixer belongs to a recurrent block"),
         ({"model_type": "bert"}, "bert lets tokens see later ones"),

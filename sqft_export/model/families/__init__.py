@@ -9,6 +9,24 @@ from sqft_export.model.config import ModelConfig, RopeParameters
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Routed experts of a family, each with its own Linears.
+
+    linears: last names of an expert's Linears: gate, up, down.
+    routers: matrices of a block that stay in floats, as paths in the block: a router has few
+        weights, and one wrong choice changes a token's whole computation.
+    renamed: part of a stored name -> the same part in the model class.
+    batched: paths in a block of stored matrices ``[experts, out, in]``, of gate with up and of
+        down. Checkpoints store either these or every expert separately.
+    """
+
+    linears: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    routers: tuple[str, ...] = ("mlp.gate",)
+    renamed: dict[str, str] = field(default_factory=dict)
+    batched: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+@dataclass(frozen=True)
 class Family:
     """One or more Hugging Face ``model_type`` with the same layout.
 
@@ -29,6 +47,7 @@ class Family:
     joined: Linear that combines several equal parts -> the builder's names of the parts.
     openvino_config: model type whose export config of optimum-intel describes the graph, where it
         has none for this one, or only for other versions of transformers.
+    experts: routed experts; None for a dense family.
     """
 
     model_types: tuple[str, ...]
@@ -47,6 +66,14 @@ class Family:
     learned_positions: bool = False
     joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
     openvino_config: str | None = None
+    experts: Experts | None = None
+
+    def is_router(self, name: str) -> bool:
+        """Return whether a module of a block is a router, which stays in floats."""
+        if self.experts is None or not name.startswith(f"{self.blocks}."):
+            return False
+        path = name.removeprefix(f"{self.blocks}.").partition(".")[2]
+        return path in self.experts.routers
 
 
 def _load() -> dict[str, Family]:

@@ -7,7 +7,7 @@ quantized again.
 
 import functools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from sqft_export.targets.gguf.architectures import (
     Names,
     architecture_lacks,
     context_of_file,
+    expert_number,
     naming_of,
     rotary_factors,
     write_keys,
@@ -77,6 +78,7 @@ class _Tensor:
     shape: of the array that ``make`` returns.
     kind: ggml's type; None: that of the dtype.
     make: computes the array when it is written.
+    expert: number of the expert whose matrix it is; None for other tensors.
     """
 
     name: str
@@ -84,6 +86,7 @@ class _Tensor:
     dtype: "DTypeLike"
     kind: str | None
     make: Callable[[], np.ndarray]
+    expert: int | None = None
 
 
 def export(
@@ -156,17 +159,40 @@ def _tensors(checkpoint: "Checkpoint", names: Names, config: "ModelConfig") -> I
     from sqft_export.model.storage import plain_names, quantized_names
 
     quantized = quantized_names(checkpoint)
-    for module in quantized:
-        yield _codes_tensor(checkpoint, names, module)
-    for key in sorted(plain_names(checkpoint)):
-        if key.removesuffix(".weight") not in quantized:
-            yield _float_tensor(checkpoint, names, key)
+    codes = (_codes_tensor(checkpoint, names, module) for module in quantized)
+    yield from _stack_experts(codes)
+    keys = sorted(k for k in plain_names(checkpoint) if k.removesuffix(".weight") not in quantized)
+    yield from _stack_experts(_float_tensor(checkpoint, names, key) for key in keys)
     if checkpoint.tied and names.architecture.head_always:
         embedding = f"{checkpoint.family.embedding}.weight"
         yield replace(_float_tensor(checkpoint, names, embedding), name="output.weight")
     for name, factors in rotary_factors(config):
         made = functools.partial(np.asarray, factors)
         yield _Tensor(f"{name}.weight", factors.shape, np.float32, None, made)
+
+
+def _stack_experts(tensors: Iterable[_Tensor]) -> Iterator[_Tensor]:
+    """Yield the tensors, with the matrices of all experts of a block as one.
+
+    Each expert is read when the tensor is written, in the order of the experts.
+    """
+    experts: dict[str, list[_Tensor]] = {}
+    for tensor in tensors:
+        if tensor.expert is None:
+            yield tensor
+        else:
+            experts.setdefault(tensor.name, []).append(tensor)
+    for name, parts in experts.items():
+        parts.sort(key=lambda one: one.expert or 0)
+        first = parts[0]
+
+        def make(parts: list[_Tensor] = parts) -> np.ndarray:
+            stacked = np.empty((len(parts), *parts[0].shape), parts[0].dtype)
+            for row, part in zip(stacked, parts, strict=True):
+                row[:] = part.make()
+            return stacked
+
+        yield _Tensor(name, (len(parts), *first.shape), first.dtype, first.kind, make)
 
 
 def _codes_tensor(checkpoint: "Checkpoint", names: Names, module: str) -> _Tensor:
@@ -188,7 +214,8 @@ def _codes_tensor(checkpoint: "Checkpoint", names: Names, module: str) -> _Tenso
             raise UserError(f"{module}: {error}") from error
 
     shape = (rows, inputs // BLOCK * kind.bytes)
-    return _Tensor(f"{names.tensor_of(module)}.weight", shape, np.uint8, kind.name, make)
+    name = f"{names.tensor_of(module)}.weight"
+    return _Tensor(name, shape, np.uint8, kind.name, make, expert_number(module))
 
 
 def _float_tensor(checkpoint: "Checkpoint", names: Names, key: str) -> _Tensor:
@@ -201,8 +228,10 @@ def _float_tensor(checkpoint: "Checkpoint", names: Names, key: str) -> _Tensor:
     module, _, part = key.rpartition(".")
     shape = checkpoint.shapes[key]
     offset = checkpoint.family.norm_offset if "norm" in module else 0.0
-    is_bfloat16 = len(shape) > 1 and checkpoint.headers[key].dtype in ("BF16",)
-    is_float16 = len(shape) > 1 and checkpoint.headers[key].dtype == "F16"
+    # llama.cpp multiplies with routers in float32.
+    is_matrix = len(shape) > 1 and not checkpoint.family.is_router(module)
+    is_bfloat16 = is_matrix and checkpoint.headers[key].dtype in ("BF16",)
+    is_float16 = is_matrix and checkpoint.headers[key].dtype == "F16"
     dtype = np.float16 if is_float16 else np.float32  # float64 is rounded
 
     def make() -> np.ndarray:
@@ -210,13 +239,15 @@ def _float_tensor(checkpoint: "Checkpoint", names: Names, key: str) -> _Tensor:
         if is_bfloat16:
             return names.permute_rows(module, tensor.view(torch.int16).numpy()).view(np.uint8)
         if len(shape) > 1:
-            return names.permute_rows(module, tensor.numpy().astype(dtype, copy=False))
+            values = tensor.numpy() if is_matrix else tensor.float().numpy()
+            return names.permute_rows(module, values.astype(dtype, copy=False))
         return names.permute_rows(module, tensor.float().numpy()) + np.float32(offset)
 
     name = f"{names.tensor_of(module)}.{part}"
     if is_bfloat16:
-        return _Tensor(name, (shape[0], 2 * shape[1]), np.uint8, "BF16", make)
-    return _Tensor(name, shape, dtype, None, make)
+        bytes_shape = (shape[0], 2 * shape[1])
+        return _Tensor(name, bytes_shape, np.uint8, "BF16", make, expert_number(module))
+    return _Tensor(name, shape, dtype, None, make, expert_number(module))
 
 
 def add_adapter(folder: Path, adapter: Path) -> None:
@@ -279,10 +310,20 @@ def read_back(folder: Path) -> Iterator[tuple[str, QuantizedWeight[np.ndarray]]]
     for tensor in reader.tensors:
         kind = BLOCK_TYPES.get(tensor.tensor_type.name)
         module = names.module_of(tensor.name.rpartition(".")[0])
-        if kind is not None and module is not None:
-            found = from_blocks(tensor.data, kind)
-            restore = functools.partial(names.restore_rows, module)
-            yield module, _longest_groups(found.map_arrays(restore))
+        if kind is None or module is None:
+            continue
+        for one, data in _by_expert(module, tensor.data):
+            restore = functools.partial(names.restore_rows, one)
+            yield one, _longest_groups(from_blocks(data, kind).map_arrays(restore))
+
+
+def _by_expert(module: str, data: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield module and matrix of every expert of a tensor; other tensors stay unchanged."""
+    if "*" not in module:
+        yield module, data
+        return
+    for number, matrix in enumerate(data):
+        yield module.replace("*", str(number)), matrix
 
 
 def _longest_groups(found: QuantizedWeight[np.ndarray]) -> QuantizedWeight[np.ndarray]:
@@ -309,8 +350,9 @@ def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
         if module is None:
             yield "", values
             continue
-        values = names.restore_rows(module, values)
-        yield module if values.ndim == 2 else f"{module}.{part}", values
+        for one, matrix in _by_expert(module, values):
+            restored = names.restore_rows(one, matrix)
+            yield one if restored.ndim == 2 else f"{one}.{part}", restored
 
 
 def _floats(tensor: "ReaderTensor") -> np.ndarray:
@@ -333,5 +375,6 @@ def metadata(folder: Path) -> dict[str, str]:
 def compressed_kernels(folder: Path, scratch: Path) -> set[str]:
     """Return the modules whose tensors are quantized blocks, which llama.cpp multiplies."""
     reader, names = _read(folder)
-    stored = [t.name for t in reader.tensors if t.tensor_type.name in BLOCK_TYPES]
-    return {str(names.module_of(name.rpartition(".")[0])) for name in stored}
+    stored = [t for t in reader.tensors if t.tensor_type.name in BLOCK_TYPES]
+    modules = ((str(names.module_of(t.name.rpartition(".")[0])), t.data) for t in stored)
+    return {name for module, data in modules for name, _ in _by_expert(module, data)}

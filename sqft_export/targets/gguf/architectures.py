@@ -4,6 +4,7 @@ Names are those of llama.cpp's ``gguf`` package. llama.cpp expects rotary pairs 
 for some families, and all rows of q before those of k and v. Rows are permuted; no value changes.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from sqft_export.model.families import FAMILIES
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+_EXPERT = re.compile(r"(\.experts\.)(\d+)(\.)")  # in the path of a module
 SILU, GELU_TANH = ("silu",), ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 
 
@@ -25,7 +27,8 @@ class Architecture:
     """A family in llama.cpp.
 
     name: llama.cpp's name of the architecture.
-    blocks: tensor of a decoder block -> module in the block.
+    blocks: tensor of a decoder block -> module in the block; ``*`` stands for the number of an
+        expert. The matrices of all experts are one tensor.
     outer: tensor outside the blocks -> module.
     pairs: Linears whose rotary pairs are neighbouring rows in llama.cpp -> config key of the heads.
     joined: Linears with q, k and v per head, where llama.cpp has all rows of q first.
@@ -115,7 +118,50 @@ _GRANITE_NUMBERS = {
     "residual_multiplier": "residual_scale",
     "logits_scaling": "logit_scale",
 }
+
+
+def _experts(router: str, experts: str, gate: str, up: str, down: str) -> dict[str, str]:
+    """Return the tensors of a block's router and experts.
+
+    :param router, experts: modules in the block. gate, up, down: Linears of an expert.
+    """
+    return {
+        "ffn_gate_inp": router,
+        "ffn_gate_exps": f"{experts}.*.{gate}",
+        "ffn_up_exps": f"{experts}.*.{up}",
+        "ffn_down_exps": f"{experts}.*.{down}",
+    }
+
+
+_NAMED_EXPERTS = _experts("mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj")
 ARCHITECTURES = {
+    "qwen3_moe": Architecture(
+        "qwen3moe",
+        _ATTENTION | _NORM | _HEAD_NORMS | _NAMED_EXPERTS,
+        _OUTER,
+        values={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    ),
+    "olmoe": Architecture(
+        "olmoe",
+        _ATTENTION | _NORM | _HEAD_NORMS | _NAMED_EXPERTS,
+        _OUTER,
+        values={"norm_topk_prob": False, "clip_qkv": None},
+    ),
+    "mixtral": replace(
+        _LLAMA,
+        blocks=_ATTENTION | _NORM | _experts("mlp.gate", "mlp.experts", "w1", "w3", "w2"),
+    ),
+    "granitemoe": replace(
+        _LLAMA,
+        name="granitemoe",
+        blocks=_ATTENTION
+        | _NORM
+        | _experts(
+            *("block_sparse_moe.router.layer", "block_sparse_moe.experts"),
+            *("gate_proj", "up_proj", "down_proj"),
+        ),
+        ropes=("default", "linear"),
+    ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": Architecture("qwen2", _ATTENTION | _MLP | _NORM, _OUTER),
@@ -277,6 +323,10 @@ ARCHITECTURES = {
 
 # Model types that llama.cpp does not support.
 WITHOUT_ARCHITECTURE = ("opt",)
+# Model types that llama.cpp computes differently -> the difference.
+_COMPUTED_DIFFERENTLY = {
+    "phimoe": "llama.cpp weights the experts of phimoe by a softmax, not by sparsemixer",
+}
 # The only values that llama.cpp supports, in every family.
 # Numbers that llama.cpp's graph always uses; it has defaults where the file has none.
 _GEMMA_NUMBERS = {
@@ -304,6 +354,8 @@ def architecture_lacks(config: ModelConfig) -> str | None:
     """
     model_type = config["model_type"]
     known = ARCHITECTURES.get(model_type)
+    if model_type in _COMPUTED_DIFFERENTLY:
+        return _COMPUTED_DIFFERENTLY[model_type]
     if known is None and model_type in WITHOUT_ARCHITECTURE:
         return f"llama.cpp has no architecture for {model_type}"
     if known is None:
@@ -320,6 +372,8 @@ def architecture_lacks(config: ModelConfig) -> str | None:
             return f"llama.cpp's {known.name} has {key} {only}, not {found}"
     if lacks := _pattern_lacks(config, known):
         return lacks
+    if model_type == "olmoe" and config["num_key_value_heads"] != config["num_attention_heads"]:
+        return "llama.cpp's olmoe has as many key and value heads as query heads"
     if model_type == "gpt_neox" and not config.get("attention_bias", True):
         return "llama.cpp's gptneox requires attention biases"
     if model_type.startswith("gemma"):
@@ -388,11 +442,15 @@ class Names:
         if module.startswith(f"{self._blocks}."):
             block, _, path = module.removeprefix(f"{self._blocks}.").partition(".")
             found = {m: t for t, m in self.architecture.blocks.items()}
+            path = _EXPERT.sub(r"\1*\3", path)
             return f"blk.{block}.{found[path]}"
         return {m: t for t, m in self.architecture.outer.items()}[module]
 
     def module_of(self, tensor: str) -> str | None:
-        """Return the module of a tensor; None if it belongs to no module."""
+        """Return the module of a tensor; None if it belongs to no module.
+
+        In the name of an expert's module, ``*`` stands for the expert's number.
+        """
         if not tensor.startswith("blk."):
             return self.architecture.outer.get(tensor)
         _, block, name = tensor.split(".", 2)
@@ -427,6 +485,12 @@ class Names:
         restored = np.empty_like(array)
         restored[order] = array
         return restored
+
+
+def expert_number(module: str) -> int | None:
+    """Return the number of the expert that a module belongs to; None for other modules."""
+    found = _EXPERT.search(module)
+    return int(found.group(2)) if found else None
 
 
 def naming_of(config: ModelConfig) -> Names:
@@ -498,6 +562,23 @@ def write_keys(writer: "GGUFWriter", config: ModelConfig) -> None:
         writer.add_sliding_window(config["sliding_window"])
     for key, name in known.numbers.items():
         writer.add_float32(f"{known.name}.{name}", float(config[key]))
+    _write_experts(writer, config)
+
+
+def _write_experts(writer: "GGUFWriter", config: ModelConfig) -> None:
+    """Write the numbers of experts, and Granite's four multipliers."""
+    count = config.get("num_local_experts") or config.get("num_experts")
+    if count is None:
+        return
+    writer.add_expert_count(count)
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    if inner := config.get("moe_intermediate_size"):
+        writer.add_expert_feed_forward_length(inner)
+    if config["model_type"] == "granitemoe":
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
 
 
 def context_of_file(config: ModelConfig) -> int:

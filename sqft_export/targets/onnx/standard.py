@@ -100,8 +100,12 @@ class _Decoder(nn.Module):
 def build(weights: Weights, folder: Path, data: ExternalData) -> onnx.ModelProto:
     """Return the graph. Write weights to ``data`` and ``genai_config.json`` to ``folder``."""
     model = skeleton(weights.checkpoint, attention=PLAIN_ATTENTION)
+    is_router = weights.checkpoint.family.is_router
     for number, (name, module) in enumerate(list(model.named_modules()), start=1):
-        if isinstance(module, nn.Linear):
+        if is_router(name):  # may compute more than a product; marked as products are
+            marked = empty_matrix(*module.weight.shape, number)
+            module.weight = nn.Parameter(marked, requires_grad=False)
+        elif isinstance(module, nn.Linear):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, _Product(name, module, weights, number))
     decoder = _decoder_config(model.config)
@@ -164,6 +168,8 @@ def _place(graph: onnx.GraphProto, weights: Weights, data: ExternalData) -> None
     """Write the weights of all products and embeddings, and connect them to the traced nodes."""
     wanted = {name for node in graph.node for name in node.input}
     gathers = {node.input[0]: node for node in graph.node if node.op_type == "Gather"}
+    # Matrices whose rows are outputs: embeddings, and routers of experts, which are no Linears.
+    kept = gathers.keys() | {node.input[1] for node in graph.node if _is_transposed_product(node)}
     for name in sorted(weights.linears):
         traced = f"model.{name}"
         if f"{traced}.B" in wanted:
@@ -174,8 +180,13 @@ def _place(graph: onnx.GraphProto, weights: Weights, data: ExternalData) -> None
             quantize_gather(data, graph, weights, gathers[f"{traced}.weight"], name, None)
         elif f"{traced}.weight" in wanted:
             floats = weights.floats([Rows(name)])
-            array = floats if f"{traced}.weight" in gathers else floats.T
+            array = floats if f"{traced}.weight" in kept else floats.T
             _rename(graph, f"{traced}.weight", data.add(graph, f"{name}.weight", array))
+
+
+def _is_transposed_product(node: onnx.NodeProto) -> bool:
+    """Return whether a node multiplies with the transposed second matrix."""
+    return node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
 
 
 def _rename(graph: onnx.GraphProto, old: str, new: str) -> None:
