@@ -149,6 +149,7 @@ void *proc_address(Registration *, const char *name) {
   if (!strcmp(name, "ggml_backend_set_n_threads")) return reinterpret_cast<void *>(set_threads);
   return nullptr;
 }
+bool backends_loaded = false;
 Registration cpu = {2, nullptr, nullptr, nullptr, proc_address, nullptr};
 
 float half(const uint8_t *p) {
@@ -246,7 +247,7 @@ EXPORT const char *ggml_version() { return "test"; }
 EXPORT Registration *ggml_backend_reg_by_name(const char *) {
   cpu.version = doctored("version") ? 3 : 2;
   if (doctored("late")) copied_list(nullptr);
-  return doctored("no cpu") ? nullptr : &cpu;
+  return doctored("no cpu") || (doctored("dynamic") && !backends_loaded) ? nullptr : &cpu;
 }
 EXPORT void *ggml_backend_reg_get_proc_address(Registration *r, const char *name) {
   return r->get_proc_address(r, name);
@@ -258,7 +259,7 @@ EXPORT Type *ggml_backend_dev_buffer_type(Device *) { return &cpu_type; }
 EXPORT Type *ggml_backend_dev_host_buffer_type(Device *d) {
   return d == &gpu_device ? &cpu_type : nullptr;
 }
-EXPORT void ggml_backend_load_all() {}
+EXPORT void ggml_backend_load_all() { backends_loaded = true; }
 EXPORT const char *ggml_backend_buft_name(Type *t) { return t->get_name(t); }
 EXPORT Device *ggml_backend_buft_get_device(Type *t) { return t->device; }
 EXPORT Buffer *ggml_backend_cpu_buffer_from_ptr(void *memory, size_t size) {

@@ -248,6 +248,31 @@ def test_check_reports_a_supported_and_a_refused_build(host_file, host_object, m
         check_build(Path("/nowhere/llama-server"))
 
 
+@pytest.fixture(scope="module")
+def program(host_file) -> Path:
+    """A program that is linked with the host, as llama.cpp's are with ggml."""
+    source, out = host_file.with_name("program.c"), host_file.with_name("program")
+    source.write_text("int main(void) { return 7; }")
+    command = ["gcc", source, "-Wl,--no-as-needed", host_file, "-o", out]
+    subprocess.run([*command, f"-Wl,-rpath,{host_file.parent}"], check=True)
+    return out
+
+
+def test_check_tells_how_a_program_loads_the_plugin(program, monkeypatch):
+    linked_in = check_build(program)
+    assert linked_in.supported and linked_in.variable == "LD_PRELOAD"
+    monkeypatch.setenv("DOCTOR", "dynamic")
+    separate = check_build(program)
+    assert separate.supported and separate.variable == "GGML_BACKEND_PATH"
+
+
+def test_a_program_with_the_plugin_preloaded_runs_and_prints_refusals(program):
+    for doctor, printed in (("", ""), ("size", f"sqft: our kernels are not used: {ORDER}\n")):
+        preloaded = {"LD_PRELOAD": str(PLUGIN_FILE), "DOCTOR": doctor}
+        done = subprocess.run([program], env=os.environ | preloaded, capture_output=True, text=True)
+        assert done.returncode == 7 and done.stderr == printed
+
+
 def test_a_refusal_in_this_process_is_one_error(host_file, tmp_path, host):
     other = shutil.copy(host_file, tmp_path / "other.so")
     with pytest.raises(UserError, match="another ggml"):

@@ -489,19 +489,22 @@ Registration *start(const void *caller) {
 }
 
 /* Programs with the CPU backend linked in may not read GGML_BACKEND_PATH. They need LD_PRELOAD. */
-__attribute__((constructor)) void start_if_preloaded() {
+bool start_if_preloaded() {
   Dl_info self;
   const char *list = getenv("LD_PRELOAD");
   if (!list || !dladdr(reinterpret_cast<void *>(start_if_preloaded), &self) || !self.dli_fname ||
       !strstr(list, self.dli_fname))
-    return;
+    return false;
   if (const void *loader = dlsym(RTLD_DEFAULT, "ggml_backend_load")) {
     start(loader);
   } else if (setting_is("check")) {
     why_not = "the program has no visible ggml: it is not llama.cpp, or a static build";
     answer_check();
   }
+  return true;
 }
+
+const bool preloaded = start_if_preloaded(); /* the last variable to be initialized */
 
 }  // namespace
 }  // namespace sqft
