@@ -109,11 +109,13 @@ def _read_answer(text: str) -> BuildCheck:
 
 
 @functools.cache
-def use_in_llama_cpp() -> None:
+def use_in_llama_cpp(form: str = "auto") -> None:
     """Load the plug-in into the installed llama-cpp-python. Call it before a model is loaded.
 
     Models that are loaded later have their Q4_0, Q4_1 and Q8_0 weights on our kernels.
 
+    :param form: auto: leave out zeros where that costs no time on this processor; dense: never;
+        sparse: always. The environment variable ``SQFT_FORM`` goes before it.
     :raises UserError: if llama-cpp-python is not installed, or its llama.cpp is not supported.
     """
     plugin = require_plugin()
@@ -126,6 +128,7 @@ def use_in_llama_cpp() -> None:
     library = Path(folder or Path(spec.origin).parent / "lib") / "libggml.so"
     if not library.is_file():
         raise UserError(f"{library} is missing: this llama-cpp-python has no shared libraries")
+    os.environ.setdefault("SQFT_FORM", form)
     load_plugin(library, plugin)
 
 

@@ -1,6 +1,6 @@
 """Run GGUF files in llama-cpp-python, with or without the plug-in; write logits to a file.
 
-    llama_run.py '{"models": ["model.gguf"], "plugin": true, "out": "logits.npz"}'
+llama_run.py '{"models": ["model.gguf"], "plugin": true, "out": "logits.npz"}'
 """
 
 import json
@@ -16,6 +16,7 @@ class Job:
     """models: loaded one after the other, and used at the same time.
 
     again: free all models and load them once more before they are used.
+    forced: continue with fixed tokens, not with greedy ones.
     batch: tokens per pass. kv: ggml's type of keys and values; None: float16.
     """
 
@@ -28,6 +29,7 @@ class Job:
     mlock: bool = False
     kv: int | None = None
     again: bool = False
+    forced: bool = False
     prompt: int = 24
     new_tokens: int = 8
 
@@ -67,7 +69,7 @@ def logits_of(model, job: Job) -> np.ndarray:
             )
         row = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (size,)).copy()
         found.append(row)
-        waiting = [int(row.argmax())]
+        waiting = [(11 * len(found) + 5) % size if job.forced else int(row.argmax())]
     llama_cpp.llama_free(context)
     return np.stack(found)
 

@@ -232,6 +232,10 @@ def test_activations_are_exact_or_rounded_in_the_chosen_groups(host_file):
     assert 1e-4 < in_32 < in_128 < 3e-2
 
 
+def test_kernels_can_be_named(host_file):
+    assert 1e-4 < products_of(host_file, SQFT_KERNELS="plain")[1] < 3e-2
+
+
 def test_check_reports_a_supported_and_a_refused_build(host_file, host_object, monkeypatch):
     found = check_build(host_file)
     assert found.supported and not found.reason and not found.gpu and found.kernels

@@ -406,11 +406,15 @@ bool read_settings() {
   options.form = Form(form);
   options.group = size_t(32) << group;
   exact = with_float == 1;
-  kernels = sqft_kernels(getenv("SQFT_KERNELS"));
-  if (!kernels) why_not = "SQFT_KERNELS: this processor has no kernels of that name";
-  if (!kernels) return false;
-  options.lanes = kernels->lanes;
-  return true;
+  const char *wanted = getenv("SQFT_KERNELS");
+  kernels = sqft_kernels(wanted);
+  if (!kernels)
+    why_not = "SQFT_KERNELS: this processor has no kernels of that name";
+  else if (wanted || !strncmp(kernels->name, "avx", 3))
+    options.lanes = kernels->lanes;
+  else /* only those for AVX2 and AVX-512 were measured to be faster than llama.cpp's */
+    why_not = "this processor has no AVX2, and other kernels of ours are not faster";
+  return why_not.empty();
 }
 
 const char *our_name(BufferType *) { return "CPU_SQFT"; }
