@@ -78,7 +78,7 @@ wheel: $(INSTALLED)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --only-plat --exclude 'libopenvino*' --exclude 'libtbb*' --wheel-dir dist build/wheel/*.whl
 
 # The mark is made last: an interrupted install is done again.
-$(INSTALLED): pyproject.toml constraints.txt sqft_export/packed/unpack.c sqft_export/numerics/fused.c $(wildcard sqft_export/kernels/*.[ch]*)
+$(INSTALLED): pyproject.toml constraints.txt sqft_export/packed/unpack.c sqft_export/numerics/fused.c $(wildcard sqft_export/kernels/*.[ch]* sqft_export/kernels/ggml/*)
 	@echo "installing into $(VENV) (once, a few minutes)"
 	$(PYTHON) -m venv $(VENV)
 	@test -e $@ || $(BIN)/pip uninstall --quiet --yes torch

@@ -13,6 +13,7 @@
     model = sqft_export.load_onnx_genai("folder")        # onnxruntime_genai.Model
     model = sqft_export.load_gguf("folder")              # cyllama's LlamaModel (llama.cpp)
     library = sqft_export.openvino_extension()           # kernels for a specialized folder
+    sqft_export.use_in_llama_cpp()                       # kernels for llama-cpp-python
 
 ``import sqft_export`` does not import torch or any runtime.
 """
@@ -23,6 +24,7 @@ from importlib.metadata import version
 import sqft_export.plan  # noqa: F401
 from sqft_export.api import Run, benchmark, compile, load, open_run, plan
 from sqft_export.kernels.extension import openvino_extension
+from sqft_export.kernels.llama_plugin import use_in_llama_cpp
 from sqft_export.packed.loaders import (
     load_gguf,
     load_onnx,
@@ -47,4 +49,5 @@ __all__ = [
     "open_run",
     "openvino_extension",
     "plan",
+    "use_in_llama_cpp",
 ]

@@ -63,7 +63,8 @@ Device = Annotated[
 Kernels = Annotated[
     str,
     typer.Option(
-        help="kernels for OpenVINO folders: stock, dense, sparse, auto, or several with commas"
+        help="kernels for OpenVINO and GGUF folders: stock, dense, sparse, auto, or several with "
+        "commas"
     ),
 ]
 Task = Annotated[str | None, typer.Option(help="dataset for accuracy: gsm8k, arc_easy, boolq, ...")]

@@ -30,6 +30,7 @@ EXPLAINED = {
     "pip install": "needs the network; tests/test_makefile.py tests what `make` installs",
     "llama-cli": "llama.cpp's programs are not installed; model cards run the file in cyllama",
     "llama-server": "llama.cpp's programs are not installed",
+    "sqft-export llama-plugin --check": "needs a program of llama.cpp; tests/kernels has one",
     "docker run": "needs the image of OpenVINO Model Server",
     '{"messages"': "a line of a data file",
     "sqft-export run HuggingFaceTB": "needs the hub; tests/commands has another model",

@@ -1,4 +1,4 @@
-"""``serve``: start the server that exists for a deployment's format."""
+"""``serve``: start the server of a deployment's format. ``llama-plugin``: kernels for llama.cpp."""
 
 import shlex
 import subprocess
@@ -71,6 +71,43 @@ def _servable(folder: Path) -> "Deployment":
     raise UserError(f"{folder}: has no OpenVINO and no GGUF deployment; set export.targets")
 
 
+def llama_plugin_command(
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            help="a program of llama.cpp, such as llama-server, or its libggml.so: print whether "
+            "it is supported. The program is started with --version",
+            metavar="FILE",
+        ),
+    ] = None,
+) -> None:
+    """Print what loads our kernels into an unmodified llama.cpp.
+
+    Write the printed line before the command. It is for builds with separate backends, such as
+    llama.cpp's releases. Builds with the CPU backend linked in need LD_PRELOAD; --check prints
+    which.
+
+    Example: sqft-export llama-plugin
+    """
+    from sqft_export.kernels.llama_plugin import check_build, environment_line
+
+    if check is None:
+        print(environment_line())
+        return
+    found = check_build(check)
+    if not found.supported:
+        raise UserError(f"{check}: our kernels can't be used: {found.reason}")
+    print(f"{check}: supported (ggml {found.ggml}, kernels {found.kernels})")
+    option = " --no-host" if found.gpu else ""
+    if ".so" in check.name:
+        print("in Python, before a model is loaded: sqft_export.use_in_llama_cpp()")
+    else:
+        print(f"{environment_line(found.variable)} {check}{option} -m model.gguf")
+    if found.gpu:
+        print("this build has a GPU backend: without --no-host, its pinned memory comes first")
+
+
 def register(app: typer.Typer) -> None:
-    """Add the command of this module to the command line."""
+    """Add the commands of this module to the command line."""
     app.command("serve")(serve_command)
+    app.command("llama-plugin")(llama_plugin_command)

@@ -158,36 +158,72 @@ static uint8_t code_at(const SqftMatrix *m, Tile t, size_t row, size_t g, size_t
 }
 
 static void pack_dense(const SqftMatrix *m, Tile t, size_t g, uint8_t *out) {
-  size_t lanes = m->lanes, v = vector_bytes(m);
-  for (size_t i = 0; i < m->span; i += 4, out += step_bytes(m))
-    for (size_t lane = 0; lane < lanes; lane++)
+  const size_t lanes = m->lanes, v = vector_bytes(m), step = step_bytes(m);
+  for (size_t lane = 0; lane < lanes; lane++) {
+    const uint8_t *one = t.codes + lane * m->inputs + g * m->group, *other = one + lanes * m->inputs;
+    uint8_t *to = out + 4 * lane;
+    size_t i = 0;
+    for (; i + 4 <= m->group; i += 4, to += step) {
+      uint32_t a, b;
+      memcpy(&a, one + i, 4), memcpy(&b, other + i, 4);
+      if (m->bits == 4)
+        a |= b << 4, memcpy(to, &a, 4); /* codes are below 16 */
+      else
+        memcpy(to, &a, 4), memcpy(to + v, &b, 4);
+    }
+    for (; i < m->span; i += 4, to += step)
       for (size_t j = 0; j < 4; j++) {
-        uint8_t one = code_at(m, t, lane, g, i + j), other = code_at(m, t, lanes + lane, g, i + j);
-        if (m->bits == 4)
-          out[4 * lane + j] = (uint8_t)(one | other << 4);
-        else
-          out[4 * lane + j] = one, out[v + 4 * lane + j] = other;
+        uint8_t a = code_at(m, t, lane, g, i + j), b = code_at(m, t, lanes + lane, g, i + j);
+        to[j] = (uint8_t)(m->bits == 4 ? a | b << 4 : a);
+        if (m->bits == 8) to[v + j] = b;
       }
+  }
 }
 
-/* Append kept codes at `at`, counted in bytes (INT8) or in nibbles of each half (INT4). */
-static void pack_mask(const SqftMatrix *m, Tile t, size_t g, uint8_t *out, uint8_t *kept,
+/* Append kept codes to streams, one byte each: INT4 has one stream for each half. There is no
+   branch: the next code overwrites one that is not kept. */
+static void pack_mask(const SqftMatrix *m, Tile t, size_t g, uint8_t *out, uint8_t *stream[2],
                       size_t at[2]) {
   for (size_t i = 0; i < m->span; i += 4)
     for (size_t half = 0; half < 2; half++, out += m->lanes / 2) {
-      memset(out, 0, m->lanes / 2);
-      for (size_t lane = 0; lane < m->lanes; lane++)
-        for (size_t j = 0; j < 4; j++) {
-          size_t row = half * m->lanes + lane, place = 4 * lane + j;
-          uint8_t code = code_at(m, t, row, g, i + j);
-          if (code == t.zero[row * m->groups + g]) continue;
-          out[place / 8] |= (uint8_t)(1 << place % 8);
-          if (m->bits == 8)
-            kept[at[0]++] = code;
-          else
-            kept[at[half]++] |= (uint8_t)(code << 4 * half);
+      const size_t which = m->bits == 8 ? 0 : half;
+      uint8_t *to = stream[which] + at[which];
+      for (size_t lane = 0; lane < m->lanes; lane++) {
+        const size_t row = half * m->lanes + lane;
+        const uint8_t zero = t.zero[row * m->groups + g];
+        const uint8_t *in = t.codes + row * m->inputs + g * m->group + i;
+        uint8_t padded[4];
+        uint32_t bits = 0;
+        if (i + 4 > m->group) {
+          for (size_t j = 0; j < 4; j++) padded[j] = code_at(m, t, row, g, i + j);
+          in = padded;
         }
+        for (size_t j = 0; j < 4; j++) {
+          const uint32_t is_kept = in[j] != zero;
+          *to = in[j];
+          to += is_kept;
+          bits |= is_kept << j;
+        }
+        if (lane % 2)
+          out[lane / 2] |= (uint8_t)(bits << 4);
+        else
+          out[lane / 2] = (uint8_t)bits;
+      }
+      at[which] = (size_t)(to - stream[which]);
     }
+}
+
+/* Write the streams of a tile: INT4 in the low and high nibbles of the same bytes. */
+static void join_streams(const SqftMatrix *m, uint8_t *const stream[2], const size_t at[2],
+                         uint8_t *kept) {
+  if (m->bits == 8) {
+    memcpy(kept, stream[0], at[0]);
+    return;
+  }
+  const size_t both = at[0] < at[1] ? at[0] : at[1];
+  for (size_t i = 0; i < both; i++) kept[i] = (uint8_t)(stream[0][i] | stream[1][i] << 4);
+  for (size_t i = both; i < at[0]; i++) kept[i] = stream[0][i];
+  for (size_t i = both; i < at[1]; i++) kept[i] = (uint8_t)(stream[1][i] << 4);
 }
 
 static void pack_pairs(const SqftMatrix *m, Tile t, size_t g, uint8_t *out) {
@@ -222,15 +258,13 @@ void sqft_pack(SqftMatrix *m, const uint8_t *codes, uint32_t flip, const uint8_t
                const uint16_t *scale, size_t first, size_t last) {
   Tile t = new_tile(m);
   size_t rows = sqft_tile_rows(m);
+  uint8_t *stream[2] = {0, 0};
+  if (m->format == SQFT_MASK)
+    for (int half = 0; half < 2; half++) stream[half] = malloc(rows * m->inputs + 1);
   for (size_t tile = first; tile < last; tile++) {
     read_tile(m, codes, flip, zero, scale, tile, t);
-    uint8_t *out = (uint8_t *)sqft_fixed(m, tile), *kept = 0;
+    uint8_t *out = (uint8_t *)sqft_fixed(m, tile);
     size_t at[2] = {0, 0};
-    if (m->format == SQFT_MASK) {
-      const uint64_t *offset = (const uint64_t *)bytes_of(m, m->offsets) + tile;
-      kept = bytes_of(m, m->kept + offset[0]);
-      memset(kept, 0, offset[1] - offset[0]);
-    }
     for (size_t g = 0; g < m->groups; g++, out += m->group_bytes) {
       for (size_t r = 0; r < rows; r++) {
         memcpy(out + 2 * r, t.scale + r * m->groups + g, 2);
@@ -238,10 +272,12 @@ void sqft_pack(SqftMatrix *m, const uint8_t *codes, uint32_t flip, const uint8_t
       }
       uint8_t *body = out + sqft_head_bytes(m);
       if (m->format == SQFT_DENSE) pack_dense(m, t, g, body);
-      if (m->format == SQFT_MASK) pack_mask(m, t, g, body, kept, at);
+      if (m->format == SQFT_MASK) pack_mask(m, t, g, body, stream, at);
       if (m->format == SQFT_PAIRS) pack_pairs(m, t, g, body);
     }
+    if (m->format == SQFT_MASK) join_streams(m, stream, at, (uint8_t *)sqft_kept(m, tile));
   }
+  free(stream[0]), free(stream[1]);
   free_tile(t);
 }
 

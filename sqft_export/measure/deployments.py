@@ -35,6 +35,7 @@ from sqft_export.errors import UserError
 from sqft_export.kernels.choice import STOCK
 from sqft_export.kernels.extension import require_kernels
 from sqft_export.kernels.ir import is_specialized
+from sqft_export.kernels.llama_plugin import PLUGIN_FILE
 from sqft_export.machine.counters import machine_facts
 from sqft_export.machine.host import installed
 from sqft_export.measure.agreement import ReferenceModels
@@ -125,9 +126,10 @@ def _model(measured: MeasuredFolder, settings: DeviceSettings) -> MeasuredModel:
 def _measured_folders(
     folders: list[Path], settings: DeviceSettings, names: list[str]
 ) -> dict[str, MeasuredFolder]:
-    """Return every folder under its name, an OpenVINO folder once per requested kind of kernels.
+    """Return every folder under its name, once per requested kind of kernels that it can run on.
 
-    A specialized folder states its own kernels and is measured once.
+    A specialized folder states its own kernels and is measured once. Of GGUF folders, llama.cpp
+    runs on our kernels if llama-cpp-python is installed.
 
     :param names: short unique name of every folder.
     :raises UserError: if the kernels are not available, or the device has its own.
@@ -139,17 +141,25 @@ def _measured_folders(
                 f"--execution: found {wanted}; {settings.device} has its own kernels, allowed "
                 f"is {STOCK}"
             )
-        require_kernels()
+        if any(kind_of(folder) == "openvino" for folder in folders):
+            require_kernels()
     found = {}
     for name, folder in zip(names, folders, strict=True):
         check_files(folder)
-        fixed = kind_of(folder) != "openvino" or is_specialized(
-            read_bounded(folder / GRAPHS["openvino"], MAX_IR_BYTES)
-        )
+        fixed = not _has_several_kernels(folder)
         for kernels in [STOCK] if fixed else wanted:
             label = name if fixed or wanted == [STOCK] else f"{name}, {kernels}"
             found[label] = MeasuredFolder(folder, kernels)
     return found
+
+
+def _has_several_kernels(folder: Path) -> bool:
+    """Whether a folder runs on the runtime's kernels and on ours."""
+    if kind_of(folder) == "gguf":
+        return installed("llama_cpp") and PLUGIN_FILE.is_file()
+    return kind_of(folder) == "openvino" and not is_specialized(
+        read_bounded(folder / GRAPHS["openvino"], MAX_IR_BYTES)
+    )
 
 
 def measure_latencies(

@@ -20,6 +20,8 @@ from sqft_export.machine.counters import energy_joules, memory_now, peak_memory
 from sqft_export.machine.host import die_with_parent, exhausted_resource
 from sqft_export.machine.processors import deployed_environment
 from sqft_export.measure.decode import measure_latency, profile
+from sqft_export.kernels.choice import STOCK
+from sqft_export.kernels.llama_plugin import use_in_llama_cpp
 from sqft_export.measure.jobs import (
     AdapterParts,
     Job,
@@ -50,6 +52,8 @@ def open_measured(model: MeasuredModel) -> Session:
         from sqft_export.targets import torch as in_torch
 
         return in_torch.open_session(folder, False, threads, device, model.precision)
+    if model.kind == "gguf" and model.execution != STOCK:
+        use_in_llama_cpp(model.execution)
     return runner(model.kind).open_session(folder, False, threads, device)
 
 

@@ -1,7 +1,8 @@
 """One interface to llama.cpp in this process, for either Python binding.
 
-``cyllama`` has wheels and comes with the extra ``gguf-runtime``. ``llama-cpp-python`` is compiled
-by its users; it is used if ``cyllama`` is not installed.
+``llama-cpp-python`` is compiled by its users, for their processor, and can run our kernels; it is
+used if it is installed. ``cyllama`` has wheels and comes with the extra ``gguf-runtime``. Its wheels
+are built for AVX2, whatever the processor has, and hide the functions that our kernels need.
 """
 
 from pathlib import Path
@@ -94,7 +95,7 @@ def open_model(file: Path) -> Opened:
 
     :raises UserError: if llama.cpp refuses the file.
     """
-    return CyllamaModel(file) if installed("cyllama") else LlamaCppModel(file)
+    return LlamaCppModel(file) if installed("llama_cpp") else CyllamaModel(file)
 
 
 class CyllamaModel:

@@ -1,0 +1,198 @@
+"""The plug-in in unmodified llama.cpp, built from the source package of llama-cpp-python."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import llama_builds
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from sqft_export.kernels.llama_plugin import PLUGIN_FILE, check_build
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import llama_plugin as benchmark
+
+HERE = Path(__file__).parent
+Q8_KEYS = 8  # ggml's type of quantized keys and values
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(llama_builds.missing_tools()), reason=f"missing: {llama_builds.missing_tools()}"
+    ),
+    pytest.mark.skipif(
+        not PLUGIN_FILE.is_file(), reason="the plug-in: python -m sqft_export.kernels.build"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    """The embedded model with its weights quantized: INT4 dense and at 50 %, INT8 at 50 %."""
+    from sqft_export.packed.gguf_file import read_gguf
+    from sqft_export.recipe.schema import Export
+    from sqft_export.targets.gguf import export
+
+    folder = tmp_path_factory.mktemp("gguf")
+    export(ROOT / "sqft_export" / "builtin" / "tiny", folder, Export())
+    floats, made = read_gguf(folder / "model.gguf"), {}
+    for name, (bits, sparsity) in benchmark.FILES.items():
+        made[name] = folder / f"{name}.gguf"
+        benchmark.write_quantized(floats, made[name], bits, sparsity)
+    return made
+
+
+@pytest.fixture(scope="module")
+def shared() -> dict[str, str]:
+    return llama_builds.environment("shared")
+
+
+class Result:
+    """Logits per model ``[1 + new tokens, vocabulary]``, and the lines of the plug-in."""
+
+    def __init__(self, out: Path, stderr: str):
+        arrays = np.load(out)
+        self.logits = [arrays[name] for name in arrays.files]
+        self.lines = [line for line in stderr.splitlines() if line.startswith("sqft:")]
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.logits[0].argmax(axis=1).tolist()
+
+
+def run(models: list[Path], variables: dict[str, str], out: Path, **job) -> Result:
+    text = json.dumps({"models": list(map(str, models)), "out": str(out), **job})
+    done = subprocess.run(
+        [sys.executable, HERE / "llama_run.py", text],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Result(out, done.stderr)
+
+
+def divergence(found: np.ndarray, exact: np.ndarray) -> float:
+    """Return the mean KL divergence from ``exact``."""
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64) - x.max(axis=1, keepdims=True)
+        return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+
+    p, q = log_softmax(exact), log_softmax(found)
+    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+
+
+@pytest.mark.parametrize("name", benchmark.FILES)
+def test_greedy_tokens_and_kl_are_those_of_llama_cpp(files, shared, tmp_path, name):
+    """Activations in groups of 32 cost no more than in llama.cpp; ``SQFT_EXACT`` costs nothing."""
+    out = tmp_path / "logits.npz"
+    # With the same tokens, so that positions can be compared.
+    job = {"new_tokens": 40, "forced": True}
+    stock = run([files[name]], shared, out, plugin=False, **job)
+    exact = run([files[name]], shared | {"SQFT_EXACT": "1"}, out, **job)
+    ours = run([files[name]], shared, out, **job)
+    assert ours.lines == exact.lines and "tensors on our kernels" in ours.lines[0]
+    assert stock.lines == []
+    assert np.mean(np.array(ours.tokens) == exact.tokens) > 0.9
+    of_stock, of_ours = (divergence(one.logits[0], exact.logits[0]) for one in (stock, ours))
+    assert 0 < of_ours < max(1.5 * of_stock, 0.005)
+    usual = run([files[name]], shared, out, plugin=False)
+    assert run([files[name]], shared, out).tokens[:3] == usual.tokens[:3]
+
+
+def test_sparse_and_dense_forms_give_the_same_bits(files, shared, tmp_path):
+    out = tmp_path / "logits.npz"
+    for name in ("int4_50", "int8_50"):
+        sparse, dense = (
+            run([files[name]], shared | {"SQFT_FORM": form}, out) for form in ("sparse", "dense")
+        )
+        assert "; 0 sparse" in dense.lines[0] and "; 0 sparse" not in sparse.lines[0]
+        assert np.array_equal(sparse.logits[0], dense.logits[0])
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"threads": 1},
+        {"threads": 4},
+        {"batch": 5},
+        {"mmap": False},
+        {"mlock": True},
+        {"again": True},
+    ],
+    ids=str,
+)
+def test_results_do_not_depend_on_threads_batches_and_loading(files, shared, tmp_path, job):
+    file, out = files["int4_50"], tmp_path / "logits.npz"
+    usual, other = run([file], shared, out), run([file], shared, out, **job)
+    assert other.tokens == usual.tokens
+    np.testing.assert_allclose(other.logits[0], usual.logits[0], atol=0.05)
+    if "batch" not in job:  # llama.cpp's attention sums otherwise for other batches
+        assert np.array_equal(other.logits[0], usual.logits[0])
+
+
+def test_quantized_keys_and_two_models_at_once(files, shared, tmp_path):
+    out, names = tmp_path / "logits.npz", ("int4_50", "int8_50")
+    both = run([files[name] for name in names], shared, out)
+    assert "28 q4_0, 30 q8_0" in both.lines[0]  # and the Q8_0 heads of both
+    for name, logits in zip(names, both.logits, strict=True):
+        assert np.array_equal(run([files[name]], shared, out).logits[0], logits)
+    assert run([files["int4_50"]], shared, out, kv=Q8_KEYS).tokens[0] == both.tokens[0]
+
+
+def test_releases_with_separate_backends_load_it_by_a_variable(files, shared, tmp_path):
+    variables = llama_builds.environment("dynamic")
+    found = check_build(Path(variables["LLAMA_CPP_LIB_PATH"]) / "libggml.so")
+    assert found.supported and found.variable == "GGML_BACKEND_PATH"
+    out = tmp_path / "logits.npz"
+    variables["GGML_BACKEND_PATH"] = str(PLUGIN_FILE)
+    ours = run([files["int4_50"]], variables, out, plugin=False)
+    assert "tensors on our kernels" in ours.lines[0]
+    assert ours.tokens == run([files["int4_50"]], shared, out).tokens
+
+
+def test_a_program_with_the_backend_linked_in_takes_it_preloaded(files, shared, tmp_path):
+    """llama.cpp's own example program, compiled here."""
+    bin_folder, vendored = llama_builds.build("shared"), llama_builds.source() / "vendor/llama.cpp"
+    program = tmp_path / "llama-simple"
+    includes = ["-I", vendored / "include", "-I", vendored / "ggml/include"]
+    libraries = ["-L", bin_folder, "-lllama", "-lggml", "-lggml-base", f"-Wl,-rpath,{bin_folder}"]
+    source = vendored / "examples/simple/simple.cpp"
+    subprocess.run(["g++", "-std=c++17", source, *includes, *libraries, "-o", program], check=True)
+    found = check_build(program)
+    assert found.supported and found.variable == "LD_PRELOAD"
+    command = [program, "-m", files["int4_50"], "-n", "6", "Tom has"]
+    texts = []
+    for setting in ("off", ""):
+        preloaded = {"LD_PRELOAD": str(PLUGIN_FILE), "SQFT_GGML": setting}
+        done = subprocess.run(command, env=os.environ | preloaded, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert ("tensors on our kernels" in done.stderr) == (setting == "")
+        texts.append(done.stdout)
+    assert "Tom has" in texts[0] and texts[0] == texts[1]
+
+
+def test_the_benchmark_ends_with_ratios(shared, tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "llama_plugin.py", "--small", "--rounds", "1"]
+    done = subprocess.run(
+        [*command, "--repeats", "1", "--threads", "1", "--only", "7b_int4_50"],
+        env=os.environ | shared,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ratios = json.loads(done.stdout.splitlines()[-1])["ratios"]
+    assert ratios["7b_int4_50_decode_1_over_llama_cpp"]["median"] > 0
+    assert ratios["7b_int4_50_prompt_1_over_llama_cpp"]["median"] > 0
+
+
+def test_cyllama_hides_its_ggml():
+    """Why the extra ``gguf-runtime`` can't run our kernels."""
+    cyllama = pytest.importorskip("cyllama")
+    (library, *_) = Path(cyllama.__file__).parent.rglob("llama_cpp*.so")
+    assert "static build" in check_build(library).reason
