@@ -7,7 +7,6 @@ and compute (files -> results of the runtimes). One layer is in memory at a time
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -36,9 +35,6 @@ from sqft_export.verify.certify import certify
 from sqft_export.verify.storage import TOKEN_IDS
 from sqft_export.verify.subject import MASKED_PASSES, Asked, Subject
 from sqft_export.verify.text_answers import first_chat
-
-if TYPE_CHECKING:
-    pass
 
 CONSUMES: tuple[str, ...] = (
     "sparsify",
