@@ -71,16 +71,14 @@ def test_a_run_in_place_of_a_deployment_gets_a_list_of_its_deployments(tiny_run,
 
 
 def test_help_explains_every_argument_and_option():
-    """As printed: versions of click and typer that don't fit lose the text of arguments."""
+    """As printed: an unfit version of click loses texts, and markup loses words in brackets."""
     from sqft_export.cli import app
 
     commands = typer.main.get_command(app).commands
     assert len(commands) > 10
     for name, command in commands.items():
-        shown = " ".join(
-            re.sub("[^!-~]+", " ", CliRunner().invoke(command, ["--help"]).output).split()
-        )
+        shown = re.sub("[^!-~]+", " ", CliRunner().invoke(command, ["--help"]).output).split()
         for parameter in command.params:
             text = getattr(parameter, "help", None)
             assert text, (name, parameter.name)
-            assert text.split("\n")[0].split()[-1] in shown, (name, parameter.name)
+            assert set(text.split()) <= set(shown), (name, parameter.name)
