@@ -125,7 +125,7 @@ def test_the_model_folder_has_the_same_codes(site, deployment, tmp_path):
     for (name, ours), (other, theirs) in both:
         assert name == other
         assert np.array_equal(ours.codes, theirs.codes)
-        assert np.array_equal(ours.scales, theirs.scales)
+        assert np.array_equal(ours.scale, theirs.scale)
 
 
 def test_parts_stay_below_the_limit_and_hold_the_same_bytes(deployment, tmp_path):
