@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import click
 import typer
 
-from sqft_export.commands import compiling, publishing, serving, talk
+from sqft_export.commands import compiling, publishing, serving, talk, web
 from sqft_export.commands.help import INTRODUCTION, Commands, version_option
 from sqft_export.commands.machine import set_compute_threads
 from sqft_export.commands.options import Json, ModelPath, Runs, Threads
@@ -38,6 +38,7 @@ compiling.register(app)
 talk.register(app)
 serving.register(app)
 publishing.register(app)
+web.register(app)
 
 RecipeFile = Annotated[
     Path,

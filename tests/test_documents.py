@@ -38,6 +38,7 @@ EXPLAINED = {
     "sqft-export benchmark deployed/openvino deployed/onnx --data": "needs a chat template; "
     "tests/measure/test_own_data.py has one",
     "sqft-export serve runs/SmolLM2": "needs that run; tests/commands serves another",
+    "sqft-export web runs/tiny --serve": "serves until Ctrl-C; tests/web opens the site",
     "cd runs/tiny/export-gguf": "needs Ollama",
     "ollama create": "needs Ollama",
     "lms": "needs LM Studio",

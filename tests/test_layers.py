@@ -46,7 +46,8 @@ BELOW: dict[str, set[str]] = {
     "run": {"stages"},
     "inference": {"report"},
     "api": {"inference", "run"},
-    "commands": {"api"},
+    "web": {"inference"},
+    "commands": {"api", "web"},
     "cli": {"commands"},
 }
 # Modules that count as a lower room than the rest of their folder.

@@ -49,7 +49,7 @@ _Data = Annotated[
 _TestData = Annotated[
     str | None, typer.Option(help="held-out data; default: a tenth of --data is held out")
 ]
-_Preset = Annotated[str | None, typer.Option(help=f"{_PRESET_HELP}  [default: {DEFAULT_PRESET}]")]
+_Preset = Annotated[str | None, typer.Option(help=f"{_PRESET_HELP}; default: {DEFAULT_PRESET}")]
 _Targets = Annotated[
     list[str] | None,
     typer.Option("--target", help="openvino, onnx or gguf; may be repeated; default: all three"),

@@ -1,8 +1,11 @@
 """The first page, and first mistakes."""
 
+import re
 import subprocess
 
 import pytest
+import typer
+from click.testing import CliRunner
 
 from conftest import SQFT
 
@@ -65,3 +68,17 @@ def test_a_run_in_place_of_a_deployment_gets_a_list_of_its_deployments(tiny_run,
     assert done.returncode == 2
     assert "is a run" in done.stderr
     assert str(tiny_run["export-onnx"].path / "model") in done.stderr
+
+
+def test_help_explains_every_argument_and_option():
+    """As printed: an unfit version of click loses texts, and markup loses words in brackets."""
+    from sqft_export.cli import app
+
+    commands = typer.main.get_command(app).commands
+    assert len(commands) > 10
+    for name, command in commands.items():
+        shown = re.sub("[^!-~]+", " ", CliRunner().invoke(command, ["--help"]).output).split()
+        for parameter in command.params:
+            text = getattr(parameter, "help", None)
+            assert text, (name, parameter.name)
+            assert set(text.split()) <= set(shown), (name, parameter.name)
