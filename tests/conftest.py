@@ -50,6 +50,17 @@ SMALL = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one worker run a file, because fixtures of a module are expensive.
+
+    A file can name smaller groups itself, such as one per model family.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
 def small_recipe(*overrides: str, name: str = "tiny", model_path: Path | None = None) -> Recipe:
     """A recipe at the size of a test; models made here have rows that no blocks of 32 fit."""
     targets = ("export.targets=[openvino, onnx]",) if model_path else ()

@@ -3,18 +3,37 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT, SMALL, SQFT
+from sqft_export.cli import main
 
 
 def sqft(*arguments: str, cwd: Path = ROOT, **more) -> subprocess.CompletedProcess:
     return subprocess.run(
         [SQFT, *arguments], cwd=cwd, capture_output=True, text=True, check=False, **more
     )
+
+
+@pytest.fixture
+def sqft_here(monkeypatch, capfd):
+    """The command line in this process: it saves the start of Python for every command."""
+    monkeypatch.chdir(ROOT)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", [SQFT, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, ended.value.code, out, err)
+
+    yield call
+    signal.signal(signal.SIGTERM, handler)
 
 
 def refused(done: subprocess.CompletedProcess, code: int = 2) -> str:
@@ -61,8 +80,8 @@ def refused(done: subprocess.CompletedProcess, code: int = 2) -> str:
         ("unpack", "README.md", "out"),
     ],
 )
-def test_a_misuse_is_one_message(arguments, tmp_path):
-    done = sqft(*arguments)
+def test_a_misuse_is_one_message(arguments, sqft_here):
+    done = sqft_here(*arguments)
     refused(done)
     assert len(done.stderr) < 4000
 
@@ -84,16 +103,20 @@ def test_a_misuse_is_one_message(arguments, tmp_path):
         ("--device", "tpu"),
     ],
 )
-def test_an_option_out_of_range_is_one_message(tiny_run, option, value):
+def test_an_option_out_of_range_is_one_message(tiny_run, sqft_here, option, value):
     folder = str(tiny_run["export-onnx"].path / "model")
-    refused(sqft("benchmark", folder, option, value))
+    refused(sqft_here("benchmark", folder, option, value))
 
 
-def test_the_same_folder_twice_and_a_task_beside_a_text_are_refused(tiny_run):
+def test_the_same_folder_twice_and_a_task_with_a_text_are_refused(tiny_run, sqft_here):
     folder = str(tiny_run["export-onnx"].path / "model")
-    assert "found the same folder twice" in refused(sqft("benchmark", folder, folder))
-    both = sqft("benchmark", folder, "--task", "gsm8k", "--text", "README.md")
+    assert "found the same folder twice" in refused(sqft_here("benchmark", folder, folder))
+    both = sqft_here("benchmark", folder, "--task", "gsm8k", "--text", "README.md")
     assert "only one of them is allowed" in refused(both)
+
+
+def test_a_refused_command_is_one_message_in_its_own_process():
+    refused(sqft("run", "nope.yaml"))
 
 
 def test_a_name_that_is_no_text_is_one_message():

@@ -58,7 +58,14 @@ def ids_of(case) -> str:
     return f"{case[0]}-{'-'.join(case[1])}"
 
 
-@pytest.fixture(scope="module", params=[*MODELS, UNLISTED], ids=ids_of)
+# Each family is a group of its own, so that workers share the families.
+CASES = [
+    pytest.param(case, id=ids_of(case), marks=pytest.mark.xdist_group(ids_of(case)))
+    for case in (*MODELS, UNLISTED)
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def family_run(request, tmp_path_factory):
     model_type, config, _ = request.param
     root = tmp_path_factory.mktemp(model_type)
