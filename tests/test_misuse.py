@@ -3,37 +3,18 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT, SMALL, SQFT
-from sqft_export.cli import main
 
 
 def sqft(*arguments: str, cwd: Path = ROOT, **more) -> subprocess.CompletedProcess:
     return subprocess.run(
         [SQFT, *arguments], cwd=cwd, capture_output=True, text=True, check=False, **more
     )
-
-
-@pytest.fixture
-def sqft_here(monkeypatch, capfd):
-    """The command line in this process: it saves the start of Python for every command."""
-    monkeypatch.chdir(ROOT)
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def call(*arguments: str) -> subprocess.CompletedProcess:
-        monkeypatch.setattr(sys, "argv", [SQFT, *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capfd.readouterr()
-        return subprocess.CompletedProcess(arguments, ended.value.code, out, err)
-
-    yield call
-    signal.signal(signal.SIGTERM, handler)
 
 
 def refused(done: subprocess.CompletedProcess, code: int = 2) -> str:
