@@ -50,9 +50,10 @@ sweep: $(INSTALLED)
 plan: $(INSTALLED)
 	@$(BIN)/sqft-export plan recipes/$(RECIPE).yaml $(TASK_ARGS) $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
 
-# Two files of tests at a time, each process on its share of the processors.
+# Two workers, each on its share of the processors. A worker takes a file of tests at a time, or
+# another group that tests/conftest.py keeps together.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadgroup
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow

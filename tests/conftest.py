@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import torch
 from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from sqft_export.cli import main
 from sqft_export.recipe.load import load_recipe
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.pipeline import run_recipe
@@ -50,6 +52,17 @@ SMALL = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one worker run a file, because fixtures of a module are expensive.
+
+    A file can name smaller groups itself, such as one per model family.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
 def small_recipe(*overrides: str, name: str = "tiny", model_path: Path | None = None) -> Recipe:
     """A recipe at the size of a test; models made here have rows that no blocks of 32 fit."""
     targets = ("export.targets=[openvino, onnx]",) if model_path else ()
@@ -66,6 +79,23 @@ def start_run(root: Path) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@pytest.fixture
+def sqft_here(monkeypatch, capfd):
+    """The command line in this process: it saves the start of Python for every command."""
+    monkeypatch.chdir(ROOT)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", [SQFT, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, ended.value.code, out, err)
+
+    yield call
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="session")

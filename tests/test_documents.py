@@ -104,13 +104,17 @@ def is_shell(block: Block) -> bool:
     return block.language == "sh" or (not block.language and words[0] in COMMANDS)
 
 
-SHELL = [
-    pytest.param(line, id=f"{block.place} {line[:60]}")
-    for block in BLOCKS
-    if is_shell(block)
-    for line in (raw.partition("  #")[0].strip() for raw in block.text.splitlines())
-    if line and not explained(line)
-]
+def shell_lines() -> dict[str, str]:
+    """Command -> the first place where it is printed; a command of several pages runs once."""
+    found: dict[str, str] = {}
+    for block in filter(is_shell, BLOCKS):
+        for line in (raw.partition("  #")[0].strip() for raw in block.text.splitlines()):
+            if line and not explained(line):
+                found.setdefault(line, block.place)
+    return found
+
+
+SHELL = [pytest.param(line, id=f"{place} {line[:60]}") for line, place in shell_lines().items()]
 
 
 def test_every_block_is_run_or_explained():

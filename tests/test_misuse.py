@@ -61,8 +61,8 @@ def refused(done: subprocess.CompletedProcess, code: int = 2) -> str:
         ("unpack", "README.md", "out"),
     ],
 )
-def test_a_misuse_is_one_message(arguments, tmp_path):
-    done = sqft(*arguments)
+def test_a_misuse_is_one_message(arguments, sqft_here):
+    done = sqft_here(*arguments)
     refused(done)
     assert len(done.stderr) < 4000
 
@@ -84,16 +84,20 @@ def test_a_misuse_is_one_message(arguments, tmp_path):
         ("--device", "tpu"),
     ],
 )
-def test_an_option_out_of_range_is_one_message(tiny_run, option, value):
+def test_an_option_out_of_range_is_one_message(tiny_run, sqft_here, option, value):
     folder = str(tiny_run["export-onnx"].path / "model")
-    refused(sqft("benchmark", folder, option, value))
+    refused(sqft_here("benchmark", folder, option, value))
 
 
-def test_the_same_folder_twice_and_a_task_beside_a_text_are_refused(tiny_run):
+def test_the_same_folder_twice_and_a_task_with_a_text_are_refused(tiny_run, sqft_here):
     folder = str(tiny_run["export-onnx"].path / "model")
-    assert "found the same folder twice" in refused(sqft("benchmark", folder, folder))
-    both = sqft("benchmark", folder, "--task", "gsm8k", "--text", "README.md")
+    assert "found the same folder twice" in refused(sqft_here("benchmark", folder, folder))
+    both = sqft_here("benchmark", folder, "--task", "gsm8k", "--text", "README.md")
     assert "only one of them is allowed" in refused(both)
+
+
+def test_a_refused_command_is_one_message_in_its_own_process():
+    refused(sqft("run", "nope.yaml"))
 
 
 def test_a_name_that_is_no_text_is_one_message():

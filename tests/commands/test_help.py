@@ -50,21 +50,23 @@ def test_completion_is_offered_and_works():
         ("evaluate", "sqft-export benchmark"),
     ],
 )
-def test_the_word_of_another_tool_gets_our_command(word, command):
-    done = sqft(word, "model")
+def test_the_word_of_another_tool_gets_our_command(word, command, sqft_here):
+    done = sqft_here(word, "model")
     assert done.returncode == 2 and command in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_hub_name_in_place_of_a_folder_is_told():
-    done = sqft("chat", "owner/name", "-p", "x")
+def test_a_hub_name_in_place_of_a_folder_is_named(sqft_here):
+    done = sqft_here("chat", "owner/name", "-p", "x")
     assert done.returncode == 2
     assert "compile it first: sqft-export run owner/name --data" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["inspect", "benchmark"])
-def test_a_run_in_place_of_a_deployment_gets_a_list_of_its_deployments(tiny_run, command):
+def test_a_run_in_place_of_a_deployment_gets_a_list_of_its_deployments(
+    tiny_run, command, sqft_here
+):
     run = tiny_run["report"].path.parent
-    done = sqft(command, str(run))
+    done = sqft_here(command, str(run))
     assert done.returncode == 2
     assert "is a run" in done.stderr
     assert str(tiny_run["export-onnx"].path / "model") in done.stderr

@@ -49,7 +49,8 @@ MODELS = [
             "sliding_window": 16,
             "layer_types": ["sliding_attention", "full_attention"],
         },
-        "alternating windows with two rotary bases, norms of queries and keys, a token without a row",
+        "alternating windows with two rotary bases, norms of queries and keys, "
+        "a token without a row",
     ),
     ("opt", {"ffn_dim": 172, "init_std": 0.2}, "learned positions, biases, ReLU"),
     ("bloom", {}, "ALiBi, norm after the embedding, joined qkv"),
@@ -123,10 +124,15 @@ def ids_of(case) -> str:
     return f"{case[0]}-{'-'.join(case[1])}"
 
 
-SLOW = [pytest.param(case, marks=pytest.mark.slow, id=ids_of(case)) for case in LONG_TAIL]
+def marked(case, *marks):
+    """A family as a group of its own, so that workers share the families."""
+    return pytest.param(case, id=ids_of(case), marks=(pytest.mark.xdist_group(ids_of(case)), *marks))
 
 
-@pytest.fixture(scope="module", params=[*MODELS, UNLISTED, *SLOW], ids=ids_of)
+CASES = [*map(marked, (*MODELS, UNLISTED)), *(marked(c, pytest.mark.slow) for c in LONG_TAIL)]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def family_run(request, tmp_path_factory):
     model_type, config, _ = request.param
     root = tmp_path_factory.mktemp(model_type)
