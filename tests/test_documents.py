@@ -38,6 +38,8 @@ EXPLAINED = {
     "tests/measure/test_own_data.py has one",
     "sqft-export serve runs/SmolLM2": "needs that run; tests/commands serves another",
     "cd runs/tiny/export-gguf": "needs Ollama",
+    "cp -r runs/tiny/export-onnx": "needs Foundry Local",
+    "tensorboard --logdir": "starts a server; tests/report/test_loggers.py reads the files",
     "ollama create": "needs Ollama",
     "lms": "needs LM Studio",
     "adapt            340/2000": "a line that a run prints",

@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -314,11 +314,13 @@ def train_on_task(
     start: Start,
     elastic: bool,
     teacher: nn.Module | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
     """Train a new, seeded adapter and write it to ``folder / "adapter"``.
 
     :param start: ``start(steps) -> advance``; ``advance`` is called once per step.
     :param elastic: use the elastic ranks and trainable scales of the recipe.
+    :param callbacks: further callbacks of the Trainer.
     """
     config, data = recipe.training, Data(recipe, tokenizer)
     rows = training_rows(list(data.train), config, packed_row_tokens(recipe))
@@ -339,6 +341,7 @@ def train_on_task(
         advance=start(config.total_steps(len(rows), process_count())),
         teacher=teacher,
         device=device,
+        callbacks=callbacks,
     )
     save_adapter(model, folder / "adapter")
     if process_rank() == 0:  # checkpoints are only needed to resume an interrupted run
@@ -450,6 +453,7 @@ def train_adapter(
     advance: Advance,
     teacher: nn.Module | None = None,
     device: torch.device = CPU,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[list[StepLog], float]:
     """Train the adapters of ``model`` in place.
 
@@ -459,6 +463,7 @@ def train_adapter(
     :param before_step: called with the number of the next optimizer step.
     :param teacher: teacher of ``config.distill``.
     :param device: device of the training.
+    :param callbacks: further callbacks of the Trainer.
     :return: the log, with loss, learning rate, tokens, and tokens including padding of every step;
         and tokens per second of this process.
     :raises UserError: if the loss is not finite.
@@ -472,7 +477,7 @@ def train_adapter(
         args=_arguments(config, steps, seed, folder, device),
         train_dataset=rows,  # type: ignore[arg-type]  # a list serves as a map-style dataset
         data_collator=lambda batch: collate(batch, pad),
-        callbacks=[_Callback(before_step, advance, throughput)],
+        callbacks=[_Callback(before_step, advance, throughput), *callbacks],
     )
     trainer.train(resume_from_checkpoint=_last_complete_checkpoint(folder))
     model.eval()

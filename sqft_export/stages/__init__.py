@@ -11,6 +11,9 @@ from sqft_export.machine.progress import Start
 from sqft_export.metrics import Metrics
 from sqft_export.recipe.schema import Recipe
 
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
 # The recipe fields that :meth:`Context.base` reads.
 BASE_FIELDS = ("adapt.pipeline", "adapt.merge_dense", "adapt.trainable_scales")
 
@@ -27,6 +30,7 @@ class Context:
     start: ``start(total) -> advance`` starts the progress bar.
     lineage: name of a pass -> its manifest facts, for this pass and all passes before it that its
         inputs depend on.
+    callbacks: further callbacks of a training loop, such as those that log its steps.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Context:
     folder: Path
     start: Start
     lineage: dict[str, Facts] = field(default_factory=dict)
+    callbacks: "tuple[TrainerCallback, ...]" = ()
 
     @property
     def reads(self) -> dict[str, object]:

@@ -49,6 +49,7 @@ def run(context: Context) -> Metrics:
         context.start,
         elastic=True,
         teacher=_teacher(context),
+        callbacks=context.callbacks,
     )
     if process_rank():
         return Metrics()
