@@ -78,6 +78,14 @@ Score = Annotated[
         "rouge_l, bleu, regex:PATTERN, or a Python file with score(expected, generated)"
     ),
 ]
+TemplateArguments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-argument",
+        help="variable that the chat template reads, such as enable_thinking=false; may be "
+        "repeated; default: those of the deployment's run",
+    ),
+]
 LmEval = Annotated[
     str | None, typer.Option(help="lm-eval tasks, such as hellaswag,mmlu (extra lm-eval)")
 ]
@@ -172,6 +180,7 @@ def benchmark_command(
     task: Task = None,
     data: OwnData = None,
     score: Score = None,
+    template_argument: TemplateArguments = None,
     text: Annotated[Path | None, typer.Option(help="text file for perplexity")] = None,
     lm_eval: LmEval = None,
     include_path: IncludePath = None,
@@ -183,8 +192,7 @@ def benchmark_command(
 
     Example: sqft-export benchmark deployed/openvino deployed/onnx --data chats.jsonl
     """
-    from sqft_export.measure import deployments
-    from sqft_export.measure.own_data import ScoredData, questions_about
+    from sqft_export.measure import deployments, own_data
     from sqft_export.measure.results import DeviceSettings
 
     lengths, batches = _numbers(prompt_tokens, "--prompt-tokens"), _numbers(batch, "--batch")
@@ -193,7 +201,9 @@ def benchmark_command(
     kernels = tuple(dict.fromkeys(execution.split(",")))
     sizes = lengths, new_tokens, batches, rounds
     settings = DeviceSettings(*sizes, threads, allowed_cpus, device, kernels)
-    questions = questions_about(folders[0], ScoredData(task, data, text, score), items)
+    arguments = own_data.parse_template_arguments(template_argument or ())
+    source = own_data.ScoredData(task, data, text, score, arguments)
+    questions = own_data.questions_about(folders[0], source, items)
     scored = _score_with_lm_eval(folders, settings, lm_eval, include_path, items)
     document = deployments.benchmark_folders(folders, settings, questions, scored)
     _print_results(document, out, json_only)
