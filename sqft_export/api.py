@@ -197,6 +197,7 @@ def benchmark(
     items: int = 100,
     score: str | None = None,
     against: Sequence[str | Path] = (),
+    template_arguments: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> "DeploymentResults":
     """Measure deployments on this machine, as ``sqft-export benchmark`` does.
@@ -204,6 +205,8 @@ def benchmark(
     :param folders: deployments; all are compared with the first.
     :param data: name of a dataset, a text file, or conversations.
     :param score: of the answers to conversations; None: exact match.
+    :param template_arguments: variables that the chat template reads, such as
+        ``{"enable_thinking": False}``; None: those of the run that the first folder belongs to.
     :param items: largest number of scored items.
     :param against: files or folders of other programs for the same table.
     :param settings: fields of ``measure.deployments.DeviceSettings``, such as ``rounds=1``.
@@ -220,24 +223,27 @@ def benchmark(
     except TypeError as error:
         known = ", ".join(DeviceSettings.__dataclass_fields__)
         raise UserError(f"benchmark: {error}; settings are {known}") from error
-    questions = questions_about(paths[0], _scored_data(data, score), items)
+    source = _scored_data(data, score, template_arguments)
+    questions = questions_about(paths[0], source, items)
     with as_deployments([Path(path) for path in against], paths[0]) as others:
         return benchmark_folders([*paths, *others], chosen, questions, None, others)
 
 
-def _scored_data(data: str | Path | None, score: str | None) -> "ScoredData":
+def _scored_data(
+    data: str | Path | None, score: str | None, arguments: Mapping[str, Any] | None
+) -> "ScoredData":
     """Return a dataset's name, a text file, or conversations as data to score on."""
     from sqft_export.measure.own_data import ScoredData
     from sqft_export.plan.requests import TEXT_SUFFIXES
     from sqft_export.recipe.schema import DATASET_NAMES
 
     if data is None:
-        return ScoredData(score=score)
+        return ScoredData(score=score, template_arguments=arguments)
     if str(data) in DATASET_NAMES:
-        return ScoredData(task=str(data), score=score)
+        return ScoredData(task=str(data), score=score, template_arguments=arguments)
     if Path(data).suffix.lower() in TEXT_SUFFIXES:
-        return ScoredData(text=Path(data), score=score)
-    return ScoredData(data=Path(data), score=score)
+        return ScoredData(text=Path(data), score=score, template_arguments=arguments)
+    return ScoredData(data=Path(data), score=score, template_arguments=arguments)
 
 
 def load(folder: str | Path, device: str = "cpu", threads: int | None = None) -> "TextSession":

@@ -80,6 +80,14 @@ Score = Annotated[
         "rouge_l, bleu, regex:PATTERN, or a Python file with score(expected, generated)"
     ),
 ]
+TemplateArguments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-argument",
+        help="variable that the chat template reads, such as enable_thinking=false; may be "
+        "repeated; default: those of the deployment's run",
+    ),
+]
 LmEval = Annotated[
     str | None, typer.Option(help="lm-eval tasks, such as hellaswag,mmlu (extra lm-eval)")
 ]
@@ -183,6 +191,7 @@ def benchmark_command(
     task: Task = None,
     data: OwnData = None,
     score: Score = None,
+    template_argument: TemplateArguments = None,
     text: Annotated[Path | None, typer.Option(help="text file for perplexity")] = None,
     lm_eval: LmEval = None,
     include_path: IncludePath = None,
@@ -201,14 +210,20 @@ def benchmark_command(
     """
     from sqft_export.measure.against import as_deployments
     from sqft_export.measure.deployments import benchmark_folders
-    from sqft_export.measure.own_data import ScoredData, questions_about
+    from sqft_export.measure.own_data import (
+        ScoredData,
+        parse_template_arguments,
+        questions_about,
+    )
     from sqft_export.measure.results import DeviceSettings
 
     lengths, batches = _numbers(prompt_tokens, "--prompt-tokens"), _numbers(batch, "--batch")
     _check_before_measuring(folders)
     sizes = lengths, new_tokens, batches, rounds
     settings = DeviceSettings(*sizes, threads, _processors(cpus), device, _kernel_names(execution))
-    questions = questions_about(folders[0], ScoredData(task, data, text, score), items)
+    arguments = parse_template_arguments(template_argument or ())
+    source = ScoredData(task, data, text, score, arguments)
+    questions = questions_about(folders[0], source, items)
     with as_deployments(against or [], folders[0]) as others:
         measured = [*folders, *others]
         scored = _score_with_lm_eval(measured, settings, lm_eval, include_path, items)

@@ -1,9 +1,9 @@
 """Switch off the usage reports of libraries in the processes of this package.
 
 OpenVINO's converter and NNCF report their use through the package ``openvino_telemetry``. ONNX
-Runtime, ONNX Runtime GenAI and the Hugging Face libraries read environment variables. The command
-line and its worker processes call :func:`disable_telemetry`. ``import sqft_export`` does not call
-it: in the user's own process, the user's settings apply.
+Runtime, ONNX Runtime GenAI, the Hugging Face libraries and loggers read environment variables. The
+command line and its worker processes call :func:`disable_telemetry`. ``import sqft_export`` does
+not call it: in the user's own process, the user's settings apply.
 """
 
 import os
@@ -14,6 +14,9 @@ TELEMETRY_VARIABLES = {
     "ORT_TELEMETRY_DISABLED": "1",  # other releases
     "ORT_GENAI_TELEMETRY_DISABLED": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "WANDB_ERROR_REPORTING": "false",
+    "GRADIO_ANALYTICS_ENABLED": "False",  # trackio's dashboard
 }
 
 

@@ -15,6 +15,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Used only where the user has installed them.
 OPTIONAL = {
     "pynvml": "energy of an NVIDIA GPU (nvidia-ml-py)",
+    "wandb": "one of the loggers that a recipe can name",
     "llama_cpp": "llama-cpp-python, on systems for which cyllama has no wheel",
 }
 # Declared, but not imported by this package.

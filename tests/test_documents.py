@@ -40,6 +40,8 @@ EXPLAINED = {
     "sqft-export serve runs/SmolLM2": "needs that run; tests/commands serves another",
     "sqft-export web runs/tiny --serve": "serves until Ctrl-C; tests/web opens the site",
     "cd runs/tiny/export-gguf": "needs Ollama",
+    "cp -r runs/tiny/export-onnx": "needs Foundry Local",
+    "tensorboard --logdir": "starts a server; tests/report/test_loggers.py reads the files",
     "ollama create": "needs Ollama",
     "lms": "needs LM Studio",
     "adapt            340/2000": "a line that a run prints",

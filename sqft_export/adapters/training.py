@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -325,11 +325,13 @@ def train_on_task(
     start: Start,
     elastic: bool,
     teacher: nn.Module | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
     """Train a new, seeded adapter and write it to ``folder / "adapter"``.
 
     :param start: ``start(steps) -> advance``, called once per step.
     :param elastic: use the elastic ranks and trainable scales of the recipe.
+    :param callbacks: further callbacks of the Trainer.
     """
     config, data = recipe.training, Data(recipe, tokenizer)
     rows, others = split_rows(_task_rows(recipe, data), config.stop)
@@ -352,6 +354,7 @@ def train_on_task(
         teacher=teacher,
         device=device,
         held_out=held_out,
+        callbacks=callbacks,
     )
     _save_trained(model, folder)
     ranked = [RankedStepLog(**e, ranks=ranks_at(_ranks_step(e))) for e in log]
@@ -477,6 +480,7 @@ def train_adapter(
     teacher: nn.Module | None = None,
     device: torch.device = CPU,
     held_out: HeldOut | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[list[StepLog], float]:
     """Train the adapters of ``model`` in place.
 
@@ -485,8 +489,11 @@ def train_adapter(
     :param folder: folder of training checkpoints; an interrupted training resumes from the newest.
     :param before_step: called with the number of the next optimizer step.
     :param teacher: teacher of ``config.distill``.
+    :param device: device of the training.
     :param held_out: when to stop earlier, with the best adapter; None: train all steps.
-    :return: the log of every step, and tokens per second of this process.
+    :param callbacks: further callbacks of the Trainer.
+    :return: the log, with loss, learning rate, tokens, and tokens including padding of every step;
+        and tokens per second of this process.
     :raises UserError: if the loss is not finite.
     """
     throughput, collator = Throughput(), partial(collate, pad=pad)
@@ -500,7 +507,7 @@ def train_adapter(
         args=_arguments(config, steps, seed, folder, device),
         train_dataset=rows,  # type: ignore[arg-type]  # a list serves as a map-style dataset
         data_collator=collator,
-        callbacks=[_Callback(before_step, advance, throughput), *measured],
+        callbacks=[_Callback(before_step, advance, throughput), *measured, *callbacks],
     )
     trainer.train(resume_from_checkpoint=_last_complete_checkpoint(folder))
     restore_best(model.eval(), folder, held_out)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _RECIPE_FILE = "recipe.yaml"  # in a run's folder: the preset's recipe
 _RECIPE_SUFFIXES = (".yaml", ".yml")
-_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz")
 _PRESET_HELP = "; ".join(f"{name}: {about}" for name, about in PRESETS.items())
 
 _Source = Annotated[
@@ -43,7 +43,8 @@ _Data = Annotated[
     str | None,
     typer.Option(
         help="with a model: conversations or prompts and answers (jsonl, json, csv, tsv, parquet, "
-        "save_to_disk folder, hub:<dataset>), a text file, or the name of a known dataset"
+        "a folder with train and test files, save_to_disk folder, hub:<dataset>), a text file, or "
+        "the name of a known dataset"
     ),
 ]
 _TestData = Annotated[

@@ -1,10 +1,10 @@
-"""``serve``: start the server of a deployment's format. ``llama-plugin``: kernels for llama.cpp."""
+"""Servers of deployments: ``serve``, ``model-repository``, and ``llama-plugin`` for llama.cpp."""
 
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -35,11 +35,12 @@ def serve_command(
 
     Example: sqft-export serve runs/SmolLM2-135M-Instruct --port 8080
     """
-    from sqft_export.inference.servers import Address, served_path, server_for
+    from sqft_export.inference.servers import Address, check_port, served_path, server_for
 
     found = _servable(folder)
     at = Address(host, port, name or (folder.resolve().name or "model"))
     server = server_for(found, at)
+    check_port(at)
     with served_path(found.path) as path:
         command = server.command(path, at)
         print(f"{found.name}: {found.path}\n{server.name}: {shlex.join(command)}", file=sys.stderr)
@@ -47,6 +48,43 @@ def serve_command(
         code = subprocess.run(command, check=False).returncode
     if code:
         raise UserError(f"{server.name} ended with exit code {code}; its messages are above")
+
+
+def model_repository_command(
+    folder: Annotated[
+        Path,
+        typer.Argument(help="run folder, or an OpenVINO deployment", metavar="FOLDER"),
+    ],
+    repository: Annotated[Path, typer.Argument(help="folder of the repository; may exist")],
+    name: Annotated[
+        str | None, typer.Option(help="name of the model for clients; default: of the folder")
+    ] = None,
+    device: Annotated[
+        Literal["CPU", "GPU", "NPU"], typer.Option(help="device that the server runs it on")
+    ] = "CPU",
+) -> None:
+    """Copy a deployment into a model repository of OpenVINO Model Server.
+
+    The repository has a config.json and a folder with a graph.pbtxt per model. Other models of the
+    repository stay.
+
+    Example: sqft-export model-repository runs/tiny models
+    """
+    from sqft_export.inference.locate import deployments_of_run, is_model
+    from sqft_export.inference.model_repository import CONFIG, add_to_repository
+    from sqft_export.machine.host import writing_to
+    from sqft_export.targets.folder import kind_of
+
+    path = folder
+    if folder.is_dir() and not is_model(folder):
+        plain = [one.path for one in deployments_of_run(folder) if one.path.name == "model"]
+        found = [path for path in plain if kind_of(path) == "openvino"]
+        if not found:
+            raise UserError(f"{folder}: has no OpenVINO deployment; add it to export.targets")
+        path = found[0]
+    with writing_to(repository):
+        made = add_to_repository(path, repository, name or folder.resolve().name, device)
+    print(f"{made}\novms --rest_port 8000 --config_path {shlex.quote(str(repository / CONFIG))}")
 
 
 def _servable(folder: Path) -> "Deployment":
@@ -111,3 +149,4 @@ def register(app: typer.Typer) -> None:
     """Add the commands of this module to the command line."""
     app.command("serve")(serve_command)
     app.command("llama-plugin")(llama_plugin_command)
+    app.command("model-repository")(model_repository_command)

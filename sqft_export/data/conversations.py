@@ -68,7 +68,8 @@ def split_conversations(
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Return all conversations of the training split and of the test split.
 
-    Example: of ten rows and ``test_share: 0.2``, rows 5 and 10 are the test split.
+    Example: of ten rows and ``test_share: 0.2``, rows 5 and 10 are the test split. Of fewer rows
+    than ``1 / test_share``, the last one is.
 
     :raises UserError: if one of them has none.
     """
@@ -77,12 +78,15 @@ def split_conversations(
         return rows, all_conversations(recipe, task, "test")
     share = task.test_share
     chosen = [int((n + 1) * share + 1e-9) > int(n * share + 1e-9) for n in range(len(rows))]
+    if not any(chosen):
+        chosen[-1] = True
     train = [row for row, held in zip(rows, chosen, strict=True) if not held]
     test = [row for row, held in zip(rows, chosen, strict=True) if held]
     if not train or not test:
         raise UserError(
             f"{recipe.file}: task.test_share: found {share:g}; of {len(rows)} conversations it "
-            f"leaves {len(train)} to train on and {len(test)} to test with; both need one"
+            f"leaves {len(train)} to train on and {len(test)} to test with; both need one. Add "
+            "conversations, or name held-out ones with task.test (--test)"
         )
     return train, test
 

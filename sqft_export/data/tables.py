@@ -4,6 +4,7 @@
     .json               a list of objects
     .csv, .tsv          with a header; fields stay text
     .parquet
+    .jsonl.gz, .csv.gz  and so on: text files that gzip has compressed
     a folder            written by ``save_to_disk`` of the library datasets
     hub:<name>          a dataset of the Hugging Face hub, streamed
 
@@ -11,8 +12,10 @@ All but .json are read row by row. No code of a dataset runs, and nothing is unp
 """
 
 import csv
+import gzip
 import json
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,7 @@ from sqft_export.recipe.schema import HUB
 
 NumberedRow = tuple[int, Fields]
 Stamp = tuple[int, int, int]  # size in bytes, time of the last change in ns, inode
+GZIP = ".gz"
 INSTALL_DATASETS = "pip install 'sqft-export[datasets]'"
 
 
@@ -71,17 +75,25 @@ class Table:
         path = Path(self.source)
         if path.is_dir():
             return _folder_rows(path, self.split)
-        read = READERS.get(path.suffix.lower())
+        read = READERS.get(suffix_of(path))
         if read is None:
             raise UserError(
-                f"{path}: found the file type {path.suffix or 'without a name'}; known are "
+                f"{path}: found the file type {suffix_of(path) or 'without a name'}; known are "
                 f"{', '.join(READERS)}, a save_to_disk folder and {HUB}<name>"
             )
         return read(path)
 
 
+def suffix_of(path: Path) -> str:
+    """Return the file type in lower case, such as ``.csv`` or ``.csv.gz``."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() + suffix if suffix == GZIP else suffix
+
+
 def _opened(path: Path, newline: str | None = None) -> IO[str]:
     try:
+        if suffix_of(path).endswith(GZIP):
+            return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
         return path.open(encoding="utf-8-sig", newline=newline)
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror}") from error
@@ -108,13 +120,15 @@ def _json_list(path: Path) -> Iterator[NumberedRow]:
 def _decoded_lines(file: Iterable[str], path: Path) -> Iterator[str]:
     """Yield the lines of a text file.
 
-    :raises UserError: naming the line after which the file is not UTF-8.
+    :raises UserError: naming the line that is not UTF-8, or at which the file is damaged.
     """
     number = 0
     try:
         for line in file:
             number += 1
             yield line
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise UserError(f"{path}: damaged after line {number}: {one_line(error)}") from error
     except UnicodeDecodeError as error:
         found = f"{error.object[error.start]:#04x}"
         raise UserError(
@@ -197,6 +211,9 @@ READERS: dict[str, Callable[[Path], Iterator[NumberedRow]]] = {
     ".tsv": _separated("\t"),
     ".parquet": _parquet,
 }
+
+
+READERS |= {suffix + GZIP: READERS[suffix] for suffix in (".jsonl", ".ndjson", ".csv", ".tsv")}
 
 
 def _datasets(source: str) -> Any:

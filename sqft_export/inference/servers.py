@@ -11,6 +11,7 @@ stream.
 
 import shlex
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +21,8 @@ from pathlib import Path
 from sqft_export.errors import UserError
 from sqft_export.inference.locate import Deployment
 from sqft_export.machine.host import installed
-from sqft_export.packed.folders import packed_file
 from sqft_export.packed.loaders import dense_gguf
+from sqft_export.packed.usage import form_of
 from sqft_export.targets.folder import kind_of
 
 SERVED_KINDS = ("gguf", "openvino")
@@ -114,6 +115,23 @@ SERVERS: dict[str, tuple[Server, ...]] = {
 }
 
 
+def check_port(at: Address) -> None:
+    """Check that a server can listen at an address.
+
+    :raises UserError: if another program listens there, or the host is not of this machine.
+    """
+    try:
+        family, *_, place = socket.getaddrinfo(at.host, at.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(place)
+    except OSError as error:
+        raise UserError(
+            f"{at.host}:{at.port}: no server can listen there: {error.strerror}; --port and --host "
+            "name another place"
+        ) from error
+
+
 def server_for(deployment: Deployment, at: Address) -> Server:
     """Return the first installed server for a deployment.
 
@@ -147,7 +165,13 @@ def served_path(folder: Path) -> Iterator[Path]:
         with dense_gguf(folder) as file:
             yield file
         return
-    if packed_file(folder) is not None:
+    form = form_of(folder)
+    if form == "specialized":
+        raise UserError(
+            f"{folder}: runs on the kernels of this package, which OpenVINO Model Server does not "
+            "have; serve the deployment's model folder"
+        )
+    if form == "packed":
         raise UserError(
             f"{folder}: is packed, which OpenVINO Model Server does not load; first: sqft-export "
             f"unpack {shlex.quote(str(folder))} <folder>"

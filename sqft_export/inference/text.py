@@ -97,8 +97,8 @@ class TextSession:
         :param prompt: a text, which is continued unchanged, or messages with ``role`` and
             ``content``, which are rendered with the chat template.
         :param stop: texts that end the answer; they are not part of it.
-        :raises UserError: if the prompt fills the context, or messages are given and the deployment
-            has no chat template.
+        :raises UserError: if the prompt is empty or fills the context, or messages are given and
+            the deployment has no chat template.
         """
         return "".join(self.stream(prompt, max_new_tokens, stop))
 
@@ -107,6 +107,8 @@ class TextSession:
     ) -> Iterator[str]:
         """Yield the answer of :meth:`generate` piece by piece, while it is computed."""
         ids = self.encode(prompt)
+        if not ids:
+            raise UserError("the prompt has no tokens: it is empty; give a text with -p")
         room = self.context - len(ids)
         if room < 1:
             raise UserError(

@@ -9,7 +9,9 @@
 #include <arm_neon.h>
 #include <stdint.h>
 #include <string.h>
+#ifndef __APPLE__
 #include <sys/auxv.h>
+#endif
 
 #define LANES 4
 #define HIGH 1
@@ -100,9 +102,13 @@ static inline void expand8(const uint8_t *mask, const uint8_t **kept, V z0, V z1
 
 #include "end_target.h"
 
+#ifdef __APPLE__ /* all of Apple's processors for macOS have the instructions */
+static int here(void) { return 1; }
+#else
 #ifndef HWCAP_ASIMDDP
 #define HWCAP_ASIMDDP (1 << 20)
 #endif
 static int here(void) { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
+#endif
 const SqftKernels sqft_neon = {"neon", LANES, here, rounded, one, many, scratch_bytes};
 #endif

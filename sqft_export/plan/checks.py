@@ -287,6 +287,12 @@ def _package_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
             )
 
 
+def _logger_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    for name in recipe.log:
+        if not installed(name):
+            yield f"log: found {name}, not installed here; pip install {name}, or remove {name}"
+
+
 def _graph_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     if "onnx" not in recipe.export.targets or recipe.export.onnx_graph != "fused":
         return
@@ -401,6 +407,7 @@ CHECKS: tuple[FaultFinder, ...] = (
     _existing_grid_faults,
     _search_faults,
     _package_faults,
+    _logger_faults,
     _graph_faults,
     target_faults,
     _gguf_faults,

@@ -11,13 +11,13 @@ batch            16 examples per step, in parts that fit into this machine's mem
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sqft_export.data.columns import kind_of_rows
 from sqft_export.data.items import Item, load_tokenizer, sample_items
-from sqft_export.data.tables import Table
+from sqft_export.data.tables import READERS, Table, suffix_of
 from sqft_export.errors import UserError, one_line
 from sqft_export.machine.counters import machine_facts
 from sqft_export.model.chat import has_template
@@ -30,6 +30,7 @@ from sqft_export.plan.workload import Workload, workload_of
 from sqft_export.recipe.load import parse_recipe
 from sqft_export.recipe.schema import BUILTIN, DATASET_NAMES, HUB, Model, Recipe
 from sqft_export.recipe.writing import recipe_text
+from sqft_export.textfiles import read_json
 from sqft_export.untrusted import real_path
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -54,6 +55,9 @@ COLUMN_NAMES: tuple[dict[str, str], ...] = (
     {"messages": "conversation"},
     {"messages": "dialogue"},
 )
+# Names of files in a data folder, without file types; the first held-out one is the test data.
+SPLIT_FILES = ("train", "test", "valid", "validation")
+SPLITS_OF_DATASET = "dataset_dict.json"  # in a folder that save_to_disk wrote
 COUNTED_ITEMS = 1000  # whose lengths are counted
 WARMUP_SHARE = 0.05
 LENGTH_MULTIPLE = 32
@@ -153,6 +157,7 @@ def task_section(request: Request, folder: Path) -> dict[str, Any]:
 
     :raises UserError: if the data is missing, or its columns are unknown.
     """
+    request = _with_files_of_folder(request)
     data = request.data
     sources = [data] if request.test is None else [data, request.test]
     if data in DATASET_NAMES and not Path(data).exists():
@@ -168,6 +173,34 @@ def task_section(request: Request, folder: Path) -> dict[str, Any]:
             raise UserError(f"{request.test}: of a text file, the end is held out; leave out test")
         return {"kind": "text", "text": str(real_path(Path(data)))}
     return _chat_section(request, folder)
+
+
+def _with_files_of_folder(request: Request) -> Request:
+    """Return the request with the training and test files of a data folder.
+
+    Such a folder has ``train.<type>`` and may have ``test.<type>``, ``valid.<type>`` or
+    ``validation.<type>``. A folder of ``save_to_disk`` with a test split is its own test data.
+
+    :raises UserError: if two files have the same role.
+    """
+    folder = Path(request.data)
+    if request.data.startswith(HUB) or not folder.is_dir():
+        return request
+    splits = folder / SPLITS_OF_DATASET
+    if splits.is_file():
+        has_test = "test" in read_json(splits).get("splits", [])
+        return replace(request, test=request.test or (request.data if has_test else None))
+    found = [file for file in sorted(folder.iterdir()) if suffix_of(file) in READERS]
+    files = {role: [f for f in found if f.name.partition(".")[0] == role] for role in SPLIT_FILES}
+    for role, named in files.items():
+        if len(named) > 1:
+            names = ", ".join(file.name for file in named)
+            raise UserError(f"{request.data}: found {names}; one file per split is read: {role}")
+    if not files["train"]:
+        return request
+    held_out = [str(named[0]) for role, named in files.items() if named and role != "train"]
+    test = request.test or (held_out[0] if held_out else None)
+    return replace(request, data=str(files["train"][0]), test=test)
 
 
 def _chat_section(request: Request, folder: Path) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class _Constructor(SafeConstructor):
                 raise ConstructorError(problem=problem, problem_mark=key.start_mark)
 
 
-def _read_yaml(text: str, where: str) -> object:
+def read_yaml(text: str, where: str) -> object:
     yaml = YAML(typ="safe", pure=True)  # YAML 1.2: 1e-4 is a number, 2:4 is not
     yaml.Constructor = _Constructor
     try:
@@ -198,11 +198,11 @@ def parse_recipe(
 
     :param file: path for messages, and for the recipe's relative paths; it need not exist.
     """
-    data = _read_yaml(text, str(file))
+    data = read_yaml(text, str(file))
     if not isinstance(data, dict):
         raise UserError(f"{file}: a recipe is a mapping, found {type(data).__name__}")
     _check_values(data, str(file))  # before an override is set in the target of an alias
-    apply_overrides(data, overrides, _read_yaml)
+    apply_overrides(data, overrides, read_yaml)
     if model_path is not None:
         data["model"] = {"path": str(real_path(model_path))}
     _check_values(data, str(file))

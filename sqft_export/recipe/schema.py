@@ -936,6 +936,10 @@ class Gates(Section):
     )
 
 
+# Names of transformers' ``report_to``, which are the names of the packages too.
+Logger = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
 class Recipe(Section):
     """A complete recipe: model, data, and the settings of every pass."""
 
@@ -965,6 +969,11 @@ class Recipe(Section):
     verify: Verify = Verify()
     benchmark: Benchmark = Benchmark()
     gates: Gates = Gates()
+    log: tuple[Logger, ...] = Field(
+        (),
+        description="loggers that get the figures of every pass and training step: tensorboard, "
+        "wandb, mlflow, trackio; changes no result",
+    )
     _file: Path = pydantic.PrivateAttr(default=Path())
     _overrides: tuple[str, ...] = pydantic.PrivateAttr(default=())
     _revisions: dict[str, str | None] | None = pydantic.PrivateAttr(default=None)
@@ -1095,8 +1104,8 @@ class Recipe(Section):
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """Return the settings that were applied on top of the file."""
-        return self._overrides
+        """Return the settings that were applied on top of the file, without the loggers."""
+        return tuple(one for one in self._overrides if not one.startswith("log="))
 
 
 def matches(name: str, modules: tuple[str, ...]) -> bool:

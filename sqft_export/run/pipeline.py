@@ -41,6 +41,7 @@ from sqft_export.plan.workload import workload_of
 from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import Recipe
 from sqft_export.recipe.view import values_of, view_of
+from sqft_export.report.loggers import RunLoggers, open_loggers
 from sqft_export.run.base import base_folder
 from sqft_export.run.digests import Digests, pin_revisions
 from sqft_export.run.gates import QualityGates
@@ -247,6 +248,7 @@ def _run_pass(
     artifacts: dict[str, Artifact],
     store: Store,
     start: Start,
+    loggers: RunLoggers,
 ) -> Artifact:
     """Run a pass and seal its artifact.
 
@@ -259,7 +261,9 @@ def _run_pass(
     try:
         base = base_folder(folder, store.root, store.hashes.sha256_of, write=True)
         view, lineage = _view_of(recipe, step.name), _lineage(step, artifacts)
-        metrics = stage.run(Context(step.name, view, base, inputs, partial, start, lineage))
+        callbacks = loggers.training_callbacks(step.name)
+        context = Context(step.name, view, base, inputs, partial, start, lineage, callbacks)
+        metrics = stage.run(context)
         seconds = time.monotonic() - started
         return store.seal(partial, step.name, step.facts, metrics.to_json(), seconds)
     except Exception as error:
@@ -289,6 +293,7 @@ def _obtain(
     store: Store,
     reporter: Reporter,
     log: IO[str],
+    loggers: RunLoggers,
 ) -> list[str]:
     """Add the artifact of a pass, cached or new, to ``artifacts``; return a new one's warnings."""
     if step.artifact is not None:
@@ -296,7 +301,7 @@ def _obtain(
         reporter.say(f"{step.name:16} cached{_machine_note(step.artifact)}", step.name)
         return []
     start, before = reporter.start_of(step.name), sample()
-    made = _run_pass(step, recipe, folder, artifacts, store, start)
+    made = _run_pass(step, recipe, folder, artifacts, store, start, loggers)
     artifacts[step.name] = made
     line = f"{step.name:16} {made.manifest['seconds']:.1f} s{_busy_note(before)}"
     reporter.say(line, step.name)
@@ -341,12 +346,19 @@ def run_recipe(
     if process_rank():
         return _run_as_other_rank(recipe, folder, layout, store, last, redirect)
     artifacts, gates = dict[str, Artifact](), QualityGates(recipe, folder, store)
-    with _open_run(root, redirect, listener) as (reporter, log):
+    with (
+        _open_run(root, redirect, listener) as (reporter, log),
+        open_loggers(recipe, root) as loggers,
+    ):
         recipe = resolve_precision(recipe, root)
         for warning in plan_warnings(recipe, layout):
             reporter.say(f"warning: {warning}")
         for step in _plan_within_limits(recipe, folder, layout, store, last):
-            warnings = _obtain(step, recipe, folder, artifacts, store, reporter, log)
-            for warning in (*warnings, *gates.check(step.name, artifacts)):
+            warnings = _obtain(step, recipe, folder, artifacts, store, reporter, log, loggers)
+            try:  # also logs the quality that makes a gate stop the run
+                warnings += gates.check(step.name, artifacts)
+            finally:
+                loggers.log_pass(artifacts[step.name])
+            for warning in warnings:
                 reporter.say(f"warning: {warning}")
     return artifacts

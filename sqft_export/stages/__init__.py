@@ -12,6 +12,9 @@ from sqft_export.metrics import Metrics
 from sqft_export.recipe.schema import Recipe
 from sqft_export.recipe.sections import AdaptSection
 
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
 # The recipe fields that :meth:`Context.base` reads.
 BASE_FIELDS = ("adapt.pipeline", "adapt.merge_dense", "adapt.trainable_scales")
 
@@ -33,6 +36,7 @@ class Context(Generic[_Sections]):
     start: ``start(total) -> advance`` starts the progress bar.
     lineage: name of a pass -> its manifest facts, for this pass and all passes before it that its
         inputs depend on.
+    callbacks: further callbacks of a training loop, such as those that log its steps.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Context(Generic[_Sections]):
     folder: Path
     start: Start
     lineage: dict[str, Facts] = field(default_factory=dict)
+    callbacks: "tuple[TrainerCallback, ...]" = ()
 
     @property
     def reads(self) -> dict[str, object]:

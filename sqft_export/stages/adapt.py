@@ -51,6 +51,7 @@ def run(context: Context[TrainingSections]) -> Metrics:
         context.start,
         elastic=True,
         teacher=_teacher(context),
+        callbacks=context.callbacks,
     )
     if process_rank():
         return Metrics()

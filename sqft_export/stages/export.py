@@ -11,6 +11,7 @@ from sqft_export.data.items import (
     stop_ids,
 )
 from sqft_export.data.stops import stop_texts
+from sqft_export.inference.foundry import INFERENCE_MODEL, inference_model_text
 from sqft_export.inference.modelfile import MODELFILE, modelfile_text
 from sqft_export.kernels.extension import unavailable_reason
 from sqft_export.metrics import (
@@ -86,6 +87,9 @@ def run(context: Context[Sections]) -> ExportMetrics:
     if runtime == "gguf":
         ends, stops = stop_ids(folder, tokenizer), stop_texts(context.recipe.task)
         (folder / MODELFILE).write_text(modelfile_text(folder, ends, stops))
+    if runtime == "onnx":
+        text = inference_model_text(folder, context.recipe.name)
+        (folder / INFERENCE_MODEL).write_text(text, encoding="utf-8")
     copy_probe(merge.path, folder, runtime, context.recipe.verify)
     write_seal(folder, origin.to_json())
     metrics = ExportMetrics(bytes=file_bytes(folder))

@@ -44,8 +44,16 @@ def run(context: Context[TrainingSections]) -> Metrics:
     """Write ``adapter/`` in peft's format, and ``dense-lora/``, the merged model."""
     base, tokenizer = Base(context.model), load_tokenizer(context.model)
     # Unmerged, as in plain LoRA: this saves the matrix product B A in every step.
-    unmerged, folder, start = replace(base, unmerged=True), context.folder, context.start
-    trained = train_on_task(context.recipe, unmerged, tokenizer, folder, start, elastic=False)
+    unmerged, folder = replace(base, unmerged=True), context.folder
+    trained = train_on_task(
+        context.recipe,
+        unmerged,
+        tokenizer,
+        folder,
+        context.start,
+        elastic=False,
+        callbacks=context.callbacks,
+    )
     if process_rank():
         return Metrics()
     sparsity = write_merged(Layers(base, folder / "adapter"), folder / "dense-lora")

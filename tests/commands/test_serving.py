@@ -89,3 +89,17 @@ def test_an_onnx_folder_has_no_server(own_run):
     folder = next(own_run.root.glob("export-onnx-*/model"))
     done = subprocess.run([SQFT, "serve", folder], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "no server loads a folder of ONNX Runtime GenAI" in done.stderr
+
+
+def test_a_port_in_use_is_named_before_a_server_starts(own_run):
+    pytest.importorskip("xllamacpp")
+    folder = next(own_run.root.glob("export-gguf-*/model"))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        command = [SQFT, "serve", folder, "--port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"127.0.0.1:{port}: no server can listen there" in done.stderr
+    assert "Traceback" not in done.stderr and "serving" not in done.stderr

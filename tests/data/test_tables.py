@@ -1,5 +1,6 @@
 """Rows of every file type, and one message where a file is none."""
 
+import gzip
 import json
 
 import datasets
@@ -122,3 +123,18 @@ def test_missing_files_folders_and_splits_are_named(tmp_path):
 def test_a_name_that_the_hub_does_not_give_is_told():
     with pytest.raises(UserError, match=r"hub:nobody/nothing: can't be read .*a local file needs"):
         list(Table("hub:nobody/nothing").rows())
+
+
+def test_compressed_text_files_are_read_like_plain_ones(tmp_path):
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    packed = written(tmp_path, "a.jsonl.gz", gzip.compress(("\ufeff" + lines).encode()))
+    assert rows_of(packed) == [(1, ROWS[0]), (2, ROWS[1])]
+    table = written(tmp_path, "b.CSV.GZ", gzip.compress(b"prompt,answer\r\nHi,there\r\n"))
+    assert rows_of(table) == [(2, {"prompt": "Hi", "answer": "there"})]
+    cut = written(tmp_path, "c.jsonl.gz", gzip.compress(lines.encode())[:-20])
+    with pytest.raises(UserError, match=r"c\.jsonl\.gz: damaged after line \d"):
+        rows_of(cut)
+    with pytest.raises(UserError, match=r"d\.csv\.gz: damaged after line 0: Not a gzipped file"):
+        rows_of(written(tmp_path, "d.csv.gz", "prompt,answer\n"))
+    with pytest.raises(UserError, match=r"file type \.json\.gz; known are .*\.jsonl\.gz"):
+        rows_of(written(tmp_path, "e.json.gz", gzip.compress(b"[]")))

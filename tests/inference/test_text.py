@@ -66,6 +66,17 @@ def test_messages_without_a_template_are_refused(tiny_run):
         session.generate(CONVERSATION)
 
 
+@pytest.mark.parametrize("stage", ["export-openvino", "export-onnx", "export-gguf", "merge"])
+def test_an_empty_prompt_is_refused_or_starts_at_the_start_token(tiny_run, stage):
+    session = sqft_export.load(tiny_run[stage].path / "model")
+    if session.encode(""):
+        assert session.generate("", 2) is not None
+        session.tokenizer.no_padding()
+        session.tokenizer.post_processor = None  # as a tokenizer without start token
+    with pytest.raises(UserError, match="the prompt has no tokens: it is empty"):
+        session.generate("", 2)
+
+
 def test_a_prompt_beyond_the_context_is_refused(tiny_run):
     session = sqft_export.load(tiny_run["export-onnx"].path / "model")
     with pytest.raises(UserError, match=f"context of .* is {session.context} tokens"):

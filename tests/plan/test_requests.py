@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 from ruamel.yaml import YAML
 
 from conftest import ROOT, TINY, write_conversations
+from sqft_export.data.conversations import split_conversations
 from sqft_export.data.items import Item
 from sqft_export.errors import UserError
 from sqft_export.plan.presets import PRESETS
@@ -25,6 +27,7 @@ from sqft_export.plan.requests import (
     write_preset,
 )
 from sqft_export.recipe.load import parse_recipe
+from sqft_export.recipe.schema import Chat, Recipe
 
 
 def section(file: Path, content: str, test: str | None = None) -> dict:
@@ -145,3 +148,51 @@ def test_a_name_that_is_neither_cached_nor_reachable_is_one_message(tmp_path):
     data = write_conversations(tmp_path / "chats.jsonl", 20)
     with pytest.raises(UserError, match=r"owner/missing can't be downloaded"):
         write_preset(Request("owner/missing", str(data)))
+
+
+def pairs(file: Path, count: int) -> Path:
+    rows = [{"prompt": f"Say {n}", "answer": str(n)} for n in range(count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_a_folder_of_train_and_test_files_is_data(tmp_path):
+    """The layout of mlx-lm; a file of another role is not read."""
+    folder = tmp_path / "my data"
+    folder.mkdir()
+    train, valid = pairs(folder / "train.jsonl", 3), pairs(folder / "valid.jsonl", 2)
+    (folder / "README.md").write_text("Sums.")
+    found = task_section(Request("builtin:tiny", str(folder)), TINY)
+    assert (found["train"], found["test"]) == (str(train), str(valid))
+    test = pairs(folder / "test.jsonl", 2)
+    found = task_section(Request("builtin:tiny", str(folder)), TINY)
+    assert found["test"] == str(test)
+    given = pairs(tmp_path / "given.jsonl", 2)
+    found = task_section(Request("builtin:tiny", str(folder), str(given)), TINY)
+    assert (found["train"], found["test"]) == (str(train), str(given))
+    pairs(folder / "train.csv", 2)
+    with pytest.raises(UserError, match=r"found train\.csv, train\.jsonl; one file per split"):
+        task_section(Request("builtin:tiny", str(folder)), TINY)
+
+
+def test_a_saved_dataset_with_a_test_split_is_tested_on_it(tmp_path):
+    table = datasets.Dataset.from_list([{"prompt": "x", "answer": "y"}])
+    for splits in (("train",), ("train", "test")):
+        folder = tmp_path / "-".join(splits)
+        datasets.DatasetDict(dict.fromkeys(splits, table)).save_to_disk(str(folder))
+        found = task_section(Request("builtin:tiny", str(folder)), TINY)
+        assert found["train"] == str(folder)
+        assert found.get("test") == (str(folder) if "test" in splits else None)
+
+
+def test_of_a_few_conversations_the_last_one_is_held_out(tmp_path):
+    def split(count: int):
+        section = {"task": Chat(kind="chat", train=str(pairs(tmp_path / f"{count}.jsonl", count)))}
+        return split_conversations(Recipe.model_construct(**section), section["task"])
+
+    train, test = split(4)
+    assert [len(train), [one.messages[0]["content"] for one in test]] == [3, ["Say 3"]]
+    train, test = split(20)
+    assert [one.messages[0]["content"] for one in test] == ["Say 9", "Say 19"]
+    with pytest.raises(UserError, match=r"leaves 0 to train on and 1 to test with; .*--test"):
+        split(1)
