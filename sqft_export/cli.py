@@ -99,6 +99,9 @@ Processors = Annotated[
 Results = Annotated[
     Path | None, typer.Option(help="folder for results.json, items.jsonl and a JSON per deployment")
 ]
+WithReference = Annotated[
+    bool, typer.Option("--reference", help="also the KL divergence from the reference (probe.json)")
+]
 SweepAxes = Annotated[
     list[str],
     typer.Option(
@@ -178,10 +181,7 @@ def benchmark_command(
     lm_eval: LmEval = None,
     include_path: IncludePath = None,
     items: Items = 100,
-    reference: Annotated[
-        bool,
-        typer.Option("--reference", help="also the KL divergence from the reference (probe.json)"),
-    ] = False,
+    reference: WithReference = False,
     out: Results = None,
     json_only: Json = False,
 ) -> None:
@@ -202,12 +202,17 @@ def benchmark_command(
     questions = questions_about(folders[0], ScoredData(task, data, text, score), items)
     scored = _score_with_lm_eval(folders, settings, lm_eval, include_path, items)
     document = deployments.benchmark_folders(folders, settings, questions, scored)
-    if reference:
-        from sqft_export.probes.reference import measure_divergences
-
-        found = measure_divergences(folders, device, threads)
-        document = document.model_copy(update={"reference": found})
+    document = _add_reference(document, folders) if reference else document
     _print_results(document, out, json_only)
+
+
+def _add_reference(document: "DeploymentResults", folders: list[Path]) -> "DeploymentResults":
+    """Return the results with the KL divergence of every folder from the reference."""
+    from sqft_export.probes.reference import measure_divergences
+
+    settings = document.settings
+    found = measure_divergences(folders, settings.device, settings.threads)
+    return document.model_copy(update={"reference": found})
 
 
 def _print_results(document: "DeploymentResults", out: Path | None, json_only: bool) -> None:
@@ -442,10 +447,7 @@ def verify_command(
 
     Example: sqft-export verify runs/tiny
     """
-    import tempfile
-
     set_compute_threads(threads)
-    from sqft_export.machine.host import writing_to
     from sqft_export.probes.verify import is_testable, verify_deployment
 
     _require_folder(folder)
@@ -454,6 +456,17 @@ def verify_command(
         return
     if long or device != "cpu":
         raise UserError(f"{folder}: is a run; --long and --device are for its deployments")
+    _verify_run(folder, json_only)
+
+
+def _verify_run(folder: Path, json_only: bool) -> None:
+    """Recompute the certificate of a run and print it.
+
+    :raises CertificateError: listing every check that failed.
+    """
+    import tempfile
+
+    from sqft_export.machine.host import writing_to
     from sqft_export.verify.certify import certify_again  # imports torch
 
     # Not in the run, which may be read-only or on a full disk. TMPDIR selects another folder.

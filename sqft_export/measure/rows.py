@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from sqft_export.data.scoring import Judged, Scores, accuracy_by_set, accuracy_of
 from sqft_export.measure.jobs import LatencySamples
@@ -126,7 +127,7 @@ def measure_accuracy(judged: list[Judged], scores: Scores, first_right: list[boo
     )
 
 
-def interval_field(scores: Scores) -> dict[str, tuple[float, float]]:
+def interval_field(scores: Scores) -> dict[str, Any]:
     """Return the field of a row for the interval of the perplexity; none for a single item."""
     found = scores.perplexity_interval
     return {} if found is None else {"perplexity_interval": found}

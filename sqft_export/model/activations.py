@@ -1,10 +1,13 @@
-"""Watch the largest activations during calibration, which float16 may not hold."""
+"""Calibration tokens and largest activations of every Linear; warnings about float16."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+from sqft_export.model.coverage import coverage_warnings
 
 # float16 ends at 65,504. Other texts than the calibration's reach higher values.
 LARGEST_SAFE_ACTIVATION = 3e4
@@ -73,3 +76,26 @@ def scale_warnings(scales: Mapping[str, float]) -> list[str]:
         f"scales: {len(high)} of {len(scales)} grids have scales above {LARGEST_USUAL_SCALE:g}, "
         f"{worst} has {scales[worst]:,.1f}; products in float16 may overflow"
     ]
+
+
+@dataclass
+class CalibrationStatistics:
+    """Statistics of a walk over all blocks.
+
+    tokens: Linear -> number of calibration tokens that it saw.
+    largest: Linear or block -> its largest absolute activation, after its weights were changed.
+    """
+
+    tokens: dict[str, int] = field(default_factory=dict)
+    largest: dict[str, float] = field(default_factory=dict)
+
+    def warnings(self, shapes: dict[str, tuple[int, int]], has_hessian: bool) -> list[str]:
+        """Return warnings about few tokens and about large activations.
+
+        :param shapes: Linear -> ``(out, in)``.
+        :param has_hessian: a Hessian is factored.
+        """
+        return [
+            *coverage_warnings(self.tokens, shapes, has_hessian),
+            *overflow_warnings(self.largest),
+        ]

@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from sqft_export.errors import UserError
 from sqft_export.machine.device import CPU
-from sqft_export.model.activations import record_largest, watch_activations
+from sqft_export.model.activations import (
+    CalibrationStatistics,
+    record_largest,
+    watch_activations,
+)
 from sqft_export.model.architecture import empty_model, transformers_config
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.coverage import check_finite, check_sum, count_tokens, no_tokens_error
@@ -256,15 +260,15 @@ def output_of(module: nn.Module, hidden: Tensor, kwargs: Keywords) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _run_block(block: Block, tokens: dict[str, int], largest: dict[str, float]) -> list[Tensor]:
+def _run_block(block: Block, statistics: CalibrationStatistics) -> list[Tensor]:
     """Run the block on all samples and return its outputs; they replace its inputs to free memory.
 
-    :param tokens: receives the number of tokens that each Linear saw; unchanged without samples.
-    :param largest: receives the largest absolute activation of each Linear and of the block.
+    :param statistics: receives those of the block; unchanged without samples.
     :raises UserError: naming the block if its output is not finite, or a Linear without tokens.
     """
     if not block.calls:
         return []
+    largest = statistics.largest
     with count_tokens(block.linears) as seen, watch_activations(block.linears, largest):
         for index, (hidden, kwargs) in enumerate(block.calls):
             block.calls[index] = (output_of(block.module, hidden, kwargs), kwargs)
@@ -275,7 +279,7 @@ def _run_block(block: Block, tokens: dict[str, int], largest: dict[str, float]) 
     for name, count in seen.items():
         if not count:
             raise no_tokens_error(name)
-    tokens |= seen
+    statistics.tokens |= seen
     return outputs
 
 
@@ -299,8 +303,7 @@ def walk(
     collector: Collector | None,
     device: torch.device = CPU,
     known: Collection[int] = (),
-    tokens: dict[str, int] | None = None,
-    largest: dict[str, float] | None = None,
+    statistics: CalibrationStatistics | None = None,
 ) -> Iterator[Block]:
     """Yield every block after collecting its inputs; the caller may then change its weights.
 
@@ -310,12 +313,11 @@ def walk(
         sample.
     :param device: device of blocks and activations.
     :param known: numbers of the blocks whose inputs are not collected.
-    :param tokens: receives the number of calibration tokens that each Linear saw.
-    :param largest: receives the largest absolute activation of each Linear and block, after the
-        caller has changed its weights.
+    :param statistics: receives tokens and largest activations.
     :raises UserError: naming the file and the tensor, if it is missing or has NaN or infinite
         weights; the block, if its activations are NaN or infinite; the Linear, if it saw no token.
     """
+    statistics = statistics or CalibrationStatistics()
     config = transformers_config(checkpoint.config, checkpoint.where)
     model = empty_model(config, checkpoint.family.attention)
     _move_buffers(model, device)
@@ -332,7 +334,5 @@ def walk(
         if collector and index not in known:
             _collect(block, collector)
         yield block
-        hidden = _run_block(
-            block, {} if tokens is None else tokens, {} if largest is None else largest
-        )
+        hidden = _run_block(block, statistics)
         module.to("meta")

@@ -71,7 +71,7 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
 
 def _probe_bytes(layout: Layout, outer: float) -> float:
     """Return the bytes of the reference that makes the self-test: a module, cache, activations."""
-    vocabulary, width = layout.embedding
+    _, width = layout.embedding
     cache = 2 * 4 * LONG_TOKENS * width * layout.blocks * KEY_VALUE_WIDTH_RATIO
     inside = 4 * LONG_TOKENS * sum(sum(shape) for shape in layout.linears.values()) / layout.blocks
     return outer / 2 + min(LONG_CACHE_BYTES, cache) + inside + MAPPED_BYTES

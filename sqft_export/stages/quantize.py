@@ -12,11 +12,10 @@ from sqft_export.data.calibration import calibration_fields, calibration_tensors
 from sqft_export.data.items import TASK_FILES
 from sqft_export.machine.device import device_name, device_of
 from sqft_export.metrics import QuantizeMetrics
-from sqft_export.model.activations import overflow_warnings, scale_warnings
+from sqft_export.model.activations import CalibrationStatistics, scale_warnings
 from sqft_export.model.blocks import Block, Inputs, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config, write_config
-from sqft_export.model.coverage import coverage_warnings
 from sqft_export.model.reconstruction import Reconstructed, reconstruct
 from sqft_export.model.storage import (
     MAX_BUFFER_BYTES,
@@ -144,11 +143,10 @@ def _clamped_scale_warning(name: str, weight: Tensor, grid: Grid) -> Iterator[st
 def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> dict:
     """Quantize all blocks in order, then embedding and head; return the metrics."""
     config, checkpoint = context.recipe.quantize, Checkpoint(context.latest_model())
-    method = quantizer(config.method)
-    advance = context.start(checkpoint.blocks)
+    method, advance = quantizer(config.method), context.start(checkpoint.blocks)
     inputs = Inputs(method.NEEDS, config.damping)
-    warnings, errors, tokens = list[str](), list[tuple[float, float]](), dict[str, int]()
-    largest, scales = dict[str, float](), dict[str, float]()
+    errors, scales = list[tuple[float, float]](), dict[str, float]()
+    warnings, seen = list[str](), CalibrationStatistics()
     copy_companions(checkpoint.folder, weights.folder)
     write_config(weights.folder, checkpoint.config)
 
@@ -159,7 +157,7 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> dic
         key = f"{name}.weight"
         weights.add(key, cast_keeping_codes(weight, grid, checkpoint.dtype(key)))
 
-    for target, block in _walk(context, checkpoint, inputs, tokens, largest):
+    for target, block in _walk(context, checkpoint, inputs, seen):
         rest = set(checkpoint.block_names(block.index))
         quantized = _quantize_block(context, method, block, inputs)
         if target:
@@ -180,10 +178,9 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> dic
             add(name.removesuffix(".weight"), tensor.float(), _row_grid(tensor.float(), config))
         else:
             weights.add(name, tensor)
-    warnings += coverage_warnings(tokens, checkpoint.linears, inputs.has_hessian)
-    overflow = overflow_warnings(largest) + scale_warnings(scales)
-    metrics = {"warnings": warnings + overflow, "calibration_tokens": tokens}
-    metrics |= {"largest_activations": largest, "largest_scales": scales}
+    warnings += seen.warnings(checkpoint.linears, inputs.has_hessian) + scale_warnings(scales)
+    metrics = {"warnings": warnings, "largest_scales": scales, "calibration_tokens": seen.tokens}
+    metrics |= {"largest_activations": seen.largest}
     return metrics | ({"block_errors": errors} if errors else {})
 
 
@@ -197,21 +194,19 @@ def _walk(
     context: Context,
     checkpoint: Checkpoint,
     inputs: Inputs,
-    tokens: dict[str, int],
-    largest: dict[str, float],
+    seen: CalibrationStatistics,
 ) -> Iterator[tuple[Block | None, Block]]:
     """Yield (dense block or None, block to compress).
 
     The dense block is the target of the reconstruction, None without reconstruction.
 
-    :param tokens: receives the number of calibration tokens of every Linear.
-    :param largest: receives the largest absolute activations.
+    :param seen: receives calibration tokens and largest activations.
     """
     device, samples = _device(context), None
     if context.recipe.quantize.calibrates:
         samples = calibration_tensors(context.recipe, context.model)
     finished = [i for i in range(checkpoint.blocks) if _block_file(context, i).is_file()]
-    blocks = walk(checkpoint, samples, inputs.collector, device, finished, tokens, largest)
+    blocks = walk(checkpoint, samples, inputs.collector, device, finished, seen)
     if not context.recipe.quantize.reconstruct:
         return ((None, block) for block in blocks)
     return zip(walk(Checkpoint(context.model), samples, None, device), blocks, strict=True)

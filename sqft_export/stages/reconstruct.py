@@ -10,10 +10,10 @@ from sqft_export.data.calibration import calibration_fields, calibration_tensors
 from sqft_export.data.items import TASK_FILES
 from sqft_export.machine.device import device_name, device_of
 from sqft_export.metrics import ReconstructMetrics
+from sqft_export.model.activations import CalibrationStatistics
 from sqft_export.model.blocks import Block, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, write_config
-from sqft_export.model.coverage import coverage_warnings
 from sqft_export.model.reconstruction import Reconstructed, reconstruct
 from sqft_export.model.storage import MAX_BUFFER_BYTES, load_weight_mask
 from sqft_export.model.tensorfiles import TensorFiles, TensorWriter
@@ -42,8 +42,8 @@ def run(context: Context) -> ReconstructMetrics:
     finished = context.folder / BLOCKS
     finished.mkdir(exist_ok=True)
     advance = context.start(sparse.blocks)
-    errors, tokens = [], dict[str, int]()
-    compressed = walk(sparse, samples, None, device, tokens=tokens)
+    errors, statistics = [], CalibrationStatistics()
+    compressed = walk(sparse, samples, None, device, statistics=statistics)
     for target, block in zip(walk(dense, samples, None, device), compressed, strict=True):
         file = finished / f"{block.index}.safetensors"
         if not file.is_file():
@@ -59,8 +59,8 @@ def run(context: Context) -> ReconstructMetrics:
     return ReconstructMetrics(
         block_errors=errors,
         device=device_name(device),
-        calibration_tokens=tokens,
-        warnings=coverage_warnings(tokens, sparse.linears, has_hessian=False),
+        calibration_tokens=statistics.tokens,
+        warnings=statistics.warnings(sparse.linears, has_hessian=False),
     )
 
 

@@ -9,11 +9,10 @@ from sqft_export.data.calibration import calibration_fields, calibration_tensors
 from sqft_export.data.items import TASK_FILES
 from sqft_export.machine.device import device_name, device_of
 from sqft_export.metrics import SparsifyMetrics
-from sqft_export.model.activations import overflow_warnings
+from sqft_export.model.activations import CalibrationStatistics
 from sqft_export.model.blocks import Inputs, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config, write_config
-from sqft_export.model.coverage import coverage_warnings
 from sqft_export.model.storage import (
     MAX_BUFFER_BYTES,
     finite_dtype,
@@ -77,10 +76,10 @@ def run(context: Context) -> SparsifyMetrics:
     if checkpoint.quantized_linears:
         return _mask_existing_zeros(context, checkpoint)
     method, device = sparsifier(config.method), device_of(context.recipe.device)
-    samples, tokens, largest = None, dict[str, int](), dict[str, float]()
+    samples, seen = None, CalibrationStatistics()
     if config.calibrates:
         samples = calibration_tensors(context.recipe, context.model)
-    prunings = _prunings(context, checkpoint, samples, device, tokens)
+    prunings = _prunings(context, checkpoint, samples, device, seen)
     inputs = Inputs(method.NEEDS)
     if inputs.collector is None:
         samples = None  # only the allocation needed them
@@ -89,8 +88,7 @@ def run(context: Context) -> SparsifyMetrics:
     write_config(context.folder / "model", checkpoint.config)
     model_writer = TensorWriter(context.folder / "model", shard_bytes=MAX_BUFFER_BYTES)
     with model_writer as writer, _Masks(context.folder) as masks:
-        blocks = walk(checkpoint, samples, inputs.collector, device, (), tokens, largest)
-        for block in blocks:
+        for block in walk(checkpoint, samples, inputs.collector, device, statistics=seen):
             rest = set(checkpoint.block_names(block.index))
             for name, linear in block.linears.items():
                 weight, mask = _compress(method, linear.weight, prunings[name], inputs.take(name))
@@ -107,12 +105,9 @@ def run(context: Context) -> SparsifyMetrics:
     return SparsifyMetrics(
         sparsity=masks.sparsity(),
         device=device_name(device),
-        calibration_tokens=tokens,
-        largest_activations=largest,
-        warnings=[
-            *coverage_warnings(tokens, checkpoint.linears, inputs.has_hessian),
-            *overflow_warnings(largest),
-        ],
+        calibration_tokens=seen.tokens,
+        largest_activations=seen.largest,
+        warnings=seen.warnings(checkpoint.linears, inputs.has_hessian),
     )
 
 
@@ -121,15 +116,14 @@ def _prunings(
     checkpoint: Checkpoint,
     samples: list[Tensor] | None,
     device: torch.device,
-    tokens: dict[str, int],
+    seen: CalibrationStatistics,
 ) -> dict[str, Pruning | None]:
     """Return the pruning of every Linear; None leaves the Linear dense.
 
     It follows the recipe. An allocation distributes the overall sparsity by the output error that
     it costs in each Linear.
 
-    :param tokens: receives the number of calibration tokens of every Linear that the allocation
-        measures.
+    :param seen: receives the statistics of the walk over the dense model that an allocation needs.
     """
     config = context.recipe.sparsify
     prunings = {name: pruning_of(config, name) for name in checkpoint.linears}
@@ -139,7 +133,7 @@ def _prunings(
     free = [name for name in prunings if override_for(config, name) is None]
     inputs, curves = Inputs("norms"), dict[str, Curve]()
     advance = context.start(checkpoint.blocks)
-    for block in walk(checkpoint, samples, inputs.collector, device, tokens=tokens):
+    for block in walk(checkpoint, samples, inputs.collector, device, statistics=seen):
         for name, linear in block.linears.items():
             norms = inputs.take(name)
             if name in free:
