@@ -89,6 +89,10 @@ class CalibrationStatistics:
     tokens: dict[str, int] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
 
+    def metrics(self) -> dict[str, dict]:
+        """Return the metrics of a pass that calibrates."""
+        return {"calibration_tokens": self.tokens, "largest_activations": self.largest}
+
     def warnings(self, shapes: dict[str, tuple[int, int]], has_hessian: bool) -> list[str]:
         """Return warnings about few tokens and about large activations.
 

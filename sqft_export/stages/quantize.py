@@ -147,8 +147,7 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> dic
     inputs = Inputs(method.NEEDS, config.damping)
     errors, scales = list[tuple[float, float]](), dict[str, float]()
     warnings, seen = list[str](), CalibrationStatistics()
-    copy_companions(checkpoint.folder, weights.folder)
-    write_config(weights.folder, checkpoint.config)
+    _copy_config(checkpoint, weights.folder)
 
     def add(name: str, weight: Tensor, grid: Grid) -> None:
         warnings.extend(_clamped_scale_warning(name, weight, grid))
@@ -179,9 +178,14 @@ def _compress(context: Context, grids: GridWriter, weights: TensorWriter) -> dic
         else:
             weights.add(name, tensor)
     warnings += seen.warnings(checkpoint.linears, inputs.has_hessian) + scale_warnings(scales)
-    metrics = {"warnings": warnings, "largest_scales": scales, "calibration_tokens": seen.tokens}
-    metrics |= {"largest_activations": seen.largest}
+    metrics = {"warnings": warnings, "largest_scales": scales, **seen.metrics()}
     return metrics | ({"block_errors": errors} if errors else {})
+
+
+def _copy_config(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy the config and its companions of a checkpoint."""
+    copy_companions(checkpoint.folder, folder)
+    write_config(folder, checkpoint.config)
 
 
 def _row_grid(weight: Tensor, config: Quantize) -> Grid:

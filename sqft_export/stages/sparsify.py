@@ -105,8 +105,7 @@ def run(context: Context) -> SparsifyMetrics:
     return SparsifyMetrics(
         sparsity=masks.sparsity(),
         device=device_name(device),
-        calibration_tokens=seen.tokens,
-        largest_activations=seen.largest,
+        **seen.metrics(),
         warnings=seen.warnings(checkpoint.linears, inputs.has_hessian),
     )
 
