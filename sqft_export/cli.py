@@ -116,6 +116,9 @@ Against = Annotated[
 Results = Annotated[
     Path | None, typer.Option(help="folder for results.json, items.jsonl and a JSON per deployment")
 ]
+WithReference = Annotated[
+    bool, typer.Option("--reference", help="also the KL divergence from the reference (probe.json)")
+]
 SweepAxes = Annotated[
     list[str],
     typer.Option(
@@ -197,10 +200,7 @@ def benchmark_command(
     include_path: IncludePath = None,
     items: Items = 100,
     against: Against = None,
-    reference: Annotated[
-        bool,
-        typer.Option("--reference", help="also the KL divergence from the reference (probe.json)"),
-    ] = False,
+    reference: WithReference = False,
     out: Results = None,
     json_only: Json = False,
 ) -> None:
@@ -228,11 +228,7 @@ def benchmark_command(
         measured = [*folders, *others]
         scored = _score_with_lm_eval(measured, settings, lm_eval, include_path, items)
         document = benchmark_folders(measured, settings, questions, scored, others)
-    if reference:
-        from sqft_export.probes.reference import measure_divergences
-
-        found = measure_divergences(folders, device, threads)
-        document = document.model_copy(update={"reference": found})
+    document = _add_reference(document, folders) if reference else document
     _print_results(document, out, json_only)
 
 
@@ -242,6 +238,15 @@ def _processors(cpus: str | None) -> tuple[int, ...] | None:
 
 def _kernel_names(execution: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(execution.split(",")))
+
+
+def _add_reference(document: "DeploymentResults", folders: list[Path]) -> "DeploymentResults":
+    """Return the results with the KL divergence of every folder from the reference."""
+    from sqft_export.probes.reference import measure_divergences
+
+    settings = document.settings
+    found = measure_divergences(folders, settings.device, settings.threads)
+    return document.model_copy(update={"reference": found})
 
 
 def _print_results(document: "DeploymentResults", out: Path | None, json_only: bool) -> None:
@@ -476,10 +481,7 @@ def verify_command(
 
     Example: sqft-export verify runs/tiny
     """
-    import tempfile
-
     set_compute_threads(threads)
-    from sqft_export.machine.host import writing_to
     from sqft_export.probes.verify import is_testable, verify_deployment
 
     _require_folder(folder)
@@ -488,6 +490,17 @@ def verify_command(
         return
     if long or device != "cpu":
         raise UserError(f"{folder}: is a run; --long and --device are for its deployments")
+    _verify_run(folder, json_only)
+
+
+def _verify_run(folder: Path, json_only: bool) -> None:
+    """Recompute the certificate of a run and print it.
+
+    :raises CertificateError: listing every check that failed.
+    """
+    import tempfile
+
+    from sqft_export.machine.host import writing_to
     from sqft_export.verify.certify import certify_again  # imports torch
 
     # Not in the run, which may be read-only or on a full disk. TMPDIR selects another folder.

@@ -16,12 +16,12 @@ from pydantic import JsonValue
 
 from sqft_export.measure.results import DeploymentResults, FolderAccuracy, FolderResults
 
-SOURCES = {
+FIELD_NAME_SOURCES = {
     "lm_eval": "lm-evaluation-harness, results_*.json: results",
     "llm_bench": "openvino.genai, tools/llm_bench --report_json: metadata and perfdata",
     "sqft_export": "sqft-export benchmark, results.json",
 }
-Json = dict[str, JsonValue]
+JsonObject = dict[str, JsonValue]
 
 
 def write_comparable(document: DeploymentResults, out: Path) -> None:
@@ -31,30 +31,30 @@ def write_comparable(document: DeploymentResults, out: Path) -> None:
         file.write_text(json.dumps(comparable_document(document, name), indent=2) + "\n")
 
 
-def comparable_document(document: DeploymentResults, name: str) -> Json:
+def comparable_document(document: DeploymentResults, name: str) -> JsonObject:
     """Return the figures of one deployment in the field names of other tools."""
     found, tasks = document.folders[name], dict[str, JsonValue]()
     accuracy = next((row for row in document.accuracy if row.folder == name), None)
     if accuracy:
         tasks |= _task_results(accuracy)
     scored = document.lm_eval.get(name.partition(", ")[0], {})  # the same for all kernels
-    tasks |= {task: dict(scores) for task, scores in scored.items()}
-    own: Json = {"machine": document.machine.to_json(), "figures": found.to_json()}
+    tasks |= {task: dict[str, JsonValue](figures) for task, figures in scored.items()}
+    own: JsonObject = {"machine": document.machine.to_json(), "figures": found.to_json()}
     if accuracy:
         own["accuracy"] = {k: v for k, v in accuracy.to_json().items() if k != "items"}
     if reference := document.reference.get(name):
         own["reference"] = reference.to_json()
     return {
-        "sources": dict(SOURCES),
+        "sources": dict(FIELD_NAME_SOURCES),
         "lm_eval": {"results": tasks, "config": {"model": found.runtime, "model_args": name}},
         "llm_bench": _llm_bench(document, name, found),
         "sqft_export": own,
     }
 
 
-def _task_results(row: FolderAccuracy) -> Json:
+def _task_results(row: FolderAccuracy) -> JsonObject:
     """Return accuracy by task as lm-eval names it, with the standard error of the mean."""
-    results: Json = {}
+    results: JsonObject = {}
     for task, found in row.accuracy_by_set.items():
         results[task or "task"] = {
             "acc,none": found.accuracy,
@@ -74,7 +74,7 @@ def _standard_error(share: float, items: int) -> float:
     return math.sqrt(share * (1 - share) / max(1, items - 1))
 
 
-def _llm_bench(document: DeploymentResults, name: str, found: FolderResults) -> Json:
+def _llm_bench(document: DeploymentResults, name: str, found: FolderResults) -> JsonObject:
     """Return latencies at batch 1, one entry per prompt length."""
     settings, tpot = document.settings, found.tpot_ms.median
     results: list[JsonValue] = []
@@ -94,12 +94,12 @@ def _llm_bench(document: DeploymentResults, name: str, found: FolderResults) -> 
                 "second_token_throughput": 1e3 / tpot,
             }
         )
-    metadata: Json = {
+    metadata: JsonObject = {
         "model": name,
         "framework": found.runtime,
         "device": settings.device.upper(),
         "num_beams": 1,
         "batch_size": 1,
     }
-    perfdata: Json = {"compile_time": found.load_seconds.median, "results": results}
+    perfdata: JsonObject = {"compile_time": found.load_seconds.median, "results": results}
     return {"metadata": metadata, "perfdata": perfdata}

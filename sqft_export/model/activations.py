@@ -1,4 +1,4 @@
-"""Watch the largest activations during calibration, which float16 may not hold."""
+"""Calibration tokens and largest activations of every Linear; warnings about float16."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -7,21 +7,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from sqft_export.model.coverage import coverage_warnings
+
 # float16 ends at 65,504. Other texts than the calibration's reach higher values.
 LARGEST_SAFE_ACTIVATION = 3e4
 LARGEST_USUAL_SCALE = 100.0  # of a grid; the product of scale and code is a weight
-
-
-@dataclass
-class Observations:
-    """What Linears saw of the calibration data.
-
-    tokens: Linear -> number of its tokens.
-    largest: Linear or block -> its largest absolute activation.
-    """
-
-    tokens: dict[str, int] = field(default_factory=dict)
-    largest: dict[str, float] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -86,3 +76,30 @@ def scale_warnings(scales: Mapping[str, float]) -> list[str]:
         f"scales: {len(high)} of {len(scales)} grids have scales above {LARGEST_USUAL_SCALE:g}, "
         f"{worst} has {scales[worst]:,.1f}; products in float16 may overflow"
     ]
+
+
+@dataclass
+class CalibrationStatistics:
+    """Statistics of a walk over all blocks.
+
+    tokens: Linear -> number of calibration tokens that it saw.
+    largest: Linear or block -> its largest absolute activation, after its weights were changed.
+    """
+
+    tokens: dict[str, int] = field(default_factory=dict)
+    largest: dict[str, float] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, dict]:
+        """Return the metrics of a pass that calibrates."""
+        return {"calibration_tokens": self.tokens, "largest_activations": self.largest}
+
+    def warnings(self, shapes: dict[str, tuple[int, int]], has_hessian: bool) -> list[str]:
+        """Return warnings about few tokens and about large activations.
+
+        :param shapes: Linear -> ``(out, in)``.
+        :param has_hessian: a Hessian is factored.
+        """
+        return [
+            *coverage_warnings(self.tokens, shapes, has_hessian),
+            *overflow_warnings(self.largest),
+        ]

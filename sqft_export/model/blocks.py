@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sqft_export.errors import UserError
 from sqft_export.machine.device import CPU
-from sqft_export.model.activations import Observations, record_largest, watch_activations
+from sqft_export.model.activations import CalibrationStatistics, record_largest, watch_activations
 from sqft_export.model.architecture import transformers_config
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.coverage import (
@@ -280,7 +280,7 @@ def output_of(module: nn.Module, hidden: Tensor, kwargs: Keywords) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _run_block(block: Block, seen: Observations) -> list[Tensor]:
+def _run_block(block: Block, seen: CalibrationStatistics) -> list[Tensor]:
     """Run the block on all samples and return its outputs; they replace its inputs to free memory.
 
     :param seen: receives what its Linears and the block saw; unchanged without samples.
@@ -329,7 +329,7 @@ def walk(
     collector: Collector | None,
     device: torch.device = CPU,
     known: Collection[int] = (),
-    seen: Observations | None = None,
+    seen: CalibrationStatistics | None = None,
 ) -> Iterator[Block]:
     """Yield every block after collecting its inputs; the caller may then change its weights.
 
@@ -351,7 +351,7 @@ def walk(
     hidden, keywords = _first_inputs(model, checkpoint, samples, device)
     check_finite("inputs of block 0", hidden)
     layers = model.get_submodule(checkpoint.family.blocks)
-    seen = Observations() if seen is None else seen
+    seen = CalibrationStatistics() if seen is None else seen
     for index in range(checkpoint.blocks):
         calls = list(zip(hidden, keywords[index], strict=True))
         block = _load_block(model, checkpoint, index, calls, device)
@@ -391,7 +391,7 @@ def _walk_experts(
     checkpoint: Checkpoint,
     block: Block,
     collector: Collector | None,
-    seen: Observations,
+    seen: CalibrationStatistics,
 ) -> Iterator[Block]:
     """Yield every expert of a block with its tokens; then the block replays their outputs.
 

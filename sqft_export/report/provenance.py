@@ -150,15 +150,18 @@ def model_card(
         *(f"# {recipe.name}", "", f"Made from {base.model}{revision}.", ""),
         *("| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts.items())),
         *("", usage),
-        *(
-            ["## Number formats", "", *(f"- {warning}" for warning in overflow), ""]
-            if overflow
-            else []
-        ),
+        *_overflow_section(overflow),
         *("## Origin", ""),
         "`provenance.json`, if present, lists passes, settings and the digest of every file.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _overflow_section(warnings: Sequence[str]) -> list[str]:
+    """Return the lines of a card about values that float16 may not hold; none without warnings."""
+    if not warnings:
+        return []
+    return ["## Number formats", "", *(f"- {warning}" for warning in warnings), ""]
 
 
 def merged_usage(recipe: CardSections, prompt: str) -> str:

@@ -12,11 +12,11 @@ from sqft_export.data.calibration import calibration_fields, calibration_tensors
 from sqft_export.data.items import TASK_FILES
 from sqft_export.machine.device import device_name, device_of
 from sqft_export.metrics import QuantizeMetrics
-from sqft_export.model.activations import Observations, overflow_warnings, scale_warnings
+from sqft_export.model.activations import CalibrationStatistics, scale_warnings
 from sqft_export.model.blocks import Block, Inputs, count_parts, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config, write_config
-from sqft_export.model.coverage import coverage_warnings, expert_warnings
+from sqft_export.model.coverage import expert_warnings
 from sqft_export.model.reconstruction import Reconstructed, reconstruct
 from sqft_export.model.storage import (
     MAX_BUFFER_BYTES,
@@ -151,9 +151,9 @@ def _compress(context: Context[Sections], grids: GridWriter, weights: TensorWrit
     config, checkpoint = context.recipe.quantize, Checkpoint(context.latest_model())
     method = quantizer(config.method)
     advance, inputs = context.start(count_parts(checkpoint)), Inputs(method.NEEDS, config.damping)
-    seen, scales = Observations(), dict[str, float]()
+    seen, scales = CalibrationStatistics(), dict[str, float]()
     warnings, uncalibrated, errors = list[str](), list[str](), list[tuple[float, float]]()
-    _write_configs(checkpoint, weights.folder)
+    _copy_config(checkpoint, weights.folder)
 
     def add(name: str, weight: Tensor, grid: Grid) -> None:
         warnings.extend(_clamped_scale_warning(name, weight, grid))
@@ -183,16 +183,14 @@ def _compress(context: Context[Sections], grids: GridWriter, weights: TensorWrit
             add(name.removesuffix(".weight"), tensor.float(), _row_grid(tensor.float(), config))
         else:
             weights.add(name, tensor)
-    warnings += coverage_warnings(seen.tokens, checkpoint.linears, inputs.has_hessian)
+    warnings += seen.warnings(checkpoint.linears, inputs.has_hessian) + scale_warnings(scales)
     warnings += expert_warnings(uncalibrated, seen.tokens, "rounded without GPTQ")
-    warnings += overflow_warnings(seen.largest) + scale_warnings(scales)
     found = {"uncalibrated_experts": uncalibrated, "block_errors": errors}
-    found |= {"calibration_tokens": seen.tokens, "largest_activations": seen.largest}
-    return {"warnings": warnings, "largest_scales": scales, **found}
+    return {"warnings": warnings, "largest_scales": scales, **found, **seen.metrics()}
 
 
-def _write_configs(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy configs and tokenizer of a model, with the config as the checkpoint reads it."""
+def _copy_config(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy the config and its companions of a checkpoint."""
     copy_companions(checkpoint.folder, folder)
     write_config(folder, checkpoint.config)
 
@@ -207,7 +205,7 @@ def _walk(
     context: Context[Sections],
     checkpoint: Checkpoint,
     inputs: Inputs,
-    seen: Observations,
+    seen: CalibrationStatistics,
 ) -> Iterator[tuple[Block | None, Block]]:
     """Yield (dense block or None, block to compress).
 

@@ -11,11 +11,10 @@ from sqft_export.data.calibration import calibration_fields, calibration_tensors
 from sqft_export.data.items import TASK_FILES
 from sqft_export.machine.device import device_name, device_of
 from sqft_export.metrics import ReconstructMetrics
-from sqft_export.model.activations import Observations
+from sqft_export.model.activations import CalibrationStatistics
 from sqft_export.model.blocks import Block, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, write_config
-from sqft_export.model.coverage import coverage_warnings
 from sqft_export.model.reconstruction import Reconstructed, reconstruct
 from sqft_export.model.storage import MAX_BUFFER_BYTES, load_weight_mask
 from sqft_export.model.tensorfiles import TensorFiles, TensorWriter
@@ -49,7 +48,7 @@ def run(context: Context[Sections]) -> ReconstructMetrics:
     finished = context.folder / BLOCKS
     finished.mkdir(exist_ok=True)
     advance = context.start(sparse.blocks)
-    errors, seen = [], Observations()
+    errors, seen = [], CalibrationStatistics()
     compressed = walk(sparse, samples, None, device, seen=seen)
     for target, block in zip(walk(dense, samples, None, device), compressed, strict=True):
         file = finished / f"{block.index}.safetensors"
@@ -67,7 +66,7 @@ def run(context: Context[Sections]) -> ReconstructMetrics:
         block_errors=errors,
         device=device_name(device),
         calibration_tokens=seen.tokens,
-        warnings=coverage_warnings(seen.tokens, sparse.linears, has_hessian=False),
+        warnings=seen.warnings(sparse.linears, has_hessian=False),
     )
 
 

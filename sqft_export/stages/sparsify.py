@@ -11,11 +11,11 @@ from sqft_export.data.calibration import calibration_fields, calibration_tensors
 from sqft_export.data.items import TASK_FILES
 from sqft_export.machine.device import device_name, device_of
 from sqft_export.metrics import SparsifyMetrics
-from sqft_export.model.activations import Observations, overflow_warnings
+from sqft_export.model.activations import CalibrationStatistics
 from sqft_export.model.blocks import Block, Inputs, count_parts, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config, write_config
-from sqft_export.model.coverage import coverage_warnings, expert_warnings
+from sqft_export.model.coverage import expert_warnings
 from sqft_export.model.storage import (
     MAX_BUFFER_BYTES,
     finite_dtype,
@@ -84,7 +84,7 @@ def run(context: Context[Sections]) -> SparsifyMetrics:
     if checkpoint.quantized_linears:
         return _mask_existing_zeros(context, checkpoint)
     method, device = sparsifier(config.method), device_of(context.recipe.device)
-    samples, seen, uncalibrated = None, Observations(), list[str]()
+    samples, seen, uncalibrated = None, CalibrationStatistics(), list[str]()
     if config.calibrates:
         samples = calibration_tensors(context.recipe, context.model)
     prunings = _prunings(context, checkpoint, samples, device, seen)
@@ -109,13 +109,11 @@ def run(context: Context[Sections]) -> SparsifyMetrics:
     return SparsifyMetrics(
         sparsity=masks.sparsity(),
         device=device_name(device),
-        calibration_tokens=seen.tokens,
-        largest_activations=seen.largest,
+        **seen.metrics(),
         uncalibrated_experts=uncalibrated,
         warnings=[
-            *coverage_warnings(seen.tokens, checkpoint.linears, inputs.has_hessian),
+            *seen.warnings(checkpoint.linears, inputs.has_hessian),
             *expert_warnings(uncalibrated, seen.tokens, "pruned by magnitude"),
-            *overflow_warnings(seen.largest),
         ],
     )
 
@@ -149,7 +147,7 @@ def _prunings(
     checkpoint: Checkpoint,
     samples: list[Tensor] | None,
     device: torch.device,
-    seen: Observations,
+    seen: CalibrationStatistics,
 ) -> dict[str, Pruning | None]:
     """Return the pruning of every Linear; None leaves the Linear dense.
 

@@ -10,7 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from conftest import small_recipe
 from sqft_export.data.calibration import calibration_tensors
-from sqft_export.model.activations import overflow_warnings, scale_warnings
+from sqft_export.model.activations import (
+    CalibrationStatistics,
+    overflow_warnings,
+    scale_warnings,
+)
 from sqft_export.model.blocks import walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.run.pipeline import run_recipe
@@ -47,9 +51,10 @@ def largest_by_hooks(folder, samples) -> dict[str, float]:
 
 def test_the_largest_activations_are_those_of_the_model(large):
     samples = calibration_tensors(small_recipe(model_path=large), large)[:3]
-    largest = {}
-    for _ in walk(Checkpoint(large), samples, None, largest=largest):
+    statistics = CalibrationStatistics()
+    for _ in walk(Checkpoint(large), samples, None, statistics=statistics):
         pass
+    largest = statistics.largest
     expected = largest_by_hooks(large, samples)
     blocks = {f"output of block {index}" for index in range(2)}
     assert largest.keys() == expected.keys() | blocks

@@ -126,7 +126,9 @@ def ids_of(case) -> str:
 
 def marked(case, *marks):
     """A family as a group of its own, so that workers share the families."""
-    return pytest.param(case, id=ids_of(case), marks=(pytest.mark.xdist_group(ids_of(case)), *marks))
+    return pytest.param(
+        case, id=ids_of(case), marks=(pytest.mark.xdist_group(ids_of(case)), *marks)
+    )
 
 
 CASES = [*map(marked, (*MODELS, UNLISTED)), *(marked(c, pytest.mark.slow) for c in LONG_TAIL)]
