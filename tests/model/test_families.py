@@ -49,8 +49,7 @@ MODELS = [
             "sliding_window": 16,
             "layer_types": ["sliding_attention", "full_attention"],
         },
-        "alternating windows with two rotary bases, norms of queries and keys, "
-        "a token without a row",
+        "alternating windows, two rotary bases, norms of queries and keys, a token without a row",
     ),
     ("opt", {"ffn_dim": 172, "init_std": 0.2}, "learned positions, biases, ReLU"),
     ("bloom", {}, "ALiBi, norm after the embedding, joined qkv"),
