@@ -225,9 +225,9 @@ def architecture_lacks(config: ModelConfig) -> str | None:
     for key, only in _REQUIRED_VALUES.items():
         if (config.get(key) or only) != only:
             return f"llama.cpp's {known.name} has {key} {only}, not {config.get(key)}"
-    for key, only in known.required.items():
-        if config.get(key, only) != only:
-            return f"llama.cpp's {known.name} has {key} {only}, not {config.get(key)}"
+    for key, value in known.required.items():
+        if config.get(key, value) != value:
+            return f"llama.cpp's {known.name} has {key} {value}, not {config.get(key)}"
     if model_type == "olmoe" and config["num_key_value_heads"] != config["num_attention_heads"]:
         return "llama.cpp's olmoe has as many key and value heads as query heads"
     if model_type == "gpt_neox" and not config.get("attention_bias", True):
