@@ -159,7 +159,7 @@ def _separated(module: nn.Module, experts: Experts) -> nn.Module | None:
     if isinstance(both, nn.Parameter) and both.dim() == 3:
         count, inner, hidden = both.shape
         return RoutedExperts(count, hidden, inner // 2, experts.linears, module.act_fn)
-    if hasattr(module, "input_linear") and getattr(module.input_linear, "num_experts", 0):
+    if hasattr(module, "input_linear") and hasattr(module.input_linear, "num_experts"):
         count, inner, hidden = module.input_linear.weight.shape
         act = module.activation
         routed = RoutedExperts(count, hidden, inner // 2, experts.linears, act)

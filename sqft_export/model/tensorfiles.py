@@ -39,7 +39,7 @@ def index_name(stem: str) -> str:
 class Slice(NamedTuple):
     """Rows ``start`` to ``stop`` of one matrix of a stored tensor with three axes."""
 
-    index: int
+    matrix: int
     start: int
     stop: int
 
@@ -197,8 +197,8 @@ def _read_tensor(shard: "safe_open", info: TensorInfo) -> "Tensor":
     """Return a tensor of an open file, or the part of it that ``info`` describes."""
     if info.part is None:
         return shard.get_tensor(info.key)
-    index, start, stop = info.part
-    return shard.get_slice(info.key)[index, start:stop]
+    matrix, start, stop = info.part
+    return shard.get_slice(info.key)[matrix, start:stop]
 
 
 class TensorWriter:

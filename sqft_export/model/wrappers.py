@@ -215,7 +215,7 @@ def wrapper_note(checkpoint: "Checkpoint") -> str | None:
 
 
 def write_text_model(checkpoint: "Checkpoint", folder: Path) -> None:
-    """Write the text model of a wrapper as a folder of its own, one tensor in memory at a time.
+    """Write the text model of a wrapper to a folder, one tensor in memory at a time.
 
     Tokenizer, chat template and generation config are copied; values and dtypes stay unchanged.
 

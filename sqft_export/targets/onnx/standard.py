@@ -103,7 +103,8 @@ def build(weights: Weights, folder: Path, data: ExternalData) -> onnx.ModelProto
     is_router = weights.checkpoint.family.is_router
     for number, (name, module) in enumerate(list(model.named_modules()), start=1):
         if is_router(name):  # may compute more than a product; marked as products are
-            marked = empty_matrix(*module.weight.shape, number)
+            outputs, inputs = module.weight.shape
+            marked = empty_matrix(outputs, inputs, number)
             module.weight = nn.Parameter(marked, requires_grad=False)
         elif isinstance(module, nn.Linear):
             parent, _, child = name.rpartition(".")
