@@ -86,9 +86,9 @@ def recommended_row(rows: Sequence[BenchmarkRow], ours: BenchmarkRow | None) -> 
 def _best_peer(rows: Sequence[BenchmarkRow], ours: BenchmarkRow) -> BenchmarkRow | None:
     """Return the peer to compare with.
 
-    It is the most accurate one in the same runtime with at most as many bytes. If all are larger,
-    as they are next to a packed sparse file, it is the most accurate of the smallest ones. If the
-    runtime has none, the peers of other runtimes count.
+    It is the most accurate one in the same runtime with at most as many bytes. If all are larger
+    (next to a packed sparse file), it is the most accurate of the smallest ones. If the runtime
+    has none, the peers of other runtimes count.
     """
     peers = [row for row in rows if row.kind == "peer" and row.device == "cpu"]
     same = [row for row in peers if row.runtime == ours.runtime] or peers
