@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator
 
-from sqft_export.machine.host import installed
-from sqft_export.plan.exporters import unsupported_targets
 from sqft_export.plan.layout import Layout
 from sqft_export.plan.workload import Workload
 from sqft_export.recipe.peers import PEERS
@@ -39,18 +37,17 @@ def peer_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
                 f"benchmark.baselines: found {name}, which quantizes the base model with LoRA, but "
                 "the base model is quantized already (quantize.method: existing); remove it"
             )
-        elif peer.runtime and peer.runtime not in (*recipe.export.targets, *recipe.skipped):
-            yield from _runtime_faults(recipe, layout, name, peer.runtime)
 
 
-def _runtime_faults(recipe: Recipe, layout: Layout, name: str, runtime: str) -> Iterator[str]:
-    """Yield why a runtime that is no target of the recipe can't have the model."""
-    export = recipe.export.model_copy(update={"targets": (runtime,)})
-    other = recipe.model_copy(update={"export": export})
-    for reason in unsupported_targets(other, layout).values():
-        yield f"benchmark.baselines: found {name}, but {reason}; remove {name}"
-    if runtime == "gguf" and not installed("gguf"):
-        yield f"benchmark.baselines: {name} needs gguf; pip install 'sqft-export[gguf]'"
+def find_left_out_peers(recipe: Recipe, layout: Layout) -> Iterator[str]:
+    """Yield the listed peers whose runtime is no target of the recipe."""
+    for name in PEERS if recipe.adapt else ():
+        runtime = PEERS[name].runtime
+        if name in recipe.benchmark.baselines and name not in recipe.peers:
+            yield (
+                f"benchmark.baselines: {name} is left out: {runtime} is no target; add it to "
+                "export.targets"
+            )
 
 
 def expectation(recipe: Recipe, workload: Workload) -> str | None:

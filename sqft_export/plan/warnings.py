@@ -17,6 +17,7 @@ from sqft_export.plan.context import find_context_excess
 from sqft_export.plan.experts import find_computed_experts
 from sqft_export.plan.exporters import find_caps, find_skipped_targets
 from sqft_export.plan.layout import Layout
+from sqft_export.plan.peers import find_left_out_peers
 from sqft_export.plan.prompts import find_unused_template
 from sqft_export.plan.readers import find_token_differences
 from sqft_export.plan.unusual import find_calibration_doubts, find_training_doubts
@@ -39,6 +40,7 @@ FINDERS: tuple[WarningFinder, ...] = (
     find_unused_template,
     find_training_doubts,
     find_calibration_doubts,
+    find_left_out_peers,
 )
 
 

@@ -1,7 +1,7 @@
 """Baselines of ``benchmark.baselines`` that quantize the dense LoRA after its training.
 
-This is what a user does without this package: train LoRA, merge it, quantize the result. All these
-rows share one training, that of the row ``dense + LoRA``.
+A user without this package trains LoRA, merges it and quantizes the result. All these rows share
+one training, that of the row ``dense + LoRA``.
 """
 
 import importlib.util
@@ -75,18 +75,19 @@ _GRID_RUNTIMES = ("openvino", "gguf")  # runtimes for which other quantizers exi
 def peers_of(recipe: "Recipe") -> tuple[str, ...]:
     """Return the baselines of this recipe that are quantized after training, in table order.
 
-    They need a recipe that trains. Files of a runtime that the model cannot have are left out. If
-    the recipe does not list its baselines, these are ``lora-then-int4``, if the recipe quantizes,
+    They need a recipe that trains. Files of a runtime that is no target are left out. If the
+    recipe does not list its baselines, these are ``lora-then-int4``, if the recipe quantizes,
     and one file of another quantizer, if its runtime is a target of the recipe and installed here.
     """
+    targets = recipe.export.targets
     if recipe.adapt is None:
         return ()
     if "baselines" in recipe.benchmark.model_fields_set:
         listed = (name for name in PEERS if name in recipe.benchmark.baselines)
-        return tuple(name for name in listed if PEERS[name].runtime not in recipe.skipped)
+        return tuple(name for name in listed if PEERS[name].runtime in (None, *targets))
     has_grid = recipe.quantize.method not in ("none", "existing")
     grid = ("lora-then-int4",) if has_grid else ()
-    return grid + default_files(recipe.export.targets)
+    return grid + default_files(targets)
 
 
 def grid_targets(recipe: "Recipe") -> tuple[str, ...]:

@@ -878,9 +878,9 @@ class Benchmark(Section):
         ("dense", "dense-lora", "sparse", "sparse-quantized", "adapted", "merged"),
         description="models that are measured next to the deployments. Names with lora-then are "
         "the dense base with LoRA, merged and quantized afterwards, in their runtime: by our GPTQ "
-        "on the recipe's grid (int4), by llama.cpp with an importance matrix, or by NNCF. Without "
-        "this field, a recipe that trains also has lora-then-int4, and lora-then-q4_k_m or "
-        "lora-then-nncf",
+        "on the recipe's grid (int4), by llama.cpp with an importance matrix, or by NNCF. Files of "
+        "a runtime that is no target are left out. Without this field, a recipe that trains also "
+        "has lora-then-int4, and lora-then-q4_k_m or lora-then-nncf",
     )
     targets: tuple[Literal["auto", "cpu", "gpu", "npu"], ...] = Field(
         ("cpu",),

@@ -14,6 +14,7 @@ from sqft_export.report.text import accuracy_text
 SIGNIFICANT = 0.05  # largest p-value of a significant difference
 EQUAL_BYTES = 1.01  # files whose sizes differ by less are equally large
 EQUAL_TPOT = 0.95  # a deployment is faster if its TPOT is below this share of the other's
+MAX_LOSS = 0.01  # accuracy that a smaller or faster deployment may lose without a test's proof
 EQUAL_PERPLEXITY = 1.02  # for plain text, which has no paired test
 Form = Literal["sparse", "dense", "peer"]
 
@@ -85,9 +86,9 @@ def recommended_row(rows: Sequence[BenchmarkRow], ours: BenchmarkRow | None) -> 
 def _best_peer(rows: Sequence[BenchmarkRow], ours: BenchmarkRow) -> BenchmarkRow | None:
     """Return the peer to compare with.
 
-    It is the most accurate one in the same runtime with at most as many bytes. If all are larger,
-    as they are next to a packed sparse file, it is the most accurate of the smallest ones. If the
-    runtime has none, the peers of other runtimes count.
+    It is the most accurate one in the same runtime with at most as many bytes. If all are larger
+    (next to a packed sparse file), it is the most accurate of the smallest ones. If the runtime
+    has none, the peers of other runtimes count.
     """
     peers = [row for row in rows if row.kind == "peer" and row.device == "cpu"]
     same = [row for row in peers if row.runtime == ours.runtime] or peers
@@ -115,11 +116,13 @@ def _pays_off(ours: BenchmarkRow, rival: BenchmarkRow) -> bool:
     """Return whether to take ours.
 
     The significantly more accurate one is taken. Without such a difference, ours is taken if it is
-    smaller or faster, or if it is dense and at least as accurate: sparsity without a saving does
-    not pay off.
+    smaller or faster and at most ``MAX_LOSS`` less accurate, or if it is dense and at least as
+    accurate. Sparsity without a saving does not pay off.
     """
     if difference := _difference(ours, rival):
         return difference > 0
+    if ours.accuracy < rival.accuracy - MAX_LOSS:  # few items prove nothing
+        return False
     smaller = ours.file_bytes * EQUAL_BYTES < rival.file_bytes
     comparable = ours.runtime == rival.runtime and ours.device == rival.device
     faster = comparable and ours.tpot.median_ms < EQUAL_TPOT * rival.tpot.median_ms

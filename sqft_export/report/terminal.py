@@ -34,10 +34,11 @@ def run_text(report: Report, artifacts: dict[str, Artifact], width: int) -> str:
     :param width: width of the terminal in characters.
     """
     deployments = deployment_folders(artifacts)
-    notes = [part for line in note_lines(report.rows) for part in textwrap.wrap(line, width)]
-    parts = ["\n".join([*_table(report.rows, width), *notes])]
+    parts = ["\n".join(_table(report.rows, width))]
     if report.verdict:
         parts.append("\n".join(textwrap.wrap(report.verdict, width)))
+    if notes := note_lines(report.rows):
+        parts.append("\n".join(part for line in notes for part in textwrap.wrap(line, width)))
     parts.append("\n".join(_label_path(one.name, one.folder) for one in deployments))
     parts.append(_label_path("report", artifacts["report"].path / "index.html"))
     if deployments:

@@ -4,7 +4,7 @@ import pytest
 
 from conftest import TINY, small_recipe
 from sqft_export.plan.layout import layout_of
-from sqft_export.plan.peers import expectation, peer_faults
+from sqft_export.plan.peers import expectation, find_left_out_peers, peer_faults
 from sqft_export.plan.workload import workload_of
 from sqft_export.recipe import peers
 
@@ -28,6 +28,14 @@ def test_a_listed_peer_that_cannot_be_made_is_named_with_its_extra(monkeypatch):
 def test_a_peer_needs_a_training_and_a_float_base():
     assert "which need a trained LoRA" in faults(FILES, "adapt=none")[0]
     assert "quantized already" in faults(FILES, "quantize.method=existing")[0]
+
+
+def test_a_file_of_a_runtime_that_is_no_target_is_left_out_with_a_warning():
+    recipe = small_recipe(FILES, "export.targets=[openvino]")
+    assert recipe.peers == ("lora-then-nncf",)
+    (warning,) = find_left_out_peers(recipe, layout_of(recipe, TINY))
+    assert "lora-then-q4_0 is left out: gguf is no target" in warning
+    assert list(find_left_out_peers(small_recipe(FILES), layout_of(recipe, TINY))) == []
 
 
 @pytest.mark.parametrize(

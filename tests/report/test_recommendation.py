@@ -49,9 +49,10 @@ def test_sparsity_that_costs_accuracy_makes_the_dense_model_the_recommendation()
 @pytest.mark.parametrize(
     ("made", "taken"),
     [
-        (ours(0.80, 75), "gguf"),  # fewer bytes at the same accuracy
-        (ours(0.80, 92, tpot=4.0), "gguf"),  # faster
-        (ours(0.80, 92), GRID),  # sparse, and nothing saved
+        (ours(0.81, 75), "gguf"),  # fewer bytes at the same accuracy
+        (ours(0.81, 92, tpot=4.0), "gguf"),  # faster
+        (ours(0.81, 92), GRID),  # sparse, and nothing saved
+        (ours(0.80, 75, tpot=4.0), GRID),  # more than a point lost, with too few items for a proof
         (ours(0.84, 92, p=0.01), "gguf"),  # more accurate
         (ours(0.82, 92, sparsity=0.0), "gguf"),  # dense, and as accurate
         (ours(0.80, 92, sparsity=0.0), GRID),

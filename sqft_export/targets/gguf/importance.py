@@ -16,8 +16,8 @@ def importance_matrix(
 ) -> dict[str, np.ndarray]:
     """Return tensor name in llama.cpp -> mean squared input, float32 ``[in]``.
 
-    It is what ``llama-imatrix`` computes. Linears without a tensor of their own, such as those of
-    single experts, are left out.
+    ``llama-imatrix`` computes the same. Linears without a separate tensor, such as those of single
+    experts, are left out.
 
     :param samples: token ids, each int64 ``[length]``.
     """
