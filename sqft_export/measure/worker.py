@@ -16,12 +16,12 @@ import numpy as np
 
 from sqft_export.data.scoring import ScoringRequest
 from sqft_export.errors import HostError, UserError
+from sqft_export.kernels.choice import STOCK
+from sqft_export.kernels.llama_plugin import use_in_llama_cpp
 from sqft_export.machine.counters import energy_joules, memory_now, peak_memory
 from sqft_export.machine.host import die_with_parent, exhausted_resource
 from sqft_export.machine.processors import deployed_environment
 from sqft_export.measure.decode import measure_latency, profile
-from sqft_export.kernels.choice import STOCK
-from sqft_export.kernels.llama_plugin import use_in_llama_cpp
 from sqft_export.measure.jobs import (
     AdapterParts,
     Job,
