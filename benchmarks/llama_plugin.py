@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,7 +99,7 @@ def _write(
     writer: "GGUFWriter",
     hidden: int,
     bits: int,
-    matrices: dict[str, tuple[int, int, Callable[[], np.ndarray]]],
+    matrices: Mapping[str, tuple[int, int, Callable[[], np.ndarray]]],
     head: Callable[[], np.ndarray],
 ) -> None:
     """Write header and tensors of a random model."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import llama_builds
 import numpy as np
 import pytest
+from compiled import CHECKED, objects
 
 from conftest import ROOT
+from sqft_export.kernels.build import PLUGIN_SOURCES
 from sqft_export.kernels.llama_plugin import PLUGIN_FILE, check_build
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -189,6 +192,44 @@ def test_the_benchmark_ends_with_ratios(shared, tmp_path):
     ratios = json.loads(done.stdout.splitlines()[-1])["ratios"]
     assert ratios["7b_int4_50_decode_1_over_llama_cpp"]["median"] > 0
     assert ratios["7b_int4_50_prompt_1_over_llama_cpp"]["median"] > 0
+
+
+def test_benchmark_measures_a_folder_on_both_kernels(files, shared, tmp_path):
+    folder = files["int4_50"].parent / "deployment"
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    folder.mkdir()
+    for name in names:
+        shutil.copy(files["int4_50"].parent / name, folder)
+    shutil.copy(files["int4_50"], folder / "model.gguf")
+    command = [sys.executable, "-m", "sqft_export.cli", "benchmark", folder, "--json"]
+    command += ["--execution", "stock,auto", "--prompt-tokens", "8", "--new-tokens", "2"]
+    command += ["--batch", "1", "--rounds", "1"]
+
+    def measure(**variables: str) -> subprocess.CompletedProcess:
+        environment = os.environ | shared | variables
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    done = measure()
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)["folders"]
+    assert set(measured) == {"deployment, stock", "deployment, auto"}
+    refused = measure(SQFT_GGML="off")
+    assert refused.returncode == 2 and "not used: SQFT_GGML=off" in refused.stderr
+
+
+def test_no_access_outside_memory(tmp_path):
+    """The plug-in and the small host as one program, with checkers of memory and arithmetic."""
+    program = tmp_path / "checked"
+    sources = [HERE / "ggml_checked.cpp", HERE / "ggml_host.cpp"]
+    sources += [PLUGIN_FILE.parent / name for name in PLUGIN_SOURCES]
+    # Host and plug-in declare the same virtual functions in classes of different names.
+    flags = (*CHECKED, "-fno-sanitize=vptr", "-rdynamic")
+    command = ["g++", "-std=c++17", "-O1", *flags, *sources]
+    command += [*objects(tmp_path, *CHECKED), "-pthread", "-ldl", "-o", program]
+    subprocess.run(command, check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "products" in done.stdout
 
 
 def test_cyllama_hides_its_ggml():

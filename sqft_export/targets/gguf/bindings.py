@@ -1,8 +1,8 @@
 """One interface to llama.cpp in this process, for either Python binding.
 
 ``llama-cpp-python`` is compiled by its users, for their processor, and can run our kernels; it is
-used if it is installed. ``cyllama`` has wheels and comes with the extra ``gguf-runtime``. Its wheels
-are built for AVX2, whatever the processor has, and hide the functions that our kernels need.
+used if it is installed. ``cyllama`` has wheels and comes with the extra ``gguf-runtime``. Its
+wheels are built for AVX2, whatever the processor has, and hide the functions that our kernels need.
 """
 
 from pathlib import Path
