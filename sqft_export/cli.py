@@ -116,6 +116,8 @@ Against = Annotated[
 Results = Annotated[
     Path | None, typer.Option(help="folder for results.json, items.jsonl and a JSON per deployment")
 ]
+Rounds = Annotated[int, typer.Option(min=1, max=1000, help="processes per folder")]
+PerplexityText = Annotated[Path | None, typer.Option(help="text file for perplexity")]
 WithReference = Annotated[
     bool, typer.Option("--reference", help="also the KL divergence from the reference (probe.json)")
 ]
@@ -186,7 +188,7 @@ def benchmark_command(
     prompt_tokens: PromptLengths = "32,128,512,2048",
     new_tokens: NewTokens = 32,
     batch: BatchSizes = "1,8",
-    rounds: Annotated[int, typer.Option(min=1, max=1000, help="processes per folder")] = 5,
+    rounds: Rounds = 5,
     threads: RuntimeThreads = None,
     cpus: Processors = None,
     device: Device = "cpu",
@@ -195,7 +197,7 @@ def benchmark_command(
     data: OwnData = None,
     score: Score = None,
     template_argument: TemplateArguments = None,
-    text: Annotated[Path | None, typer.Option(help="text file for perplexity")] = None,
+    text: PerplexityText = None,
     lm_eval: LmEval = None,
     include_path: IncludePath = None,
     items: Items = 100,
@@ -210,20 +212,13 @@ def benchmark_command(
     """
     from sqft_export.measure.against import as_deployments
     from sqft_export.measure.deployments import benchmark_folders
-    from sqft_export.measure.own_data import (
-        ScoredData,
-        parse_template_arguments,
-        questions_about,
-    )
-    from sqft_export.measure.results import DeviceSettings
+    from sqft_export.measure.own_data import ScoredData, parse_template_arguments, questions_about
 
-    lengths, batches = _numbers(prompt_tokens, "--prompt-tokens"), _numbers(batch, "--batch")
+    sizes = prompt_tokens, new_tokens, batch, rounds
+    settings = _device_settings(*sizes, threads, cpus, device, execution)
     _check_before_measuring(folders)
-    sizes = lengths, new_tokens, batches, rounds
-    settings = DeviceSettings(*sizes, threads, _processors(cpus), device, _kernel_names(execution))
     arguments = parse_template_arguments(template_argument or ())
-    source = ScoredData(task, data, text, score, arguments)
-    questions = questions_about(folders[0], source, items)
+    questions = questions_about(folders[0], ScoredData(task, data, text, score, arguments), items)
     with as_deployments(against or [], folders[0]) as others:
         measured = [*folders, *others]
         scored = _score_with_lm_eval(measured, settings, lm_eval, include_path, items)
@@ -232,12 +227,27 @@ def benchmark_command(
     _print_results(document, out, json_only)
 
 
-def _processors(cpus: str | None) -> tuple[int, ...] | None:
-    return _numbers(cpus, "--cpus", least=0) if cpus else None
+def _device_settings(
+    prompt_tokens: str,
+    new_tokens: int,
+    batch: str,
+    rounds: int,
+    threads: int | None,
+    cpus: str | None,
+    device: str,
+    execution: str,
+) -> "DeviceSettings":
+    """Return the settings of a measurement from its options.
 
+    :raises UserError: naming an option that is not a list of numbers.
+    """
+    from sqft_export.measure.results import DeviceSettings
 
-def _kernel_names(execution: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(execution.split(",")))
+    lengths, batches = _numbers(prompt_tokens, "--prompt-tokens"), _numbers(batch, "--batch")
+    processors = _numbers(cpus, "--cpus", least=0) if cpus else None
+    kernels = tuple(dict.fromkeys(execution.split(",")))
+    sizes = lengths, new_tokens, batches, rounds
+    return DeviceSettings(*sizes, threads, processors, device, kernels)
 
 
 def _add_reference(document: "DeploymentResults", folders: list[Path]) -> "DeploymentResults":

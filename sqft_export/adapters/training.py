@@ -330,16 +330,13 @@ def train_on_task(
     """Train a new, seeded adapter and write it to ``folder / "adapter"``.
 
     :param start: ``start(steps) -> advance``, called once per step.
-    :param elastic: use the elastic ranks and trainable scales of the recipe.
-    :param callbacks: further callbacks of the Trainer.
+    :param elastic: use the elastic ranks and trainable scales.
     """
-    config, data = recipe.training, Data(recipe, tokenizer)
+    config, data, device = recipe.training, Data(recipe, tokenizer), device_of(recipe.device)
     rows, others = split_rows(_task_rows(recipe, data), config.stop)
-    device = device_of(recipe.device)
     dtype = training_dtype(config.precision, device)
     model = new_adapter(recipe, base, dtype)
-    groups = _elastic_groups(model, base, config) if elastic else {}
-    layers = elastic_layers(model)
+    groups, layers = _elastic_groups(model, base, config) if elastic else {}, elastic_layers(model)
     ranks_at = partial(draw_ranks, list(groups), config.ranks, recipe.seed)
     held_out = held_out_of(config, others, layers, groups)
     log, tokens_per_second = train_adapter(
@@ -488,12 +485,8 @@ def train_adapter(
     :param pad: token id of the padding.
     :param folder: folder of training checkpoints; an interrupted training resumes from the newest.
     :param before_step: called with the number of the next optimizer step.
-    :param teacher: teacher of ``config.distill``.
-    :param device: device of the training.
     :param held_out: when to stop earlier, with the best adapter; None: train all steps.
-    :param callbacks: further callbacks of the Trainer.
-    :return: the log, with loss, learning rate, tokens, and tokens including padding of every step;
-        and tokens per second of this process.
+    :return: the log of every step; and tokens per second of this process.
     :raises UserError: if the loss is not finite.
     """
     throughput, collator = Throughput(), partial(collate, pad=pad)

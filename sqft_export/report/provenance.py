@@ -10,7 +10,7 @@ from sqft_export.data.datasets import set_names
 from sqft_export.documents import Document
 from sqft_export.errors import one_line
 from sqft_export.model.chat import uses_template
-from sqft_export.recipe.schema import Dataset
+from sqft_export.recipe.schema import Dataset, Quantize
 from sqft_export.recipe.sections import CardSections, OriginSections
 from sqft_export.untrusted import fault_of_file, open_regular
 
@@ -126,18 +126,13 @@ def model_card(
     :param usage: a section with code that loads and runs the model.
     :param overflow: warnings about activations and scales that float16 may not hold.
     """
-    base, quantize = origin.base, recipe.quantize
-    codes = "floats"
-    if quantize.method != "none":
-        group = quantize.group_size or "a whole row"
-        kind = "symmetric" if quantize.symmetric else "asymmetric"
-        codes = f"INT{quantize.bits}, {kind}, groups of {group}, by {quantize.method}"
+    base = origin.base
     revision = f" at {base.revision}" if base.revision else ""
     merged = "unmerged" if recipe.unmerged else "merged"
     facts = {
         "zero weights in the decoder's Linears": f"{100 * sparsity:.1f} %",
         "pruning method": recipe.sparsify.method,
-        "weights": codes,
+        "weights": _weight_format(recipe.quantize),
         "adapter": f"{recipe.adapt.pipeline}, {merged}" if recipe.adapt else "none",
         "task": recipe.task.kind,
         "SHA-256 of the base": base.sha256,
@@ -155,6 +150,15 @@ def model_card(
         "`provenance.json`, if present, lists passes, settings and the digest of every file.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _weight_format(quantize: Quantize) -> str:
+    """Return bits, kind and groups of the grid as a card states them."""
+    if quantize.method == "none":
+        return "floats"
+    group = quantize.group_size or "a whole row"
+    kind = "symmetric" if quantize.symmetric else "asymmetric"
+    return f"INT{quantize.bits}, {kind}, groups of {group}, by {quantize.method}"
 
 
 def _overflow_section(warnings: Sequence[str]) -> list[str]:

@@ -149,8 +149,8 @@ def _clamped_scale_warning(name: str, weight: Tensor, grid: Grid) -> Iterator[st
 def _compress(context: Context[Sections], grids: GridWriter, weights: TensorWriter) -> dict:
     """Quantize all blocks in order, then embedding and head; return the metrics."""
     config, checkpoint = context.recipe.quantize, Checkpoint(context.latest_model())
-    method = quantizer(config.method)
-    advance, inputs = context.start(count_parts(checkpoint)), Inputs(method.NEEDS, config.damping)
+    method, advance = quantizer(config.method), context.start(count_parts(checkpoint))
+    inputs = Inputs(method.NEEDS, config.damping)
     seen, scales = CalibrationStatistics(), dict[str, float]()
     warnings, uncalibrated, errors = list[str](), list[str](), list[tuple[float, float]]()
     _copy_config(checkpoint, weights.folder)
@@ -163,7 +163,7 @@ def _compress(context: Context[Sections], grids: GridWriter, weights: TensorWrit
         weights.add(key, cast_keeping_codes(weight, grid, checkpoint.dtype(key)))
 
     for target, block in _walk(context, checkpoint, inputs, seen):
-        rest = set(block.names)
+        rest = set(block.names) - {f"{name}.weight" for name in block.linears}
         quantized = _quantize_block(context, method, block, inputs)
         uncalibrated += block.linears if inputs.has_too_few(block) else ()
         if target:
@@ -175,12 +175,11 @@ def _compress(context: Context[Sections], grids: GridWriter, weights: TensorWrit
             # Written at once, so that a block's compensated weights are not kept.
             add(name, weight.cpu(), grid.cpu())
             set_grid_points(block.linears[name], weight, grid)
-            rest.remove(f"{name}.weight")
         weights.add_all(checkpoint.tensors(sorted(rest)))
         advance()
     for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
-        if config.embedding_bits and tensor.dim() == 2:
-            add(name.removesuffix(".weight"), tensor.float(), _row_grid(tensor.float(), config))
+        if (of_rows := _row_grid(tensor, config)) is not None:
+            add(name.removesuffix(".weight"), tensor.float(), of_rows)
         else:
             weights.add(name, tensor)
     warnings += seen.warnings(checkpoint.linears, inputs.has_hessian) + scale_warnings(scales)
@@ -195,10 +194,11 @@ def _copy_config(checkpoint: Checkpoint, folder: Path) -> None:
     write_config(folder, checkpoint.config)
 
 
-def _row_grid(weight: Tensor, config: Quantize) -> Grid:
-    """Return the grid of embedding or head: one scale per row."""
-    assert config.embedding_bits
-    return fit_grid(weight, config.embedding_bits, weight.shape[1], config.symmetric)
+def _row_grid(weight: Tensor, config: Quantize) -> Grid | None:
+    """Return the grid of embedding or head, one scale per row; None if it stays in floats."""
+    if config.embedding_bits is None or weight.dim() != 2:
+        return None
+    return fit_grid(weight.float(), config.embedding_bits, weight.shape[1], config.symmetric)
 
 
 def _walk(

@@ -17,7 +17,7 @@ from sqft_export.targets.folder import graph_and_weights
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
 
-GRAPH = "model_q4.onnx"
+BROWSER_GRAPH = "model_q4.onnx"
 PART_BYTES = 2_000_000_000  # largest part
 
 
@@ -56,13 +56,13 @@ def write_graph(deployment: Path, folder: Path, part_bytes: int = PART_BYTES) ->
     parts = _split(spans, part_bytes, deployment)
     for number, part in enumerate(parts):
         _write_part(weights, folder / part_name(number), part)
-    onnx.save(model, folder / GRAPH)
+    onnx.save(model, folder / BROWSER_GRAPH)
     return GraphFiles(len(parts), _cache_type(model))
 
 
 def part_name(number: int) -> str:
     """Return the file name of a part of the external data."""
-    return f"{GRAPH}_data" + (f"_{number}" if number else "")
+    return f"{BROWSER_GRAPH}_data" + (f"_{number}" if number else "")
 
 
 def _external(model: "ModelProto") -> "list[TensorProto]":

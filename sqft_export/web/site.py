@@ -23,7 +23,7 @@ from sqft_export.report.runs import latest_report
 from sqft_export.targets import Session, runner
 from sqft_export.targets.folder import GENAI_CONFIG, kind_of
 from sqft_export.textfiles import read_json
-from sqft_export.web.graph import GRAPH, GraphFiles, write_graph
+from sqft_export.web.graph import BROWSER_GRAPH, GraphFiles, write_graph
 from sqft_export.web.library import CDN_MODULE, fetch_library
 
 PAGE = Path(__file__).parent / "page" / "index.html"
@@ -164,7 +164,7 @@ def _model_config(found: dict, written: GraphFiles) -> dict[str, object]:
         "eos_token_id": found["eos_token_id"],
         "transformers.js_config": {
             "dtype": "q4",
-            "use_external_data_format": {GRAPH: written.parts},
+            "use_external_data_format": {BROWSER_GRAPH: written.parts},
             "kv_cache_dtype": {"q4": written.cache_type},
         },
     }

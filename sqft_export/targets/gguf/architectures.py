@@ -7,7 +7,7 @@ for some families, and all rows of q before those of k and v. Rows are permuted;
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -545,10 +545,11 @@ def write_keys(writer: "GGUFWriter", config: ModelConfig) -> None:
     writer.add_head_count_kv(heads["num_key_value_heads"])
     writer.add_vocab_size(config["vocab_size"])
     known = ARCHITECTURES[model_type]
+    epsilon = _number_of(config, known.epsilon)
     if known.epsilon.startswith("rms"):
-        writer.add_layer_norm_rms_eps(config[known.epsilon])
+        writer.add_layer_norm_rms_eps(epsilon)
     else:
-        writer.add_layer_norm_eps(config[known.epsilon])
+        writer.add_layer_norm_eps(epsilon)
     if model_type not in ("bloom", "gpt_neox"):
         writer.add_key_length(_head_size(config))
         writer.add_value_length(_head_size(config))
@@ -558,11 +559,16 @@ def write_keys(writer: "GGUFWriter", config: ModelConfig) -> None:
         _write_rope(writer, config)
     if model_type.startswith("gemma"):
         _write_gemma(writer, config)
-    elif known.window_period and config.get("sliding_window"):
-        writer.add_sliding_window(config["sliding_window"])
+    elif known.window_period and (window := config.get("sliding_window")):
+        writer.add_sliding_window(window)
     for key, name in known.numbers.items():
-        writer.add_float32(f"{known.name}.{name}", float(config[key]))
+        writer.add_float32(f"{known.name}.{name}", _number_of(config, key))
     _write_experts(writer, config)
+
+
+def _number_of(config: ModelConfig, key: str) -> float:
+    """Return a number of a config by a key that the family's data states."""
+    return float(cast(dict[str, float], config)[key])
 
 
 def _write_experts(writer: "GGUFWriter", config: ModelConfig) -> None:
