@@ -21,6 +21,7 @@ from sqft_export.machine.processors import limit_openmp_spinning
 from sqft_export.telemetry import disable_telemetry
 
 if TYPE_CHECKING:
+    from sqft_export.measure.own_data import Questions
     from sqft_export.measure.results import DeploymentResults, DeviceSettings, TaskMetrics
     from sqft_export.packed.folders import PackedSizes
 
@@ -212,19 +213,34 @@ def benchmark_command(
     """
     from sqft_export.measure.against import as_deployments
     from sqft_export.measure.deployments import benchmark_folders
-    from sqft_export.measure.own_data import ScoredData, parse_template_arguments, questions_about
 
     sizes = prompt_tokens, new_tokens, batch, rounds
     settings = _device_settings(*sizes, threads, cpus, device, execution)
     _check_before_measuring(folders)
-    arguments = parse_template_arguments(template_argument or ())
-    questions = questions_about(folders[0], ScoredData(task, data, text, score, arguments), items)
+    scored_data = task, data, text, score, template_argument or []
+    questions = _questions(folders[0], *scored_data, items)
     with as_deployments(against or [], folders[0]) as others:
         measured = [*folders, *others]
         scored = _score_with_lm_eval(measured, settings, lm_eval, include_path, items)
         document = benchmark_folders(measured, settings, questions, scored, others)
     document = _add_reference(document, folders) if reference else document
     _print_results(document, out, json_only)
+
+
+def _questions(
+    folder: Path,
+    task: str | None,
+    data: Path | None,
+    text: Path | None,
+    score: str | None,
+    template_arguments: list[str],
+    items: int,
+) -> "Questions | None":
+    """Return what deployments are scored on; None without data."""
+    from sqft_export.measure.own_data import ScoredData, parse_template_arguments, questions_about
+
+    arguments = parse_template_arguments(template_arguments)
+    return questions_about(folder, ScoredData(task, data, text, score, arguments), items)
 
 
 def _device_settings(
