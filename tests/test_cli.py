@@ -66,8 +66,8 @@ def test_an_unknown_task_is_told():
 
 
 @pytest.mark.parametrize("name", ["tiny", "mistral"])
-def test_recipes_pass_plan(name, tmp_path):
-    done = sqft("plan", f"recipes/{name}.yaml", "--runs", str(tmp_path), "--json")
+def test_recipes_pass_plan(name, tmp_path, sqft_here):
+    done = sqft_here("plan", f"recipes/{name}.yaml", "--runs", str(tmp_path), "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert [p["pass"] for p in document["passes"]][:5] == [
@@ -86,24 +86,22 @@ def test_recipes_pass_plan(name, tmp_path):
         assert 4.8e9 < predicted["merge"] < 5.2e9
 
 
-def faults(*overrides: str) -> str:
-    done = sqft("run", "recipes/tiny.yaml", *overrides)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
-    return done.stderr
-
-
 def refused(root: Path, *overrides: str) -> str:
-    """The same inside this process."""
+    """The message of a recipe that is refused."""
     with pytest.raises(UserError) as caught:
         run_recipe(load_recipe(ROOT / "recipes" / "tiny.yaml", overrides), root)
     return str(caught.value)
 
 
-def test_what_does_not_fit_the_model_is_refused_before_any_work(tmp_path):
-    runs = ("--runs", str(tmp_path))
-    assert "adapt.ranks: found 128, but k_proj has only 64" in faults("adapt.ranks=[128]", *runs)
+def test_what_does_not_fit_the_model_is_refused_before_any_work(tmp_path, sqft_here):
+    def faults(*overrides: str) -> str:
+        done = sqft_here("run", "recipes/tiny.yaml", *overrides, "--runs", str(tmp_path))
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""
+        return done.stderr
+
+    assert "adapt.ranks: found 128, but k_proj has only 64" in faults("adapt.ranks=[128]")
     assert "allowed are down_proj, gate_proj, k_proj" in refused(
         tmp_path, "adapt.target_modules=[q_proj,k_proj,v_proj,out]"
     )
@@ -111,13 +109,13 @@ def test_what_does_not_fit_the_model_is_refused_before_any_work(tmp_path):
     assert "the template needs query; the item has question, answer" in refused(
         tmp_path, "task.prompt='{query}'"
     )
-    assert "no Hugging Face model in /nowhere" in faults("model.path=/nowhere", *runs)
+    assert "no Hugging Face model in /nowhere" in faults("model.path=/nowhere")
     assert not any(tmp_path.iterdir())
 
 
-def test_a_hub_that_is_out_of_reach_is_one_sentence_with_two_ways_out(tmp_path):
+def test_a_hub_that_is_out_of_reach_is_one_sentence_with_two_ways_out(tmp_path, sqft_here):
     hub = "model={hub: nobody/nothing}"
-    done = sqft("run", "recipes/tiny.yaml", hub, "--runs", str(tmp_path))
+    done = sqft_here("run", "recipes/tiny.yaml", hub, "--runs", str(tmp_path))
     assert done.returncode == 2
     assert "can't be downloaded" in done.stderr
     assert "MODEL_PATH=<folder>" in done.stderr
@@ -125,8 +123,8 @@ def test_a_hub_that_is_out_of_reach_is_one_sentence_with_two_ways_out(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_mixture_of_experts_is_refused_by_name_before_any_work(tmp_path):
+def test_a_mixture_of_experts_is_refused_by_name_before_any_work(tmp_path, sqft_here):
     (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
-    done = sqft("run", "recipes/tiny.yaml", "--model-path", str(tmp_path))
+    done = sqft_here("run", "recipes/tiny.yaml", "--model-path", str(tmp_path))
     assert done.returncode == 2
     assert "model_type: mixtral is a mixture of experts" in done.stderr

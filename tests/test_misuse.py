@@ -107,26 +107,26 @@ def test_a_name_that_is_no_text_is_one_message():
     assert done.returncode == 2 and b"Traceback" not in done.stderr
 
 
-def test_a_folder_that_can_not_be_written_is_told(tmp_path):
+def test_a_folder_that_can_not_be_written_is_named(tmp_path, sqft_here):
     (tmp_path / "runs").write_text("a file")
-    done = sqft("run", "recipes/tiny.yaml", *SMALL, "--runs", str(tmp_path / "runs"))
+    done = sqft_here("run", "recipes/tiny.yaml", *SMALL, "--runs", str(tmp_path / "runs"))
     refused(done, 3)
 
 
-def test_plan_writes_nothing_of_the_users(tmp_path):
+def test_plan_writes_nothing_of_the_users(tmp_path, sqft_here):
     (tmp_path / ".speed").write_text("mine")
-    done = sqft("plan", "recipes/tiny.yaml", "--runs", str(tmp_path / "runs"))
+    done = sqft_here("plan", "recipes/tiny.yaml", "--runs", str(tmp_path / "runs"))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / ".speed").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == [".speed"]
 
 
-def test_a_link_in_place_of_our_files_is_not_followed(tmp_path):
+def test_a_link_in_place_of_our_files_is_not_followed(tmp_path, sqft_here):
     victim = tmp_path / "victim"
     victim.write_text("precious")
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
     (tmp_path / "runs" / "tiny" / ".lock").symlink_to(victim)
-    refused(sqft("run", "recipes/tiny.yaml", *SMALL, "--runs", str(tmp_path / "runs")))
+    refused(sqft_here("run", "recipes/tiny.yaml", *SMALL, "--runs", str(tmp_path / "runs")))
     assert victim.read_text() == "precious"
 
 

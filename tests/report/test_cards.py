@@ -57,16 +57,14 @@ def test_the_code_of_a_card_runs_as_printed(tiny_run, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", DEPLOYMENTS)
-def test_every_loader_that_inspect_prints_loads_the_folder(tiny_run, name):
+def test_every_loader_that_inspect_prints_loads_the_folder(tiny_run, name, sqft_here):
     artifact, form = name.split("/")
     folder = tiny_run[artifact].path / form
     found = inspect_folder(folder)
     assert all(entry["installed"] for entry in found["loads_in"])
-    text = subprocess.run(
-        [SQFT, "inspect", str(folder)], capture_output=True, text=True, check=True
-    )
+    printed = sqft_here("inspect", str(folder)).stdout
     for entry in found["loads_in"]:
-        assert entry["code"] in text.stdout
+        assert entry["code"] in printed
         run_block("python", f"import sqft_export, {entry['runtime']}\n{entry['code']}", folder)
 
 

@@ -114,18 +114,13 @@ def test_another_machine_is_told(tiny_run, tmp_path):
     assert [run.name for run in told.runs] == ["tiny (1)", "tiny (2)"]
 
 
-def test_a_bad_value_is_refused_before_the_first_run(tmp_path):
+def test_a_bad_value_is_refused_before_the_first_run(tmp_path, sqft_here):
     for over, message in (
         ("sparsify.sparsity=0.5,7", "sparsify.sparsity: found 7"),
         ("sparsify.sparsity", "expected path=value,value"),
     ):
-        done = subprocess.run(
-            [SQFT, "sweep", "recipes/tiny.yaml", "--over", over, "--runs", str(tmp_path / "runs")],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        runs = str(tmp_path / "runs")
+        done = sqft_here("sweep", "recipes/tiny.yaml", "--over", over, "--runs", runs)
         assert done.returncode == 2 and message in done.stderr, done.stderr
         assert not (tmp_path / "runs").exists()
 
