@@ -322,15 +322,14 @@ def train_on_task(
     :param elastic: use the elastic ranks and trainable scales of the recipe.
     :param callbacks: further callbacks of the Trainer.
     """
-    config, data = recipe.training, Data(recipe, tokenizer)
+    config, data, device = recipe.training, Data(recipe, tokenizer), device_of(recipe.device)
     rows = training_rows(list(data.train), config, packed_row_tokens(recipe))
-    device = device_of(recipe.device)
     dtype = training_dtype(config.precision, device)
     model = new_adapter(recipe, base, dtype)
     groups = _elastic_groups(model, base, config) if elastic else {}
     layers = elastic_layers(model)
     ranks_at = partial(draw_ranks, list(groups), config.ranks, recipe.seed)
-    log, tokens_per_second = train_adapter(
+    log, speed = train_adapter(
         model,
         rows,
         config,
@@ -346,9 +345,17 @@ def train_on_task(
     save_adapter(model, folder / "adapter")
     if process_rank() == 0:  # checkpoints are only needed to resume an interrupted run
         shutil.rmtree(folder / "training")
-    # The Trainer logs a step after incrementing its number: entry n used the ranks of n - 1.
-    ranked = [RankedStepLog(**e, ranks=ranks_at(int(e["step"]) - 1)) for e in log]
-    return Trained(model, data, ranked, _facts(log, tokens_per_second, dtype, device))
+    return Trained(model, data, _with_ranks(log, ranks_at), _facts(log, speed, dtype, device))
+
+
+def _with_ranks(
+    log: list[StepLog], ranks_at: Callable[[int], dict[str, int]]
+) -> list[RankedStepLog]:
+    """Return the log with the ranks of each step.
+
+    The Trainer logs a step after incrementing its number: entry n used the ranks of n - 1.
+    """
+    return [RankedStepLog(**e, ranks=ranks_at(int(e["step"]) - 1)) for e in log]
 
 
 def _elastic_groups(model: nn.Module, base: Base, config: Adapt) -> dict[str, list[str]]:
@@ -462,8 +469,7 @@ def train_adapter(
     :param folder: folder of training checkpoints; an interrupted training resumes from the newest.
     :param before_step: called with the number of the next optimizer step.
     :param teacher: teacher of ``config.distill``.
-    :param device: device of the training.
-    :param callbacks: further callbacks of the Trainer.
+    :param device, callbacks: device of the training, and further callbacks of the Trainer.
     :return: the log, with loss, learning rate, tokens, and tokens including padding of every step;
         and tokens per second of this process.
     :raises UserError: if the loss is not finite.

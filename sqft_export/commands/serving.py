@@ -71,7 +71,7 @@ def model_repository_command(
     Example: sqft-export model-repository runs/tiny models
     """
     from sqft_export.inference.locate import deployments_of_run, is_model
-    from sqft_export.inference.model_repository import CONFIG, add_to_repository
+    from sqft_export.inference.model_repository import REPOSITORY_CONFIG, add_to_repository
     from sqft_export.machine.host import writing_to
     from sqft_export.targets.folder import kind_of
 
@@ -84,7 +84,8 @@ def model_repository_command(
         path = found[0]
     with writing_to(repository):
         made = add_to_repository(path, repository, name or folder.resolve().name, device)
-    print(f"{made}\novms --rest_port 8000 --config_path {shlex.quote(str(repository / CONFIG))}")
+    config = shlex.quote(str(repository / REPOSITORY_CONFIG))
+    print(f"{made}\novms --rest_port 8000 --config_path {config}")
 
 
 def _servable(folder: Path) -> "Deployment":

@@ -21,7 +21,7 @@ from sqft_export.targets.folder import ADAPTER_FOLDER, check_files, runtime_of
 from sqft_export.textfiles import read_json
 
 GRAPH = "graph.pbtxt"
-CONFIG = "config.json"
+REPOSITORY_CONFIG = "config.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MODELS = "mediapipe_config_list"  # key of models that are served as graphs
 ServerDevice = Literal["CPU", "GPU", "NPU"]
@@ -80,7 +80,7 @@ def add_to_repository(
             f"--name: found {one_line(repr(name))}; allowed are letters, digits, dot, underscore "
             "and hyphen"
         )
-    config = _read_config(repository / CONFIG)
+    config = _read_config(repository / REPOSITORY_CONFIG)
     model = repository / name
     repository.mkdir(parents=True, exist_ok=True)
     if form_of(deployment) == "packed":
@@ -91,7 +91,7 @@ def add_to_repository(
     write_file(model / GRAPH, graph_text(device))
     models = [one for one in config[_MODELS] if one.get("name") != name]
     config[_MODELS] = [*models, {"name": name, "base_path": name}]
-    write_file(repository / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_file(repository / REPOSITORY_CONFIG, json.dumps(config, indent=2) + "\n")
     return model
 
 
