@@ -45,7 +45,7 @@ def perplexity_interval(
     """Return the 95 % interval of the perplexity over items; None for a single item.
 
     The mean log-likelihood per token is a ratio of two sums over items; its variance is that of the
-    linearized ratio (Cochran 1977, 2.11). The interval is symmetric in the logarithm.
+    linearized ratio (Cochran 1977, 2.11). The interval is symmetric in the logarithm, but above 1.
 
     :param log_likelihoods: of each item, in nats, summed over its tokens.
     :param tokens: of each item.
@@ -57,7 +57,7 @@ def perplexity_interval(
     mean = loss.sum() / counts.sum()
     variance = items / (items - 1) * float(((loss - mean * counts) ** 2).sum())
     half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.sqrt(variance) / counts.sum()
-    return float(np.exp(mean - half)), float(np.exp(mean + half))
+    return max(1.0, float(np.exp(mean - half))), float(np.exp(mean + half))
 
 
 def mcnemar(one: list[bool], other: list[bool]) -> float:
