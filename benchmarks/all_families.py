@@ -67,7 +67,9 @@ PASSES = (
 def small_settings(config: Any) -> dict[str, Any]:
     """Return settings that make a config small: its own fields, with the values of ``SIZES``."""
     known = config.to_dict()
-    small = {name: size for name, size in SIZES.items() if known.get(name) is not None}
+    small: dict[str, Any] = {
+        name: size for name, size in SIZES.items() if known.get(name) is not None
+    }
     for name in ("text_config", "decoder"):
         if isinstance(known.get(name), dict):
             section = getattr(config, name)
@@ -105,6 +107,7 @@ class _Notices(logging.Handler):
 def try_family(model_type: str, root: Path, runtimes: tuple[str, ...]) -> dict[str, str]:
     """Run the passes on a small model, and return the outcome and the reason or notice."""
     from sqft_export.errors import UserError
+    from sqft_export.metrics import VerifyMetrics, read_metrics
     from sqft_export.plan.checks import check_recipe
     from sqft_export.plan.exporters import drop_unsupported
     from sqft_export.recipe.load import load_recipe
@@ -123,7 +126,8 @@ def try_family(model_type: str, root: Path, runtimes: tuple[str, ...]) -> dict[s
     kept = drop_unsupported(recipe, layout)
     skipped = [f"no {name}: {reason}" for name, reason in kept.skipped.items()]
     artifacts = run_recipe(recipe, root / "runs", ("verify",))
-    failed = [c["name"] for c in artifacts["verify"].metrics["checks"] if not c["passed"]]
+    checks = read_metrics(artifacts["verify"], VerifyMetrics).checks
+    failed = [check.name for check in checks if not check.passed]
     if failed:
         return {"outcome": ERROR, "text": f"verify: {'; '.join(failed)}"}
     text = "; ".join([*dict.fromkeys(notices.texts), *skipped])

@@ -4,9 +4,9 @@ Names are those of llama.cpp's ``gguf`` package. llama.cpp expects rotary pairs 
 for some families, and all rows of q before those of k and v. Rows are permuted; no value changes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -480,11 +480,11 @@ def write_keys(writer: "GGUFWriter", config: ModelConfig) -> None:
     writer.add_head_count(count)
     writer.add_head_count_kv(heads["num_key_value_heads"])
     writer.add_vocab_size(config["vocab_size"])
-    known = ARCHITECTURES[model_type]
+    known, values = ARCHITECTURES[model_type], cast(Mapping[str, float], config)
     if known.epsilon.startswith("rms"):
-        writer.add_layer_norm_rms_eps(config[known.epsilon])
+        writer.add_layer_norm_rms_eps(values[known.epsilon])
     else:
-        writer.add_layer_norm_eps(config[known.epsilon])
+        writer.add_layer_norm_eps(values[known.epsilon])
     if model_type not in ("bloom", "gpt_neox"):
         writer.add_key_length(_head_size(config))
         writer.add_value_length(_head_size(config))
@@ -494,10 +494,10 @@ def write_keys(writer: "GGUFWriter", config: ModelConfig) -> None:
         _write_rope(writer, config)
     if model_type.startswith("gemma"):
         _write_gemma(writer, config)
-    elif known.window_period and config.get("sliding_window"):
-        writer.add_sliding_window(config["sliding_window"])
+    elif known.window_period and (window := config.get("sliding_window")):
+        writer.add_sliding_window(window)
     for key, name in known.numbers.items():
-        writer.add_float32(f"{known.name}.{name}", float(config[key]))
+        writer.add_float32(f"{known.name}.{name}", values[key])
 
 
 def context_of_file(config: ModelConfig) -> int:
