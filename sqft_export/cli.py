@@ -214,15 +214,15 @@ def benchmark_command(
     from sqft_export.measure.against import as_deployments
     from sqft_export.measure.deployments import benchmark_folders
 
-    sizes = prompt_tokens, new_tokens, batch, rounds
-    settings = _device_settings(*sizes, threads, cpus, device, execution)
+    chosen = prompt_tokens, new_tokens, batch, rounds, threads, cpus, device, execution
+    settings = _device_settings(*chosen)
     _check_before_measuring(folders)
-    scored_data = task, data, text, score, template_argument or []
-    questions = _questions(folders[0], *scored_data, items)
+    source = task, data, text, score, template_argument or [], items
+    questions = _questions(folders[0], *source)
     with as_deployments(against or [], folders[0]) as others:
-        measured = [*folders, *others]
-        scored = _score_with_lm_eval(measured, settings, lm_eval, include_path, items)
-        document = benchmark_folders(measured, settings, questions, scored, others)
+        everything = [*folders, *others]
+        scored = _score_with_lm_eval(everything, settings, lm_eval, include_path, items)
+        document = benchmark_folders(everything, settings, questions, scored, others)
     document = _add_reference(document, folders) if reference else document
     _print_results(document, out, json_only)
 

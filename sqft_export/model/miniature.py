@@ -15,11 +15,18 @@ from sqft_export.model.empty import empty_model
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
-_HEADS = ("num_attention_heads", "n_head")
-_WIDTHS = ("hidden_size", "n_embd", "word_embed_proj_dim")
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "decoder_layers")
+_HEADS = ("num_attention_heads", "n_head", "decoder_attention_heads")
+_WIDTHS = ("hidden_size", "n_embd", "word_embed_proj_dim", "d_model")
 _GROUPS = ("num_key_value_heads", "num_kv_heads")
-_INNER = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "block_ff_dim")
+_INNER = (
+    "intermediate_size",
+    "ffn_dim",
+    "n_inner",
+    "ffn_hidden_size",
+    "block_ff_dim",
+    "decoder_ffn_dim",
+)
 _WEIGHT_STD = 0.2  # large enough that a wrong graph gives different logits
 TOKENIZER = Path(__file__).parent.parent / "builtin" / "tiny"  # folder of the embedded model
 _VOCABULARY = 416  # tokens of the embedded tokenizer

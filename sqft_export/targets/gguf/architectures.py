@@ -5,7 +5,7 @@ for some families, and all rows of q before those of k and v. Rows are permuted;
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
@@ -544,12 +544,11 @@ def write_keys(writer: "GGUFWriter", config: ModelConfig) -> None:
     writer.add_head_count(count)
     writer.add_head_count_kv(heads["num_key_value_heads"])
     writer.add_vocab_size(config["vocab_size"])
-    known = ARCHITECTURES[model_type]
-    epsilon = _number_of(config, known.epsilon)
+    known, values = ARCHITECTURES[model_type], cast(Mapping[str, float], config)
     if known.epsilon.startswith("rms"):
-        writer.add_layer_norm_rms_eps(epsilon)
+        writer.add_layer_norm_rms_eps(values[known.epsilon])
     else:
-        writer.add_layer_norm_eps(epsilon)
+        writer.add_layer_norm_eps(values[known.epsilon])
     if model_type not in ("bloom", "gpt_neox"):
         writer.add_key_length(_head_size(config))
         writer.add_value_length(_head_size(config))
@@ -562,13 +561,8 @@ def write_keys(writer: "GGUFWriter", config: ModelConfig) -> None:
     elif known.window_period and (window := config.get("sliding_window")):
         writer.add_sliding_window(window)
     for key, name in known.numbers.items():
-        writer.add_float32(f"{known.name}.{name}", _number_of(config, key))
+        writer.add_float32(f"{known.name}.{name}", values[key])
     _write_experts(writer, config)
-
-
-def _number_of(config: ModelConfig, key: str) -> float:
-    """Return a number of a config by a key that the family's data states."""
-    return float(cast(dict[str, float], config)[key])
 
 
 def _write_experts(writer: "GGUFWriter", config: ModelConfig) -> None:
