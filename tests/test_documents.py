@@ -34,6 +34,7 @@ EXPLAINED = {
     "docker run": "needs the image of OpenVINO Model Server",
     '{"messages"': "a line of a data file",
     "sqft-export run HuggingFaceTB": "needs the hub; tests/commands has another model",
+    "sqft-export run google/gemma": "needs the hub; tests/model/test_wrappers.py has small models",
     "sqft-export chat runs/SmolLM2": "needs that run; the same command for runs/tiny is run",
     "sqft-export benchmark deployed/openvino deployed/onnx --data": "needs a chat template; "
     "tests/measure/test_own_data.py has one",
