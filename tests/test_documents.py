@@ -31,6 +31,8 @@ EXPLAINED = {
     "llama-cli": "llama.cpp's programs are not installed; model cards run the file in cyllama",
     "llama-server": "llama.cpp's programs are not installed",
     "sqft-export llama-plugin --check": "needs a program of llama.cpp; tests/kernels has one",
+    "GGML_BACKEND_PATH=": "needs a program of llama.cpp; tests/kernels has one",
+    "sqft_export.use_in_llama_cpp": "needs llama-cpp-python; tests/kernels compiles it",
     "docker run": "needs the image of OpenVINO Model Server",
     '{"messages"': "a line of a data file",
     "sqft-export run HuggingFaceTB": "needs the hub; tests/commands has another model",
