@@ -217,8 +217,7 @@ def benchmark_command(
     chosen = prompt_tokens, new_tokens, batch, rounds, threads, cpus, device, execution
     settings = _device_settings(*chosen)
     _check_before_measuring(folders)
-    source = task, data, text, score, template_argument or [], items
-    questions = _questions(folders[0], *source)
+    questions = _questions(folders[0], task, data, text, score, template_argument or [], items)
     with as_deployments(against or [], folders[0]) as others:
         everything = [*folders, *others]
         scored = _score_with_lm_eval(everything, settings, lm_eval, include_path, items)
