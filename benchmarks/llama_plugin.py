@@ -160,7 +160,7 @@ def write_quantized(floats: "GGUFReader", out: Path, bits: int, sparsity: float)
 
 
 def make_files(folder: Path, smollm2: Path | None, shape: dict[str, int]) -> dict[str, Path]:
-    """Write all GGUF files; return their paths by name."""
+    """Write all GGUF files; return name and path of each."""
     from sqft_export.packed.gguf_file import read_gguf
     from sqft_export.recipe.schema import Export
     from sqft_export.targets.gguf import export

@@ -65,7 +65,7 @@ def environment_line(variable: str = BACKEND_VARIABLE) -> str:
 
 
 def check_build(build: Path) -> BuildCheck:
-    """Load the plug-in into a program or shared library of llama.cpp, in a process of its own.
+    """Load the plug-in into a program or shared library of llama.cpp, in a separate process.
 
     A program is started with ``--version``, and ends before its own code runs.
 

@@ -80,6 +80,7 @@ const float *token_at(const Tensor *x, size_t t) {
 class Weight : public Traits {
  public:
   std::shared_ptr<SqftMatrix> matrix;
+  bool plain = false; /* counted as multiplied by llama.cpp */
 
   bool work_size(int threads, const Tensor *op, size_t &size) override {
     const size_t tokens = token_count(op->src[1]), n = size_t(threads);
@@ -253,7 +254,8 @@ void set_tensor(Buffer *, Tensor *tensor, const void *data, size_t offset, size_
     drop_mapped_pages(data, size);
     return;
   }
-  counts.add_other(tensor->type);
+  if (!weight || !weight->plain) counts.add_other(tensor->type);
+  if (weight) weight->plain = true;
   make_plain(tensor);
   memcpy(static_cast<char *>(tensor->data) + offset, data, size);
 }
