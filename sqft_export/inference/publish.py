@@ -78,6 +78,7 @@ def publish(publication: Publication, repository: str, private: bool) -> str:
     :raises UserError: if the name is not valid, or the hub refuses it.
     :raises HostError: if the hub can't be reached.
     """
+    from httpx import TransportError  # what the hub's client raises without a connection
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
@@ -95,7 +96,7 @@ def publish(publication: Publication, repository: str, private: bool) -> str:
     except HfHubHTTPError as error:
         hint = "; `hf auth login` sets a token" if error.response.status_code == 401 else ""
         raise UserError(f"push: {repository}: {one_line(error)}{hint}") from error
-    except OSError as error:
+    except (OSError, TransportError) as error:
         raise HostError(f"push: the hub can't be reached: {one_line(error)}") from error
     return made.commit_url
 

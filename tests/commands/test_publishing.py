@@ -2,7 +2,9 @@
 
 import json
 import os
+import socket
 import subprocess
+import types
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,9 @@ def hub():
     server.server_close()
 
 
-def push(hub: Hub | None, home: Path, *words: str) -> subprocess.CompletedProcess:
+def push(
+    hub: Hub | types.SimpleNamespace | None, home: Path, *words: str
+) -> subprocess.CompletedProcess:
     environment = os.environ | {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     if hub is not None:
         address = f"http://127.0.0.1:{hub.server_port}"
@@ -74,3 +78,13 @@ def test_a_changed_deployment_is_not_published(tiny_run, tmp_path):
     done = push(None, tmp_path, str(file.parent), "me/tiny", "--card")
     assert done.returncode == 4
     assert "config.json" in done.stderr
+
+
+def test_a_hub_that_can_not_be_reached_is_named(tiny_run, tmp_path):
+    folder = tiny_run["export-onnx"].path / "model"
+    with socket.socket() as closed:  # bound, but it does not listen
+        closed.bind(("127.0.0.1", 0))
+        hub = types.SimpleNamespace(server_port=closed.getsockname()[1])
+        done = push(hub, tmp_path / "home", str(folder), "me/tiny")
+    assert done.returncode == 3 and "Traceback" not in done.stderr
+    assert "push: the hub can't be reached: " in done.stderr
