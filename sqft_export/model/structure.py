@@ -92,6 +92,10 @@ def find_unsupported_part(block: "nn.Module") -> str | None:
     for name, part in block.named_modules():
         if reason := _reason_of(_last(name), part):
             return f"{name} {reason}"
+    weights = dict(block.named_parameters())
+    for name in block.state_dict():
+        if name not in weights:
+            return f"{name} is a buffer that checkpoints store; only weights are read"
     return None
 
 

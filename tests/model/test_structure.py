@@ -21,17 +21,17 @@ SIZES = {
 
 
 def test_an_unlisted_model_is_taken_by_its_blocks_with_a_notice(caplog):
-    config = {"model_type": "apertus", **SIZES}
+    config = {"model_type": "olmo", **SIZES}
     family = family_of(config, "here")
     assert (family.blocks, family.embedding, family.head) == (
         "model.layers",
         "model.embed_tokens",
         "lm_head",
     )
-    assert "here: model_type apertus is not one of the tested ones" in caplog.text
+    assert "here: model_type olmo is not one of the tested ones" in caplog.text
     assert "model.layers has blocks 0-2: self_attn.q_proj, self_attn.k_proj" in caplog.text
     assert set(family.targets) == {
-        *("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
     assert shapes_of(config, "here")["model.layers.2.mlp.down_proj.weight"] == (64, 96)
 
@@ -46,6 +46,7 @@ def test_an_unlisted_model_is_taken_by_its_blocks_with_a_notice(caplog):
         ({"model_type": "minimax"}, "minimax is a mixture of experts"),
         ({"model_type": "gpt2", "n_layer": 2}, "gpt2 has no list of blocks with Linears"),
         ({"model_type": "mamba"}, r"mamba: backbone.layers.0.mixer belongs to a recurrent block"),
+        ({"model_type": "gemma4_text"}, r"gemma4_text: .*layer_scalar is a buffer"),
         ({"model_type": "bert"}, "bert lets tokens see later ones"),
         (
             {"model_type": "bart", "d_model": 64, "decoder_layers": 2},
