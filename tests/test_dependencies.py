@@ -15,12 +15,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Used only where the user has installed them.
 OPTIONAL = {
     "pynvml": "energy of an NVIDIA GPU (nvidia-ml-py)",
-<<<<<<< HEAD
     "wandb": "one of the loggers that a recipe can name",
-    "llama_cpp": "llama-cpp-python, on systems for which cyllama has no wheel",
-=======
     "llama_cpp": "llama-cpp-python (extra llama-cpp), which its users compile",
->>>>>>> a70257e7d2f0170b05794681033e51d9ba181fa5
 }
 # Declared, but not imported by this package.
 INDIRECT = {
