@@ -283,7 +283,7 @@ def output_of(module: nn.Module, hidden: Tensor, kwargs: Keywords) -> Tensor:
 def _run_block(block: Block, seen: CalibrationStatistics) -> list[Tensor]:
     """Run the block on all samples and return its outputs; they replace its inputs to free memory.
 
-    :param seen: receives what its Linears and the block saw; unchanged without samples.
+    :param seen: receives the statistics of the block and its Linears; unchanged without samples.
     :raises UserError: naming the block if its output is not finite, or a Linear without tokens.
     """
     if not block.calls:
@@ -339,7 +339,7 @@ def walk(
         sample.
     :param device: device of blocks and activations.
     :param known: numbers of the blocks whose inputs are not collected.
-    :param seen: receives what each Linear saw, after the caller has changed its weights.
+    :param seen: receives the statistics of each Linear, after the caller has changed its weights.
     :raises UserError: naming the file and the tensor, if it is missing or has NaN or infinite
         weights; the block, if its activations are NaN or infinite; the Linear, if it saw no token.
     """

@@ -75,6 +75,6 @@ def _export_section(sparse: bool) -> dict[str, Any]:
 
 
 def _targets() -> list[str]:
-    """Return the runtimes whose exporters are installed; OpenVINO if there is none."""
+    """Return the runtimes whose exporters are installed; OpenVINO if none is."""
     found = [name for name, package in TARGET_PACKAGES.items() if installed(package)]
     return found or ["openvino"]

@@ -61,7 +61,7 @@ _DEFAULT_FILES = ("lora-then-q4_k_m", "lora-then-nncf")
 
 
 def default_files(targets: Collection[str]) -> tuple[str, ...]:
-    """Return the file of another quantizer that a table has by default; empty if there is none.
+    """Return the file of another quantizer that a table has by default; empty without one.
 
     :param targets: runtimes of the recipe.
     """

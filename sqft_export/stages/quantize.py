@@ -211,7 +211,7 @@ def _walk(
 
     The dense block is the target of the reconstruction, None without reconstruction.
 
-    :param seen: receives what the Linears saw.
+    :param seen: receives the statistics of the calibration.
     """
     device, samples = _device(context), None
     if context.recipe.quantize.calibrates:

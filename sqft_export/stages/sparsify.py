@@ -154,7 +154,7 @@ def _prunings(
     It follows the recipe. An allocation distributes the overall sparsity by the output error that
     it costs in each Linear.
 
-    :param seen: receives what the Linears saw, if the allocation measures them.
+    :param seen: receives the statistics, if the allocation measures them.
     """
     config = context.recipe.sparsify
     prunings = {name: pruning_of(config, name) for name in checkpoint.linears}

@@ -178,7 +178,7 @@ def _cyllama_api(file: Path) -> TextApi:
         "llama.cpp",
         lambda text, new_tokens: str(llm(text, greedy(new_tokens))),
         None,
-        lambda ids: "".join(llm.vocab.token_to_piece(token, 0, False) for token in ids),
+        lambda ids: "".join(llm.vocab.token_to_piece(token, 0, True) for token in ids),
         chat_ids,
         lambda chat, new_tokens: str(llm.chat(chat.messages, greedy(new_tokens, False))),
     )

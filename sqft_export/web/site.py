@@ -46,7 +46,7 @@ PROBE_PROMPT_TOKENS = 24
 class Site:
     """A written site.
 
-    download_bytes: what a browser downloads before the first answer, without the library.
+    download_bytes: size of the model folder, which a browser downloads before the first answer.
     """
 
     folder: Path
@@ -57,7 +57,7 @@ class Site:
 def onnx_deployment(folder: Path) -> Deployment:
     """Return the ONNX deployment in a folder, or that of a run.
 
-    :raises UserError: if there is none, or it is packed.
+    :raises UserError: if it is missing or packed.
     """
     if folder.is_dir() and not is_model(folder):
         plain = [one for one in deployments_of_run(folder) if packed_file(one.path) is None]

@@ -111,10 +111,10 @@ def test_a_model_that_mixes_packed_examples_is_found(tmp_path, model_type):
 
 def test_packing_is_refused_where_a_family_mixes_conversations(tmp_path):
     recipe = load_recipe(write_chat_folder(tmp_path) / "recipe.yaml", ("task.packing=true",))
-    model = random_model(tmp_path / "lfm2", model_type="lfm2", **LFM2)
+    model = random_model(tmp_path / "bloom", model_type="bloom")
     (fault,) = packing_faults(recipe, layout_of(recipe, model))
     assert fault == (
-        "task.packing: found true, but lfm2 models mix the conversations of a packed row; set false"
+        "task.packing: found true, but bloom models mix the conversations of a packed row; set false"
     )
     assert list(packing_faults(recipe, layout_of(recipe, tmp_path / "model"))) == []
 
