@@ -4,19 +4,18 @@ The stored codes are the codes that the adapted model's forward computes with.
 """
 
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqft_export.adapters.files import read_low_rank
 from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
+from sqft_export.adapters.templates import set_prompt_format
 from sqft_export.data.first_example import first_example
 from sqft_export.data.items import (
     CARD_FIELDS,
     TASK_FILES,
     TEST_FIELDS,
     TRAIN_FIELDS,
-    chat_encoder,
     load_tokenizer,
 )
 from sqft_export.metrics import (
@@ -27,13 +26,11 @@ from sqft_export.metrics import (
     read_metrics,
 )
 from sqft_export.model.activations import overflow_warnings, scale_warnings
-from sqft_export.model.chat import rename_template, write_task_templates
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.model.endings import add_end_token, disable_end_token
 from sqft_export.model.floats import Reference
 from sqft_export.model.storage import MASKS, model_facts
 from sqft_export.probes.writing import make_probe
-from sqft_export.recipe.schema import Chat, Recipe
+from sqft_export.recipe.schema import Recipe
 from sqft_export.recipe.sections import CardSections
 from sqft_export.report.prompts import example_prompt, prompt_section
 from sqft_export.report.provenance import PROVENANCE_FIELDS, merged_usage, model_card, origin_of
@@ -56,21 +53,6 @@ def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     """Return the fields of the base, the model card, the prompts in it and those of the probe."""
     items = (*TRAIN_FIELDS, *TEST_FIELDS)
     return (*BASE_FIELDS, *PROVENANCE_FIELDS, *items, *CARD_FIELDS, "dense_update")
-
-
-def _set_template(recipe: CardSections, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Write the chat templates that the model was trained with, and name their end token.
-
-    :param tokenizer: of the base.
-    """
-    task = recipe.task
-    if not isinstance(task, Chat):
-        rename_template(folder)
-        return
-    write_task_templates(folder, tokenizer, task.template)
-    end = chat_encoder(recipe, tokenizer).end_token()
-    if end is not None:
-        add_end_token(folder, end)
 
 
 def _write_probe(context: Context[CardSections], tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -111,8 +93,7 @@ def run(context: Context[CardSections]) -> MergeMetrics:
             shutil.copyfile(file, context.folder / file.name)
     sparsity = write_merged(Layers(context.base(), adapter), context.folder / "model")
     tokenizer = load_tokenizer(context.model)
-    _set_template(context.recipe, context.folder / "model", tokenizer)
-    disable_end_token(context.folder / "model")
+    set_prompt_format(context.recipe, context.folder / "model", tokenizer)
     origin = origin_of(context.recipe, context.model, context.lineage)
     usage = merged_usage(context.recipe, example_prompt(context.recipe, tokenizer))
     overflow = _overflow_warnings(context)

@@ -10,6 +10,7 @@ from sqft_export.adapters.files import Base
 from sqft_export.adapters.loading import Layers
 from sqft_export.adapters.merging import write_merged
 from sqft_export.adapters.stopping import short_training
+from sqft_export.adapters.templates import set_prompt_format
 from sqft_export.adapters.training import train_on_task
 from sqft_export.data.items import TASK_FILES, TRAIN_FIELDS, load_tokenizer
 from sqft_export.machine.launcher import process_rank
@@ -30,7 +31,7 @@ _COMPRESSION_FIELDS = (
 )
 SETTINGS = section_fields("adapt", Adapt, without=(*_COMPRESSION_FIELDS, "elastic", "save_steps"))
 FREE: tuple[str, ...] = ("device", "adapt.save_steps", *TASK_FILES)
-VERSION = 5
+VERSION = 6
 RESUMES = True
 DISTRIBUTED = True
 
@@ -57,6 +58,7 @@ def run(context: Context[TrainingSections]) -> Metrics:
     if process_rank():
         return Metrics()
     sparsity = write_merged(Layers(base, folder / "adapter"), folder / "dense-lora")
+    set_prompt_format(context.recipe, folder / "dense-lora", tokenizer)
     return TeacherMetrics(
         sparsity=sparsity,
         warnings=short_training(trained.held_out, context.recipe.training.stop, "teacher"),

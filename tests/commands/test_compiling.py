@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from conftest import SHORT, SQFT
+from sqft_export.inference.locate import deployments_of_run
+from sqft_export.inference.templates import read_chat_template
 
 
 def sqft(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -88,6 +90,14 @@ def test_a_first_mistake_is_one_message_that_helps(own_run, arguments, message):
     error = refused(sqft(*arguments, *runs, cwd=own_run.folder))
     assert message in error
     assert not (own_run.folder / "elsewhere").exists()
+
+
+def test_every_deployment_carries_the_template_that_was_trained(own_run):
+    """Those of dense LoRA that was quantized afterwards too: one of them may be recommended."""
+    found = deployments_of_run(own_run.root)
+    assert any(one.row.kind == "peer" for one in found)
+    for one in found:
+        assert read_chat_template(one.path) is not None, one.name
 
 
 def test_chat_uses_the_template_that_was_trained(own_run):
