@@ -114,7 +114,8 @@ def test_packing_is_refused_where_a_family_mixes_conversations(tmp_path):
     model = random_model(tmp_path / "bloom", model_type="bloom")
     (fault,) = packing_faults(recipe, layout_of(recipe, model))
     assert fault == (
-        "task.packing: found true, but bloom models mix the conversations of a packed row; set false"
+        "task.packing: found true, but bloom models mix the conversations of a packed row; "
+        "set false"
     )
     assert list(packing_faults(recipe, layout_of(recipe, tmp_path / "model"))) == []
 
