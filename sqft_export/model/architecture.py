@@ -86,7 +86,9 @@ def shapes_of(config: ModelConfig, where: str) -> dict[str, tuple[int, ...]]:
 def _shapes(config: str, where: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
     settings: ModelConfig = json.loads(config)
     model = _empty_model_of(settings, where)
-    check_blocks(model, family_of(settings, where).blocks, where)
+    family = family_of(settings, where)
+    if family.experts is None:  # a listed family of experts names its routers and experts
+        check_blocks(model, family.blocks, where)
     return tuple((name, tuple(weight.shape)) for name, weight in model.named_parameters())
 
 

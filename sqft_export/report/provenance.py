@@ -26,6 +26,7 @@ LICENCES = {
 UNKNOWN = "unknown"
 MAX_CARD_BYTES = 2**16  # only the beginning of a model card is read
 # The recipe fields that a card or an origin shows.
+SEALED_BY = "`provenance.json`, if present, lists passes, settings and the digest of every file."
 PROVENANCE_FIELDS = (
     *("name", "base_name", "model.revision", "task.kind", "task.name", "task.train_sets"),
     *("sparsify.method", "quantize.method", "quantize.bits", "quantize.group_size"),
@@ -147,7 +148,7 @@ def model_card(
         *("", usage),
         *_overflow_section(overflow),
         *("## Origin", ""),
-        "`provenance.json`, if present, lists passes, settings and the digest of every file.",
+        SEALED_BY,
     ]
     return "\n".join(lines) + "\n"
 

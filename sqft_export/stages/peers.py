@@ -47,8 +47,8 @@ from sqft_export.recipe.sections import (
     PeersSection,
     QuantizeSection,
 )
-from sqft_export.report.prompts import example_prompt
-from sqft_export.report.provenance import origin_of
+from sqft_export.report.prompts import example_prompt, prompt_section
+from sqft_export.report.provenance import SEALED_BY, origin_of
 from sqft_export.stages import Context
 from sqft_export.targets import target
 from sqft_export.targets.gguf.importance import importance_matrix
@@ -96,12 +96,14 @@ def run(context: Context[Sections]) -> PeersMetrics:
     write = {"peers-grid": _write_grid, "peers-gguf": _write_gguf, "peers-nncf": _write_nncf}
     notes = write[context.name](context)
     origin = origin_of(context.recipe, context.model, context.lineage)
-    prompt = example_prompt(context.recipe, load_tokenizer(context.model))
+    tokenizer = load_tokenizer(context.model)
+    prompt = example_prompt(context.recipe, tokenizer)
     for found in peers_in(context.folder):
         lines = [f"# {found.name}", "", ABOUT.format(base=origin.base.model), ""]
         lines += [f"- {note}" for note in notes.get(found.id, [])]
-        usage = usage_section(found.folder, prompt)
-        (found.folder / "README.md").write_text("\n".join([*lines, "", usage]))
+        lines += ["", usage_section(found.folder, prompt), "## Origin", "", SEALED_BY, ""]
+        card = "\n".join(lines) + prompt_section(context.recipe, tokenizer)
+        (found.folder / "README.md").write_text(card)
         write_seal(found.folder, origin.to_json())
     return PeersMetrics(notes=notes)
 

@@ -1,6 +1,5 @@
 """``push``: the uploaded files are the deployment with a full card, and its seal holds."""
 
-import json
 import os
 import socket
 import subprocess
@@ -12,6 +11,7 @@ from hub_server import Hub
 
 from conftest import SQFT
 from sqft_export.packed.seal import check_seal
+from sqft_export.report.document import read_report
 
 
 @pytest.fixture
@@ -44,11 +44,12 @@ def test_a_run_is_published_with_its_best_deployment_and_a_full_card(tiny_run, h
         (tmp_path / "got" / name).write_bytes(content)
     assert check_seal(tmp_path / "got", whole=True)
     card = files["README.md"].decode()
-    rows = json.loads((tiny_run["report"].path / "report.json").read_text())["rows"]
-    folders = [row["name"] for row in rows if row["kind"] == "deployment"]
-    measured = [line for line in card.splitlines() if line.startswith("| ")]
-    assert any(line.startswith("| dense base |") for line in measured)
-    assert sum(line.split(" | ")[0].removeprefix("| ") in folders for line in measured) == 1
+    report = read_report(tiny_run["report"].path / "report.json")
+    names = [line.split(" | ")[0].removeprefix("| ") for line in card.splitlines()]
+    compared = {report.recommendation.ours, report.recommendation.peer}
+    expected = {row.name for row in report.rows if row.kind == "base" or row.id in compared}
+    assert report.best.name in expected
+    assert {row.name for row in report.rows if row.name in names} == expected
     for part in ("base_model_relation: quantized", "metrics:", "## How to", "## Measured"):
         assert part in card
     assert card.index("## Measured") < card.index("## Origin")

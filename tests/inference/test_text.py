@@ -1,6 +1,5 @@
 """Text sessions: answers of every runtime, streaming, stop texts, the cache, and their limits."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,8 @@ from conftest import test_prompts
 from sqft_export.errors import UserError
 from sqft_export.inference.templates import read_special_tokens, render_conversation
 from sqft_export.inference.text import cut_stream
+from sqft_export.report.document import read_report
+from sqft_export.report.verdict import best_deployment
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n{% endfor %}Assistant:"
@@ -140,14 +141,15 @@ def test_a_run_is_its_best_deployment(tiny_run):
     run = tiny_run["report"].path.parent
     found = {one.name for one in deployments_of_run(run)}
     assert {"OpenVINO", "ONNX Runtime", "llama.cpp", "llama.cpp, packed"} <= found
-    best = find_deployment(run)
-    rows = json.loads((tiny_run["report"].path / "report.json").read_text())["rows"]
-    rows = {row["name"]: row for row in rows if row["kind"] == "deployment"}
-    highest = max(row["accuracy"] for row in rows.values())
-    assert rows[best.name]["interval"][1] >= highest
-    for row in rows.values():
-        if row["interval"][1] >= highest:
-            assert row["tpot"]["median_ms"] >= rows[best.name]["tpot"]["median_ms"]
+    report = read_report(tiny_run["report"].path / "report.json")
+    assert find_deployment(run).row.id == report.best.id
+    ours = [row for row in report.rows if row.kind == "deployment"]
+    best = best_deployment(report.rows)
+    highest = max(row.accuracy for row in ours)
+    assert best.interval[1] >= highest
+    for row in ours:
+        if row.interval[1] >= highest:
+            assert row.tpot.median_ms >= best.tpot.median_ms
     assert sqft_export.load(run).folder == best.path
 
 

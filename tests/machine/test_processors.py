@@ -166,6 +166,7 @@ def test_plan_says_that_it_measured_a_busy_machine():
             "first_example": None,
             "gguf": None,
             "sparse_execution": None,
+            "expectation": None,
         },
         **{"group_size_fallback": {}, "warnings": []},
         machine=Speeds(speed, speed, speed, 1e9, 0.1),

@@ -52,7 +52,7 @@ def largest_by_hooks(folder, samples) -> dict[str, float]:
 def test_the_largest_activations_are_those_of_the_model(large):
     samples = calibration_tensors(small_recipe(model_path=large), large)[:3]
     statistics = CalibrationStatistics()
-    for _ in walk(Checkpoint(large), samples, None, statistics=statistics):
+    for _ in walk(Checkpoint(large), samples, None, seen=statistics):
         pass
     largest = statistics.largest
     expected = largest_by_hooks(large, samples)
