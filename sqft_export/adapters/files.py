@@ -40,6 +40,7 @@ class AdapterConfig(TypedDict, total=False):
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     target_modules: list[str]
+    target_parameters: list[str] | None
     inference_mode: bool
     base_model_name_or_path: str | None
 
@@ -152,6 +153,8 @@ def _write(folder: Path, tensors: dict[str, "Tensor"], config: AdapterConfig) ->
     save_file(on_cpu, folder / f"{TENSORS}.safetensors", metadata={"format": "pt"})
     config = config | {"base_model_name_or_path": None}
     config["target_modules"] = sorted(config["target_modules"])
+    if (parameters := config.get("target_parameters")) is not None:
+        config["target_parameters"] = sorted(parameters) or None  # peft sets it for experts
     (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n")
 
 
