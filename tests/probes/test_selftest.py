@@ -30,7 +30,7 @@ from sqft_export.probes.setup import Setup
 from sqft_export.probes.texts import equal_engines
 from sqft_export.probes.writing import answer_prompts
 from sqft_export.recipe.schema import Export
-from sqft_export.targets import target
+from sqft_export.targets import openvino, target
 from sqft_export.targets.openvino import OpenVinoSession
 from sqft_export.targets.tokenizers import write_openvino_tokenizers
 from sqft_export.targets.torch import TorchSession
@@ -352,10 +352,15 @@ def test_wrong_prompts_with_right_single_tokens_are_named(copies, monkeypatch):
 
 
 def test_a_number_of_threads_that_computes_wrongly_is_named(copies, monkeypatch):
-    def several(session, ids):
-        return session.compiled.get_property("INFERENCE_NUM_THREADS") > 1
+    open_session, wanted = openvino.open_session, {}
 
-    Fault(monkeypatch, several)
+    def recorded(folder, exact, threads, *others, **options):
+        session = open_session(folder, exact, threads, *others, **options)
+        wanted[id(session)] = threads  # a machine with one processor uses fewer
+        return session
+
+    monkeypatch.setattr(openvino, "open_session", recorded)
+    Fault(monkeypatch, lambda session, ids: wanted[id(session)] == 2)
     folder = copies["openvino"]
     found = self_test(folder, read_probe(folder), 1, Setup(threads=2))
     assert only_cause(found).startswith("thread count: with --threads 1")

@@ -18,6 +18,7 @@ from sqft_export.plan import memory
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.memory import check_memory
 from sqft_export.plan.workload import workload_of
+from sqft_export.report.loggers import open_loggers
 from sqft_export.run import pipeline
 from sqft_export.run.pipeline import _run_pass, plan_passes
 
@@ -57,8 +58,12 @@ def test_a_pass_that_an_accelerator_has_no_memory_for_says_what_to_lower(tmp_pat
             raise torch.OutOfMemoryError(CUDA)
 
     monkeypatch.setattr(pipeline, "stage_of", lambda _: Refused)
-    with pytest.raises(HostError, match=r"adapt: out of memory: CUDA.*lower adapt.batch") as found:
-        _run_pass(step, recipe, TINY, {}, store, silent)
+    message = r"adapt: out of memory: CUDA.*lower adapt.batch"
+    with (
+        open_loggers(recipe, tmp_path) as loggers,
+        pytest.raises(HostError, match=message) as found,
+    ):
+        _run_pass(step, recipe, TINY, {}, store, silent, loggers)
     assert found.value.code == 3
 
 

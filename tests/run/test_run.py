@@ -55,6 +55,9 @@ def test_the_report_shows_every_row_with_every_number(tiny_run):
         "dense + LoRA",
         "sparse",
         "sparse + INT4",
+        "LoRA, then GPTQ, llama.cpp",
+        "LoRA, then GPTQ, OpenVINO",
+        "LoRA, then Q4_K_M, llama.cpp",
         "tuned, unmerged",
         "merged",
         "OpenVINO",
@@ -75,7 +78,7 @@ def test_the_report_shows_every_row_with_every_number(tiny_run):
         assert row["peak_memory_bytes"] > 1e7
         assert row["ttft"]["median_ms"] > 0
         assert row["tpot"]["p10_ms"] <= row["tpot"]["median_ms"] <= row["tpot"]["p90_ms"]
-    tuned, merged, _, _, _, *dense_and_packed = document["rows"][4:]
+    tuned, merged, _, _, _, *dense_and_packed = document["rows"][7:]
     for dense, packed in zip(dense_and_packed[::2], dense_and_packed[1::2], strict=True):
         assert packed["file_bytes"] < dense["file_bytes"]
         assert packed["accuracy"] == dense["accuracy"]
@@ -85,7 +88,7 @@ def test_the_report_shows_every_row_with_every_number(tiny_run):
     page = (folder / "index.html").read_text()
     assert page.count("<svg") == 6
     assert not re.findall(r'(?:src|href)="https?:', page)
-    assert (folder / "report.md").read_text().count("\n") == 17
+    assert (folder / "report.md").read_text().count("\n") == 22
 
 
 def test_training_log_has_the_rank_of_every_group_at_every_step(tiny_run):
