@@ -50,11 +50,22 @@ class StreamedWeights(Mapping[str, Tensor]):
 
 
 class _MergedWeights(StreamedWeights):
-    """The weights of a merged model as floats; codes are dequantized."""
+    """The weights of a merged model as floats; codes are dequantized.
 
-    def __init__(self, folder: Path, updates: LowRank):
+    kept: parameter name -> weight that was read before; None to read weights again each time.
+    """
+
+    def __init__(self, folder: Path, updates: LowRank, keep: bool):
         super().__init__(Checkpoint(folder), updates)
         self.quantized = set(quantized_names(self.checkpoint))
+        self.kept: dict[str, Tensor] | None = {} if keep else None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self.kept is None:
+            return super().__getitem__(name)
+        if name not in self.kept:
+            self.kept[name] = super().__getitem__(name)
+        return self.kept[name]
 
     def read(self, module: str, parameter: str) -> Tensor:
         if parameter == "weight" and module in self.quantized:
@@ -82,10 +93,17 @@ class Reference:
     :param updates: Linear -> ``A`` float32 ``[rank, in]`` and ``B`` ``[out, rank]`` of an unmerged
         adapter; ``B`` includes the adapter's scaling.
     :param device: device to compute on.
+    :param keep: keep all weights in memory after their first use.
     """
 
-    def __init__(self, folder: Path, updates: LowRank | None = None, device: torch.device = CPU):
-        weights = _MergedWeights(folder, updates or {})
+    def __init__(
+        self,
+        folder: Path,
+        updates: LowRank | None = None,
+        device: torch.device = CPU,
+        keep: bool = False,
+    ):
+        weights = _MergedWeights(folder, updates or {}, keep)
         self.model = streamed_model(weights.checkpoint, weights, device)
         self.device = device
         self.cached: dict[str, list[np.ndarray]] = {}

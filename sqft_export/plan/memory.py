@@ -7,7 +7,12 @@ from math import prod
 
 from sqft_export.errors import HostError
 from sqft_export.machine.device import device_memory, device_name, device_of
-from sqft_export.machine.host import FLOAT32_MEMORY_SHARE, allowed_processors, size_text
+from sqft_export.machine.host import (
+    FLOAT32_MEMORY_SHARE,
+    allowed_processors,
+    float32_fits,
+    size_text,
+)
 from sqft_export.machine.limits import free_memory
 from sqft_export.machine.threads import MAX_THREADS
 from sqft_export.measure.batches import MAX_BATCH_ROWS, MAX_CACHE_TOKENS, MAX_LOGIT_BYTES
@@ -51,7 +56,7 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
             _reconstruction_bytes(quantize.reconstruct, *data),
         ),
         "search": SEARCH_BYTES + (with_cache if recipe.search.evaluates else tuned),
-        "merge": max(4 * largest + 2**29, _probe_bytes(layout, outer)),
+        "merge": max(4 * largest + 2**29, _probe_bytes(layout, outer) + _kept_bytes(whole)),
         "export-openvino": deployed,
         "export-onnx": MAPPED_BYTES + 2 * largest + outer,
         "export-gguf": MAPPED_BYTES + largest + _stacked_bytes(layout),
@@ -216,10 +221,14 @@ def _weight_cache_bytes(layout: Layout, other_bytes: float) -> float:
     return size if size <= FLOAT32_MEMORY_SHARE * free else 0
 
 
+def _kept_bytes(weights: int) -> float:
+    """Return the bytes of a model that is kept in memory as float32; 0 if it is too large."""
+    return 4 * weights if float32_fits(weights) else 0
+
+
 def _gguf_copy_bytes(recipe: Recipe, weights: int) -> float:
     """Return the bytes of the float32 copy that verify makes of a GGUF file; 0 if too large."""
-    fits = 4 * weights <= FLOAT32_MEMORY_SHARE * free_memory()
-    return 4 * weights if "gguf" in recipe.export.targets and fits else 0
+    return _kept_bytes(weights) if "gguf" in recipe.export.targets else 0
 
 
 def _comparison_bytes(recipe: Recipe, layout: Layout, workload: Workload) -> float:

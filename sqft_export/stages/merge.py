@@ -3,6 +3,7 @@
 The stored codes are the codes that the adapted model's forward computes with.
 """
 
+import math
 import shutil
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from sqft_export.data.items import (
     TRAIN_FIELDS,
     load_tokenizer,
 )
+from sqft_export.machine.host import float32_fits
 from sqft_export.metrics import (
     MergeMetrics,
     QuantizeMetrics,
@@ -62,7 +64,10 @@ def _write_probe(context: Context[CardSections], tokenizer: "PreTrainedTokenizer
     """
     folder, adapter = context.folder / "model", context.folder / "adapter"
     updates = read_low_rank(adapter) if context.recipe.unmerged else None
-    probe = make_probe(context.recipe, tokenizer, folder, Reference(folder, updates))
+    # The probe runs the model about 20 times.
+    fits = float32_fits(sum(map(math.prod, Checkpoint(folder).shapes.values())))
+    reference = Reference(folder, updates, keep=fits)
+    probe = make_probe(context.recipe, tokenizer, folder, reference)
     probe.write(context.folder if context.recipe.unmerged else folder)
 
 

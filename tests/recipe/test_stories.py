@@ -12,6 +12,15 @@ CONFIGS = {
     "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},
     "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16},
     "opt": {"ffn_dim": 172},
+    "granitemoehybrid": {
+        "num_local_experts": 0,
+        "layer_types": ["attention", "attention"],
+        "shared_intermediate_size": 172,
+    },
+    "hunyuan_v1_dense": {
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 1e3},
+    },
 }
 
 

@@ -62,4 +62,6 @@ def test_weights_under_the_smallest_scale_are_told(tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     recipe = small_recipe("adapt.ranks=[8, 4]", "adapt.steps=2", model_path=model)
     warnings = run_recipe(recipe, tmp_path / "runs", ("quantize",))["quantize"].metrics["warnings"]
-    assert len(warnings) == 2 and all("have the smallest scale" in w for w in warnings)
+    assert sum("have the smallest scale" in warning for warning in warnings) == 2
+    [scales] = [warning for warning in warnings if warning.startswith("scales: ")]
+    assert "2 of 14 grids have scales above 100" in scales and len(warnings) == 3
