@@ -36,7 +36,8 @@ def changes(before):
 IMPORTS = """
 import importlib, pkgutil, sqft_export
 for found in pkgutil.walk_packages(sqft_export.__path__, "sqft_export."):
-    if found.name.rpartition(".")[2] not in ("_fused", "_unpack", "_kernels", "pretrain"):
+    name = found.name.rpartition(".")[2]  # libsqft-ggml.so is no module
+    if name.isidentifier() and name not in ("_fused", "_unpack", "_kernels", "pretrain"):
         try:
             importlib.import_module(found.name)
         except ModuleNotFoundError as error:  # an extra that is not installed

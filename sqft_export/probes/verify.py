@@ -10,7 +10,7 @@ from sqft_export.probes.document import PROBE, read_probe
 from sqft_export.probes.selftest import test_deployment
 from sqft_export.probes.setup import Setup
 from sqft_export.targets.devices import DEVICE_KINDS
-from sqft_export.targets.folder import is_deployment
+from sqft_export.targets.folder import check_files, is_deployment
 
 
 def is_testable(folder: Path) -> bool:
@@ -53,5 +53,7 @@ def verify_deployment(
 
 def _count_sealed(folder: Path) -> int:
     """Check the seal of a deployment and return the number of its files; 0 without a seal."""
-    unsealed = not os.path.lexists(folder / PROVENANCE)
-    return 0 if unsealed and (folder / PROBE).is_file() else len(require_seal(folder)["files"])
+    if not os.path.lexists(folder / PROVENANCE) and (folder / PROBE).is_file():
+        check_files(folder)
+        return 0
+    return len(require_seal(folder)["files"])

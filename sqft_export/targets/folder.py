@@ -9,6 +9,7 @@ from sqft_export.untrusted import (
     MAX_IR_BYTES,
     MAX_JSON_BYTES,
     MAX_ONNX_BYTES,
+    entries_of,
     fault_of_file,
     files_inside,
 )
@@ -23,15 +24,21 @@ ADAPTER_FOLDER = "adapter"  # subfolder of a deployment, with its unmerged adapt
 MAX_LOADED_BYTES = {".xml": MAX_IR_BYTES, ".onnx": MAX_ONNX_BYTES}
 # Weights are mapped or streamed.
 UNLIMITED_SUFFIXES = (".bin", ".data", ".gguf", SUFFIX, ".safetensors", ".onnx_adapter")
+# Some runtimes crash if a folder has the name of a file that they read.
+FILE_SUFFIXES = (*MAX_LOADED_BYTES, *UNLIMITED_SUFFIXES, ".json", ".jinja", ".txt", ".model")
 
 
 def check_files(folder: Path) -> None:
     """Refuse a deployment that is unsafe to open. Runtimes open any path that they find.
 
-    :raises UserError: if an entry links out of the folder or is not a regular file, or if a file
-        that is loaded completely is too large.
+    :raises UserError: if an entry links out of the folder or is not a regular file, if a folder has
+        the name of a file, or if a file that is loaded completely is too large.
     """
-    for file in files_inside(folder):
+    files = files_inside(folder)
+    for place in {path if path.is_dir() else path.parent for path in entries_of(folder)}:
+        if place != folder and place.suffix in FILE_SUFFIXES:
+            raise UserError(f"{one_line(place)}: {fault_of_file(place)}")
+    for file in files:
         limit, size = MAX_LOADED_BYTES.get(file.suffix, MAX_JSON_BYTES), file.stat().st_size
         if file.suffix not in UNLIMITED_SUFFIXES and size > limit:
             raise UserError(f"{file}: has {size:,} bytes; at most {limit:,} are read")
