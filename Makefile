@@ -50,10 +50,10 @@ sweep: $(INSTALLED)
 plan: $(INSTALLED)
 	@$(BIN)/sqft-export plan recipes/$(RECIPE).yaml $(TASK_ARGS) $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
 
-# Two workers, each on its share of the processors. A worker takes a file of tests at a time, or
-# another group that tests/conftest.py keeps together.
+# Two workers, each on its share of the processors. A worker takes a file of tests at a time, or a
+# case of a file that tests/conftest.py shares.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadscope
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m slow

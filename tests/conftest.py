@@ -52,15 +52,29 @@ SMALL = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one worker run a file, because fixtures of a module are expensive.
+# Files whose cases are shared among workers: each case makes an expensive fixture of its own.
+SHARED_FILES = ("tests/model/test_families.py",)
 
-    A file can name smaller groups itself, such as one per model family.
+
+def work_unit(nodeid: str) -> str:
+    """The tests that one worker runs: of a file, or of a case in a shared file.
+
+    Fixtures of a module are expensive, so that two workers must not make the same one.
     """
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    file, _, test = nodeid.partition("::")
+    case = test.partition("[")[2] if file in SHARED_FILES else ""
+    return f"{file}[{case}" if case else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Give work units to workers; xdist 3.8's groups have no effect in pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class WorkUnitScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return work_unit(nodeid)
+
+    return WorkUnitScheduling(config, log)
 
 
 def small_recipe(*overrides: str, name: str = "tiny", model_path: Path | None = None) -> Recipe:

@@ -1,10 +1,16 @@
-"""`make test` gives groups of tests to its workers: a file, or a part that the file names."""
+"""`make test` gives work units to its workers: a file, or a case of a shared file."""
+
+from conftest import SHARED_FILES, work_unit
+
+FAMILIES = SHARED_FILES[0]
 
 
-def test_every_test_is_in_one_group(request):
-    """A test without a group could run on a worker that has to make its fixtures again."""
-    for item in request.session.items:
-        groups = [mark.args[0] for mark in item.iter_markers("xdist_group")]
-        assert len(groups) == 1, item.nodeid
-        if item.path == request.path:
-            assert groups == [request.node.nodeid.partition("::")[0]]
+def test_tests_with_the_same_fixtures_are_one_work_unit():
+    assert work_unit("tests/a/test_b.py::test_c[d]") == work_unit("tests/a/test_b.py::test_e")
+    assert work_unit(f"{FAMILIES}::test_a[opt-x]") == work_unit(f"{FAMILIES}::test_b[opt-x]")
+    assert work_unit(f"{FAMILIES}::test_a[opt-x]") != work_unit(f"{FAMILIES}::test_a[bloom]")
+
+
+def test_the_shared_files_exist(request):
+    for file in SHARED_FILES:
+        assert (request.config.rootpath / file).is_file(), file

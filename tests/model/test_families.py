@@ -123,17 +123,10 @@ def ids_of(case) -> str:
     return f"{case[0]}-{'-'.join(case[1])}"
 
 
-def marked(case, *marks):
-    """A family as a group of its own, so that workers share the families."""
-    return pytest.param(
-        case, id=ids_of(case), marks=(pytest.mark.xdist_group(ids_of(case)), *marks)
-    )
+SLOW = [pytest.param(case, marks=pytest.mark.slow, id=ids_of(case)) for case in LONG_TAIL]
 
 
-CASES = [*map(marked, (*MODELS, UNLISTED)), *(marked(c, pytest.mark.slow) for c in LONG_TAIL)]
-
-
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=[*MODELS, UNLISTED, *SLOW], ids=ids_of)
 def family_run(request, tmp_path_factory):
     model_type, config, _ = request.param
     root = tmp_path_factory.mktemp(model_type)
