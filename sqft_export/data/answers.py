@@ -180,7 +180,7 @@ def _last_match(pattern: re.Pattern, text: str) -> str | None:
     return None if found is None else found.strip()
 
 
-def _json_value(text: str) -> Any:
+def _json_value(text: str) -> object:
     """Return the JSON value of a text, or of its last code fence; ``MISSING`` without one."""
     for candidate in (text, *reversed(FENCE.findall(text))):
         try:
@@ -190,7 +190,7 @@ def _json_value(text: str) -> Any:
     return MISSING
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: object, other: object) -> bool:
     """Return whether two JSON values are equal; true is not 1."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
@@ -199,7 +199,7 @@ def _same(one: Any, other: Any) -> bool:
     return isinstance(one, bool) == isinstance(other, bool) and one == other
 
 
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+def _leaves(value: object, path: str = "") -> dict[str, object]:
     """Return place -> value of all leaves; empty objects and lists are leaves."""
     if value is MISSING:
         return {}

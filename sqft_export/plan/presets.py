@@ -6,6 +6,7 @@ from sqft_export.errors import UserError
 from sqft_export.machine.host import installed
 from sqft_export.recipe.peers import default_files
 
+SectionMapping = dict[str, Any]  # a section of a recipe, or all of them, as in its YAML
 # Preset -> description in help texts.
 PRESETS = {
     "int4": "INT4, tuned through its grid: loses least",
@@ -21,7 +22,7 @@ SPARSITY = 0.5
 TARGET_PACKAGES = {"openvino": "optimum", "onnx": "onnx_ir", "gguf": "gguf"}
 
 
-def preset_sections(preset: str) -> dict[str, Any]:
+def preset_sections(preset: str) -> SectionMapping:
     """Return the sections of a preset's recipe, without name, model and task.
 
     :raises UserError: if there is no such preset.
@@ -49,12 +50,12 @@ def _baselines(tuned: bool) -> list[str]:
     return ["dense", "dense-lora", "merged", "lora-then-int4", *files]
 
 
-def _quantize_section(bits: int, tuned: bool) -> dict[str, Any]:
+def _quantize_section(bits: int, tuned: bool) -> SectionMapping:
     section = {"method": "gptq", "bits": bits, "group_size": 64, "symmetric": True}
     return section if tuned else section | {"reconstruct": {}}
 
 
-def _adapt_section() -> dict[str, Any]:
+def _adapt_section() -> SectionMapping:
     return {
         "pipeline": "qa-sparsepeft",
         "ranks": [32, 24, 16],
@@ -69,7 +70,7 @@ def _adapt_section() -> dict[str, Any]:
     }
 
 
-def _export_section(sparse: bool) -> dict[str, Any]:
+def _export_section(sparse: bool) -> SectionMapping:
     copies = {"sparse_files": True, "sparse_execution": True} if sparse else {}
     return {"targets": _targets(), **copies}
 

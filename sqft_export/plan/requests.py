@@ -11,6 +11,7 @@ batch            16 examples per step, in parts that fit into this machine's mem
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,13 @@ from sqft_export.model.contexts import context_length
 from sqft_export.model.hub import model_folder
 from sqft_export.plan.layout import Layout, layout_of
 from sqft_export.plan.memory import predict_memory
-from sqft_export.plan.presets import DEFAULT_PRESET, EPOCHS, STEP_EXAMPLES, preset_sections
+from sqft_export.plan.presets import (
+    DEFAULT_PRESET,
+    EPOCHS,
+    STEP_EXAMPLES,
+    SectionMapping,
+    preset_sections,
+)
 from sqft_export.plan.workload import Workload, workload_of
 from sqft_export.recipe.load import parse_recipe
 from sqft_export.recipe.schema import BUILTIN, DATASET_NAMES, HUB, Model, Recipe
@@ -152,7 +159,7 @@ def _folder_of(model: dict[str, str], place: Path) -> Path:
     return folder
 
 
-def task_section(request: Request, folder: Path) -> dict[str, Any]:
+def task_section(request: Request, folder: Path) -> SectionMapping:
     """Return the recipe's task, recognised by the data: a text, a known dataset, or conversations.
 
     :raises UserError: if the data is missing, or its columns are unknown.
@@ -203,9 +210,9 @@ def _with_files_of_folder(request: Request) -> Request:
     return replace(request, data=str(files["train"][0]), test=test)
 
 
-def _chat_section(request: Request, folder: Path) -> dict[str, Any]:
+def _chat_section(request: Request, folder: Path) -> SectionMapping:
     """Return a task of conversations; a model without a chat template gets a plain one."""
-    section: dict[str, Any] = {"kind": "chat", "train": _absolute(request.data)}
+    section: SectionMapping = {"kind": "chat", "train": _absolute(request.data)}
     if request.test is not None:
         section["test"] = _absolute(request.test)
     if columns := _columns_of(section["train"]):
@@ -243,7 +250,7 @@ def _columns_of(source: str) -> dict[str, str]:
     return {}
 
 
-def _is_known(row: dict[str, Any], place: str, names: dict[str, str]) -> bool:
+def _is_known(row: Mapping[str, object], place: str, names: dict[str, str]) -> bool:
     try:
         kind_of_rows(row, place, names)
     except UserError:
@@ -251,7 +258,7 @@ def _is_known(row: dict[str, Any], place: str, names: dict[str, str]) -> bool:
     return True
 
 
-def _with_settings(draft: dict[str, Any], recipe: Recipe, folder: Path) -> dict[str, Any]:
+def _with_settings(draft: SectionMapping, recipe: Recipe, folder: Path) -> SectionMapping:
     """Return the draft with the settings that depend on model and data."""
     layout = layout_of(recipe, folder)
     context = context_length(layout.config) or MAX_LENGTH
@@ -291,19 +298,19 @@ def answer_length(items: list[Item]) -> int:
     return min(max(found, MIN_ANSWER), MAX_ANSWER)
 
 
-def _grid_of(layout: Layout) -> dict[str, Any]:
+def _grid_of(layout: Layout) -> SectionMapping:
     """Return the grid settings of a model's size."""
-    grid: dict[str, Any] = {"group_size": 128 if layout.weights > LARGE_WEIGHTS else 64}
+    grid: SectionMapping = {"group_size": 128 if layout.weights > LARGE_WEIGHTS else 64}
     if layout.head > EMBEDDING_SHARE * (layout.weights + layout.others):
         grid["embedding_bits"] = 8
     return grid
 
 
-def _training_of(recipe: Recipe, layout: Layout, workload: Workload, length: int) -> dict[str, Any]:
+def _training_of(recipe: Recipe, layout: Layout, workload: Workload, length: int) -> SectionMapping:
     """Return the training settings of a model's size and the number of examples."""
     batch, checkpointing = _fitting_batch(recipe, layout, workload, length)
     passes = math.ceil(math.ceil((workload.examples or 1) / batch) / (STEP_EXAMPLES // batch))
-    settings: dict[str, Any] = {
+    settings: SectionMapping = {
         "learning_rate": 2e-3 if layout.weights < SMALL_WEIGHTS else 3e-4,
         "warmup_steps": max(1, round(WARMUP_SHARE * passes * EPOCHS)),
         "batch": batch,

@@ -47,13 +47,13 @@ class _RunArguments:
 
     output_dir: str
     run_name: str
-    config: dict[str, Any]
+    config: dict[str, object]
     project: str = PROJECT
     trackio_space_id: str | None = None
     hub_private_repo: bool | None = None
     load_best_model_at_end: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return dict(self.config)
 
     def to_json_string(self) -> str:
@@ -78,7 +78,7 @@ class RunLoggers:
         """Return callbacks that log the training steps of a pass while it trains."""
         return (_TrainingSteps(self, name),) if self.callbacks else ()
 
-    def log_steps(self, name: str, step: int, figures: Mapping[str, Any]) -> None:
+    def log_steps(self, name: str, step: int, figures: Mapping[str, object]) -> None:
         """Log the figures of a training step."""
         self.live.add(name)
         prefix = "" if name == TRAINED_PASS else f"{name}/"
@@ -107,7 +107,7 @@ class RunLoggers:
         for callback in self.callbacks:
             callback.on_train_end(self.arguments, state, control)  # type: ignore[arg-type]
 
-    def _log(self, figures: Mapping[str, Any], step: int) -> None:
+    def _log(self, figures: Mapping[str, object], step: int) -> None:
         state, control = TrainerState(global_step=step), TrainerControl()
         for callback in self.callbacks:
             callback.on_log(self.arguments, state, control, logs=dict(figures))  # type: ignore
