@@ -26,7 +26,7 @@ def serve_command(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 8080,
     name: Annotated[
-        str | None, typer.Option(help="name of the model for clients; default: of the run")
+        str | None, typer.Option(help="name of the model for clients; default: name of the run")
     ] = None,
 ) -> None:
     """Serve a deployment with an OpenAI-compatible interface, on an installed server.
@@ -57,7 +57,7 @@ def model_repository_command(
     ],
     repository: Annotated[Path, typer.Argument(help="folder of the repository; may exist")],
     name: Annotated[
-        str | None, typer.Option(help="name of the model for clients; default: of the folder")
+        str | None, typer.Option(help="name of the model for clients; default: name of the folder")
     ] = None,
     device: Annotated[
         Literal["CPU", "GPU", "NPU"], typer.Option(help="device that the server runs it on")
@@ -120,11 +120,11 @@ def llama_plugin_command(
         ),
     ] = None,
 ) -> None:
-    """Print what loads our kernels into an unmodified llama.cpp.
+    """Print the environment variable that loads our kernels into an unmodified llama.cpp.
 
     Write the printed line before the command. It is for builds with separate backends, such as
-    llama.cpp's releases. Builds with the CPU backend linked in need LD_PRELOAD; --check prints
-    which.
+    llama.cpp's releases. Builds with a linked CPU backend need LD_PRELOAD; --check
+    prints the line for your build.
 
     Example: sqft-export llama-plugin
     """

@@ -21,7 +21,7 @@ _Talker = Annotated[
         metavar="FOLDER",
     ),
 ]
-_PromptText = Annotated[str | None, typer.Option("--prompt", "-p", help="answer this text and end")]
+_PromptText = Annotated[str | None, typer.Option("--prompt", "-p", help="use this prompt and exit")]
 _NewTokenLimit = Annotated[
     int, typer.Option(min=1, max=MAX_TOKENS_OPTION, help="largest number of tokens per answer")
 ]

@@ -13,7 +13,7 @@ of the machine affects all of them. Definitions:
     memory     peak: of the process, runtime included; steady: resident after the last answer
     energy     of the processor package over the measured passes, if the kernel reports it
 
-Every process runs one unmeasured warm-up round.
+Every process runs unmeasured warm-up passes for each prompt length and batch size.
 """
 
 import json
@@ -128,8 +128,8 @@ def _measured_folders(
 ) -> dict[str, MeasuredFolder]:
     """Return every folder under its name, once per requested kind of kernels that it can run on.
 
-    A specialized folder states its own kernels and is measured once. Of GGUF folders, llama.cpp
-    runs on our kernels if llama-cpp-python is installed.
+    A specialized folder states its own kernels and is measured once. A GGUF folder runs
+    on our kernels if llama-cpp-python and our llama.cpp plug-in are installed.
 
     :param names: short unique name of every folder.
     :raises UserError: if the kernels are not available, or the device has its own.
@@ -154,7 +154,7 @@ def _measured_folders(
 
 
 def _has_several_kernels(folder: Path) -> bool:
-    """Whether a folder runs on the runtime's kernels and on ours."""
+    """Return whether a folder runs on both the runtime's kernels and ours."""
     if kind_of(folder) == "gguf":
         return installed("llama_cpp") and PLUGIN_FILE.is_file()
     return kind_of(folder) == "openvino" and not is_specialized(
@@ -316,7 +316,7 @@ def questions_of(
 
     :param task: name of a dataset; None: use ``text``. Returns None if both are None.
     :param data: local folder of the dataset; None: the default one.
-    :param text: text file, split into windows.
+    :param text: text file; its second half is split into windows and scored.
     :param items: largest number of items or windows.
     :raises UserError: if both are given, the data cannot be read, or no item fits into the context.
     """
@@ -344,7 +344,7 @@ def _text_section(file: Path) -> Text:
 
 
 def _dataset_section(name: str, data: Path | None) -> Dataset:
-    """Return a dataset of which only the test sets are read.
+    """Return the task section of a dataset. Only its test sets are read.
 
     :raises UserError: if there is no dataset of that name.
     """
@@ -418,8 +418,8 @@ def benchmark_folders(
     """Measure deployments and return the document of ``results.json``.
 
     :param questions: requests that measure accuracy; None: measure latency, memory and energy only.
-    :param lm_eval: results of lm-eval, which the document gets.
-    :param sources: temporary folder -> the path that names it (``measure.against``).
+    :param lm_eval: lm-eval results to include in the document.
+    :param sources: temporary folder -> the user's path, shown as its name (``measure.against``).
     :raises UserError: if a folder is no deployment, a measurement fails, or a runtime does not
         support the device.
     """

@@ -50,7 +50,7 @@ class Checkpoint(TensorFiles):
 
     @cached_property
     def config(self) -> ModelConfig:
-        """``config.json``, with embedding and head tied only if their stored matrices are equal.
+        """``config.json``; embedding and head become untied if their stored matrices differ.
 
         The text model of a wrapper is tied too if no head is stored.
         """
@@ -191,7 +191,7 @@ class Checkpoint(TensorFiles):
         return shapes
 
     def _gptq_inputs(self, name: str) -> int:
-        """Return the inputs of a Linear in the GPTQ layout.
+        """Return the number of inputs of a Linear in the GPTQ layout.
 
         Old checkpoints have no ``g_idx``; their columns are not reordered.
         """
@@ -208,7 +208,7 @@ class Checkpoint(TensorFiles):
 
     @cached_property
     def float_dtype(self) -> "torch.dtype":
-        """Dtype of the embedding, which all weights have that are not quantized."""
+        """Dtype of the embedding. All weights that are not quantized have the same dtype."""
         return self.dtype(f"{self.family.embedding}.weight")
 
     @cached_property
@@ -269,5 +269,5 @@ def decoder_linears(
 
 
 def file_bytes(folder: Path) -> int:
-    """Return the bytes of all files in a folder."""
+    """Return the total size of all files in a folder, in bytes."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

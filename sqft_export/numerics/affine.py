@@ -40,7 +40,7 @@ def split_groups(weight: Tensor, group_size: int) -> Tensor:
 
 
 def _round_scale(scale: Tensor, bits: int) -> Tensor:
-    """Round positive float32 scales half to even, to normal float16 numbers.
+    """Round float32 scales to normal float16 numbers, then half to even to ``bits`` bits.
 
     :param bits: significant bits of the result, at most those of float16.
     """
@@ -58,7 +58,7 @@ def _round_scale(scale: Tensor, bits: int) -> Tensor:
 def _candidate(
     low: Tensor, high: Tensor, bits: int, symmetric: bool, fraction: float, scale_bits: int
 ) -> tuple[Tensor, Tensor]:
-    """Return float16 scale and uint8 zero point for the range ``[low, high] * fraction``."""
+    """Return scale and zero point for ``[low, high] * fraction``, symmetric if requested."""
     highest = 2**bits - 1
     width = 2 * torch.maximum(-low, high) if symmetric else high - low
     scale = _round_scale(width * fraction / highest, scale_bits)
@@ -173,7 +173,7 @@ def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
 def fake_quantize_inside(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Return :func:`fake_quantize` and a bool ``[out, in]``, True where the code is not clamped.
 
-    Only there does the straight-through gradient pass.
+    The straight-through gradient passes only where it is True.
     """
     steps = _steps(weight, grid)
     nearest = steps.clamp(*_limits(grid))

@@ -53,7 +53,7 @@ def _difference(reader: str, texts: list[str]) -> str:
 
 
 def conversion_failure(name: str, layout: Layout) -> str | None:
-    """Return why the tokenizer can't be converted for a target; None if it can."""
+    """Return why a target's tokenizer conversion fails; None if it works or can't be tried."""
     if layout.folder is None or not _is_readable(name) or _loaded(layout.folder) is None:
         return None
     found = _tokenized(name, layout.folder, _stamp(layout.folder), HARD_TEXTS, layout.embedding[0])
@@ -61,7 +61,7 @@ def conversion_failure(name: str, layout: Layout) -> str | None:
 
 
 def differing_texts(recipe: VerifySections, folder: Path, rows: int) -> dict[str, list[str]]:
-    """Return runtime's tokenizer -> the texts that it tokenizes differently from the model's.
+    """Return tokenizer of a runtime -> the texts for which its ids differ from the model's.
 
     Tokenizers that agree on every text are left out. Other checks report faults of the data and of
     the model's own tokenizer.

@@ -18,7 +18,7 @@ TEXT_PROMPT = "Once upon a time"  # for models of plain text
 
 
 def example_prompt(recipe: TaskSections, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Return the first training prompt as a user types it.
+    """Return the first training prompt as a user types it; for plain text, ``TEXT_PROMPT``.
 
     :param tokenizer: of the base; a start token that it adds by itself is not part of a prompt.
     """

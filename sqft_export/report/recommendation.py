@@ -1,4 +1,4 @@
-"""Recommend a deployment: one of the recipe, or the dense base with LoRA quantized afterwards.
+"""Recommend a deployment: one of the recipe, or a dense model that was quantized after LoRA.
 
 The best deployment of the recipe is compared with the most accurate peer in the same runtime that
 needs at most as many bytes. The test is paired: both answer the same items.
@@ -13,8 +13,8 @@ from sqft_export.report.text import accuracy_text
 
 SIGNIFICANT = 0.05  # largest p-value of a significant difference
 EQUAL_BYTES = 1.01  # files whose sizes differ by less are equally large
-EQUAL_TPOT = 0.95  # a deployment is faster if its TPOT is below this share of the other's
-MAX_LOSS = 0.01  # accuracy that a smaller or faster deployment may lose without a test's proof
+FASTER_TPOT = 0.95  # a deployment is faster if its TPOT is below this share of the other's
+MAX_LOSS = 0.01  # accuracy that a smaller or faster deployment may lose
 EQUAL_PERPLEXITY = 1.02  # for plain text, which has no paired test
 Form = Literal["sparse", "dense", "peer"]
 
@@ -86,9 +86,9 @@ def recommended_row(rows: Sequence[BenchmarkRow], ours: BenchmarkRow | None) -> 
 def _best_peer(rows: Sequence[BenchmarkRow], ours: BenchmarkRow) -> BenchmarkRow | None:
     """Return the peer to compare with.
 
-    It is the most accurate one in the same runtime with at most as many bytes. If all are larger
-    (next to a packed sparse file), it is the most accurate of the smallest ones. If the runtime
-    has none, the peers of other runtimes count.
+    It is the most accurate on the CPU, in the same runtime, with at most as many bytes. If all are
+    larger (next to a packed sparse file), it is the most accurate of the smallest ones. If the
+    runtime has none, the peers of other runtimes count.
     """
     peers = [row for row in rows if row.kind == "peer" and row.device == "cpu"]
     same = [row for row in peers if row.runtime == ours.runtime] or peers
@@ -103,7 +103,7 @@ def _quality(row: BenchmarkRow) -> tuple[float, float]:
 
 
 def _difference(ours: BenchmarkRow, rival: BenchmarkRow) -> int:
-    """Return 1 if ours is significantly more accurate, -1 if less, 0 if there is no difference."""
+    """Return 1 if ours is better, -1 if worse, 0 if equal: by McNemar, or by perplexity."""
     p_value = ours.p_same_as_peers.get(rival.id)
     if p_value is not None:
         return 0 if p_value >= SIGNIFICANT else 1 if ours.accuracy > rival.accuracy else -1
@@ -125,7 +125,7 @@ def _pays_off(ours: BenchmarkRow, rival: BenchmarkRow) -> bool:
         return False
     smaller = ours.file_bytes * EQUAL_BYTES < rival.file_bytes
     comparable = ours.runtime == rival.runtime and ours.device == rival.device
-    faster = comparable and ours.tpot.median_ms < EQUAL_TPOT * rival.tpot.median_ms
+    faster = comparable and ours.tpot.median_ms < FASTER_TPOT * rival.tpot.median_ms
     return smaller or faster or (not is_sparse(ours) and _quality(ours) >= _quality(rival))
 
 

@@ -82,7 +82,7 @@ def _quantized_linears(
     torch's layout does not support other bits, other group sizes and widths that its tiles do not
     divide.
 
-    :param lean: return those Linears too, as :class:`StoredLinear`.
+    :param lean: return all other quantized Linears as :class:`StoredLinear`; else leave them out.
     """
     found: dict[str, nn.Module] = {}
     for name in checkpoint.quantized_linears:
@@ -203,7 +203,7 @@ def open_session(
 ) -> TorchSession:
     """Load a Hugging Face folder, merged or original, into a session.
 
-    :param exact: compute in float32; else in the fastest dtype of this machine.
+    :param exact: on the CPU, compute in float32; else in its fastest dtype. A GPU ignores it.
     :param threads: CPU threads.
     :param device: cpu or gpu. On a GPU: bfloat16, and INT4 weights stay INT4.
     :param precision: see :func:`fast_dtype`.

@@ -1,6 +1,7 @@
 """Messages that users send through a runtime's chat interface become the ids that were scored."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from sqft_export.model.chat import write_templates
 from sqft_export.recipe.schema import Export
 from sqft_export.targets import target
 from sqft_export.targets.text_api import ChatPrompt, missing_for_chat
+from sqft_export.targets.tokenizers import read_ids
 from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.subject import Asked
 from sqft_export.verify.text_answers import answer_by_ids, check_chat_answer
@@ -81,6 +83,16 @@ def test_a_deployed_template_that_is_not_that_of_training_is_named(model, deploy
     assert not rendered.passed and f"of {len(query.chat.ids)}" in str(rendered)
     allowed, _ = lines(deployed["onnx"], "onnx", asked(model, False, trained))
     assert allowed.passed and "the recipe allows other ids" in str(allowed)
+
+
+@pytest.mark.parametrize("reported", [True, False])
+def test_ids_that_plan_reported_may_differ(model, deployed, reported):
+    """With ``verify.tokenizers: auto``, for the runtimes that ``plan`` named."""
+    trained = CHATML.replace("assistant\n", "helper\n")
+    readers = [name for name, _ in read_ids("onnx", deployed["onnx"])] if reported else ["another"]
+    query = replace(asked(model, template=trained), readers_reported=readers)
+    rendered, _ = lines(deployed["onnx"], "onnx", query)
+    assert rendered.passed == reported
 
 
 @pytest.mark.parametrize("template", [MARKED, CHATML])
