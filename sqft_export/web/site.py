@@ -15,7 +15,7 @@ import numpy as np
 from sqft_export.data.stops import stop_texts
 from sqft_export.errors import UserError
 from sqft_export.inference.locate import Deployment, best_of, deployments_of_run, is_model
-from sqft_export.inference.templates import read_chat_template
+from sqft_export.inference.templates import read_chat_template, read_special_tokens
 from sqft_export.packed.folders import packed_file
 from sqft_export.recipe.schema import Recipe
 from sqft_export.report.document import REPORT, read_report
@@ -59,7 +59,9 @@ def onnx_deployment(folder: Path) -> Deployment:
 
     :raises UserError: if it is missing or packed.
     """
-    if folder.is_dir() and not is_model(folder):
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if not is_model(folder):
         plain = [one for one in deployments_of_run(folder) if packed_file(one.path) is None]
         found = best_of([one for one in plain if kind_of(one.path) == "onnx"])
         if found is None:
@@ -120,7 +122,8 @@ def _prompt_settings(deployment: Path, example: str | None) -> dict[str, object]
         return {"chat": chat, "example": example or "", "stop": []}
     found = read_report(report / REPORT)
     if example is None and not chat and found.samples:
-        example = found.samples[0].prompt
+        start = read_special_tokens(deployment).get("bos_token", "")
+        example = found.samples[0].prompt.removeprefix(start)  # the tokenizer adds it again
     stop = stop_texts(Recipe.model_validate(found.recipe).task)
     return {"chat": chat, "example": example or "", "stop": list(stop)}
 
