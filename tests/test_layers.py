@@ -31,7 +31,7 @@ BELOW: dict[str, set[str]] = {
     "model": {"machine"},
     "kernels": {"machine"},
     "packed": {"artifacts", "folders", "kernels"},
-    "adapters": {"data", "model"},
+    "adapters": {"data", "folders", "model"},
     "targets": {"adapters", "packed"},
     "sparsifiers": {"recipe"},
     "quantizers": {"targets"},
