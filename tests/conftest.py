@@ -52,7 +52,7 @@ SMALL = (
 )
 
 
-# Files whose cases are shared among workers: each case makes an expensive fixture of its own.
+# Files whose cases are shared among workers: each case makes an expensive fixture.
 SHARED_FILES = ("tests/model/test_families.py",)
 
 

@@ -73,7 +73,7 @@ def test_the_pure_wheel_has_no_compiled_file(installed):
 
 
 def test_deployments_are_inspected_and_loaded_without_c_modules(installed, tiny_run, tmp_path):
-    """Packed weights are inflated by numpy; a folder on our kernels says what is missing."""
+    """Packed weights are inflated by numpy; a folder on our kernels names the missing part."""
     question = "Question: What is 2 plus 3?\nAnswer:"
     for target in ("openvino", "onnx", "gguf"):
         artifact = tiny_run[f"export-{target}"].path

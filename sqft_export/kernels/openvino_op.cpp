@@ -24,6 +24,8 @@
 #include <unistd.h>
 #endif
 
+#include "mapped.h"
+
 extern "C" {
 #include "matrix.h"
 }
@@ -53,28 +55,6 @@ std::shared_ptr<uint8_t> allocate(size_t size) {
   std::shared_ptr<uint8_t> part(piece, piece.get() + used);
   used = std::min(whole, (used + size + 63) / 64 * 64);
   return part;
-}
-
-// Release the resident pages of a mapped file after they were copied. Other memory is not touched,
-// because its content would be lost.
-void forget_mapped(const uint8_t *data, size_t size) {
-#if defined(__linux__)
-  const auto begin = reinterpret_cast<uintptr_t>(data), end = begin + size;
-  FILE *maps = fopen("/proc/self/maps", "r");
-  if (!maps) return;
-  char line[4352];
-  while (fgets(line, sizeof line, maps)) {
-    unsigned long from, to, inode;
-    char rights[5];
-    if (sscanf(line, "%lx-%lx %4s %*s %*s %lu", &from, &to, rights, &inode) != 4) continue;
-    if (from <= begin && end <= to && inode && rights[1] != 'w') {
-      const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-      const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-      if (last > first) madvise(reinterpret_cast<void *>(first), last - first, MADV_DONTNEED);
-    }
-  }
-  fclose(maps);
-#endif
 }
 
 SqftMatrix *matrix_of(uint8_t *bytes) { return reinterpret_cast<SqftMatrix *>(bytes); }
@@ -121,7 +101,7 @@ std::shared_ptr<const uint8_t> prepared(const uint8_t *data, size_t size, uint32
   } else {
     copy = with_lanes(m, lanes);
   }
-  forget_mapped(data, size);
+  sqft::drop_mapped_pages(data, size);
   return copy;
 }
 

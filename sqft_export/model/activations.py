@@ -49,14 +49,19 @@ def record_largest(largest: dict[str, float], name: str, value: float) -> None:
     largest[name] = max(largest.get(name, 0.0), value)
 
 
+def _above(values: Mapping[str, float], limit: float) -> tuple[int, str]:
+    """Return how many values exceed a limit, and the name of the largest value."""
+    high = [name for name, value in values.items() if value > limit]
+    return len(high), max(high, key=values.__getitem__, default="")
+
+
 def overflow_warnings(largest: Mapping[str, float]) -> list[str]:
     """Return at most one warning about activations close to the end of float16."""
-    high = [name for name, value in largest.items() if value > LARGEST_SAFE_ACTIVATION]
-    if not high:
+    count, worst = _above(largest, LARGEST_SAFE_ACTIVATION)
+    if not count:
         return []
-    worst = max(high, key=largest.__getitem__)
     return [
-        f"activations: {len(high)} of {len(largest)} modules exceed {LARGEST_SAFE_ACTIVATION:,.0f} "
+        f"activations: {count} of {len(largest)} modules exceed {LARGEST_SAFE_ACTIVATION:,.0f} "
         f"on the calibration data, {worst} reaches {largest[worst]:,.0f}; float16 ends at 65,504, "
         "so devices that compute in float16 (GPU, NPU) may overflow; run these in float32 or "
         "bfloat16 (OpenVINO: INFERENCE_PRECISION_HINT=f32)"
@@ -68,12 +73,11 @@ def scale_warnings(scales: Mapping[str, float]) -> list[str]:
 
     :param scales: module -> its largest scale.
     """
-    high = [name for name, value in scales.items() if value > LARGEST_USUAL_SCALE]
-    if not high:
+    count, worst = _above(scales, LARGEST_USUAL_SCALE)
+    if not count:
         return []
-    worst = max(high, key=scales.__getitem__)
     return [
-        f"scales: {len(high)} of {len(scales)} grids have scales above {LARGEST_USUAL_SCALE:g}, "
+        f"scales: {count} of {len(scales)} grids have scales above {LARGEST_USUAL_SCALE:g}, "
         f"{worst} has {scales[worst]:,.1f}; products in float16 may overflow"
     ]
 

@@ -49,11 +49,16 @@ def companions(folder: Path) -> list[Path]:
     return found
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy configs and tokenizer files of a model folder, without the weights' index."""
+def copy_companions(source: Path, folder: Path, config: Mapping[str, object] | None = None) -> None:
+    """Copy configs and tokenizer files of a model folder, without the weights' index.
+
+    :param config: written as ``config.json`` in place of the model's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for file in companions(source):
         shutil.copyfile(file, folder / file.name)
+    if config is not None:
+        write_config(folder, config)
 
 
 def float_config(config: Mapping[str, object], dtype: str | None = None) -> dict[str, object]:

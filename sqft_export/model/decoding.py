@@ -17,7 +17,7 @@ _TOLERANCE = 1e-3  # standard deviations of logits; rounding is far below
 
 
 def find_decoder_fault(config: "PretrainedConfig") -> str | None:
-    """Return what a model does that no causal decoder does; None if it decodes as it should.
+    """Return how a model differs from a causal decoder; None if it decodes correctly.
 
     None also if the config can't be shrunk, since nothing is known then.
 

@@ -125,7 +125,7 @@ def _is_list_of_experts(part: "nn.Module") -> bool:
 
 
 def _find_blocks(model: "nn.Module") -> str | None:
-    """Return the path of the longest list of blocks with Linears; None if there is none."""
+    """Return the path of the longest list of blocks with Linears; None without one."""
     from torch import nn
 
     lists = [

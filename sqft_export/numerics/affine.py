@@ -100,6 +100,17 @@ def fit_grid(
     return Grid(best_scale, best_zero_point, bits, group_size)
 
 
+def row_grid(weight: Tensor, bits: int | None, symmetric: bool) -> Grid | None:
+    """Return the grid of an embedding or head, one scale per row; None if it stays in floats.
+
+    :param weight: ``[out, in]``; a vector stays in floats.
+    :param bits: None: the matrix stays in floats.
+    """
+    if bits is None or weight.dim() != 2:
+        return None
+    return fit_grid(weight.float(), bits, weight.shape[1], symmetric)
+
+
 def _steps(weight: Tensor, grid: Grid) -> Tensor:
     """Return ``round(w / s)``, float32 ``[out, groups, group_size]``, in new memory.
 

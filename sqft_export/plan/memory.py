@@ -204,7 +204,7 @@ def _torch_row_bytes(recipe: Recipe, layout: Layout) -> float:
     whole = layout.weights + layout.others
     if not recipe.benchmark.baselines:
         return 0
-    return 4 * whole if 4 * whole <= FLOAT32_MEMORY_SHARE * free_memory() else layout.width * whole
+    return _kept_bytes(whole) or layout.width * whole
 
 
 def _has_tuned_row(recipe: Recipe) -> bool:
@@ -215,7 +215,7 @@ def _has_tuned_row(recipe: Recipe) -> bool:
 def _weight_cache_bytes(layout: Layout, other_bytes: float) -> float:
     """Return the bytes of the cached effective weights of a tuned, unmerged model; 0 if too large.
 
-    :param other_bytes: bytes of everything else; the cache gets a share of what is left.
+    :param other_bytes: bytes of everything else; the cache gets a share of the rest.
     """
     size, free = 4 * layout.weights, free_memory() - FIXED_MEMORY - other_bytes
     return size if size <= FLOAT32_MEMORY_SHARE * free else 0

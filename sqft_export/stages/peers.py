@@ -29,10 +29,10 @@ from sqft_export.measure.peers import peers_in
 from sqft_export.metrics import PeersMetrics
 from sqft_export.model.blocks import Inputs, walk
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.model.companions import copy_companions, float_config, write_config
+from sqft_export.model.companions import copy_companions, float_config
 from sqft_export.model.storage import MAX_BUFFER_BYTES, GridWriter
 from sqft_export.model.tensorfiles import TensorWriter
-from sqft_export.numerics.affine import Grid, fake_quantize, fit_grid
+from sqft_export.numerics.affine import Grid, fake_quantize, row_grid
 from sqft_export.numerics.groups import fallback_group_size
 from sqft_export.packed.seal import write_seal
 from sqft_export.packed.usage import usage_section
@@ -138,8 +138,7 @@ def _quantize(context: Context[Sections], folder: Path) -> None:
     config, checkpoint = context.recipe.quantize, Checkpoint(_lora(context))
     inputs, samples = Inputs(gptq.NEEDS, config.damping), _samples(context)
     advance = context.start(checkpoint.blocks)
-    copy_companions(checkpoint.folder, folder / "model")
-    write_config(folder / "model", float_config(checkpoint.config))
+    copy_companions(checkpoint.folder, folder / "model", float_config(checkpoint.config))
     weights_writer = TensorWriter(folder / "model", shard_bytes=MAX_BUFFER_BYTES)
     with GridWriter(folder) as grids, weights_writer as weights:
 
@@ -160,14 +159,12 @@ def _quantize(context: Context[Sections], folder: Path) -> None:
                 add(name, weight.cpu(), grid.cpu())
                 linear.weight.copy_(fake_quantize(weight, grid))
                 rest.remove(f"{name}.weight")
-            for name, tensor in checkpoint.tensors(sorted(rest)):
-                weights.add(name, tensor)
+            weights.add_all(checkpoint.tensors(sorted(rest)))
             advance()
         for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
-            if config.embedding_bits and tensor.dim() == 2:
-                whole = tensor.float()
-                grid = fit_grid(whole, config.embedding_bits, whole.shape[1], config.symmetric)
-                add(name.removesuffix(".weight"), whole, grid)
+            of_rows = row_grid(tensor, config.embedding_bits, config.symmetric)
+            if of_rows is not None:
+                add(name.removesuffix(".weight"), tensor.float(), of_rows)
             else:
                 weights.add(name, tensor)
 

@@ -15,7 +15,7 @@ from sqft_export.metrics import QuantizeMetrics
 from sqft_export.model.activations import CalibrationStatistics, scale_warnings
 from sqft_export.model.blocks import Block, Inputs, count_parts, walk
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.model.companions import copy_companions, float_config, write_config
+from sqft_export.model.companions import copy_companions, float_config
 from sqft_export.model.coverage import expert_warnings
 from sqft_export.model.reconstruction import Reconstructed, reconstruct
 from sqft_export.model.storage import (
@@ -33,8 +33,8 @@ from sqft_export.numerics.affine import (
     Grid,
     dequantize,
     fake_quantize,
-    fit_grid,
     quantize,
+    row_grid,
     split_groups,
 )
 from sqft_export.numerics.groups import fallback_group_size
@@ -120,8 +120,7 @@ def _copy_codes(context: Context[Sections], grids: GridWriter, weights: TensorWr
     base = Checkpoint(context.model)
     names = quantized_names(base)
     advance = context.start(len(names))
-    copy_companions(base.folder, weights.folder)
-    write_config(weights.folder, float_config(base.config))
+    copy_companions(base.folder, weights.folder, float_config(base.config))
     keys = {f"{name}.weight" for name in names}
     for name, tensor in base.tensors(n for n in plain_names(base) if n not in keys):
         weights.add(name, tensor)
@@ -153,7 +152,7 @@ def _compress(context: Context[Sections], grids: GridWriter, weights: TensorWrit
     inputs = Inputs(method.NEEDS, config.damping)
     seen, scales = CalibrationStatistics(), dict[str, float]()
     warnings, uncalibrated, errors = list[str](), list[str](), list[tuple[float, float]]()
-    _copy_config(checkpoint, weights.folder)
+    copy_companions(checkpoint.folder, weights.folder, checkpoint.config)
 
     def add(name: str, weight: Tensor, grid: Grid) -> None:
         warnings.extend(_clamped_scale_warning(name, weight, grid))
@@ -178,7 +177,7 @@ def _compress(context: Context[Sections], grids: GridWriter, weights: TensorWrit
         weights.add_all(checkpoint.tensors(sorted(rest)))
         advance()
     for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
-        if (of_rows := _row_grid(tensor, config)) is not None:
+        if (of_rows := row_grid(tensor, config.embedding_bits, config.symmetric)) is not None:
             add(name.removesuffix(".weight"), tensor.float(), of_rows)
         else:
             weights.add(name, tensor)
@@ -186,19 +185,6 @@ def _compress(context: Context[Sections], grids: GridWriter, weights: TensorWrit
     warnings += expert_warnings(uncalibrated, seen.tokens, "rounded without GPTQ")
     found = {"uncalibrated_experts": uncalibrated, "block_errors": errors}
     return {"warnings": warnings, "largest_scales": scales, **found, **seen.metrics()}
-
-
-def _copy_config(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy the config and its companions of a checkpoint."""
-    copy_companions(checkpoint.folder, folder)
-    write_config(folder, checkpoint.config)
-
-
-def _row_grid(weight: Tensor, config: Quantize) -> Grid | None:
-    """Return the grid of embedding or head, one scale per row; None if it stays in floats."""
-    if config.embedding_bits is None or weight.dim() != 2:
-        return None
-    return fit_grid(weight.float(), config.embedding_bits, weight.shape[1], config.symmetric)
 
 
 def _walk(

@@ -14,7 +14,7 @@ from sqft_export.metrics import ReconstructMetrics
 from sqft_export.model.activations import CalibrationStatistics
 from sqft_export.model.blocks import Block, walk
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.model.companions import copy_companions, write_config
+from sqft_export.model.companions import copy_companions
 from sqft_export.model.reconstruction import Reconstructed, reconstruct
 from sqft_export.model.storage import MAX_BUFFER_BYTES, load_weight_mask
 from sqft_export.model.tensorfiles import TensorFiles, TensorWriter
@@ -82,8 +82,7 @@ def _reconstruct(context: Context[Sections], target: Block, block: Block) -> Rec
 
 def _assemble(sparse: Checkpoint, finished: Path, folder: Path) -> None:
     """Write the complete checkpoint, block by block, from the files of the trained blocks."""
-    copy_companions(sparse.folder, folder)
-    write_config(folder, sparse.config)
+    copy_companions(sparse.folder, folder, sparse.config)
     with TensorWriter(folder, shard_bytes=MAX_BUFFER_BYTES) as writer:
         for block in range(sparse.blocks):
             trained = TensorFiles(finished, str(block))

@@ -14,7 +14,7 @@ from sqft_export.metrics import SparsifyMetrics
 from sqft_export.model.activations import CalibrationStatistics
 from sqft_export.model.blocks import Block, Inputs, count_parts, walk
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.model.companions import copy_companions, float_config, write_config
+from sqft_export.model.companions import copy_companions, float_config
 from sqft_export.model.coverage import expert_warnings
 from sqft_export.model.storage import (
     MAX_BUFFER_BYTES,
@@ -92,8 +92,7 @@ def run(context: Context[Sections]) -> SparsifyMetrics:
     if inputs.collector is None:
         samples = None  # only the allocation needed them
     advance = context.start(count_parts(checkpoint))
-    copy_companions(context.model, context.folder / "model")
-    write_config(context.folder / "model", checkpoint.config)
+    copy_companions(context.model, context.folder / "model", checkpoint.config)
     model_writer = TensorWriter(context.folder / "model", shard_bytes=MAX_BUFFER_BYTES)
     with model_writer as writer, _Masks(context.folder) as masks:
         for block in walk(checkpoint, samples, inputs.collector, device, seen=seen):
@@ -185,8 +184,8 @@ def _mask_existing_zeros(context: Context[Sections], checkpoint: Checkpoint) -> 
     linears, keys = set(checkpoint.quantized_linears), {f"{name}.weight" for name in names}
     advance = context.start(len(names))
     model = context.folder / "model"
-    copy_companions(checkpoint.folder, model)
-    write_config(model, float_config(checkpoint.config, str(dtype).removeprefix("torch.")))
+    config = float_config(checkpoint.config, str(dtype).removeprefix("torch."))
+    copy_companions(checkpoint.folder, model, config)
     model_writer = TensorWriter(model, shard_bytes=MAX_BUFFER_BYTES)
     with model_writer as writer, _Masks(context.folder) as masks:
         for key, tensor in checkpoint.tensors(n for n in plain_names(checkpoint) if n not in keys):

@@ -51,7 +51,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def address(site, tmp_path_factory):
-    """The site on a local server, with the library beside it."""
+    """The site on a local server, with the library in its folder."""
     folder = tmp_path_factory.mktemp("served") / "site"
     shutil.copytree(site, folder)
     (folder / "library").mkdir()

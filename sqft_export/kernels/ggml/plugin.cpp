@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "host.h"
+#include "../mapped.h"
 #include "weights.h"
 
 namespace sqft {

@@ -220,21 +220,4 @@ void unpack_blocks(const SqftMatrix *m, int type, uint8_t *blocks) {
   }
 }
 
-void drop_mapped_pages(const void *data, size_t size) {
-  const auto begin = reinterpret_cast<uintptr_t>(data), end = begin + size;
-  FILE *maps = fopen("/proc/self/maps", "r");
-  if (!maps) return;
-  char line[4352];
-  while (fgets(line, sizeof line, maps)) {
-    unsigned long from, to, inode;
-    char rights[5];
-    if (sscanf(line, "%lx-%lx %4s %*s %*s %lu", &from, &to, rights, &inode) != 4) continue;
-    if (from > begin || end > to || !inode || rights[1] == 'w') continue;
-    const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-    if (last > first) madvise(reinterpret_cast<void *>(first), last - first, MADV_DONTNEED);
-  }
-  fclose(maps);
-}
-
 }  // namespace sqft

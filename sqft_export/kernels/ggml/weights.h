@@ -26,8 +26,4 @@ std::shared_ptr<SqftMatrix> pack_blocks(const uint8_t *blocks, int type, size_t 
 /* Write the blocks of a packed weight. */
 void unpack_blocks(const SqftMatrix *m, int type, uint8_t *blocks);
 
-/* Remove pages of a mapped file from memory, if `data` lies in one. They are read again when they
-   are used again. */
-void drop_mapped_pages(const void *data, size_t size);
-
 }  // namespace sqft

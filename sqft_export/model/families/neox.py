@@ -16,15 +16,7 @@ FAMILIES = (
     NEOX,
     replace(
         NEOX,
-        model_types=("bloom",),
-        blocks="transformer.h",
-        embedding="transformer.word_embeddings",
-        head="lm_head",
-        tied=True,
-    ),
-    replace(
-        NEOX,
-        model_types=("falcon",),
+        model_types=("bloom", "falcon"),
         blocks="transformer.h",
         embedding="transformer.word_embeddings",
         head="lm_head",

@@ -172,7 +172,7 @@ def _tensors(checkpoint: "Checkpoint", names: Names, config: "ModelConfig") -> I
 
 
 def _stack_experts(tensors: Iterable[_Tensor]) -> Iterator[_Tensor]:
-    """Yield the tensors, with the matrices of all experts of a block as one.
+    """Yield the tensors; the matrices of all experts of a block are joined.
 
     Each expert is read when the tensor is written, in the order of the experts.
     """
