@@ -102,8 +102,11 @@ def _open(folder: Path, device: str, threads: int | None) -> "TextSession":
     found = find_deployment(folder)
     if found.path != folder:
         speed = found.tokens_per_second
-        measured = f", {speed:.0f} tokens per second in the report" if speed else ""
-        _note(f"{found.name}, the best deployment of {folder}{measured}: {found.path}")
+        which, measured = "a verified deployment", ""
+        if found.row is not None:
+            which = "the best deployment"
+            measured = f", {speed:.0f} tokens per second in the report" if speed else ""
+        _note(f"{found.name}, {which} of {folder}{measured}: {found.path}")
     return open_deployment(found.path, device, threads)
 
 

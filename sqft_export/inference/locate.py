@@ -65,7 +65,8 @@ def refuse_run(folder: Path, command: str) -> None:
 
     :raises UserError: listing the deployments of the run.
     """
-    if is_deployment(folder) or not any(folder.glob(f"report-*/{MANIFEST}")):
+    sealed = [*folder.glob(f"report-*/{MANIFEST}"), *folder.glob(f"verify-*/{MANIFEST}")]
+    if is_deployment(folder) or not sealed:
         return
     found = "".join(f"\n  {one.path}" for one in deployments_of_run(folder))
     raise UserError(f"{folder}: is a run; {command} takes one of its deployments:{found}")
@@ -85,16 +86,19 @@ def best_of(found: list[Deployment]) -> Deployment | None:
 
 
 def deployments_of_run(run: Path) -> list[Deployment]:
-    """Return the deployments of a finished run, measured and unmeasured.
+    """Return the deployments of a run, measured and unmeasured.
 
-    :raises UserError: if the folder has no finished run.
+    Before the run has a report, these are the deployments that are verified.
+
+    :raises UserError: if the folder has no run with a report or a certificate.
     """
-    from sqft_export.report.runs import read_run
+    from sqft_export.report.runs import latest_report, newest_artifact, read_run
     from sqft_export.report.terminal import deployment_folders
 
-    report = require_report(run)
-    rows = {row.id: row for row in read_run(report).report.rows}
-    folders = deployment_folders(_parents_of(report, run))
+    report = latest_report(run)
+    rows = {row.id: row for row in read_run(report).report.rows} if report else {}
+    record = report or newest_artifact(run, "verify") or require_report(run)
+    folders = deployment_folders(_parents_of(record, run))
     return [Deployment(one.name, one.folder, rows.get(one.id)) for one in folders]
 
 
@@ -113,17 +117,17 @@ def require_report(run: Path) -> Path:
     )
 
 
-def _parents_of(report: Path, run: Path) -> dict[str, Artifact]:
-    """Return the artifacts that a report was made from and that still exist.
+def _parents_of(record: Path, run: Path) -> dict[str, Artifact]:
+    """Return the artifacts that a report or certificate was made from and that still exist.
 
     :raises DamagedError: if a name could lead out of the run's folder.
     """
-    parents = read_artifact(report).manifest["facts"].get("parents")
+    parents = read_artifact(record).manifest["facts"].get("parents")
     if not isinstance(parents, dict) or not all(
         re.fullmatch(r"[a-z-]+", name) and re.fullmatch(r"[0-9a-f]{64}", str(key))
         for name, key in parents.items()
     ):
-        raise DamagedError(f"{report / MANIFEST}: facts: parents: expected stages and keys")
+        raise DamagedError(f"{record / MANIFEST}: facts: parents: expected stages and keys")
     store = Store(run)
     paths = {name: store.path_of(name, key) for name, key in parents.items()}
     return {name: read_artifact(path) for name, path in paths.items() if path.is_dir()}

@@ -70,7 +70,12 @@ class Comparison(Document):
 
 def latest_report(run: Path) -> Path | None:
     """Return the folder of a run's newest sealed report; None if it has none."""
-    sealed = list(run.glob(f"report-*/{MANIFEST}"))
+    return newest_artifact(run, "report")
+
+
+def newest_artifact(run: Path, stage: str) -> Path | None:
+    """Return the folder of the newest sealed artifact of a pass; None if the run has none."""
+    sealed = list(run.glob(f"{stage}-*/{MANIFEST}"))
     newest = max(sealed, key=lambda manifest: manifest.stat().st_mtime, default=None)
     return newest.parent if newest else None
 

@@ -59,6 +59,8 @@ MEMORY_SETTINGS = {
     "benchmark": "benchmark.items",
 }
 MEMORY_SETTINGS["teacher"] = MEMORY_SETTINGS["adapt"]
+# The comparison with other models may take as long as the model itself.
+USABLE = "The deployments are verified and are measured now. Try one: sqft-export chat {root}"
 
 
 @dataclass(frozen=True)
@@ -353,7 +355,8 @@ def run_recipe(
         recipe = resolve_precision(recipe, root)
         for warning in plan_warnings(recipe, layout):
             reporter.say(f"warning: {warning}")
-        for step in _plan_within_limits(recipe, folder, layout, store, last):
+        steps = _plan_within_limits(recipe, folder, layout, store, last)
+        for step in steps:
             warnings = _obtain(step, recipe, folder, artifacts, store, reporter, log, loggers)
             try:  # also logs the quality that makes a gate stop the run
                 warnings += gates.check(step.name, artifacts)
@@ -361,4 +364,6 @@ def run_recipe(
                 loggers.log_pass(artifacts[step.name])
             for warning in warnings:
                 reporter.say(f"warning: {warning}")
+            if step.name == "verify" and step.artifact is None and step is not steps[-1]:
+                reporter.say(USABLE.format(root=root))
     return artifacts

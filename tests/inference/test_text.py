@@ -154,6 +154,22 @@ def test_a_run_is_its_best_deployment(tiny_run):
     assert sqft_export.load(run).folder == taken.path
 
 
+def test_verified_deployments_are_found_before_the_report(tiny_run, tmp_path):
+    """A run can be used while its comparison with other models goes on."""
+    from sqft_export.inference.locate import deployments_of_run, find_deployment
+
+    run = tiny_run["report"].path.parent
+    for name, artifact in tiny_run.items():
+        if name not in ("benchmark", "report"):
+            (tmp_path / artifact.path.name).symlink_to(artifact.path)
+    ours = {one.name for one in deployments_of_run(run) if "lora" not in one.path.name}
+    assert {one.name for one in deployments_of_run(tmp_path)} == ours
+    assert find_deployment(tmp_path).row is None
+    (tmp_path / tiny_run["verify"].path.name).unlink()
+    with pytest.raises(UserError, match="neither a deployment nor a finished run"):
+        find_deployment(tmp_path)
+
+
 def test_a_folder_that_is_neither_deployment_nor_run_is_told(tmp_path):
     with pytest.raises(UserError, match="neither a deployment nor a finished run"):
         sqft_export.load(tmp_path)
