@@ -3,9 +3,15 @@
     python benchmarks/worth.py --model <Hugging Face folder> --data <folder of tasks> --quick
     python benchmarks/worth.py --model <folder> --data <folder> --seeds 0 1 2 --steps 300 900 1800
 
-``--data`` has ``banking77/{train,test}.csv`` and ``nlupp/{train,test}.jsonl``. Both become
-conversations, rendered by the model's chat template. Every row is a deployment in its runtime; all
-but the first two are llama.cpp files:
+``--data`` has the folders of the tasks:
+
+    banking77     customer messages, answered with one of 77 intents; ``{train,test}.csv``
+    nlupp         customer messages, answered with intents and slots as JSON; ``*.jsonl``
+    commonsense   multiple choice of the LLM-Adapters collection, ``llm_adapters/<set>/*.json``
+    mawps         word problems, answered with their equation; ``llm_adapters/mawps/*set.json``
+
+All become conversations, rendered by the model's chat template. Every row is a deployment in its
+runtime; all but the first two are llama.cpp files:
 
     base                        the model as it is, in torch
     lora                        LoRA in floats, in torch
@@ -45,10 +51,13 @@ from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets.folder import context_of
 
 Arguments = argparse.Namespace
-TASKS = ("banking77", "nlupp")
+TASKS = ("banking77", "nlupp", "commonsense", "mawps")
+# Sets of the collection that have training rows.
+CHOICES = ("ARC-Challenge", "ARC-Easy", "boolq", "openbookqa")
 REFERENCE = "lora_then_q4_k_m"
 RESAMPLES = 10_000
 BANKING_SYSTEM = "Name the intent of the customer's message to a bank. Answer with one intent."
+EQUATION_SYSTEM = "Write the equation that solves the problem."
 UNPRUNED, SPARSE = {"method": "none"}, {"method": "sparsegpt", "sparsity": 0.5}
 
 
@@ -83,31 +92,68 @@ ROWS = {
 }
 
 
-def conversations(task: str, file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file as conversations."""
+def conversation(user: str, assistant: str, system: str | None = None) -> dict[str, Any]:
+    """A row of a file of conversations, with one answer."""
+    texts = {"system": system, "user": user, "assistant": assistant}
+    return {"messages": [{"role": r, "content": t} for r, t in texts.items() if t is not None]}
+
+
+def read_json(file: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON or jsonl file."""
+    text = file.read_text()
+    return (
+        [json.loads(line) for line in text.splitlines()]
+        if file.suffix == ".jsonl"
+        else (json.loads(text))
+    )
+
+
+def read_task(task: str, data: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The conversations of a task: training and test rows."""
+    folder = data / task
     if task == "nlupp":
-        for line in file.read_text().splitlines():
-            yield {"messages": json.loads(line)["messages"]}
-        return
+        train, test = (
+            [{"messages": row["messages"]} for row in read_json(folder / f"{split}.jsonl")]
+            for split in ("train", "test")
+        )
+    elif task == "banking77":
+        train, test = (list(_intents(folder / f"{split}.csv")) for split in ("train", "test"))
+    elif task == "mawps":
+        folder = data / "llm_adapters" / "mawps"
+        train = list(_equations(read_json(folder / "trainset.json")))
+        rest = (read_json(folder / f"{split}set.json") for split in ("valid", "test"))
+        test = [row for rows in rest for row in _equations(rows)]
+    else:
+        collection = data / "llm_adapters"
+        train = [row for name in CHOICES for row in _choices(collection / name / "train.json")]
+        test = [row for name in CHOICES for row in _choices(collection / name / "test.json")]
+    return train, test
+
+
+def _intents(file: Path) -> Iterator[dict[str, Any]]:
     with file.open(newline="") as stream:
         for row in csv.DictReader(stream):
-            texts = BANKING_SYSTEM, row["text"], row["category"]
-            roles = "system", "user", "assistant"
-            yield {
-                "messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
-            }
+            yield conversation(row["text"], row["category"], BANKING_SYSTEM)
+
+
+def _equations(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        equation = row["equation"].lower().replace(" ", "")
+        yield conversation(row["original_text"], equation, EQUATION_SYSTEM)
+
+
+def _choices(file: Path) -> Iterator[dict[str, Any]]:
+    for row in read_json(file):
+        yield conversation(row["instruction"], row["output"])
 
 
 def write_task(task: str, arguments: Arguments) -> None:
     """Write ``train.jsonl``, and ``test.jsonl``: first the validation items, then the test items.
 
-    Test items are evenly spread, since the test files are sorted by intent.
+    Test items are evenly spread, since the test files are sorted by set or intent.
     """
-    data, folder, items = arguments.data, arguments.runs / task, arguments.items
-    held_out = arguments.validation
-    suffix = "csv" if task == "banking77" else "jsonl"
-    train = list(conversations(task, data / task / f"train.{suffix}"))
-    test = list(conversations(task, data / task / f"test.{suffix}"))
+    folder, items, held_out = arguments.runs / task, arguments.items, arguments.validation
+    train, test = read_task(task, arguments.data)
     np.random.default_rng(0).shuffle(train)
     chosen = [test[i] for i in np.linspace(0, len(test) - 1, min(items, len(test))).astype(int)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +178,7 @@ def recipe_of(task: str, row: Measured, seed: int, steps: int, arguments: Argume
             "train": str((folder / "train.jsonl").resolve()),
             "test": str((folder / "test.jsonl").resolve()),
             "score": "json" if task == "nlupp" else "exact",
-            "max_new_tokens": 128 if task == "nlupp" else 24,
+            "max_new_tokens": 128 if task == "nlupp" else 32,
             "sequence_length": 256,
         },
         "calibration": {"samples": 128, "sequence_length": 256},
