@@ -70,9 +70,30 @@ def chat_command(
         if not conversation and system is not None:
             conversation.append({"role": "system", "content": system})
         conversation.append({"role": "user", "content": message})
+        if session.template is not None:
+            _leave_out_oldest(session, conversation, max_new_tokens)
         asked: Prompt = message if session.template is None else conversation
         answer = _print_answer(session, asked, max_new_tokens, stop or ())
         conversation.append({"role": "assistant", "content": answer.strip()})
+
+
+def _leave_out_oldest(
+    session: "TextSession", conversation: list[dict[str, str]], limit: int
+) -> None:
+    """Delete the oldest exchanges of a conversation that would leave no room for an answer.
+
+    A system message stays, and so does the last message.
+
+    :param limit: largest number of tokens of the answer; a quarter of the context is enough.
+    """
+    first = int(conversation[0]["role"] == "system")
+    room, before = min(limit, session.context // 4), len(conversation)
+    while len(conversation) > first + 2:
+        if len(session.encode(conversation)) + room <= session.context:
+            break
+        del conversation[first : first + 2]
+    if left_out := before - len(conversation):
+        _note(f"the context of {session.context} tokens is full: {left_out} messages are left out")
 
 
 def generate_command(

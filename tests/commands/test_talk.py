@@ -1,5 +1,6 @@
 """`chat` and `generate` as a user types them."""
 
+import shutil
 import subprocess
 
 import pytest
@@ -46,3 +47,14 @@ def test_chat_with_what_is_no_deployment_is_one_message(tmp_path):
     for folder in ("nowhere", str(tmp_path), "README.md"):
         done = sqft("chat", folder, "-p", "x")
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_long_conversation_goes_on_without_its_oldest_messages(tiny_run, tmp_path):
+    folder = shutil.copytree(tiny_run["export-onnx"].path / "model", tmp_path / "chat")
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    typed = "Question: What is 2 plus 3?\n" * 40
+    done = sqft("chat", str(folder), "--system", "Count.", "--max-new-tokens", "8", typed=typed)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("prompt tokens in") == 40
+    assert "tokens is full: 2 messages are left out" in done.stderr
