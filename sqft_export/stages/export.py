@@ -99,7 +99,9 @@ def run(context: Context[Sections]) -> ExportMetrics:
         (folder / INFERENCE_MODEL).write_text(text, encoding="utf-8")
     copy_probe(merge.path, folder, runtime, context.recipe.verify)
     write_seal(folder, origin.to_json())
-    metrics = ExportMetrics(bytes=file_bytes(folder), **({"head": head} if head else {}))
+    metrics = ExportMetrics(bytes=file_bytes(folder))
+    if head:
+        metrics = metrics.model_copy(update={"head": head})
     if context.recipe.export.sparse_files:
         metrics = metrics.model_copy(update=_pack(context, folder))
     if runtime == "openvino" and context.recipe.export.sparse_execution:
