@@ -228,7 +228,7 @@ def time_passes(context: object, tokens: int, passes: int, repeats: int) -> list
 def measure_in_process(side: str, file: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """Measure one file on one side in its own process."""
     settings = SIDES[side] | ({"SQFT_KERNELS": arguments.isa} if arguments.isa else {})
-    settings |= {"SQFT_GROUP": str(arguments.group)}
+    settings |= {"SQFT_GROUP": str(arguments.group), "SQFT_CHOICE": arguments.choice}
     command = [sys.executable, __file__, "--measure", str(file)]
     command += ["--threads", *map(str, arguments.threads), "--repeats", str(arguments.repeats)]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
@@ -257,6 +257,7 @@ def compare(files: dict[str, Path], arguments: argparse.Namespace) -> None:
             rows.append([name, what, *medians, *(round(r, 2) for r in ratios[key].values())])
     table(["file", "measure", *SIDES, "ratio", "low", "high"], rows)
     settings = {"group": arguments.group, "isa": arguments.isa, "prompt": PROMPT}
+    settings["choice"] = arguments.choice
     finish("llama_plugin", ratios, {"measurements": found, "settings": settings})
 
 
@@ -267,6 +268,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--group", type=int, choices=(32, 64, 128), default=32)
+    parser.add_argument(
+        "--choice",
+        choices=("ours", "measured"),
+        default="ours",
+        help="measured: shapes that llama.cpp multiplies faster are left to it",
+    )
     parser.add_argument("--isa", help="our instruction set, such as avx2; default: the fastest")
     parser.add_argument("--only", nargs="+", help="names of files, such as 7b_int4_0")
     parser.add_argument("--small", action="store_true", help="a narrow model, to try the script")

@@ -105,12 +105,14 @@ class Run:
     def deployments(self) -> "dict[str, Deployment]":
         """Return the deployments by target: ``openvino``, ``onnx``, ``gguf``.
 
-        Copies have the name of their folder too, such as ``onnx-packed``.
+        Copies have the name of their folder too, such as ``onnx-packed``. ``gguf-kernels`` is the
+        GGUF deployment on our kernels, if it was measured.
         """
         found = {}
         for one in self._found:
             target = one.path.parent.name.split("-")[1]
-            found[target if one.path.name == "model" else f"{target}-{one.path.name}"] = one
+            name = target if one.path.name == "model" else f"{target}-{one.path.name}"
+            found[name if one.execution == "stock" else f"{name}-kernels"] = one
         return found
 
     @cached_property
@@ -246,17 +248,27 @@ def _scored_data(
     return ScoredData(data=Path(data), score=score, template_arguments=arguments)
 
 
-def load(folder: str | Path, device: str = "cpu", threads: int | None = None) -> "TextSession":
+def load(
+    folder: str | Path,
+    device: str = "cpu",
+    threads: int | None = None,
+    execution: str | None = None,
+) -> "TextSession":
     """Load a deployment, a merged model or the best deployment of a run into its runtime.
 
     :param device: cpu, gpu or npu.
     :param threads: CPU threads; None: the runtime's choice.
+    :param execution: auto, sparse or dense: our kernels in OpenVINO or llama.cpp; stock: the
+        runtime's; None: those of the best deployment of a run, else stock.
     :raises UserError: if the folder is none of them, or its runtime cannot load it.
     """
     from sqft_export.inference.locate import find_deployment
     from sqft_export.inference.text import open_deployment
+    from sqft_export.targets.execution import usable_execution
 
-    return open_deployment(find_deployment(Path(folder)).path, device, threads)
+    found = find_deployment(Path(folder))
+    kernels = usable_execution(found.path, execution or found.execution, device)
+    return open_deployment(found.path, device, threads, kernels)
 
 
 def _recipe_of(

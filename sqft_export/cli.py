@@ -15,7 +15,7 @@ import typer
 from sqft_export.commands import compiling, publishing, serving, talk, web
 from sqft_export.commands.help import INTRODUCTION, Commands, version_option
 from sqft_export.commands.machine import set_compute_threads
-from sqft_export.commands.options import Json, ModelPath, Runs, Threads
+from sqft_export.commands.options import Json, KernelsOption, ModelPath, Runs, Threads
 from sqft_export.errors import UserError, one_line
 from sqft_export.machine.processors import limit_openmp_spinning
 from sqft_export.telemetry import disable_telemetry
@@ -492,6 +492,7 @@ def verify_command(
     folder: Annotated[Path, typer.Argument(help="run, such as runs/tiny, or deployment")],
     threads: Threads = None,
     device: Device = "cpu",
+    execution: KernelsOption = None,
     long: Annotated[
         bool, typer.Option("--long", help="run the long prompts of a deployment's self-test too")
     ] = False,
@@ -511,10 +512,12 @@ def verify_command(
 
     _require_folder(folder)
     if is_testable(folder):
-        verify_deployment(folder, device, threads, long, json_only)
+        verify_deployment(folder, device, threads, execution or "stock", long, json_only)
         return
-    if long or device != "cpu":
-        raise UserError(f"{folder}: is a run; --long and --device are for its deployments")
+    if long or execution or device != "cpu":
+        raise UserError(
+            f"{folder}: is a run; --long, --device and --execution are for its deployments"
+        )
     _verify_run(folder, json_only)
 
 

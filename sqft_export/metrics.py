@@ -163,10 +163,35 @@ class SparseExecution(Document):
     memory_ratio: MayBeMissing[float] = None
 
 
+class RoundedHead(Document):
+    """KL divergence that a Q8_0 head adds, in nats per token.
+
+    mean, largest: over ``positions`` tokens. rounded: whether the file has such a head.
+    """
+
+    mean: float
+    largest: float
+    positions: int
+    rounded: bool
+
+    def __str__(self) -> str:
+        found = (
+            f"KL divergence {self.mean:.2g} nats per token (largest {self.largest:.2g} of "
+            f"{self.positions} tokens)"
+        )
+        if self.rounded:
+            return f"its output head is Q8_0, which adds a {found}"
+        return f"its output head is float; Q8_0 would add a {found}"
+
+
 class ExportMetrics(Metrics):
-    """bytes: of the deployment's weights and graphs. packed, sparse: its copies, if requested."""
+    """bytes: of the deployment's weights and graphs. packed, sparse: its copies, if requested.
+
+    head: the output head of a GGUF file, if it was measured.
+    """
 
     bytes: int
+    head: MayBeMissing[RoundedHead] = None
     packed: MayBeMissing[PackedMetrics] = None
     sparse: MayBeMissing[SparseExecution] = None
 

@@ -34,7 +34,7 @@ MANIFEST = "manifest.json"
 SEAL = "seal"  # SHA-256 of all other fields of the manifest
 RECORDED_PACKAGES = (
     *("torch", "transformers", "peft", "openvino", "onnxruntime", "onnxruntime-genai", "gguf"),
-    "cyllama",
+    *("cyllama", "xllamacpp"),
 )
 
 

@@ -1,7 +1,7 @@
 """Options that several commands have."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,6 +15,14 @@ Threads = Annotated[
         min=1,
         max=4096,
         help="compute threads; default: OMP_NUM_THREADS, else the number of idle processors",
+    ),
+]
+KernelsOption = Annotated[
+    Literal["stock", "auto", "dense", "sparse"] | None,
+    typer.Option(
+        "--execution",
+        help="kernels for OpenVINO and GGUF folders: stock: the runtime's; auto, dense, sparse: "
+        "ours; default: those of a run's best deployment, else stock",
     ),
 ]
 Json = Annotated[

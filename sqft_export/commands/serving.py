@@ -1,5 +1,6 @@
 """Servers of deployments: ``serve``, ``model-repository``, and ``llama-plugin`` for llama.cpp."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from sqft_export.commands.options import KernelsOption
 from sqft_export.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ def serve_command(
     name: Annotated[
         str | None, typer.Option(help="name of the model for clients; default: name of the run")
     ] = None,
+    execution: KernelsOption = None,
 ) -> None:
     """Serve a deployment with an OpenAI-compatible interface, on an installed server.
 
@@ -35,17 +38,27 @@ def serve_command(
 
     Example: sqft-export serve runs/SmolLM2-135M-Instruct --port 8080
     """
-    from sqft_export.inference.servers import Address, check_port, served_path, server_for
+    from sqft_export.inference.servers import (
+        Address,
+        check_port,
+        kernels_of,
+        served_path,
+        server_for,
+    )
+    from sqft_export.packed.execution import resolve_execution
 
     found = _servable(folder)
     at = Address(host, port, name or (folder.resolve().name or "model"))
     server = server_for(found, at)
     check_port(at)
+    ours = kernels_of(server, resolve_execution(execution or found.execution))
     with served_path(found.path) as path:
-        command = server.command(path, at)
-        print(f"{found.name}: {found.path}\n{server.name}: {shlex.join(command)}", file=sys.stderr)
+        command = [*server.command(path, at), *ours.options]
+        before = "".join(f"{name}={value} " for name, value in ours.variables.items())
+        lines = f"{found.name}: {found.path}\n{server.name}: {before}{shlex.join(command)}"
+        print(lines, file=sys.stderr)
         print(f"serving {at.url}, model {at.model}; Ctrl-C ends", file=sys.stderr, flush=True)
-        code = subprocess.run(command, check=False).returncode
+        code = subprocess.run(command, env=os.environ | ours.variables, check=False).returncode
     if code:
         raise UserError(f"{server.name} ended with exit code {code}; its messages are above")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sqft_export.commands.options import KernelsOption
 from sqft_export.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def chat_command(
     stop: _StopTexts = None,
     threads: _ComputeThreads = None,
     device: _DeviceName = "cpu",
+    execution: KernelsOption = None,
 ) -> None:
     """Talk to a deployment in its own runtime, with its chat template.
 
@@ -54,7 +56,7 @@ def chat_command(
 
     Example: sqft-export chat runs/SmolLM2-135M-Instruct -p "What is a llama?"
     """
-    session = _open(folder, device, threads)
+    session = _open(folder, device, threads, execution)
     if session.template is None:
         _note(
             f"{session.folder} has no chat template: every message is continued as plain text, "
@@ -103,6 +105,7 @@ def generate_command(
     stop: _StopTexts = None,
     threads: _ComputeThreads = None,
     device: _DeviceName = "cpu",
+    execution: KernelsOption = None,
 ) -> None:
     """Continue a plain text with a deployment, without a chat template.
 
@@ -110,15 +113,16 @@ def generate_command(
 
     Example: sqft-export generate runs/tiny -p "Question: What is 2 plus 3? Answer:"
     """
-    session = _open(folder, device, threads)
+    session = _open(folder, device, threads, execution)
     text = prompt if prompt is not None else sys.stdin.read()
     _print_answer(session, text, max_new_tokens, stop or ())
 
 
-def _open(folder: Path, device: str, threads: int | None) -> "TextSession":
-    """Load the deployment that a folder stands for, and name it on stderr."""
+def _open(folder: Path, device: str, threads: int | None, execution: str | None) -> "TextSession":
+    """Load the deployment that a folder stands for, and name it and our kernels on stderr."""
     from sqft_export.inference.locate import find_deployment
     from sqft_export.inference.text import open_deployment
+    from sqft_export.targets.execution import kernels_title, usable_execution
 
     found = find_deployment(folder)
     if found.path != folder:
@@ -128,7 +132,11 @@ def _open(folder: Path, device: str, threads: int | None) -> "TextSession":
             which = "the best deployment"
             measured = f", {speed:.0f} tokens per second in the report" if speed else ""
         _note(f"{found.name}, {which} of {folder}{measured}: {found.path}")
-    return open_deployment(found.path, device, threads)
+    kernels = usable_execution(found.path, execution or found.execution, device)
+    session = open_deployment(found.path, device, threads, kernels)
+    if session.runtime == "gguf" and kernels != "stock":
+        _note(kernels_title(session.runtime, kernels))
+    return session
 
 
 def _messages() -> Iterator[str]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from sqft_export.artifacts.store import MANIFEST, Artifact, Store, read_artifact
 from sqft_export.errors import DamagedError, UserError, one_line
+from sqft_export.kernels.choice import STOCK
+from sqft_export.measure.rows import ON_KERNELS
 from sqft_export.targets.folder import is_deployment, kind_of
 
 if TYPE_CHECKING:
@@ -19,11 +21,13 @@ class Deployment:
 
     name: of its row in the report; the runtime for a folder outside of a run.
     row: its row in the report; None if it was not measured.
+    execution: the kernels of its row, see ``targets/execution.py``.
     """
 
     name: str
     path: Path
     row: "BenchmarkRow | None" = None
+    execution: str = STOCK
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -68,7 +72,8 @@ def refuse_run(folder: Path, command: str) -> None:
     sealed = [*folder.glob(f"report-*/{MANIFEST}"), *folder.glob(f"verify-*/{MANIFEST}")]
     if is_deployment(folder) or not sealed:
         return
-    found = "".join(f"\n  {one.path}" for one in deployments_of_run(folder))
+    paths = dict.fromkeys(one.path for one in deployments_of_run(folder))
+    found = "".join(f"\n  {path}" for path in paths)
     raise UserError(f"{folder}: is a run; {command} takes one of its deployments:{found}")
 
 
@@ -88,7 +93,8 @@ def best_of(found: list[Deployment]) -> Deployment | None:
 def deployments_of_run(run: Path) -> list[Deployment]:
     """Return the deployments of a run, measured and unmeasured.
 
-    Before the run has a report, these are the deployments that are verified.
+    Before the run has a report, these are the deployments that are verified. A folder that was
+    also measured on our kernels in llama.cpp is listed twice.
 
     :raises UserError: if the folder has no run with a report or a certificate.
     """
@@ -99,7 +105,9 @@ def deployments_of_run(run: Path) -> list[Deployment]:
     rows = {row.id: row for row in read_run(report).report.rows} if report else {}
     record = report or newest_artifact(run, "verify") or require_report(run)
     folders = deployment_folders(_parents_of(record, run))
-    return [Deployment(one.name, one.folder, rows.get(one.id)) for one in folders]
+    found = [Deployment(one.name, one.folder, rows.get(one.id)) for one in folders]
+    on_kernels = [(one.folder, rows.get(f"{one.id}{ON_KERNELS}")) for one in folders]
+    return found + [Deployment(row.name, path, row, "auto") for path, row in on_kernels if row]
 
 
 def require_report(run: Path) -> Path:

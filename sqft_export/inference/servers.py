@@ -9,23 +9,29 @@ The server of cyllama is left out: it renders messages without the chat template
 stream.
 """
 
+import logging
 import shlex
 import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sqft_export.errors import UserError
 from sqft_export.inference.locate import Deployment
+from sqft_export.inference.xllamacpp_server import KERNELS_VARIABLE
+from sqft_export.kernels.choice import STOCK
+from sqft_export.kernels.llama_plugin import PLUGIN_FILE, check_build, why_not_in_llama_cpp
 from sqft_export.machine.host import installed
 from sqft_export.packed.loaders import dense_gguf
 from sqft_export.packed.usage import form_of
 from sqft_export.targets.folder import kind_of
 
+_logger = logging.getLogger(__name__)
 SERVED_KINDS = ("gguf", "openvino")
+NO_KERNELS = "it has its own; specialized folders and sqft_export.load run on ours"
 NO_ONNX_SERVER = (
     "no server loads a folder of ONNX Runtime GenAI; serve the OpenVINO or the GGUF deployment of "
     "the same run"
@@ -53,17 +59,48 @@ class Server:
     command: model file or folder, and address -> words of the command.
     here: whether it is installed.
     install: how to install it.
+    kernels: how it runs our kernels; None if it can't.
     """
 
     name: str
     command: Callable[[Path, Address], list[str]]
     here: Callable[[], bool]
     install: str
+    kernels: "Callable[[], KernelsStart] | None" = None
+
+
+@dataclass(frozen=True)
+class KernelsStart:
+    """What starts a server on our kernels.
+
+    variables: to add to the environment. options: to add to the command.
+    missing: why our kernels can't run in it; None if they can.
+    """
+
+    variables: dict[str, str] = field(default_factory=dict)
+    options: tuple[str, ...] = ()
+    missing: str | None = None
 
 
 def _llama_server(file: Path, at: Address) -> list[str]:
     place = ["--host", at.host, "--port", str(at.port), "--alias", at.model]
     return ["llama-server", "-m", str(file), "--jinja", *place]
+
+
+def _kernels_in_llama_server() -> KernelsStart:
+    """Return the variable that loads the plug-in into the installed llama-server."""
+    if not PLUGIN_FILE.is_file():
+        return KernelsStart(missing=f"{PLUGIN_FILE.name} is missing")
+    found = check_build(Path(str(shutil.which("llama-server"))))
+    if not found.supported:
+        return KernelsStart(missing=found.reason)
+    options = ("--no-host",) if found.gpu else ()
+    return KernelsStart({found.variable: str(PLUGIN_FILE)}, options)
+
+
+def _kernels_in_package(package: str) -> KernelsStart:
+    """Return the variable that lets our start module of a Python package load the plug-in."""
+    return KernelsStart({KERNELS_VARIABLE: "1"}, missing=why_not_in_llama_cpp(package))
 
 
 def _xllamacpp(file: Path, at: Address) -> list[str]:
@@ -73,7 +110,8 @@ def _xllamacpp(file: Path, at: Address) -> list[str]:
 
 def _llama_cpp_python(file: Path, at: Address) -> list[str]:
     place = ["--host", at.host, "--port", str(at.port), "--model_alias", at.model]
-    return [sys.executable, "-m", "llama_cpp.server", "--model", str(file), *place]
+    module = "sqft_export.inference.llama_cpp_server"
+    return [sys.executable, "-m", module, "--model", str(file), *place]
 
 
 def _ovms(folder: Path, at: Address) -> list[str]:
@@ -89,18 +127,21 @@ SERVERS: dict[str, tuple[Server, ...]] = {
             lambda: shutil.which("llama-server") is not None,
             "a release of llama.cpp (github.com/ggml-org/llama.cpp), or its package in a system's "
             "package manager",
+            _kernels_in_llama_server,
         ),
         Server(
             "llama.cpp's server in xllamacpp",
             _xllamacpp,
             lambda: installed("xllamacpp"),
             "pip install xllamacpp",
+            lambda: _kernels_in_package("xllamacpp"),
         ),
         Server(
             "llama-cpp-python",
             _llama_cpp_python,
             lambda: installed("llama_cpp.server") and installed("uvicorn"),
             "pip install 'llama-cpp-python[server]', which compiles llama.cpp",
+            lambda: _kernels_in_package("llama-cpp-python"),
         ),
     ),
     "openvino": (
@@ -153,6 +194,17 @@ def _how_to_install(folder: Path, at: Address, kind: str) -> str:
     for server in SERVERS[kind]:
         lines += [f"  {server.install}", f"      {shlex.join(server.command(file, at))}"]
     return "\n".join(lines)
+
+
+def kernels_of(server: Server, execution: str) -> KernelsStart:
+    """Return what starts a server on our kernels; nothing, with a warning, if they can't run."""
+    if execution == STOCK:
+        return KernelsStart()
+    found = server.kernels() if server.kernels else KernelsStart(missing=NO_KERNELS)
+    if found.missing:
+        _logger.warning("%s: our kernels are not used: %s", server.name, found.missing)
+        return KernelsStart()
+    return replace(found, variables=found.variables | {"SQFT_FORM": execution})
 
 
 @contextmanager

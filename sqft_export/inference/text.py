@@ -26,7 +26,9 @@ from sqft_export.inference.templates import (
     read_special_tokens,
     render_conversation,
 )
-from sqft_export.targets import Session, runner
+from sqft_export.kernels.choice import STOCK
+from sqft_export.targets import Session
+from sqft_export.targets.execution import open_on_kernels
 from sqft_export.targets.folder import context_of, kind_of
 
 MAX_NEW_TOKENS = 512
@@ -195,16 +197,19 @@ def cut_stream(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
         yield held
 
 
-def open_deployment(folder: Path, device: str = "cpu", threads: int | None = None) -> TextSession:
+def open_deployment(
+    folder: Path, device: str = "cpu", threads: int | None = None, execution: str = STOCK
+) -> TextSession:
     """Load a deployment (packed or plain) or a merged Hugging Face model into its runtime.
 
     :param device: cpu, gpu or npu.
     :param threads: CPU threads; None: the runtime's choice.
+    :param execution: auto, sparse or dense: our kernels; stock: the runtime's.
     :raises UserError: if the folder is no such model, or its runtime cannot load it.
     """
     kind = kind_of(folder)
     try:
-        session = runner(kind).open_session(folder, False, threads, device)
+        session = open_on_kernels(folder, False, threads, device, execution)
     except (UserError, ImportError, MemoryError, OSError):
         raise
     except Exception as error:  # each runtime has its own exception classes

@@ -21,7 +21,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, get_args
@@ -35,7 +35,6 @@ from sqft_export.errors import UserError
 from sqft_export.kernels.choice import STOCK
 from sqft_export.kernels.extension import require_kernels
 from sqft_export.kernels.ir import is_specialized
-from sqft_export.kernels.llama_plugin import PLUGIN_FILE
 from sqft_export.machine.counters import machine_facts
 from sqft_export.machine.host import installed
 from sqft_export.measure.agreement import ReferenceModels
@@ -67,6 +66,7 @@ from sqft_export.model.checkpoint import file_bytes
 from sqft_export.packed.execution import resolve_execution
 from sqft_export.recipe.schema import DATASET_NAMES, Dataset, Recipe, Text
 from sqft_export.targets.devices import find_device
+from sqft_export.targets.execution import kernel_notes, kernels_title, why_not_our_kernels
 from sqft_export.targets.folder import (
     GRAPHS,
     check_files,
@@ -75,6 +75,7 @@ from sqft_export.targets.folder import (
     number_in_config,
     vocabulary_of,
 )
+from sqft_export.targets.gguf.bindings import binding_package
 from sqft_export.targets.gguf.quantizer import fallback_notes
 from sqft_export.untrusted import MAX_IR_BYTES, read_bounded
 
@@ -128,8 +129,8 @@ def _measured_folders(
 ) -> dict[str, MeasuredFolder]:
     """Return every folder under its name, once per requested kind of kernels that it can run on.
 
-    A specialized folder states its own kernels and is measured once. A GGUF folder runs
-    on our kernels if llama-cpp-python and our llama.cpp plug-in are installed.
+    A specialized folder states its own kernels and is measured once, as is a GGUF folder if our
+    kernels can't run in the installed llama.cpp.
 
     :param names: short unique name of every folder.
     :raises UserError: if the kernels are not available, or the device has its own.
@@ -148,7 +149,8 @@ def _measured_folders(
         check_files(folder)
         fixed = not _has_several_kernels(folder)
         for kernels in [STOCK] if fixed else wanted:
-            label = name if fixed or wanted == [STOCK] else f"{name}, {kernels}"
+            title = kernels_title(kind_of(folder), kernels)
+            label = name if fixed or wanted == [STOCK] else f"{name}, {title}"
             found[label] = MeasuredFolder(folder, kernels)
     return found
 
@@ -156,7 +158,7 @@ def _measured_folders(
 def _has_several_kernels(folder: Path) -> bool:
     """Return whether a folder runs on both the runtime's kernels and ours."""
     if kind_of(folder) == "gguf":
-        return installed("llama_cpp") and PLUGIN_FILE.is_file()
+        return why_not_our_kernels(folder) is None
     return kind_of(folder) == "openvino" and not is_specialized(
         read_bounded(folder / GRAPHS["openvino"], MAX_IR_BYTES)
     )
@@ -197,8 +199,13 @@ def _median_rates(rounds: list[dict[str, float]]) -> dict[str, float]:
     return {batch: float(np.median([one[batch] for one in rounds])) for batch in rounds[0]}
 
 
-def summarize(measured: MeasuredFolder, runs: list[WorkerResult]) -> FolderResults:
-    """Return medians and percentiles over all rounds of one folder."""
+def summarize(
+    measured: MeasuredFolder, runs: list[WorkerResult], wanted: Collection[str] = (STOCK,)
+) -> FolderResults:
+    """Return medians and percentiles over all rounds of one folder.
+
+    :param wanted: requested kernels.
+    """
     profiles = _profiles(runs)
     known = [one.energy_joules for one in profiles if one.energy_joules is not None]
     return FolderResults(
@@ -217,14 +224,23 @@ def summarize(measured: MeasuredFolder, runs: list[WorkerResult]) -> FolderResul
         joules_per_token=(
             sum(known) / sum(one.passes for one in profiles) if len(known) == len(runs) else None
         ),
-        notes=_notes(measured.folder),
+        notes=_notes(measured, wanted),
     )
 
 
-def _notes(folder: Path) -> list[str]:
-    """Return the notes about a deployment's files; reading a GGUF file needs the gguf package."""
+def _notes(measured: MeasuredFolder, wanted: Collection[str]) -> list[str]:
+    """Return the notes about a deployment's files and its llama.cpp.
+
+    Reading a GGUF file needs the gguf package.
+
+    :param wanted: requested kernels.
+    """
+    folder = measured.folder
     file = folder / GRAPHS["gguf"]
-    return fallback_notes(file) if file.is_file() and installed("gguf") else []
+    about_file = fallback_notes(file) if file.is_file() and installed("gguf") else []
+    requested_ours = set(wanted) != {STOCK}
+    missing = why_not_our_kernels(folder) if requested_ours and file.is_file() else None
+    return about_file + kernel_notes(folder, measured.execution, missing)
 
 
 def _medians(runs: list[WorkerResult], figure: str) -> list[float]:
@@ -436,7 +452,9 @@ def benchmark_folders(
         machine=machine_facts(),
         versions=runtime_versions(set(kinds.values())),
         settings=settings,
-        folders={name: summarize(named[name], runs) for name, runs in found.items()},
+        folders={
+            name: summarize(named[name], runs, settings.execution) for name, runs in found.items()
+        },
         ratios=ratios(found),
     )
     if lm_eval:
@@ -479,7 +497,7 @@ def runtime_versions(kinds: set[str]) -> dict[str, str]:
     libraries = {
         "openvino": ("openvino",),
         "onnx": ("onnxruntime",),
-        "gguf": ("cyllama" if installed("cyllama") else "llama_cpp_python",),
+        "gguf": (binding_package(),),
         "torch": ("torch",),
     }
     names = ["sqft-export", *(name for kind in sorted(kinds) for name in libraries[kind])]

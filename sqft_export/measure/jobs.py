@@ -28,7 +28,7 @@ class MeasuredModel(Document):
     kind: the runtime; ``adapted``: torch, with an adapter.
     threads: CPU threads; None: the runtime's choice.
     device: cpu, gpu or npu.
-    execution: kernels of an OpenVINO folder, see ``packed/execution.py``.
+    execution: kernels of an OpenVINO or GGUF folder, see ``targets/execution.py``.
     precision: dtype of torch on the CPU for a model with 16-bit weights; None: measured.
     parts: only for ``adapted``.
     """

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import TypedDict
 
 from sqft_export.data.scoring import Judged, Scores, accuracy_by_set, accuracy_of
+from sqft_export.kernels.choice import STOCK
 from sqft_export.measure.jobs import LatencySamples
 from sqft_export.measure.results import Accuracy, AnswerEntry, LatencySpread, RowKind, Runtime
 from sqft_export.measure.statistics import mcnemar, mean_interval, percentiles
 from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.packed.folders import PACKED, SPARSE
+from sqft_export.targets.execution import LLAMA_CPP_WITH_KERNELS
 from sqft_export.targets.folder import kind_of
 
+ON_KERNELS = "-kernels"  # end of the id of a deployment that also runs on our kernels
 # Name of every target for readers.
 TITLES: dict[Runtime, str] = {
     "openvino": "OpenVINO",
@@ -32,12 +35,14 @@ class Row:
         ``sparse-reconstructed``, ``sparse-quantized``, ``adapted``, ``merged``; a deployment has
         its target, followed by ``-packed`` or ``-sparse``; a peer has its name in
         ``recipe.peers.PEERS``, ``lora-then-int4`` followed by its target. A copy of a row for
-        another device ends with it, as in ``openvino-gpu``.
+        another device ends with it, as in ``openvino-gpu``, and one for our kernels in llama.cpp
+        with ``-kernels``.
     name: name for readers.
     stored: files and folders whose model files count as its size.
     sparsity: share of zero weights in the decoder's Linears, 0 to 1.
     device: cpu, gpu or npu.
-    notes: facts about its files for readers.
+    notes: facts about its files and its runtime for readers.
+    execution: kernels of an OpenVINO or GGUF folder, see ``targets/execution.py``.
     """
 
     id: str
@@ -49,11 +54,17 @@ class Row:
     sparsity: float
     device: str = "cpu"
     notes: tuple[str, ...] = ()
+    execution: str = STOCK
 
     def on(self, device: str) -> "Row":
         """Return a copy of this row for another device, with a separate id and name."""
         id, name = f"{self.id}-{device}", f"{self.name}, {device.upper()}"
         return replace(self, id=id, name=name, device=device)
+
+    def on_our_kernels(self) -> "Row":
+        """Return a copy of this row of a GGUF folder for our kernels in llama.cpp."""
+        name = self.name.replace(TITLES["gguf"], LLAMA_CPP_WITH_KERNELS, 1)
+        return replace(self, id=f"{self.id}{ON_KERNELS}", name=name, execution="auto")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ import numpy as np
 
 from sqft_export.data.scoring import ScoringRequest
 from sqft_export.errors import HostError, UserError
-from sqft_export.kernels.choice import STOCK
-from sqft_export.kernels.llama_plugin import use_in_llama_cpp
 from sqft_export.machine.counters import energy_joules, memory_now, peak_memory
 from sqft_export.machine.host import die_with_parent, exhausted_resource
 from sqft_export.machine.processors import deployed_environment
@@ -35,7 +33,8 @@ from sqft_export.measure.jobs import (
 )
 from sqft_export.measure.likelihood import distributions, score
 from sqft_export.measure.results import TaskMetrics
-from sqft_export.targets import Session, runner
+from sqft_export.targets import Session
+from sqft_export.targets.execution import open_on_kernels
 from sqft_export.telemetry import disable_telemetry
 
 
@@ -44,17 +43,11 @@ def open_measured(model: MeasuredModel) -> Session:
     if model.parts is not None:
         return _open_adapted(model, model.parts)
     folder, threads, device = model.folder, model.threads, model.device
-    if model.kind == "openvino":
-        from sqft_export.targets import openvino
-
-        return openvino.open_session(folder, False, threads, device, model.execution)
     if model.kind == "torch":
         from sqft_export.targets import torch as in_torch
 
         return in_torch.open_session(folder, False, threads, device, model.precision)
-    if model.kind == "gguf" and model.execution != STOCK:
-        use_in_llama_cpp(model.execution)
-    return runner(model.kind).open_session(folder, False, threads, device)
+    return open_on_kernels(folder, False, threads, device, model.execution)
 
 
 def _open_adapted(model: MeasuredModel, parts: AdapterParts) -> Session:

@@ -1,6 +1,6 @@
 """Build float models of quantized checkpoints, in memory or streamed module by module."""
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from sqft_export.model.storage import plain_names, quantized_names, read_quantiz
 from sqft_export.numerics.affine import dequantize
 from sqft_export.numerics.codes import LowRank
 
+Edit = Callable[[str, Tensor], Tensor]
 MAX_CACHED_BYTES = 2**29  # logits that a Reference caches
 
 
@@ -53,10 +54,12 @@ class _MergedWeights(StreamedWeights):
     """The weights of a merged model as floats; codes are dequantized.
 
     kept: parameter name -> weight that was read before; None to read weights again each time.
+    edit: changes every float weight that is read.
     """
 
-    def __init__(self, folder: Path, updates: LowRank, keep: bool):
+    def __init__(self, folder: Path, updates: LowRank, keep: bool, edit: Edit | None):
         super().__init__(Checkpoint(folder), updates)
+        self.edit = edit
         self.quantized = set(quantized_names(self.checkpoint))
         self.kept: dict[str, Tensor] | None = {} if keep else None
 
@@ -70,7 +73,8 @@ class _MergedWeights(StreamedWeights):
     def read(self, module: str, parameter: str) -> Tensor:
         if parameter == "weight" and module in self.quantized:
             return dequantize(*read_quantized(self.checkpoint, module))
-        return super().read(module, parameter)
+        found = super().read(module, parameter)
+        return self.edit(f"{module}.{parameter}", found) if self.edit else found
 
 
 def streamed_model(
@@ -94,6 +98,7 @@ class Reference:
         adapter; ``B`` includes the adapter's scaling.
     :param device: device to compute on.
     :param keep: keep all weights in memory after their first use.
+    :param edit: name and float weight -> the weight to compute with.
     """
 
     def __init__(
@@ -102,8 +107,9 @@ class Reference:
         updates: LowRank | None = None,
         device: torch.device = CPU,
         keep: bool = False,
+        edit: Edit | None = None,
     ):
-        weights = _MergedWeights(folder, updates or {}, keep)
+        weights = _MergedWeights(folder, updates or {}, keep, edit)
         self.model = streamed_model(weights.checkpoint, weights, device)
         self.device = device
         self.cached: dict[str, list[np.ndarray]] = {}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -284,11 +284,12 @@ def gguf_model(file: Path) -> "LlamaModel":
     return model
 
 
-def silence_llama_cpp() -> None:
-    """Silence the log messages of llama-cpp-python's library, which lists every tensor."""
-    import llama_cpp
+def silence_llama_cpp(functions: Any) -> None:
+    """Silence the log messages of llama.cpp, which lists every tensor.
 
-    llama_cpp.llama_log_set(_ignore_log, None)
+    :param functions: the module ``llama_cpp``, or an object with the same functions.
+    """
+    functions.llama_log_set(_ignore_log, None)
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)

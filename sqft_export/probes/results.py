@@ -105,6 +105,7 @@ class SelfTest(Document):
     """The result of ``verify <deployment>``.
 
     files: number of files that match their seal; 0 without a seal.
+    kernels: stock, or the requested kernels; for GGUF, the name of llama.cpp's.
     threads: CPU threads; missing for the runtime's choice.
     texts: tokenizers and chat templates.
     causes: likely causes of failures, with the setting that was changed to find each.
@@ -113,6 +114,7 @@ class SelfTest(Document):
     folder: str
     runtime: str
     device: str
+    kernels: str
     threads: MayBeMissing[int] = None
     files: int
     modes: list[ModeResult]
@@ -123,7 +125,8 @@ class SelfTest(Document):
     def lines(self) -> list[str]:
         """Return the lines for the terminal."""
         sealed = f"{self.files} files match their seal" if self.files else "no seal to compare with"
-        found = [f"{self.folder}: {sealed}"]
+        ours = "" if self.kernels in ("stock", "llama.cpp") else f" ({self.kernels})"
+        found = [f"{self.folder}{ours}: {sealed}"]
         found += [f"  {'passed' if one.passed else 'FAILED'}  {one}" for one in self.texts]
         for mode in self.modes:
             state = "passed" if mode.passed else "FAILED"

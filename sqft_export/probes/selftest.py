@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sqft_export.errors import UserError, one_line
+from sqft_export.kernels.choice import STOCK
 from sqft_export.packed.folders import dense_size, packed_file
 from sqft_export.probes.causes import find_causes
 from sqft_export.probes.document import PROBE, Probe, ProbePrompt
@@ -17,6 +18,7 @@ from sqft_export.probes.setup import Setup
 from sqft_export.probes.texts import compare_chat, compare_texts
 from sqft_export.targets import Session
 from sqft_export.targets.devices import find_device, why_not_exact, why_not_run
+from sqft_export.targets.execution import kernels_title
 from sqft_export.targets.folder import ADAPTER_FOLDER, kind_of
 
 EXACT_KL = 1e-3  # nats; in float32 runtimes differ by less than 1e-6, with tables of GELU by 1e-4
@@ -56,6 +58,7 @@ def test_deployment(
         "folder": str(folder),
         "runtime": runtime,
         "device": setup.device,
+        "kernels": kernels_title(runtime, setup.execution),
         "files": files,
         "modes": results,
         "texts": texts,
@@ -84,11 +87,11 @@ def packed_file_of(folder: Path, runtime: str) -> Path | None:
     return None if runtime == "torch" else packed_file(folder)
 
 
-def _why_skipped(folder: Path, runtime: str, mode: Mode) -> str | None:
+def _why_skipped(folder: Path, runtime: str, mode: Mode, execution: str) -> str | None:
     """Return why a mode cannot run here; None if it can."""
     if runtime == "torch":
         return None
-    if mode == "exact":
+    if mode == "exact" and execution == STOCK:
         # A weight takes at least four bits.
         return why_not_exact(runtime, 2 * dense_size(folder)) if runtime == "gguf" else None
     return why_not_run(runtime, (folder / ADAPTER_FOLDER).is_dir())
@@ -107,7 +110,7 @@ def _run_mode(
     """Run prompts in one mode."""
     runtime = kind_of(folder)
     allowed = _allowed(probe, runtime, mode)
-    if skipped := _why_skipped(folder, runtime, mode):
+    if skipped := _why_skipped(folder, runtime, mode, setup.execution):
         result = _result(mode, ProbeComparison(), allowed, True)
         return ModeRun(result.model_copy(update={"skipped": skipped}), None)
     try:

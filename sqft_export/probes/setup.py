@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from sqft_export.kernels.choice import STOCK
 from sqft_export.kernels.extension import require_kernels
 from sqft_export.kernels.ir import is_specialized
 from sqft_export.targets import Session, runner
@@ -24,6 +25,7 @@ class Setup:
     """Device, threads and changed settings of a session.
 
     threads: CPU threads; None: the runtime's choice.
+    execution: auto, sparse or dense: our kernels; stock: the runtime's.
     properties: OpenVINO's settings in place of its defaults.
     float32_cache: llama.cpp keeps keys and values in float32, without flash attention.
     by_token: prompts are computed token by token.
@@ -31,6 +33,7 @@ class Setup:
 
     device: str = "cpu"
     threads: int | None = None
+    execution: str = STOCK
     properties: Mapping[str, str] = field(default_factory=dict)
     float32_cache: bool = False
     by_token: bool = False
@@ -42,14 +45,13 @@ class Setup:
             from sqft_export.targets import openvino
 
             return openvino.open_session(
-                folder, exact, self.threads, self.device, properties=self.properties
+                *(folder, exact, self.threads, self.device, self.execution, self.properties)
             )
         if runtime == "gguf":
             from sqft_export.targets import gguf
 
-            return gguf.open_session(
-                folder, exact, self.threads, self.device, float32_cache=self.float32_cache
-            )
+            place = folder, exact, self.threads, self.device
+            return gguf.open_session(*place, self.float32_cache, self.execution)
         return runner(runtime).open_session(folder, exact, self.threads, self.device)
 
 

@@ -10,6 +10,7 @@ from sqft_export.probes.document import PROBE, read_probe
 from sqft_export.probes.selftest import test_deployment
 from sqft_export.probes.setup import Setup
 from sqft_export.targets.devices import DEVICE_KINDS
+from sqft_export.targets.execution import usable_execution
 from sqft_export.targets.folder import check_files, is_deployment
 
 
@@ -19,12 +20,18 @@ def is_testable(folder: Path) -> bool:
 
 
 def verify_deployment(
-    folder: Path, device: str, threads: int | None, long: bool, json_only: bool
+    folder: Path,
+    device: str,
+    threads: int | None,
+    execution: str,
+    long: bool,
+    json_only: bool,
 ) -> None:
     """Check digests, run the self-test and print the result.
 
     A deployment of an older version has no self-test; only its digests are checked.
 
+    :param execution: auto, sparse or dense: our kernels, if they can run; stock: the runtime's.
     :raises UserError: if the folder has no seal and no self-test.
     :raises DamagedError: if a file is missing, added or changed; the self-test is not run then.
     :raises CertificateError: if the self-test fails.
@@ -40,7 +47,8 @@ def verify_deployment(
             else f"{folder}: {files} files match their seal; it has no {PROBE}, so nothing was run"
         )
         return
-    found = test_deployment(folder, probe, files, Setup(device, threads), long)
+    kernels = usable_execution(folder, execution, device)
+    found = test_deployment(folder, probe, files, Setup(device, threads, kernels), long)
     if json_only:
         print(json.dumps(found.to_json()))
     else:

@@ -49,7 +49,11 @@ def cells(rows: Sequence[BenchmarkRow], columns: Columns = (*MAIN, *DETAILS)) ->
 
 def note_lines(rows: Sequence[BenchmarkRow]) -> list[str]:
     """Return the lines under a table: facts about the files of its rows."""
-    return [f"{row.name}: {note}" for row in rows for note in row.notes]
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        for note in row.notes:
+            names.setdefault(note, []).append(row.name)
+    return [f"{'; '.join(found)}: {note}" for note, found in names.items()]
 
 
 def lm_eval_cells(rows: Sequence[BenchmarkRow]) -> list[list[str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from sqft_export.artifacts.store import Artifact
 from sqft_export.measure.peers import PEER_STAGES, peers_in
 from sqft_export.measure.results import BenchmarkRow
-from sqft_export.measure.rows import TITLES, DeploymentFolder, deployments_in
+from sqft_export.measure.rows import ON_KERNELS, TITLES, DeploymentFolder, deployments_in
 from sqft_export.report.document import Report
 from sqft_export.report.tables import note_lines
 from sqft_export.report.text import accuracy_text, align_columns
@@ -63,7 +63,7 @@ def deployment_folders(artifacts: dict[str, Artifact]) -> list[DeploymentFolder]
 def _recommended(report: Report, deployments: list[DeploymentFolder]) -> DeploymentFolder:
     """Return the recommended deployment, or the first if none was measured."""
     best = report.best
-    measured = best.id.removesuffix(f"-{best.device}") if best else None
+    measured = best.id.removesuffix(f"-{best.device}").removesuffix(ON_KERNELS) if best else None
     return next((one for one in deployments if one.id == measured), deployments[0])
 
 

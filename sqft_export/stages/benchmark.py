@@ -27,6 +27,7 @@ from sqft_export.data.items import (
     load_tokenizer,
 )
 from sqft_export.data.scoring import Judged, ScoringRequest, judge, questions
+from sqft_export.kernels.choice import STOCK
 from sqft_export.machine.counters import machine_facts
 from sqft_export.machine.device import device_of
 from sqft_export.machine.host import allowed_processors
@@ -69,7 +70,13 @@ from sqft_export.measure.rows import (
 from sqft_export.measure.samples import sample_answers
 from sqft_export.measure.statistics import mcnemar
 from sqft_export.measure.worker import measure_in_process
-from sqft_export.metrics import PeersMetrics, RowsMetrics, SparsityMetrics, read_metrics
+from sqft_export.metrics import (
+    ExportMetrics,
+    PeersMetrics,
+    RowsMetrics,
+    SparsityMetrics,
+    read_metrics,
+)
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.recipe.schema import Benchmark, Chat, Recipe
 from sqft_export.recipe.sections import (
@@ -84,6 +91,7 @@ from sqft_export.recipe.view import section_fields
 from sqft_export.report.verdict import chance_text
 from sqft_export.stages import BASE_FIELDS, Context
 from sqft_export.targets.devices import DEVICE_KINDS, devices, why_not_run
+from sqft_export.targets.execution import kernel_notes, why_not_our_kernels
 from sqft_export.targets.folder import ADAPTER_FOLDER, context_of, runtime_of
 
 if TYPE_CHECKING:
@@ -109,7 +117,7 @@ SETTINGS = (
     *("quantize.bits", "quantize.reconstruct", "unmerged", "peers"),
 )
 FREE: tuple[str, ...] = ("device", "benchmark.lm_eval_folder", *TASK_FILES, *SCORE_FILES)
-VERSION = 14
+VERSION = 15
 RESUMES = False
 DISTRIBUTED = False
 
@@ -203,15 +211,32 @@ def _tuned(context: Context[Sections]) -> Iterator[Row]:
 
 
 def _deployments(context: Context[Sections]) -> Iterator[Row]:
-    """Yield the rows of every deployment and its packed and sparse copies."""
-    recipe, sparsity = context.recipe, _sparsity(context, "merge")
+    """Yield the rows of every deployment and its packed and sparse copies.
+
+    The last one is the GGUF deployment on our kernels, if they can run in the installed llama.cpp.
+    """
+    recipe, sparsity, ours = context.recipe, _sparsity(context, "merge"), None
     for target in TITLES:
         if f"export-{target}" not in context.inputs or why_not_run(target, recipe.unmerged):
             continue
         artifact = context.inputs[f"export-{target}"].path
         for found in deployments_in(artifact, target):
             folder, stored = found.folder, (found.folder, found.folder / ADAPTER_FOLDER)
-            yield Row(found.id, "deployment", found.name, target, folder, stored, sparsity)
+            row = Row(found.id, "deployment", found.name, target, folder, stored, sparsity)
+            notes = _head_notes(context) if target == "gguf" else []
+            plain = row.id == "gguf"
+            missing = why_not_our_kernels(folder) if plain else None
+            yield replace(row, notes=(*kernel_notes(folder, STOCK, missing), *notes))
+            if plain and missing is None:
+                ours = replace(row.on_our_kernels(), notes=(*kernel_notes(folder, "auto"), *notes))
+    if ours is not None:
+        yield ours
+
+
+def _head_notes(context: Context[Sections]) -> list[str]:
+    """Return the note about the output head of the GGUF file; none if it was not measured."""
+    head = read_metrics(context.inputs["export-gguf"], ExportMetrics).head
+    return [str(head)] if head else []
 
 
 def _peers(context: Context[Sections]) -> Iterator[Row]:
@@ -231,7 +256,7 @@ def _peers(context: Context[Sections]) -> Iterator[Row]:
                 folder,
                 (folder,),
                 0.0,
-                notes=tuple(notes.get(found.id, ())),
+                notes=(*notes.get(found.id, ()), *kernel_notes(folder, STOCK)),
             )
 
 
@@ -273,6 +298,7 @@ def _model(context: Context[Sections], row: Row) -> MeasuredModel:
         folder=row.folder,
         threads=threads(context.recipe),
         device=row.device,
+        execution=row.execution,
         precision=str(precision) if precision else None,
         parts=parts,
     )

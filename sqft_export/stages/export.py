@@ -1,5 +1,6 @@
 """export-<target>: convert the merged model to a deployment folder of one runtime."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -14,10 +15,12 @@ from sqft_export.data.stops import stop_texts
 from sqft_export.inference.foundry import INFERENCE_MODEL, inference_model_text
 from sqft_export.inference.modelfile import MODELFILE, modelfile_text
 from sqft_export.kernels.extension import unavailable_reason
+from sqft_export.measure.head import MAX_HEAD_DIVERGENCE, measure_head
 from sqft_export.metrics import (
     ExportMetrics,
     MergeMetrics,
     PackedMetrics,
+    RoundedHead,
     SparseExecution,
     read_metrics,
 )
@@ -26,8 +29,9 @@ from sqft_export.packed.execution import NothingSpecialized, specialize
 from sqft_export.packed.folders import PACKED, SPARSE, NothingSaved, pack
 from sqft_export.packed.seal import write_seal
 from sqft_export.packed.usage import usage_section
+from sqft_export.probes.document import read_probe
 from sqft_export.probes.writing import copy_probe
-from sqft_export.recipe.schema import Recipe
+from sqft_export.recipe.schema import Export, Recipe
 from sqft_export.recipe.sections import CardSections, VerifySections
 from sqft_export.report.prompts import example_prompt, prompt_section
 from sqft_export.report.provenance import PROVENANCE_FIELDS, model_card, origin_of
@@ -43,10 +47,10 @@ FIELDS_OF_ALL = (
 FIELDS_OF_TARGET: dict[str, tuple[str, ...]] = {
     "openvino": ("export.sparse_execution",),
     "onnx": ("export.onnx_graph",),
-    "gguf": (),
+    "gguf": ("export.gguf_head",),
 }
 FREE: tuple[str, ...] = TASK_FILES
-VERSION = 11
+VERSION = 12
 RESUMES = False
 DISTRIBUTED = False
 
@@ -74,7 +78,8 @@ def run(context: Context[Sections]) -> ExportMetrics:
     runtime = context.name.removeprefix("export-")
     merge = context.inputs["merge"]
     found = read_metrics(merge, MergeMetrics)
-    target(runtime).export(merge.path / "model", folder, context.recipe.export, found.facts)
+    options, head = _choose_head(context) if runtime == "gguf" else (context.recipe.export, None)
+    target(runtime).export(merge.path / "model", folder, options, found.facts)
     if context.recipe.unmerged:
         target(runtime).add_adapter(folder, merge.path / "adapter")
     origin = origin_of(context.recipe, context.model, context.lineage)
@@ -83,6 +88,8 @@ def run(context: Context[Sections]) -> ExportMetrics:
     sparsity, overflow = found.sparsity["all"], found.overflow
     card = model_card(context.recipe, origin, sparsity, usage, overflow)
     card += prompt_section(context.recipe, tokenizer)
+    if head and head.rounded:
+        card += f"\n## Output head\n\nIn this file, {head}.\n"
     (folder / "README.md").write_text(card)
     if runtime == "gguf":
         ends, stops = stop_ids(folder, tokenizer), stop_texts(context.recipe.task)
@@ -93,12 +100,34 @@ def run(context: Context[Sections]) -> ExportMetrics:
     copy_probe(merge.path, folder, runtime, context.recipe.verify)
     write_seal(folder, origin.to_json())
     metrics = ExportMetrics(bytes=file_bytes(folder))
+    if head:
+        metrics = metrics.model_copy(update={"head": head})
     if context.recipe.export.sparse_files:
         metrics = metrics.model_copy(update=_pack(context, folder))
     if runtime == "openvino" and context.recipe.export.sparse_execution:
         metrics = metrics.model_copy(update={"sparse": _specialize(context, folder)})
     advance()
     return metrics
+
+
+def _choose_head(context: Context[Sections]) -> tuple[Export, RoundedHead | None]:
+    """Return the options of a GGUF export with ``gguf_head`` resolved, and the measured cost.
+
+    The cost is measured on the short prompts of the self-test and their continuations. With an
+    unmerged adapter, the head stays float.
+    """
+    wanted, merged = context.recipe.export.gguf_head, context.inputs["merge"].path / "model"
+    if wanted == "float" or context.recipe.unmerged:
+        return Export(gguf_head="float"), None
+    probe = read_probe(merged)
+    assert probe is not None  # merge has written it
+    texts = [one.ids + one.continuation for one in probe.prompts if one.beyond is None]
+    cost = measure_head(merged, texts)
+    if cost is None:
+        return Export(gguf_head="float"), None
+    rounded = wanted == "q8_0" or cost.largest < MAX_HEAD_DIVERGENCE
+    head = RoundedHead(**asdict(cost), rounded=rounded)
+    return Export(gguf_head="q8_0" if rounded else "float"), head
 
 
 def _pack(context: Context[Sections], folder: Path) -> dict[str, PackedMetrics | list[str]]:

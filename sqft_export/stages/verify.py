@@ -54,7 +54,7 @@ CONSUMES: tuple[str, ...] = (
 )
 READS: tuple[str, ...] = ("model", "test", "device")
 FREE: tuple[str, ...] = ("device", *TASK_FILES)
-VERSION = 6
+VERSION = 7
 RESUMES = False
 DISTRIBUTED = False
 

@@ -12,6 +12,7 @@ from sqft_export.machine.device import CPU
 from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.compute import check_compute
 from sqft_export.verify.fidelity import check_fidelity, load_reference
+from sqft_export.verify.heads import reference_of
 from sqft_export.verify.lengths import check_lengths
 from sqft_export.verify.storage import check_storage
 from sqft_export.verify.subject import MASKED_PASSES, Asked, Subject
@@ -31,8 +32,9 @@ def certify(
     advance()
     for name in subject.exports:
         check_storage(certificate, subject, name)
-        check_compute(certificate, subject, name, reference)
-        check_lengths(certificate, subject, name, reference)
+        expected = reference_of(certificate, subject, name, reference)
+        check_compute(certificate, subject, name, expected)
+        check_lengths(certificate, subject, name, expected)
         advance()
     return certificate
 

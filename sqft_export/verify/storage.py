@@ -13,6 +13,7 @@ from sqft_export.packed.folders import PACKED, packed_file
 from sqft_export.targets import target
 from sqft_export.targets.tokenizers import ids_or_none, read_ids
 from sqft_export.verify.certificate import Certificate, Check, count_in_parallel
+from sqft_export.verify.heads import round_to_q8_0, rounded_parameter
 from sqft_export.verify.subject import Subject
 
 TOKEN_IDS = "token ids: base and"
@@ -61,12 +62,13 @@ def _check_codes(
 def _check_floats(
     certificate: Certificate, subject: Subject, name: str, label: str, folder: Path
 ) -> None:
-    """Compare float matrices and vectors (norms, biases) by name.
+    """Compare float matrices and vectors (norms, biases) by name; a Q8_0 head is a float matrix.
 
     A graph may have no name for a vector, for example after several vectors are concatenated. Such
     a vector is looked up by its bytes.
     """
     merged, quantized = subject.merged, set(subject.quantized)
+    rounded = rounded_parameter(subject, name)
     check = certificate.start("storage", f"float weights: merged and {label}", "numbers")
     zeros = None
     if subject.pruned - quantized and not subject.dense_update:
@@ -82,7 +84,8 @@ def _check_floats(
             held = np.ascontiguousarray(array, np.float32).tobytes()
             vectors.append((_vector_key(module, shapes), held))
             return
-        expected = merged.tensor(key).float().numpy()
+        stored = merged.tensor(key).float()
+        expected = (round_to_q8_0(stored) if key == rounded else stored).numpy()
         same = expected.shape == array.shape
         check.count(expected != array if same else np.ones(expected.shape, bool), key)
         missing.discard(key)

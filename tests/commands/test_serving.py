@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import SQFT
+from sqft_export.kernels.llama_plugin import why_not_in_llama_cpp
 
 
 def free_port() -> int:
@@ -28,6 +29,28 @@ def wait_until_ready(process: subprocess.Popen, url: str) -> None:
         except OSError:
             time.sleep(0.2)
     raise AssertionError("the server does not answer")
+
+
+def test_serve_loads_our_kernels_into_the_server(own_run):
+    """Its stderr counts the tensors on them."""
+    pytest.importorskip("xllamacpp")
+    if missing := why_not_in_llama_cpp("xllamacpp"):
+        pytest.skip(missing)
+    folder = next(own_run.root.glob("export-gguf-*/model"))
+    port = free_port()
+    process = subprocess.Popen(
+        [SQFT, "serve", str(folder), "--port", str(port), "--execution", "auto"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_until_ready(process, f"http://127.0.0.1:{port}/v1")
+    finally:
+        process.terminate()
+        _, printed = process.communicate(timeout=60)
+    assert "SQFT_EXPORT_KERNELS=1 SQFT_FORM=auto" in printed
+    assert "tensors on our kernels" in printed
 
 
 @pytest.mark.parametrize("form", ["model", "run"])

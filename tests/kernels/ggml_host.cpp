@@ -25,16 +25,12 @@ struct Buffer;
 struct Device {};
 Device cpu_device, gpu_device;
 
+/* Functions, then device and context. Version 3 of the interface has two more functions. */
 struct Type {
-  const char *(*get_name)(Type *);
-  Buffer *(*alloc_buffer)(Type *, size_t);
-  size_t (*get_alignment)(Type *);
-  size_t (*get_max_size)(Type *);
-  size_t (*get_alloc_size)(Type *, const void *);
-  bool (*is_host)(Type *);
-  Device *device;
-  void *context;
+  void *words[10];
 };
+size_t device_place() { return doctored("newer") ? 8 : 6; }
+void *context_of(Type *type) { return type->words[device_place() + 1]; }
 
 struct Tensor {
   int32_t type;
@@ -106,20 +102,45 @@ struct Backend {
   int threads = 4;
 };
 
-enum { MUL_MAT = 29, VIEW = 37 };
+enum { MUL_MAT = 29, MUL_MAT_ID = 30, VIEW = 37 };
 int product_number() { return doctored("number") ? 31 : MUL_MAT; }
 
 size_t row_bytes(int type, int64_t n) {
   const size_t blocks = size_t(n) / 32;
-  return type == 0 ? 4 * size_t(n) : type == 8 ? 34 * blocks : (type == 3 ? 20 : 18) * blocks;
+  return type == 0 || type == 26 ? 4 * size_t(n) : type == 8 ? 34 * blocks : (type == 3 ? 20 : 18) * blocks;
 }
-size_t unit(int type) { return type == 0 ? 4 : type == 8 ? 34 : type == 3 ? 20 : 18; }
-size_t bytes_of(const Tensor *t) { return row_bytes(t->type, t->ne[0]) * size_t(t->ne[1]); }
+size_t unit(int type) { return type == 0 || type == 26 ? 4 : type == 8 ? 34 : type == 3 ? 20 : 18; }
+size_t bytes_of(const Tensor *t) {
+  return row_bytes(t->type, t->ne[0]) * size_t(t->ne[1] * t->ne[2]);
+}
 
 const char *cpu_name(Type *) { return "CPU"; }
 bool yes(Type *) { return true; }
 void *base_of(Buffer *b) { return b->context; }
-Type cpu_type = {cpu_name, nullptr, nullptr, nullptr, nullptr, yes, &cpu_device, nullptr};
+Buffer *alloc_plain(Type *, size_t);
+Type *cpu_type() {
+  static Type type = [] {
+    Type made = {};
+    made.words[0] = reinterpret_cast<void *>(cpu_name);
+    made.words[1] = reinterpret_cast<void *>(alloc_plain);
+    made.words[device_place() - 1] = reinterpret_cast<void *>(yes);
+    made.words[device_place()] = &cpu_device;
+    return made;
+  }();
+  return &type;
+}
+
+/* Buffers of plain memory, in which tensors have the bytes of the file. */
+void free_plain(Buffer *b) { free(b->context); }
+void set_plain(Buffer *, Tensor *t, const void *data, size_t offset, size_t size) {
+  memcpy(static_cast<char *>(t->data) + offset, data, size);
+}
+Buffer *alloc_plain(Type *type, size_t size) {
+  auto *b = new Buffer{};
+  b->free_buffer = free_plain, b->get_base = base_of, b->set_tensor = set_plain;
+  b->type = type, b->size = size, b->context = malloc(size);
+  return b;
+}
 
 std::vector<Type *> &list() {
   static std::vector<Type *> types;
@@ -159,6 +180,7 @@ float half(const uint8_t *p) {
   const float v = e ? ldexpf(float(1024 + f), e - 25) : ldexpf(float(f), -24);
   return h >> 15 ? -v : v;
 }
+/* r: row, counted over all experts */
 float weight_at(const Tensor *w, int64_t r, int64_t i) {
   const uint8_t *b = static_cast<const uint8_t *>(w->data) + w->nb[1] * size_t(r) +
                      size_t(i) / 32 * unit(w->type);
@@ -169,19 +191,23 @@ float weight_at(const Tensor *w, int64_t r, int64_t i) {
   return w->type == 3 ? half(b) * float(code) + half(b + 2) : half(b) * float(code - 8);
 }
 void plain_product(Params *p, Tensor *op) {
-  const Tensor *w = op->src[0], *x = op->src[1];
-  if (p->ith) return;
-  for (int64_t t = 0; t < x->ne[1]; t++)
+  const Tensor *w = op->src[0], *x = op->src[1], *ids = op->src[2];
+  if (p->ith || doctored("fast")) return;
+  const int64_t used = ids ? ids->ne[0] : 1, pairs = ids ? used * ids->ne[1] : x->ne[1];
+  for (int64_t n = 0; n < pairs; n++)
     for (int64_t r = 0; r < w->ne[1]; r++) {
+      const int64_t expert = ids ? static_cast<int32_t *>(ids->data)[n] : 0;
+      const int64_t t = ids ? n / used * x->ne[1] + n % used % x->ne[1] : n;
       double sum = 0;
       for (int64_t i = 0; i < w->ne[0]; i++)
-        sum += double(weight_at(w, r, i)) * static_cast<float *>(x->data)[t * w->ne[0] + i];
-      static_cast<float *>(op->data)[t * w->ne[1] + r] = float(sum);
+        sum += double(weight_at(w, expert * w->ne[1] + r, i)) *
+               static_cast<float *>(x->data)[t * w->ne[0] + i];
+      static_cast<float *>(op->data)[n * w->ne[1] + r] = float(sum);
     }
 }
 Traits *traits_of(const Tensor *op) {
   for (Type *type : list())
-    if (Traits *found = static_cast<Extra *>(type->context)->get_tensor_traits(op)) return found;
+    if (Traits *found = static_cast<Extra *>(context_of(type))->get_tensor_traits(op)) return found;
   return nullptr;
 }
 void run_node(Params *p, Tensor *op) {
@@ -192,6 +218,7 @@ void run_node(Params *p, Tensor *op) {
   else
     traits->compute_forward(p, op);
   if (doctored("product") && !p->ith) static_cast<float *>(op->data)[0] += 1000;
+  if (doctored("experts") && !p->ith && op->src[2]) static_cast<float *>(op->data)[0] += 1000;
 }
 
 }  // namespace
@@ -212,17 +239,25 @@ EXPORT Context *ggml_init(InitParams p) {
 }
 EXPORT void ggml_free(Context *c) { delete c; }
 EXPORT size_t ggml_tensor_overhead() { return 32 + sizeof(Tensor) + (doctored("size") ? 16 : 0); }
-EXPORT Tensor *ggml_new_tensor_2d(Context *c, int type, int64_t n, int64_t rows) {
+EXPORT Tensor *ggml_new_tensor_3d(Context *c, int type, int64_t n, int64_t rows, int64_t parts) {
   char *at = c->memory.data() + c->used + 32;
   auto *t = new (at) Tensor{};
-  t->type = type, t->ne[0] = n, t->ne[1] = rows, t->ne[2] = t->ne[3] = 1;
+  t->type = type, t->ne[0] = n, t->ne[1] = rows, t->ne[2] = parts, t->ne[3] = 1;
   t->nb[0] = unit(type), t->nb[1] = row_bytes(type, n);
-  t->nb[2] = t->nb[3] = t->nb[1] * size_t(rows);
+  t->nb[2] = t->nb[1] * size_t(rows), t->nb[3] = t->nb[2] * size_t(parts);
   c->used += ggml_tensor_overhead();
   if (!c->no_alloc) {
     t->data = c->memory.data() + c->used;
     c->used += (bytes_of(t) + 63) / 64 * 64;
   }
+  return t;
+}
+EXPORT Tensor *ggml_new_tensor_2d(Context *c, int type, int64_t n, int64_t rows) {
+  return ggml_new_tensor_3d(c, type, n, rows, 1);
+}
+EXPORT Tensor *ggml_mul_mat_id(Context *c, Tensor *a, Tensor *b, Tensor *ids) {
+  Tensor *t = ggml_new_tensor_3d(c, 0, a->ne[1], ids->ne[0], b->ne[2]);
+  t->op = MUL_MAT_ID, t->src[0] = a, t->src[1] = b, t->src[2] = ids;
   return t;
 }
 EXPORT Tensor *ggml_mul_mat(Context *c, Tensor *a, Tensor *b) {
@@ -237,6 +272,7 @@ EXPORT Tensor *ggml_view_1d(Context *c, Tensor *a, int64_t n, size_t offset) {
 }
 EXPORT const char *ggml_get_name(const Tensor *t) { return t->name + (doctored("field") ? 8 : 0); }
 EXPORT const char *ggml_op_name(int op) {
+  if (op == MUL_MAT_ID) return "MUL_MAT_ID";
   return op == product_number() ? doctored("operator") ? "OUT_PROD" : "MUL_MAT" : "VIEW";
 }
 EXPORT const char *ggml_type_name(int type) {
@@ -245,7 +281,7 @@ EXPORT const char *ggml_type_name(int type) {
 EXPORT size_t ggml_nbytes(const Tensor *t) { return bytes_of(t); }
 EXPORT const char *ggml_version() { return "test"; }
 EXPORT Registration *ggml_backend_reg_by_name(const char *) {
-  cpu.version = doctored("version") ? 3 : 2;
+  cpu.version = doctored("version") ? 4 : doctored("newer") ? 3 : 2;
   if (doctored("late")) copied_list(nullptr);
   return doctored("no cpu") || (doctored("dynamic") && !backends_loaded) ? nullptr : &cpu;
 }
@@ -255,16 +291,20 @@ EXPORT void *ggml_backend_reg_get_proc_address(Registration *r, const char *name
 EXPORT Device *ggml_backend_reg_dev_get(Registration *, size_t) { return &cpu_device; }
 EXPORT size_t ggml_backend_dev_count() { return doctored("gpu") ? 2 : 1; }
 EXPORT Device *ggml_backend_dev_get(size_t i) { return i ? &gpu_device : &cpu_device; }
-EXPORT Type *ggml_backend_dev_buffer_type(Device *) { return &cpu_type; }
+EXPORT Type *ggml_backend_dev_buffer_type(Device *) { return cpu_type(); }
 EXPORT Type *ggml_backend_dev_host_buffer_type(Device *d) {
-  return d == &gpu_device ? &cpu_type : nullptr;
+  return d == &gpu_device ? cpu_type() : nullptr;
 }
 EXPORT void ggml_backend_load_all() { backends_loaded = true; }
-EXPORT const char *ggml_backend_buft_name(Type *t) { return t->get_name(t); }
-EXPORT Device *ggml_backend_buft_get_device(Type *t) { return t->device; }
+EXPORT const char *ggml_backend_buft_name(Type *t) {
+  return reinterpret_cast<const char *(*)(Type *)>(t->words[0])(t);
+}
+EXPORT Device *ggml_backend_buft_get_device(Type *t) {
+  return static_cast<Device *>(t->words[device_place()]);
+}
 EXPORT Buffer *ggml_backend_cpu_buffer_from_ptr(void *memory, size_t size) {
   auto *b = new Buffer{};
-  b->get_base = base_of, b->type = &cpu_type, b->context = memory, b->size = size;
+  b->get_base = base_of, b->type = cpu_type(), b->context = memory, b->size = size;
   if (doctored("buffer")) memmove(&b->others[4], &b->type, 3 * sizeof(void *));
   return b;
 }
@@ -277,10 +317,10 @@ EXPORT void ggml_backend_tensor_set(Tensor *t, const void *data, size_t offset, 
 }
 EXPORT int ggml_backend_tensor_alloc(Buffer *b, Tensor *t, void *address) {
   t->buffer = b, t->data = address;
-  return b->init_tensor(b, t);
+  return b->init_tensor ? b->init_tensor(b, t) : 0;
 }
 EXPORT Buffer *ggml_backend_buft_alloc_buffer(Type *t, size_t size) {
-  return t->alloc_buffer(t, size);
+  return reinterpret_cast<Buffer *(*)(Type *, size_t)>(t->words[1])(t, size);
 }
 EXPORT void *ggml_backend_buffer_get_base(Buffer *b) { return b->get_base(b); }
 EXPORT Graph *ggml_new_graph(Context *) {
@@ -292,7 +332,8 @@ EXPORT Backend *ggml_backend_dev_init(Device *, const char *) { return new Backe
 EXPORT void ggml_backend_free(Backend *b) { delete b; }
 EXPORT bool ggml_backend_dev_supports_op(Device *d, const Tensor *op) {
   Type *type = op->src[0]->buffer ? op->src[0]->buffer->type : nullptr;
-  return type && static_cast<Extra *>(type->context)->supports_op(d, op);
+  if (type == cpu_type()) return true;
+  return type && static_cast<Extra *>(context_of(type))->supports_op(d, op);
 }
 EXPORT void ggml_barrier(Pool *pool) {
   std::unique_lock<std::mutex> lock(pool->mutex);
@@ -329,18 +370,25 @@ EXPORT void *ggml_backend_load(const char *path) {
 }
 
 /* Multiply as a program does: a weight in the first buffer type of the list, set in `parts` calls,
-   read back into `stored`. Returns 0, or 1 if the type does not take the weight. */
-EXPORT int host_multiply(int type, const uint8_t *blocks, int64_t rows, int64_t inputs,
-                         const float *x, int64_t tokens, int threads, int parts, float *y,
-                         uint8_t *stored) {
+   read back into `stored`.
+   ids: experts [used, tokens], or null. x: [tokens, inputs]. y: [tokens, used, rows].
+   Returns 0, or 1 if the type does not take the weight. */
+EXPORT int host_multiply_experts(int type, const uint8_t *blocks, int64_t rows, int64_t inputs,
+                                 int64_t experts, const int32_t *ids, int64_t used, const float *x,
+                                 int64_t tokens, int threads, int parts, float *y,
+                                 uint8_t *stored) {
   Context *c = ggml_init({size_t(1) << 16, nullptr, true});
-  Tensor *w = ggml_new_tensor_2d(c, type, inputs, rows), *in = ggml_new_tensor_2d(c, 0, inputs, tokens);
-  Tensor *out = ggml_mul_mat(c, w, in);
+  Tensor *w = ggml_new_tensor_3d(c, type, inputs, rows, experts);
+  Tensor *in = ids ? ggml_new_tensor_3d(c, 0, inputs, 1, tokens) : ggml_new_tensor_2d(c, 0, inputs, tokens);
+  Tensor *chosen = ids ? ggml_new_tensor_2d(c, 26, used, tokens) : nullptr;
+  if (chosen) chosen->data = const_cast<int32_t *>(ids);
+  Tensor *out = ids ? ggml_mul_mat_id(c, w, in, chosen) : ggml_mul_mat(c, w, in);
   in->data = const_cast<float *>(x), out->data = y;
   Buffer *buffer = ggml_backend_buft_alloc_buffer(list()[0], bytes_of(w) + 64);
-  ggml_backend_tensor_alloc(buffer, w, buffer->get_base(buffer));
+  w->buffer = buffer; /* a program asks before it has memory for the weight */
   const bool taken = ggml_backend_dev_supports_op(&cpu_device, out);
   if (taken) {
+    ggml_backend_tensor_alloc(buffer, w, buffer->get_base(buffer));
     const size_t size = bytes_of(w);
     for (int i = 0; i < parts; i++) {
       const size_t first = size * size_t(i) / size_t(parts), end = size * size_t(i + 1) / size_t(parts);
@@ -354,4 +402,10 @@ EXPORT int host_multiply(int type, const uint8_t *blocks, int64_t rows, int64_t 
   ggml_backend_buffer_free(buffer);
   ggml_free(c);
   return !taken;
+}
+EXPORT int host_multiply(int type, const uint8_t *blocks, int64_t rows, int64_t inputs,
+                         const float *x, int64_t tokens, int threads, int parts, float *y,
+                         uint8_t *stored) {
+  return host_multiply_experts(type, blocks, rows, inputs, 1, nullptr, 1, x, tokens, threads, parts,
+                               y, stored);
 }

@@ -88,6 +88,32 @@ def multiply(
     return y, stored
 
 
+def multiply_experts(
+    host: ctypes.CDLL,
+    kind: int,
+    blocks: np.ndarray,
+    shape: tuple[int, int, int],
+    x: np.ndarray,
+    ids: np.ndarray,
+    threads: int = 2,
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the products ``[tokens, used, rows]`` of every token with its experts, and the bytes.
+
+    shape: experts, rows, inputs. ids: int32 ``[tokens, used]``.
+    Returns None if the plug-in leaves the weight to the host.
+    """
+    (experts, rows, inputs), (tokens, used) = shape, ids.shape
+    y, stored = np.full((tokens, used, rows), np.nan, np.float32), np.zeros_like(blocks)
+    arrays = (blocks, ids, x, y, stored)
+    blocks_at, ids_at, x_at, y_at, stored_at = (a.ctypes.data_as(ctypes.c_void_p) for a in arrays)
+    sizes = [ctypes.c_int64(n) for n in (rows, inputs, experts, used, tokens)]
+    refused = host.host_multiply_experts(
+        *(kind, blocks_at, *sizes[:3], ids_at, sizes[3], x_at, sizes[4], threads, 1),
+        *(y_at, stored_at),
+    )
+    return None if refused else (y, stored)
+
+
 def main() -> None:
     """Multiply some matrices; print a digest of the results, and their relative RMS error."""
     host = load_host(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -124,8 +124,8 @@ def test_sparse_and_dense_forms_give_the_same_bits(files, shared, tmp_path):
         {"threads": 1},
         {"threads": 4},
         {"batch": 5},
-        {"mmap": False},
-        {"mlock": True},
+        {"load_mode": 0},
+        {"load_mode": 3},
         {"again": True},
     ],
     ids=str,
@@ -146,6 +146,58 @@ def test_quantized_keys_and_two_models_at_once(files, shared, tmp_path):
     for name, logits in zip(names, both.logits, strict=True):
         assert np.array_equal(run([files[name]], shared, out).logits[0], logits)
     assert run([files["int4_50"]], shared, out, kv=Q8_KEYS).tokens[0] == both.tokens[0]
+
+
+@pytest.fixture(scope="module")
+def adapter(files) -> Path:
+    """A random LoRA file for two matrices of the first block."""
+    import gguf
+
+    from sqft_export.packed.gguf_file import read_gguf
+
+    reader = read_gguf(files["int4_50"])
+    shapes = {t.name: tuple(map(int, t.shape[::-1])) for t in reader.tensors}
+    out, rng = files["int4_50"].with_name("lora.gguf"), np.random.default_rng(0)
+    writer = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
+    for name in ("blk.0.attn_q.weight", "blk.0.ffn_up.weight"):
+        rows, inputs = shapes[name]
+        for part, shape in (("lora_a", (4, inputs)), ("lora_b", (rows, 4))):
+            values = rng.normal(size=shape).astype(np.float32) * np.float32(0.1)
+            writer.add_tensor(f"{name}.{part}", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def test_an_adapter_is_added_to_the_products_of_our_kernels(files, adapter, shared, tmp_path):
+    file, out = [files["int4_50"]], tmp_path / "logits.npz"
+    job = {"lora": str(adapter), "forced": True}
+    stock, ours = run(file, shared, out, plugin=False, **job), run(file, shared, out, **job)
+    exact = run(file, shared | {"SQFT_EXACT": "1"}, out, **job)
+    without = run(file, shared | {"SQFT_EXACT": "1"}, out, forced=True)
+    assert "tensors on our kernels" in ours.lines[0]
+    of_stock, of_ours = (divergence(one.logits[0], exact.logits[0]) for one in (stock, ours))
+    assert of_ours < max(1.5 * of_stock, 0.005)
+    assert divergence(without.logits[0], exact.logits[0]) > 10 * of_ours
+
+
+@pytest.mark.parametrize("kv", [None, Q8_KEYS])
+def test_the_cache_is_shifted_in_the_middle_of_an_answer(files, shared, tmp_path, kv):
+    file, out = [files["int8_50"]], tmp_path / "logits.npz"
+    job = {"shift": 8, "forced": True, "kv": kv}
+    sparse, dense = (
+        run(file, shared | {"SQFT_FORM": form}, out, **job) for form in ("sparse", "dense")
+    )
+    assert np.array_equal(sparse.logits[0], dense.logits[0])
+    stock = run(file, shared, out, plugin=False, **job)
+    assert divergence(sparse.logits[0], stock.logits[0]) < 0.01
+    unshifted = run(file, shared, out, forced=True)
+    assert divergence(unshifted.logits[0][1:], sparse.logits[0][1:]) > 0.01
 
 
 def test_releases_with_separate_backends_load_it_by_a_variable(files, shared, tmp_path):

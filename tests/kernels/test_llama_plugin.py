@@ -11,7 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ggml_products import BLOCK, Q4_0, Q4_1, Q8_0, load_host, multiply, random_weight
+from ggml_products import (
+    BLOCK,
+    Q4_0,
+    Q4_1,
+    Q8_0,
+    load_host,
+    multiply,
+    multiply_experts,
+    random_weight,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -119,8 +128,10 @@ def test_a_host_with_hidden_functions_is_refused_with_one_line(host_object, hidd
     assert HIDDEN[hidden] in said and len(said.splitlines()) == 1
 
 
-def test_operator_numbers_are_read_from_the_host(host_file):
-    assert run(host_file, TAKEN, DOCTOR="number") == ""
+@pytest.mark.parametrize("doctor", ["number", "newer"])
+def test_operator_numbers_and_buffer_types_are_read_from_the_host(host_file, doctor):
+    """Version 3 of the interface has more functions in a buffer type."""
+    assert run(host_file, TAKEN, DOCTOR=doctor) == ""
 
 
 @pytest.mark.parametrize(
@@ -130,6 +141,7 @@ def test_operator_numbers_are_read_from_the_host(host_file):
         ("SQFT_GROUP", "7", "SQFT_GROUP: found '7'; allowed are 32, 64 and 128"),
         ("SQFT_FORM", "x" * 99, f"SQFT_FORM: found '{'x' * 40}'; allowed are auto, dense and spar"),
         ("SQFT_EXACT", "yes", "SQFT_EXACT: found 'yes'; allowed are 0 and 1"),
+        ("SQFT_CHOICE", "fast", "SQFT_CHOICE: found 'fast'; allowed are ours and measured"),
         ("SQFT_KERNELS", "mmx", "SQFT_KERNELS: this processor has no kernels of that name"),
     ],
 )
@@ -178,6 +190,83 @@ def test_products_are_those_of_the_file(
     assert np.array_equal(stored, blocks)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    kind=st.sampled_from([Q4_0, Q4_1, Q8_0]),
+    experts=st.integers(1, 5),
+    rows=st.integers(1, 70),
+    blocks_per_row=st.integers(1, 5),
+    tokens=st.sampled_from([1, 2, 9, 70]),
+    used=st.integers(1, 3),
+    threads=st.sampled_from([1, 2, 4]),
+    seed=st.integers(0, 99),
+)
+def test_every_token_is_multiplied_with_its_experts(
+    host, kind, experts, rows, blocks_per_row, tokens, used, threads, seed
+):
+    """Groups differ between experts: one has a scale per block, others share scales."""
+    inputs, rng = blocks_per_row * BLOCK, np.random.default_rng(seed)
+    made = [
+        random_weight(kind, (rows, inputs), "half" if n % 2 else "none", 1 << n % 3, seed + n)
+        for n in range(experts)
+    ]
+    blocks, weights = np.concatenate([one for one, _ in made]), [w for _, w in made]
+    x = rng.normal(size=(tokens, inputs)).astype(np.float32)
+    ids = rng.integers(0, experts, (tokens, used)).astype(np.int32)
+    found = multiply_experts(host, kind, blocks, (experts, rows, inputs), x, ids, threads)
+    assert found is not None
+    expected = np.stack(
+        [[weights[e] @ v for e in row] for row, v in zip(ids, rounded(x), strict=True)]
+    )
+    np.testing.assert_allclose(found[0], expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    assert np.array_equal(found[1], blocks)
+
+
+def test_experts_stay_with_a_host_that_computes_them_differently(host_file):
+    """Only experts do: other weights are on our kernels."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "import numpy as np\nfrom pathlib import Path\n"
+        "from ggml_products import *\n"
+        "host = load_host(Path(HOST), Path(PLUGIN))\n"
+        "blocks, weight = random_weight(Q4_0, (70, 64), 'none', 1, 0)\n"
+        "x, ids = np.ones((1, 64), np.float32), np.zeros((1, 1), np.int32)\n"
+        "multiply(host, Q4_0, blocks, x, 70)\n"
+        "assert multiply_experts(host, Q4_0, blocks, (1, 70, 64), x, ids) is None\n"
+    )
+    assert "1 tensors on our kernels" in run(host_file, code, DOCTOR="experts")
+
+
+CHOICE = """
+import sys
+sys.path.insert(0, HERE)
+import numpy as np
+from pathlib import Path
+from ggml_products import *
+host = load_host(Path(HOST), Path(PLUGIN))
+blocks, weight = random_weight(Q4_1, (700, 640), "none", 1, 0)
+x, ids = np.ones((1, 640), np.float32), np.zeros((1, 1), np.int32)
+try:
+    multiply(host, Q4_1, blocks, x, 700)
+    taken = True
+except AssertionError:
+    taken = False
+assert taken is EXPECTED
+assert multiply_experts(host, Q4_1, blocks, (1, 700, 640), x, ids) is not None
+"""
+
+
+@pytest.mark.parametrize(
+    ("doctor", "choice", "taken"),
+    [("", "measured", True), ("fast", "measured", False), ("fast", "ours", True)],
+)
+def test_a_shape_that_the_host_multiplies_faster_is_left_to_it(host_file, doctor, choice, taken):
+    """Experts are not."""
+    code = f"HERE = {str(HERE)!r}\n{CHOICE.replace('EXPECTED', str(taken))}"
+    printed = run(host_file, code, DOCTOR=doctor, SQFT_CHOICE=choice)
+    assert printed.count("tensors on our kernels") == 1 + taken
+
+
 def test_a_long_prompt_is_computed_in_several_passes(host):
     blocks, weight = random_weight(Q4_0, (70, 64), "none", 1, 3)
     x = np.random.default_rng(3).normal(size=(257, 64)).astype(np.float32)  # 128 + 128 + 1
@@ -205,6 +294,28 @@ def test_a_minimum_that_is_no_multiple_of_the_scale_stays_with_the_host(host):
     exact = x.astype(np.float64) @ weight.T
     np.testing.assert_allclose(y[:, others], exact[:, others], rtol=1e-5, atol=1e-6)
     assert abs(y[0, 1] - exact[0, 1]) > 0.1
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+sys.path.insert(0, HERE)
+import numpy as np
+from pathlib import Path
+from ggml_products import *
+host = load_host(Path(HOST), Path(PLUGIN))
+blocks, weight = random_weight(Q8_0, (70, 64), "none", 1, 4)
+x = np.random.default_rng(4).normal(size=(2, 64)).astype(np.float32)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20), used + (40 << 20)))
+y, stored = multiply(host, Q8_0, blocks, x, 70, threads=1)
+assert np.allclose(y, x.astype(np.float64) @ weight.T, rtol=1e-5, atol=1e-5)
+assert np.array_equal(stored, blocks)
+"""
+
+
+def test_a_weight_stays_with_the_host_if_memory_for_packing_is_exhausted(host_file):
+    """A piece of memory for packed weights has 64 MiB."""
+    assert run(host_file, f"HERE = {str(HERE)!r}\n{OUT_OF_MEMORY}") == ""
 
 
 def products_of(host_file: Path, **environment: str) -> tuple[str, float]:
@@ -302,6 +413,7 @@ def test_the_command_prints_what_to_write_before_a_program(host_file):
 
 def test_without_llama_cpp_python_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr("sqft_export.kernels.llama_plugin.find_spec", lambda name: None)
+    monkeypatch.setattr("sqft_export.kernels.llama_plugin.extension_module", lambda: None)
     with pytest.raises(UserError, match=r"pip install 'sqft-export\[llama-cpp\]'"):
         use_in_llama_cpp()
 

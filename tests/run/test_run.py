@@ -12,8 +12,10 @@ import pytest
 from conftest import copy_run, small_recipe, start_run
 from sqft_export.artifacts.store import Store
 from sqft_export.errors import UserError
+from sqft_export.kernels.llama_plugin import why_not_in_llama_cpp
 from sqft_export.machine.device import CPU, fast_in_bfloat16
 from sqft_export.run.pipeline import _lock_run_folder, plan_passes, run_recipe
+from sqft_export.targets.execution import LLAMA_CPP_WITH_KERNELS
 
 
 def merged_digests(artifacts: dict) -> dict[str, str]:
@@ -50,6 +52,7 @@ def test_every_check_of_verify_passed(tiny_run):
 def test_the_report_shows_every_row_with_every_number(tiny_run):
     folder = tiny_run["report"].path
     document = json.loads((folder / "report.json").read_text())
+    on_kernels = [] if why_not_in_llama_cpp() else [LLAMA_CPP_WITH_KERNELS]
     assert [row["name"] for row in document["rows"]] == [
         "dense base",
         "dense + LoRA",
@@ -67,6 +70,7 @@ def test_the_report_shows_every_row_with_every_number(tiny_run):
         "ONNX Runtime, packed",
         "llama.cpp",
         "llama.cpp, packed",
+        *on_kernels,
     ]
     assert document["sparse_execution"]["products"] == {"mask": 28}
     assert document["sparse_execution"]["bytes_ratio"] < 1
@@ -78,7 +82,7 @@ def test_the_report_shows_every_row_with_every_number(tiny_run):
         assert row["peak_memory_bytes"] > 1e7
         assert row["ttft"]["median_ms"] > 0
         assert row["tpot"]["p10_ms"] <= row["tpot"]["median_ms"] <= row["tpot"]["p90_ms"]
-    tuned, merged, _, _, _, *dense_and_packed = document["rows"][7:]
+    tuned, merged, _, _, _, *dense_and_packed = document["rows"][7:16]
     for dense, packed in zip(dense_and_packed[::2], dense_and_packed[1::2], strict=True):
         assert packed["file_bytes"] < dense["file_bytes"]
         assert packed["accuracy"] == dense["accuracy"]

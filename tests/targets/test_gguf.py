@@ -32,7 +32,7 @@ from sqft_export.run.preview import preview
 from sqft_export.stages.verify import _skipped_checks
 from sqft_export.targets import target
 from sqft_export.targets.gguf.architectures import ARCHITECTURES, Names
-from sqft_export.targets.gguf.bindings import CyllamaModel, LlamaCppModel
+from sqft_export.targets.gguf.bindings import CyllamaModel, LlamaCppModel, _c_functions
 from sqft_export.targets.gguf.blocks import block_type, from_blocks, to_blocks
 from sqft_export.targets.gguf.session import GgufSession
 from sqft_export.targets.gguf.tokenizer import NotExpressible, read_vocabulary
@@ -40,6 +40,7 @@ from sqft_export.targets.tokenizers import read_ids
 from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.compute import check_compute
 from sqft_export.verify.fidelity import load_reference
+from sqft_export.verify.heads import reference_of
 from sqft_export.verify.storage import check_storage
 from sqft_export.verify.subject import Asked, Subject
 
@@ -454,13 +455,16 @@ def test_without_llama_cpp_the_file_is_written_and_read_back(tmp_path, monkeypat
     assert "llama.cpp is not installed" in run["verify"].metrics["warnings"][0]
 
 
-def test_the_binding_that_users_compile_says_the_same(tmp_path):
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is compiled for ten minutes")
+def test_both_bindings_say_the_same(tmp_path):
+    """llama-cpp-python's functions, where it was compiled, or those of xllamacpp's wheel."""
+    functions = _c_functions()
+    if functions is None:
+        pytest.skip("only cyllama is installed")
     model = random_model(tmp_path / "model", **LLAMA)
     (tmp_path / "out").mkdir()
     target("gguf").export(model, tmp_path / "out", Export())
     file = tmp_path / "out" / "model.gguf"
-    ours, theirs = CyllamaModel(file), LlamaCppModel(file)
+    ours, theirs = CyllamaModel(file), LlamaCppModel(file, functions)
     assert ours.tokenize("It's 12") == theirs.tokenize("It's 12")
     sessions = [GgufSession(opened, True, 1) for opened in (ours, theirs)]
     logits = [session.forward(np.array([PROMPTS[3]])) for session in sessions]
@@ -494,7 +498,8 @@ def subject(tiny_run, tmp_path) -> Subject:
 def failed(subject: Subject) -> set[str]:
     certificate = Certificate()
     check_storage(certificate, subject, "gguf")
-    check_compute(certificate, subject, "gguf", load_reference(subject, CPU))
+    reference = reference_of(certificate, subject, "gguf", load_reference(subject, CPU))
+    check_compute(certificate, subject, "gguf", reference)
     return {check.name for check in certificate.checks if not check.passed}
 
 
@@ -559,7 +564,8 @@ def test_what_is_broken_in_the_file_is_named(subject, change, name, lines):
 def test_a_model_too_large_for_float32_is_compared_as_deployed(subject, monkeypatch):
     monkeypatch.setattr("sqft_export.machine.host.FLOAT32_MEMORY_SHARE", 0.0)
     certificate = Certificate()
-    check_compute(certificate, subject, "gguf", load_reference(subject, CPU))
+    reference = reference_of(certificate, subject, "gguf", load_reference(subject, CPU))
+    check_compute(certificate, subject, "gguf", reference)
     names = {check.name for check in certificate.checks}
     assert LOGITS not in names and "divergence of gguf in its default mode" in names
     certificate.require()

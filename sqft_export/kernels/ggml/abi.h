@@ -13,7 +13,7 @@ struct Context;
 struct ThreadPool;
 
 /* Numbers of the GGUF format, which never change. */
-enum Type : int32_t { F32 = 0, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8 };
+enum Type : int32_t { F32 = 0, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, I32 = 26 };
 
 /* ggml_tensor up to `data`. A name follows, whose length differs between builds, then `extra`. */
 struct Tensor {
@@ -30,16 +30,20 @@ struct Tensor {
   void *data;
 };
 
+/* The first functions of a buffer type. TypePlaces has the others. */
 struct BufferType {
   const char *(*get_name)(BufferType *);
   Buffer *(*alloc_buffer)(BufferType *, size_t);
-  size_t (*get_alignment)(BufferType *);
-  size_t (*get_max_size)(BufferType *);
-  size_t (*get_alloc_size)(BufferType *, const Tensor *);
-  bool (*is_host)(BufferType *);
-  Device *device;
-  void *context;
 };
+
+/* Where a buffer type has its other fields, in pointers; its context follows its device. Version 3
+   of the interface has two more functions for lists of tensors. */
+struct TypePlaces {
+  size_t alignment, is_host, device;
+};
+constexpr TypePlaces kPlacesBefore3 = {2, 5, 6}, kPlaces3 = {3, 7, 8};
+constexpr size_t kTypeWords = kPlaces3.device + 2;
+constexpr int kNewestVersion = 3;
 
 /* The first functions of a buffer. More follow, the last but one is `clear`; then type, context
    and size. Version 2 of the interface has two more functions than version 1. */

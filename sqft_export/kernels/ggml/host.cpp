@@ -62,8 +62,15 @@ const char *find_functions(Host &h) {
     found += address != nullptr;
     if (!address) snprintf(missing, sizeof missing, "this ggml has no function %s", f.name);
   }
-  void *version = dlsym(h.library, "ggml_version");
-  memcpy(&h.version, &version, sizeof version);
+  const Function optional[] = {
+      {"ggml_version", &h.version},
+      {"ggml_new_tensor_3d", &h.new_tensor_3d},
+      {"ggml_mul_mat_id", &h.mul_mat_id},
+  };
+  for (const Function &f : optional) {
+    void *address = dlsym(h.library, f.name);
+    memcpy(f.address, &address, sizeof address);
+  }
   if (!found) return kHidden;
   return found < sizeof wanted / sizeof *wanted ? missing : nullptr;
 }
@@ -78,8 +85,9 @@ const char *find_cpu_backend(Host &h, bool load_backends) {
     h.cpu = h.reg_by_name("CPU");
   }
   if (!h.cpu) return "this ggml has loaded no CPU backend";
-  if (h.cpu->api_version < 1 || h.cpu->api_version > 2)
+  if (h.cpu->api_version < 1 || h.cpu->api_version > kNewestVersion)
     return "this ggml has an interface version that we do not know";
+  h.places = h.cpu->api_version < 3 ? kPlacesBefore3 : kPlaces3;
   void *getter = h.reg_get_proc_address(h.cpu, "ggml_backend_dev_get_extra_bufts");
   void *threads = h.reg_get_proc_address(h.cpu, "ggml_backend_set_n_threads");
   if (!getter) return "the CPU backend of this ggml has no list of buffer types";
@@ -125,11 +133,26 @@ bool tensors_match(Host &h) {
   return same;
 }
 
+/* Find the number of the products with experts, or -1: such products then stay with the host. */
+int find_expert_op(const Host &h) {
+  Context *context = h.new_tensor_3d && h.mul_mat_id ? h.init({size_t(1) << 16, nullptr, true}) : nullptr;
+  if (!context) return -1;
+  Tensor *w = h.new_tensor_3d(context, Q4_0, 256, 3, 4), *x = h.new_tensor_3d(context, F32, 256, 1, 5);
+  Tensor *ids = h.new_tensor_2d(context, I32, 2, 5), *y = h.mul_mat_id(context, w, x, ids);
+  const bool same = w->ne[2] == 4 && w->nb[2] == 3 * 144 && y->src[0] == w && y->src[1] == x &&
+                    y->src[2] == ids && y->type == F32 && y->ne[0] == 3 && y->ne[1] == 2 &&
+                    y->ne[2] == 5 && !strcmp(h.op_name(y->op), "MUL_MAT_ID");
+  const int op = same ? y->op : -1;
+  h.free(context);
+  return op;
+}
+
 /* Make a buffer of known address and size, and find its type behind 9 or 11 functions. */
 bool buffers_match(Host &h) {
   BufferType *plain = h.dev_buffer_type(h.device);
-  if (!plain || plain->get_name(plain) != h.buft_name(plain) || !plain->is_host(plain)) return false;
-  if (plain->device != h.buft_device(plain) || (plain->device && plain->device != h.device))
+  if (!plain || plain->get_name(plain) != h.buft_name(plain)) return false;
+  void *device = h.type_device(plain);
+  if (device != h.buft_device(plain) || (device && device != h.device) || !h.is_host_type(plain))
     return false;
   alignas(64) static char memory[64];
   Buffer *buffer = h.buffer_from_ptr(memory, sizeof memory);
@@ -144,7 +167,7 @@ bool buffers_match(Host &h) {
   h.buffer_free(buffer);
   if (!same) return false;
   for (BufferType *extra : *h.extra_types)
-    if (!extra || extra->device != h.device || !extra->context) return false;
+    if (!extra || h.type_device(extra) != h.device || !h.type_context(extra)) return false;
   return true;
 }
 
@@ -168,7 +191,9 @@ const char *find_host(Host &host, const void *caller, bool load_backends) {
   host.library = library_of(caller);
   if (const char *reason = find_functions(host)) return reason;
   if (const char *reason = find_cpu_backend(host, load_backends)) return reason;
-  return tensors_match(host) && buffers_match(host) ? nullptr : kOtherStructures;
+  if (!tensors_match(host) || !buffers_match(host)) return kOtherStructures;
+  host.mul_mat_id_op = find_expert_op(host);
+  return nullptr;
 }
 
 }  // namespace sqft

@@ -47,6 +47,9 @@ struct Host {
   void (*backend_free)(Backend *);
   bool (*dev_supports_op)(Device *, const Tensor *);
   const char *(*version)(); /* may be null */
+  /* for experts; both may be null */
+  Tensor *(*new_tensor_3d)(Context *, int, int64_t, int64_t, int64_t);
+  Tensor *(*mul_mat_id)(Context *, Tensor *, Tensor *, Tensor *);
   /* functions and variables of the CPU backend's library */
   BufferType **(*extra_types_of)(Device *);
   void (*set_threads)(Backend *, int);
@@ -58,7 +61,8 @@ struct Host {
   Device *device;
   size_t extra_offset; /* of Tensor::extra */
   size_t buffer_words; /* pointers before the type of a buffer */
-  int mul_mat_op;
+  TypePlaces places;
+  int mul_mat_op, mul_mat_id_op; /* -1: this host has no experts */
   bool cpu_linked_in; /* registered without loading backends */
 
   void *&tensor_extra(Tensor *t) const {
@@ -70,6 +74,15 @@ struct Host {
     return *reinterpret_cast<BufferType **>(words_of(b) + buffer_words);
   }
   void *&context_of(Buffer *b) const { return words_of(b)[buffer_words + 1]; }
+  void *&type_word(BufferType *t, size_t place) const {
+    return reinterpret_cast<void **>(t)[place];
+  }
+  void *&type_device(BufferType *t) const { return type_word(t, places.device); }
+  void *&type_context(BufferType *t) const { return type_word(t, places.device + 1); }
+  bool is_host_type(BufferType *t) const {
+    const auto is_host = reinterpret_cast<bool (*)(BufferType *)>(type_word(t, places.is_host));
+    return is_host && is_host(t);
+  }
   /* Whether llama.cpp offers weights to a GPU's pinned memory before it offers them to us. */
   bool has_pinned_memory() const;
 };

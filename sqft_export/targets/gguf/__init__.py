@@ -32,6 +32,14 @@ from sqft_export.targets.gguf.architectures import (
     write_keys,
 )
 from sqft_export.targets.gguf.blocks import BLOCK_TYPES, block_type, from_blocks, to_blocks
+from sqft_export.targets.gguf.head import (
+    HEAD_BYTES_PER_BLOCK,
+    ROUNDED_KEY,
+    dequantize_head,
+    float_head,
+    quantize_head,
+    rounded_tensors,
+)
 from sqft_export.targets.gguf.session import ADAPTER_FILE, open_session
 from sqft_export.targets.gguf.tokenizer import NotExpressible, write_tokenizer
 from sqft_export.textfiles import read_json
@@ -51,6 +59,7 @@ __all__ = [
     "open_session",
     "read_back",
     "read_floats",
+    "rounded_head",
 ]
 
 MODEL = GRAPHS["gguf"]
@@ -79,6 +88,7 @@ class _Tensor:
     kind: ggml's type; None: that of the dtype.
     make: computes the array when it is written.
     expert: number of the expert whose matrix it is; None for other tensors.
+    is_head: whether it is a rounded output head.
     """
 
     name: str
@@ -87,6 +97,7 @@ class _Tensor:
     kind: str | None
     make: Callable[[], np.ndarray]
     expert: int | None = None
+    is_head: bool = False
 
 
 def export(
@@ -95,6 +106,7 @@ def export(
     """Write the deployment folder of a merged model: ``model.gguf``, configs, tokenizer.
 
     :param merged: Hugging Face folder, in the GPTQ layout or with float weights.
+    :param options: ``gguf_head: q8_0`` rounds a float head; ``auto`` and ``float`` keep it.
     :raises UserError: if GGUF can't represent the model or its tokenizer.
     """
     import gguf
@@ -119,8 +131,12 @@ def export(
         raise UserError(f"{merged}: GGUF can't represent its tokenizer: {error}") from error
     for key, value in (facts or model_facts(checkpoint)).items():
         writer.add_string(f"{_PREFIX}{key}", value)
-    tensors = list(_tensors(checkpoint, names, config))
-    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[tensors[0].kind]])
+    head = float_head(checkpoint) if options.gguf_head == "q8_0" else None
+    tensors = list(_tensors(checkpoint, names, config, head))
+    if rounded := [tensor.name for tensor in tensors if tensor.is_head]:
+        writer.add_string(ROUNDED_KEY, ",".join(rounded))
+    first = next(tensor for tensor in tensors if not tensor.is_head)
+    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[first.kind]])
     _write_tensors(writer, tensors)
     for pattern in COPIED_FILES:
         for file in merged.glob(pattern):
@@ -154,18 +170,23 @@ def _write_tensors(writer: "GGUFWriter", tensors: list[_Tensor]) -> None:
     writer.close()
 
 
-def _tensors(checkpoint: "Checkpoint", names: Names, config: "ModelConfig") -> Iterator[_Tensor]:
-    """Yield all tensors in file order. Weights are read only when ``make`` is called."""
+def _tensors(
+    checkpoint: "Checkpoint", names: Names, config: "ModelConfig", head: str | None
+) -> Iterator[_Tensor]:
+    """Yield all tensors in file order. Weights are read only when ``make`` is called.
+
+    :param head: name of a float matrix that is rounded to Q8_0.
+    """
     from sqft_export.model.storage import plain_names, quantized_names
 
     quantized = quantized_names(checkpoint)
     codes = (_codes_tensor(checkpoint, names, module) for module in quantized)
     yield from _stack_experts(codes)
     keys = sorted(k for k in plain_names(checkpoint) if k.removesuffix(".weight") not in quantized)
-    yield from _stack_experts(_float_tensor(checkpoint, names, key) for key in keys)
+    make = functools.partial(_plain_tensor, checkpoint, names, head)
+    yield from _stack_experts(map(make, keys))
     if checkpoint.tied and names.architecture.head_always:
-        embedding = f"{checkpoint.family.embedding}.weight"
-        yield replace(_float_tensor(checkpoint, names, embedding), name="output.weight")
+        yield replace(make(f"{checkpoint.family.embedding}.weight"), name="output.weight")
     for name, factors in rotary_factors(config):
         made = functools.partial(np.asarray, factors)
         yield _Tensor(f"{name}.weight", factors.shape, np.float32, None, made)
@@ -216,6 +237,21 @@ def _codes_tensor(checkpoint: "Checkpoint", names: Names, module: str) -> _Tenso
     shape = (rows, inputs // BLOCK * kind.bytes)
     name = f"{names.tensor_of(module)}.weight"
     return _Tensor(name, shape, np.uint8, kind.name, make, expert_number(module))
+
+
+def _plain_tensor(checkpoint: "Checkpoint", names: Names, head: str | None, key: str) -> _Tensor:
+    """Return the tensor of a float parameter; a rounded one for the parameter ``head``."""
+    if key != head:
+        return _float_tensor(checkpoint, names, key)
+    module, (rows, inputs) = key.rpartition(".")[0], checkpoint.shapes[key]
+
+    def make() -> np.ndarray:
+        values = checkpoint.tensor(key).float().numpy()
+        return quantize_head(names.permute_rows(module, values))
+
+    name = f"{names.tensor_of(module)}.weight"
+    shape = (rows, inputs // BLOCK * HEAD_BYTES_PER_BLOCK)
+    return _Tensor(name, shape, np.uint8, "Q8_0", make, is_head=True)
 
 
 def _float_tensor(checkpoint: "Checkpoint", names: Names, key: str) -> _Tensor:
@@ -307,10 +343,11 @@ def _read(folder: Path) -> tuple["GGUFReader", Names]:
 def read_back(folder: Path) -> Iterator[tuple[str, QuantizedWeight[np.ndarray]]]:
     """Yield module and quantized weight, scale float16, one at a time, from the written file."""
     reader, names = _read(folder)
+    rounded = rounded_tensors(reader)
     for tensor in reader.tensors:
         kind = BLOCK_TYPES.get(tensor.tensor_type.name)
         module = names.module_of(tensor.name.rpartition(".")[0])
-        if kind is None or module is None:
+        if kind is None or module is None or tensor.name in rounded:
             continue
         for one, data in _by_expert(module, tensor.data):
             restore = functools.partial(names.restore_rows, one)
@@ -341,12 +378,14 @@ def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     name if it belongs to no module.
     """
     reader, names = _read(folder)
+    rounded = rounded_tensors(reader)
     for tensor in reader.tensors:
         stem, _, part = tensor.name.rpartition(".")
         module = names.module_of(stem)
-        if tensor.tensor_type.name in BLOCK_TYPES:
+        is_rounded = tensor.name in rounded
+        if tensor.tensor_type.name in BLOCK_TYPES and not is_rounded:
             continue
-        values = _floats(tensor)
+        values = dequantize_head(tensor.data) if is_rounded else _floats(tensor)
         if module is None:
             yield "", values
             continue
@@ -360,6 +399,12 @@ def _floats(tensor: "ReaderTensor") -> np.ndarray:
     if tensor.tensor_type.name == "BF16":
         return (tensor.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return tensor.data.astype(np.float32, copy=False)
+
+
+def rounded_head(folder: Path) -> bool:
+    """Return whether the output head of a deployment was rounded to Q8_0."""
+    reader, _ = _read(folder)
+    return bool(rounded_tensors(reader))
 
 
 def metadata(folder: Path) -> dict[str, str]:

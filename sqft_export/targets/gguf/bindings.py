@@ -1,21 +1,25 @@
-"""One interface to llama.cpp in this process, for either Python binding.
+"""One interface to llama.cpp in this process, for every Python package that has one.
 
-``llama-cpp-python`` is compiled by its users, for their processor, and can run our kernels; it is
-used if it is installed. ``cyllama`` has wheels and comes with the extra ``gguf-runtime``. Its
-wheels are built for AVX2, whatever the processor has, and hide the functions that our kernels need.
+The first installed one is used. ``llama-cpp-python`` is compiled by its users for their processor.
+``xllamacpp`` has wheels, built for AVX2, whose functions are visible. Both can run our kernels.
+``cyllama`` comes with the extra ``gguf-runtime``. Its wheels are built for AVX2 too, and hide the
+functions that our kernels need.
 """
 
+import platform
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from sqft_export.errors import UserError
+from sqft_export.kernels.choice import STOCK
+from sqft_export.libraries.xllamacpp import llama_functions
 from sqft_export.machine.host import installed
 from sqft_export.packed.loaders import gguf_model, silence_llama_cpp
 
 if TYPE_CHECKING:
-    import llama_cpp as llama_cpp_python
     from cyllama.llama.llama_cpp import LlamaContext
 
 MAX_SEQUENCES = 256  # separate sequences in a cache of llama.cpp
@@ -95,7 +99,45 @@ def open_model(file: Path) -> Opened:
 
     :raises UserError: if llama.cpp refuses the file.
     """
-    return LlamaCppModel(file) if installed("llama_cpp") else CyllamaModel(file)
+    functions = _c_functions()
+    return CyllamaModel(file) if functions is None else LlamaCppModel(file, functions)
+
+
+def _c_functions() -> Any:
+    """Return an object with llama.cpp's functions; None if only cyllama is installed."""
+    if not installed("llama_cpp"):
+        return llama_functions()
+    import llama_cpp
+
+    return llama_cpp
+
+
+def binding_package() -> str:
+    """Return the distribution that :func:`open_model` uses."""
+    if installed("llama_cpp"):
+        return "llama-cpp-python"
+    return "cyllama" if llama_functions() is None else "xllamacpp"
+
+
+# Words of llama.cpp's description of a build, fastest instruction set first.
+_INSTRUCTION_SETS = ("AVX512_VNNI", "AVX512", "AVX_VNNI", "AVX2", "AVX", "DOTPROD", "NEON")
+
+
+def describe_build(execution: str) -> str:
+    """Return the package that llama.cpp runs from, and the instruction set that it is built for.
+
+    :param execution: stock, or which of our kernels multiply.
+    """
+    package, functions = binding_package(), _c_functions()
+    if functions is None:
+        build = "AVX2" if platform.machine() in ("x86_64", "AMD64") else ""
+    else:
+        features = functions.llama_print_system_info().decode()
+        build = next((name for name in _INSTRUCTION_SETS if f" {name} = 1" in features), "")
+    text = f"llama.cpp of {package} {version(package)}"
+    if build:
+        text += f", an {build} build"
+    return text if execution == STOCK else f"{text}, with our kernels ({execution})"
 
 
 class CyllamaModel:
@@ -166,98 +208,82 @@ class _CyllamaCache:
 
 
 class LlamaCppModel:
-    """A model loaded by ``llama-cpp-python``, which binds the C interface."""
+    """A model loaded by llama.cpp's C functions.
 
-    def __init__(self, file: Path):
-        import llama_cpp
+    functions: the module ``llama_cpp``, or an object with the same functions.
+    """
 
-        silence_llama_cpp()
-        llama_cpp.llama_backend_init()
-        params = llama_cpp.llama_model_default_params()
+    def __init__(self, file: Path, functions: Any):
+        self.functions = functions
+        silence_llama_cpp(functions)
+        functions.llama_backend_init()
+        params = functions.llama_model_default_params()
         params.n_gpu_layers = 0
-        self.model = llama_cpp.llama_model_load_from_file(str(file).encode(), params)
+        params.no_host = True  # a GPU's pinned memory would go before our kernels
+        self.model = functions.llama_model_load_from_file(str(file).encode(), params)
         if not self.model:
             raise UserError(f"{file}: llama.cpp can't load it")
-        self.vocab = llama_cpp.llama_model_get_vocab(self.model)
-        self.vocabulary = llama_cpp.llama_vocab_n_tokens(self.vocab)
+        self.vocab = functions.llama_model_get_vocab(self.model)
+        self.vocabulary = functions.llama_vocab_n_tokens(self.vocab)
 
     def __del__(self) -> None:
-        import llama_cpp
-
         if getattr(self, "model", None):
-            llama_cpp.llama_model_free(self.model)
+            self.functions.llama_model_free(self.model)
 
     def tokenize(self, text: str) -> list[int]:
-        import llama_cpp
-
         encoded = text.encode()
         room = len(encoded) + 8
-        found = (llama_cpp.llama_token * room)()
-        count = llama_cpp.llama_tokenize(self.vocab, encoded, len(encoded), found, room, True, True)
+        found = (self.functions.llama_token * room)()
+        size = len(encoded)
+        count = self.functions.llama_tokenize(self.vocab, encoded, size, found, room, True, True)
         return list(found[:count])
 
     def cache(self, cells: int, threads: int, exact: bool) -> "Cache":
-        import llama_cpp
-
-        params = llama_cpp.llama_context_default_params()
+        params = self.functions.llama_context_default_params()
         _set_parameters(params, cells, threads, exact)
-        context = llama_cpp.llama_init_from_model(self.model, params)
+        context = self.functions.llama_init_from_model(self.model, params)
         if not context:
             raise UserError(f"llama.cpp can't make a cache of {cells} tokens")
         return _LlamaCppCache(self, context)
 
 
 class _LlamaCppCache:
-    def __init__(self, model: LlamaCppModel, context: "llama_cpp_python.llama_context_p"):
-        import llama_cpp
-
-        self.model, self.context = model, context
-        self.memory = llama_cpp.llama_get_memory(context)
+    def __init__(self, model: LlamaCppModel, context: Any):
+        self.model, self.context, self.functions = model, context, model.functions
+        self.memory = self.functions.llama_get_memory(context)
 
     def __del__(self) -> None:
         self.close()
 
     def clear(self) -> None:
-        import llama_cpp
-
-        llama_cpp.llama_memory_clear(self.memory, False)
+        self.functions.llama_memory_clear(self.memory, False)
 
     def copy(self, sequence: int, to: int) -> None:
-        import llama_cpp
-
-        llama_cpp.llama_memory_seq_cp(self.memory, sequence, to, -1, -1)
+        self.functions.llama_memory_seq_cp(self.memory, sequence, to, -1, -1)
 
     def forget(self, sequence: int) -> None:
-        import llama_cpp
-
-        llama_cpp.llama_memory_seq_rm(self.memory, sequence, -1, -1)
+        self.functions.llama_memory_seq_rm(self.memory, sequence, -1, -1)
 
     def decode(self, tokens: list[Token]) -> int:
-        import llama_cpp
-
-        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+        batch = self.functions.llama_batch_init(len(tokens), 0, 1)
         try:
             batch.n_tokens = len(tokens)
             for index, token in enumerate(tokens):
                 batch.token[index], batch.pos[index] = token.id, token.position
                 batch.n_seq_id[index], batch.seq_id[index][0] = 1, token.sequence
                 batch.logits[index] = token.needs_logits
-            return llama_cpp.llama_decode(self.context, batch)
+            return self.functions.llama_decode(self.context, batch)
         finally:
-            llama_cpp.llama_batch_free(batch)
+            self.functions.llama_batch_free(batch)
 
     def logits(self, index: int) -> np.ndarray:
-        import llama_cpp
-
-        found = llama_cpp.llama_get_logits_ith(self.context, index)
+        found = self.functions.llama_get_logits_ith(self.context, index)
         return np.ctypeslib.as_array(found, (self.model.vocabulary,))
 
     def argmax(self, index: int) -> int:
         return int(self.logits(index).argmax())
 
     def close(self) -> None:
-        import llama_cpp
-
         if self.context:
-            llama_cpp.llama_free(self.context)
+            self.functions.llama_free(self.context)
             self.context = None

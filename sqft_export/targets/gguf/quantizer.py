@@ -68,7 +68,7 @@ def _quantize_with_llama_cpp(
 
     import llama_cpp
 
-    silence_llama_cpp()
+    silence_llama_cpp(llama_cpp)
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = number, threads
     entries = importance_entries(matrix)

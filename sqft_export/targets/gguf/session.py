@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sqft_export.errors import UserError
+from sqft_export.kernels.choice import STOCK
+from sqft_export.kernels.llama_plugin import set_exact_products, use_in_llama_cpp
 from sqft_export.machine.host import allowed_processors
 from sqft_export.machine.threads import map_in_order
 from sqft_export.packed.gguf_file import read_gguf
@@ -159,6 +161,7 @@ def open_session(
     threads: int | None,
     device: str = "cpu",
     float32_cache: bool = False,
+    execution: str = STOCK,
 ) -> GgufSession:
     """Load a GGUF folder into a llama.cpp session on the CPU.
 
@@ -166,16 +169,21 @@ def open_session(
         weights.
     :param threads: CPU threads.
     :param float32_cache: float32 keys and values without flash attention, as in exact mode.
-    :raises UserError: if the device is not the CPU, or if an unmerged adapter is to run in default
-        mode, which cyllama does not support.
+    :param execution: auto, sparse or dense: our kernels multiply. In exact mode they read the
+        quantized weights of the file, and round no activations. stock: llama.cpp's own.
+    :raises UserError: if the device is not the CPU, if our kernels can't run, or if an unmerged
+        adapter is to run in default mode, which cyllama does not support.
     """
     find_device("gguf", device)
     adapter = folder / ADAPTER_FOLDER / ADAPTER_FILE
     if adapter.is_file() and not exact:
         raise UserError(f"{adapter}: cyllama can't apply an adapter; llama-cli --lora can")
+    if execution != STOCK:
+        use_in_llama_cpp(execution)
+        set_exact_products(exact)
     with dense_gguf(folder) as file:
-        if not exact:
-            return GgufSession(open_model(file), float32_cache, threads)
+        if not exact or execution != STOCK:
+            return GgufSession(open_model(file), exact or float32_cache, threads)
         with tempfile.TemporaryDirectory(prefix="sqft-") as scratch:
             floats = Path(scratch) / "float32.gguf"
             write_float32(file, floats, adapter if adapter.is_file() else None)
