@@ -1,5 +1,6 @@
 """Shared fixtures: small random models, and one finished run of the embedded recipe."""
 
+import gc
 import json
 import os
 import shutil
@@ -52,6 +53,11 @@ SMALL = (
 )
 
 
+# A part of the embedded problems, for models made here: checks and training read all of them.
+FEW_PROBLEMS = tuple(
+    f"task.{split}={ROOT / 'tests' / 'problems' / split}.jsonl" for split in ("train", "test")
+)
+
 # Files whose cases are shared among workers: each case makes an expensive fixture.
 SHARED_FILES = ("tests/model/test_families.py",)
 
@@ -77,10 +83,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
     return WorkUnitScheduling(config, log)
 
 
+def pytest_collection_finish() -> None:
+    """Leave libraries out of later collections of garbage, which exports request by themselves."""
+    gc.collect()
+    gc.freeze()
+
+
 def small_recipe(*overrides: str, name: str = "tiny", model_path: Path | None = None) -> Recipe:
     """A recipe at the size of a test; models made here have rows that no blocks of 32 fit."""
+    few = FEW_PROBLEMS if model_path and name == "tiny" else ()
     targets = ("export.targets=[openvino, onnx]",) if model_path else ()
-    settings = (*SMALL, *targets, *overrides)
+    settings = (*SMALL, *targets, *few, *overrides)
     return load_recipe(ROOT / "recipes" / f"{name}.yaml", settings, model_path)
 
 
