@@ -1,8 +1,10 @@
 """Shared fixtures: small random models, and one finished run of the embedded recipe."""
 
+import functools
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -60,16 +62,48 @@ FEW_PROBLEMS = tuple(
 
 # Files whose cases are shared among workers: each case makes an expensive fixture.
 SHARED_FILES = ("tests/model/test_families.py",)
+# Files that take half a minute or more, the longest first; workers take them in this order.
+LONG_FILES: tuple[str, ...] = ()
+UNITS_DURING_RUN = 4  # enough work for other workers while one runs the embedded recipe
 
 
 def work_unit(nodeid: str) -> str:
-    """The tests that one worker runs: of a file, or of a case in a shared file.
+    """The tests that one worker runs: of a file, of a case in a shared file, or of ``own_run``.
 
     Fixtures of a module are expensive, so that two workers must not make the same one.
     """
     file, _, test = nodeid.partition("::")
+    if _names(file, "own_run"):
+        return "own_run"
     case = test.partition("[")[2] if file in SHARED_FILES else ""
     return f"{file}[{case}" if case else file
+
+
+@functools.cache
+def _names(file: str, *fixtures: str) -> bool:
+    """Whether the tests of a file ask for one of these fixtures."""
+    path = ROOT / file
+    text = path.read_text() if path.is_file() else ""
+    return any(re.search(rf"\b{fixture}\b", text) for fixture in fixtures)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put work units that take long first, so that all workers end at about the same time.
+
+    One worker runs the embedded recipe first. Meanwhile the others have units without it.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    units = list(dict.fromkeys(work_unit(item.nodeid) for item in items))
+    files = {work_unit(item.nodeid): item.nodeid.partition("::")[0] for item in items}
+    order = {file: number for number, file in enumerate(LONG_FILES)}
+    units.sort(key=lambda unit: order.get(files[unit], len(order)))
+    run = [unit for unit in units if _names(files[unit], "tiny_run", "tiny_cli")]
+    without = [unit for unit in units if unit not in run]
+    first = [*run[:1], *without[:UNITS_DURING_RUN]]
+    units = [*first, *(unit for unit in units if unit not in first)]
+    place = {unit: number for number, unit in enumerate(units)}
+    items.sort(key=lambda item: place[work_unit(item.nodeid)])
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
@@ -80,6 +114,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
         def _split_scope(self, nodeid: str) -> str:
             return work_unit(nodeid)
 
+    config.option.loadscopereorder = False  # units stay in the order of the items
     return WorkUnitScheduling(config, log)
 
 
