@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's library reads it when it is imported
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     # Before torch counts them: runtimes wait for each other's threads in a spin, so that workers
     # on the same processors stand in each other's way.
@@ -35,7 +36,6 @@ from sqft_export.recipe.schema import Recipe
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.telemetry import disable_telemetry
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 disable_telemetry()
 ROOT = Path(__file__).parent.parent
 SQFT = str(Path(sys.executable).parent / "sqft-export")
@@ -146,10 +146,10 @@ def start_run(root: Path) -> subprocess.Popen:
 @pytest.fixture
 def sqft_here(monkeypatch, capfd):
     """The command line in this process: it saves the start of Python for every command."""
-    monkeypatch.chdir(ROOT)
     handler = signal.getsignal(signal.SIGTERM)
 
-    def call(*arguments: str) -> subprocess.CompletedProcess:
+    def call(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+        monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", [SQFT, *arguments])
         with pytest.raises(SystemExit) as ended:
             main()

@@ -52,10 +52,10 @@ MODELS = [
         "alternating windows, two rotary bases, norms of queries and keys, a token without a row",
     ),
     ("opt", {"ffn_dim": 172, "init_std": 0.2}, "learned positions, biases, ReLU"),
-    ("bloom", {}, "ALiBi, norm after the embedding, joined qkv"),
 ]
-# Each takes a minute or two: `make test-slow`. tests/targets/test_gguf.py runs the first three.
+# Each takes a minute or two: `make test-slow`. tests/targets/test_gguf.py runs the first four.
 LONG_TAIL = [
+    ("bloom", {}, "ALiBi, norm after the embedding, joined qkv"),
     ("gpt_neox", {"rotary_pct": 0.25}, "attention next to the MLP, partly rotary, joined qkv"),
     ("granite", MULTIPLIERS, "four multipliers"),
     (

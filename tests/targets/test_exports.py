@@ -201,7 +201,11 @@ def _padded(prompts: list[list[int]], left: bool) -> tuple[np.ndarray, np.ndarra
     return ids, mask
 
 
-@pytest.mark.parametrize("kind", ["openvino", "standard", "fused"])
+# tests/measure/test_batches.py has padded batches of a standard graph.
+STANDARD = pytest.param("standard", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("kind", ["openvino", STANDARD, "fused"])
 def test_a_padded_batch_says_what_each_prompt_says_alone(tiny_run, tmp_path, kind):
     """On the left; on the right for the fused graph, whose attention knows no other."""
     merged = tiny_run["merge"].path / "model"
