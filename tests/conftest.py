@@ -63,7 +63,34 @@ FEW_PROBLEMS = tuple(
 # Files whose cases are shared among workers: each case makes an expensive fixture.
 SHARED_FILES = ("tests/model/test_families.py",)
 # Files that take half a minute or more, the longest first; workers take them in this order.
-LONG_FILES: tuple[str, ...] = ()
+LONG_FILES = (
+    "tests/test_documents.py",
+    "tests/verify/test_certificate.py",
+    "tests/commands/test_compiling.py",
+    "tests/targets/test_gguf.py",
+    "tests/targets/test_exports.py",
+    "tests/probes/test_selftest.py",
+    "tests/test_fuzz.py",
+    "tests/stages/test_pipelines.py",
+    "tests/test_wheel.py",
+    "tests/report/test_cards.py",
+    "tests/model/test_reconstruction.py",
+    "tests/packed/test_packed_files.py",
+    "tests/kernels/test_execution.py",
+    "tests/stages/test_untrained.py",
+    "tests/stages/test_given.py",
+    "tests/measure/test_batches.py",
+    "tests/run/test_gates.py",
+    "tests/report/test_runs.py",
+    "tests/measure/test_harness.py",
+    "tests/verify/test_chat_answers.py",
+    "tests/stages/test_chat_recipe.py",
+    "tests/test_examples.py",
+    "tests/test_import.py",
+    "tests/verify/test_lengths.py",
+    "tests/test_misuse.py",
+    "tests/data/test_chat_trl.py",
+)
 UNITS_DURING_RUN = 4  # enough work for other workers while one runs the embedded recipe
 
 
@@ -73,14 +100,14 @@ def work_unit(nodeid: str) -> str:
     Fixtures of a module are expensive, so that two workers must not make the same one.
     """
     file, _, test = nodeid.partition("::")
-    if _names(file, "own_run"):
+    if requests_fixture(file, "own_run"):
         return "own_run"
     case = test.partition("[")[2] if file in SHARED_FILES else ""
     return f"{file}[{case}" if case else file
 
 
 @functools.cache
-def _names(file: str, *fixtures: str) -> bool:
+def requests_fixture(file: str, *fixtures: str) -> bool:
     """Whether the tests of a file ask for one of these fixtures."""
     path = ROOT / file
     text = path.read_text() if path.is_file() else ""
@@ -94,13 +121,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
-    units = list(dict.fromkeys(work_unit(item.nodeid) for item in items))
-    files = {work_unit(item.nodeid): item.nodeid.partition("::")[0] for item in items}
+    files: dict[str, set[str]] = {}
+    for item in items:
+        files.setdefault(work_unit(item.nodeid), set()).add(item.nodeid.partition("::")[0])
     order = {file: number for number, file in enumerate(LONG_FILES)}
-    units.sort(key=lambda unit: order.get(files[unit], len(order)))
-    run = [unit for unit in units if _names(files[unit], "tiny_run", "tiny_cli")]
-    without = [unit for unit in units if unit not in run]
-    first = [*run[:1], *without[:UNITS_DURING_RUN]]
+    units = sorted(files, key=lambda unit: min(order.get(f, len(order)) for f in files[unit]))
+    with_run = [
+        u for u in units if any(requests_fixture(f, "tiny_run", "tiny_cli") for f in files[u])
+    ]
+    without = [unit for unit in units if unit not in with_run]
+    first = [*with_run[:1], *without[:UNITS_DURING_RUN]]
     units = [*first, *(unit for unit in units if unit not in first)]
     place = {unit: number for number, unit in enumerate(units)}
     items.sort(key=lambda item: place[work_unit(item.nodeid)])
