@@ -1,7 +1,10 @@
 """Shared fixtures: small random models, and one finished run of the embedded recipe."""
 
+import functools
+import gc
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # the hub's library reads it when it is imported
 if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
     # Before torch counts them: runtimes wait for each other's threads in a spin, so that workers
     # on the same processors stand in each other's way.
@@ -32,7 +36,6 @@ from sqft_export.recipe.schema import Recipe
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.telemetry import disable_telemetry
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 disable_telemetry()
 ROOT = Path(__file__).parent.parent
 SQFT = str(Path(sys.executable).parent / "sqft-export")
@@ -52,18 +55,85 @@ SMALL = (
 )
 
 
+# A part of the embedded problems, for models made here: checks and training read all of them.
+FEW_PROBLEMS = tuple(
+    f"task.{split}={ROOT / 'tests' / 'problems' / split}.jsonl" for split in ("train", "test")
+)
+
 # Files whose cases are shared among workers: each case makes an expensive fixture.
 SHARED_FILES = ("tests/model/test_families.py",)
+# Files that take half a minute or more, the longest first; workers take them in this order.
+LONG_FILES = (
+    "tests/test_documents.py",
+    "tests/verify/test_certificate.py",
+    "tests/commands/test_compiling.py",
+    "tests/targets/test_gguf.py",
+    "tests/targets/test_exports.py",
+    "tests/probes/test_selftest.py",
+    "tests/test_fuzz.py",
+    "tests/stages/test_pipelines.py",
+    "tests/test_wheel.py",
+    "tests/report/test_cards.py",
+    "tests/model/test_reconstruction.py",
+    "tests/packed/test_packed_files.py",
+    "tests/kernels/test_execution.py",
+    "tests/stages/test_untrained.py",
+    "tests/stages/test_given.py",
+    "tests/measure/test_batches.py",
+    "tests/run/test_gates.py",
+    "tests/report/test_runs.py",
+    "tests/measure/test_harness.py",
+    "tests/verify/test_chat_answers.py",
+    "tests/stages/test_chat_recipe.py",
+    "tests/test_examples.py",
+    "tests/test_import.py",
+    "tests/verify/test_lengths.py",
+    "tests/test_misuse.py",
+    "tests/data/test_chat_trl.py",
+)
+UNITS_DURING_RUN = 4  # enough work for other workers while one runs the embedded recipe
 
 
 def work_unit(nodeid: str) -> str:
-    """The tests that one worker runs: of a file, or of a case in a shared file.
+    """The tests that one worker runs: of a file, of a case in a shared file, or of ``own_run``.
 
     Fixtures of a module are expensive, so that two workers must not make the same one.
     """
     file, _, test = nodeid.partition("::")
+    if requests_fixture(file, "own_run"):
+        return "own_run"
     case = test.partition("[")[2] if file in SHARED_FILES else ""
     return f"{file}[{case}" if case else file
+
+
+@functools.cache
+def requests_fixture(file: str, *fixtures: str) -> bool:
+    """Whether the tests of a file ask for one of these fixtures."""
+    path = ROOT / file
+    text = path.read_text() if path.is_file() else ""
+    return any(re.search(rf"\b{fixture}\b", text) for fixture in fixtures)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put work units that take long first, so that all workers end at about the same time.
+
+    One worker runs the embedded recipe first. Meanwhile the others have units without it.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    files: dict[str, set[str]] = {}
+    for item in items:
+        files.setdefault(work_unit(item.nodeid), set()).add(item.nodeid.partition("::")[0])
+    order = {file: number for number, file in enumerate(LONG_FILES)}
+    units = sorted(files, key=lambda unit: min(order.get(f, len(order)) for f in files[unit]))
+    with_run = [
+        u for u in units if any(requests_fixture(f, "tiny_run", "tiny_cli") for f in files[u])
+    ]
+    without = [unit for unit in units if unit not in with_run]
+    first = [*with_run[:1], *without[:UNITS_DURING_RUN]]
+    units = [*first, *(unit for unit in units if unit not in first)]
+    place = {unit: number for number, unit in enumerate(units)}
+    items.sort(key=lambda item: place[work_unit(item.nodeid)])
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
@@ -74,13 +144,21 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
         def _split_scope(self, nodeid: str) -> str:
             return work_unit(nodeid)
 
+    config.option.loadscopereorder = False  # units stay in the order of the items
     return WorkUnitScheduling(config, log)
+
+
+def pytest_collection_finish() -> None:
+    """Leave libraries out of later collections of garbage, which exports request by themselves."""
+    gc.collect()
+    gc.freeze()
 
 
 def small_recipe(*overrides: str, name: str = "tiny", model_path: Path | None = None) -> Recipe:
     """A recipe at the size of a test; models made here have rows that no blocks of 32 fit."""
+    few = FEW_PROBLEMS if model_path and name == "tiny" else ()
     targets = ("export.targets=[openvino, onnx]",) if model_path else ()
-    settings = (*SMALL, *targets, *overrides)
+    settings = (*SMALL, *targets, *few, *overrides)
     return load_recipe(ROOT / "recipes" / f"{name}.yaml", settings, model_path)
 
 
@@ -98,10 +176,10 @@ def start_run(root: Path) -> subprocess.Popen:
 @pytest.fixture
 def sqft_here(monkeypatch, capfd):
     """The command line in this process: it saves the start of Python for every command."""
-    monkeypatch.chdir(ROOT)
     handler = signal.getsignal(signal.SIGTERM)
 
-    def call(*arguments: str) -> subprocess.CompletedProcess:
+    def call(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+        monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", [SQFT, *arguments])
         with pytest.raises(SystemExit) as ended:
             main()

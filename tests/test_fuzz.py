@@ -145,7 +145,7 @@ def deployments(tiny_run, tmp_path, how: str, runtime: str, seeds: range) -> Non
 
 
 def test_mutated_models_are_planned_or_refused(random_llama, tmp_path):
-    try_folder(random_llama, plan, tmp_path / "work", range(100))
+    try_folder(random_llama, plan, tmp_path / "work", range(50))
 
 
 @pytest.mark.slow
@@ -156,7 +156,7 @@ def test_two_thousand_mutated_models_are_planned_or_refused(random_llama, tmp_pa
 @pytest.mark.parametrize("how", DEPLOYMENTS)
 @pytest.mark.parametrize("runtime", ["openvino", "onnx", "gguf"])
 def test_mutated_deployments_are_read_or_refused(tiny_run, tmp_path, how, runtime):
-    deployments(tiny_run, tmp_path, how, runtime, range(15))
+    deployments(tiny_run, tmp_path, how, runtime, range(6))
 
 
 @pytest.mark.slow
@@ -180,7 +180,7 @@ def reports(tiny_run, tmp_path, seeds: range) -> None:
 
 
 def test_mutated_reports_are_compared_or_refused(tiny_run, tmp_path):
-    reports(tiny_run, tmp_path, range(20))
+    reports(tiny_run, tmp_path, range(10))
 
 
 @pytest.mark.slow

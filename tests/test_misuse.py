@@ -138,6 +138,8 @@ def test_a_run_that_is_stopped_says_how_to_go_on(tmp_path, number, code):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background jobs ignore SIGINT, and so would the run.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for _ in range(600):
         if list(tmp_path.glob("tiny/*.partial")):

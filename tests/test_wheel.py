@@ -140,7 +140,9 @@ def test_recipes_are_listed_from_any_folder(installed):
     assert all(entry["about"] for entry in listed)
 
 
-@pytest.mark.parametrize("name", ["tiny", "mistral", "stories"])
+@pytest.mark.parametrize(
+    "name", ["tiny", "mistral", pytest.param("stories", marks=pytest.mark.slow)]
+)
 def test_a_recipe_is_planned_by_its_name(installed, tmp_path, name):
     (tmp_path / "tiny").mkdir()  # a folder of that name is no recipe
     document = json.loads(sqft(installed, tmp_path, "plan", name, "--json"))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from sqft_export.libraries.transformers import HookedTrainer
+from sqft_export.libraries.trainer import HookedTrainer
 
 OPTIMIZER = "optimizer"
 

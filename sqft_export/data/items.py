@@ -19,11 +19,11 @@ from sqft_export.data.chat import ChatEncoder, Conversation, EncodedChat
 from sqft_export.data.chat_template import ChatTemplate
 from sqft_export.data.conversations import chat_files, hub_sources, read_conversations
 from sqft_export.data.datasets import SETS, Record, Scoring, local_file, records, set_names
-from sqft_export.data.files import numbered_rows, read_text
+from sqft_export.data.files import read_text
+from sqft_export.data.problems import problem_records
 from sqft_export.errors import UserError
 from sqft_export.recipe.schema import Chat, Dataset, Problems, Text
 from sqft_export.recipe.sections import TaskSections
-from sqft_export.recipe.templates import fill_template
 from sqft_export.textfiles import read_json
 
 if TYPE_CHECKING:
@@ -196,13 +196,6 @@ def _read_end_tokens(file: Path) -> list[int]:
     if not all(type(token) is int and 0 <= token < 2**31 for token in listed):
         raise UserError(f"{file}: eos_token_id: found {ends!r}; an id or a list of ids is expected")
     return listed
-
-
-def problem_records(task: Problems, file: Path) -> Iterator[Record]:
-    """Yield every item of a JSON Lines file as a record."""
-    for number, item in numbered_rows(file):
-        answer = fill_template(task.answer, item, file, number)
-        yield Record(fill_template(task.prompt, item, file, number), answer, final=answer)
 
 
 def data_files(recipe: TaskSections, split: str) -> list[Path]:

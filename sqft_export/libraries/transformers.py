@@ -1,24 +1,31 @@
-"""Private parts of transformers: the files of the Trainer's checkpoints, and its sampler."""
+"""Private parts of transformers' models, and what it imports without need."""
 
-from pathlib import Path
+import sys
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedModel, Trainer
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DISTRIBUTION = "transformers"
-PRIVATE = (
-    "transformers:Trainer._get_train_sampler",
-    "transformers:Trainer._load_optimizer_and_scheduler",
-    "transformers:Trainer._load_rng_state",
-    "transformers:Trainer._save",
-    "transformers:Trainer._save_optimizer_and_scheduler",
-    "transformers:Trainer._save_rng_state",
-    "transformers:GraniteMoeHybridModel._update_mamba_mask",
-)
+PRIVATE = ("transformers:GraniteMoeHybridModel._update_mamba_mask",)
 
 
-def drop_recurrent_mask(model: PreTrainedModel) -> None:
+def import_without_sklearn() -> None:
+    """Import transformers' generation without scikit-learn, which saves seconds.
+
+    Only assisted generation uses it. This changes transformers for the whole process, so it is for
+    our own worker processes.
+    """
+    if "sklearn" in sys.modules:
+        return
+    sys.modules["sklearn"] = None  # type: ignore[assignment]
+    try:
+        import transformers.generation.candidate_generator  # noqa: F401
+    finally:
+        del sys.modules["sklearn"]
+
+
+def drop_recurrent_mask(model: "PreTrainedModel") -> None:
     """Make a hybrid without recurrent layers compute no mask for them.
 
     The mask depends on values of the attention mask, which a traced graph can't branch on, and
@@ -27,59 +34,3 @@ def drop_recurrent_mask(model: PreTrainedModel) -> None:
     decoder = model.base_model
     if hasattr(decoder, "_update_mamba_mask"):
         decoder._update_mamba_mask = lambda attention_mask, past_key_values: None
-
-
-class HookedTrainer(Trainer):
-    """A Trainer whose sampler and checkpoint files are chosen by methods with public names.
-
-    Under FSDP the Trainer itself saves and loads the sharded optimizer.
-    """
-
-    def train_sampler(self, rows: Dataset) -> Sampler:
-        """Return the sampler of the training rows."""
-        raise NotImplementedError
-
-    def save_weights(self, folder: Path, state: dict[str, Tensor] | None) -> None:
-        """Write the weights of the model; None: of its state dict."""
-        raise NotImplementedError
-
-    def save_optimizer(self, folder: Path) -> None:
-        """Write the states of optimizer and schedule."""
-        raise NotImplementedError
-
-    def load_optimizer(self, folder: Path) -> None:
-        """Read the states that :meth:`save_optimizer` wrote."""
-        raise NotImplementedError
-
-    def save_random_state(self, folder: Path) -> None:
-        """Write the states of the random generators."""
-        raise NotImplementedError
-
-    def load_random_state(self, folder: Path) -> None:
-        """Read the states that :meth:`save_random_state` wrote."""
-        raise NotImplementedError
-
-    def _get_train_sampler(self, train_dataset=None):
-        return self.train_sampler(self.train_dataset if train_dataset is None else train_dataset)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        self.save_weights(Path(output_dir or self.args.output_dir), state_dict)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            self.save_optimizer(Path(output_dir))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_optimizer_and_scheduler(checkpoint)
-        elif checkpoint is not None:
-            self.load_optimizer(Path(checkpoint))
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        self.save_random_state(Path(output_dir))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self.load_random_state(Path(checkpoint))

@@ -16,6 +16,7 @@ import numpy as np
 
 from sqft_export.data.scoring import ScoringRequest
 from sqft_export.errors import HostError, UserError
+from sqft_export.libraries.transformers import import_without_sklearn
 from sqft_export.machine.counters import energy_joules, memory_now, peak_memory
 from sqft_export.machine.host import die_with_parent, exhausted_resource
 from sqft_export.machine.processors import deployed_environment
@@ -40,6 +41,8 @@ from sqft_export.telemetry import disable_telemetry
 
 def open_measured(model: MeasuredModel) -> Session:
     """Open the session of a job's model."""
+    if model.kind in ("torch", "adapted"):
+        import_without_sklearn()
     if model.parts is not None:
         return _open_adapted(model, model.parts)
     folder, threads, device = model.folder, model.threads, model.device

@@ -10,7 +10,8 @@ from pathlib import Path
 from sqft_export.data.conversations import hub_sources, split_conversations
 from sqft_export.data.datasets import missing_sets, records
 from sqft_export.data.files import read_text
-from sqft_export.data.items import count_examples, data_files, problem_records
+from sqft_export.data.items import count_examples, data_files
+from sqft_export.data.problems import problem_records
 from sqft_export.errors import UserError, one_line
 from sqft_export.machine.host import installed
 from sqft_export.model.architecture import transformers_config

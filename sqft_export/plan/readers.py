@@ -3,6 +3,7 @@
 import functools
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,8 @@ def conversion_failure(name: str, layout: Layout) -> str | None:
     """Return why a target's tokenizer conversion fails; None if it works or can't be tried."""
     if layout.folder is None or not _is_readable(name) or _loaded(layout.folder) is None:
         return None
-    found = _tokenized(name, layout.folder, _stamp(layout.folder), HARD_TEXTS, layout.embedding[0])
+    source = _Source(_stamp(layout.folder), layout.folder)
+    found = _tokenized(name, source, HARD_TEXTS, layout.embedding[0])
     return f"its tokenizer can't be converted: {found}" if isinstance(found, str) else None
 
 
@@ -75,8 +77,9 @@ def differing_texts(recipe: VerifySections, folder: Path, rows: int) -> dict[str
     texts = sample_texts(recipe, recipe.verify.prompts)
     expected = [tokenizer(text)["input_ids"] for text in texts]
     found: dict[str, list[str]] = {}
+    source = _Source(_stamp(folder), folder)
     for name in filter(_is_readable, recipe.export.targets):
-        ids_of = _tokenized(name, folder, _stamp(folder), tuple(texts), rows)
+        ids_of = _tokenized(name, source, tuple(texts), rows)
         for reader, ids in ids_of.items() if isinstance(ids_of, dict) else ():
             pairs = zip(texts, ids, expected, strict=True)
             if differing := [text for text, one, other in pairs if one != other]:
@@ -105,12 +108,20 @@ def _stamp(folder: Path) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class _Source:
+    """A model folder; it equals another one with the same configs and tokenizer."""
+
+    stamp: str
+    folder: Path = field(compare=False)
+
+
 @functools.cache
 def _tokenized(
-    name: str, folder: Path, stamp: str, texts: tuple[str, ...], rows: int
+    name: str, source: _Source, texts: tuple[str, ...], rows: int
 ) -> dict[str, list[list[int] | None]] | str:
     """Return tokenizer of a runtime -> ids of every text; the error if the conversion fails."""
     try:
-        return tokenize_as_deployed(name, folder, list(texts), rows)
+        return tokenize_as_deployed(name, source.folder, list(texts), rows)
     except Exception as error:  # converters raise many kinds
         return one_line(error)

@@ -62,9 +62,9 @@ def test_options_are_settings(own_run):
     )
 
 
-def test_a_recipe_and_data_are_not_mixed(own_run, tmp_path):
+def test_a_recipe_and_data_are_not_mixed(sqft_here, tmp_path):
     (tmp_path / "mine.yaml").write_text("name: mine\n")
-    done = sqft("run", "mine.yaml", "--data", "x.jsonl", "--preset", "int8", cwd=tmp_path)
+    done = sqft_here("run", "mine.yaml", "--data", "x.jsonl", "--preset", "int8", cwd=tmp_path)
     assert "--data, --preset: found with the recipe mine.yaml" in refused(done)
 
 
@@ -83,11 +83,11 @@ def test_a_recipe_and_data_are_not_mixed(own_run, tmp_path):
         (("init", "recipe.yaml", "--data", "chats.jsonl"), "init takes a model"),
     ],
 )
-def test_a_first_mistake_is_one_message_that_helps(own_run, arguments, message):
+def test_a_first_mistake_is_one_message_that_helps(own_run, sqft_here, arguments, message):
     (own_run.folder / "odd.csv").write_text("a,b\n1,2\n")
     (own_run.folder / "recipe.yaml").write_text("name: x\n")
     runs = () if "init" in arguments else ("--runs", "elsewhere")
-    error = refused(sqft(*arguments, *runs, cwd=own_run.folder))
+    error = refused(sqft_here(*arguments, *runs, cwd=own_run.folder))
     assert message in error
     assert not (own_run.folder / "elsewhere").exists()
 

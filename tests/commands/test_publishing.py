@@ -63,8 +63,8 @@ def test_the_card_is_shown_without_a_hub(tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tiny", "me/../x", "me/a b", "-x/y"])
-def test_a_wrong_name_is_refused_before_anything_is_read(name, tmp_path):
-    done = push(None, tmp_path, "nowhere", "--", name)
+def test_a_wrong_name_is_refused_before_anything_is_read(name, sqft_here):
+    done = sqft_here("push", "nowhere", "--", name)
     assert done.returncode == 2
     assert "expected owner/name" in done.stderr
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nncf
 import numpy as np
 import openvino as ov
 import openvino_genai
@@ -139,6 +138,7 @@ def test_a_folder_made_for_other_vectors_gives_the_same_logits(exported, tmp_pat
 
 def test_weights_by_another_tool_take_the_dense_kernel(tmp_path):
     """NNCF's INT8 (zero points, per channel) and INT4, of a graph that is not ours."""
+    import nncf
 
     random = np.random.default_rng(0)
     x = ops.parameter([-1, 128], ov.Type.f32)

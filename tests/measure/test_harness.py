@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ from sqft_export.plan.checks import check_recipe
 from sqft_export.run.pipeline import plan_passes, run_recipe
 from sqft_export.targets import target
 
-pytest.importorskip("lm_eval", reason="pip install 'sqft-export[lm-eval]'")
+# lm-eval is not imported here: that takes seconds in every worker.
+pytestmark = pytest.mark.skipif(
+    find_spec("lm_eval") is None, reason="pip install 'sqft-export[lm-eval]'"
+)
 
 CHOICE_TASK = """
 task: our_arc

@@ -52,6 +52,9 @@ MODELS = [
         "alternating windows, two rotary bases, norms of queries and keys, a token without a row",
     ),
     ("opt", {"ffn_dim": 172, "init_std": 0.2}, "learned positions, biases, ReLU"),
+]
+# Each takes a minute or two: `make test-slow`. tests/targets/test_gguf.py runs the first four.
+LONG_TAIL = [
     ("bloom", {}, "ALiBi, norm after the embedding, joined qkv"),
     ("gpt_neox", {"rotary_pct": 0.25}, "attention next to the MLP, partly rotary, joined qkv"),
     ("granite", MULTIPLIERS, "four multipliers"),
@@ -60,9 +63,6 @@ MODELS = [
         {"head_dim": 16, "num_hidden_layers": 4, "sliding_window": 16, "logit_scale": 0.5},
         "attention next to the MLP, windows in 3 of 4 layers, the 4th without rotation",
     ),
-]
-# Each takes a minute or two: `make test-slow`.
-LONG_TAIL = [
     (
         "smollm3",
         {"num_hidden_layers": 4, "no_rope_layer_interval": 4, "tie_word_embeddings": True},

@@ -174,7 +174,9 @@ def test_onnxruntime_genai_speaks_from_a_packed_folder(tiny_run, tmp_path):
     assert said(dense) == said(packed)
 
 
-@pytest.mark.parametrize("kind", ["asymmetric", "float16", "standard"])
+@pytest.mark.parametrize(
+    "kind", ["asymmetric", "float16", pytest.param("standard", marks=pytest.mark.slow)]
+)
 def test_other_weights_come_back_too(tmp_path, kind):
     """Zero points by group, sparse floats, and a graph of another maker."""
     import torch

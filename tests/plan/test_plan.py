@@ -181,7 +181,7 @@ def test_a_row_that_makes_its_weights_in_every_call_is_foretold(odd):
 def test_steps_of_epochs_are_counted_from_the_data(odd):
     recipe = small_recipe("adapt.steps=null", "adapt.epochs=2", model_path=odd)
     layout = layout_of(recipe, odd)
-    assert count_examples(recipe) == 6000
+    assert count_examples(recipe) == 240
     few, many, unknown = (
         predict_seconds(recipe, layout, MACHINE, replace(WORK, examples=n))["adapt"]
         for n in (100, 6000, None)
@@ -240,7 +240,7 @@ def test_tokens_of_an_item_are_those_that_scoring_feeds(random_llama):
 
 def test_a_workload_is_counted_from_the_data(odd):
     work = workload_of(small_recipe("benchmark.items=9", model_path=odd), odd)
-    assert work.examples == 6000 and work.test == 9
+    assert work.examples == 240 and work.test == 9
     assert 20 < work.example < 112, "the mean, not the longest that is allowed"
     assert work.scored > work.prompt > 0 and 0 < work.answer <= 56
     text = small_recipe(

@@ -65,7 +65,9 @@ def test_every_loader_that_inspect_prints_loads_the_folder(tiny_run, name, sqft_
     printed = sqft_here("inspect", str(folder)).stdout
     for entry in found["loads_in"]:
         assert entry["code"] in printed
-        run_block("python", f"import sqft_export, {entry['runtime']}\n{entry['code']}", folder)
+    names = ", ".join(["sqft_export", *(entry["runtime"] for entry in found["loads_in"])])
+    codes = "\n".join(entry["code"] for entry in found["loads_in"])
+    run_block("python", f"import {names}\n{codes}", folder)
 
 
 @pytest.mark.parametrize("name", [name for name in DEPLOYMENTS if "packed" in name])

@@ -2,9 +2,9 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import TINY, copy_run, small_recipe
 from sqft_export.adapters.files import read_training_log
@@ -16,14 +16,19 @@ from sqft_export.report.document import REPORT, read_report
 from sqft_export.report.loggers import curves_of, figures_of
 from sqft_export.run.pipeline import plan_passes, run_recipe
 
+if TYPE_CHECKING:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-def events(folder: Path) -> EventAccumulator:
+
+def events(folder: Path) -> "EventAccumulator":
     """Read the only event file below a folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     (file,) = folder.rglob("events.out.tfevents.*")
     return EventAccumulator(str(file)).Reload()
 
 
-def values(found: EventAccumulator, tag: str) -> list[tuple[int, float]]:
+def values(found: "EventAccumulator", tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in found.Scalars(tag)]
 
 

@@ -113,12 +113,18 @@ GRIDS = {
 }
 
 
-@pytest.mark.parametrize("kind", GRIDS)
-@pytest.mark.parametrize("tied", [False, True])
+# Combinations of what other cases have: `make test-slow`.
+RARE_GRIDS = {("int8-asymmetric", False), ("nncf-int4", False), ("nncf-int4-int8", True)}
+CASES = [
+    pytest.param(kind, tied, marks=[pytest.mark.slow] if (kind, tied) in RARE_GRIDS else [])
+    for kind, grid in GRIDS.items()
+    for tied in ((False, True) if "embedding_bits" in grid else (False,))
+]
+
+
+@pytest.mark.parametrize(("kind", "tied"), CASES)
 def test_every_grid_reaches_both_runtimes_bit_for_bit(tmp_path, kind, tied):
     """Rows of 172 inputs fall back to one group; `verify` raises on any difference."""
-    if tied and "embedding_bits" not in GRIDS[kind]:
-        pytest.skip("embedding and head stay floats, tied or not")
     model = random_model(tmp_path / "model", tie_word_embeddings=tied)
     recipe = small_recipe(
         f"quantize={{{GRIDS[kind]}}}",
@@ -195,7 +201,11 @@ def _padded(prompts: list[list[int]], left: bool) -> tuple[np.ndarray, np.ndarra
     return ids, mask
 
 
-@pytest.mark.parametrize("kind", ["openvino", "standard", "fused"])
+# tests/measure/test_batches.py has padded batches of a standard graph.
+STANDARD = pytest.param("standard", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("kind", ["openvino", STANDARD, "fused"])
 def test_a_padded_batch_says_what_each_prompt_says_alone(tiny_run, tmp_path, kind):
     """On the left; on the right for the fused graph, whose attention knows no other."""
     merged = tiny_run["merge"].path / "model"
