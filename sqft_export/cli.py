@@ -1,7 +1,6 @@
 """The command line. ``--help`` imports no torch and no runtime."""
 
 import io
-import itertools
 import json
 import os
 import signal
@@ -12,10 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import click
 import typer
 
-from sqft_export.commands import compiling, publishing, serving, talk, web
+from sqft_export.commands import compiling, publishing, serving, sweeping, talk, web
 from sqft_export.commands.help import INTRODUCTION, Commands, version_option
 from sqft_export.commands.machine import set_compute_threads
-from sqft_export.commands.options import Json, KernelsOption, ModelPath, Runs, Threads
+from sqft_export.commands.options import (
+    Json,
+    KernelsOption,
+    ModelPath,
+    Overrides,
+    RecipeFile,
+    Runs,
+    Threads,
+)
 from sqft_export.errors import UserError, one_line
 from sqft_export.machine.processors import limit_openmp_spinning
 from sqft_export.telemetry import disable_telemetry
@@ -40,15 +47,7 @@ talk.register(app)
 serving.register(app)
 publishing.register(app)
 web.register(app)
-
-RecipeFile = Annotated[
-    Path,
-    typer.Argument(help="recipe file, or a name that `list recipes` prints, such as tiny"),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="recipe settings to replace, such as sparsify.sparsity=0.6"),
-]
+sweeping.register(app)
 
 Deployment = Annotated[Path, typer.Argument(help="deployment: an OpenVINO, ONNX or GGUF folder")]
 MAX_OPTION = 2**20
@@ -121,13 +120,6 @@ Rounds = Annotated[int, typer.Option(min=1, max=1000, help="processes per folder
 PerplexityText = Annotated[Path | None, typer.Option(help="text file for perplexity")]
 WithReference = Annotated[
     bool, typer.Option("--reference", help="also the KL divergence from the reference (probe.json)")
-]
-SweepAxes = Annotated[
-    list[str],
-    typer.Option(
-        "--over",
-        help="setting and its values, such as sparsify.sparsity=0.3,0.5; may be repeated",
-    ),
 ]
 
 
@@ -356,70 +348,7 @@ def compare(
 
     Example: sqft-export compare runs/tiny runs/other --out comparison
     """
-    from sqft_export.machine.host import writing_to
-    from sqft_export.report.runs import compare_runs
-
-    with writing_to(out):
-        compare_runs(folders, out)
-    print((out / "comparison.md").read_text())
-    print(f"comparison: {out / 'index.html'}")
-
-
-@app.command()
-def sweep(
-    recipe: RecipeFile,
-    over: SweepAxes,
-    overrides: Overrides = None,
-    model_path: ModelPath = None,
-    runs: Runs = Path("runs"),
-    threads: Threads = None,
-) -> None:
-    """Run a recipe with every combination of values, then compare the runs.
-
-    Passes that do not depend on the values run once.
-
-    Example: sqft-export sweep recipes/tiny.yaml --over quantize.bits=4,8
-    """
-    from sqft_export.machine.host import writing_to
-    from sqft_export.recipe.load import load_recipe
-
-    chosen = [(*(overrides or ()), *settings) for settings in _combinations(over)]
-    recipes = [load_recipe(recipe, settings, model_path) for settings in chosen]
-    set_compute_threads(threads, runs / recipes[0].name)
-    from sqft_export.model.hub import model_folder
-    from sqft_export.plan.checks import check_recipe
-    from sqft_export.run.pipeline import run_recipe
-
-    for one in recipes:  # check all of them before the first one runs
-        check_recipe(one, model_folder(one, download=False))
-    reports = []
-    for one, settings in zip(recipes, chosen, strict=True):
-        print(" ".join(settings), file=sys.stderr)
-        with writing_to(runs):
-            reports.append(run_recipe(one, runs / one.name, redirect=True)["report"].path)
-    if len(reports) > 1:
-        compare(reports, runs / recipes[0].name / "sweep")
-    else:
-        print(
-            f"found one combination, so there is no comparison; report: {reports[0] / 'index.html'}"
-        )
-
-
-def _combinations(over: list[str]) -> list[tuple[str, ...]]:
-    """Return every combination of the values of ``--over path=value,value``.
-
-    :raises UserError: if an option does not have that form.
-    """
-    from sqft_export.recipe.overrides import split_values
-
-    axes = []
-    for setting in over:
-        path, equals, values = setting.partition("=")
-        found = split_values(values)
-        if not equals or not all(found):
-            raise UserError(f"--over {setting!r}: expected path=value,value")
-        axes.append([f"{path}={value}" for value in found])
-    return list(itertools.product(*axes))
+    sweeping.write_comparison(folders, out)
 
 
 @app.command("pack")

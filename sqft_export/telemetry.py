@@ -17,6 +17,7 @@ TELEMETRY_VARIABLES = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "WANDB_ERROR_REPORTING": "false",
     "GRADIO_ANALYTICS_ENABLED": "False",  # trackio's dashboard
+    "RAY_USAGE_STATS_ENABLED": "0",
 }
 
 

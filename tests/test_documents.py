@@ -57,6 +57,9 @@ EXPLAINED = {
 UNAVAILABLE = {"--lm-eval": "data from the hub", "--device gpu": "a GPU for inference"}
 PROJECT_FILES = ("Makefile", "pyproject.toml", "constraints.txt")
 RECIPE_COMMANDS = ("run", "plan", "export", "sweep")
+# Options of RECIPE_COMMANDS whose value is no setting.
+OPTIONS_WITH_VALUES = ("--shard", "--search", "--trials", "--minimize", "--maximize", "--threads")
+OPTIONS_WITH_VALUES += ("--ray-address",)
 QUICK = "--rounds 1 --prompt-tokens 8 --new-tokens 2 --batch 1 --items 2"
 
 
@@ -198,6 +201,8 @@ def planned(command: str, stage: Path) -> None:
             axes.append([f"{setting}={value}" for value in split_values(listed)])
         elif word == "--model-path":
             path = Path(next(values))
+        elif word in OPTIONS_WITH_VALUES:
+            next(values)
         elif word == "--only":
             settings.append(f"export.targets=[{next(values)}]")
         elif not word.startswith("--"):

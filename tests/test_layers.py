@@ -224,7 +224,7 @@ def test_no_code_of_a_model_folder_is_loaded():
 
 
 def test_artifact_needs_the_standard_library_alone():
-    hashing = {"errors", "artifacts.hashes", "machine.host", "untrusted"}
+    hashing = {"errors", "artifacts.claims", "artifacts.hashes", "machine.host", "untrusted"}
     assert imports_of(MODULES["artifacts.store"]) == hashing
     assert imports_of(MODULES["untrusted"]) == {"errors"}
     assert imports_of(MODULES["artifacts.hashes"]) == {"machine.host"}

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, cast
 
+from sqft_export.artifacts.claims import Claim, ClaimLostError, partial_folders
 from sqft_export.artifacts.hashes import FileHashes
 from sqft_export.errors import DamagedError, UserError, one_line
 from sqft_export.machine.host import openmp_threads, processor_name
@@ -199,12 +200,13 @@ class Store:
             return None
         return check_artifact(path, key, self.hashes.sha256_of)
 
-    def open_partial(self, stage: str, key: str, resumes: bool) -> Path:
+    def open_partial(self, stage: str, key: str, resumes: bool, claim: Claim | None = None) -> Path:
         """Create the directory that a stage writes into.
 
         :param resumes: keep the files of an interrupted run.
+        :param claim: the worker's claim, if several workers share the folder.
         """
-        partial = self.partial_of(stage, key)
+        partial = claim.partial if claim else self.partial_of(stage, key)
         if partial.exists() and not resumes:
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
@@ -219,11 +221,16 @@ class Store:
         facts: Facts,
         metrics: Mapping[str, object],
         seconds: float,
+        claim: Claim | None = None,
+        unsealed: str = "",
     ) -> Artifact:
         """Write the manifest and rename the directory, after which the artifact exists.
 
         :param facts: everything that the key is computed from.
         :param metrics: results of the stage.
+        :param claim: the worker's claim, if several workers share the folder.
+        :param unsealed: folder in it that an interrupted pass resumes from; it is deleted last.
+        :raises ClaimLostError: if another worker has taken over the pass.
         """
         key = key_of(facts)
         _remove_empty_folders(partial)
@@ -235,21 +242,46 @@ class Store:
             "seconds": round(seconds, 3),
             "environment": environment(),
             "files": {
-                str(f.relative_to(partial)): self.hashes.sha256_of(f) for f in files_of(partial)
+                str(f.relative_to(partial)): self.hashes.sha256_of(f)
+                for f in files_of(partial)
+                if not unsealed or not f.is_relative_to(partial / unsealed)
             },
         }
-        temporary = partial / (MANIFEST + ".new")
-        with temporary.open("w") as stream:
-            json.dump(manifest | {SEAL: key_of(manifest)}, stream, indent=2)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.rename(partial / MANIFEST)
+        _write_manifest(partial, manifest)
+        if claim and claim.is_lost():
+            raise ClaimLostError(f"{partial}: another worker has taken over this pass")
         path = self.path_of(stage, key)
-        if path.exists():  # without a manifest it is not an artifact
-            shutil.rmtree(path)
-        partial.rename(path)
+        _publish(partial, path, unsealed)
         self.hashes.save()
         return Artifact(path, manifest)
+
+
+def _write_manifest(partial: Path, manifest: Manifest) -> None:
+    temporary = partial / (MANIFEST + ".new")
+    with temporary.open("w") as stream:
+        json.dump(manifest | {SEAL: key_of(manifest)}, stream, indent=2)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.rename(partial / MANIFEST)
+
+
+def _publish(partial: Path, path: Path, unsealed: str) -> None:
+    """Give a sealed directory its name, without the folder that a pass resumes from.
+
+    :raises ClaimLostError: if another worker has published it.
+    """
+    if path.exists() and not (path / MANIFEST).exists():  # not an artifact
+        shutil.rmtree(path)
+    if unsealed and (partial / unsealed).exists():
+        (partial / unsealed).rename(path.with_suffix(".sealed.partial"))
+    try:
+        partial.rename(path)
+    except OSError as error:  # a folder with files is not replaced
+        if (path / MANIFEST).exists():
+            raise ClaimLostError(f"{path}: another worker has sealed it") from error
+        raise
+    for unfinished in partial_folders(path):
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _remove_empty_folders(directory: Path) -> None:

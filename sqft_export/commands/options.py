@@ -5,6 +5,14 @@ from typing import Annotated, Literal
 
 import typer
 
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(help="recipe file, or a name that `list recipes` prints, such as tiny"),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="recipe settings to replace, such as sparsify.sparsity=0.6"),
+]
 ModelPath = Annotated[
     Path | None, typer.Option(help="local Hugging Face folder, instead of the recipe's model")
 ]

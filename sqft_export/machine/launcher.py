@@ -38,6 +38,7 @@ def check_launcher() -> None:
 
     :raises UserError: naming the variables.
     """
+    _refuse_first_fsdp()
     found = {name: os.environ[name] for name in PROCESS_VARIABLES if name in os.environ}
     if found == {"LOCAL_RANK": "-1"}:  # an old convention for "no launcher"
         return
@@ -46,6 +47,17 @@ def check_launcher() -> None:
         raise UserError(
             f"{shown}: {fault}. A launcher (torchrun, accelerate launch) sets RANK, WORLD_SIZE, "
             f"LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without one: unset {' '.join(found)}"
+        )
+
+
+def _refuse_first_fsdp() -> None:
+    """Refuse the first version of FSDP, which flattens the frozen base with the adapters."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("true", "1"):
+        return
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise UserError(
+            f"FSDP_VERSION: found {version}; allowed is 2, which shards frozen weights and "
+            "adapters separately: accelerate launch --use_fsdp --fsdp_version 2"
         )
 
 

@@ -27,6 +27,14 @@ class Advance(Protocol):
 Start = Callable[[int], Advance]
 
 
+def start_at(start: Start, total: int, done: int) -> Advance:
+    """Start the progress of a pass of which an interrupted run has finished ``done`` steps."""
+    advance = start(total)
+    for _ in range(done):
+        advance()
+    return advance
+
+
 @dataclass(frozen=True)
 class PassProgress:
     """The progress of one pass.

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from sqft_export.machine.processes import ALONE, Processes
 from sqft_export.measure.batches import (
     MAX_CACHE_TOKENS,
     last_logits,
@@ -38,7 +39,11 @@ def greedy(
 
 
 def generate(
-    session: Session, prompts: list[list[int]], new_tokens: int, stop: list[int] | Stops
+    session: Session,
+    prompts: list[list[int]],
+    new_tokens: int,
+    stop: list[int] | Stops,
+    processes: Processes = ALONE,
 ) -> list[list[int]]:
     """Return the greedy continuation of every prompt, at most ``new_tokens`` tokens.
 
@@ -47,6 +52,8 @@ def generate(
 
     Prompts of similar lengths share a batch. Rows that end leave their batch. The last few rows of
     each batch wait and continue in a batch of such rows.
+
+    :param processes: processes that share the batches; each has the model, and gets all answers.
     """
     stops = stop if isinstance(stop, Stops) else Stops(stop)
     limits = [stops.max_answer_tokens(prompt, new_tokens) for prompt in prompts]
@@ -58,11 +65,15 @@ def generate(
         groups = list(split_batches(session, lengths, order, MAX_CACHE_TOKENS, new_tokens, 1))
         share = MIN_RUNNING_SHARE if len(groups) > 1 else 0.0
         batches = [[waiting[position] for position in group] for group in groups]
-        waiting = [
-            index
-            for batch in batches
-            for index in _continue_batch(session, prompts, answers, batch, limits, stops, share)
-        ]
+        made = []
+        for batch in processes.share(batches):
+            left = _continue_batch(session, prompts, answers, batch, limits, stops, share)
+            made.append(({index: answers[index] for index in batch}, left))
+        waiting = []
+        for continued, left in processes.gather_items(made):
+            waiting += left
+            for index, answer in continued.items():
+                answers[index] = answer
     return answers
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sqft_export.data.scoring import Scores, ScoringRequest
+from sqft_export.machine.processes import ALONE, Processes
 from sqft_export.measure.batches import (
     SCORING_PASS_TOKENS,
     last_logits,
@@ -66,12 +67,17 @@ def merge_prefixes(targets: list[list[int]]) -> list[ScoredTarget]:
 
 
 def log_likelihoods(
-    session: Session, prompts: list[list[int]], targets: list[list[int]]
+    session: Session,
+    prompts: list[list[int]],
+    targets: list[list[int]],
+    processes: Processes = ALONE,
 ) -> list[tuple[float, int]]:
     """Return the summed log-likelihood of every target, and how many of its tokens are the argmax.
 
     Targets with the same prompt share its prefill. A target that is a prefix of another one shares
     its row.
+
+    :param processes: processes that share the batches; each has the model, and gets all results.
     """
     by_prompt: dict[tuple[int, ...], list[list[int]]] = {}
     for prompt, target in zip(prompts, targets, strict=True):
@@ -79,8 +85,9 @@ def log_likelihoods(
     groups = {prompt: merge_prefixes(each) for prompt, each in by_prompt.items()}
     single = [(list(prompt), rows[0]) for prompt, rows in groups.items() if len(rows) == 1]
     shared = [(list(prompt), rows) for prompt, rows in groups.items() if len(rows) > 1]
-    _score_single(session, single)
-    _score_shared(session, shared)
+    _score_single(session, single, processes)
+    _score_shared(session, shared, processes)
+    _share_scores([row for rows in groups.values() for row in rows], processes)
     found = []
     for prompt, target in zip(prompts, targets, strict=True):
         count = len(target)
@@ -89,14 +96,29 @@ def log_likelihoods(
     return found
 
 
-def _score_single(session: Session, pairs: list[tuple[list[int], ScoredTarget]]) -> None:
+def _share_scores(rows: list[ScoredTarget], processes: Processes) -> None:
+    """Give every process the scores of all rows."""
+    if processes.count == 1:
+        return
+    mine = {
+        number: (row.log_probabilities, row.first) for number, row in enumerate(rows) if row.first
+    }
+    for scored in processes.gather(mine):
+        for number, (log_probabilities, first) in scored.items():
+            rows[number].log_probabilities, rows[number].first = log_probabilities, first
+
+
+def _score_single(
+    session: Session, pairs: list[tuple[list[int], ScoredTarget]], processes: Processes
+) -> None:
     """Score prompts with one target each, prompt and target in one pass.
 
     Padding is on the right. A causal model does not attend to it, so no mask is needed.
     """
     sequences = [prompt + row.target[:-1] for prompt, row in pairs]
     lengths = [len(sequence) for sequence in sequences]
-    for indices in split_batches(session, lengths, sort_by_length(lengths), SCORING_PASS_TOKENS):
+    batches = split_batches(session, lengths, sort_by_length(lengths), SCORING_PASS_TOKENS)
+    for indices in processes.share(list(batches)):
         session.reset()
         batch = pad_sequences([sequences[i] for i in indices], "right")
         length = batch.ids.shape[1]
@@ -111,7 +133,7 @@ def _score_single(session: Session, pairs: list[tuple[list[int], ScoredTarget]])
 PromptGroup = tuple[list[int], list[ScoredTarget]]  # a prompt and its targets
 
 
-def _score_shared(session: Session, groups: list[PromptGroup]) -> None:
+def _score_shared(session: Session, groups: list[PromptGroup], processes: Processes) -> None:
     """Score prompts with several targets: one prefill per prompt, then passes over the targets."""
     max_rows = session.max_rows
     groups = [
@@ -128,7 +150,8 @@ def _score_shared(session: Session, groups: list[PromptGroup]) -> None:
     after = max(
         (len(rows) * tokens for (_, rows), tokens in zip(groups, longest, strict=True)), default=0
     )
-    for indices in split_batches(session, lengths, order, SCORING_PASS_TOKENS, 0, after):
+    batches = split_batches(session, lengths, order, SCORING_PASS_TOKENS, 0, after)
+    for indices in processes.share(list(batches)):
         for part in _split_by_rows([groups[i] for i in indices], max_rows):
             _score_batch(session, part)
 
@@ -208,11 +231,14 @@ def _summary(found: list[tuple[float, int]], targets: list[list[int]]) -> Likeli
     return Likelihood(perplexity, interval, sum(first for _, first in found) / count)
 
 
-def score(session: Session, questions: ScoringRequest) -> Scores:
-    """Run the requests of ``scoring.questions``."""
+def score(session: Session, questions: ScoringRequest, processes: Processes = ALONE) -> Scores:
+    """Run the requests of ``scoring.questions``.
+
+    :param processes: processes that share the batches; each has the model, and gets all scores.
+    """
     prompts, targets = questions.prompts, questions.targets
     found = log_likelihoods(
-        session, prompts + questions.contexts, targets + questions.continuations
+        session, prompts + questions.contexts, targets + questions.continuations, processes
     )
     of_targets = _summary(found[: len(prompts)], targets)
     stops = Stops.from_questions(questions)
@@ -221,7 +247,7 @@ def score(session: Session, questions: ScoringRequest) -> Scores:
         perplexity_interval=of_targets.interval,
         token_accuracy=of_targets.token_accuracy,
         likelihoods=[total for total, _ in found[len(prompts) :]],
-        answers=generate(session, questions.asked, questions.max_new_tokens, stops),
+        answers=generate(session, questions.asked, questions.max_new_tokens, stops, processes),
     )
 
 

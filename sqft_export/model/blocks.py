@@ -7,7 +7,8 @@ replaces weights, and the block runs again to compute the inputs of the next blo
 
 import contextlib
 import inspect
-from collections.abc import Callable, Collection, Iterator
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from sqft_export.errors import UserError
 from sqft_export.machine.device import CPU
+from sqft_export.machine.processes import ALONE, Processes
 from sqft_export.model.activations import CalibrationStatistics, record_largest, watch_activations
 from sqft_export.model.architecture import transformers_config
 from sqft_export.model.checkpoint import Checkpoint
@@ -43,10 +45,16 @@ class Inputs:
         ``X^T X`` over all tokens); "factor" (the Hessian's
         :func:`~sqft_export.numerics.hessian.inverse_factor`).
     damping: damping of the factor.
+    processes: processes that the samples are split over. Each of them gets all norms, which are
+        sums over samples in their order. A Hessian is summed in one process, which gets the inputs
+        of all samples in their order. So every statistic has the bits of a single process.
     """
 
-    def __init__(self, needs: str, damping: float = 0.01):
-        self.needs, self.damping = needs, damping
+    def __init__(self, needs: str, damping: float = 0.01, processes: Processes = ALONE):
+        self.needs, self.damping, self.processes = needs, damping, processes
+        self._round: list[tuple[str, Tensor]] = []  # inputs of the current sample
+        self._norms: dict[str, list[Tensor]] = {}  # squares of every sample of this process
+        self._process: dict[str, int] = {}  # Linear with a sum -> its process
         self._last: tuple[str, Tensor] | None = None
         self._owner: dict[str, str] = {}  # Linear -> the first Linear with the same sum
         self._sums: dict[str, Tensor] = {}
@@ -66,13 +74,65 @@ class Inputs:
             return
         self._last, self._owner[name] = (name, inputs), name
         x = inputs.flatten(0, -2)
-        if name not in self._sums:
-            channels = x.shape[1]
-            self._sums[name] = x.new_zeros((channels,) * (1 if self.needs == "norms" else 2))
-        if self.needs == "norms":
-            self._sums[name] += x.square().sum(dim=0)
+        if self.processes.count == 1:
+            self._sum(name, self._squares(x))
+        elif self.needs == "norms":
+            self._norms.setdefault(name, []).append(self._squares(x))
         else:
-            self._sums[name].addmm_(x.T, x)
+            self._round.append((name, x))
+
+    def _squares(self, x: Tensor) -> Tensor:
+        """Return what a sample contributes: its squares ``[in]``, or the inputs of a Hessian."""
+        return x.square().sum(dim=0) if self.needs == "norms" else x
+
+    def _sum(self, name: str, part: Tensor) -> None:
+        """Add the contribution of one sample to a sum."""
+        if name not in self._sums:
+            channels = part.shape[-1]
+            self._sums[name] = part.new_zeros((channels,) * (1 if self.needs == "norms" else 2))
+        if self.needs == "norms":
+            self._sums[name] += part
+        else:
+            self._sums[name].addmm_(part.T, part)
+
+    def exchange(self, done: bool) -> None:
+        """Add one sample of every process to the sums; all processes call it equally often.
+
+        :param done: the last sample of the block was added.
+        """
+        if self.processes.count > 1 and self.has_hessian:
+            self._exchange_inputs()
+        elif self.processes.count > 1 and done and self.collector:
+            found = self.processes.gather(self._norms)
+            for name in found[0]:
+                for part in _interleave([one[name] for one in found]):
+                    self._sum(name, part)
+            self._norms = {}
+
+    def _exchange_inputs(self) -> None:
+        """Send the inputs of the current samples to the processes that sum them."""
+        widths = self.processes.gather({name: x.shape[1] for name, x in self._round})[0]
+        if not widths.keys() <= self._process.keys():
+            self._process = self.processes.assign(
+                {name: width**2 for name, width in widths.items()}
+            )
+        found = dict(self._round)
+        for name in widths:
+            for part in self.processes.gather_at(found.get(name), self._process[name]):
+                if part is not None:
+                    self._sum(name, part)
+        self._round = []
+
+    def owned(self, block: "Block") -> list[str]:
+        """Return the Linears of a block that this process compresses."""
+        linears = block.linears
+        if self.has_hessian and self._process:
+            chosen = {name: self._process[self._owner[name]] for name in linears}
+        else:
+            chosen = self.processes.assign(
+                {name: li.weight.numel() for name, li in linears.items()}
+            )
+        return [name for name in linears if chosen[name] == self.processes.number]
 
     def has_too_few(self, block: "Block") -> bool:
         """Return whether a method needs data and an expert saw fewer than MIN_TOKENS tokens."""
@@ -120,8 +180,14 @@ class Inputs:
     def forget(self) -> None:
         """Drop all statistics that were not taken."""
         self._last = None
-        for gathered in (self._owner, self._sums, self._ready):
+        for gathered in (self._owner, self._sums, self._ready, self._process):
             gathered.clear()
+
+
+def _interleave(parts: list[list[Tensor]]) -> Iterator[Tensor]:
+    """Yield the first item of every part, then the second ones, and so on."""
+    for index in range(max(map(len, parts))):
+        yield from (part[index] for part in parts if index < len(part))
 
 
 Keywords = dict[str, object]  # keyword arguments of a block's forward
@@ -148,6 +214,26 @@ class Block:
     calls: list[Call]
     names: list[str] = field(default_factory=list)
     routed_tokens: int | None = None
+
+
+@dataclass
+class Position:
+    """Where a walk starts, and what happens after each of its blocks.
+
+    start: number of the first block that it yields.
+    inputs: hidden states into that block, ``[1, length, hidden]`` per sample; not read at block 0.
+    finish: called with the number of finished blocks and the inputs of the next one. It is not
+        called if blocks of the model share a state beside the hidden states, such as a cache.
+    """
+
+    start: int = 0
+    inputs: list[Tensor] = field(default_factory=list)
+    finish: Callable[[int, list[Tensor]], None] = lambda _finished, _inputs: None
+
+    def take_inputs(self, device: torch.device) -> list[Tensor]:
+        """Return the inputs and drop them here, so that they can be freed."""
+        taken, self.inputs = [one.to(device) for one in self.inputs], []
+        return taken
 
 
 class _StopForwardError(Exception):
@@ -258,8 +344,26 @@ def _first_inputs(
     return [hidden for hidden, _ in calls[0]], [[kwargs for _, kwargs in c] for c in calls]
 
 
-def _collect(block: Block, collector: Collector) -> None:
-    """Run the block on its inputs and pass the inputs of each Linear to the collector."""
+def _share_no_state(values: Iterable[object]) -> bool:
+    """Return whether keyword arguments hold only values that a block can't change for the next."""
+    return all(
+        _share_no_state(value)
+        if isinstance(value, tuple)
+        else value is None or isinstance(value, Tensor | bool | int | float | str)
+        for value in values
+    )
+
+
+Exchange = Callable[[bool], None]  # called after every sample; True after the last one
+
+
+def _collect(
+    block: Block, collector: Collector, samples: int, exchange: Exchange = lambda _done: None
+) -> None:
+    """Run the block on its inputs and pass the inputs of each Linear to the collector.
+
+    :param samples: how often ``exchange`` is called; other processes may have one sample more.
+    """
 
     def hook_of(name: str):
         return lambda _module, args: collector(name, args[0])
@@ -268,8 +372,10 @@ def _collect(block: Block, collector: Collector) -> None:
         linear.register_forward_pre_hook(hook_of(name)) for name, linear in block.linears.items()
     ]
     with recorded(find_experts(block.module)):
-        for hidden, kwargs in block.calls:
-            block.module(hidden, **kwargs)
+        for number in range(samples):
+            for hidden, kwargs in block.calls[number : number + 1]:
+                block.module(hidden, **kwargs)
+            exchange(number == samples - 1)
     for hook in hooks:
         hook.remove()
 
@@ -280,7 +386,9 @@ def output_of(module: nn.Module, hidden: Tensor, kwargs: Keywords) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _run_block(block: Block, seen: CalibrationStatistics) -> list[Tensor]:
+def _run_block(
+    block: Block, seen: CalibrationStatistics, processes: Processes = ALONE
+) -> list[Tensor]:
     """Run the block on all samples and return its outputs; they replace its inputs to free memory.
 
     :param seen: receives the statistics of the block and its Linears; unchanged without samples.
@@ -288,13 +396,19 @@ def _run_block(block: Block, seen: CalibrationStatistics) -> list[Tensor]:
     """
     if not block.calls:
         return []
-    with count_tokens(block.linears) as tokens, watch_activations(block.linears, seen.largest):
+    found = CalibrationStatistics()
+    with count_tokens(block.linears) as counts, watch_activations(block.linears, found.largest):
         for index, (hidden, kwargs) in enumerate(block.calls):
             block.calls[index] = (output_of(block.module, hidden, kwargs), kwargs)
     outputs = [hidden for hidden, _ in block.calls]
     where = f"output of block {block.index}"
     check_finite(where, outputs)
-    record_largest(seen.largest, where, max(float(one.abs().max()) for one in outputs))
+    record_largest(found.largest, where, max(float(one.abs().max()) for one in outputs))
+    tokens = dict.fromkeys(counts, 0)
+    for others, largest in processes.gather((counts, found.largest)):
+        tokens |= {name: tokens[name] + count for name, count in others.items()}
+        for name, value in largest.items():
+            record_largest(seen.largest, name, value)
     for name, count in tokens.items():
         if not count:
             raise no_tokens_error(name)
@@ -322,46 +436,56 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
             setattr(module, name, buffer.to(device))
 
 
+def _model_without_weights(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
+    """Return the model on the meta device, with its buffers on ``device``."""
+    config = transformers_config(checkpoint.config, checkpoint.where)
+    model = empty_model(config, checkpoint.family.attention)
+    _move_buffers(model, device)
+    _check_complete(model, checkpoint)
+    return model
+
+
 @torch.no_grad()
 def walk(
     checkpoint: Checkpoint,
     samples: list[Tensor] | None,
     collector: Collector | None,
     device: torch.device = CPU,
-    known: Collection[int] = (),
     seen: CalibrationStatistics | None = None,
+    position: Position | None = None,
+    processes: Processes = ALONE,
+    exchange: Exchange = lambda _done: None,
 ) -> Iterator[Block]:
     """Yield every block after collecting its inputs; the caller may then change its weights.
 
-    :param samples: token ids, each int64 ``[length]``; lengths may differ, nothing is padded.
-        None: blocks are read and nothing is computed.
-    :param collector: called with ``(name, inputs float32 [1, length, in])`` for every Linear and
-        sample.
-    :param device: device of blocks and activations.
-    :param known: numbers of the blocks whose inputs are not collected.
+    :param samples: token ids, each int64 ``[length]``, not padded. None: nothing is computed.
+    :param collector: called with name and inputs (float32 ``[1, length, in]``) of every Linear.
     :param seen: receives the statistics of each Linear, after the caller has changed its weights.
+    :param position: where the walk resumes; None starts at block 0 and saves nothing.
+    :param processes: processes that the samples are split over; ``calls`` are those of this one.
+    :param exchange: :meth:`Inputs.exchange`, if the samples are split.
     :raises UserError: naming the file and the tensor, if it is missing or has NaN or infinite
         weights; the block, if its activations are NaN or infinite; the Linear, if it saw no token.
     """
-    config = transformers_config(checkpoint.config, checkpoint.where)
-    model = empty_model(config, checkpoint.family.attention)
-    _move_buffers(model, device)
-    _check_complete(model, checkpoint)
-    samples = [sample.to(device) for sample in samples or []]
+    model, position = _model_without_weights(checkpoint, device), position or Position()
+    seen, rounds = seen or CalibrationStatistics(), math.ceil(len(samples or []) / processes.count)
+    samples = [sample.to(device) for sample in processes.share(samples or [])]
     hidden, keywords = _first_inputs(model, checkpoint, samples, device)
-    check_finite("inputs of block 0", hidden)
-    layers = model.get_submodule(checkpoint.family.blocks)
-    seen = CalibrationStatistics() if seen is None else seen
-    for index in range(checkpoint.blocks):
+    hidden = position.take_inputs(device) if position.start else hidden
+    check_finite(f"inputs of block {position.start}", hidden)
+    separate = all(_share_no_state(call.values()) for calls in keywords for call in calls)
+    for index in range(position.start, checkpoint.blocks):
         calls = list(zip(hidden, keywords[index], strict=True))
         block = _load_block(model, checkpoint, index, calls, device)
-        if collector and index not in known:
-            _collect(block, collector)
+        if collector:
+            _collect(block, collector, rounds, exchange)
         yield block
         if find_experts(block.module):
             yield from _walk_experts(model, checkpoint, block, collector, seen)
-        hidden = _run_block(block, seen)
-        layers[index].to("meta")
+        hidden = _run_block(block, seen, processes)
+        block.module.to("meta")
+        if separate:
+            position.finish(index + 1, hidden)
 
 
 def _load_block(
@@ -414,7 +538,7 @@ def _walk_experts(
         count = sum(len(x) for x in inputs)
         expert = Block(block.index, module, linears, calls, names, count)
         if collector and count >= MIN_TOKENS:
-            _collect(expert, collector)
+            _collect(expert, collector, len(calls))
         yield expert
         seen.tokens |= dict.fromkeys(linears, count) if routed else {}
         with watch_activations(linears, seen.largest):

@@ -13,14 +13,10 @@ The recipe may give a learning rate. Otherwise the first step of a weight is a s
 mean square of its row, which differs tenfold between models and between rows of one Linear.
 """
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -172,36 +168,6 @@ class Reconstructed(NamedTuple):
     weights: dict[str, Tensor]
     grids: dict[str, Grid]
     errors: tuple[float, float]
-
-    def save(self, file: Path, dtypes: dict[str, torch.dtype] | None = None) -> None:
-        """Write a safetensors file; it gets its name only when it is complete.
-
-        :param dtypes: Linear -> dtype of the stored weight; None stores float32.
-        """
-        tensors = {}
-        for name, weight in self.weights.items():
-            dtype = dtypes[name] if dtypes else weight.dtype
-            tensors[f"{name}.weight"] = weight.to("cpu", dtype).contiguous()
-        for name, grid in self.grids.items():
-            tensors |= {f"{name}.scale": grid.scale.cpu(), f"{name}.zero": grid.zero_point.cpu()}
-        sizes = {name: (grid.bits, grid.group_size) for name, grid in self.grids.items()}
-        partial = file.with_suffix(".partial")
-        facts = {"errors": json.dumps(self.errors), "sizes": json.dumps(sizes)}
-        save_file(tensors, partial, metadata=facts)
-        partial.rename(file)
-
-    @classmethod
-    def load(cls, file: Path) -> "Reconstructed":
-        """Read a file that :meth:`save` wrote."""
-        with safe_open(file, framework="pt") as tensors:
-            take, facts = tensors.get_tensor, tensors.metadata()
-            ends = (key.rpartition(".") for key in tensors.keys())  # noqa: SIM118
-            weights = {n: take(f"{n}.weight") for n, _, end in ends if end == "weight"}
-            grids = {
-                name: Grid(take(f"{name}.scale"), take(f"{name}.zero"), *size)
-                for name, size in json.loads(facts["sizes"]).items()
-            }
-            return cls(weights, grids, tuple(json.loads(facts["errors"])))
 
 
 def reconstruct(

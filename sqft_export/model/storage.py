@@ -34,9 +34,9 @@ MASKS, GRIDS = "masks", "grids"  # stems of the file names
 MAX_BUFFER_BYTES = 16 * 2**20  # tensors that a streaming pass buffers before it writes them
 
 
-def mask_writer(folder: Path) -> TensorWriter:
-    """Return a writer for the masks of a folder."""
-    return TensorWriter(folder, MASKS, MAX_BUFFER_BYTES)
+def mask_writer(folder: Path, active: bool = True) -> TensorWriter:
+    """Return a writer for the masks of a folder; an inactive one writes nothing."""
+    return TensorWriter(folder, MASKS, MAX_BUFFER_BYTES, active)
 
 
 def load_mask_bits(folder: Path | None) -> dict[str, Tensor]:
@@ -65,22 +65,22 @@ def load_weight_mask(folder: Path | None, name: str, weight: Tensor) -> Tensor:
 class GridWriter:
     """Write grids one by one; use it as a context manager."""
 
-    def __init__(self, folder: Path):
-        self._tensors = TensorWriter(folder, GRIDS, MAX_BUFFER_BYTES)
+    def __init__(self, folder: Path, active: bool = True):
+        self.tensors = TensorWriter(folder, GRIDS, MAX_BUFFER_BYTES, active)
         self.sizes: dict[str, tuple[int, int]] = {}
 
     def add(self, name: str, grid: Grid) -> None:
         """Write the grid of a module."""
         self.sizes[name] = (grid.bits, grid.group_size)
-        self._tensors.add(f"{name}.scale", grid.scale)
-        self._tensors.add(f"{name}.zero_point", grid.zero_point)
-        self._tensors.add(f"{name}.bits_and_group_size", torch.tensor(self.sizes[name]))
+        self.tensors.add(f"{name}.scale", grid.scale)
+        self.tensors.add(f"{name}.zero_point", grid.zero_point)
+        self.tensors.add(f"{name}.bits_and_group_size", torch.tensor(self.sizes[name]))
 
     def __enter__(self) -> "GridWriter":
         return self
 
     def __exit__(self, *failure: object) -> None:
-        self._tensors.__exit__(*failure)
+        self.tensors.__exit__(*failure)
 
 
 def load_grids(folder: Path | None) -> dict[str, Grid]:

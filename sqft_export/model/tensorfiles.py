@@ -1,13 +1,14 @@
 """Read safetensors files (headers without torch, single tensors), and write them in shards."""
 
+import hashlib
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from sqft_export.errors import UserError, one_line
 from sqft_export.model.companions import file_in_folder
@@ -25,7 +26,10 @@ DTYPE_BYTES = {
     **{"F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1},
     **{"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
 }
+_STORED_INTEGERS = {"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8"}
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# torch's name of a dtype -> the name in a safetensors header
+STORED_NAMES = {name: kind for kind, name in TORCH_NAMES.items()} | _STORED_INTEGERS
 MAX_TENSOR_HEADER_BYTES = 100_000_000  # the format's limit
 MAX_AXIS_LENGTH = 2**40
 _SHARD_BYTES = 2 * 2**30
@@ -201,6 +205,54 @@ def _read_tensor(shard: "safe_open", info: TensorInfo) -> "Tensor":
     return shard.get_slice(info.key)[matrix, start:stop]
 
 
+def file_sha256(file: Path) -> str:
+    """Return the SHA-256 of a regular file."""
+    with open_regular(file) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_tensors(file: Path, tensors: "Mapping[str, Tensor]") -> str:
+    """Write a safetensors file and return its SHA-256.
+
+    The bytes of one tensor are copied at a time; ``save_file`` copies those of all tensors.
+    """
+    header, end = dict[str, dict](), 0
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())  # aligned
+    for name in names:
+        one = tensors[name]
+        start, end = end, end + one.nbytes
+        kind = STORED_NAMES[str(one.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": kind, "shape": list(one.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest, partial = hashlib.sha256(), file.with_suffix(".partial")
+    with partial.open("wb") as stream:
+        for part in (struct.pack("<Q", len(text)), text, *(tensors[name] for name in names)):
+            content = part if isinstance(part, bytes) else _bytes_of(part)
+            stream.write(content)
+            digest.update(content)
+    partial.rename(file)
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: "Tensor") -> memoryview:
+    import torch
+
+    return memoryview(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+class WriterState(TypedDict):
+    """What a :class:`TensorWriter` has written.
+
+    shards: names of the tensors in each shard. digests: SHA-256 of each. total: bytes of all
+    tensors, with those that it still holds.
+    """
+
+    shards: list[list[str]]
+    digests: list[str]
+    total: int
+
+
 class TensorWriter:
     """Write tensors to one file, or to several shards and an index.
 
@@ -208,20 +260,32 @@ class TensorWriter:
     interrupted write leaves no readable checkpoint.
 
     :param shard_bytes: bytes that are buffered before a shard is written.
+    :param active: False writes nothing, in a process beside the one that writes.
     """
 
-    def __init__(self, folder: Path, stem: str = "model", shard_bytes: int = _SHARD_BYTES):
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self,
+        folder: Path,
+        stem: str = "model",
+        shard_bytes: int = _SHARD_BYTES,
+        active: bool = True,
+    ):
+        self.active = active
+        if active:
+            folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.stem, self.shard_bytes = folder, stem, shard_bytes
-        self._held: dict[str, Tensor] = {}
+        self.held: dict[str, Tensor] = {}  # not yet in a shard
         self._shards: list[list[str]] = []
+        self._digests: list[str] = []
         self._total = 0
 
     def add(self, name: str, tensor: "Tensor") -> None:
         """Buffer a tensor, and write a shard once the buffer is full."""
-        self._held[name] = tensor.contiguous()
+        if not self.active:
+            return
+        self.held[name] = tensor.contiguous()
         self._total += tensor.nbytes
-        if sum(t.nbytes for t in self._held.values()) > self.shard_bytes:
+        if sum(t.nbytes for t in self.held.values()) > self.shard_bytes:
             self._flush()
 
     def add_all(self, tensors: "Iterable[tuple[str, Tensor]]") -> None:
@@ -232,26 +296,58 @@ class TensorWriter:
     def _flush(self) -> None:
         from safetensors.torch import save_file
 
-        if self._held:
-            file = self.folder / f"{self.stem}-{len(self._shards)}"
-            save_file(self._held, file, metadata={"format": "pt"})
-            self._shards.append(sorted(self._held))
-            self._held = {}
+        if self.held:
+            save_file(self.held, self._shard(len(self._shards)), metadata={"format": "pt"})
+            self._shards.append(sorted(self.held))
+            self.held = {}
+
+    def _shard(self, number: int) -> Path:
+        """Return the file of a shard until the index is written."""
+        return self.folder / f"{self.stem}-{number}"
+
+    def state(self) -> WriterState:
+        """Return what :meth:`resume` needs beside the tensors that are still held."""
+        for number in range(len(self._digests), len(self._shards)):
+            self._digests.append(file_sha256(self._shard(number)))
+        return {"shards": self._shards, "digests": self._digests, "total": self._total}
+
+    def has_shards(self, state: WriterState) -> bool:
+        """Return whether the folder has all shards of a state, unchanged."""
+        self._reopen()
+        files = [self._shard(number) for number in range(len(state["shards"]))]
+        return all(file.is_file() for file in files) and state["digests"] == [
+            *map(file_sha256, files)
+        ]
+
+    def resume(self, state: WriterState, held: "Mapping[str, Tensor]") -> None:
+        """Continue a writer that was interrupted in this state."""
+        self._shards, self._digests = [*state["shards"]], [*state["digests"]]
+        self._total, self.held = state["total"], dict(held)
+
+    def _reopen(self) -> None:
+        """Undo the final names of shards, which a writer gives before it writes the index."""
+        (self.folder / index_name(self.stem)).unlink(missing_ok=True)
+        single = self.folder / f"{self.stem}.safetensors"
+        if single.exists():
+            single.rename(self._shard(0))
+        for file in self.folder.glob(f"{self.stem}-*-of-*.safetensors"):
+            number = file.name.removeprefix(f"{self.stem}-").partition("-")[0]
+            file.rename(self._shard(int(number) - 1))
 
     def __enter__(self) -> "TensorWriter":
         return self
 
     def __exit__(self, failure, *_: object) -> None:
-        if failure is not None:
+        if failure is not None or not self.active:
             return
         self._flush()
         if len(self._shards) == 1:
-            (self.folder / f"{self.stem}-0").rename(self.folder / f"{self.stem}.safetensors")
+            self._shard(0).rename(self.folder / f"{self.stem}.safetensors")
             return
         weight_map = {}
         for number, names in enumerate(self._shards):
             file = f"{self.stem}-{number + 1:05}-of-{len(self._shards):05}.safetensors"
-            (self.folder / f"{self.stem}-{number}").rename(self.folder / file)
+            self._shard(number).rename(self.folder / file)
             weight_map.update(dict.fromkeys(names, file))
         index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"

@@ -13,6 +13,9 @@ from sqft_export.plan.wrapped import text_model_bytes
 from sqft_export.recipe.passes import pass_names
 from sqft_export.recipe.schema import Recipe
 
+# Tensors in the state of an interrupted pass that no shard contains yet, of two writers.
+_HELD_BYTES = 2**25
+
 
 def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
     """Predict the bytes that each pass writes, from shapes and bit widths."""
@@ -30,8 +33,8 @@ def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
         deployed *= 2  # upper bound: a packed copy is never larger
     predicted = {
         "sparsify": stored + masks,
-        "reconstruct": 2 * stored,  # checkpoint of finished blocks, and the complete model
-        "quantize": stored * (3 if recipe.quantize.reconstruct else 1) + 3 * scales,
+        "reconstruct": stored,
+        "quantize": stored + 3 * scales,
         "adapt": adapter,
         "search": adapter,
         "merge": merged + masks,
@@ -46,6 +49,23 @@ def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
         "peers-nncf": 6 * stored,
     }
     return {name: predicted.get(name, 2**20) for name in pass_names(recipe)}
+
+
+def state_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
+    """Predict the bytes of the state that a pass saves after each block, to resume there.
+
+    The state has the calibration samples' hidden states in float32. A reconstruction walks the
+    dense model too. The state before it is deleted once a new one is complete.
+    """
+    tokens = recipe.calibration.samples * recipe.calibration.sequence_length
+    hidden = 4 * tokens * layout.embedding[1]
+    sparsify, quantize = recipe.sparsify.calibrates, recipe.quantize.calibrates
+    walks = {
+        "sparsify": int(sparsify),
+        "reconstruct": 2,
+        "quantize": 2 if recipe.quantize.reconstruct else int(quantize),
+    }
+    return {name: 2 * (_HELD_BYTES + count * hidden) for name, count in walks.items()}
 
 
 def adapter_bytes(recipe: Recipe, layout: Layout) -> int:
@@ -85,8 +105,10 @@ def _same_disk(*places: Path) -> bool:
 def disk_bytes(recipe: Recipe, layout: Layout, root: Path, passes: list[str]) -> tuple[int, int]:
     """Return the bytes that the passes need at most, with temporary files, and the free bytes."""
     written = predict_bytes(recipe, layout)
-    # Temporary files: an exporter's traced float32 copy; unpacked copies in verify and benchmark.
+    # Temporary files: the state of an interrupted pass; an exporter's traced float32 copy; unpacked
+    # copies in verify and benchmark.
     scratch = {
+        **state_bytes(recipe, layout),
         **{
             f"export-{name}": 4 * (layout.weights + layout.others) for name in recipe.export.targets
         },

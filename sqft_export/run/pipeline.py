@@ -9,7 +9,16 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
-from sqft_export.artifacts.store import Artifact, Facts, Store, environment, key_of, read_artifact
+from sqft_export.artifacts.claims import Claim, ClaimLostError, claim_artifact, claimed_folder
+from sqft_export.artifacts.store import (
+    MANIFEST,
+    Artifact,
+    Facts,
+    Store,
+    environment,
+    key_of,
+    read_artifact,
+)
 from sqft_export.errors import HostError, UserError
 from sqft_export.machine.host import exhausted_resource, out_of_memory, require_space
 from sqft_export.machine.launcher import (
@@ -30,6 +39,7 @@ from sqft_export.machine.processors import (
 )
 from sqft_export.machine.progress import Listener, Reporter, Start, report_progress, silent
 from sqft_export.metrics import Metrics, read_metrics
+from sqft_export.model.block_state import STATES
 from sqft_export.model.hub import download_model, model_folder, planned_download
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.disk import check_disk
@@ -191,7 +201,7 @@ def _join_pass(
     wait_for_first(store.root, lambda: sealed.exists() or first_process_works(store.root))
     if stage.DISTRIBUTED and not sealed.exists():
         inputs = {n: artifacts[n] for n in stage.CONSUMES if n in artifacts}
-        partial = store.partial_of(step.name, step.key)
+        partial = claimed_folder(sealed)
         base = base_folder(folder, store.root, store.hashes.sha256_of, write=False)
         wait_for_first(store.root, base.is_dir)
         view, lineage = _view_of(recipe, step.name), {step.name: step.facts}
@@ -199,7 +209,7 @@ def _join_pass(
     wait_for_first(store.root, sealed.exists)
 
 
-def _prepare_recipe(recipe: Recipe, root: Path) -> tuple[Recipe, Path, Layout]:
+def prepare_recipe(recipe: Recipe, root: Path) -> tuple[Recipe, Path, Layout]:
     """Return the recipe without unsupported targets, the base model's folder, and its layout.
 
     A missing base model is downloaded.
@@ -251,14 +261,16 @@ def _run_pass(
     store: Store,
     start: Start,
     loggers: RunLoggers,
+    claim: Claim | None = None,
 ) -> Artifact:
     """Run a pass and seal its artifact.
 
+    :raises ClaimLostError: if another worker has taken over the pass.
     :raises HostError: naming the pass and a setting that helps, if a resource is exhausted.
     """
     stage = stage_of(step.name)
     inputs = {n: artifacts[n] for n in stage.CONSUMES if n in artifacts}
-    partial = store.open_partial(step.name, step.key, stage.RESUMES)
+    partial = store.open_partial(step.name, step.key, stage.RESUMES, claim)
     started = time.monotonic()
     try:
         base = base_folder(folder, store.root, store.hashes.sha256_of, write=True)
@@ -267,8 +279,11 @@ def _run_pass(
         context = Context(step.name, view, base, inputs, partial, start, lineage, callbacks)
         metrics = stage.run(context)
         seconds = time.monotonic() - started
-        return store.seal(partial, step.name, step.facts, metrics.to_json(), seconds)
+        made = (partial, step.name, step.facts, metrics.to_json(), seconds)
+        return store.seal(*made, claim, STATES)
     except Exception as error:
+        if claim and claim.is_lost():  # its files may have been deleted
+            raise ClaimLostError(f"{partial}: another worker has taken over this pass") from error
         if reason := exhausted_resource(error, partial):
             lower = MEMORY_SETTINGS.get(step.name) if out_of_memory(error) else None
             advice = f"; lower {lower}" if lower else ""
@@ -287,6 +302,31 @@ def _busy_note(before: Sample | None) -> str:
     return f" (busy machine: {found})" if found else ""
 
 
+def _run_or_wait(
+    step: Planned,
+    recipe: Recipe,
+    folder: Path,
+    artifacts: dict[str, Artifact],
+    store: Store,
+    reporter: Reporter,
+    loggers: RunLoggers,
+) -> tuple[Artifact, bool]:
+    """Return the artifact of a pass, and whether another worker has made it meanwhile."""
+    path = store.path_of(step.name, step.key)
+
+    def report_wait(owner: str) -> None:
+        reporter.say(f"{step.name:16} waits for {owner}", step.name)
+
+    while True:
+        with claim_artifact(path, (path / MANIFEST).exists, report_wait) as claim:
+            if claim is None:
+                return read_artifact(path), True
+            start = reporter.start_of(step.name)
+            with contextlib.suppress(ClaimLostError):
+                parts = (step, recipe, folder, artifacts, store, start, loggers, claim)
+                return _run_pass(*parts), False
+
+
 def _obtain(
     step: Planned,
     recipe: Recipe,
@@ -302,10 +342,11 @@ def _obtain(
         artifacts[step.name] = step.artifact
         reporter.say(f"{step.name:16} cached{_machine_note(step.artifact)}", step.name)
         return []
-    start, before = reporter.start_of(step.name), sample()
-    made = _run_pass(step, recipe, folder, artifacts, store, start, loggers)
+    before = sample()
+    made, by_other = _run_or_wait(step, recipe, folder, artifacts, store, reporter, loggers)
     artifacts[step.name] = made
-    line = f"{step.name:16} {made.manifest['seconds']:.1f} s{_busy_note(before)}"
+    note = " (another worker)" if by_other else _busy_note(before)
+    line = f"{step.name:16} {made.manifest['seconds']:.1f} s{note}"
     reporter.say(line, step.name)
     print(line, file=log, flush=True)
     return read_metrics(made, Metrics).warnings
@@ -313,12 +354,17 @@ def _obtain(
 
 @contextlib.contextmanager
 def _open_run(
-    root: Path, redirect: bool, listener: Listener | None
+    root: Path, redirect: bool, listener: Listener | None, worker: str
 ) -> Iterator[tuple[Reporter, IO[str]]]:
-    """Lock the run's folder, record the threads, and yield the reporter and the log."""
+    """Open the run's folder and record the threads; yield the reporter and the log.
+
+    The folder is locked, unless it is shared with other workers.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    log = root / (f"log-{worker}.txt" if worker else "log.txt")
     with (
-        _lock_run_folder(root),
-        open_output(root / "log.txt", redirect) as output,
+        contextlib.nullcontext() if worker else _lock_run_folder(root),
+        open_output(log, redirect) as output,
         report_progress(output.terminal, output.log, output.for_caller(listener)) as reporter,
     ):
         with open_run_file(root / THREADS_FILE) as file:
@@ -333,6 +379,7 @@ def run_recipe(
     last: tuple[str, ...] = (),
     redirect: bool = False,
     listener: Listener | None = None,
+    worker: str = "",
 ) -> dict[str, Artifact]:
     """Run every pass that has no artifact yet, and return all artifacts by pass name.
 
@@ -340,16 +387,18 @@ def run_recipe(
     :param last: only these passes and the passes that they depend on; empty: all passes.
     :param redirect: redirect this process's file descriptors to the log (``run/output.py``).
     :param listener: called with the progress of every pass, in place of lines on stderr.
+    :param worker: name of this process among several that share the folder; it is part of the name
+        of the log. Empty: the folder is used by this process only.
     :raises UserError: before any work, if the recipe can't be run here.
     """
     check_launcher()
-    recipe, folder, layout = _prepare_recipe(recipe, root)
+    recipe, folder, layout = prepare_recipe(recipe, root)
     recipe, store = pin_revisions(recipe, online=True), Store(root)
     if process_rank():
         return _run_as_other_rank(recipe, folder, layout, store, last, redirect)
     artifacts, gates = dict[str, Artifact](), QualityGates(recipe, folder, store)
     with (
-        _open_run(root, redirect, listener) as (reporter, log),
+        _open_run(root, redirect, listener, worker) as (reporter, log),
         open_loggers(recipe, root) as loggers,
     ):
         recipe = resolve_precision(recipe, root)

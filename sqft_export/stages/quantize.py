@@ -1,8 +1,7 @@
 """quantize: fit a grid to every decoder Linear and compensate its weights for the rounding."""
 
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import torch
@@ -11,8 +10,12 @@ from torch import Tensor, nn
 from sqft_export.data.calibration import calibration_fields, calibration_tensors
 from sqft_export.data.items import TASK_FILES
 from sqft_export.machine.device import device_name, device_of
+from sqft_export.machine.launcher import process_rank
+from sqft_export.machine.processes import Processes, join_processes
+from sqft_export.machine.progress import start_at
 from sqft_export.metrics import QuantizeMetrics
 from sqft_export.model.activations import CalibrationStatistics, scale_warnings
+from sqft_export.model.block_state import BlockStates, delete_files
 from sqft_export.model.blocks import Block, Inputs, count_parts, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config
@@ -50,9 +53,8 @@ READS: tuple[str, ...] = ("model", "calibration", "device")
 SETTINGS = section_fields("quantize", Quantize, without=("group_size_fallback",))
 FREE: tuple[str, ...] = ("device", *TASK_FILES)
 VERSION = 7
-RESUMES = True  # at the first block that is not yet reconstructed
-DISTRIBUTED = False
-BLOCKS = "blocks"
+RESUMES = True  # at the first block that is not finished
+DISTRIBUTED = True
 _ROWS_AT_ONCE = 1024
 MIN_CLAMPED_SHARE = 0.01  # of the groups of a Linear; a smaller share gives no warning
 
@@ -96,11 +98,28 @@ def set_grid_points(linear: nn.Linear, weight: Tensor, grid: Grid) -> None:
 
 def run(context: Context[Sections]) -> QuantizeMetrics:
     """Write ``model/`` (compensated floats) and ``grids.safetensors``, which gives their codes."""
-    method = _copy_codes if context.recipe.quantize.method == "existing" else _compress
-    weight_writer = TensorWriter(context.folder / "model", shard_bytes=MAX_BUFFER_BYTES)
-    with GridWriter(context.folder) as grids, weight_writer as weights:
-        metrics = method(context, grids, weights)
-    shutil.rmtree(context.folder / BLOCKS, ignore_errors=True)
+    splits = _splits(context)
+    if process_rank() and not splits:
+        return QuantizeMetrics(device="", group_size={}, bits={})  # the first process does it all
+    with join_processes(context.folder.name.partition(".")[0], splits) as processes:
+        return _run(context, processes)
+
+
+def _splits(context: Context[Sections]) -> bool:
+    """Return whether several processes split the samples: those of a method that sums inputs."""
+    config, base = context.recipe.quantize, Checkpoint(context.latest_model())
+    calibrates = config.calibrates and config.method != "nncf" and not config.reconstruct
+    return calibrates and base.family.experts is None
+
+
+def _run(context: Context[Sections], processes: Processes) -> QuantizeMetrics:
+    model = context.folder / "model"
+    weight_writer = TensorWriter(model, shard_bytes=MAX_BUFFER_BYTES, active=processes.is_first)
+    with GridWriter(context.folder, processes.is_first) as grids, weight_writer as weights:
+        if context.recipe.quantize.method == "existing":
+            metrics = _copy_codes(context, grids, weights)
+        else:
+            metrics = _compress(context, grids, weights, processes)
     return QuantizeMetrics(
         **metrics,
         device=device_name(_device(context)),
@@ -117,6 +136,7 @@ def _device(context: Context[Sections]) -> torch.device:
 
 def _copy_codes(context: Context[Sections], grids: GridWriter, weights: TensorWriter) -> dict:
     """Take codes and grids unchanged from a quantized checkpoint; weights are their grid points."""
+    delete_files(context.folder)
     base = Checkpoint(context.model)
     names = quantized_names(base)
     advance = context.start(len(names))
@@ -145,73 +165,131 @@ def _clamped_scale_warning(name: str, weight: Tensor, grid: Grid) -> Iterator[st
         )
 
 
-def _compress(context: Context[Sections], grids: GridWriter, weights: TensorWriter) -> dict:
+@dataclass
+class _Results:
+    """Results of the finished blocks.
+
+    parts: number of finished blocks and experts. sizes: module -> bits and group size. scales:
+    module -> its largest scale. uncalibrated: Linears that were rounded without GPTQ. errors:
+    relative errors of each block before and after its reconstruction.
+    """
+
+    parts: int = 0
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    uncalibrated: list[str] = field(default_factory=list)
+    errors: list[tuple[float, float]] = field(default_factory=list)
+    seen: CalibrationStatistics = field(default_factory=CalibrationStatistics)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Writers of the pass, and its results so far."""
+
+    checkpoint: Checkpoint
+    weights: TensorWriter
+    grids: GridWriter
+    results: _Results
+
+    def add(self, name: str, weight: Tensor, grid: Grid) -> None:
+        """Write the grid of a module and its weight, float32 ``[out, in]``, with these codes."""
+        self.results.warnings += _clamped_scale_warning(name, weight, grid)
+        self.results.scales[name] = float(grid.scale.abs().max())
+        self.grids.add(name, grid)
+        key = f"{name}.weight"
+        self.weights.add(key, cast_keeping_codes(weight, grid, self.checkpoint.dtype(key)))
+
+
+def _compress(
+    context: Context[Sections], grids: GridWriter, weights: TensorWriter, processes: Processes
+) -> dict:
     """Quantize all blocks in order, then embedding and head; return the metrics."""
     config, checkpoint = context.recipe.quantize, Checkpoint(context.latest_model())
-    method, advance = quantizer(config.method), context.start(count_parts(checkpoint))
-    inputs = Inputs(method.NEEDS, config.damping)
-    seen, scales = CalibrationStatistics(), dict[str, float]()
-    warnings, uncalibrated, errors = list[str](), list[str](), list[tuple[float, float]]()
-    copy_companions(checkpoint.folder, weights.folder, checkpoint.config)
+    walks = ("dense", "inputs") if config.reconstruct else ("inputs",)
+    writers = {"model": weights, "grids": grids.tensors}
+    states = BlockStates(context.folder, writers, _Results, walks, processes)
+    results, needs = states.results, quantizer(config.method).NEEDS
+    inputs, grids.sizes = Inputs(needs, config.damping, processes), results.sizes
+    if processes.is_first:
+        copy_companions(checkpoint.folder, weights.folder, checkpoint.config)
+    output = _Output(checkpoint, weights, grids, results)
+    _compress_blocks(context, inputs, states, output)
+    for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
+        if (of_rows := row_grid(tensor, config.embedding_bits, config.symmetric)) is not None:
+            output.add(name.removesuffix(".weight"), tensor.float(), of_rows)
+        else:
+            weights.add(name, tensor)
+    seen, uncalibrated = results.seen, results.uncalibrated
+    warnings = [
+        *results.warnings,
+        *seen.warnings(checkpoint.linears, inputs.has_hessian),
+        *scale_warnings(results.scales),
+        *expert_warnings(uncalibrated, seen.tokens, "rounded without GPTQ"),
+    ]
+    found = {"uncalibrated_experts": uncalibrated, "block_errors": results.errors}
+    return {"warnings": warnings, "largest_scales": results.scales, **found, **seen.metrics()}
 
-    def add(name: str, weight: Tensor, grid: Grid) -> None:
-        warnings.extend(_clamped_scale_warning(name, weight, grid))
-        scales[name] = float(grid.scale.abs().max())
-        grids.add(name, grid)
-        key = f"{name}.weight"
-        weights.add(key, cast_keeping_codes(weight, grid, checkpoint.dtype(key)))
 
-    for target, block in _walk(context, checkpoint, inputs, seen):
+def _compress_blocks(
+    context: Context[Sections], inputs: Inputs, states: BlockStates[_Results], output: _Output
+) -> None:
+    """Quantize and write the blocks that are not finished."""
+    method, results = quantizer(context.recipe.quantize.method), states.results
+    advance = start_at(context.start, count_parts(output.checkpoint), results.parts)
+    for target, block in _walk(context, output.checkpoint, inputs, states):
         rest = set(block.names) - {f"{name}.weight" for name in block.linears}
         quantized = _quantize_block(context, method, block, inputs)
-        uncalibrated += block.linears if inputs.has_too_few(block) else ()
+        if inputs.processes.count > 1:
+            quantized = _gather_linears(block, quantized, inputs.processes)
+        results.uncalibrated += block.linears if inputs.has_too_few(block) else ()
         if target:
             trained = _reconstruct(context, target, block, quantized)
             quantized = ((n, trained.weights[n], grid) for n, grid in trained.grids.items())
-            errors.append(trained.errors)
-            inputs.forget()
+            results.errors.append(trained.errors)
         for name, weight, grid in quantized:
             # Written at once, so that a block's compensated weights are not kept.
-            add(name, weight.cpu(), grid.cpu())
+            output.add(name, weight.cpu(), grid.cpu())
             set_grid_points(block.linears[name], weight, grid)
-        weights.add_all(checkpoint.tensors(sorted(rest)))
+        output.weights.add_all(output.checkpoint.tensors(sorted(rest)))
+        results.parts += 1
         advance()
-    for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
-        if (of_rows := row_grid(tensor, config.embedding_bits, config.symmetric)) is not None:
-            add(name.removesuffix(".weight"), tensor.float(), of_rows)
-        else:
-            weights.add(name, tensor)
-    warnings += seen.warnings(checkpoint.linears, inputs.has_hessian) + scale_warnings(scales)
-    warnings += expert_warnings(uncalibrated, seen.tokens, "rounded without GPTQ")
-    found = {"uncalibrated_experts": uncalibrated, "block_errors": errors}
-    return {"warnings": warnings, "largest_scales": scales, **found, **seen.metrics()}
+
+
+def _gather_linears(
+    block: Block, quantized: Iterator[tuple[str, Tensor, Grid]], processes: Processes
+) -> Iterator[tuple[str, Tensor, Grid]]:
+    """Yield the Linears of a block that all processes have quantized, in the block's order."""
+    parts = processes.gather({name: (weight.cpu(), grid.cpu()) for name, weight, grid in quantized})
+    found = {name: result for part in parts for name, result in part.items()}
+    device = next(block.module.parameters()).device
+    for name in block.linears:
+        weight, grid = found[name]
+        on_device = grid.scale.to(device), grid.zero_point.to(device)
+        yield name, weight.to(device), Grid(*on_device, grid.bits, grid.group_size)
 
 
 def _walk(
     context: Context[Sections],
     checkpoint: Checkpoint,
     inputs: Inputs,
-    seen: CalibrationStatistics,
+    states: BlockStates[_Results],
 ) -> Iterator[tuple[Block | None, Block]]:
-    """Yield (dense block or None, block to compress).
+    """Yield (dense block or None, block to compress) for every block that is not finished.
 
     The dense block is the target of the reconstruction, None without reconstruction.
-
-    :param seen: receives the statistics of the calibration.
     """
     device, samples = _device(context), None
     if context.recipe.quantize.calibrates:
         samples = calibration_tensors(context.recipe, context.model)
-    finished = [i for i in range(checkpoint.blocks) if _block_file(context, i).is_file()]
-    blocks = walk(checkpoint, samples, inputs.collector, device, finished, seen)
+    seen, position = states.results.seen, states.position("inputs")
+    sharing = (position, inputs.processes, inputs.exchange)
+    blocks = walk(checkpoint, samples, inputs.collector, device, seen, *sharing)
     if not context.recipe.quantize.reconstruct:
         return ((None, block) for block in blocks)
-    return zip(walk(Checkpoint(context.model), samples, None, device), blocks, strict=True)
-
-
-def _block_file(context: Context[Sections], index: int) -> Path:
-    """Return the file of a reconstructed block, from which an interrupted run resumes."""
-    return context.folder / BLOCKS / f"{index}.safetensors"
+    dense = Checkpoint(context.model)
+    targets = walk(dense, samples, None, device, position=states.position("dense"))
+    return zip(targets, blocks, strict=True)
 
 
 def _reconstruct(
@@ -220,29 +298,22 @@ def _reconstruct(
     block: Block,
     quantized: Iterator[tuple[str, Tensor, Grid]],
 ) -> Reconstructed:
-    """Train a quantized block to reproduce the output of the dense block ``target``.
-
-    Reads the result from its file if an interrupted run has written it.
-    """
+    """Train a quantized block to reproduce the output of the dense block ``target``."""
     config, sparsified = context.recipe.quantize.reconstruct, context.path("sparsify")
     assert config is not None
-    file = _block_file(context, block.index)
-    if not file.is_file():
-        file.parent.mkdir(exist_ok=True)
-        grids, masks = {}, {}
-        for name, weight, grid in quantized:
-            block.linears[name].weight.copy_(weight)
-            grids[name] = grid
-            masks[name] = load_weight_mask(sparsified, name, weight)
-        seed, scale_bits = context.recipe.seed + block.index, context.recipe.scale_bits
-        reconstruct(target, block, masks, config, seed, grids, scale_bits).save(file)
-    return Reconstructed.load(file)
+    grids, masks = {}, {}
+    for name, weight, grid in quantized:
+        block.linears[name].weight.copy_(weight)
+        grids[name] = grid
+        masks[name] = load_weight_mask(sparsified, name, weight)
+    seed, scale_bits = context.recipe.seed + block.index, context.recipe.scale_bits
+    return reconstruct(target, block, masks, config, seed, grids, scale_bits)
 
 
 def _quantize_block(
     context: Context[Sections], method: Quantizer | BlockQuantizer, block: Block, inputs: Inputs
 ) -> Iterator[tuple[str, Tensor, Grid]]:
-    """Yield name, compensated weight (float32 ``[out, in]``) and grid of every Linear."""
+    """Yield name, compensated weight (float32 ``[out, in]``) and grid of this process's Linears."""
     config, sparsified = context.recipe.quantize, context.path("sparsify")
     scale_bits = context.recipe.scale_bits
 
@@ -254,7 +325,8 @@ def _quantize_block(
         return
     starved = inputs.has_too_few(block)
     used = cast(Quantizer, quantizer("rtn") if starved else method)
-    for name, linear in block.linears.items():
+    for name in inputs.owned(block):
+        linear = block.linears[name]
         group_size = fallback_group_size(linear.in_features, config.group_size)
         grid_options = config.bits, group_size, config.symmetric
         found = None if starved else inputs.take(name)

@@ -34,6 +34,8 @@ from sqft_export.data.items import (
 from sqft_export.data.scoring import accuracy_of, judge, questions
 from sqft_export.documents import Document
 from sqft_export.machine.device import device_name, device_of
+from sqft_export.machine.launcher import process_rank
+from sqft_export.machine.processes import Processes, join_processes
 from sqft_export.measure.likelihood import score
 from sqft_export.metrics import EvaluatedSize, SearchMetrics
 from sqft_export.model.checkpoint import Checkpoint
@@ -56,7 +58,7 @@ SETTINGS = (
 FREE: tuple[str, ...] = ("device", "search.configuration", *TASK_FILES, *SCORE_FILES)
 VERSION = 4
 RESUMES = True
-DISTRIBUTED = False
+DISTRIBUTED = True
 EVALUATIONS = "evaluations.jsonl"
 
 
@@ -105,8 +107,15 @@ class Evaluation(Document):
 class _Validation:
     """Scores configurations on the validation items and writes every score to disk."""
 
-    def __init__(self, context: Context[Sections], model: nn.Module, groups: dict[str, list[str]]):
+    def __init__(
+        self,
+        context: Context[Sections],
+        model: nn.Module,
+        groups: dict[str, list[str]],
+        processes: Processes,
+    ):
         self.context, self.groups, self.layers = context, groups, elastic_layers(model)
+        self.processes = processes
         self.session = TorchSession(model, str(next(model.parameters()).device))
         self.file = context.folder / EVALUATIONS
         self.tokenizer = load_tokenizer(context.model)
@@ -116,11 +125,13 @@ class _Validation:
             context.recipe, self.items, stop, self.tokenizer, context_of(context.model)
         )
         self.advance = context.start(context.recipe.search.budget)
-        # Rewrite the file without the partial line that an interrupted run may have left.
-        self.file.write_text("".join(entry.line() for entry in self.known()))
+        self.known: list[Evaluation] = processes.from_first(self._read)
+        if processes.is_first:
+            # Without the partial line that an interrupted run may have left.
+            self.file.write_text("".join(entry.line() for entry in self.known))
 
-    def known(self) -> list[Evaluation]:
-        """Return all evaluations so far, also those of an interrupted run; skip a partial line."""
+    def _read(self) -> list[Evaluation]:
+        """Return the evaluations of an interrupted run; skip a partial line."""
         lines = self.file.read_text().split("\n") if self.file.is_file() else []
         return [entry for line in lines if (entry := _evaluation(line))]
 
@@ -134,13 +145,15 @@ class _Validation:
         """Score a configuration and append the result to the file."""
         size = self.parameters(ranks)
         recipe = self.context.recipe
-        found = score(self.session, self.questions)
+        found = score(self.session, self.questions, self.processes)
         judged = judge(recipe, self.items, found, self.tokenizer)
         accuracy = accuracy_of(judged, found)
         likelihood = -math.log(found.perplexity)
         entry = Evaluation(ranks=ranks, accuracy=accuracy, likelihood=likelihood, parameters=size)
-        with self.file.open("a") as log:
-            log.write(entry.line())
+        self.known.append(entry)
+        if self.processes.is_first:
+            with self.file.open("a") as log:
+                log.write(entry.line())
         self.advance()
         return entry.score
 
@@ -160,7 +173,10 @@ def configured_ranks(recipe: Sections) -> Ranks:
 
 
 def _choose_ranks(
-    context: Context[Sections], model: nn.Module, groups: dict[str, list[str]]
+    context: Context[Sections],
+    model: nn.Module,
+    groups: dict[str, list[str]],
+    processes: Processes,
 ) -> tuple[Ranks, list[Evaluation]]:
     """Return the rank of every group, and all evaluations."""
     recipe = context.recipe
@@ -178,14 +194,14 @@ def _choose_ranks(
     search = STRATEGIES[recipe.search.strategy]
     if not recipe.search.evaluates:
         return search(space), []
-    validation = _Validation(context, model, groups)
-    for entry in validation.known():
+    validation = _Validation(context, model, groups, processes)
+    for entry in validation.known:
         space.seen[space.key(entry.ranks)] = entry.score
     space.score = validation.score
     cache_effective_weights(model)
     chosen = search(space)
     drop_effective_weights(model)
-    return chosen, validation.known()
+    return chosen, validation.known
 
 
 def _capture(context: Context[Sections], model: nn.Module) -> CapturedForward:
@@ -199,12 +215,35 @@ def run(context: Context[Sections]) -> SearchMetrics:
 
     The captured forward is in ``trained.*``. Trainable scales add ``grids.safetensors``.
     """
+    splits = context.recipe.search.evaluates
+    if process_rank() and not splits:
+        return SearchMetrics(evaluations=0, seconds=0.0, front=[], ranks={}, device="")
+    with join_processes(context.folder.name.partition(".")[0], splits) as processes:
+        return _run(context, processes)
+
+
+def _run(context: Context[Sections], processes: Processes) -> SearchMetrics:
     started = time.monotonic()
     adapted = context.inputs["adapt"].path / "adapter"
     device = device_of(context.recipe.device)
     model = load_adapted(context.base(), adapted, torch.float32).to(device)
     groups = groups_of(model, Checkpoint(context.model).family, context.recipe.training)
-    chosen, evaluations = _choose_ranks(context, model, groups)
+    chosen, evaluations = _choose_ranks(context, model, groups, processes)
+    if processes.is_first:
+        _write(context, model, groups, chosen)
+    return SearchMetrics(
+        evaluations=len(evaluations),
+        seconds=time.monotonic() - started,
+        front=[entry.size() for entry in evaluations],
+        ranks=chosen,
+        device=device_name(device),
+    )
+
+
+def _write(
+    context: Context[Sections], model: nn.Module, groups: dict[str, list[str]], chosen: Ranks
+) -> None:
+    """Write the chosen sub-adapter, and what ``verify`` and ``merge`` read."""
     model.cpu()  # merge runs there; another device may round B A differently
     layers = elastic_layers(model)
     set_ranks(layers, groups, chosen)
@@ -214,10 +253,3 @@ def run(context: Context[Sections]) -> SearchMetrics:
     _capture(context, model).write(context.folder)
     if context.recipe.training.trainable_scales:
         _write_trained_grids(context, model)
-    return SearchMetrics(
-        evaluations=len(evaluations),
-        seconds=time.monotonic() - started,
-        front=[entry.size() for entry in evaluations],
-        ranks=chosen,
-        device=device_name(device),
-    )

@@ -1,7 +1,7 @@
 """sparsify: prune the decoder Linears; write the checkpoint and the pruning masks."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -10,8 +10,12 @@ from torch import Tensor
 from sqft_export.data.calibration import calibration_fields, calibration_tensors
 from sqft_export.data.items import TASK_FILES
 from sqft_export.machine.device import device_name, device_of
+from sqft_export.machine.launcher import process_rank
+from sqft_export.machine.processes import Processes, join_processes
+from sqft_export.machine.progress import start_at
 from sqft_export.metrics import SparsifyMetrics
 from sqft_export.model.activations import CalibrationStatistics
+from sqft_export.model.block_state import BlockStates, delete_files
 from sqft_export.model.blocks import Block, Inputs, count_parts, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config
@@ -39,8 +43,9 @@ READS: tuple[str, ...] = ("model", "calibration", "device")
 SETTINGS = section_fields("sparsify", Sparsify, without=("reconstruct",))
 FREE: tuple[str, ...] = ("device", *TASK_FILES)
 VERSION = 5
-RESUMES = False
-DISTRIBUTED = False
+RESUMES = True  # at the first block that is not finished
+DISTRIBUTED = True
+ALLOCATION = "allocation"  # states of the walk that measures error curves
 
 
 class Sections(CalibrationSections, SparsifySection, DeviceSection, Protocol):
@@ -52,17 +57,22 @@ def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     return (*SETTINGS, *(calibration_fields(recipe) if recipe.sparsify.calibrates else ()))
 
 
-class _Masks:
-    """Context manager that writes masks one by one and counts the weights that each drops."""
+@dataclass
+class _Results:
+    """Results of the finished blocks.
 
-    def __init__(self, folder: Path) -> None:
-        self._writer = mask_writer(folder)
-        self.dropped: dict[str, int] = {}
-        self.sizes: dict[str, int] = {}
+    parts: number of finished blocks and experts. dropped, sizes: Linear -> pruned weights, and all
+    weights. uncalibrated: Linears that were pruned by magnitude, because they saw too few tokens.
+    """
 
-    def add(self, name: str, mask: Tensor) -> None:
-        """Write the mask of one Linear: bool ``[out, in]``, True = kept."""
-        self._writer.add(name, mask_to_bits(mask).cpu())
+    parts: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    uncalibrated: list[str] = field(default_factory=list)
+    seen: CalibrationStatistics = field(default_factory=CalibrationStatistics)
+
+    def count(self, name: str, mask: Tensor) -> None:
+        """Count the weights that a mask drops: bool ``[out, in]``, True = kept."""
         self.dropped[name] = int((~mask).sum())
         self.sizes[name] = mask.numel()
 
@@ -71,50 +81,87 @@ class _Masks:
         shares = {name: self.dropped[name] / self.sizes[name] for name in self.sizes}
         return shares | {"all": sum(self.dropped.values()) / sum(self.sizes.values())}
 
-    def __enter__(self) -> "_Masks":
-        return self
 
-    def __exit__(self, *failure: object) -> None:
-        self._writer.__exit__(*failure)
+@dataclass
+class _Curves:
+    """Error curves of the Linears of the finished blocks; parts, seen as in :class:`_Results`."""
+
+    parts: int = 0
+    curves: dict[str, Curve] = field(default_factory=dict)
+    seen: CalibrationStatistics = field(default_factory=CalibrationStatistics)
 
 
 def run(context: Context[Sections]) -> SparsifyMetrics:
     """Write ``model/`` and ``masks.safetensors``."""
     config, checkpoint = context.recipe.sparsify, Checkpoint(context.model)
-    if checkpoint.quantized_linears:
+    existing = bool(checkpoint.quantized_linears)
+    splits = config.calibrates and checkpoint.family.experts is None and not existing
+    if process_rank() and not splits:
+        return SparsifyMetrics(sparsity={})  # the first process does it all
+    if existing:
         return _mask_existing_zeros(context, checkpoint)
-    method, device = sparsifier(config.method), device_of(context.recipe.device)
-    samples, seen, uncalibrated = None, CalibrationStatistics(), list[str]()
+    with join_processes(context.folder.name.partition(".")[0], splits) as processes:
+        return _prune(context, checkpoint, processes)
+
+
+def _prune(
+    context: Context[Sections], checkpoint: Checkpoint, processes: Processes
+) -> SparsifyMetrics:
+    """Prune all blocks and write the results."""
+    config, samples = context.recipe.sparsify, None
     if config.calibrates:
         samples = calibration_tensors(context.recipe, context.model)
-    prunings = _prunings(context, checkpoint, samples, device, seen)
-    inputs = Inputs(method.NEEDS)
+    prunings, seen = _prunings(context, checkpoint, samples, processes)
+    inputs = Inputs(sparsifier(config.method).NEEDS, processes=processes)
     if inputs.collector is None:
         samples = None  # only the allocation needed them
-    advance = context.start(count_parts(checkpoint))
-    copy_companions(context.model, context.folder / "model", checkpoint.config)
-    model_writer = TensorWriter(context.folder / "model", shard_bytes=MAX_BUFFER_BYTES)
-    with model_writer as writer, _Masks(context.folder) as masks:
-        for block in walk(checkpoint, samples, inputs.collector, device, seen=seen):
-            if starved := inputs.has_too_few(block):
-                uncalibrated += block.linears
-            used = sparsifier("magnitude") if starved else method
-            found = None if starved else inputs
-            for name, tensor in _prune_block(checkpoint, block, used, prunings, found, masks):
-                writer.add(name, tensor)
-            advance()
-        for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
-            writer.add(name, tensor)
+    model, first = context.folder / "model", processes.is_first
+    model_writer = TensorWriter(model, shard_bytes=MAX_BUFFER_BYTES, active=first)
+    with model_writer as writer, mask_writer(context.folder, first) as masks:
+        writers = {"model": writer, "masks": masks}
+        states = BlockStates(
+            context.folder, writers, _Results, processes=processes, keep=(ALLOCATION,)
+        )
+        results = states.results
+        results.seen = results.seen if states.finished else seen
+        if first:
+            copy_companions(context.model, model, checkpoint.config)
+        _prune_blocks(context, checkpoint, samples, inputs, prunings, states)
+        writer.add_all(checkpoint.tensors(checkpoint.outer_names()))
     return SparsifyMetrics(
-        sparsity=masks.sparsity(),
-        device=device_name(device),
-        **seen.metrics(),
-        uncalibrated_experts=uncalibrated,
+        sparsity=results.sparsity(),
+        device=device_name(device_of(context.recipe.device)),
+        **results.seen.metrics(),
+        uncalibrated_experts=results.uncalibrated,
         warnings=[
-            *seen.warnings(checkpoint.linears, inputs.has_hessian),
-            *expert_warnings(uncalibrated, seen.tokens, "pruned by magnitude"),
+            *results.seen.warnings(checkpoint.linears, inputs.has_hessian),
+            *expert_warnings(results.uncalibrated, results.seen.tokens, "pruned by magnitude"),
         ],
     )
+
+
+def _prune_blocks(
+    context: Context[Sections],
+    checkpoint: Checkpoint,
+    samples: list[Tensor] | None,
+    inputs: Inputs,
+    prunings: dict[str, Pruning | None],
+    states: BlockStates[_Results],
+) -> None:
+    """Prune and write the blocks that are not finished."""
+    method, results = sparsifier(context.recipe.sparsify.method), states.results
+    device = device_of(context.recipe.device)
+    sharing = (results.seen, states.position(), inputs.processes, inputs.exchange)
+    advance = start_at(context.start, count_parts(checkpoint), results.parts)
+    for block in walk(checkpoint, samples, inputs.collector, device, *sharing):
+        if starved := inputs.has_too_few(block):
+            results.uncalibrated += block.linears
+        used = sparsifier("magnitude") if starved else method
+        found = None if starved else inputs
+        for name, tensor in _prune_block(checkpoint, block, used, prunings, found, states):
+            states.writers["model"].add(name, tensor)
+        results.parts += 1
+        advance()
 
 
 def _prune_block(
@@ -123,17 +170,17 @@ def _prune_block(
     method: Sparsifier,
     prunings: dict[str, Pruning | None],
     inputs: Inputs | None,
-    masks: _Masks,
+    states: BlockStates[_Results],
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield all tensors of a block with its pruned Linears first; write their masks.
 
     :param inputs: statistics of the Linears' inputs; None if the method needs none.
     """
     rest = set(block.names)
-    for name, linear in block.linears.items():
-        statistic = inputs.take(name) if inputs else None
-        weight, mask = _compress(method, linear.weight, prunings[name], statistic)
-        masks.add(name, mask)
+    for name, weight, mask in _pruned_linears(block, method, prunings, inputs):
+        linear = block.linears[name]
+        states.writers["masks"].add(name, mask_to_bits(mask).cpu())
+        states.results.count(name, mask)
         linear.weight.copy_(weight)
         key = f"{name}.weight"
         yield key, weight.to(checkpoint.dtype(key)).cpu()
@@ -141,37 +188,56 @@ def _prune_block(
     yield from checkpoint.tensors(sorted(rest))
 
 
+def _pruned_linears(
+    block: Block, method: Sparsifier, prunings: dict[str, Pruning | None], inputs: Inputs | None
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield name, pruned weight and mask of every Linear; several processes share the work."""
+
+    def compress(name: str) -> tuple[Tensor, Tensor]:
+        statistic = inputs.take(name) if inputs else None
+        return _compress(method, block.linears[name].weight, prunings[name], statistic)
+
+    if inputs is None or inputs.processes.count == 1:
+        yield from ((name, *compress(name)) for name in block.linears)
+        return
+    parts = inputs.processes.gather({name: compress(name) for name in inputs.owned(block)})
+    inputs.forget()
+    found = {name: result for part in parts for name, result in part.items()}
+    yield from ((name, *found[name]) for name in block.linears)
+
+
 def _prunings(
     context: Context[Sections],
     checkpoint: Checkpoint,
     samples: list[Tensor] | None,
-    device: torch.device,
-    seen: CalibrationStatistics,
-) -> dict[str, Pruning | None]:
-    """Return the pruning of every Linear; None leaves the Linear dense.
+    processes: Processes,
+) -> tuple[dict[str, Pruning | None], CalibrationStatistics]:
+    """Return the pruning of every Linear, None leaves it dense; and the statistics of a walk.
 
     It follows the recipe. An allocation distributes the overall sparsity by the output error that
     it costs in each Linear.
-
-    :param seen: receives the statistics, if the allocation measures them.
     """
     config = context.recipe.sparsify
     prunings = {name: pruning_of(config, name) for name in checkpoint.linears}
     if not config.allocated:
-        return prunings
+        return prunings, CalibrationStatistics()
     assert config.sparsity is not None and samples is not None
-    free = [name for name in prunings if override_for(config, name) is None]
-    inputs, curves = Inputs("norms"), dict[str, Curve]()
-    advance = context.start(count_parts(checkpoint))
-    for block in walk(checkpoint, samples, inputs.collector, device, seen=seen):
+    states = BlockStates(context.folder, {}, _Curves, processes=processes, name=ALLOCATION)
+    results, inputs = states.results, Inputs("norms", processes=processes)
+    device = device_of(context.recipe.device)
+    advance = start_at(context.start, count_parts(checkpoint), results.parts)
+    sharing = (results.seen, states.position(), processes, inputs.exchange)
+    for block in walk(checkpoint, samples, inputs.collector, device, *sharing):
         for name, linear in block.linears.items():
             few = inputs.has_too_few(block)
             norms = torch.ones_like(linear.weight[0]) if few else inputs.take(name)
-            if name in free:
-                curves[name] = error_curve(linear.weight, norms, config.sparsity)
+            if override_for(config, name) is None:
+                results.curves[name] = error_curve(linear.weight, norms, config.sparsity)
+        results.parts += 1
         advance()
-    shares = allocate(curves, config.sparsity)
-    return prunings | {name: Pruning(share, None, config.at_most) for name, share in shares.items()}
+    shares = allocate(results.curves, config.sparsity)
+    allocated = {name: Pruning(share, None, config.at_most) for name, share in shares.items()}
+    return prunings | allocated, results.seen
 
 
 def _mask_existing_zeros(context: Context[Sections], checkpoint: Checkpoint) -> SparsifyMetrics:
@@ -180,23 +246,25 @@ def _mask_existing_zeros(context: Context[Sections], checkpoint: Checkpoint) -> 
     A weight is zero if its code is the zero point. One tensor is in memory at a time. Tensors that
     the checkpoint stores as floats keep their dtype.
     """
+    delete_files(context.folder)
     names, dtype = quantized_names(checkpoint), checkpoint.float_dtype
     linears, keys = set(checkpoint.quantized_linears), {f"{name}.weight" for name in names}
     advance = context.start(len(names))
     model = context.folder / "model"
     config = float_config(checkpoint.config, str(dtype).removeprefix("torch."))
     copy_companions(checkpoint.folder, model, config)
-    model_writer = TensorWriter(model, shard_bytes=MAX_BUFFER_BYTES)
-    with model_writer as writer, _Masks(context.folder) as masks:
+    results, model_writer = _Results(), TensorWriter(model, shard_bytes=MAX_BUFFER_BYTES)
+    with model_writer as writer, mask_writer(context.folder) as masks:
         for key, tensor in checkpoint.tensors(n for n in plain_names(checkpoint) if n not in keys):
             writer.add(key, tensor)
         for name in names:
             weight = dequantize(*read_quantized(checkpoint, name))
             if name in linears:
-                masks.add(name, weight != 0)
+                masks.add(name, mask_to_bits(weight != 0))
+                results.count(name, weight != 0)
             writer.add(f"{name}.weight", weight.to(finite_dtype(weight, dtype)))
             advance()
-    return SparsifyMetrics(sparsity=masks.sparsity())
+    return SparsifyMetrics(sparsity=results.sparsity())
 
 
 def _compress(

@@ -15,6 +15,7 @@ from sqft_export.data.items import load_tokenizer
 from sqft_export.errors import UserError
 from sqft_export.measure.likelihood import likelihood
 from sqft_export.model import reconstruction
+from sqft_export.model.block_state import STATES
 from sqft_export.model.blocks import walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.floats import load_model
@@ -106,7 +107,7 @@ def test_an_interrupted_pass_goes_on_to_the_same_bytes(tmp_path, monkeypatch, st
     theirs, ours = weights(whole[name].path), weights(again.path)
     assert all(torch.equal(theirs[key], ours[key]) for key in theirs)
     assert again.metrics == whole[name].metrics
-    assert not (again.path / stage.BLOCKS).exists()
+    assert not (again.path / STATES).exists()
 
 
 @pytest.mark.parametrize("kind", ["llama", "bloom", "gemma3_text", "opt"])
