@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -49,6 +49,7 @@ class TensorInfo:
     """One tensor in the header of its file.
 
     key: name in that file. part: the matrix that is read; None: the complete tensor.
+    transposed: the file has the matrix ``[in, out]`` of this ``shape``.
     """
 
     file: str
@@ -56,6 +57,7 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     part: Slice | None = None
+    transposed: bool = False
 
     @property
     def bytes(self) -> int:
@@ -196,7 +198,8 @@ class TensorFiles:
 def _read_tensor(shard: "safe_open", info: TensorInfo) -> "Tensor":
     """Return a tensor of an open file, or the part of it that ``info`` describes."""
     if info.part is None:
-        return shard.get_tensor(info.key)
+        tensor = shard.get_tensor(info.key)
+        return tensor.T.contiguous() if info.transposed else tensor
     matrix, start, stop = info.part
     return shard.get_slice(info.key)[matrix, start:stop]
 
@@ -208,18 +211,26 @@ class TensorWriter:
     interrupted write leaves no readable checkpoint.
 
     :param shard_bytes: bytes that are buffered before a shard is written.
+    :param is_transposed: whether the matrix of a name is stored as ``[in, out]``.
     """
 
-    def __init__(self, folder: Path, stem: str = "model", shard_bytes: int = _SHARD_BYTES):
+    def __init__(
+        self,
+        folder: Path,
+        stem: str = "model",
+        shard_bytes: int = _SHARD_BYTES,
+        is_transposed: Callable[[str], bool] = lambda name: False,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.stem, self.shard_bytes = folder, stem, shard_bytes
+        self.is_transposed = is_transposed
         self._held: dict[str, Tensor] = {}
         self._shards: list[list[str]] = []
         self._total = 0
 
     def add(self, name: str, tensor: "Tensor") -> None:
         """Buffer a tensor, and write a shard once the buffer is full."""
-        self._held[name] = tensor.contiguous()
+        self._held[name] = (tensor.T if self.is_transposed(name) else tensor).contiguous()
         self._total += tensor.nbytes
         if sum(t.nbytes for t in self._held.values()) > self.shard_bytes:
             self._flush()

@@ -23,18 +23,19 @@ from sqft_export.model.storage import (
     GridWriter,
     finite_dtype,
     load_weight_mask,
+    outer_grid,
     plain_names,
     quantized_names,
     read_quantized,
 )
 from sqft_export.model.tensorfiles import TensorWriter
 from sqft_export.numerics.affine import (
+    ROWS_AT_ONCE,
     SMALLEST_SCALE,
     Grid,
     dequantize,
     fake_quantize,
     quantize,
-    row_grid,
     split_groups,
 )
 from sqft_export.numerics.groups import fallback_group_size
@@ -53,7 +54,6 @@ VERSION = 7
 RESUMES = True  # at the first block that is not yet reconstructed
 DISTRIBUTED = False
 BLOCKS = "blocks"
-_ROWS_AT_ONCE = 1024
 MIN_CLAMPED_SHARE = 0.01  # of the groups of a Linear; a smaller share gives no warning
 
 
@@ -74,13 +74,13 @@ def cast_keeping_codes(weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor
     its grid point, whose code no cast changes. Rows are processed in chunks, because the temporary
     copies need more memory than the weight.
 
-    :param weight: float32 ``[out, in]``.
+    :param weight: ``[out, in]``.
     :param dtype: dtype of the result, ``[out, in]``.
     """
     stored = torch.empty(weight.shape, dtype=dtype)
-    for start in range(0, len(weight), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        part, part_grid = weight[rows], grid.rows(rows)
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        part, part_grid = weight[rows].float(), grid.rows(rows)
         codes, cast = quantize(part, part_grid), part.to(dtype)
         changed = quantize(cast, part_grid) != codes
         stored[rows] = torch.where(changed, dequantize(codes, part_grid).to(dtype), cast)
@@ -89,15 +89,15 @@ def cast_keeping_codes(weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor
 
 def set_grid_points(linear: nn.Linear, weight: Tensor, grid: Grid) -> None:
     """Set a Linear's weight to grid points, so that later blocks get the quantized output."""
-    for start in range(0, len(weight), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
         linear.weight[rows] = fake_quantize(weight[rows], grid.rows(rows))
 
 
 def run(context: Context[Sections]) -> QuantizeMetrics:
     """Write ``model/`` (compensated floats) and ``grids.safetensors``, which gives their codes."""
     method = _copy_codes if context.recipe.quantize.method == "existing" else _compress
-    weight_writer = TensorWriter(context.folder / "model", shard_bytes=MAX_BUFFER_BYTES)
+    weight_writer = Checkpoint(context.model).writer(context.folder / "model", MAX_BUFFER_BYTES)
     with GridWriter(context.folder) as grids, weight_writer as weights:
         metrics = method(context, grids, weights)
     shutil.rmtree(context.folder / BLOCKS, ignore_errors=True)
@@ -177,8 +177,9 @@ def _compress(context: Context[Sections], grids: GridWriter, weights: TensorWrit
         weights.add_all(checkpoint.tensors(sorted(rest)))
         advance()
     for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
-        if (of_rows := row_grid(tensor, config.embedding_bits, config.symmetric)) is not None:
-            add(name.removesuffix(".weight"), tensor.float(), of_rows)
+        grid = outer_grid(checkpoint, name, tensor, config.embedding_bits, config.symmetric)
+        if grid is not None:
+            add(name.removesuffix(".weight"), tensor, grid)
         else:
             weights.add(name, tensor)
     warnings += seen.warnings(checkpoint.linears, inputs.has_hessian) + scale_warnings(scales)

@@ -17,7 +17,7 @@ from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions
 from sqft_export.model.reconstruction import Reconstructed, reconstruct
 from sqft_export.model.storage import MAX_BUFFER_BYTES, load_weight_mask
-from sqft_export.model.tensorfiles import TensorFiles, TensorWriter
+from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.recipe.schema import Recipe
 from sqft_export.recipe.sections import CalibrationSections, DeviceSection, SparsifySection
 from sqft_export.stages import Context
@@ -83,7 +83,7 @@ def _reconstruct(context: Context[Sections], target: Block, block: Block) -> Rec
 def _assemble(sparse: Checkpoint, finished: Path, folder: Path) -> None:
     """Write the complete checkpoint, block by block, from the files of the trained blocks."""
     copy_companions(sparse.folder, folder, sparse.config)
-    with TensorWriter(folder, shard_bytes=MAX_BUFFER_BYTES) as writer:
+    with sparse.writer(folder, MAX_BUFFER_BYTES) as writer:
         for block in range(sparse.blocks):
             trained = TensorFiles(finished, str(block))
             rest = [name for name in sparse.block_names(block) if name not in trained.headers]

@@ -24,7 +24,6 @@ from sqft_export.model.storage import (
     quantized_names,
     read_quantized,
 )
-from sqft_export.model.tensorfiles import TensorWriter
 from sqft_export.numerics.affine import dequantize
 from sqft_export.numerics.masks import mask_to_bits
 from sqft_export.recipe.schema import Recipe, Sparsify
@@ -93,7 +92,7 @@ def run(context: Context[Sections]) -> SparsifyMetrics:
         samples = None  # only the allocation needed them
     advance = context.start(count_parts(checkpoint))
     copy_companions(context.model, context.folder / "model", checkpoint.config)
-    model_writer = TensorWriter(context.folder / "model", shard_bytes=MAX_BUFFER_BYTES)
+    model_writer = checkpoint.writer(context.folder / "model", MAX_BUFFER_BYTES)
     with model_writer as writer, _Masks(context.folder) as masks:
         for block in walk(checkpoint, samples, inputs.collector, device, seen=seen):
             if starved := inputs.has_too_few(block):
@@ -186,7 +185,7 @@ def _mask_existing_zeros(context: Context[Sections], checkpoint: Checkpoint) -> 
     model = context.folder / "model"
     config = float_config(checkpoint.config, str(dtype).removeprefix("torch."))
     copy_companions(checkpoint.folder, model, config)
-    model_writer = TensorWriter(model, shard_bytes=MAX_BUFFER_BYTES)
+    model_writer = checkpoint.writer(model, MAX_BUFFER_BYTES)
     with model_writer as writer, _Masks(context.folder) as masks:
         for key, tensor in checkpoint.tensors(n for n in plain_names(checkpoint) if n not in keys):
             writer.add(key, tensor)

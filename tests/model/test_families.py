@@ -106,7 +106,44 @@ LONG_TAIL = [
         {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 256},
         "two norms, grouped qkv",
     ),
+    (
+        "gemma4_text",
+        {
+            **{"head_dim": 16, "global_head_dim": 32, "sliding_window": 16},
+            **{"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 416},
+            **{"num_kv_shared_layers": 2, "use_double_wide_mlp": True, "num_hidden_layers": 4},
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "final_logit_softcapping": 30.0,
+        },
+        "an embedding per layer, keys and values of earlier layers, two head sizes, wide MLPs",
+    ),
+    (
+        "gemma4_text",
+        {
+            **{"head_dim": 16, "global_head_dim": 32, "sliding_window": 16},
+            **{"hidden_size_per_layer_input": 0, "num_key_value_heads": 2},
+            **{"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "keys that are values too, in half as many heads",
+    ),
     ("starcoder2", {"sliding_window": None}, "biases, no gate"),
+    (
+        "ministral3",
+        {
+            "rope_parameters": {
+                **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+                **{"original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0},
+                **{"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+            },
+        },
+        "YaRN, queries that grow with the position",
+    ),
+    (
+        "gpt2",
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
+        "Conv1D, joined qkv, learned positions, biases",
+    ),
 ]
 # Not listed as a family, taken by its structure.
 UNLISTED = ("olmo", {}, "")
