@@ -15,7 +15,6 @@ from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets import openvino as openvino_target
 from sqft_export.targets import target
 from sqft_export.targets.gguf.architectures import ARCHITECTURES
-from sqft_export.targets.onnx.session import decoder_of
 
 NEW_TOKENS = 12
 README = Path(__file__).parents[2] / "README.md"
@@ -310,12 +309,11 @@ def _openvino_reads(folder, ids, reference):
         "attention_mask": np.ones((batch, length), np.int64),
         "position_ids": np.tile(np.arange(length), (batch, 1)),
     }
-    decoder = decoder_of(folder)
-    empty = np.zeros((batch, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
     for port in compiled.inputs:
         name = port.get_any_name()
         if name.startswith("past_"):
-            feeds[name] = empty
+            _, heads, _, size = port.get_partial_shape()
+            feeds[name] = np.zeros((batch, heads.get_length(), 0, size.get_length()), np.float32)
     names = {port.get_any_name() for port in compiled.inputs}
     found = compiled({k: v for k, v in feeds.items() if k in names})["logits"]
     reference.reset()

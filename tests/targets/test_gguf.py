@@ -134,7 +134,10 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "exaone4-windows": (
         "exaone4",
-        {"num_hidden_layers": 64, "sliding_window": 16, "sliding_window_pattern": 4},
+        {
+            **{"num_hidden_layers": 64, "sliding_window": 16, "sliding_window_pattern": 4},
+            "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 16,
+        },
     ),
     "granite4-without-rotation": ("granitemoehybrid", {"position_embedding_type": None}),
     "gemma4-keys-are-values": (
@@ -234,7 +237,7 @@ REFUSED = [
     ("opt", {"ffn_dim": 192}, (), "llama.cpp has no architecture for opt"),
     ("olmo", LLAMA, (), "can't write olmo as GGUF yet"),
     ("smollm3", LLAMA | {"no_rope_layer_interval": 2}, (), "no_rope_layer_interval 4, not 2"),
-    ("exaone4", LLAMA | {"sliding_window": 16}, (), "windows with 64 blocks, not 2"),
+    ("exaone4", LLAMA | {"sliding_window": 16}, (), "windows with 64 blocks only, not 2"),
     ("olmo3", LLAMA | {"layer_types": ["full_attention"] * 2}, (), "every 4th block of olmo3"),
     ("falcon", {"alibi": True}, (), "alibi False, not True"),
     ("llama", {}, (), r"mlp.down_proj has 172 inputs, which blocks of 32 do not divide"),

@@ -749,7 +749,7 @@ def _feed_forward(config: ModelConfig) -> int | list[int]:
     """Return the inner width of the MLP, per layer if it differs."""
     fields = ("ffn_hidden_size", "n_inner", "shared_intermediate_size")
     found = next((config[name] for name in fields if config.get(name)), None)
-    if config["model_type"] != "bloom":
+    if config["model_type"] not in ("bloom", "gpt2"):  # which have no such field
         found = found or config.get("intermediate_size")
     if found and config.get("use_double_wide_mlp"):
         layers, shared = config["num_hidden_layers"], config["num_kv_shared_layers"]
