@@ -245,6 +245,9 @@ def random_model(folder: Path, seed: int = 0, model_type: str = "llama", **confi
             torch.nn.init.normal_(parameter, std=0.2)
         elif parameter.dim() == 1:  # norms: else ones
             torch.nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.1)
+    for name, value in model.state_dict().items():
+        if name.endswith("layer_scalar"):  # a stored buffer: else one
+            value.normal_(1, 0.2)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -19,7 +19,7 @@ from sqft_export.model.storage import MASKS, load_grids, load_mask_bits, read_qu
 from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.numerics.affine import (
     dequantize,
-    fake_quantize,
+    fake_quantize_rows,
 )
 from sqft_export.recipe.sections import TrainingSections
 
@@ -76,7 +76,7 @@ def load_compressed(base: Base, dtype: torch.dtype) -> nn.Module:
         setattr(model.get_submodule(parent), child, linear)
     for name in grid_of.keys() - linears.keys():  # embedding and head are quantized, not trained
         weight = model.get_submodule(name).weight
-        weight.data = fake_quantize(weight.data, grid_of[name])
+        weight.data = fake_quantize_rows(weight.data, grid_of[name])
     for module in model.modules():
         if not isinstance(module, CompressedLinear):
             for parameter in module.parameters(recurse=False):

@@ -9,8 +9,7 @@ from sqft_export.adapters.loading import Layers
 from sqft_export.model.companions import copy_companions, float_config, write_config
 from sqft_export.model.floats import float_tensors
 from sqft_export.model.storage import GridWriter, quantization_config
-from sqft_export.model.tensorfiles import TensorWriter
-from sqft_export.numerics.affine import Grid, fake_quantize
+from sqft_export.numerics.affine import Grid, fake_quantize_rows
 
 _SHARD_BYTES = 2**28  # held in memory before a shard is written
 
@@ -29,11 +28,11 @@ def write_merged(layers: Layers, folder: Path) -> dict[str, float]:
     sizes = {name: prod(shape) for name, shape in base.linears.items()}
     weights = {f"{name}.weight" for name in layers.names}
     copy_companions(base.folder, folder)
-    with TensorWriter(folder, shard_bytes=_SHARD_BYTES) as writer:
+    with base.writer(folder, _SHARD_BYTES) as writer:
         for name, tensor in float_tensors(base, without=weights):
             grid = layers.grids.get(name.removesuffix(".weight"))
             # Stock readers then compute with the same numbers: grid points are exact in float32.
-            writer.add(name, tensor if grid is None else fake_quantize(tensor.float(), grid))
+            writer.add(name, tensor if grid is None else fake_quantize_rows(tensor, grid))
         for name in layers.names:
             layer, update = layers.layer(name)
             merged = layer.merged(update)

@@ -73,14 +73,15 @@ class _EffectiveWeights(StreamedWeights):
     def __init__(self, model: PassModel):
         self.layers = Layers(model.base, model.adapter)
         unmerged = model.adapter if model.base.unmerged else None
-        super().__init__(self.layers.checkpoint, read_low_rank(unmerged) if unmerged else {})
+        updates = read_low_rank(unmerged) if unmerged else {}
+        super().__init__(self.layers.checkpoint, updates, self.layers.grids)
 
     def read(self, module: str, parameter: str) -> Tensor:
         if parameter == "weight" and module in self.layers.names:
             layer, update = self.layers.layer(module)
             return layer.effective_weight(update)
         weight = super().read(module, parameter)
-        grid = self.layers.grids.get(module) if parameter == "weight" else None
+        grid = self.grids.get(module) if parameter == "weight" else None
         return fake_quantize(weight, grid) if grid else weight
 
 

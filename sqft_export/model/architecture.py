@@ -29,10 +29,15 @@ _MAX_SIZES = {
     **dict.fromkeys(("num_hidden_layers", "n_layer"), 2**10),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head"), 2**12),
     "vocab_size": 2**22,
-    "max_position_embeddings": 2**24,
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 2**24),
 }
 # Fields of config.json that differ between the artifacts of one model.
 _SETTINGS_OF_STORAGE = ("quantization_config", "dtype", "torch_dtype", "tie_word_embeddings")
+# Field -> value with which a listed family is no causal decoder, and why.
+_NOT_CAUSAL = (
+    ("add_cross_attention", True, "such a model decodes the outputs of an encoder"),
+    ("use_bidirectional_attention", "all", "such a model lets tokens see later ones"),
+)
 _found_families: dict[str, Family] = {}  # config -> family of an unlisted model type
 
 
@@ -165,6 +170,9 @@ def _refuse_unsupported(config: "PretrainedConfig", where: str) -> None:
                 f"{getattr(config, name)}) whose experts are not known here; known are "
                 f"{', '.join(sorted(name for name, one in FAMILIES.items() if one.experts))}"
             )
+    for name, found, why in _NOT_CAUSAL:
+        if getattr(config, name, None) == found:
+            raise UserError(f"{where}: {name}: found {found!r}; {why}")
     for name in MULTIMODAL_FIELDS:
         if getattr(config, name, None):
             raise UserError(

@@ -294,10 +294,33 @@ def _load_weights(
         model.state_dict().keys()
     )  # old checkpoints store buffers that transformers now computes
     for name, tensor in checkpoint.tensors([name for name in names if name in known]):
-        if not torch.isfinite(tensor).all():
-            file = checkpoint.folder / checkpoint.headers[name].file
-            raise UserError(f"{file}: {name}: has NaN or infinite weights")
+        _check_weight(checkpoint, name, tensor)
         set_module_tensor_to_device(model, name, device, tensor, dtype=torch.float32)
+
+
+def _check_weight(checkpoint: Checkpoint, name: str, weight: Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        file = checkpoint.folder / checkpoint.headers[name].file
+        raise UserError(f"{file}: {name}: has NaN or infinite weights")
+
+
+def _load_rows(
+    model: nn.Module, checkpoint: Checkpoint, samples: list[Tensor], device: torch.device
+) -> None:
+    """Load the rows of the samples' tokens from every table, which is larger than the decoder.
+
+    :raises UserError: naming the file and tensor, if a row is NaN or infinite.
+    """
+    ids = torch.cat(samples).unique()
+    for name in checkpoint.family.tables:
+        if f"{name}.weight" not in checkpoint.headers:
+            continue
+        rows = checkpoint.tensor(f"{name}.weight")[ids.cpu()].to(device, torch.float32)
+        _check_weight(checkpoint, f"{name}.weight", rows)
+        table = model.get_submodule(name)
+        table.padding_idx = None  # type: ignore[assignment]
+        table.weight = nn.Parameter(rows, requires_grad=False)
+        table.register_forward_pre_hook(lambda _, inputs: (torch.searchsorted(ids, inputs[0]),))
 
 
 def _record_calls(
@@ -331,16 +354,20 @@ def _first_inputs(
     layers = model.get_submodule(family.blocks)
     if not samples:
         return [], [[] for _ in layers]
-    before = [n for n in checkpoint.outer_names() if not n.startswith(f"{family.head}.")]
+    left_out = (f"{family.head}.", *(f"{table}." for table in family.tables))
+    before = [name for name in checkpoint.outer_names() if not name.startswith(left_out)]
     _load_weights(model, checkpoint, before, device)
+    _load_rows(model, checkpoint, samples, device)
     # Run a block once to see whether it returns a tuple.
     [[(hidden, kwargs)]] = _record_calls(model, layers, samples[:1], [None])
     _load_weights(model, checkpoint, _outer_names(layers[0], checkpoint, 0), device)
     with recorded(find_experts(layers[0])):
         wraps = isinstance(layers[0](hidden, **kwargs), tuple)
     calls = _record_calls(model, layers, samples, [wraps] * (len(layers) - 1) + [None])
-    for module in (model.get_submodule(name.rpartition(".")[0]) for name in before):
-        module.to("meta")
+    modules = dict(model.named_modules())
+    for name in (*(name.rpartition(".")[0] for name in before), *family.tables):
+        if name in modules:
+            modules[name].to("meta")
     return [hidden for hidden, _ in calls[0]], [[kwargs for _, kwargs in c] for c in calls]
 
 

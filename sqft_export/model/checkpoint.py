@@ -8,6 +8,7 @@ causal masks) and tensors of other parts.
 import logging
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -19,7 +20,7 @@ from sqft_export.model.companions import file_in_folder
 from sqft_export.model.config import ModelConfig
 from sqft_export.model.expert_names import expert_tensors
 from sqft_export.model.families import Family
-from sqft_export.model.tensorfiles import TORCH_NAMES, TensorFiles, TensorInfo
+from sqft_export.model.tensorfiles import TORCH_NAMES, TensorFiles, TensorInfo, TensorWriter
 from sqft_export.model.wrappers import is_wrapper, text_config_of, text_tensors
 from sqft_export.textfiles import read_json
 
@@ -86,7 +87,13 @@ class Checkpoint(TensorFiles):
 
     @cached_property
     def headers(self) -> dict[str, TensorInfo]:
-        headers = {n: h for n, h in self._named.items() if self._module_tensor(n) in self.expected}
+        headers = {
+            name: replace(header, shape=header.shape[::-1], transposed=True)
+            if self.family.is_transposed(name)
+            else header
+            for name, header in self._named.items()
+            if self._module_tensor(name) in self.expected
+        }
         embedding, head = f"{self.family.embedding}.weight", f"{self.family.head}.weight"
         if self.tied and head in self._named:
             # A tied tensor is stored under either name or both.
@@ -113,6 +120,19 @@ class Checkpoint(TensorFiles):
         """Return the weight that a tensor is a part of: a quantized Linear has several tensors."""
         module, _, part = name.rpartition(".")
         return f"{module}.weight" if part in (*GPTQ, *PACK_QUANTIZED) else name
+
+    def writer(self, folder: Path, shard_bytes: int, active: bool = True) -> TensorWriter:
+        """Return a writer of a Hugging Face folder of the same model.
+
+        :param shard_bytes: bytes that are buffered before a shard is written.
+        :param active: False writes nothing, in a process beside the one that writes.
+        """
+        return TensorWriter(
+            folder,
+            shard_bytes=shard_bytes,
+            active=active,
+            is_transposed=self.family.is_transposed,
+        )
 
     def check(self) -> None:
         """Check the stored tensors against the config.
@@ -256,7 +276,7 @@ def decoder_linears(
 ) -> dict[str, tuple[int, int]]:
     """Return the Linears of the decoder blocks: module name -> (outputs, inputs).
 
-    Routers of experts are left out; they stay in floats.
+    Those that stay in floats are left out: routers of experts, per-layer projections.
     """
     inside = re.compile(rf"^{re.escape(family.blocks)}\.\d+\..+\.weight$")
     return {
@@ -264,7 +284,7 @@ def decoder_linears(
         for name, shape in shapes.items()
         if inside.match(name)
         and len(shape) == 2
-        and not family.is_router(module := name.removesuffix(".weight"))
+        and not family.stays_in_floats(module := name.removesuffix(".weight"))
     }
 
 

@@ -21,6 +21,11 @@ class RopeParameters(TypedDict, total=False):
     low_freq_factor: float
     high_freq_factor: float
     alpha: float
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+    llama_4_scaling_beta: float
     full_attention: "RopeParameters"
     sliding_attention: "RopeParameters"
 
@@ -65,6 +70,9 @@ class ModelConfig(TypedDict, total=False):
     dtype: str
     vocab_size: int
     hidden_size: int
+    n_embd: int
+    n_inner: int | None
+    shared_intermediate_size: int
     intermediate_size: int | None
     ffn_hidden_size: int | None
     num_hidden_layers: int
@@ -73,10 +81,20 @@ class ModelConfig(TypedDict, total=False):
     n_head: int
     num_key_value_heads: int | None
     multi_query: bool
+    num_kv_heads: int
+    num_ln_in_parallel_attn: int | None
+    position_embedding_type: str | None
     new_decoder_architecture: bool
     head_dim: int | None
+    global_head_dim: int
+    num_global_key_value_heads: int | None
+    num_kv_shared_layers: int
+    attention_k_eq_v: bool
+    use_double_wide_mlp: bool
+    hidden_size_per_layer_input: int
     hidden_act: str
     hidden_activation: str
+    activation_function: str
     attention_bias: bool
     tie_word_embeddings: bool
     use_parallel_residual: bool

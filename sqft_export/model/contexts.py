@@ -3,14 +3,22 @@
 A config here is a dict of transformers' config class, which includes its defaults.
 """
 
+from typing import TYPE_CHECKING, cast
+
 from sqft_export.model.config import ModelConfig, RopeParameters
 from sqft_export.model.families import rope_type
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Fields with the number of positions of a model; the second one is GPT-2's.
+POSITION_FIELDS = ("max_position_embeddings", "n_positions")
+DEFAULT_CONTEXT = 2048  # tokens; of a deployment if the config has no limit
 
 
 def context_length(config: ModelConfig) -> int | None:
     """Return the maximum number of tokens of a model; None if the config has no such field."""
-    fields = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
-    found = (config.get(field) for field in fields)
+    found = (config.get(field) for field in (*POSITION_FIELDS, "seq_length", "max_seq_len"))
     return next((length for length in found if isinstance(length, int)), None)
 
 
@@ -39,6 +47,35 @@ def cached_heads(config: ModelConfig) -> int | None:
     if config.get("multi_query") and not config.get("new_decoder_architecture"):
         return 1
     return config.get("num_key_value_heads")
+
+
+def named_config(config: "PretrainedConfig") -> ModelConfig:
+    """Return a config as a dict, with the sizes also by the names that most families have."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+    found = {name: getattr(config, name, None) for name in names}
+    sizes = {name: size for name, size in found.items() if size is not None}
+    return cast(ModelConfig, config.to_dict() | sizes)
+
+
+def cache_sizes(config: ModelConfig) -> list[tuple[int, int]]:
+    """Return heads and head size of each layer's part of the key-value cache.
+
+    The last layers of Gemma 4 read the cache of earlier ones and have no part. Its layers with full
+    attention have another head size than those with a window, and may have another number of heads.
+
+    :param config: of :func:`named_config`.
+    """
+    queries = config["num_attention_heads"]
+    heads = cached_heads(config) or queries
+    size = config.get("head_dim") or config["hidden_size"] // queries
+    layers = config["num_hidden_layers"] - (config.get("num_kv_shared_layers") or 0)
+    keys_are_values = config.get("attention_k_eq_v")
+    full = (
+        (keys_are_values and config.get("num_global_key_value_heads")) or heads,
+        config.get("global_head_dim") or size,
+    )
+    kinds = (config.get("layer_types") or [""] * layers)[:layers]
+    return [full if kind == "full_attention" else (heads, size) for kind in kinds]
 
 
 def partial_rotary(config: ModelConfig) -> float:

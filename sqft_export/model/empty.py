@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from sqft_export.model.families import FAMILIES
+from sqft_export.model.families import FAMILIES, Family
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -36,7 +36,40 @@ def empty_model(config: "PretrainedConfig", attention: str | None = None) -> "Pr
         from sqft_export.model.experts import separate_experts
 
         separate_experts(model, family.experts)
+    if family and family.transposed:
+        _replace_transposed(model, family)
+    if family and family.buffers:
+        _replace_buffers(model, family)
     for module in model.modules():
         if type(module).__name__ in _PLAIN_LINEARS:
             module.__class__ = nn.Linear
     return model.eval().requires_grad_(False)
+
+
+def _replace_transposed(model: "PreTrainedModel", family: Family) -> None:
+    """Replace modules with a matrix ``[in, out]`` by empty Linears, whose matrix is ``[out, in]``.
+
+    :param family: names the modules.
+    """
+    from torch import nn
+
+    for name, module in list(model.named_modules()):
+        if family.is_transposed(f"{name}.weight"):
+            inputs, outputs = module.weight.shape
+            model.set_submodule(name, nn.Linear(inputs, outputs, device="meta"))
+
+
+def _replace_buffers(model: "PreTrainedModel", family: Family) -> None:
+    """Replace stored buffers of the blocks by empty parameters, which are read as weights are.
+
+    :param family: names the buffers.
+    """
+    from torch import nn
+
+    for block in model.get_submodule(family.blocks).children():
+        for path in family.buffers:
+            module, _, name = path.rpartition(".")
+            owner = block.get_submodule(module)
+            empty = getattr(owner, name).to("meta")
+            delattr(owner, name)
+            owner.register_parameter(name, nn.Parameter(empty))

@@ -1,6 +1,7 @@
 """Build float models of quantized checkpoints, in memory or streamed module by module."""
 
 from collections.abc import Callable, Container, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ from sqft_export.machine.device import CPU
 from sqft_export.model.architecture import transformers_config
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.empty import empty_model
-from sqft_export.model.storage import plain_names, quantized_names, read_quantized
-from sqft_export.numerics.affine import dequantize
-from sqft_export.numerics.codes import LowRank
+from sqft_export.model.storage import load_grids, plain_names, quantized_names, read_quantized
+from sqft_export.numerics.affine import dequantize, fake_quantize
+from sqft_export.numerics.codes import Grid, LowRank
 
 Edit = Callable[[str, Tensor], Tensor]
+# Argument of Gemma 4's blocks: a dict that they fill for later ones, which hooks would copy.
+SHARED_STATES = "shared_kv_states"
 MAX_CACHED_BYTES = 2**29  # logits that a Reference caches
 
 
@@ -25,14 +28,23 @@ class StreamedWeights(Mapping[str, Tensor]):
     """Maps parameter names to float32 weights; each access reads the weight from disk.
 
     updates: Linear -> the low-rank matrices A and B that are added to its weight.
+    grids: module -> grid that its weight is rounded to.
     """
 
-    def __init__(self, checkpoint: Checkpoint, updates: LowRank):
-        self.checkpoint, self.updates = checkpoint, updates
+    def __init__(self, checkpoint: Checkpoint, updates: LowRank, grids: dict[str, Grid]):
+        self.checkpoint, self.updates, self.grids = checkpoint, updates, grids
 
     def read(self, module: str, parameter: str) -> Tensor:
         """Return one parameter without its update, float32."""
         return self.checkpoint.tensor(f"{module}.{parameter}").float()
+
+    def rows(self, table: str, ids: Tensor) -> Tensor:
+        """Return some rows of a token table, float32 ``[ids, width]``."""
+        found = self.checkpoint.tensor(f"{table}.weight")[ids].float()
+        if (grid := self.grids.get(table)) is None:
+            return found
+        chosen = Grid(grid.scale[ids], grid.zero_point[ids], grid.bits, grid.group_size)
+        return fake_quantize(found, chosen)
 
     def __getitem__(self, name: str) -> Tensor:
         module, _, parameter = name.rpartition(".")
@@ -58,7 +70,7 @@ class _MergedWeights(StreamedWeights):
     """
 
     def __init__(self, folder: Path, updates: LowRank, keep: bool, edit: Edit | None):
-        super().__init__(Checkpoint(folder), updates)
+        super().__init__(Checkpoint(folder), updates, load_grids(folder))
         self.edit = edit
         self.quantized = set(quantized_names(self.checkpoint))
         self.kept: dict[str, Tensor] | None = {} if keep else None
@@ -78,16 +90,34 @@ class _MergedWeights(StreamedWeights):
 
 
 def streamed_model(
-    checkpoint: Checkpoint, weights: Mapping[str, Tensor], device: torch.device
+    checkpoint: Checkpoint, weights: StreamedWeights, device: torch.device
 ) -> nn.Module:
     """Build a model that reads a module's weights when the module runs, and frees them after.
 
-    :param weights: parameter name -> tensor.
+    Of a token table besides the embedding, only the rows of a text are read.
     """
     config = transformers_config(checkpoint.config, checkpoint.where)
     model = empty_model(config, checkpoint.family.attention)
-    attach_align_device_hook(model, device, offload=True, weights_map=weights)
+    attach_align_device_hook(
+        model, device, offload=True, weights_map=weights, skip_keys=SHARED_STATES
+    )
+    for name, module in list(model.named_modules()):
+        if name in checkpoint.family.tables:
+            module.forward = partial(_look_up, module, partial(weights.rows, name))
     return model
+
+
+def _look_up(table: nn.Module, rows: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
+    """Compute a token table's forward with only the rows that it needs.
+
+    :param rows: returns the rows of some tokens, in their order.
+    """
+    tokens, places = ids.unique(return_inverse=True)
+    table.padding_idx = None
+    table.weight = nn.Parameter(rows(tokens.cpu()).to(ids.device), requires_grad=False)
+    found = type(table).forward(table, places)
+    table.weight = nn.Parameter(table.weight.to("meta"), requires_grad=False)
+    return found
 
 
 class Reference:

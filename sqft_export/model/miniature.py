@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from sqft_export.model.companions import COMPANIONS
 from sqft_export.model.empty import empty_model
+from sqft_export.model.families import FAMILIES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -30,6 +31,7 @@ _INNER = (
 _WEIGHT_STD = 0.2  # large enough that a wrong graph gives different logits
 TOKENIZER = Path(__file__).parent.parent / "builtin" / "tiny"  # folder of the embedded model
 _VOCABULARY = 416  # tokens of the embedded tokenizer
+_VOCABULARIES = {"vocab_size", "vocab_size_per_layer_input"}
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 
 
@@ -45,9 +47,12 @@ def shrink_config(config: Mapping[str, object]) -> dict[str, object]:
     layers = next(sizes[name] for name in _LAYERS if name in sizes)
     lists = {k: v for k, v in config.items() if "layer" in k and isinstance(v, list)}
     lists = {name: values for name, values in lists.items() if len(values) == layers}
-    kept = _one_of_every_kind(list(zip(*lists.values(), strict=True)) or [()] * layers)
+    shared = sizes.get("num_kv_shared_layers", 0)
+    reads_another = [index >= layers - shared for index in range(layers)]
+    kept = _one_of_every_kind(list(zip(reads_another, *lists.values(), strict=True)))
     small |= {name: [values[i] for i in kept] for name, values in lists.items()}
     small |= {name: len(kept) for name in _LAYERS if name in config}
+    small |= {"num_kv_shared_layers": sum(reads_another[i] for i in kept)} if shared else {}
     heads = next(sizes[name] for name in _HEADS if name in sizes)
     groups = {key: sizes[key] for key in _GROUPS if sizes.get(key)}
     few = 4 if any(1 < count < heads for count in groups.values()) else 2
@@ -56,7 +61,8 @@ def shrink_config(config: Mapping[str, object]) -> dict[str, object]:
     small |= {key: few if n == heads else min(2, n) for key, n in groups.items()}
     small |= {key: 2 * max(widths.values()) for key in _INNER if config.get(key)}
     small |= {key: value for key, value in _TOKENS.items() if key in config}
-    return small | {"vocab_size": _VOCABULARY, "dtype": "float32"}
+    small |= dict.fromkeys(_VOCABULARIES & config.keys(), _VOCABULARY)
+    return small | {"dtype": "float32"}
 
 
 def _one_of_every_kind(kinds: list[tuple[object, ...]]) -> list[int]:
@@ -83,7 +89,7 @@ def make_miniature(config: "PretrainedConfig", attention: str | None = None) -> 
     for name, parameter in list(model.named_parameters()):
         parent, _, child = name.rpartition(".")
         value = _WEIGHT_STD * torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() == 1 and child == "weight":
+        if parameter.dim() == 1 and child != "bias":
             value = 1 + value / 2
         weight = nn.Parameter(value, requires_grad=False)
         model.get_submodule(parent).register_parameter(child, weight)
@@ -97,7 +103,13 @@ def write_miniature(config: "PretrainedConfig", folder: Path) -> None:
     :param config: transformers' config of the full model.
     :raises Exception: any error of transformers, if the small sizes do not fit each other.
     """
-    make_miniature(config).save_pretrained(folder)
+    model = make_miniature(config)
+    family = FAMILIES.get(config.model_type)
+    stored = {
+        name: tensor.T.contiguous() if family and family.is_transposed(name) else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    model.save_pretrained(folder, state_dict=stored)
     for pattern in COMPANIONS:
         for file in TOKENIZER.glob(pattern):
             if file.name.startswith(("tokenizer", "special_tokens")):

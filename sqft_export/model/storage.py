@@ -14,6 +14,7 @@ Large masks and grids are sharded like a checkpoint.
 
 import hashlib
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from sqft_export.model.checkpoint import GPTQ, PACK_QUANTIZED, Checkpoint
 from sqft_export.model.config import QuantizationConfig
 from sqft_export.model.existing import stored_grid
 from sqft_export.model.tensorfiles import TensorFiles, TensorWriter
-from sqft_export.numerics.affine import quantize, replace_zero_scales
+from sqft_export.numerics.affine import quantize_rows, replace_zero_scales, row_grid, table_grid
 from sqft_export.numerics.codes import Grid, QuantizedWeight
 from sqft_export.numerics.gptq_layout import from_gptq, from_pack_quantized, grid_from_gptq
 from sqft_export.numerics.masks import bits_to_mask
@@ -99,6 +100,21 @@ def load_grids(folder: Path | None) -> dict[str, Grid]:
     }
 
 
+def outer_grid(
+    checkpoint: Checkpoint, name: str, weight: Tensor, bits: int | None, symmetric: bool
+) -> Grid | None:
+    """Return the grid of a matrix outside the blocks; None if it stays in floats.
+
+    :param weight: the tensor ``name``; a vector stays in floats.
+    :param bits: of embedding and head; None: they stay in floats.
+    """
+    field = checkpoint.family.tables.get(name.removesuffix(".weight"))
+    if field is None:
+        return row_grid(weight, bits, symmetric)
+    columns = int(cast(dict[str, int], checkpoint.config)[field])
+    return table_grid(weight, columns)
+
+
 def quantization_config(grids: dict[str, Grid]) -> QuantizationConfig:
     """Return the ``quantization_config`` of a merged model.
 
@@ -145,7 +161,7 @@ def read_quantized(checkpoint: Checkpoint, name: str) -> QuantizedWeight[Tensor]
     parts = _layout_of(checkpoint, name)
     if parts is None:
         grid = load_grids(checkpoint.folder)[name]
-        return QuantizedWeight(quantize(checkpoint.tensor(f"{name}.weight"), grid), grid)
+        return QuantizedWeight(quantize_rows(checkpoint.tensor(f"{name}.weight"), grid), grid)
     tensors = _parts(checkpoint, name, parts)
     try:
         if parts == PACK_QUANTIZED:

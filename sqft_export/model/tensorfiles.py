@@ -3,7 +3,7 @@
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -53,6 +53,7 @@ class TensorInfo:
     """One tensor in the header of its file.
 
     key: name in that file. part: the matrix that is read; None: the complete tensor.
+    transposed: the file has the matrix ``[in, out]`` of this ``shape``.
     """
 
     file: str
@@ -60,6 +61,7 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     part: Slice | None = None
+    transposed: bool = False
 
     @property
     def bytes(self) -> int:
@@ -200,7 +202,8 @@ class TensorFiles:
 def _read_tensor(shard: "safe_open", info: TensorInfo) -> "Tensor":
     """Return a tensor of an open file, or the part of it that ``info`` describes."""
     if info.part is None:
-        return shard.get_tensor(info.key)
+        tensor = shard.get_tensor(info.key)
+        return tensor.T.contiguous() if info.transposed else tensor
     matrix, start, stop = info.part
     return shard.get_slice(info.key)[matrix, start:stop]
 
@@ -261,6 +264,7 @@ class TensorWriter:
 
     :param shard_bytes: bytes that are buffered before a shard is written.
     :param active: False writes nothing, in a process beside the one that writes.
+    :param is_transposed: whether the matrix of a name is stored as ``[in, out]``.
     """
 
     def __init__(
@@ -269,8 +273,9 @@ class TensorWriter:
         stem: str = "model",
         shard_bytes: int = _SHARD_BYTES,
         active: bool = True,
+        is_transposed: Callable[[str], bool] = lambda name: False,
     ):
-        self.active = active
+        self.active, self.is_transposed = active, is_transposed
         if active:
             folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.stem, self.shard_bytes = folder, stem, shard_bytes
@@ -283,7 +288,7 @@ class TensorWriter:
         """Buffer a tensor, and write a shard once the buffer is full."""
         if not self.active:
             return
-        self.held[name] = tensor.contiguous()
+        self.held[name] = (tensor.T if self.is_transposed(name) else tensor).contiguous()
         self._total += tensor.nbytes
         if sum(t.nbytes for t in self.held.values()) > self.shard_bytes:
             self._flush()

@@ -18,6 +18,7 @@ SMALLEST_SCALE = torch.finfo(torch.float16).tiny
 # Fractions of a group's range that `fit_grid` tries. Clipping the largest weight often costs less
 # than a coarser step for all other weights.
 RANGE_FRACTIONS = tuple(1 - 0.04 * step for step in range(9))
+ROWS_AT_ONCE = 1024  # temporary copies need more memory than a weight
 
 
 def shift_scales(grid: Grid, shift: Tensor, scale_bits: int = FLOAT16_BITS) -> Grid:
@@ -111,6 +112,19 @@ def row_grid(weight: Tensor, bits: int | None, symmetric: bool) -> Grid | None:
     return fit_grid(weight.float(), bits, weight.shape[1], symmetric)
 
 
+def table_grid(weight: Tensor, columns: int) -> Grid:
+    """Return the symmetric INT8 grid of a token table, fitted in chunks of rows to save memory.
+
+    :param weight: ``[tokens, width]``.
+    :param columns: columns that share a scale.
+    """
+    chunks = [fit_grid(part, 8, columns, True) for part in weight.split(ROWS_AT_ONCE)]
+    scale, zero_point = (
+        torch.cat([getattr(grid, name) for grid in chunks]) for name in ("scale", "zero_point")
+    )
+    return Grid(scale, zero_point, 8, columns)
+
+
 def _steps(weight: Tensor, grid: Grid) -> Tensor:
     """Return ``round(w / s)``, float32 ``[out, groups, group_size]``, in new memory.
 
@@ -130,6 +144,15 @@ def quantize(weight: Tensor, grid: Grid) -> Tensor:
     """Return the codes of a float weight ``[out, in]``: uint8 ``[out, in]``."""
     codes = _steps(weight, grid).add_(grid.zero_point.float().unsqueeze(2))
     return codes.clamp_(0, grid.highest).to(torch.uint8).reshape(weight.shape)
+
+
+def quantize_rows(weight: Tensor, grid: Grid) -> Tensor:
+    """Return :func:`quantize` of a large matrix, computed in chunks of rows to save memory."""
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        codes[rows] = quantize(weight[rows], grid.rows(rows))
+    return codes
 
 
 def dequantize(codes: Tensor, grid: Grid) -> Tensor:
@@ -179,6 +202,15 @@ def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
     """
     nearest = _steps(weight, grid).clamp_(*_limits(grid))
     return nearest.mul_(grid.scale.float().unsqueeze(2)).reshape(weight.shape)
+
+
+def fake_quantize_rows(weight: Tensor, grid: Grid) -> Tensor:
+    """Return :func:`fake_quantize` of a large matrix, computed in chunks of rows to save memory."""
+    nearest = torch.empty(weight.shape)
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        nearest[rows] = fake_quantize(weight[rows], grid.rows(rows))
+    return nearest
 
 
 def fake_quantize_inside(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import cast
 
 from sqft_export.data.items import Item, load_tokenizer, scored_items
+from sqft_export.model.contexts import POSITION_FIELDS
 from sqft_export.plan.answers import CHECKED_ITEMS, has_local_answers
 from sqft_export.plan.chat import chat_of
 from sqft_export.plan.layout import Layout
 from sqft_export.recipe.schema import Recipe, Text
-
-POSITIONS_FIELD = "max_position_embeddings"
 
 
 def _configured_lengths(recipe: Recipe) -> Iterator[tuple[str, int]]:
@@ -56,11 +56,13 @@ def _longest_item(items: list[Item]) -> int:
 
 def _excesses(recipe: Recipe, layout: Layout) -> Iterator[tuple[str, bool]]:
     """Yield a message per sequence that is too long, and whether it cannot be computed at all."""
-    positions = layout.config.get(POSITIONS_FIELD)
+    config = cast(dict[str, object], layout.config)
+    field = next((name for name in POSITION_FIELDS if name in config), None)
+    positions = config[field] if field else None
     if not isinstance(positions, int):
         return
     learned = layout.family.learned_positions
-    has = f"the model has {positions} positions ({POSITIONS_FIELD})"
+    has = f"the model has {positions} positions ({field})"
     for found, length in _configured_lengths(recipe):
         if length > positions:
             yield f"{found}, {length} tokens; {has}", learned

@@ -27,8 +27,12 @@ def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
     quantized = recipe.quantize.method != "none"
     # A scale has two bytes, a zero point at most one.
     codes = layout.weights * max(4, recipe.quantize.bits) // 8 + 3 * scales if quantized else 0
-    merged = codes + layout.others * layout.width if quantized else stored
-    deployed = codes + 4 * layout.others if quantized else 4 * (layout.weights + layout.others)
+    # Token tables are float32 in the merged model, so that grid points are exact.
+    tables, outer = layout.tables, layout.others - layout.tables
+    merged = codes + outer * layout.width + 4 * tables if quantized else stored
+    deployed = codes + 4 * outer + tables
+    if not quantized:
+        deployed = 4 * (layout.weights + layout.others)
     if recipe.export.sparse_files:
         deployed *= 2  # upper bound: a packed copy is never larger
     predicted = {

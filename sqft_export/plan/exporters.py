@@ -30,7 +30,7 @@ from sqft_export.plan.layout import Layout
 from sqft_export.plan.readers import conversion_failure
 from sqft_export.recipe.schema import Export, OnnxGraph, Recipe
 from sqft_export.targets import target
-from sqft_export.targets.gguf.architectures import architecture_lacks
+from sqft_export.targets.gguf.architectures import architecture_lacks, first_version
 from sqft_export.targets.gguf.tokenizer import NotExpressible, read_vocabulary
 from sqft_export.verify.lengths import LONGEST_VERIFIED, unverified_lengths
 
@@ -90,6 +90,9 @@ def find_caps(recipe: Recipe, layout: Layout) -> Iterator[str]:
                 f"verify: texts of more than {length.tokens} tokens ({length.what}) are not "
                 f"compared with torch; the longest text has {LONGEST_VERIFIED}"
             )
+    since = first_version(layout.config)
+    if "gguf" in recipe.export.targets and since:
+        yield f"export.targets: gguf: llama.cpp reads {layout.config['model_type']} from {since} on"
     if "gguf" in recipe.export.targets and layout.width == 8:
         yield "model: weights are float64; GGUF stores those that are not quantized as float32"
 

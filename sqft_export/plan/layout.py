@@ -68,6 +68,7 @@ class Layout:
     width: bytes of one weight in the checkpoint.
     config: contents of ``config.json``.
     folder: folder of the model; None if it is only on the hub.
+    tables: number of weights of token tables besides the embedding, which are part of ``others``.
     """
 
     family: Family
@@ -77,6 +78,7 @@ class Layout:
     width: int
     config: ModelConfig
     folder: Path | None
+    tables: int = 0
 
     @property
     def weights(self) -> int:
@@ -113,7 +115,9 @@ def layout_of(recipe: Recipe, folder: Path | None) -> Layout:
     weights = sum(prod(shape) for shape in linears.values())
     vocabulary, width = shapes[f"{family.embedding}.weight"]
     stored = weight_bytes(recipe, folder)
-    return Layout(family, linears, (vocabulary, width), total - weights, stored, config, folder)
+    tables = sum(prod(shapes.get(f"{name}.weight", (0,))) for name in family.tables)
+    embedding, others = (vocabulary, width), total - weights
+    return Layout(family, linears, embedding, others, stored, config, folder, tables)
 
 
 def group_sizes(recipe: Recipe, layout: Layout) -> dict[str, int]:

@@ -30,9 +30,8 @@ from sqft_export.metrics import PeersMetrics
 from sqft_export.model.blocks import Inputs, walk
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions, float_config
-from sqft_export.model.storage import MAX_BUFFER_BYTES, GridWriter
-from sqft_export.model.tensorfiles import TensorWriter
-from sqft_export.numerics.affine import Grid, fake_quantize, row_grid
+from sqft_export.model.storage import MAX_BUFFER_BYTES, GridWriter, outer_grid
+from sqft_export.numerics.affine import Grid, fake_quantize
 from sqft_export.numerics.groups import fallback_group_size
 from sqft_export.packed.seal import write_seal
 from sqft_export.packed.usage import usage_section
@@ -139,7 +138,7 @@ def _quantize(context: Context[Sections], folder: Path) -> None:
     inputs, samples = Inputs(gptq.NEEDS, config.damping), _samples(context)
     advance = context.start(checkpoint.blocks)
     copy_companions(checkpoint.folder, folder / "model", float_config(checkpoint.config))
-    weights_writer = TensorWriter(folder / "model", shard_bytes=MAX_BUFFER_BYTES)
+    weights_writer = checkpoint.writer(folder / "model", MAX_BUFFER_BYTES)
     with GridWriter(folder) as grids, weights_writer as weights:
 
         def add(name: str, weight: Tensor, grid: Grid) -> None:
@@ -162,9 +161,9 @@ def _quantize(context: Context[Sections], folder: Path) -> None:
             weights.add_all(checkpoint.tensors(sorted(rest)))
             advance()
         for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
-            of_rows = row_grid(tensor, config.embedding_bits, config.symmetric)
-            if of_rows is not None:
-                add(name.removesuffix(".weight"), tensor.float(), of_rows)
+            grid = outer_grid(checkpoint, name, tensor, config.embedding_bits, config.symmetric)
+            if grid is not None:
+                add(name.removesuffix(".weight"), tensor.float(), grid)
             else:
                 weights.add(name, tensor)
 

@@ -26,18 +26,19 @@ from sqft_export.model.storage import (
     GridWriter,
     finite_dtype,
     load_weight_mask,
+    outer_grid,
     plain_names,
     quantized_names,
     read_quantized,
 )
 from sqft_export.model.tensorfiles import TensorWriter
 from sqft_export.numerics.affine import (
+    ROWS_AT_ONCE,
     SMALLEST_SCALE,
     Grid,
     dequantize,
     fake_quantize,
     quantize,
-    row_grid,
     split_groups,
 )
 from sqft_export.numerics.groups import fallback_group_size
@@ -55,7 +56,6 @@ FREE: tuple[str, ...] = ("device", *TASK_FILES)
 VERSION = 7
 RESUMES = True  # at the first block that is not finished
 DISTRIBUTED = True
-_ROWS_AT_ONCE = 1024
 MIN_CLAMPED_SHARE = 0.01  # of the groups of a Linear; a smaller share gives no warning
 
 
@@ -76,13 +76,13 @@ def cast_keeping_codes(weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor
     its grid point, whose code no cast changes. Rows are processed in chunks, because the temporary
     copies need more memory than the weight.
 
-    :param weight: float32 ``[out, in]``.
+    :param weight: ``[out, in]``.
     :param dtype: dtype of the result, ``[out, in]``.
     """
     stored = torch.empty(weight.shape, dtype=dtype)
-    for start in range(0, len(weight), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        part, part_grid = weight[rows], grid.rows(rows)
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        part, part_grid = weight[rows].float(), grid.rows(rows)
         codes, cast = quantize(part, part_grid), part.to(dtype)
         changed = quantize(cast, part_grid) != codes
         stored[rows] = torch.where(changed, dequantize(codes, part_grid).to(dtype), cast)
@@ -91,8 +91,8 @@ def cast_keeping_codes(weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor
 
 def set_grid_points(linear: nn.Linear, weight: Tensor, grid: Grid) -> None:
     """Set a Linear's weight to grid points, so that later blocks get the quantized output."""
-    for start in range(0, len(weight), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
+    for start in range(0, len(weight), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
         linear.weight[rows] = fake_quantize(weight[rows], grid.rows(rows))
 
 
@@ -114,7 +114,8 @@ def _splits(context: Context[Sections]) -> bool:
 
 def _run(context: Context[Sections], processes: Processes) -> QuantizeMetrics:
     model = context.folder / "model"
-    weight_writer = TensorWriter(model, shard_bytes=MAX_BUFFER_BYTES, active=processes.is_first)
+    base = Checkpoint(context.model)
+    weight_writer = base.writer(model, MAX_BUFFER_BYTES, active=processes.is_first)
     with GridWriter(context.folder, processes.is_first) as grids, weight_writer as weights:
         if context.recipe.quantize.method == "existing":
             metrics = _copy_codes(context, grids, weights)
@@ -216,8 +217,9 @@ def _compress(
     output = _Output(checkpoint, weights, grids, results)
     _compress_blocks(context, inputs, states, output)
     for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
-        if (of_rows := row_grid(tensor, config.embedding_bits, config.symmetric)) is not None:
-            output.add(name.removesuffix(".weight"), tensor.float(), of_rows)
+        grid = outer_grid(checkpoint, name, tensor, config.embedding_bits, config.symmetric)
+        if grid is not None:
+            output.add(name.removesuffix(".weight"), tensor, grid)
         else:
             weights.add(name, tensor)
     seen, uncalibrated = results.seen, results.uncalibrated

@@ -18,7 +18,6 @@ from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.companions import copy_companions
 from sqft_export.model.reconstruction import Reconstructed, reconstruct
 from sqft_export.model.storage import MAX_BUFFER_BYTES, load_weight_mask
-from sqft_export.model.tensorfiles import TensorWriter
 from sqft_export.recipe.schema import Recipe
 from sqft_export.recipe.sections import CalibrationSections, DeviceSection, SparsifySection
 from sqft_export.stages import Context
@@ -54,7 +53,7 @@ def run(context: Context[Sections]) -> ReconstructMetrics:
     dense, sparse = Checkpoint(context.model), Checkpoint(sparsified / "model")
     samples = calibration_tensors(context.recipe, context.model)
     model = context.folder / "model"
-    with TensorWriter(model, shard_bytes=MAX_BUFFER_BYTES) as writer:
+    with sparse.writer(model, MAX_BUFFER_BYTES) as writer:
         states = BlockStates(context.folder, {"model": writer}, _Results, ("dense", "sparse"))
         results, places = states.results, (states.position("dense"), states.position("sparse"))
         copy_companions(sparse.folder, model, sparse.config)

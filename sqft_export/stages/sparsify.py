@@ -28,7 +28,6 @@ from sqft_export.model.storage import (
     quantized_names,
     read_quantized,
 )
-from sqft_export.model.tensorfiles import TensorWriter
 from sqft_export.numerics.affine import dequantize
 from sqft_export.numerics.masks import mask_to_bits
 from sqft_export.recipe.schema import Recipe, Sparsify
@@ -116,7 +115,7 @@ def _prune(
     if inputs.collector is None:
         samples = None  # only the allocation needed them
     model, first = context.folder / "model", processes.is_first
-    model_writer = TensorWriter(model, shard_bytes=MAX_BUFFER_BYTES, active=first)
+    model_writer = checkpoint.writer(model, MAX_BUFFER_BYTES, active=first)
     with model_writer as writer, mask_writer(context.folder, first) as masks:
         writers = {"model": writer, "masks": masks}
         states = BlockStates(
@@ -253,7 +252,7 @@ def _mask_existing_zeros(context: Context[Sections], checkpoint: Checkpoint) -> 
     model = context.folder / "model"
     config = float_config(checkpoint.config, str(dtype).removeprefix("torch."))
     copy_companions(checkpoint.folder, model, config)
-    results, model_writer = _Results(), TensorWriter(model, shard_bytes=MAX_BUFFER_BYTES)
+    results, model_writer = _Results(), checkpoint.writer(model, MAX_BUFFER_BYTES)
     with model_writer as writer, mask_writer(context.folder) as masks:
         for key, tensor in checkpoint.tensors(n for n in plain_names(checkpoint) if n not in keys):
             writer.add(key, tensor)

@@ -127,7 +127,7 @@ def context_of(folder: Path) -> int | None:
 
     :raises UserError: if the value is not a number.
     """
-    return number_in_config(folder, "max_position_embeddings", "context_length")
+    return number_in_config(folder, "max_position_embeddings", "n_positions", "context_length")
 
 
 def vocabulary_of(folder: Path) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from sqft_export.model.architecture import transformers_config
+from sqft_export.model.contexts import POSITION_FIELDS
 from sqft_export.model.floats import Reference
 from sqft_export.model.miniature import write_miniature
 from sqft_export.recipe.schema import Export
@@ -64,7 +65,8 @@ def named_lengths(config: Mapping[str, object]) -> list[Length]:
 
     :param config: the transformers config as a dict.
     """
-    limit = config.get("max_position_embeddings")
+    positions = next((name for name in POSITION_FIELDS if name in config), POSITION_FIELDS[0])
+    limit = config.get(positions)
     context = limit if isinstance(limit, int) else None
     found = {
         Length(name, value)
@@ -75,7 +77,7 @@ def named_lengths(config: Mapping[str, object]) -> list[Length]:
         found = {length for length in found if length.what != "sliding_window"}
     scalings = {value for name, value in _entries(config) if name == "rope_type"}
     if context and ("dynamic" in scalings or not config.get("rope_parameters")):
-        found.add(Length("max_position_embeddings", context, last=True))
+        found.add(Length(positions, context, last=True))
     return sorted(found, key=lambda length: length.tokens)
 
 

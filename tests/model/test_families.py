@@ -15,7 +15,6 @@ from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets import openvino as openvino_target
 from sqft_export.targets import target
 from sqft_export.targets.gguf.architectures import ARCHITECTURES
-from sqft_export.targets.onnx.session import decoder_of
 
 NEW_TOKENS = 12
 README = Path(__file__).parents[2] / "README.md"
@@ -106,7 +105,44 @@ LONG_TAIL = [
         {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 256},
         "two norms, grouped qkv",
     ),
+    (
+        "gemma4_text",
+        {
+            **{"head_dim": 16, "global_head_dim": 32, "sliding_window": 16},
+            **{"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 416},
+            **{"num_kv_shared_layers": 2, "use_double_wide_mlp": True, "num_hidden_layers": 4},
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "final_logit_softcapping": 30.0,
+        },
+        "an embedding per layer, keys and values of earlier layers, two head sizes, wide MLPs",
+    ),
+    (
+        "gemma4_text",
+        {
+            **{"head_dim": 16, "global_head_dim": 32, "sliding_window": 16},
+            **{"hidden_size_per_layer_input": 0, "num_key_value_heads": 2},
+            **{"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "keys that are values too, in half as many heads",
+    ),
     ("starcoder2", {"sliding_window": None}, "biases, no gate"),
+    (
+        "ministral3",
+        {
+            "rope_parameters": {
+                **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+                **{"original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0},
+                **{"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+            },
+        },
+        "YaRN, queries that grow with the position",
+    ),
+    (
+        "gpt2",
+        {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
+        "Conv1D, joined qkv, learned positions, biases",
+    ),
 ]
 # Not listed as a family, taken by its structure.
 UNLISTED = ("olmo", {}, "")
@@ -273,12 +309,11 @@ def _openvino_reads(folder, ids, reference):
         "attention_mask": np.ones((batch, length), np.int64),
         "position_ids": np.tile(np.arange(length), (batch, 1)),
     }
-    decoder = decoder_of(folder)
-    empty = np.zeros((batch, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
     for port in compiled.inputs:
         name = port.get_any_name()
         if name.startswith("past_"):
-            feeds[name] = empty
+            _, heads, _, size = port.get_partial_shape()
+            feeds[name] = np.zeros((batch, heads.get_length(), 0, size.get_length()), np.float32)
     names = {port.get_any_name() for port in compiled.inputs}
     found = compiled({k: v for k, v in feeds.items() if k in names})["logits"]
     reference.reset()

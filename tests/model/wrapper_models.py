@@ -38,7 +38,6 @@ _QWEN_VISION = {
     "out_hidden_size": 64,
     "deepstack_visual_indexes": [0],
 }
-_LAYERS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 # Wrapper -> text config, vision config, other fields of its config.
 WRAPPERS: dict[str, tuple[dict, dict, dict]] = {
     "gemma3": (
@@ -53,7 +52,13 @@ WRAPPERS: dict[str, tuple[dict, dict, dict]] = {
         {"mm_tokens_per_image": 4},
     ),
     "gemma4": (
-        _TEXT | _LAYERS | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 416},
+        _TEXT
+        | {
+            **{"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 416},
+            **{"global_head_dim": 32, "num_kv_shared_layers": 2, "use_double_wide_mlp": True},
+            **{"num_hidden_layers": 4, "sliding_window": 16},
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
         {},
         {"vision_config": None, "audio_config": None},
     ),
@@ -120,6 +125,9 @@ def write_wrapper(folder: Path, name: str, prefix: str | None = None) -> PreTrai
     for key, parameter in model.named_parameters():
         if parameter.dim() == 1 and "norm" in key:
             torch.nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.1)
+    for key, value in model.state_dict().items():
+        if key.endswith("layer_scalar"):
+            value.normal_(1, 0.2)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text("{}")

@@ -17,6 +17,11 @@ CONFIGS = {
         "layer_types": ["attention", "attention"],
         "shared_intermediate_size": 172,
     },
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "gemma4_text": {
+        **{"head_dim": 16, "global_head_dim": 32, "hidden_size_per_layer_input": 32},
+        "vocab_size_per_layer_input": 416,
+    },
     "hunyuan_v1_dense": {
         "head_dim": 16,
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 1e3},

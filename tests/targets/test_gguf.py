@@ -46,7 +46,8 @@ from sqft_export.verify.subject import Asked, Subject
 
 # In whole blocks of 32; gemma's constants as llama.cpp has them.
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16}
-MODELS = {
+WINDOWED_AND_FULL = ["sliding_attention", "full_attention"]
+MODELS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True, "mlp_bias": True, "attention_bias": True},
     "mistral": {"head_dim": 32, "dtype": "bfloat16", "sliding_window": None},
     "phi3": {"original_max_position_embeddings": 256},
@@ -54,6 +55,13 @@ MODELS = {
     "qwen3": {"head_dim": 32},
     "gemma2": GEMMA,
     "gemma3_text": GEMMA | {"num_hidden_layers": 6},
+    "gemma4_text": {
+        **{"head_dim": 16, "global_head_dim": 32, "sliding_window": 16, "num_hidden_layers": 5},
+        **{"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 416},
+        **{"num_kv_shared_layers": 2, "use_double_wide_mlp": True},
+        "layer_types": ["sliding_attention"] * 2 + ["full_attention", *WINDOWED_AND_FULL],
+        "final_logit_softcapping": 30.0,
+    },
     "bloom": {},
     "gpt_neox": {"rotary_pct": 0.25},
     "granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.5, "logits_scaling": 4.0},
@@ -77,6 +85,19 @@ LONG_TAIL: dict[str, dict[str, Any]] = {
     "phi": {"partial_rotary_factor": 0.5},
     "falcon": {"multi_query": True, "ffn_hidden_size": 256},
     "starcoder2": {"sliding_window": None},
+    "ministral3": {
+        "rope_parameters": {
+            **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0},
+            **{"original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0},
+            **{"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+        },
+    },
+    "granitemoehybrid": {
+        **{"embedding_multiplier": 6.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5},
+        **{"logits_scaling": 4.0, "num_local_experts": 0, "shared_intermediate_size": 192},
+        **{"layer_types": ["attention"] * 2, "position_embedding_type": "rope"},
+    },
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
 }
 GGUF = (
     "adapt=none",
@@ -99,20 +120,52 @@ ROPES = {
 }
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in (*LONG_TAIL, "linear")]
+# Other forms of a family, by a name for each.
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon-40b": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 256},
+    ),
+    "falcon2": (
+        "falcon",
+        {
+            **{"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 256},
+            "num_ln_in_parallel_attn": 1,
+        },
+    ),
+    "exaone4-windows": (
+        "exaone4",
+        {
+            **{"num_hidden_layers": 64, "sliding_window": 16, "sliding_window_pattern": 4},
+            "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 16,
+        },
+    ),
+    "granite4-without-rotation": ("granitemoehybrid", {"position_embedding_type": None}),
+    "gemma4-keys-are-values": (
+        "gemma4_text",
+        {
+            **{"num_hidden_layers": 2, "layer_types": WINDOWED_AND_FULL},
+            **{"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
+            **{"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        },
+    ),
+}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in (*LONG_TAIL, *FORMS, "linear")]
 
 
 @pytest.fixture(scope="module", params=[*MODELS, "llama3", *SLOW])
 def family_run(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     model_type, rope = ROPES.get(request.param, (request.param, None))
-    config = (MODELS | LONG_TAIL)[model_type] | ({"rope_parameters": rope} if rope else {})
+    model_type, form = FORMS.get(model_type, (model_type, {}))
+    config = (MODELS | LONG_TAIL)[model_type] | form
+    config |= {"rope_parameters": rope} if rope else {}
     model = random_model(root / "model", model_type=model_type, intermediate_size=192, **config)
     return run_recipe(small_recipe(*GGUF, model_path=model), root / "runs", ("verify",))
 
 
 def test_every_architecture_has_its_case():
-    without = {"opt", "granitemoehybrid"}
+    without = {"opt"}
     experts = {name for name, family in FAMILIES.items() if family.experts}  # test_experts.py
     dense = set(MODELS | LONG_TAIL)
     assert dense == set(ARCHITECTURES) - experts == set(FAMILIES) - experts - without
@@ -185,9 +238,9 @@ REFUSED = [
     ("opt", {"ffn_dim": 192}, (), "llama.cpp has no architecture for opt"),
     ("olmo", LLAMA, (), "can't write olmo as GGUF yet"),
     ("smollm3", LLAMA | {"no_rope_layer_interval": 2}, (), "no_rope_layer_interval 4, not 2"),
-    ("exaone4", LLAMA | {"sliding_window": 16}, (), "sliding_window None, not 16"),
+    ("exaone4", LLAMA | {"sliding_window": 16}, (), "windows with 64 blocks only, not 2"),
     ("olmo3", LLAMA | {"layer_types": ["full_attention"] * 2}, (), "every 4th block of olmo3"),
-    ("falcon", {"new_decoder_architecture": True}, (), "new_decoder_architecture False, not True"),
+    ("falcon", {"alibi": True}, (), "alibi False, not True"),
     ("llama", {}, (), r"mlp.down_proj has 172 inputs, which blocks of 32 do not divide"),
     (
         "llama",
@@ -203,6 +256,7 @@ REFUSED = [
     ("gemma3_text", GEMMA | {"layer_types": ["full_attention"] * 2}, (), "every 6th block"),
     ("gemma3_text", GEMMA | {"final_logit_softcapping": 30.0}, (), "gemma3 does not cap logits"),
     ("gpt_neox", LLAMA | {"attention_bias": False}, (), "requires attention biases"),
+    ("gpt2", {"n_embd": 64, "scale_attn_by_inverse_layer_idx": True}, (), "layer_idx False"),
     ("bloom", {"apply_residual_connection_post_layernorm": True}, (), "post_layernorm False"),
     ("phi3", LLAMA | {"rope_parameters": LONG}, (), "rope_type longrope"),
     ("llama", LLAMA | {"hidden_act": "gelu"}, (), "computes silu for llama, not gelu"),

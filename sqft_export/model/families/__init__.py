@@ -47,7 +47,13 @@ class Family:
     joined: Linear that combines several equal parts -> the builder's names of the parts.
     openvino_config: model type whose export config of optimum-intel describes the graph, where it
         has none for this one, or only for other versions of transformers.
+    transposed: Linears of a block that the model class stores as ``[in, out]`` (Conv1D of
+        transformers). They are Linears ``[out, in]`` everywhere but in Hugging Face folders.
     experts: routed experts; None for a dense family.
+    floats: path in a block of a Linear that stays in floats -> why it does.
+    buffers: paths in a block of buffers that checkpoints store; they are read as weights.
+    tables: token embedding besides ``embedding`` -> config field with the number of columns that
+        share a scale. Tables are as large as the decoder, so they are INT8 if it is quantized.
     """
 
     model_types: tuple[str, ...]
@@ -66,14 +72,31 @@ class Family:
     learned_positions: bool = False
     joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
     openvino_config: str | None = None
+    transposed: tuple[str, ...] = ()
     experts: Experts | None = None
+    floats: dict[str, str] = field(default_factory=dict)
+    buffers: tuple[str, ...] = ()
+    tables: dict[str, str] = field(default_factory=dict)
+
+    def is_transposed(self, name: str) -> bool:
+        """Return whether a weight's matrix is stored as ``[in, out]``."""
+        module, _, part = name.rpartition(".")
+        inside = module.startswith(f"{self.blocks}.") and part == "weight"
+        return inside and module.rpartition(".")[2] in self.transposed
 
     def is_router(self, name: str) -> bool:
         """Return whether a module of a block is a router, which stays in floats."""
-        if self.experts is None or not name.startswith(f"{self.blocks}."):
-            return False
-        path = name.removeprefix(f"{self.blocks}.").partition(".")[2]
-        return path in self.experts.routers
+        return self.experts is not None and self._path_in_block(name) in self.experts.routers
+
+    def stays_in_floats(self, name: str) -> bool:
+        """Return whether a matrix of a block is neither pruned nor quantized."""
+        return self.is_router(name) or self._path_in_block(name) in self.floats
+
+    def _path_in_block(self, name: str) -> str | None:
+        """Return the path of a module in its block; None for a module outside the blocks."""
+        if not name.startswith(f"{self.blocks}."):
+            return None
+        return name.removeprefix(f"{self.blocks}.").partition(".")[2]
 
 
 def _load() -> dict[str, Family]:

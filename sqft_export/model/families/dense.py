@@ -39,6 +39,8 @@ FAMILIES = (
         targets=("q_proj", "k_proj", "v_proj", "fc1", "fc2"),
         openvino_config="olmo2",
     ),
+    # Queries grow with the logarithm of the position, beyond the length of the first training.
+    replace(PLAIN, model_types=("ministral3",), openvino_config="olmo2"),
     replace(
         PLAIN,
         model_types=("starcoder2",),

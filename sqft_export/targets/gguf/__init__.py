@@ -29,6 +29,7 @@ from sqft_export.targets.gguf.architectures import (
     expert_number,
     naming_of,
     rotary_factors,
+    split_parameter,
     write_keys,
 )
 from sqft_export.targets.gguf.blocks import BLOCK_TYPES, block_type, from_blocks, to_blocks
@@ -180,13 +181,14 @@ def _tensors(
     from sqft_export.model.storage import plain_names, quantized_names
 
     quantized = quantized_names(checkpoint)
-    codes = (_codes_tensor(checkpoint, names, module) for module in quantized)
+    codes = (one for module in quantized for one in _codes_tensors(checkpoint, names, module))
     yield from _stack_experts(codes)
     keys = sorted(k for k in plain_names(checkpoint) if k.removesuffix(".weight") not in quantized)
-    make = functools.partial(_plain_tensor, checkpoint, names, head)
-    yield from _stack_experts(map(make, keys))
+    make = functools.partial(_plain_tensors, checkpoint, names, head)
+    yield from _stack_experts(one for key in keys for one in make(key))
     if checkpoint.tied and names.architecture.head_always:
-        yield replace(make(f"{checkpoint.family.embedding}.weight"), name="output.weight")
+        [embedding] = make(f"{checkpoint.family.embedding}.weight")
+        yield replace(embedding, name="output.weight")
     for name, factors in rotary_factors(config):
         made = functools.partial(np.asarray, factors)
         yield _Tensor(f"{name}.weight", factors.shape, np.float32, None, made)
@@ -216,33 +218,37 @@ def _stack_experts(tensors: Iterable[_Tensor]) -> Iterator[_Tensor]:
         yield _Tensor(name, (len(parts), *first.shape), first.dtype, first.kind, make)
 
 
-def _codes_tensor(checkpoint: "Checkpoint", names: Names, module: str) -> _Tensor:
-    """Return the tensor of a quantized weight."""
+def _codes_tensors(checkpoint: "Checkpoint", names: Names, module: str) -> Iterator[_Tensor]:
+    """Yield the tensors of a quantized weight; most have one."""
     from sqft_export.model.storage import read_grid, read_quantized
 
     grid = read_grid(checkpoint, module)
-    rows, inputs = checkpoint.shapes[f"{module}.weight"]
+    count, inputs = checkpoint.shapes[f"{module}.weight"]
     kind = block_type(grid.bits, grid.symmetric)
     if kind is None:
         raise UserError(f"{module}: asymmetric INT8 has no type in llama.cpp")
 
-    def make() -> np.ndarray:
+    def make(rows: slice) -> np.ndarray:
         found = read_quantized(checkpoint, module).numpy()
         permute = functools.partial(names.permute_rows, module)
         try:
-            return to_blocks(found.map_arrays(permute), kind)
+            return to_blocks(found.map_arrays(permute).rows(rows), kind)
         except ValueError as error:
             raise UserError(f"{module}: {error}") from error
 
-    shape = (rows, inputs // BLOCK * kind.bytes)
-    name = f"{names.tensor_of(module)}.weight"
-    return _Tensor(name, shape, np.uint8, kind.name, make, expert_number(module))
+    for name, rows in names.tensors_of(module, count):
+        shape = (len(range(count)[rows]), inputs // BLOCK * kind.bytes)
+        part, expert = functools.partial(make, rows), expert_number(module)
+        yield _Tensor(f"{name}.weight", shape, np.uint8, kind.name, part, expert)
 
 
-def _plain_tensor(checkpoint: "Checkpoint", names: Names, head: str | None, key: str) -> _Tensor:
-    """Return the tensor of a float parameter; a rounded one for the parameter ``head``."""
+def _plain_tensors(
+    checkpoint: "Checkpoint", names: Names, head: str | None, key: str
+) -> Iterator[_Tensor]:
+    """Yield the tensors of a float parameter; a rounded one for the parameter ``head``."""
     if key != head:
-        return _float_tensor(checkpoint, names, key)
+        yield from _float_tensors(checkpoint, names, key)
+        return
     module, (rows, inputs) = key.rpartition(".")[0], checkpoint.shapes[key]
 
     def make() -> np.ndarray:
@@ -251,17 +257,17 @@ def _plain_tensor(checkpoint: "Checkpoint", names: Names, head: str | None, key:
 
     name = f"{names.tensor_of(module)}.weight"
     shape = (rows, inputs // BLOCK * HEAD_BYTES_PER_BLOCK)
-    return _Tensor(name, shape, np.uint8, "Q8_0", make, is_head=True)
+    yield _Tensor(name, shape, np.uint8, "Q8_0", make, is_head=True)
 
 
-def _float_tensor(checkpoint: "Checkpoint", names: Names, key: str) -> _Tensor:
-    """Return the tensor of a float parameter.
+def _float_tensors(checkpoint: "Checkpoint", names: Names, key: str) -> Iterator[_Tensor]:
+    """Yield the tensors of a float parameter; most have one.
 
     Matrices keep their dtype. Vectors become float32, which llama.cpp expects.
     """
     import torch
 
-    module, _, part = key.rpartition(".")
+    module, part = split_parameter(key)
     shape = checkpoint.shapes[key]
     offset = checkpoint.family.norm_offset if "norm" in module else 0.0
     # llama.cpp multiplies with routers in float32.
@@ -270,20 +276,25 @@ def _float_tensor(checkpoint: "Checkpoint", names: Names, key: str) -> _Tensor:
     is_float16 = is_matrix and checkpoint.headers[key].dtype == "F16"
     dtype = np.float16 if is_float16 else np.float32  # float64 is rounded
 
-    def make() -> np.ndarray:
+    def make(rows: slice) -> np.ndarray:
         tensor = checkpoint.tensor(key)
         if is_bfloat16:
-            return names.permute_rows(module, tensor.view(torch.int16).numpy()).view(np.uint8)
+            halves = names.permute_rows(module, tensor.view(torch.int16).numpy())
+            return halves[rows].view(np.uint8)
         if len(shape) > 1:
             values = tensor.numpy() if is_matrix else tensor.float().numpy()
-            return names.permute_rows(module, values.astype(dtype, copy=False))
-        return names.permute_rows(module, tensor.float().numpy()) + np.float32(offset)
+            return names.permute_rows(module, values.astype(dtype, copy=False))[rows]
+        return (names.permute_rows(module, tensor.float().numpy()) + np.float32(offset))[rows]
 
-    name = f"{names.tensor_of(module)}.{part}"
-    if is_bfloat16:
-        bytes_shape = (shape[0], 2 * shape[1])
-        return _Tensor(name, bytes_shape, np.uint8, "BF16", make, expert_number(module))
-    return _Tensor(name, shape, dtype, None, make, expert_number(module))
+    expert = expert_number(module)
+    for name, rows in names.tensors_of(module, shape[0]):
+        sizes = (len(range(shape[0])[rows]), *shape[1:])
+        made = functools.partial(make, rows)
+        if is_bfloat16:
+            stored = (sizes[0], 2 * sizes[1])
+            yield _Tensor(f"{name}.{part}", stored, np.uint8, "BF16", made, expert)
+        else:
+            yield _Tensor(f"{name}.{part}", sizes, dtype, None, made, expert)
 
 
 def add_adapter(folder: Path, adapter: Path) -> None:
@@ -303,9 +314,9 @@ def add_adapter(folder: Path, adapter: Path) -> None:
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # llama.cpp then applies no scaling
     for module, (lora_a, lora_b) in read_low_rank(adapter).items():
         lora_b = names.permute_rows(module, lora_b)
-        tensor = f"{names.tensor_of(module)}.weight"
-        writer.add_tensor(f"{tensor}.lora_a", np.ascontiguousarray(lora_a))
-        writer.add_tensor(f"{tensor}.lora_b", np.ascontiguousarray(lora_b))
+        for name, rows in names.tensors_of(module, len(lora_b)):
+            writer.add_tensor(f"{name}.weight.lora_a", np.ascontiguousarray(lora_a))
+            writer.add_tensor(f"{name}.weight.lora_b", np.ascontiguousarray(lora_b[rows]))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -337,21 +348,43 @@ def _read(folder: Path) -> tuple["GGUFReader", Names]:
         "num_attention_heads": reader.fields[f"{architecture}.attention.head_count"].contents(),
         "num_key_value_heads": reader.fields[f"{architecture}.attention.head_count_kv"].contents(),
     }
-    return reader, Names(field.contents(), heads)
+    stored = {tensor.name.split(".", 2)[-1] for tensor in reader.tensors}
+    return reader, Names(field.contents(), heads, "attn_norm_2.weight" in stored)
+
+
+def _modules(
+    reader: "GGUFReader", names: Names
+) -> Iterator[tuple[str | None, str, list["ReaderTensor"]]]:
+    """Yield module, parameter and the tensors with its rows, in order; None for no module."""
+    held: dict[tuple[str, str], dict[int, ReaderTensor]] = {}
+    for tensor in reader.tensors:
+        stem, _, part = tensor.name.rpartition(".")
+        module, (number, count) = names.module_of(stem), names.part_of(stem)
+        if module is None or count == 1:
+            yield module, part, [tensor]
+            continue
+        parts = held.setdefault((module, part), {})
+        parts[number] = tensor
+        if len(parts) == count:
+            yield module, part, [parts[index] for index in range(count)]
 
 
 def read_back(folder: Path) -> Iterator[tuple[str, QuantizedWeight[np.ndarray]]]:
     """Yield module and quantized weight, scale float16, one at a time, from the written file."""
     reader, names = _read(folder)
     rounded = rounded_tensors(reader)
-    for tensor in reader.tensors:
-        kind = BLOCK_TYPES.get(tensor.tensor_type.name)
-        module = names.module_of(tensor.name.rpartition(".")[0])
-        if kind is None or module is None or tensor.name in rounded:
+    for module, _, tensors in _modules(reader, names):
+        kind = BLOCK_TYPES.get(tensors[0].tensor_type.name)
+        if kind is None or module is None or tensors[0].name in rounded:
             continue
-        for one, data in _by_expert(module, tensor.data):
+        for one, data in _by_expert(module, _join([tensor.data for tensor in tensors])):
             restore = functools.partial(names.restore_rows, one)
             yield one, _longest_groups(from_blocks(data, kind).map_arrays(restore))
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    """Return the rows of all parts; a single part is not copied."""
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def _by_expert(module: str, data: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -379,23 +412,23 @@ def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     """
     reader, names = _read(folder)
     rounded = rounded_tensors(reader)
-    for tensor in reader.tensors:
-        stem, _, part = tensor.name.rpartition(".")
-        module = names.module_of(stem)
-        is_rounded = tensor.name in rounded
-        if tensor.tensor_type.name in BLOCK_TYPES and not is_rounded:
+    for module, part, tensors in _modules(reader, names):
+        is_rounded = tensors[0].name in rounded
+        if tensors[0].tensor_type.name in BLOCK_TYPES and not is_rounded:
             continue
-        values = dequantize_head(tensor.data) if is_rounded else _floats(tensor)
+        values = _join([_values(tensor, is_rounded) for tensor in tensors])
         if module is None:
             yield "", values
             continue
         for one, matrix in _by_expert(module, values):
             restored = names.restore_rows(one, matrix)
-            yield one if restored.ndim == 2 else f"{one}.{part}", restored
+            yield one if restored.ndim == 2 else names.parameter_of(one, part), restored
 
 
-def _floats(tensor: "ReaderTensor") -> np.ndarray:
-    """Return the values of a float tensor, float32."""
+def _values(tensor: "ReaderTensor", is_rounded: bool) -> np.ndarray:
+    """Return the values of a float tensor or of a rounded head, float32."""
+    if is_rounded:
+        return dequantize_head(tensor.data)
     if tensor.tensor_type.name == "BF16":
         return (tensor.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return tensor.data.astype(np.float32, copy=False)

@@ -12,13 +12,20 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from sqft_export.model.config import ModelConfig, RopeParameters
-from sqft_export.model.contexts import cached_heads, deployed_config
+from sqft_export.model.contexts import (
+    DEFAULT_CONTEXT,
+    cache_sizes,
+    cached_heads,
+    context_length,
+    deployed_config,
+)
 from sqft_export.model.families import FAMILIES
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 _EXPERT = re.compile(r"(\.experts\.)(\d+)(\.)")  # in the path of a module
+_NO_ROTATION = 1e30  # divisor of a frequency; llama.cpp's own converter writes it too
 SILU, GELU_TANH = ("silu",), ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")
 
 
@@ -40,6 +47,10 @@ class Architecture:
     window_period: every nth block has full attention, the others the sliding window; None if
         llama.cpp has no windows for the family.
     values: config key -> the only value that llama.cpp computes with.
+    parts: module in a block -> tensors that have equal shares of its rows, in order.
+    two_norms: ``blocks`` of models with one norm before attention and another before the MLP
+        (Falcon-40B); empty if the family has no such models.
+    since: first version of llama.cpp that reads the architecture; empty if all of 2025 do.
     """
 
     name: str
@@ -54,6 +65,9 @@ class Architecture:
     numbers: dict[str, str] = field(default_factory=dict)
     window_period: int | None = None
     values: dict[str, object] = field(default_factory=dict)
+    parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    two_norms: dict[str, str] = field(default_factory=dict)
+    since: str = ""
 
 
 _ATTENTION = {
@@ -118,6 +132,9 @@ _GRANITE_NUMBERS = {
     "residual_multiplier": "residual_scale",
     "logits_scaling": "logit_scale",
 }
+
+
+_GRANITE = replace(_LLAMA, name="granite", ropes=("default",), numbers=_GRANITE_NUMBERS)
 
 
 def _experts(router: str, experts: str, gate: str, up: str, down: str) -> dict[str, str]:
@@ -190,6 +207,29 @@ ARCHITECTURES = {
         activations=GELU_TANH,
         window_period=6,
     ),
+    "gemma4_text": Architecture(
+        "gemma4",
+        {
+            **_ATTENTION,
+            **_MLP,
+            **_FOUR_NORMS,
+            **_HEAD_NORMS,
+            "layer_output_scale": "layer_scalar",
+            "inp_gate": "per_layer_input_gate",
+            "proj": "per_layer_projection",
+            "post_norm": "post_per_layer_input_norm",
+        },
+        _OUTER
+        | {
+            "per_layer_token_embd": "model.embed_tokens_per_layer",
+            "per_layer_model_proj": "model.per_layer_model_projection",
+            "per_layer_proj_norm": "model.per_layer_projection_norm",
+        },
+        activations=GELU_TANH,
+        ropes=("proportional",),
+        values={"attention_bias": False},
+        since="b8639 (April 2026)",
+    ),
     "bloom": Architecture(
         "bloom",
         _joined("self_attention"),
@@ -217,7 +257,16 @@ ARCHITECTURES = {
         epsilon="layer_norm_eps",
     ),
     "smollm3": replace(_LLAMA, name="smollm3", values={"no_rope_layer_interval": 4}),
-    "granite": replace(_LLAMA, name="granite", ropes=("default",), numbers=_GRANITE_NUMBERS),
+    "ministral3": replace(
+        _LLAMA, name="mistral3", ropes=("yarn",), since="pull request 17644 (December 2025)"
+    ),
+    "granite": _GRANITE,
+    # Without experts and recurrent layers it is Granite, with one Linear for gate and up.
+    "granitemoehybrid": replace(
+        _GRANITE,
+        blocks=_ATTENTION | _NORM | {"ffn_down": "shared_mlp.output_linear"},
+        parts={"shared_mlp.input_linear": ("ffn_gate", "ffn_up")},
+    ),
     "olmo2": _OLMO2,
     "olmo3": replace(_OLMO2, ropes=("default",), window_period=4),
     "cohere2": Architecture(
@@ -273,7 +322,7 @@ ARCHITECTURES = {
         },
         _OUTER,
         ropes=("default", "linear", "llama3"),
-        values={"sliding_window": None},
+        window_period=4,
     ),
     "phi": Architecture(
         "phi2",
@@ -303,13 +352,39 @@ ARCHITECTURES = {
             "output_norm": "transformer.ln_f",
             "output": "lm_head",
         },
+        joined=("query_key_value",),
         head_always=True,
         activations=("gelu", *GELU_TANH),
         epsilon="layer_norm_epsilon",
-        values={
-            **{"alibi": False, "parallel_attn": True, "bias": False},
-            **{"new_decoder_architecture": False, "multi_query": True},
+        values={"alibi": False, "parallel_attn": True, "bias": False},
+        two_norms={
+            "attn_qkv": "self_attention.query_key_value",
+            "attn_output": "self_attention.dense",
+            "ffn_up": "mlp.dense_h_to_4h",
+            "ffn_down": "mlp.dense_4h_to_h",
+            "attn_norm": "ln_mlp",
+            "attn_norm_2": "ln_attn",
         },
+    ),
+    "gpt2": Architecture(
+        "gpt2",
+        {
+            "attn_qkv": "attn.c_attn",
+            "attn_output": "attn.c_proj",
+            "ffn_up": "mlp.c_fc",
+            "ffn_down": "mlp.c_proj",
+            "attn_norm": "ln_1",
+            "ffn_norm": "ln_2",
+        },
+        {
+            "token_embd": "transformer.wte",
+            "position_embd": "transformer.wpe",
+            "output_norm": "transformer.ln_f",
+            "output": "lm_head",
+        },
+        activations=("gelu", *GELU_TANH),
+        epsilon="layer_norm_epsilon",
+        values={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     ),
     "starcoder2": Architecture(
         "starcoder2",
@@ -321,6 +396,7 @@ ARCHITECTURES = {
 }
 
 
+_EXAONE_LAYERS = 64  # llama.cpp recognizes the 32B model by it
 # Model types that llama.cpp does not support.
 WITHOUT_ARCHITECTURE = ("opt",)
 # Model types that llama.cpp computes differently -> the difference.
@@ -361,7 +437,8 @@ def architecture_lacks(config: ModelConfig) -> str | None:
     if known is None:
         written = ", ".join(ARCHITECTURES)
         return f"this package can't write {model_type} as GGUF yet; it writes {written}"
-    activation = config.get("hidden_act") or config.get("hidden_activation")
+    fields = ("hidden_act", "hidden_activation", "activation_function")
+    activation = next((config[name] for name in fields if config.get(name)), None)
     if known.activations and activation and activation not in known.activations:
         return f"llama.cpp computes {known.activations[0]} for {model_type}, not {activation}"
     rope = rope_of(config)["rope_type"]
@@ -376,9 +453,19 @@ def architecture_lacks(config: ModelConfig) -> str | None:
         return "llama.cpp's olmoe has as many key and value heads as query heads"
     if model_type == "gpt_neox" and not config.get("attention_bias", True):
         return "llama.cpp's gptneox requires attention biases"
+    if model_type == "gemma4_text":
+        return _gemma4_lacks(config)
+    if model_type == "ministral3":
+        return _yarn_lacks(rope_of(config))
     if model_type.startswith("gemma"):
         return _gemma_lacks(config)
     return None
+
+
+def first_version(config: ModelConfig) -> str:
+    """Return the first llama.cpp that reads the files of a model; empty if all of 2025 do."""
+    known = ARCHITECTURES.get(config["model_type"])
+    return known.since if known else ""
 
 
 def _gemma_lacks(config: ModelConfig) -> str | None:
@@ -394,6 +481,37 @@ def _gemma_lacks(config: ModelConfig) -> str | None:
     return None
 
 
+def _yarn_lacks(rope: RopeParameters) -> str | None:
+    """Return which parameter of YaRN llama.cpp requires or computes differently; None if none."""
+    for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "llama_4_scaling_beta"):
+        if not rope.get(key):
+            return f"llama.cpp's mistral3 requires {key} in rope_parameters"
+    if rope["mscale"] != rope["mscale_all_dim"]:
+        return "llama.cpp's mistral3 takes mscale to be mscale_all_dim"
+    return None
+
+
+def _gemma4_lacks(config: ModelConfig) -> str | None:
+    """Return which part of Gemma 4 llama.cpp computes differently; None if none.
+
+    Its last layers read the cache of the two layers before them: the last one if they have full
+    attention, else the one before it.
+    """
+    if not config.get("sliding_window"):
+        return "llama.cpp requires sliding_window for gemma4_text"
+    rope: RopeParameters = config.get("rope_parameters") or {}
+    if (found := rope.get("sliding_attention", {}).get("rope_type", "default")) != "default":
+        return f"llama.cpp's gemma4 has no rope_type {found} in windowed layers"
+    owners = (config.get("layer_types") or [])[: len(cache_sizes(config))]
+    shared = config.get("num_kv_shared_layers") or 0
+    if shared and owners[-2:] != ["sliding_attention", "full_attention"]:
+        return (
+            "llama.cpp's gemma4 shares keys and values of a layer with a window and of the next "
+            f"one with full attention; the last two with their own are {', '.join(owners[-2:])}"
+        )
+    return None
+
+
 def _pattern_lacks(config: ModelConfig, known: Architecture) -> str | None:
     """Return which windows or rotations per block differ from llama.cpp's; None if none."""
     if config.get("no_rope_layers"):
@@ -403,6 +521,13 @@ def _pattern_lacks(config: ModelConfig, known: Architecture) -> str | None:
     period, kinds = known.window_period, config.get("layer_types") or []
     if period is None:
         return None
+    if config["model_type"] == "exaone4":
+        if not config.get("sliding_window"):
+            return None
+        if (layers := config["num_hidden_layers"]) != _EXAONE_LAYERS:
+            return (
+                f"llama.cpp's exaone4 has windows with {_EXAONE_LAYERS} blocks only, not {layers}"
+            )
     full = [(index + 1) % period == 0 for index in range(len(kinds))]
     has_period = config.get("sliding_window_pattern", period) == period
     if [kind == "full_attention" for kind in kinds] != full or not has_period:
@@ -420,10 +545,12 @@ class Names:
     """Map modules to llama.cpp's tensors, and back, for one model.
 
     heads: ``num_attention_heads`` and ``num_key_value_heads``.
+    two_norms: the blocks are those of ``Architecture.two_norms``.
     """
 
     model_type: str
     heads: dict[str, int]
+    two_norms: bool = False
 
     @property
     def architecture(self) -> Architecture:
@@ -434,17 +561,39 @@ class Names:
     def _blocks(self) -> str:
         return FAMILIES[self.model_type].blocks
 
-    def tensor_of(self, module: str) -> str:
-        """Return llama.cpp's name of a module's tensor, without ``.weight`` or ``.bias``.
+    @property
+    def _modules(self) -> dict[str, str]:
+        """Return tensor -> module of a block."""
+        known = self.architecture
+        parts = ((tensor, module) for module, names in known.parts.items() for tensor in names)
+        return (known.two_norms if self.two_norms else known.blocks) | dict(parts)
+
+    def tensors_of(self, module: str, rows: int) -> list[tuple[str, slice]]:
+        """Return the tensors of a module, each with its rows of all ``rows``.
+
+        Names have no ``.weight`` or ``.bias``. Most modules have one tensor.
 
         :raises KeyError: if llama.cpp has no name for it.
         """
-        if module.startswith(f"{self._blocks}."):
-            block, _, path = module.removeprefix(f"{self._blocks}.").partition(".")
-            found = {m: t for t, m in self.architecture.blocks.items()}
-            path = _EXPERT.sub(r"\1*\3", path)
-            return f"blk.{block}.{found[path]}"
-        return {m: t for t, m in self.architecture.outer.items()}[module]
+        if not module.startswith(f"{self._blocks}."):
+            return [({m: t for t, m in self.architecture.outer.items()}[module], slice(None))]
+        block, _, path = module.removeprefix(f"{self._blocks}.").partition(".")
+        if names := self.architecture.parts.get(path):
+            share = rows // len(names)
+            starts = range(0, rows, share)
+            return [
+                (f"blk.{block}.{name}", slice(start, start + share))
+                for name, start in zip(names, starts, strict=True)
+            ]
+        path = _EXPERT.sub(r"\1*\3", path)
+        tensor = {m: t for t, m in self._modules.items()}[path]
+        return [(f"blk.{block}.{tensor}", slice(None))]
+
+    def part_of(self, tensor: str) -> tuple[int, int]:
+        """Return which of how many tensors of its module a tensor is."""
+        name = tensor.split(".", 2)[-1]
+        names = next((n for n in self.architecture.parts.values() if name in n), (name,))
+        return names.index(name), len(names)
 
     def module_of(self, tensor: str) -> str | None:
         """Return the module of a tensor; None if it belongs to no module.
@@ -454,8 +603,14 @@ class Names:
         if not tensor.startswith("blk."):
             return self.architecture.outer.get(tensor)
         _, block, name = tensor.split(".", 2)
-        path = self.architecture.blocks.get(name)
+        path = self._modules.get(name)
         return f"{self._blocks}.{block}.{path}" if path else None
+
+    def parameter_of(self, module: str, part: str) -> str:
+        """Return the name of a parameter in the model class: a scalar has no module."""
+        path = module.removeprefix(f"{self._blocks}.").partition(".")[2]
+        is_scalar = path in FAMILIES[self.model_type].buffers
+        return module if is_scalar else f"{module}.{part}"
 
     def order(self, module: str, rows: int) -> np.ndarray | None:
         """Return the checkpoint's row for each row in llama.cpp, int64 ``[rows]``.
@@ -468,8 +623,11 @@ class Names:
             halves = np.arange(rows).reshape(self.heads[key], 2, -1)
             return halves.swapaxes(1, 2).reshape(-1)
         if last in self.architecture.joined:
-            per_head = np.arange(rows).reshape(self.heads["num_attention_heads"], 3, -1)
-            return per_head.swapaxes(0, 1).reshape(-1)
+            groups = self.heads["num_key_value_heads"]
+            heads = self.heads["num_attention_heads"] // groups + 2  # of a group: q, ..., q, k, v
+            grouped = np.arange(rows).reshape(groups, heads, -1)
+            parts = grouped[:, :-2], grouped[:, -2], grouped[:, -1]
+            return np.concatenate([part.reshape(-1) for part in parts])
         return None
 
     def permute_rows(self, module: str, array: np.ndarray) -> np.ndarray:
@@ -487,6 +645,12 @@ class Names:
         return restored
 
 
+def split_parameter(key: str) -> tuple[str, str]:
+    """Return module and ``weight`` or ``bias``; a scalar without a module is its own."""
+    module, _, part = key.rpartition(".")
+    return (module, part) if part in ("weight", "bias") else (key, "weight")
+
+
 def expert_number(module: str) -> int | None:
     """Return the number of the expert that a module belongs to; None for other modules."""
     found = _EXPERT.search(module)
@@ -500,8 +664,11 @@ def naming_of(config: ModelConfig) -> Names:
     """
     heads = config.get("num_attention_heads") or config["n_head"]
     key_value_heads = cached_heads(config) or heads
+    if config.get("new_decoder_architecture"):  # the model class caches copies for all queries
+        key_value_heads = config["num_kv_heads"]
     counts = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads}
-    return Names(config["model_type"], counts)
+    has_two = config.get("new_decoder_architecture") and config.get("num_ln_in_parallel_attn") != 1
+    return Names(config["model_type"], counts, bool(has_two))
 
 
 def rotary_factors(config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
@@ -509,6 +676,8 @@ def rotary_factors(config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
     rope = rope_of(config)
     if rope["rope_type"] == "llama3":
         yield "rope_freqs", _llama3_factors(rope, _rotary_size(config))
+    elif rope["rope_type"] == "proportional":
+        yield "rope_freqs", _proportional_factors(rope, _full_size(config))
 
 
 def _llama3_factors(rope: RopeParameters, size: int) -> np.ndarray:
@@ -524,6 +693,16 @@ def _llama3_factors(rope: RopeParameters, size: int) -> np.ndarray:
     return (1 / ((1 - share) / rope["factor"] + share)).astype(np.float32)
 
 
+def _proportional_factors(rope: RopeParameters, size: int) -> np.ndarray:
+    """Return the divisors of a rotation of a head's first columns, float32 ``[size / 2]``.
+
+    Their frequencies are those of the complete head. The other columns do not rotate.
+    """
+    factors = np.full(size // 2, _NO_ROTATION, np.float32)
+    factors[: int(rope.get("partial_rotary_factor", 1.0) * size // 2)] = rope.get("factor", 1.0)
+    return factors
+
+
 def write_keys(writer: "GGUFWriter", config: ModelConfig) -> None:
     """Write the config keys of a model.
 
@@ -532,31 +711,32 @@ def write_keys(writer: "GGUFWriter", config: ModelConfig) -> None:
     """
     model_type = config["model_type"]
     heads = naming_of(config).heads
-    width, count = config["hidden_size"], heads["num_attention_heads"]
+    width, count = _width(config), heads["num_attention_heads"]
     blocks = config.get("num_hidden_layers") or config["n_layer"]
     writer.add_context_length(context_of_file(config))
     writer.add_embedding_length(width)
     writer.add_block_count(blocks)
-    feed_forward = config.get("ffn_hidden_size")
-    if model_type != "bloom":
-        feed_forward = feed_forward or config.get("intermediate_size")
-    writer.add_feed_forward_length(feed_forward or 4 * width)
+    writer.add_feed_forward_length(_feed_forward(config))
     writer.add_head_count(count)
-    writer.add_head_count_kv(heads["num_key_value_heads"])
+    writer.add_head_count_kv(_key_value_heads(config))
     writer.add_vocab_size(config["vocab_size"])
+    if model_type == "granitemoehybrid" and config.get("position_embedding_type") != "rope":
+        writer.add_rope_scaling_finetuned(False)  # llama.cpp's switch for Granite's rotation
     known, values = ARCHITECTURES[model_type], cast(Mapping[str, float], config)
     if known.epsilon.startswith("rms"):
         writer.add_layer_norm_rms_eps(values[known.epsilon])
     else:
         writer.add_layer_norm_eps(values[known.epsilon])
     if model_type not in ("bloom", "gpt_neox"):
-        writer.add_key_length(_head_size(config))
-        writer.add_value_length(_head_size(config))
+        writer.add_key_length(_full_size(config))
+        writer.add_value_length(_full_size(config))
     if model_type in ("gpt_neox", "stablelm"):
         writer.add_parallel_residual(config["use_parallel_residual"])
-    if model_type != "bloom":
+    if config.get("rope_parameters"):
         _write_rope(writer, config)
-    if model_type.startswith("gemma"):
+    if model_type == "gemma4_text":
+        _write_gemma4(writer, config)
+    elif model_type.startswith("gemma"):
         _write_gemma(writer, config)
     elif known.window_period and (window := config.get("sliding_window")):
         writer.add_sliding_window(window)
@@ -565,10 +745,32 @@ def write_keys(writer: "GGUFWriter", config: ModelConfig) -> None:
     _write_experts(writer, config)
 
 
+def _feed_forward(config: ModelConfig) -> int | list[int]:
+    """Return the inner width of the MLP, per layer if it differs."""
+    fields = ("ffn_hidden_size", "n_inner", "shared_intermediate_size")
+    found = next((config[name] for name in fields if config.get(name)), None)
+    if config["model_type"] not in ("bloom", "gpt2"):  # which have no such field
+        found = found or config.get("intermediate_size")
+    if found and config.get("use_double_wide_mlp"):
+        layers, shared = config["num_hidden_layers"], config["num_kv_shared_layers"]
+        return [found * (2 if layers - index <= shared else 1) for index in range(layers)]
+    return found or 4 * _width(config)
+
+
+def _key_value_heads(config: ModelConfig) -> int | list[int]:
+    """Return the number of heads of keys and values, per layer if it differs."""
+    count = naming_of(config).heads["num_key_value_heads"]
+    full = config.get("attention_k_eq_v") and config.get("num_global_key_value_heads")
+    if not full:
+        return count
+    kinds = config.get("layer_types") or []
+    return [full if kind == "full_attention" else count for kind in kinds]
+
+
 def _write_experts(writer: "GGUFWriter", config: ModelConfig) -> None:
     """Write the numbers of experts, and Granite's four multipliers."""
     count = config.get("num_local_experts") or config.get("num_experts")
-    if count is None:
+    if not count:
         return
     writer.add_expert_count(count)
     writer.add_expert_used_count(config["num_experts_per_tok"])
@@ -586,7 +788,7 @@ def context_of_file(config: ModelConfig) -> int:
 
     llama.cpp has no sliding window for most families. The context then ends at the window.
     """
-    length = config.get("max_position_embeddings") or config.get("seq_length") or 2048
+    length = context_length(config) or DEFAULT_CONTEXT
     known = ARCHITECTURES[config["model_type"]]
     window = None if known.window_period else config.get("sliding_window")
     return min(length, window) if window and "use_sliding_window" not in config else length
@@ -594,7 +796,16 @@ def context_of_file(config: ModelConfig) -> int:
 
 def _head_size(config: ModelConfig) -> int:
     heads = naming_of(config).heads["num_attention_heads"]
-    return config.get("head_dim") or config["hidden_size"] // heads
+    return config.get("head_dim") or _width(config) // heads
+
+
+def _full_size(config: ModelConfig) -> int:
+    """Return the head size of layers with full attention."""
+    return config.get("global_head_dim") or _head_size(config)
+
+
+def _width(config: ModelConfig) -> int:
+    return config.get("hidden_size") or config["n_embd"]
 
 
 def _rotary_size(config: ModelConfig) -> int:
@@ -605,11 +816,29 @@ def _write_rope(writer: "GGUFWriter", config: ModelConfig) -> None:
     import gguf
 
     rope = rope_of(config)
-    writer.add_rope_dimension_count(_rotary_size(config))
+    if rope["rope_type"] == "proportional":  # columns that do not rotate have a huge divisor
+        writer.add_rope_dimension_count(_full_size(config))
+    else:
+        writer.add_rope_dimension_count(_rotary_size(config))
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        _write_yarn(writer, rope)
+
+
+def _write_yarn(writer: "GGUFWriter", rope: RopeParameters) -> None:
+    """Write a YaRN scaling, and the growth of queries with the position."""
+    import gguf
+
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+    writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+    writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
 
 
 def _write_gemma(writer: "GGUFWriter", config: ModelConfig) -> None:
@@ -626,3 +855,20 @@ def _write_gemma(writer: "GGUFWriter", config: ModelConfig) -> None:
         local: RopeParameters = rope.get("sliding_attention", {})
         base = local.get("rope_theta") or config.get("rope_local_base_freq") or 10000.0
         writer.add_float32("gemma3.rope.freq_base_swa", base)
+
+
+def _write_gemma4(writer: "GGUFWriter", config: ModelConfig) -> None:
+    """Write two head sizes and two rotations, layers without keys, and per-layer embeddings."""
+    window, rope = config["sliding_window"], config["rope_parameters"]
+    assert window and rope  # see _gemma4_lacks
+    kinds, size = config["layer_types"] or [], _head_size(config)
+    writer.add_sliding_window(window)
+    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in kinds])
+    writer.add_key_length_swa(size)
+    writer.add_value_length_swa(size)
+    writer.add_rope_dimension_count_swa(size)
+    writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
+    writer.add_shared_kv_layers(config["num_kv_shared_layers"])
+    writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
+    if cap := config.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(cap)

@@ -30,9 +30,10 @@ def importance_matrix(
             norms = inputs.take(module)
             assert norms is not None
             try:
-                tensor = f"{names.tensor_of(module)}.weight"
+                tensors = names.tensors_of(module, checkpoint.linears[module][0])
             except KeyError:
                 continue
             mean = norms.square() / tokens
-            found[tensor] = np.ascontiguousarray(mean.cpu().numpy(), np.float32)
+            for tensor, _ in tensors:
+                found[f"{tensor}.weight"] = np.ascontiguousarray(mean.cpu().numpy(), np.float32)
     return found

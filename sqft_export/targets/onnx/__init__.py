@@ -16,8 +16,7 @@ import onnxruntime as ort
 from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.recipe.schema import Export
 from sqft_export.targets.folder import GRAPHS, WEIGHT_FILES
-from sqft_export.targets.genai_config import DecoderConfig
-from sqft_export.targets.onnx.session import CPU_PROVIDER, decoder_of, open_session
+from sqft_export.targets.onnx.session import CPU_PROVIDER, open_session
 
 if TYPE_CHECKING:
     from onnx import GraphProto
@@ -52,7 +51,7 @@ def export(
     import onnx
 
     from sqft_export.model.architecture import transformers_config
-    from sqft_export.model.contexts import deployed_config
+    from sqft_export.model.contexts import cache_sizes, deployed_config, named_config
     from sqft_export.model.families import builder_lacks
     from sqft_export.model.storage import model_facts
     from sqft_export.targets.onnx import fused, standard
@@ -60,13 +59,13 @@ def export(
 
     weights = Weights(merged)
     checkpoint = weights.checkpoint
-    config = deployed_config(transformers_config(checkpoint.config, checkpoint.where).to_dict())
-    built = builder_lacks(checkpoint.family, config) is None
+    config = named_config(transformers_config(checkpoint.config, checkpoint.where))
+    built = builder_lacks(checkpoint.family, deployed_config(config)) is None
     is_fused = built if options.onnx_graph == "auto" else options.onnx_graph == "fused"
     build = fused.build if is_fused else standard.build
     with ExternalData(folder / DATA) as data:
         model = build(weights, folder, data)
-    _fix_cache_sizes(model.graph, decoder_of(folder))
+    _fix_cache_sizes(model.graph, cache_sizes(config))
     for key, value in (facts or model_facts(weights.checkpoint)).items():
         model.metadata_props.add(key=f"sqft_export.{key}", value=value)
     onnx.save(model, folder / MODEL)
@@ -76,15 +75,16 @@ def export(
                 shutil.copyfile(file, folder / file.name)
 
 
-def _fix_cache_sizes(graph: "GraphProto", decoder: DecoderConfig) -> None:
-    """Write head count and head size into the cache shapes, so that a reader can make a cache."""
+def _fix_cache_sizes(graph: "GraphProto", sizes: list[tuple[int, int]]) -> None:
+    """Write head count and head size into the cache shapes, so that a reader can make a cache.
+
+    :param sizes: heads and head size of each layer.
+    """
     for value in (*graph.input, *graph.output):
         if value.name.startswith(("past_key_values.", "present.")):
             dims = value.type.tensor_type.shape.dim
-            dims[1].dim_value, dims[3].dim_value = (
-                decoder["num_key_value_heads"],
-                decoder["head_size"],
-            )
+            layer = int(value.name.split(".")[1])
+            dims[1].dim_value, dims[3].dim_value = sizes[layer]
 
 
 def add_adapter(folder: Path, adapter: Path) -> None:

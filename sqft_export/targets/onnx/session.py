@@ -142,8 +142,8 @@ class OnnxSession(Session):
         inputs = [i.name for i in self.session.get_inputs()]
         self.cache_dtype = cache_dtype(self.session)
         self.wants_positions = "position_ids" in inputs
-        self.caches = [name for name in inputs if name.startswith("past_")]
-        self.presents = [re.sub("^past_key_values", "present", name) for name in self.caches]
+        self.caches = cache_inputs(self.session)
+        self.presents = [re.sub("^past_key_values", "present", one.name) for one in self.caches]
         self.padding = "right" if fused else "left"
         on_cpu = self.session.get_providers()[0] == CPU_PROVIDER
         self.in_place = fused and on_cpu and adapter is None  # bound outputs exclude adapters
@@ -157,9 +157,14 @@ class OnnxSession(Session):
         self.rows: np.ndarray | None = None  # rows of the cache to continue
         self.length, self.spare = 0, FIRST_SPARE_TOKENS
 
-    def _empty_cache(self, batch: int, tokens: int) -> np.ndarray:
-        """Return zeros for the keys or values of a layer, ``[batch, heads, tokens, head_size]``."""
-        heads, size = self.decoder["num_key_value_heads"], self.decoder["head_size"]
+    def _empty_cache(self, cache: ort.NodeArg, batch: int, tokens: int) -> np.ndarray:
+        """Return zeros for the keys or values of a layer, ``[batch, heads, tokens, head_size]``.
+
+        :param cache: its input; ``genai_config.json`` has the sizes that its shape leaves open.
+        """
+        _, heads, _, size = cache.shape
+        heads = heads if isinstance(heads, int) else self.decoder["num_key_value_heads"]
+        size = size if isinstance(size, int) else self.decoder["head_size"]
         return np.zeros((batch, heads, tokens, size), self.cache_dtype)
 
     def select(self, rows: np.ndarray) -> None:
@@ -194,7 +199,7 @@ class OnnxSession(Session):
         if len(parts) == 1:
             return self._run(ids, mask, wanted)
         capacity = ids.shape[1] + (self.spare if self.in_place else 0)
-        whole = [self._empty_cache(len(ids), capacity) for _ in self.caches]
+        whole = [self._empty_cache(cache, len(ids), capacity) for cache in self.caches]
         logits = np.empty((*wanted.shape, self.vocabulary), np.float32)
         for rows in parts:
             longest, self.past = lengths[rows].max(), None
@@ -237,9 +242,10 @@ class OnnxSession(Session):
             if self.in_place:
                 return self._run_in_place(feeds)
         past = self.past or [
-            ort.OrtValue.ortvalue_from_numpy(self._empty_cache(batch, 0)) for _ in self.caches
+            ort.OrtValue.ortvalue_from_numpy(self._empty_cache(cache, batch, 0))
+            for cache in self.caches
         ]
-        feeds |= dict(zip(self.caches, past, strict=True))
+        feeds |= {cache.name: value for cache, value in zip(self.caches, past, strict=True)}
         logits, *self.past = self.session.run_with_ort_values(
             ["logits", *self.presents], feeds, self.options
         )
@@ -259,7 +265,7 @@ class OnnxSession(Session):
             return
         rows = np.arange(batch) if self.rows is None else self.rows
         for index, cache in enumerate(self.past):  # one tensor at a time, to save memory
-            copy = self._empty_cache(len(rows), capacity)
+            copy = self._empty_cache(self.caches[index], len(rows), capacity)
             copy[:, :, :cached] = cache.numpy()[rows, :, :cached]
             self.past[index] = ort.OrtValue.ortvalue_from_numpy(copy)
         self.rows = None
@@ -271,11 +277,16 @@ class OnnxSession(Session):
         binding.bind_output("logits")
         for name, value in feeds.items():
             binding.bind_ortvalue_input(name, value)
-        for name, present, cache in zip(self.caches, self.presents, self.past, strict=True):
-            binding.bind_ortvalue_input(name, cache)
+        for part, present, cache in zip(self.caches, self.presents, self.past, strict=True):
+            binding.bind_ortvalue_input(part.name, cache)
             binding.bind_ortvalue_output(present, cache)
         self.session.run_with_iobinding(binding, self.options)
         return binding.get_outputs()[0].numpy().astype(np.float32, copy=False)
+
+
+def cache_inputs(session: ort.InferenceSession) -> list[ort.NodeArg]:
+    """Return the inputs of the key-value cache."""
+    return [i for i in session.get_inputs() if i.name.startswith("past_")]
 
 
 def cache_dtype(session: ort.InferenceSession) -> type[np.floating]:
@@ -283,7 +294,7 @@ def cache_dtype(session: ort.InferenceSession) -> type[np.floating]:
 
     :raises UserError: if the graph has no cache, or its type is not float32 or float16.
     """
-    caches = [i for i in session.get_inputs() if i.name.startswith("past_")]
+    caches = cache_inputs(session)
     if not caches:
         raise UserError("the graph has no past_key_values inputs; sessions need a key-value cache")
     if caches[0].type not in CACHE_DTYPES:

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from sqft_export.model.config import ModelConfig
-from sqft_export.model.contexts import cached_heads
+from sqft_export.model.contexts import DEFAULT_CONTEXT, cache_sizes, context_length, named_config
 from sqft_export.model.skeleton import PLAIN_ATTENTION, empty_matrix, skeleton
 from sqft_export.targets.folder import GENAI_CONFIG
 from sqft_export.targets.onnx.weights import (
@@ -110,7 +110,7 @@ def build(weights: Weights, folder: Path, data: ExternalData) -> onnx.ModelProto
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, _Product(name, module, weights, number))
     decoder = _decoder_config(model.config)
-    proto = _trace(model, decoder)
+    proto = _trace(model)
     _place(proto.graph, weights, data)
     _write_config(weights.checkpoint.config, model, decoder, proto, folder)
     return proto
@@ -118,13 +118,13 @@ def build(weights: Weights, folder: Path, data: ExternalData) -> onnx.ModelProto
 
 def _decoder_config(config: PretrainedConfig) -> dict[str, int]:
     """Return the sizes of the decoder by GenAI's names."""
-    heads = config.num_attention_heads
+    caches = cache_sizes(named_config(config))
     return {
-        "head_size": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "head_size": caches[0][1],
         "hidden_size": config.hidden_size,
-        "num_attention_heads": heads,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": cached_heads(config.to_dict()) or heads,
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": len(caches),  # GenAI makes a cache for each
+        "num_key_value_heads": caches[0][0],
     }
 
 
@@ -133,11 +133,13 @@ def _cache_names(layers: int, kind: str) -> list[str]:
     return [f"{kind}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
 
 
-def _trace(model: nn.Module, decoder: dict[str, int]) -> onnx.ModelProto:
+def _trace(model: nn.Module) -> onnx.ModelProto:
     """Return the graph by torch's exporter, without initializers of matrices."""
-    layers, batch, length, cached = decoder["num_hidden_layers"], 2, 3, 4
-    shape = (batch, decoder["num_key_value_heads"], cached, decoder["head_size"])
-    past = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(layers)]
+    batch, length, cached = 2, 3, 4
+    shapes = [
+        (batch, heads, cached, size) for heads, size in cache_sizes(named_config(model.config))
+    ]
+    past = [(torch.zeros(shape), torch.zeros(shape)) for shape in shapes]
     arguments = (
         torch.ones(batch, length, dtype=torch.int64),
         torch.ones(batch, cached + length, dtype=torch.int64),
@@ -154,8 +156,8 @@ def _trace(model: nn.Module, decoder: dict[str, int]) -> onnx.ModelProto:
         verbose=False,
         opset_version=OPSET,
         dynamic_shapes=(tokens, tokens, tokens, [(cache, cache) for _ in past]),
-        input_names=[*INPUTS, *_cache_names(layers, "past_key_values")],
-        output_names=["logits", *_cache_names(layers, "present")],
+        input_names=[*INPUTS, *_cache_names(len(past), "past_key_values")],
+        output_names=["logits", *_cache_names(len(past), "present")],
     )
     assert program is not None
     initializers = program.model.graph.initializers
@@ -212,7 +214,7 @@ def _write_config(
         found = getattr(generation, name, None)
         return config.get(name) if found is None else found
 
-    context = config.get("max_position_embeddings") or config.get("seq_length") or 2048
+    context = context_length(config) or DEFAULT_CONTEXT
     model_section = {
         "bos_token_id": _first_token(token("bos_token_id"), token("eos_token_id")),
         "context_length": context,
