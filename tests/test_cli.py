@@ -35,7 +35,11 @@ def test_help_imports_neither_torch_nor_a_runtime():
 
 @pytest.mark.parametrize("task", ["gsm8k", "math", "commonsense"])
 @pytest.mark.parametrize(
-    "name", ["mistral", "llama3", "llama3.2-1b", "phi3", "qwen2.5", "opt", "bloom", "smollm2"]
+    "name",
+    [
+        *("mistral", "llama3", "llama3.2-1b", "phi3", "qwen2.5", "opt", "bloom", "smollm2"),
+        *("lfm2-1.2b", "qwen3.5-0.8b"),
+    ],
 )
 def test_every_recipe_plans_every_task(name, task, tmp_path):
     """By make, as users type it; no weights and no network are needed."""

@@ -20,7 +20,12 @@ from sqft_export.model.config import ModelConfig
 from sqft_export.model.expert_names import expert_tensors
 from sqft_export.model.families import Family
 from sqft_export.model.tensorfiles import TORCH_NAMES, TensorFiles, TensorInfo
-from sqft_export.model.wrappers import is_wrapper, text_config_of, text_tensors
+from sqft_export.model.wrappers import (
+    has_wrapper_names,
+    is_wrapper,
+    text_config_of,
+    text_tensors,
+)
 from sqft_export.textfiles import read_json
 
 if TYPE_CHECKING:
@@ -69,7 +74,7 @@ class Checkpoint(TensorFiles):
     def _named(self) -> dict[str, TensorInfo]:
         """Return all stored tensors by their names in the model class."""
         headers = self.stored
-        if self.wrapper_config is not None:
+        if self.wrapper_config is not None or has_wrapper_names(headers):
             headers = text_tensors(headers, str(self.folder))
         if self.family.experts is not None:
             headers = expert_tensors(headers, self.family.blocks, self.family.experts)
@@ -256,7 +261,7 @@ def decoder_linears(
 ) -> dict[str, tuple[int, int]]:
     """Return the Linears of the decoder blocks: module name -> (outputs, inputs).
 
-    Routers of experts are left out; they stay in floats.
+    Those that stay in floats are left out: routers of experts, gates of recurrent layers.
     """
     inside = re.compile(rf"^{re.escape(family.blocks)}\.\d+\..+\.weight$")
     return {
@@ -264,7 +269,7 @@ def decoder_linears(
         for name, shape in shapes.items()
         if inside.match(name)
         and len(shape) == 2
-        and not family.is_router(module := name.removesuffix(".weight"))
+        and not family.stays_in_floats(module := name.removesuffix(".weight"))
     }
 
 

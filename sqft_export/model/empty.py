@@ -36,6 +36,10 @@ def empty_model(config: "PretrainedConfig", attention: str | None = None) -> "Pr
         from sqft_export.model.experts import separate_experts
 
         separate_experts(model, family.experts)
+    if family and family.recurrent:
+        from sqft_export.model.recurrent import replace_recurrent
+
+        replace_recurrent(model)
     for module in model.modules():
         if type(module).__name__ in _PLAIN_LINEARS:
             module.__class__ = nn.Linear

@@ -21,9 +21,9 @@ from sqft_export.run.pipeline import plan_passes, run_recipe
 from sqft_export.targets.inspect import inspect_folder, inspection_text
 
 IDS = torch.randint(5, 400, (2, 40), generator=torch.Generator().manual_seed(0))
-ALL_PASSES = ("gemma3", "mistral3", "llava", "qwen2_5_vl", "qwen3_vl")
+ALL_PASSES = ("gemma3", "mistral3", "llava", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 # Wrapper -> part of its text model that can't be compressed yet.
-REFUSED = {"gemma4": "layer_scalar is a buffer", "qwen3_5": "linear_attn belongs to a recurrent"}
+REFUSED = {"gemma4": "layer_scalar is a buffer"}
 OLD_PREFIXES = (("gemma3", "language_model.model."), ("qwen3_vl", "model.language_model."))
 
 

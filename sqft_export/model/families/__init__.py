@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from sqft_export.model.config import ModelConfig, RopeParameters
 
+FULL_ATTENTION = "full_attention"  # entry of ``layer_types``
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -18,12 +20,15 @@ class Experts:
     renamed: part of a stored name -> the same part in the model class.
     batched: paths in a block of stored matrices ``[experts, out, in]``, of gate with up and of
         down. Checkpoints store either these or every expert separately.
+    stored_buffers: last names of buffers of the class that checkpoints store, as a router's bias;
+        they are read as parameters.
     """
 
     linears: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     routers: tuple[str, ...] = ("mlp.gate",)
     renamed: dict[str, str] = field(default_factory=dict)
     batched: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    stored_buffers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,19 @@ class Family:
     builder: class of ONNX Runtime GenAI's model builder; None if it has no class for the family.
     builder_ropes: types of rope scaling that the builder's class computes correctly.
     rope_builders: type of rope scaling -> the builder's class for it, if that is another class.
+    genai_type: type in ``genai_config.json``, if the builder's class alone writes another.
     norm_offset: offset that the model class adds to a norm's weight; graphs contain the sum.
+    plain_norms: paths in a block of norms without that offset.
     query_scaled: whether the model class scales queries by head_size ** -0.5; graphs contain
         scaled biases.
     learned_positions: whether positions are rows of a table, which limits the length.
-    joined: Linear that combines several equal parts -> the builder's names of the parts.
+    joined: Linear that combines several equal parts -> the builder's names of the parts. A Linear
+        with one part has another name in the builder.
     openvino_config: model type whose export config of optimum-intel describes the graph, where it
         has none for this one, or only for other versions of transformers.
     experts: routed experts; None for a dense family.
+    recurrent: kinds in ``layer_types`` of the layers whose state is no key-value cache.
+    floats: path in a block of a Linear that stays in floats -> why it does.
     """
 
     model_types: tuple[str, ...]
@@ -61,19 +71,35 @@ class Family:
     builder: str | None = None
     builder_ropes: tuple[str, ...] = ("default",)
     rope_builders: dict[str, str] = field(default_factory=dict)
+    genai_type: str | None = None
     norm_offset: float = 0.0
+    plain_norms: tuple[str, ...] = ()
     query_scaled: bool = False
     learned_positions: bool = False
     joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
     openvino_config: str | None = None
     experts: Experts | None = None
+    recurrent: tuple[str, ...] = ()
+    floats: dict[str, str] = field(default_factory=dict)
 
     def is_router(self, name: str) -> bool:
         """Return whether a module of a block is a router, which stays in floats."""
-        if self.experts is None or not name.startswith(f"{self.blocks}."):
-            return False
-        path = name.removeprefix(f"{self.blocks}.").partition(".")[2]
-        return path in self.experts.routers
+        return self.experts is not None and self._path_in_block(name) in self.experts.routers
+
+    def stays_in_floats(self, name: str) -> bool:
+        """Return whether a matrix of a block is neither pruned nor quantized."""
+        return self.is_router(name) or self._path_in_block(name) in self.floats
+
+    def offset_of(self, name: str) -> float:
+        """Return the offset that the model class adds to the weight of a module; 0 for no norm."""
+        plain = "norm" not in name or self._path_in_block(name) in self.plain_norms
+        return 0.0 if plain else self.norm_offset
+
+    def _path_in_block(self, name: str) -> str | None:
+        """Return the path of a module in its block; None for a module outside the blocks."""
+        if not name.startswith(f"{self.blocks}."):
+            return None
+        return name.removeprefix(f"{self.blocks}.").partition(".")[2]
 
 
 def _load() -> dict[str, Family]:

@@ -23,6 +23,7 @@ from sqft_export.packed.loaders import dense_gguf
 from sqft_export.recipe.schema import Export
 from sqft_export.targets.folder import ADAPTER_FOLDER, GRAPHS
 from sqft_export.targets.gguf.architectures import (
+    DELTA_FIELDS,
     Names,
     architecture_lacks,
     context_of_file,
@@ -56,6 +57,7 @@ __all__ = [
 MODEL = GRAPHS["gguf"]
 _PREFIX = "sqft_export."
 MODEL_TYPE = f"{_PREFIX}model_type"
+CONVOLUTION_DIMENSIONS = 3  # channels, 1, columns
 # Copied next to the file, for programs that read configs. The file has the tokenizer too.
 COPIED_FILES = ("config.json", "generation_config.json", "tokenizer*", "chat_template.jinja")
 
@@ -207,9 +209,12 @@ def _codes_tensor(checkpoint: "Checkpoint", names: Names, module: str) -> _Tenso
 
     def make() -> np.ndarray:
         found = read_quantized(checkpoint, module).numpy()
+        if names.moves_columns(module):
+            found = found.in_groups(inputs // BLOCK)
         permute = functools.partial(names.permute_rows, module)
+        move = functools.partial(names.permute_columns, module)
         try:
-            return to_blocks(found.map_arrays(permute), kind)
+            return to_blocks(found.map_arrays(permute).map_arrays(move), kind)
         except ValueError as error:
             raise UserError(f"{module}: {error}") from error
 
@@ -225,9 +230,13 @@ def _float_tensor(checkpoint: "Checkpoint", names: Names, key: str) -> _Tensor:
     """
     import torch
 
-    module, _, part = key.rpartition(".")
+    from sqft_export.model.recurrent import DECAY_PARAMETER
+
+    module = key.rpartition(".")[0]
     shape = checkpoint.shapes[key]
-    offset = checkpoint.family.norm_offset if "norm" in module else 0.0
+    if len(shape) == CONVOLUTION_DIMENSIONS:
+        return _convolution_tensor(checkpoint, names, key)
+    offset = checkpoint.family.offset_of(module)
     # llama.cpp multiplies with routers in float32.
     is_matrix = len(shape) > 1 and not checkpoint.family.is_router(module)
     is_bfloat16 = is_matrix and checkpoint.headers[key].dtype in ("BF16",)
@@ -237,17 +246,35 @@ def _float_tensor(checkpoint: "Checkpoint", names: Names, key: str) -> _Tensor:
     def make() -> np.ndarray:
         tensor = checkpoint.tensor(key)
         if is_bfloat16:
-            return names.permute_rows(module, tensor.view(torch.int16).numpy()).view(np.uint8)
+            values = names.permute_rows(module, tensor.view(torch.int16).numpy())
+            return np.ascontiguousarray(names.permute_columns(module, values)).view(np.uint8)
         if len(shape) > 1:
             values = tensor.numpy() if is_matrix else tensor.float().numpy()
-            return names.permute_rows(module, values.astype(dtype, copy=False))
-        return names.permute_rows(module, tensor.float().numpy()) + np.float32(offset)
+            values = names.permute_rows(module, values.astype(dtype, copy=False))
+            return names.permute_columns(module, values)
+        if key.endswith(DECAY_PARAMETER):
+            tensor = -tensor.float().exp()
+        owner = key.removesuffix(".weight").removesuffix(".bias")
+        return names.permute_rows(owner, tensor.float().numpy()) + np.float32(offset)
 
-    name = f"{names.tensor_of(module)}.{part}"
+    name = names.parameter_of(key)
     if is_bfloat16:
         bytes_shape = (shape[0], 2 * shape[1])
         return _Tensor(name, bytes_shape, np.uint8, "BF16", make, expert_number(module))
     return _Tensor(name, shape, dtype, None, make, expert_number(module))
+
+
+def _convolution_tensor(checkpoint: "Checkpoint", names: Names, key: str) -> _Tensor:
+    """Return the filters of a convolution per channel: float32 ``[channels, columns]``."""
+    module = key.rpartition(".")[0]
+    channels, _, columns = checkpoint.shapes[key]
+
+    def make() -> np.ndarray:
+        filters = checkpoint.tensor(key).float().numpy().reshape(channels, columns)
+        return names.permute_rows(module, filters)
+
+    name = names.parameter_of(key)
+    return _Tensor(name, (channels, columns), np.float32, None, make)
 
 
 def add_adapter(folder: Path, adapter: Path) -> None:
@@ -266,6 +293,7 @@ def add_adapter(folder: Path, adapter: Path) -> None:
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # llama.cpp then applies no scaling
     for module, (lora_a, lora_b) in read_low_rank(adapter).items():
+        lora_a = names.permute_columns(module, lora_a)
         lora_b = names.permute_rows(module, lora_b)
         tensor = f"{names.tensor_of(module)}.weight"
         writer.add_tensor(f"{tensor}.lora_a", np.ascontiguousarray(lora_a))
@@ -301,6 +329,9 @@ def _read(folder: Path) -> tuple["GGUFReader", Names]:
         "num_attention_heads": reader.fields[f"{architecture}.attention.head_count"].contents(),
         "num_key_value_heads": reader.fields[f"{architecture}.attention.head_count_kv"].contents(),
     }
+    for name, key in DELTA_FIELDS.items():
+        if f"{architecture}.{key}" in reader.fields:
+            heads[name] = reader.fields[f"{architecture}.{key}"].contents()
     return reader, Names(field.contents(), heads)
 
 
@@ -314,7 +345,9 @@ def read_back(folder: Path) -> Iterator[tuple[str, QuantizedWeight[np.ndarray]]]
             continue
         for one, data in _by_expert(module, tensor.data):
             restore = functools.partial(names.restore_rows, one)
-            yield one, _longest_groups(from_blocks(data, kind).map_arrays(restore))
+            move = functools.partial(names.restore_columns, one)
+            found = from_blocks(data, kind).map_arrays(restore).map_arrays(move)
+            yield one, _longest_groups(found)
 
 
 def _by_expert(module: str, data: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -347,11 +380,16 @@ def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
         if tensor.tensor_type.name in BLOCK_TYPES:
             continue
         values = _floats(tensor)
+        if key := names.key_of(tensor.name):
+            yield key, names.restore_rows(key, values)
+            continue
         if module is None:
             yield "", values
             continue
         for one, matrix in _by_expert(module, values):
             restored = names.restore_rows(one, matrix)
+            if restored.ndim == 2:
+                restored = names.restore_columns(one, restored)
             yield one if restored.ndim == 2 else f"{one}.{part}", restored
 
 

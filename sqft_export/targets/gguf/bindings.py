@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from cyllama.llama.llama_cpp import LlamaContext
 
 MAX_SEQUENCES = 256  # separate sequences in a cache of llama.cpp
+# The same for models with recurrent layers, whose states are allocated for every sequence.
+RECURRENT_SEQUENCES = 16
 PASS_TOKENS = 512  # tokens per call of llama_decode
 _FLOAT32 = 0  # ggml's type number
 
@@ -83,10 +85,11 @@ class Opened(Protocol):
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text, with special tokens parsed and added."""
 
-    def cache(self, cells: int, threads: int, exact: bool) -> Cache:
+    def cache(self, cells: int, threads: int, exact: bool, sequences: int = MAX_SEQUENCES) -> Cache:
         """Return a cache of ``cells`` tokens.
 
         :param exact: float32 keys and values, and no flash attention.
+        :param sequences: largest number of separate sequences.
         """
 
 
@@ -108,18 +111,22 @@ class CyllamaModel:
     def tokenize(self, text: str) -> list[int]:
         return list(self.model.get_vocab().tokenize(text, True, True))
 
-    def cache(self, cells: int, threads: int, exact: bool) -> "Cache":
+    def cache(
+        self, cells: int, threads: int, exact: bool, sequences: int = MAX_SEQUENCES
+    ) -> "Cache":
         from cyllama.llama import llama_cpp
 
         params = llama_cpp.LlamaContextParams()
-        _set_parameters(params, cells, threads, exact)
+        _set_parameters(params, cells, threads, exact, sequences)
         context = llama_cpp.LlamaContext(model=self.model, params=params)
         return _CyllamaCache(context, self.vocabulary)
 
 
-def _set_parameters(params: ContextParameters, cells: int, threads: int, exact: bool) -> None:
+def _set_parameters(
+    params: ContextParameters, cells: int, threads: int, exact: bool, sequences: int
+) -> None:
     """Set size, threads and precision of a context."""
-    params.n_ctx, params.n_seq_max, params.kv_unified = cells, MAX_SEQUENCES, True
+    params.n_ctx, params.n_seq_max, params.kv_unified = cells, sequences, True
     params.n_batch = params.n_ubatch = PASS_TOKENS
     # The default is four threads, which busy-wait if there are fewer processors.
     params.n_threads = params.n_threads_batch = threads
@@ -196,11 +203,13 @@ class LlamaCppModel:
         count = llama_cpp.llama_tokenize(self.vocab, encoded, len(encoded), found, room, True, True)
         return list(found[:count])
 
-    def cache(self, cells: int, threads: int, exact: bool) -> "Cache":
+    def cache(
+        self, cells: int, threads: int, exact: bool, sequences: int = MAX_SEQUENCES
+    ) -> "Cache":
         import llama_cpp
 
         params = llama_cpp.llama_context_default_params()
-        _set_parameters(params, cells, threads, exact)
+        _set_parameters(params, cells, threads, exact, sequences)
         context = llama_cpp.llama_init_from_model(self.model, params)
         if not context:
             raise UserError(f"llama.cpp can't make a cache of {cells} tokens")

@@ -79,7 +79,7 @@ def export(
 def _fix_cache_sizes(graph: "GraphProto", decoder: DecoderConfig) -> None:
     """Write head count and head size into the cache shapes, so that a reader can make a cache."""
     for value in (*graph.input, *graph.output):
-        if value.name.startswith(("past_key_values.", "present.")):
+        if value.name.endswith((".key", ".value")):
             dims = value.type.tensor_type.shape.dim
             dims[1].dim_value, dims[3].dim_value = (
                 decoder["num_key_value_heads"],
