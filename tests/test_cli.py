@@ -38,7 +38,7 @@ def test_help_imports_neither_torch_nor_a_runtime():
     "name",
     [
         *("mistral", "llama3", "llama3.2-1b", "phi3", "qwen2.5", "opt", "bloom", "smollm2"),
-        "gemma4-e2b",
+        *("gemma4-e2b", "lfm2-1.2b", "qwen3.5-0.8b"),
     ],
 )
 def test_every_recipe_plans_every_task(name, task, tmp_path):

@@ -25,13 +25,17 @@ def build_graph(
     :param cache: folder for the builder's temporary files.
     """
     from onnxruntime_genai.models import builder
+    from onnxruntime_genai.models.builders import qwen
 
     arguments = ("", str(configs), str(out), "fp32", "cpu", str(cache))
     options = builder.parse_extra_options(*arguments, [])
     options.pop("_effective_builder_config")
     details = options.pop("hf_details")
 
-    class Graph(getattr(builder, class_name)):  # type: ignore[misc]
+    # The decoder of Qwen3.5 is only a part of the classes in ``builder``.
+    base = getattr(builder, class_name, None) or getattr(qwen, class_name)
+
+    class Graph(base):  # type: ignore[misc]
         def load_weights(self, input_path):
             return model
 

@@ -1,13 +1,18 @@
-"""Private parts of optimum-intel: its table of export configs and their version limits."""
+"""Private parts of optimum-intel: export configs, their version limits, the delta rule's loop."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import openvino as ov
+    from openvino.frontend import NodeContext
 
 DISTRIBUTION = "optimum-intel"
 PRIVATE = (
     "optimum.exporters.openvino:model_configs",
     "optimum.exporters.openvino.model_configs:GemmaOpenVINOConfig.MAX_TRANSFORMERS_VERSION",
+    "optimum.exporters.openvino._ov_ops:convert_recurrent_attention_cell",
     "optimum.exporters.tasks:TasksManager.get_supported_tasks_for_model_type",
 )
 TASK = "text-generation-with-past"
@@ -59,3 +64,13 @@ def without_version_limit(model_type: str) -> Iterator[None]:
             delattr(config, _LIMIT)
             for name, limit in own.items():
                 setattr(config, name, limit)
+
+
+def convert_delta_rule(context: "NodeContext") -> "list[ov.Output]":
+    """Return the recurrence of a gated delta rule as the loop that OpenVINO fuses.
+
+    :param context: node with the inputs query, key, value, logarithm of the decay, beta, state.
+    """
+    from optimum.exporters.openvino._ov_ops import convert_recurrent_attention_cell
+
+    return list(convert_recurrent_attention_cell(context))

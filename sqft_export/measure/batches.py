@@ -37,7 +37,7 @@ def split_batches(
         scored = max(longest if every_token else 0, scored_tokens or 0)
         logit_bytes = rows * scored * session.vocabulary * 4
         fits = rows * (longest + growth) <= tokens and logit_bytes <= MAX_LOGIT_BYTES
-        if batch and (rows > MAX_BATCH_ROWS or not fits):
+        if batch and (rows > min(MAX_BATCH_ROWS, session.max_rows) or not fits):
             yield batch
             batch, longest = [], lengths[index]
         batch.append(index)
@@ -87,12 +87,13 @@ def last_logits(session: Session, batch: Batch) -> np.ndarray:
         row 0   a b c d | e f     pass 1: columns 0 to 3 of row 0
         row 1   . . . . | g h     pass 2: columns 4 and 5 of rows 0 and 1
 
-    A row that joins gets a copy of another row's cache. Its mask hides these entries.
+    A row that joins gets a copy of another row's cache. Its mask hides these entries. Rows of a
+    model with recurrent layers do not join, because no mask hides a state.
     """
     session.reset()
     length, begins = batch.ids.shape[1], batch.mask.argmax(axis=1)
     start, before = 0, np.empty(0, np.int64)
-    joins = session.padding == "left"
+    joins = session.padding == "left" and session.joins
     for stop in _pass_ends(begins, length, session.pass_tokens) if joins else [length]:
         rows = np.flatnonzero(begins < stop)
         if start:

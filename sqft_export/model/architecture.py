@@ -92,7 +92,8 @@ def _shapes(config: str, where: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
     settings: ModelConfig = json.loads(config)
     model = _empty_model_of(settings, where)
     family = family_of(settings, where)
-    if family.experts is None:  # a listed family of experts names its routers and experts
+    # A listed family names its routers, experts and recurrent layers.
+    if family.experts is None and not family.recurrent:
         check_blocks(model, family.blocks, where)
     return tuple((name, tuple(weight.shape)) for name, weight in model.named_parameters())
 

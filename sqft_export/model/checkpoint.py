@@ -21,7 +21,12 @@ from sqft_export.model.config import ModelConfig
 from sqft_export.model.expert_names import expert_tensors
 from sqft_export.model.families import Family
 from sqft_export.model.tensorfiles import TORCH_NAMES, TensorFiles, TensorInfo, TensorWriter
-from sqft_export.model.wrappers import is_wrapper, text_config_of, text_tensors
+from sqft_export.model.wrappers import (
+    has_wrapper_names,
+    is_wrapper,
+    text_config_of,
+    text_tensors,
+)
 from sqft_export.textfiles import read_json
 
 if TYPE_CHECKING:
@@ -70,7 +75,7 @@ class Checkpoint(TensorFiles):
     def _named(self) -> dict[str, TensorInfo]:
         """Return all stored tensors by their names in the model class."""
         headers = self.stored
-        if self.wrapper_config is not None:
+        if self.wrapper_config is not None or has_wrapper_names(headers):
             headers = text_tensors(headers, str(self.folder))
         if self.family.experts is not None:
             headers = expert_tensors(headers, self.family.blocks, self.family.experts)
@@ -276,7 +281,8 @@ def decoder_linears(
 ) -> dict[str, tuple[int, int]]:
     """Return the Linears of the decoder blocks: module name -> (outputs, inputs).
 
-    Those that stay in floats are left out: routers of experts, per-layer projections.
+    Those that stay in floats are left out: routers of experts, per-layer projections, gates of
+    recurrent layers.
     """
     inside = re.compile(rf"^{re.escape(family.blocks)}\.\d+\..+\.weight$")
     return {

@@ -26,6 +26,7 @@ class RopeParameters(TypedDict, total=False):
     mscale: float
     mscale_all_dim: float
     llama_4_scaling_beta: float
+    mrope_section: list[int]
     full_attention: "RopeParameters"
     sliding_attention: "RopeParameters"
 
@@ -124,8 +125,18 @@ class ModelConfig(TypedDict, total=False):
     num_local_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int
+    num_dense_layers: int
     attention_multiplier: float
     embedding_multiplier: float
     residual_multiplier: float
     logits_scaling: float
+    conv_L_cache: int
+    linear_conv_kernel_dim: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    block_auto_adjust_ff_dim: bool
+    block_ffn_dim_multiplier: float
+    block_multiple_of: int
     quantization_config: QuantizationConfig

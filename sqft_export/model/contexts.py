@@ -78,6 +78,19 @@ def cache_sizes(config: ModelConfig) -> list[tuple[int, int]]:
     return [full if kind == "full_attention" else (heads, size) for kind in kinds]
 
 
+def lfm2_inner_width(config: ModelConfig) -> int:
+    """Return the inner width of LFM2's MLPs, which its class derives from the config's.
+
+    It is two thirds of ``intermediate_size``, times a factor, rounded up to a multiple.
+    """
+    width = config["intermediate_size"] or 0
+    if not config["block_auto_adjust_ff_dim"]:
+        return width
+    scaled = int(config["block_ffn_dim_multiplier"] * int(2 * width / 3))
+    multiple = config["block_multiple_of"]
+    return -(-scaled // multiple) * multiple
+
+
 def partial_rotary(config: ModelConfig) -> float:
     """Return the share of a head's columns that rotate with positions.
 

@@ -40,6 +40,10 @@ def empty_model(config: "PretrainedConfig", attention: str | None = None) -> "Pr
         _replace_transposed(model, family)
     if family and family.buffers:
         _replace_buffers(model, family)
+    if family and family.recurrent:
+        from sqft_export.model.recurrent import replace_recurrent
+
+        replace_recurrent(model)
     for module in model.modules():
         if type(module).__name__ in _PLAIN_LINEARS:
             module.__class__ = nn.Linear

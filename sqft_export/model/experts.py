@@ -145,8 +145,16 @@ class _GraniteBlock(nn.Module):
 
 
 def separate_experts(model: nn.Module, experts: Experts) -> None:
-    """Replace the batched experts of a model without weights by :class:`RoutedExperts`."""
+    """Replace the batched experts of a model without weights by :class:`RoutedExperts`.
+
+    Buffers that checkpoints store become parameters without gradients.
+    """
     for name, module in list(model.named_modules()):
+        for buffer in experts.stored_buffers:
+            if buffer in dict(module.named_buffers(recurse=False)):
+                meta = nn.Parameter(module.get_buffer(buffer).to("meta"), requires_grad=False)
+                delattr(module, buffer)
+                module.register_parameter(buffer, meta)
         with torch.device("meta"):
             made = _separated(module, experts)
         if made is not None:

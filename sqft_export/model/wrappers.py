@@ -72,6 +72,14 @@ def is_wrapper(config: Mapping[str, Any]) -> bool:
     return described or (multimodal and config.get("model_type") in FLAT_WRAPPERS)
 
 
+def has_wrapper_names(stored: Mapping[str, TensorInfo]) -> bool:
+    """Return whether a checkpoint has the names of a wrapper's text model.
+
+    transformers saves a text model such as ``qwen3_5_text`` so.
+    """
+    return f"model.language_model.{_EMBEDDING}" in stored
+
+
 def text_config_of(config: ModelConfig, where: str) -> ModelConfig:
     """Return the config of a wrapper's text model; other configs stay unchanged.
 

@@ -114,6 +114,8 @@ def _is_installed(name: str) -> bool:
 
 def _openvino_lacks(recipe: Recipe, layout: Layout, config: ModelConfig) -> str | None:
     model_type = config["model_type"]
+    if layout.family.recurrent:
+        return None  # traced without optimum-intel
     if reason := _optimum_lacks(layout.family.openvino_config or model_type):
         return reason
     return None if model_type in FAMILIES else _rehearsal_lacks("openvino", recipe, layout)
@@ -145,6 +147,9 @@ def _onnx_lacks(recipe: Recipe, layout: Layout, config: ModelConfig) -> str | No
     if rope_type(config) == "longrope":
         way_out = "" if lacks else "; export.onnx_graph=fused has it"
         return f"torch's exporter can't trace rope_type longrope in a standard graph{way_out}"
+    if layout.family.recurrent:
+        way_out = f", and the builder {lacks}" if lacks else "; export.onnx_graph=fused has them"
+        return f"a standard graph has no operators of recurrent layers{way_out}"
     if config["model_type"] in FAMILIES:
         return None
     return _rehearsal_lacks("onnx", recipe, layout)

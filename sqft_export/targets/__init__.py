@@ -10,6 +10,8 @@ import numpy as np
 from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.recipe.schema import Export
 
+RECURRENT_STATE = "past."  # start of a graph's names of states that are no keys or values
+
 
 class Session(Protocol):
     """A loaded model with a key-value cache.
@@ -20,6 +22,8 @@ class Session(Protocol):
     computes_padding: padding of rows that continue a cache costs as much as their tokens.
     pass_tokens: tokens whose computation takes as long as the overhead of one more pass.
     max_rows: the largest batch that the cache holds.
+    joins: a row may begin on a copy of another row's cache, which its mask then hides. A recurrent
+        state can't be hidden.
     """
 
     padding: str
@@ -28,6 +32,7 @@ class Session(Protocol):
     computes_padding: bool
     pass_tokens: int = 64
     max_rows: int = 2**31
+    joins: bool = True
 
     def reset(self) -> None:
         """Clear the cache."""

@@ -29,7 +29,7 @@ from sqft_export.numerics.codes import QuantizedWeight, from_arrays
 from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
 from sqft_export.packed.loaders import load_openvino
 from sqft_export.recipe.schema import Export
-from sqft_export.targets import Session, positions_of
+from sqft_export.targets import RECURRENT_STATE, Session, positions_of
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER, GRAPHS
 from sqft_export.targets.tokenizers import write_openvino_tokenizers
@@ -80,7 +80,12 @@ def export(
 
 
 def _trace(checkpoint: "Checkpoint", folder: Path) -> None:
-    """Write the graph by optimum-intel, with empty matrices."""
+    """Write the graph, with empty matrices: by optimum-intel, or as a hybrid's."""
+    if checkpoint.family.recurrent:
+        from sqft_export.targets.hybrid_graph import trace_hybrid
+
+        trace_hybrid(checkpoint, folder / MODEL)
+        return
     from optimum.exporters.openvino import export_from_model
     from optimum.intel import OVConfig
 
@@ -362,6 +367,9 @@ class OpenVinoSession(Session):
         self.names = {name for port in compiled.inputs for name in port.names}
         self.vocabulary = compiled.output("logits").get_partial_shape()[2].get_length()
         self.all_logits = LAST_TOKENS_INPUT not in self.names
+        self.joins = not any(
+            state.name.startswith(RECURRENT_STATE) for state in self.request.query_state()
+        )
         self.reset()
 
     def reset(self) -> None:

@@ -18,6 +18,7 @@ from sqft_export.libraries.torch import INNER_K_TILES, pack_int4
 from sqft_export.machine.device import CPU, fast_in_bfloat16
 from sqft_export.machine.host import float32_fits
 from sqft_export.model.checkpoint import Checkpoint
+from sqft_export.model.families import FAMILIES
 from sqft_export.model.floats import load_model
 from sqft_export.model.storage import read_quantized
 from sqft_export.numerics.affine import dequantize
@@ -162,6 +163,8 @@ class TorchSession(Session):
             self.pass_tokens = ACCELERATOR_PASS_TOKENS
         inner = getattr(model, "get_base_model", lambda: model)()  # inside peft's wrapper
         self.accepted = inspect.signature(inner.forward).parameters
+        family = FAMILIES.get(inner.config.model_type)
+        self.joins = not (family and family.recurrent)
         self.vocabulary: int = inner.config.get_text_config().vocab_size
         self.all_logits = "logits_to_keep" not in self.accepted
         self.reset()

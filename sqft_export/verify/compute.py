@@ -25,6 +25,8 @@ BATCH = 16  # prompts per batch of the torch reference
 # Standard deviations of logits. llama.cpp reads GELU from a float16 table. If torch uses the same
 # table, the difference is as small as in other runtimes.
 GELU_TABLE_TOLERANCE = 5e-3
+# Runtimes accumulate the state of a delta rule in float32 over all tokens; the reference does not.
+DELTA_TOLERANCE = 1e-3
 # Nats per token. llama.cpp's default mode rounds activations to 8 bits in blocks of 32.
 GGUF_DIVERGENCE = 0.02
 
@@ -71,6 +73,8 @@ def check_compute(
 
 def logit_tolerance(subject: Subject, name: str) -> float:
     """Return the allowed logit difference of a target in exact mode, in standard deviations."""
+    if "linear_attention" in subject.merged.family.recurrent:
+        return max(subject.asked.tolerance, DELTA_TOLERANCE)
     if name == "gguf" and uses_gelu_table(subject.merged.config["model_type"]):
         reads = 2 if subject.merged.family.tables else 1  # a gate per layer has a GELU too
         return max(subject.asked.tolerance, reads * GELU_TABLE_TOLERANCE)

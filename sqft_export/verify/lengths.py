@@ -19,6 +19,7 @@ from sqft_export.model.architecture import transformers_config
 from sqft_export.model.contexts import POSITION_FIELDS
 from sqft_export.model.floats import Reference
 from sqft_export.model.miniature import write_miniature
+from sqft_export.model.recurrent import CHUNK_TOKENS
 from sqft_export.recipe.schema import Export
 from sqft_export.targets import target
 from sqft_export.targets.devices import why_not_exact, why_not_run
@@ -36,6 +37,9 @@ TOKENS_PAST = 8  # tokens of a text beyond the length that it checks
 # The deployment itself is checked up to these numbers: weights * tokens, heads * tokens squared.
 LARGEST_PRODUCT, LARGEST_SCORES = 2 * 10**11, 2**28
 LENGTH_FIELDS = ("sliding_window", "original_max_position_embeddings")
+# Columns of the causal convolutions of recurrent layers; shorter texts leave columns empty.
+KERNEL_FIELDS = ("conv_L_cache", "linear_conv_kernel_dim")
+DELTA_CHUNK = "chunk of the delta rule"
 # Scalings of rotary positions whose angles depend on the length of a text.
 LENGTH_DEPENDENT = {"dynamic", "longrope"}
 MINIATURE_TOLERANCE = 1e-3  # standard deviations of logits; random weights round more
@@ -48,16 +52,25 @@ class Length:
     what: config field that names the length.
     tokens: longer texts are computed differently.
     last: the model accepts no longer text.
+    within: the text that checks this length is one token shorter, not longer.
     """
 
     what: str
     tokens: int
     last: bool = False
+    within: bool = False
 
     @property
     def text_tokens(self) -> int:
         """Tokens of a text that checks this length."""
+        if self.within:
+            return self.tokens - 1
         return self.tokens if self.last else self.tokens + TOKENS_PAST
+
+    @property
+    def title(self) -> str:
+        """The length in the title of a check."""
+        return f"{'within' if self.within else 'past'} {self.what} {self.tokens}"
 
 
 def named_lengths(config: Mapping[str, object]) -> list[Length]:
@@ -78,7 +91,17 @@ def named_lengths(config: Mapping[str, object]) -> list[Length]:
     scalings = {value for name, value in _entries(config) if name == "rope_type"}
     if context and ("dynamic" in scalings or not config.get("rope_parameters")):
         found.add(Length(positions, context, last=True))
-    return sorted(found, key=lambda length: length.tokens)
+    return sorted(found | _recurrent_lengths(config), key=lambda length: length.tokens)
+
+
+def _recurrent_lengths(config: Mapping[str, object]) -> set[Length]:
+    """Return the lengths at which the states of recurrent layers change."""
+    kernels = ((name, config.get(name)) for name in KERNEL_FIELDS)
+    found = {Length(name, size, within=True) for name, size in kernels if isinstance(size, int)}
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list) and "linear_attention" in kinds:
+        found.add(Length(DELTA_CHUNK, CHUNK_TOKENS))
+    return found
 
 
 def _entries(config: Mapping[str, object]) -> list[tuple[str, object]]:
@@ -137,7 +160,7 @@ def _check_deployed(
     for label, folder in subject.deployments(name):
         session = target(name).open_session(folder, True, None)
         for length, text, ours in zip(lengths, texts, expected, strict=True):
-            title = f"logits past {length.what} {length.tokens}: merged in torch and {label}"
+            title = f"logits {length.title}: merged in torch and {label}"
             tolerance = logit_tolerance(subject, name)
             check = certificate.start("compute", title, "standard deviations", tolerance)
             [theirs] = prompt_logits(session, [text])
@@ -170,7 +193,7 @@ def _check_miniature(
         ours = target("torch").open_session(model, True, None)
         theirs = target(name).open_session(deployed, True, None)
         for length in lengths:
-            title = f"logits past {length.what} {length.tokens}: two blocks in torch and {name}"
+            title = f"logits {length.title}: two blocks in torch and {name}"
             tolerance = max(MINIATURE_TOLERANCE, logit_tolerance(subject, name))
             check = certificate.start("compute", title, "standard deviations", tolerance)
             ids = np.random.RandomState(0).randint(5, 400, length.text_tokens).tolist()

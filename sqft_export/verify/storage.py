@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from sqft_export.artifacts.store import sha256_of
+from sqft_export.model.recurrent import DECAY_PARAMETER
 from sqft_export.model.storage import read_quantized
 from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.packed.container import PackedFile
@@ -62,10 +63,12 @@ def _check_codes(
 def _check_floats(
     certificate: Certificate, subject: Subject, name: str, label: str, folder: Path
 ) -> None:
-    """Compare float matrices and vectors (norms, biases) by name; a Q8_0 head is a float matrix.
+    """Compare float matrices and vectors (norms, biases, filters) by name.
 
-    A graph may have no name for a vector, for example after several vectors are concatenated. Such
-    a vector is looked up by its bytes.
+    A Q8_0 head is compared as a float matrix.
+
+    The filters of a convolution count as one vector. A graph may have no name for a vector, for
+    example after several vectors are concatenated. Such a vector is looked up by its bytes.
     """
     merged, quantized = subject.merged, set(subject.quantized)
     rounded = rounded_parameter(subject, name)
@@ -97,16 +100,17 @@ def _check_floats(
     for key in sorted(missing):
         expected = merged.tensor(key).float().numpy()
         named = [held for name, held in vectors if name == key]
-        forms = _forms(subject, expected) if expected.ndim == 1 else []
+        forms = _forms(subject, expected) if expected.ndim != 2 else []
         is_stored = any(f.tobytes() in (named or everything) for f in forms)
+        is_stored = is_stored or (key.endswith(DECAY_PARAMETER) and _has_rates(expected, vectors))
         check.count(np.full(expected.shape, not (is_stored or _is_neutral(expected))), key)
 
 
 def _vector_key(name: str, shapes: dict[str, tuple[int, ...]]) -> str | None:
-    """Return the vector of the model whose name ends a graph's name, or None."""
+    """Return the vector or filters of the model whose name ends a graph's name, or None."""
     parts = name.split(".")
     ends = (".".join(parts[start:]) for start in range(len(parts)))
-    return next((end for end in ends if len(shapes.get(end, ())) == 1), None)
+    return next((end for end in ends if len(shapes.get(end, ())) in (1, 3)), None)
 
 
 def _forms(subject: Subject, vector: np.ndarray) -> list[np.ndarray]:
@@ -123,6 +127,18 @@ def _forms(subject: Subject, vector: np.ndarray) -> list[np.ndarray]:
         size = config["hidden_size"] // config["num_attention_heads"]
         forms.append(vector * np.float32(size**-0.5))
     return forms
+
+
+def _has_rates(logarithms: np.ndarray, vectors: list[tuple[str | None, bytes]]) -> bool:
+    """Return whether a graph stores the decay rates of a delta rule, up to rounding.
+
+    Checkpoints store their logarithms. An exporter computes ``exp`` of them with its own function,
+    and may store the negative.
+    """
+    rates = np.exp(logarithms)
+    same = (held for _, held in vectors if len(held) == rates.nbytes)
+    found = (np.abs(np.frombuffer(held, np.float32)) for held in same)
+    return any(np.allclose(one, rates, rtol=1e-6, atol=0) for one in found)
 
 
 def _is_neutral(values: np.ndarray) -> bool:

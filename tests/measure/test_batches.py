@@ -241,7 +241,7 @@ def test_passes_over_a_batch_take_no_longer_than_one(firsts, pass_tokens):
 
 
 class _Sizes:
-    vocabulary, all_logits = 1000, True
+    vocabulary, all_logits, max_rows = 1000, True, 2**31
 
 
 @settings(deadline=None)

@@ -47,6 +47,14 @@ EXPERTS: list[tuple[str, dict, str]] = [
     ),
     ("phimoe", {"num_local_experts": 4}, "[openvino, onnx]"),
     ("olmoe", {"num_experts": 4, "num_key_value_heads": 4}, "[onnx, gguf]"),
+    (
+        "lfm2_moe",
+        {
+            **{"num_experts": 4, "moe_intermediate_size": 64, "num_hidden_layers": 3},
+            **{"num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
+        },
+        "[openvino, gguf]",
+    ),
 ]
 BY_TYPE = {name: (settings, targets) for name, settings, targets in EXPERTS}
 EXPERT = "model.layers.1.mlp.experts.2"

@@ -21,9 +21,7 @@ from sqft_export.run.pipeline import plan_passes, run_recipe
 from sqft_export.targets.inspect import inspect_folder, inspection_text
 
 IDS = torch.randint(5, 400, (2, 40), generator=torch.Generator().manual_seed(0))
-ALL_PASSES = ("gemma3", "gemma4", "mistral3", "llava", "qwen2_5_vl", "qwen3_vl")
-# Wrapper -> part of its text model that can't be compressed yet.
-REFUSED = {"qwen3_5": "linear_attn belongs to a recurrent"}
+ALL_PASSES = ("gemma3", "gemma4", "mistral3", "llava", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 OLD_PREFIXES = (("gemma3", "language_model.model."), ("qwen3_vl", "model.language_model."))
 
 
@@ -42,7 +40,7 @@ def recipe_of(folder: Path, *overrides: str) -> Recipe:
 
 @pytest.mark.parametrize(
     ("name", "prefix"),
-    [*((name, None) for name in WRAPPERS if name not in REFUSED), *OLD_PREFIXES],
+    [*((name, None) for name in WRAPPERS), *OLD_PREFIXES],
     ids=str,
 )
 def test_the_text_model_computes_what_the_wrapper_computes_on_text(name, prefix, tmp_path):
@@ -57,14 +55,6 @@ def test_the_text_model_computes_what_the_wrapper_computes_on_text(name, prefix,
     written = {file.name for file in files_of(tmp_path / "text")}
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= written
     assert "preprocessor_config.json" not in written
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_text_model_that_can_not_be_compressed_is_refused_by_its_part(name, tmp_path):
-    write_wrapper(tmp_path / "wrapper", name)
-    with pytest.raises(UserError, match=REFUSED[name]):
-        check_recipe(recipe_of(tmp_path / "wrapper"), tmp_path / "wrapper")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["wrapper"]
 
 
 def test_parts_are_left_out_with_count_and_bytes(tmp_path):

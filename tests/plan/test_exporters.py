@@ -18,7 +18,6 @@ from sqft_export.plan.warnings import plan_warnings
 from sqft_export.recipe.schema import Recipe
 
 ALL = "export.targets=[openvino, onnx, gguf]"
-LFM2 = {"layer_types": ["conv", "full_attention"], "model_type": "lfm2", "block_ff_dim": 128}
 
 
 def planned(model: Path, *settings: str) -> tuple[Recipe, list[str]]:
@@ -97,12 +96,12 @@ def test_a_standard_graph_that_torch_cannot_trace_skips_onnx(monkeypatch):
     assert reason and "the export of a small falcon model fails" in reason
 
 
-def test_gated_convolutions_are_refused_before_any_work():
+def test_recurrent_blocks_that_are_not_listed_are_refused_before_any_work():
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     with pytest.raises(
-        UserError, match=r"lfm2: model\.layers\.0\.conv\.conv belongs to a recurrent"
+        UserError, match=r"falcon_h1: model\.layers\.0\.mamba belongs to a recurrent"
     ):
-        family_of(LFM2 | sizes, "config.json")
+        family_of({"model_type": "falcon_h1", **sizes}, "config.json")
 
 
 def test_longrope_in_a_standard_graph_is_refused_before_any_work(tmp_path):

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from sqft_export.model.config import ModelConfig, RopeParameters
 
+FULL_ATTENTION = "full_attention"  # entry of ``layer_types``
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -18,12 +20,15 @@ class Experts:
     renamed: part of a stored name -> the same part in the model class.
     batched: paths in a block of stored matrices ``[experts, out, in]``, of gate with up and of
         down. Checkpoints store either these or every expert separately.
+    stored_buffers: last names of buffers of the class that checkpoints store, as a router's bias;
+        they are read as parameters.
     """
 
     linears: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     routers: tuple[str, ...] = ("mlp.gate",)
     renamed: dict[str, str] = field(default_factory=dict)
     batched: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    stored_buffers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,14 @@ class Family:
     builder: class of ONNX Runtime GenAI's model builder; None if it has no class for the family.
     builder_ropes: types of rope scaling that the builder's class computes correctly.
     rope_builders: type of rope scaling -> the builder's class for it, if that is another class.
+    genai_type: type in ``genai_config.json``, if the builder's class alone writes another.
     norm_offset: offset that the model class adds to a norm's weight; graphs contain the sum.
+    plain_norms: paths in a block of norms without that offset.
     query_scaled: whether the model class scales queries by head_size ** -0.5; graphs contain
         scaled biases.
     learned_positions: whether positions are rows of a table, which limits the length.
-    joined: Linear that combines several equal parts -> the builder's names of the parts.
+    joined: Linear that combines several equal parts -> the builder's names of the parts. A Linear
+        with one part has another name in the builder.
     openvino_config: model type whose export config of optimum-intel describes the graph, where it
         has none for this one, or only for other versions of transformers.
     transposed: Linears of a block that the model class stores as ``[in, out]`` (Conv1D of
@@ -54,6 +62,7 @@ class Family:
     buffers: paths in a block of buffers that checkpoints store; they are read as weights.
     tables: token embedding besides ``embedding`` -> config field with the number of columns that
         share a scale. Tables are as large as the decoder, so they are INT8 if it is quantized.
+    recurrent: kinds in ``layer_types`` of the layers whose state is no key-value cache.
     """
 
     model_types: tuple[str, ...]
@@ -67,7 +76,9 @@ class Family:
     builder: str | None = None
     builder_ropes: tuple[str, ...] = ("default",)
     rope_builders: dict[str, str] = field(default_factory=dict)
+    genai_type: str | None = None
     norm_offset: float = 0.0
+    plain_norms: tuple[str, ...] = ()
     query_scaled: bool = False
     learned_positions: bool = False
     joined: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -77,6 +88,7 @@ class Family:
     floats: dict[str, str] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
     tables: dict[str, str] = field(default_factory=dict)
+    recurrent: tuple[str, ...] = ()
 
     def is_transposed(self, name: str) -> bool:
         """Return whether a weight's matrix is stored as ``[in, out]``."""
@@ -91,6 +103,11 @@ class Family:
     def stays_in_floats(self, name: str) -> bool:
         """Return whether a matrix of a block is neither pruned nor quantized."""
         return self.is_router(name) or self._path_in_block(name) in self.floats
+
+    def offset_of(self, name: str) -> float:
+        """Return the offset that the model class adds to the weight of a module; 0 for no norm."""
+        plain = "norm" not in name or self._path_in_block(name) in self.plain_norms
+        return 0.0 if plain else self.norm_offset
 
     def _path_in_block(self, name: str) -> str | None:
         """Return the path of a module in its block; None for a module outside the blocks."""

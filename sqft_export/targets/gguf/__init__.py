@@ -23,6 +23,7 @@ from sqft_export.packed.loaders import dense_gguf
 from sqft_export.recipe.schema import Export
 from sqft_export.targets.folder import ADAPTER_FOLDER, GRAPHS
 from sqft_export.targets.gguf.architectures import (
+    DELTA_FIELDS,
     Names,
     architecture_lacks,
     context_of_file,
@@ -66,6 +67,7 @@ __all__ = [
 MODEL = GRAPHS["gguf"]
 _PREFIX = "sqft_export."
 MODEL_TYPE = f"{_PREFIX}model_type"
+CONVOLUTION_DIMENSIONS = 3  # channels, 1, columns
 # Copied next to the file, for programs that read configs. The file has the tokenizer too.
 COPIED_FILES = ("config.json", "generation_config.json", "tokenizer*", "chat_template.jinja")
 
@@ -230,9 +232,12 @@ def _codes_tensors(checkpoint: "Checkpoint", names: Names, module: str) -> Itera
 
     def make(rows: slice) -> np.ndarray:
         found = read_quantized(checkpoint, module).numpy()
+        if names.moves_columns(module):
+            found = found.in_groups(inputs // BLOCK)
         permute = functools.partial(names.permute_rows, module)
+        move = functools.partial(names.permute_columns, module)
         try:
-            return to_blocks(found.map_arrays(permute).rows(rows), kind)
+            return to_blocks(found.map_arrays(permute).map_arrays(move).rows(rows), kind)
         except ValueError as error:
             raise UserError(f"{module}: {error}") from error
 
@@ -255,9 +260,9 @@ def _plain_tensors(
         values = checkpoint.tensor(key).float().numpy()
         return quantize_head(names.permute_rows(module, values))
 
-    name = f"{names.tensor_of(module)}.weight"
+    [(name, _)] = names.tensors_of(module, rows)
     shape = (rows, inputs // BLOCK * HEAD_BYTES_PER_BLOCK)
-    yield _Tensor(name, shape, np.uint8, "Q8_0", make, is_head=True)
+    yield _Tensor(f"{name}.weight", shape, np.uint8, "Q8_0", make, is_head=True)
 
 
 def _float_tensors(checkpoint: "Checkpoint", names: Names, key: str) -> Iterator[_Tensor]:
@@ -267,9 +272,14 @@ def _float_tensors(checkpoint: "Checkpoint", names: Names, key: str) -> Iterator
     """
     import torch
 
+    from sqft_export.model.recurrent import DECAY_PARAMETER
+
     module, part = split_parameter(key)
     shape = checkpoint.shapes[key]
-    offset = checkpoint.family.norm_offset if "norm" in module else 0.0
+    if len(shape) == CONVOLUTION_DIMENSIONS:
+        yield _convolution_tensor(checkpoint, names, key)
+        return
+    offset = checkpoint.family.offset_of(module)
     # llama.cpp multiplies with routers in float32.
     is_matrix = len(shape) > 1 and not checkpoint.family.is_router(module)
     is_bfloat16 = is_matrix and checkpoint.headers[key].dtype in ("BF16",)
@@ -279,13 +289,20 @@ def _float_tensors(checkpoint: "Checkpoint", names: Names, key: str) -> Iterator
     def make(rows: slice) -> np.ndarray:
         tensor = checkpoint.tensor(key)
         if is_bfloat16:
-            halves = names.permute_rows(module, tensor.view(torch.int16).numpy())
-            return halves[rows].view(np.uint8)
+            halves = names.permute_rows(module, tensor.view(torch.int16).numpy())[rows]
+            return np.ascontiguousarray(names.permute_columns(module, halves)).view(np.uint8)
         if len(shape) > 1:
             values = tensor.numpy() if is_matrix else tensor.float().numpy()
-            return names.permute_rows(module, values.astype(dtype, copy=False))[rows]
-        return (names.permute_rows(module, tensor.float().numpy()) + np.float32(offset))[rows]
+            values = names.permute_rows(module, values.astype(dtype, copy=False))[rows]
+            return names.permute_columns(module, values)
+        if key.endswith(DECAY_PARAMETER):
+            tensor = -tensor.float().exp()
+        owner = key.removesuffix(".weight").removesuffix(".bias")
+        return (names.permute_rows(owner, tensor.float().numpy()) + np.float32(offset))[rows]
 
+    if own_name := names.tensor_of_parameter(key):
+        yield _Tensor(own_name, shape, dtype, None, functools.partial(make, slice(None)))
+        return
     expert = expert_number(module)
     for name, rows in names.tensors_of(module, shape[0]):
         sizes = (len(range(shape[0])[rows]), *shape[1:])
@@ -295,6 +312,19 @@ def _float_tensors(checkpoint: "Checkpoint", names: Names, key: str) -> Iterator
             yield _Tensor(f"{name}.{part}", stored, np.uint8, "BF16", made, expert)
         else:
             yield _Tensor(f"{name}.{part}", sizes, dtype, None, made, expert)
+
+
+def _convolution_tensor(checkpoint: "Checkpoint", names: Names, key: str) -> _Tensor:
+    """Return the filters of a convolution per channel: float32 ``[channels, columns]``."""
+    module = key.rpartition(".")[0]
+    channels, _, columns = checkpoint.shapes[key]
+
+    def make() -> np.ndarray:
+        filters = checkpoint.tensor(key).float().numpy().reshape(channels, columns)
+        return names.permute_rows(module, filters)
+
+    [(name, _)] = names.tensors_of(module, channels)
+    return _Tensor(f"{name}.weight", (channels, columns), np.float32, None, make)
 
 
 def add_adapter(folder: Path, adapter: Path) -> None:
@@ -313,6 +343,7 @@ def add_adapter(folder: Path, adapter: Path) -> None:
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # llama.cpp then applies no scaling
     for module, (lora_a, lora_b) in read_low_rank(adapter).items():
+        lora_a = names.permute_columns(module, lora_a)
         lora_b = names.permute_rows(module, lora_b)
         for name, rows in names.tensors_of(module, len(lora_b)):
             writer.add_tensor(f"{name}.weight.lora_a", np.ascontiguousarray(lora_a))
@@ -348,6 +379,9 @@ def _read(folder: Path) -> tuple["GGUFReader", Names]:
         "num_attention_heads": reader.fields[f"{architecture}.attention.head_count"].contents(),
         "num_key_value_heads": reader.fields[f"{architecture}.attention.head_count_kv"].contents(),
     }
+    for name, key in DELTA_FIELDS.items():
+        if f"{architecture}.{key}" in reader.fields:
+            heads[name] = reader.fields[f"{architecture}.{key}"].contents()
     stored = {tensor.name.split(".", 2)[-1] for tensor in reader.tensors}
     return reader, Names(field.contents(), heads, "attn_norm_2.weight" in stored)
 
@@ -379,7 +413,9 @@ def read_back(folder: Path) -> Iterator[tuple[str, QuantizedWeight[np.ndarray]]]
             continue
         for one, data in _by_expert(module, _join([tensor.data for tensor in tensors])):
             restore = functools.partial(names.restore_rows, one)
-            yield one, _longest_groups(from_blocks(data, kind).map_arrays(restore))
+            move = functools.partial(names.restore_columns, one)
+            found = from_blocks(data, kind).map_arrays(restore).map_arrays(move)
+            yield one, _longest_groups(found)
 
 
 def _join(parts: list[np.ndarray]) -> np.ndarray:
@@ -417,12 +453,18 @@ def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
         if tensors[0].tensor_type.name in BLOCK_TYPES and not is_rounded:
             continue
         values = _join([_values(tensor, is_rounded) for tensor in tensors])
+        if key := names.key_of(tensors[0].name):
+            yield key, names.restore_rows(key, values)
+            continue
         if module is None:
             yield "", values
             continue
         for one, matrix in _by_expert(module, values):
             restored = names.restore_rows(one, matrix)
-            yield one if restored.ndim == 2 else names.parameter_of(one, part), restored
+            if restored.ndim == 2:
+                yield one, names.restore_columns(one, restored)
+            else:
+                yield names.parameter_of(one, part), restored
 
 
 def _values(tensor: "ReaderTensor", is_rounded: bool) -> np.ndarray:

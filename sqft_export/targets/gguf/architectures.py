@@ -18,8 +18,10 @@ from sqft_export.model.contexts import (
     cached_heads,
     context_length,
     deployed_config,
+    lfm2_inner_width,
 )
-from sqft_export.model.families import FAMILIES
+from sqft_export.model.families import FAMILIES, FULL_ATTENTION
+from sqft_export.packed.blocks import BLOCK
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -37,12 +39,13 @@ class Architecture:
     blocks: tensor of a decoder block -> module in the block; ``*`` stands for the number of an
         expert. The matrices of all experts are one tensor.
     outer: tensor outside the blocks -> module.
+    parameters: tensor of a decoder block that is no weight or bias of a module -> its path.
     pairs: Linears whose rotary pairs are neighbouring rows in llama.cpp -> config key of the heads.
     joined: Linears with q, k and v per head, where llama.cpp has all rows of q first.
     head_always: llama.cpp expects an output matrix even if it equals the embedding.
     activations: supported values of ``hidden_act``; llama.cpp has one function per family.
     ropes: rotary scalings that llama.cpp computes in the same way.
-    epsilon: config key of the norms' epsilon; a LayerNorm's, unless it starts with ``rms``.
+    epsilon: config key of the norms' epsilon; a LayerNorm's, unless it is in ``_RMS_EPSILONS``.
     numbers: config key -> llama.cpp's key of a float.
     window_period: every nth block has full attention, the others the sliding window; None if
         llama.cpp has no windows for the family.
@@ -51,11 +54,13 @@ class Architecture:
     two_norms: ``blocks`` of models with one norm before attention and another before the MLP
         (Falcon-40B); empty if the family has no such models.
     since: first version of llama.cpp that reads the architecture; empty if all of 2025 do.
+    recurrent: value of ``layer_types`` of the layers that have no key and value heads.
     """
 
     name: str
     blocks: dict[str, str]
     outer: dict[str, str]
+    parameters: dict[str, str] = field(default_factory=dict)
     pairs: dict[str, str] = field(default_factory=dict)
     joined: tuple[str, ...] = ()
     head_always: bool = False
@@ -68,8 +73,22 @@ class Architecture:
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     two_norms: dict[str, str] = field(default_factory=dict)
     since: str = ""
+    recurrent: str | None = None
 
 
+# Sizes of a delta rule -> llama.cpp's key.
+DELTA_FIELDS = {
+    "linear_num_key_heads": "ssm.group_count",
+    "linear_num_value_heads": "ssm.time_step_rank",
+    "linear_key_head_dim": "ssm.state_size",
+}
+# Modules and parameters of a delta rule whose rows belong to value heads; in the second ones, the
+# rows of queries and keys come first.
+_AFTER_KEYS = ("in_proj_qkv", "conv1d")
+_VALUE_ROWS = (*_AFTER_KEYS, "in_proj_z", "in_proj_b", "in_proj_a", "A_log", "dt_bias")
+_VALUE_COLUMNS = ".linear_attn.out_proj"
+_MROPE_SECTION = [11, 11, 10]  # transformers' default
+_RMS_EPSILONS = ("rms_norm_eps", "norm_eps")
 _ATTENTION = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -151,6 +170,33 @@ def _experts(router: str, experts: str, gate: str, up: str, down: str) -> dict[s
 
 
 _NAMED_EXPERTS = _experts("mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj")
+_LFM2 = Architecture(
+    "lfm2",
+    {
+        **_ATTENTION,
+        "attn_output": "self_attn.out_proj",
+        "attn_norm": "operator_norm",
+        "attn_q_norm": "self_attn.q_layernorm",
+        "attn_k_norm": "self_attn.k_layernorm",
+        "shortconv.conv": "conv.conv",
+        "shortconv.in_proj": "conv.in_proj",
+        "shortconv.out_proj": "conv.out_proj",
+        "ffn_norm": "ffn_norm",
+        "ffn_gate": "feed_forward.w1",
+        "ffn_up": "feed_forward.w3",
+        "ffn_down": "feed_forward.w2",
+    },
+    # llama.cpp names the last norm so.
+    {
+        "token_embd": "model.embed_tokens",
+        "token_embd_norm": "model.embedding_norm",
+        "output": "lm_head",
+    },
+    ropes=("default",),
+    epsilon="norm_eps",
+    values={"conv_bias": False},
+    recurrent="conv",
+)
 ARCHITECTURES = {
     "qwen3_moe": Architecture(
         "qwen3moe",
@@ -386,6 +432,38 @@ ARCHITECTURES = {
         epsilon="layer_norm_epsilon",
         values={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
     ),
+    "lfm2": _LFM2,
+    "lfm2_moe": replace(
+        _LFM2,
+        name="lfm2moe",
+        blocks=_LFM2.blocks
+        | _experts("feed_forward.gate", "feed_forward.experts", "w1", "w3", "w2"),
+        parameters={"exp_probs_b.bias": "feed_forward.expert_bias"},
+        values={
+            **{"conv_bias": False, "norm_topk_prob": True, "routed_scaling_factor": 1.0},
+            "use_expert_bias": True,
+        },
+    ),
+    "qwen3_5_text": Architecture(
+        "qwen35",
+        {
+            **_ATTENTION,
+            **_HEAD_NORMS,
+            **_MLP,
+            "post_attention_norm": "post_attention_layernorm",
+            "attn_qkv": "linear_attn.in_proj_qkv",
+            "attn_gate": "linear_attn.in_proj_z",
+            "ssm_beta": "linear_attn.in_proj_b",
+            "ssm_alpha": "linear_attn.in_proj_a",
+            "ssm_conv1d": "linear_attn.conv1d",
+            "ssm_norm": "linear_attn.norm",
+            "ssm_out": "linear_attn.out_proj",
+        },
+        _OUTER,
+        parameters={"ssm_a": "linear_attn.A_log", "ssm_dt.bias": "linear_attn.dt_bias"},
+        ropes=("default",),
+        values={"attention_bias": False},
+    ),
     "starcoder2": Architecture(
         "starcoder2",
         {**_ATTENTION, **_NORM, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
@@ -459,7 +537,7 @@ def architecture_lacks(config: ModelConfig) -> str | None:
         return _yarn_lacks(rope_of(config))
     if model_type.startswith("gemma"):
         return _gemma_lacks(config)
-    return None
+    return _qwen3_5_lacks(config) if model_type == "qwen3_5_text" else None
 
 
 def first_version(config: ModelConfig) -> str:
@@ -544,7 +622,8 @@ def uses_gelu_table(model_type: str) -> bool:
 class Names:
     """Map modules to llama.cpp's tensors, and back, for one model.
 
-    heads: ``num_attention_heads`` and ``num_key_value_heads``.
+    heads: ``num_attention_heads`` and ``num_key_value_heads``; of a delta rule also the fields in
+        ``DELTA_FIELDS``.
     two_norms: the blocks are those of ``Architecture.two_norms``.
     """
 
@@ -595,6 +674,18 @@ class Names:
         names = next((n for n in self.architecture.parts.values() if name in n), (name,))
         return names.index(name), len(names)
 
+    def tensor_of_parameter(self, key: str) -> str | None:
+        """Return the tensor of a parameter in ``parameters``; None for other parameters."""
+        block, _, path = key.removeprefix(f"{self._blocks}.").partition(".")
+        found = {parameter: tensor for tensor, parameter in self.architecture.parameters.items()}
+        return f"blk.{block}.{found[path]}" if path in found else None
+
+    def key_of(self, tensor: str) -> str | None:
+        """Return the parameter of a tensor in ``parameters``; None for other tensors."""
+        block, _, name = tensor.removeprefix("blk.").partition(".")
+        path = self.architecture.parameters.get(name)
+        return f"{self._blocks}.{block}.{path}" if path else None
+
     def module_of(self, tensor: str) -> str | None:
         """Return the module of a tensor; None if it belongs to no module.
 
@@ -602,7 +693,7 @@ class Names:
         """
         if not tensor.startswith("blk."):
             return self.architecture.outer.get(tensor)
-        _, block, name = tensor.split(".", 2)
+        _, block, name = [*tensor.split(".", 2), ""][:3]
         path = self._modules.get(name)
         return f"{self._blocks}.{block}.{path}" if path else None
 
@@ -628,7 +719,44 @@ class Names:
             grouped = np.arange(rows).reshape(groups, heads, -1)
             parts = grouped[:, :-2], grouped[:, -2], grouped[:, -1]
             return np.concatenate([part.reshape(-1) for part in parts])
+        if (heads := self._value_head_order()) is not None and last in _VALUE_ROWS:
+            first = 2 * self.heads["linear_num_key_heads"] * self.heads["linear_key_head_dim"]
+            first = first if last in _AFTER_KEYS else 0
+            values = np.arange(first, rows).reshape(len(heads), -1)[heads]
+            return np.concatenate([np.arange(first), values.reshape(-1)])
         return None
+
+    def _value_head_order(self) -> np.ndarray | None:
+        """Return the checkpoint's value head for each of llama.cpp's; None if they are the same.
+
+        A checkpoint groups the value heads of a delta rule by their key head. llama.cpp has the
+        first value head of every key head, then the second of every one.
+        """
+        keys, values = (self.heads.get(f"linear_num_{kind}_heads", 0) for kind in ("key", "value"))
+        if keys == values:
+            return None
+        return np.arange(values).reshape(keys, -1).T.reshape(-1)
+
+    def moves_columns(self, module: str) -> bool:
+        """Return whether llama.cpp has the columns of a module in another order."""
+        return module.endswith(_VALUE_COLUMNS) and self._value_head_order() is not None
+
+    def permute_columns(self, module: str, array: np.ndarray) -> np.ndarray:
+        """Return the columns in llama.cpp's order.
+
+        :param array: ``[rows, inputs]`` or ``[rows, groups]``; groups divide a value head.
+        """
+        order = self._value_head_order()
+        if order is None or not self.moves_columns(module):
+            return array
+        return array.reshape(len(array), len(order), -1)[:, order].reshape(array.shape)
+
+    def restore_columns(self, module: str, array: np.ndarray) -> np.ndarray:
+        """Return columns in llama.cpp's order in the checkpoint's order."""
+        order = self._value_head_order()
+        if order is None or not self.moves_columns(module):
+            return array
+        return array.reshape(len(array), len(order), -1)[:, order.argsort()].reshape(array.shape)
 
     def permute_rows(self, module: str, array: np.ndarray) -> np.ndarray:
         """Return the rows in llama.cpp's order."""
@@ -667,6 +795,8 @@ def naming_of(config: ModelConfig) -> Names:
     if config.get("new_decoder_architecture"):  # the model class caches copies for all queries
         key_value_heads = config["num_kv_heads"]
     counts = {"num_attention_heads": heads, "num_key_value_heads": key_value_heads}
+    sizes = cast(Mapping[str, int], config)
+    counts |= {name: sizes[name] for name in DELTA_FIELDS if name in sizes}
     has_two = config.get("new_decoder_architecture") and config.get("num_ln_in_parallel_attn") != 1
     return Names(config["model_type"], counts, bool(has_two))
 
@@ -723,7 +853,7 @@ def write_keys(writer: "GGUFWriter", config: ModelConfig) -> None:
     if model_type == "granitemoehybrid" and config.get("position_embedding_type") != "rope":
         writer.add_rope_scaling_finetuned(False)  # llama.cpp's switch for Granite's rotation
     known, values = ARCHITECTURES[model_type], cast(Mapping[str, float], config)
-    if known.epsilon.startswith("rms"):
+    if known.epsilon in _RMS_EPSILONS:
         writer.add_layer_norm_rms_eps(values[known.epsilon])
     else:
         writer.add_layer_norm_eps(values[known.epsilon])
@@ -742,11 +872,14 @@ def write_keys(writer: "GGUFWriter", config: ModelConfig) -> None:
         writer.add_sliding_window(window)
     for key, name in known.numbers.items():
         writer.add_float32(f"{known.name}.{name}", values[key])
+    _write_hybrid(writer, config)
     _write_experts(writer, config)
 
 
 def _feed_forward(config: ModelConfig) -> int | list[int]:
     """Return the inner width of the MLP, per layer if it differs."""
+    if config["model_type"] == "lfm2":
+        return lfm2_inner_width(config)
     fields = ("ffn_hidden_size", "n_inner", "shared_intermediate_size")
     found = next((config[name] for name in fields if config.get(name)), None)
     if config["model_type"] not in ("bloom", "gpt2"):  # which have no such field
@@ -760,15 +893,55 @@ def _feed_forward(config: ModelConfig) -> int | list[int]:
 def _key_value_heads(config: ModelConfig) -> int | list[int]:
     """Return the number of heads of keys and values, per layer if it differs."""
     count = naming_of(config).heads["num_key_value_heads"]
-    full = config.get("attention_k_eq_v") and config.get("num_global_key_value_heads")
-    if not full:
+    recurrent = ARCHITECTURES[config["model_type"]].recurrent
+    full = (config.get("attention_k_eq_v") and config.get("num_global_key_value_heads")) or count
+    if recurrent is None and full == count:
         return count
+    counts = {recurrent: 0, FULL_ATTENTION: full}
+    return [counts.get(kind, count) for kind in config.get("layer_types") or []]
+
+
+def _write_hybrid(writer: "GGUFWriter", config: ModelConfig) -> None:
+    """Write the sizes of recurrent layers."""
+    if config["model_type"] in ("lfm2", "lfm2_moe"):
+        writer.add_shortconv_l_cache(config["conv_L_cache"])
+    if config["model_type"] != "qwen3_5_text":
+        return
+    writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
+    writer.add_ssm_state_size(config["linear_key_head_dim"])
+    writer.add_ssm_group_count(config["linear_num_key_heads"])
+    writer.add_ssm_time_step_rank(config["linear_num_value_heads"])
+    writer.add_ssm_inner_size(config["linear_num_value_heads"] * config["linear_value_head_dim"])
+    writer.add_full_attention_interval(_attention_interval(config))
+    sections = rope_of(config).get("mrope_section") or _MROPE_SECTION
+    writer.add_rope_dimension_sections([*sections, 0])
+
+
+def _attention_interval(config: ModelConfig) -> int:
+    """Return n if every nth layer has full attention and the others have none; 0 otherwise."""
     kinds = config.get("layer_types") or []
-    return [full if kind == "full_attention" else count for kind in kinds]
+    interval = kinds.index(FULL_ATTENTION) + 1 if FULL_ATTENTION in kinds else 0
+    full = [index % interval == interval - 1 for index in range(len(kinds))] if interval else []
+    return interval if full == [kind == FULL_ATTENTION for kind in kinds] else 0
+
+
+def _qwen3_5_lacks(config: ModelConfig) -> str | None:
+    """Return what llama.cpp's graph of Qwen3.5 computes differently; None if nothing."""
+    if not _attention_interval(config):
+        return "llama.cpp's qwen35 has full attention in every nth block, n the same throughout"
+    keys, values = config["linear_key_head_dim"], config["linear_value_head_dim"]
+    if keys != values:
+        return f"llama.cpp's qwen35 has square states, not {keys} by {values}"
+    heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    if heads[0] != heads[1] and values % BLOCK:
+        return f"its blocks of {BLOCK} do not divide value heads of {values}, which it reorders"
+    return None
 
 
 def _write_experts(writer: "GGUFWriter", config: ModelConfig) -> None:
     """Write the numbers of experts, and Granite's four multipliers."""
+    import gguf
+
     count = config.get("num_local_experts") or config.get("num_experts")
     if not count:
         return
@@ -776,6 +949,9 @@ def _write_experts(writer: "GGUFWriter", config: ModelConfig) -> None:
     writer.add_expert_used_count(config["num_experts_per_tok"])
     if inner := config.get("moe_intermediate_size"):
         writer.add_expert_feed_forward_length(inner)
+    if config["model_type"] == "lfm2_moe":
+        writer.add_leading_dense_block_count(config["num_dense_layers"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
     if config["model_type"] == "granitemoe":
         writer.add_attention_scale(config["attention_multiplier"])
         writer.add_embedding_scale(config["embedding_multiplier"])

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from cyllama.llama.llama_cpp import LlamaContext
 
 MAX_SEQUENCES = 256  # separate sequences in a cache of llama.cpp
+# The same for models with recurrent layers, whose states are allocated for every sequence.
+RECURRENT_SEQUENCES = 16
 PASS_TOKENS = 512  # tokens per call of llama_decode
 _FLOAT32 = 0  # ggml's type number
 
@@ -87,10 +89,11 @@ class Opened(Protocol):
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text, with special tokens parsed and added."""
 
-    def cache(self, cells: int, threads: int, exact: bool) -> Cache:
+    def cache(self, cells: int, threads: int, exact: bool, sequences: int = MAX_SEQUENCES) -> Cache:
         """Return a cache of ``cells`` tokens.
 
         :param exact: float32 keys and values, and no flash attention.
+        :param sequences: largest number of separate sequences.
         """
 
 
@@ -150,18 +153,22 @@ class CyllamaModel:
     def tokenize(self, text: str) -> list[int]:
         return list(self.model.get_vocab().tokenize(text, True, True))
 
-    def cache(self, cells: int, threads: int, exact: bool) -> "Cache":
+    def cache(
+        self, cells: int, threads: int, exact: bool, sequences: int = MAX_SEQUENCES
+    ) -> "Cache":
         from cyllama.llama import llama_cpp
 
         params = llama_cpp.LlamaContextParams()
-        _set_parameters(params, cells, threads, exact)
+        _set_parameters(params, cells, threads, exact, sequences)
         context = llama_cpp.LlamaContext(model=self.model, params=params)
         return _CyllamaCache(context, self.vocabulary)
 
 
-def _set_parameters(params: ContextParameters, cells: int, threads: int, exact: bool) -> None:
+def _set_parameters(
+    params: ContextParameters, cells: int, threads: int, exact: bool, sequences: int
+) -> None:
     """Set size, threads and precision of a context."""
-    params.n_ctx, params.n_seq_max, params.kv_unified = cells, MAX_SEQUENCES, True
+    params.n_ctx, params.n_seq_max, params.kv_unified = cells, sequences, True
     params.n_batch = params.n_ubatch = PASS_TOKENS
     # The default is four threads, which busy-wait if there are fewer processors.
     params.n_threads = params.n_threads_batch = threads
@@ -238,9 +245,11 @@ class LlamaCppModel:
         count = self.functions.llama_tokenize(self.vocab, encoded, size, found, room, True, True)
         return list(found[:count])
 
-    def cache(self, cells: int, threads: int, exact: bool) -> "Cache":
+    def cache(
+        self, cells: int, threads: int, exact: bool, sequences: int = MAX_SEQUENCES
+    ) -> "Cache":
         params = self.functions.llama_context_default_params()
-        _set_parameters(params, cells, threads, exact)
+        _set_parameters(params, cells, threads, exact, sequences)
         context = self.functions.llama_init_from_model(self.model, params)
         if not context:
             raise UserError(f"llama.cpp can't make a cache of {cells} tokens")

@@ -16,12 +16,21 @@ from sqft_export.kernels.choice import STOCK
 from sqft_export.kernels.llama_plugin import set_exact_products, use_in_llama_cpp
 from sqft_export.machine.host import allowed_processors
 from sqft_export.machine.threads import map_in_order
+from sqft_export.model.families import FAMILIES
 from sqft_export.packed.gguf_file import read_gguf
 from sqft_export.packed.loaders import dense_gguf
 from sqft_export.targets import Session, last_columns
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER
-from sqft_export.targets.gguf.bindings import MAX_SEQUENCES, PASS_TOKENS, Opened, Token, open_model
+from sqft_export.targets.gguf.bindings import (
+    MAX_SEQUENCES,
+    PASS_TOKENS,
+    RECURRENT_SEQUENCES,
+    Opened,
+    Token,
+    open_model,
+)
+from sqft_export.textfiles import read_json
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -39,14 +48,16 @@ class GgufSession(Session):
     padding = "right"
     all_logits = False
     computes_padding = False
-    max_rows = MAX_SEQUENCES
 
-    def __init__(self, model: Opened, exact: bool, threads: int | None):
+    def __init__(
+        self, model: Opened, exact: bool, threads: int | None, max_rows: int = MAX_SEQUENCES
+    ):
+        self.max_rows = max_rows
         self.model, self.exact = model, exact
         self.threads = threads or allowed_processors()
         self.vocabulary = model.vocabulary
         self.cells = _FIRST_CELLS
-        self.cache = model.cache(self.cells, self.threads, exact)
+        self.cache = model.cache(self.cells, self.threads, exact, max_rows)
         self.reset()
 
     def reset(self) -> None:
@@ -55,11 +66,11 @@ class GgufSession(Session):
         self.sequences: list[int] = []  # llama.cpp's sequence number per row
 
     def select(self, rows: np.ndarray) -> None:
-        _check_rows(len(rows))
+        self._check_rows(len(rows))
         kept = {self.sequences[row] for row in rows}
         for sequence in set(self.sequences) - kept:
             self.cache.forget(sequence)
-        free = iter(sorted(set(range(MAX_SEQUENCES)) - kept))
+        free = iter(sorted(set(range(self.max_rows)) - kept))
         chosen, taken = [], set[int]()
         for row in rows:
             sequence = self.sequences[row]
@@ -107,7 +118,7 @@ class GgufSession(Session):
         if not self.sequences:
             self.sequences = list(range(len(ids)))
             self.histories = [[] for _ in ids]
-        _check_rows(len(self.sequences))
+        self._check_rows(len(self.sequences))
         self._grow_cache(int(kept.sum()))
         places = [(int(row), int(column)) for row, column in np.argwhere(kept)]
         for start in range(0, len(places), PASS_TOKENS):
@@ -120,6 +131,16 @@ class GgufSession(Session):
                 history.append(token)
             self._decode(tokens)
             yield part
+
+    def _check_rows(self, count: int) -> None:
+        """Check the number of rows of a batch.
+
+        :raises UserError: if the cache does not have so many sequences.
+        """
+        if count > self.max_rows:
+            raise UserError(
+                f"llama.cpp: found a batch of {count} rows; at most {self.max_rows} fit"
+            )
 
     def _decode(self, tokens: list[Token]) -> None:
         if failed := self.cache.decode(tokens):
@@ -136,7 +157,7 @@ class GgufSession(Session):
         while self.cells < 2 * needed:
             self.cells *= 2
         self.cache.close()
-        self.cache = self.model.cache(self.cells, self.threads, self.exact)
+        self.cache = self.model.cache(self.cells, self.threads, self.exact, self.max_rows)
         known = [
             Token(token, place, sequence, False)
             for history, sequence in zip(self.histories, self.sequences, strict=True)
@@ -144,15 +165,6 @@ class GgufSession(Session):
         ]
         for start in range(0, len(known), PASS_TOKENS):
             self._decode(known[start : start + PASS_TOKENS])
-
-
-def _check_rows(count: int) -> None:
-    """Check the number of rows of a batch.
-
-    :raises UserError: if the cache does not have so many sequences.
-    """
-    if count > MAX_SEQUENCES:
-        raise UserError(f"llama.cpp: found a batch of {count} rows; at most {MAX_SEQUENCES} fit")
 
 
 def open_session(
@@ -181,13 +193,22 @@ def open_session(
     if execution != STOCK:
         use_in_llama_cpp(execution)
         set_exact_products(exact)
+    rows = _max_rows(folder)
     with dense_gguf(folder) as file:
         if not exact or execution != STOCK:
-            return GgufSession(open_model(file), exact or float32_cache, threads)
+            return GgufSession(open_model(file), exact or float32_cache, threads, rows)
         with tempfile.TemporaryDirectory(prefix="sqft-") as scratch:
             floats = Path(scratch) / "float32.gguf"
             write_float32(file, floats, adapter if adapter.is_file() else None)
-            return GgufSession(open_model(floats), exact, threads)
+            return GgufSession(open_model(floats), exact, threads, rows)
+
+
+def _max_rows(folder: Path) -> int:
+    """Return the largest batch of a deployment, by the config next to the file."""
+    file = folder / "config.json"
+    model_type = read_json(file).get("model_type") if file.is_file() else None
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    return RECURRENT_SEQUENCES if family and family.recurrent else MAX_SEQUENCES
 
 
 def write_float32(file: Path, out: Path, adapter: Path | None = None) -> None:

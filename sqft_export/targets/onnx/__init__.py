@@ -81,7 +81,7 @@ def _fix_cache_sizes(graph: "GraphProto", sizes: list[tuple[int, int]]) -> None:
     :param sizes: heads and head size of each layer.
     """
     for value in (*graph.input, *graph.output):
-        if value.name.startswith(("past_key_values.", "present.")):
+        if value.name.endswith((".key", ".value")):
             dims = value.type.tensor_type.shape.dim
             layer = int(value.name.split(".")[1])
             dims[1].dim_value, dims[3].dim_value = sizes[layer]

@@ -18,6 +18,7 @@ from onnx import helper, numpy_helper
 from sqft_export.libraries.onnxruntime_genai import build_graph
 from sqft_export.model.architecture import transformers_config
 from sqft_export.model.companions import copy_companions, float_config, write_config
+from sqft_export.model.config import ModelConfig
 from sqft_export.model.contexts import deployed_config, partial_rotary, window_layers
 from sqft_export.model.families import Family, builder_class
 from sqft_export.model.skeleton import skeleton
@@ -54,12 +55,14 @@ def build(weights: Weights, folder: Path, data: ExternalData) -> onnx.ModelProto
     _place_embedding(model.graph, weights, data)
     document = json.loads((built / GENAI_CONFIG).read_text())
     decoder = document["model"]["decoder"]
-    _set_windows(model.graph, window_layers(config))
+    document["model"]["type"] = checkpoint.family.genai_type or document["model"]["type"]
+    _set_windows(model.graph, _attention_windows(config, checkpoint.family))
     # With this entry GenAI allocates a cache of twice the window and fails on longer texts. The
     # operators apply the window themselves.
     decoder.pop("sliding_window", None)
     rotary = int(decoder["head_size"] * partial_rotary(config))
-    if rotary % FUSED_ROTARY_STEP:
+    is_inside = all(i.name != "position_ids" for i in model.graph.input)
+    if rotary % FUSED_ROTARY_STEP and is_inside:
         _move_rotary_out(model, decoder, rotary)
     if document != json.loads((built / GENAI_CONFIG).read_text()):
         (built / GENAI_CONFIG).write_text(json.dumps(document, indent=4) + "\n")
@@ -137,6 +140,8 @@ def _part_of_joined(path: str, family: Family, weights: Weights) -> list[Rows]:
         for index, name in enumerate(names):
             if path.endswith(name):
                 linear = path.removesuffix(name) + whole
+                if len(names) == 1:
+                    return [Rows(linear)]
                 rows = weights.checkpoint.linears[linear][0] // len(names)
                 return [Rows(linear, index * rows, (index + 1) * rows)]
     return []
@@ -158,6 +163,14 @@ def _place_embedding(graph: onnx.GraphProto, weights: Weights, data: ExternalDat
     else:
         name = f"{family.embedding}.weight"
         node.input[0] = data.add(graph, name, weights.floats([Rows(family.embedding)]))
+
+
+def _attention_windows(config: ModelConfig, family: Family) -> list[int]:
+    """Return the sliding window of every layer with attention; 0 for full attention."""
+    windows = window_layers(config)
+    kinds = config.get("layer_types") or [""] * len(windows)
+    both = zip(windows, kinds, strict=True)
+    return [window for window, kind in both if kind not in family.recurrent]
 
 
 def _set_windows(graph: onnx.GraphProto, windows: list[int]) -> None:

@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from sqft_export.errors import UserError
 from sqft_export.packed.loaders import load_onnx
-from sqft_export.targets import Session, last_columns, positions_of
+from sqft_export.targets import RECURRENT_STATE, Session, last_columns, positions_of
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER, GENAI_CONFIG, GRAPHS
 from sqft_export.targets.genai_config import DecoderConfig
@@ -30,6 +30,7 @@ CACHE_DTYPES: dict[str, type[np.floating]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
 }
+POSITION_PARTS = 3
 FIRST_SPARE_TOKENS = 64  # initial spare capacity of a cache; it doubles each time it is used up
 FLOAT32_ACCURACY = 1  # accuracy level of float32 activations; the default mode uses int8
 
@@ -116,6 +117,9 @@ class OnnxSession(Session):
     - It writes in place to a cache with spare capacity.
     - It continues a cache by several tokens for one row only. Several rows continue token by token.
 
+    A recurrent layer keeps a state of fixed size, which padding would change. Prompts of a model
+    with such layers run in parts of equal lengths.
+
     :param load: loads the graph into the runtime; ``load(True)`` adds the ``wanted_logits`` input.
     :param selects_logits: load with this input at once. Otherwise the graph is unchanged and
         computes all logits, until a caller requests only some; it is then loaded again.
@@ -139,11 +143,18 @@ class OnnxSession(Session):
         self.options = ort.RunOptions()
         if adapter is not None:
             self.options.add_active_adapter(adapter)
-        inputs = [i.name for i in self.session.get_inputs()]
+        self.shapes = {i.name: i.shape for i in self.session.get_inputs()}
         self.cache_dtype = cache_dtype(self.session)
-        self.wants_positions = "position_ids" in inputs
-        self.caches = cache_inputs(self.session)
-        self.presents = [re.sub("^past_key_values", "present", one.name) for one in self.caches]
+        self.wants_positions = "position_ids" in self.shapes
+        # Of a model for pictures: time, height and width, which are equal for text.
+        self.three_positions = self.shapes.get("position_ids", [0])[0] == POSITION_PARTS
+        self.caches = [one.name for one in cache_inputs(self.session)]
+        self.presents = [re.sub("^past(_key_values)?", "present", name) for name in self.caches]
+        self.states = {
+            name: tuple(self.shapes[name][1:])
+            for name in self.caches
+            if name.startswith(RECURRENT_STATE)
+        }
         self.padding = "right" if fused else "left"
         on_cpu = self.session.get_providers()[0] == CPU_PROVIDER
         self.in_place = fused and on_cpu and adapter is None  # bound outputs exclude adapters
@@ -157,12 +168,15 @@ class OnnxSession(Session):
         self.rows: np.ndarray | None = None  # rows of the cache to continue
         self.length, self.spare = 0, FIRST_SPARE_TOKENS
 
-    def _empty_cache(self, cache: ort.NodeArg, batch: int, tokens: int) -> np.ndarray:
-        """Return zeros for the keys or values of a layer, ``[batch, heads, tokens, head_size]``.
+    def _empty_cache(self, name: str, batch: int, tokens: int) -> np.ndarray:
+        """Return zeros for an input: a state, or keys or values of a layer.
 
-        :param cache: its input; ``genai_config.json`` has the sizes that its shape leaves open.
+        Keys and values are ``[batch, heads, tokens, head_size]``. ``genai_config.json`` has the
+        sizes that the shape of the input leaves open.
         """
-        _, heads, _, size = cache.shape
+        if name in self.states:
+            return np.zeros((batch, *self.states[name]), self.cache_dtype)
+        _, heads, _, size = self.shapes[name]
         heads = heads if isinstance(heads, int) else self.decoder["num_key_value_heads"]
         size = size if isinstance(size, int) else self.decoder["head_size"]
         return np.zeros((batch, heads, tokens, size), self.cache_dtype)
@@ -182,7 +196,7 @@ class OnnxSession(Session):
             mask = np.ones((batch, self.length), np.int64)
         wanted = last_columns(mask[:, -length:], last)
         if self.padding == "right" and batch > 1:
-            if not self.past and last:
+            if not self.past and (last or self.states):
                 return self._run_in_parts(ids, mask, wanted)
             if self.past and length > 1:
                 return self._run_columns(ids, mask, wanted)
@@ -193,20 +207,26 @@ class OnnxSession(Session):
         return self.forward(ids)[:, -1].argmax(axis=-1).astype(np.int64)
 
     def _run_in_parts(self, ids: np.ndarray, mask: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        """Run prompts in parts of similar lengths, so that little padding is computed."""
+        """Run prompts in parts of similar lengths, so that little padding is computed.
+
+        Logits of columns that are not computed are zeros.
+        """
         lengths = mask.sum(axis=1)
-        parts = _split_by_length(lengths, self.pass_tokens)
+        parts = _split_by_length(lengths, 0 if self.states else self.pass_tokens)
         if len(parts) == 1:
             return self._run(ids, mask, wanted)
         capacity = ids.shape[1] + (self.spare if self.in_place else 0)
-        whole = [self._empty_cache(cache, len(ids), capacity) for cache in self.caches]
-        logits = np.empty((*wanted.shape, self.vocabulary), np.float32)
+        whole = [self._empty_cache(name, len(ids), capacity) for name in self.caches]
+        logits = np.zeros((*wanted.shape, self.vocabulary), np.float32)
         for rows in parts:
             longest, self.past = lengths[rows].max(), None
-            logits[rows] = self._run(ids[rows, :longest], mask[rows, :longest], wanted[rows])
+            columns = np.minimum(wanted[rows], longest - 1)
+            computed = self._run(ids[rows, :longest], mask[rows, :longest], columns)
+            logits[rows, : computed.shape[1]] = computed
             assert self.past is not None
-            for joined, part in zip(whole, self.past, strict=True):
-                joined[rows, :, :longest] = part.numpy()
+            for name, joined, part in zip(self.caches, whole, self.past, strict=True):
+                part_columns = slice(None) if name in self.states else slice(longest)
+                joined[rows, :, part_columns] = part.numpy()
         self.past = [ort.OrtValue.ortvalue_from_numpy(joined) for joined in whole]
         return logits
 
@@ -232,7 +252,9 @@ class OnnxSession(Session):
         if self.selects_logits:
             arrays[WANTED_INPUT] = wanted[..., None]
         if self.wants_positions:
-            arrays["position_ids"] = positions_of(mask, length)
+            positions = positions_of(mask, length)
+            parts = (POSITION_PARTS, 1, 1) if self.three_positions else (1, 1)
+            arrays["position_ids"] = np.tile(positions, parts)
         feeds = {
             name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
             for name, array in arrays.items()
@@ -242,10 +264,10 @@ class OnnxSession(Session):
             if self.in_place:
                 return self._run_in_place(feeds)
         past = self.past or [
-            ort.OrtValue.ortvalue_from_numpy(self._empty_cache(cache, batch, 0))
-            for cache in self.caches
+            ort.OrtValue.ortvalue_from_numpy(self._empty_cache(name, batch, 0))
+            for name in self.caches
         ]
-        feeds |= {cache.name: value for cache, value in zip(self.caches, past, strict=True)}
+        feeds |= dict(zip(self.caches, past, strict=True))
         logits, *self.past = self.session.run_with_ort_values(
             ["logits", *self.presents], feeds, self.options
         )
@@ -258,35 +280,47 @@ class OnnxSession(Session):
         :param tokens: tokens that it must hold.
         """
         assert self.past is not None
-        batch, _, capacity, _ = self.past[0].shape()
+        keys = next(n for n, name in enumerate(self.caches) if name not in self.states)
+        batch, _, capacity, _ = self.past[keys].shape()
         if self.in_place and capacity < tokens:
             capacity, self.spare = tokens + self.spare, 2 * self.spare
         elif self.rows is None:
             return
         rows = np.arange(batch) if self.rows is None else self.rows
         for index, cache in enumerate(self.past):  # one tensor at a time, to save memory
-            copy = self._empty_cache(self.caches[index], len(rows), capacity)
-            copy[:, :, :cached] = cache.numpy()[rows, :, :cached]
+            name = self.caches[index]
+            copy = self._empty_cache(name, len(rows), capacity)
+            columns = slice(None) if name in self.states else slice(cached)
+            copy[:, :, columns] = cache.numpy()[rows, :, columns]
             self.past[index] = ort.OrtValue.ortvalue_from_numpy(copy)
         self.rows = None
 
     def _run_in_place(self, feeds: dict[str, ort.OrtValue]) -> np.ndarray:
-        """Run the graph with each cache tensor bound as both input and output."""
+        """Run the graph with each tensor of keys and values bound as both input and output."""
         assert self.past is not None
         binding = self.session.io_binding()
         binding.bind_output("logits")
         for name, value in feeds.items():
             binding.bind_ortvalue_input(name, value)
-        for part, present, cache in zip(self.caches, self.presents, self.past, strict=True):
-            binding.bind_ortvalue_input(part.name, cache)
-            binding.bind_ortvalue_output(present, cache)
+        for name, present, cache in zip(self.caches, self.presents, self.past, strict=True):
+            binding.bind_ortvalue_input(name, cache)
+            if name in self.states:
+                binding.bind_output(present)
+            else:
+                binding.bind_ortvalue_output(present, cache)
         self.session.run_with_iobinding(binding, self.options)
-        return binding.get_outputs()[0].numpy().astype(np.float32, copy=False)
+        logits, *presents = binding.get_outputs()
+        for index, name in enumerate(self.caches):
+            if name in self.states:  # the binding owns its outputs, so that they are copied
+                copy = ort.OrtValue.ortvalue_from_numpy(presents[index].numpy().copy())
+                self.past[index] = copy
+        return logits.numpy().astype(np.float32, copy=False)
 
 
 def cache_inputs(session: ort.InferenceSession) -> list[ort.NodeArg]:
-    """Return the inputs of the key-value cache."""
-    return [i for i in session.get_inputs() if i.name.startswith("past_")]
+    """Return the inputs of the cache: keys and values, and states of recurrent layers."""
+    starts = ("past_", RECURRENT_STATE)
+    return [i for i in session.get_inputs() if i.name.startswith(starts)]
 
 
 def cache_dtype(session: ort.InferenceSession) -> type[np.floating]:

@@ -336,19 +336,19 @@ def _split_rows(
 
 
 def _rows_of(part: Rows, parts: list[Rows], rows: int, model: onnx.ModelProto) -> int:
-    """Return the row count of a part. The head counts of the graph give the rows of q, k and v.
+    """Return the row count of a part. The key cache of its layer gives the rows of k and v.
+
+    The rest are rows of q, which may also have a gate per column.
 
     :param rows: rows of all parts.
     """
     if len(parts) == 1:
         return rows
-    heads = next(
-        {a.name: a.i for a in n.attribute}
-        for n in model.graph.node
-        if n.op_type == "GroupQueryAttention"
-    )
-    head_size = rows // (heads["num_heads"] + 2 * heads["kv_num_heads"])
-    return head_size * heads["num_heads" if part == parts[0] else "kv_num_heads"]
+    layer = next(int(piece) for piece in part.linear.split(".") if piece.isdigit())
+    cache = next(i for i in model.graph.input if i.name == f"past_key_values.{layer}.key")
+    sizes = [dim.dim_value for dim in cache.type.tensor_type.shape.dim]
+    keys = sizes[1] * sizes[3]
+    return rows - 2 * keys if part == parts[0] else keys
 
 
 def _read_gather(
