@@ -234,6 +234,9 @@ def measure_in_process(side: str, file: Path, arguments: argparse.Namespace) -> 
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{side}, {file.name}:\n{done.stderr[-3000:]}")
+    for line in done.stderr.splitlines():
+        if line.startswith("sqft: "):
+            print(f"{file.name}: {line.removeprefix('sqft: ')}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -45,22 +45,28 @@ def serve_command(
         served_path,
         server_for,
     )
-    from sqft_export.packed.execution import resolve_execution
 
     found = _servable(folder)
     at = Address(host, port, name or (folder.resolve().name or "model"))
     server = server_for(found, at)
     check_port(at)
-    ours = kernels_of(server, resolve_execution(execution or found.execution))
+    ours = kernels_of(server, execution or found.execution)
     with served_path(found.path) as path:
         command = [*server.command(path, at), *ours.options]
         before = "".join(f"{name}={value} " for name, value in ours.variables.items())
-        lines = f"{found.name}: {found.path}\n{server.name}: {before}{shlex.join(command)}"
-        print(lines, file=sys.stderr)
-        print(f"serving {at.url}, model {at.model}; Ctrl-C ends", file=sys.stderr, flush=True)
-        code = subprocess.run(command, env=os.environ | ours.variables, check=False).returncode
+        print(f"{found.name}: {found.path}\n{server.name}: {before}", end="", file=sys.stderr)
+        _run_server(server.name, command, ours.variables, f"{at.url}, model {at.model}")
+
+
+def _run_server(name: str, command: list[str], variables: dict[str, str], where: str) -> None:
+    """Print the command of a server and run it until it ends.
+
+    :raises UserError: if it fails.
+    """
+    print(f"{shlex.join(command)}\nserving {where}; Ctrl-C ends", file=sys.stderr, flush=True)
+    code = subprocess.run(command, env=os.environ | variables, check=False).returncode
     if code:
-        raise UserError(f"{server.name} ended with exit code {code}; its messages are above")
+        raise UserError(f"{name} ended with exit code {code}; its messages are above")
 
 
 def model_repository_command(

@@ -25,6 +25,7 @@ from sqft_export.inference.xllamacpp_server import KERNELS_VARIABLE
 from sqft_export.kernels.choice import STOCK
 from sqft_export.kernels.llama_plugin import PLUGIN_FILE, check_build, why_not_in_llama_cpp
 from sqft_export.machine.host import installed
+from sqft_export.packed.execution import resolve_execution
 from sqft_export.packed.loaders import dense_gguf
 from sqft_export.packed.usage import form_of
 from sqft_export.targets.folder import kind_of
@@ -198,6 +199,7 @@ def _how_to_install(folder: Path, at: Address, kind: str) -> str:
 
 def kernels_of(server: Server, execution: str) -> KernelsStart:
     """Return what starts a server on our kernels; nothing, with a warning, if they can't run."""
+    execution = resolve_execution(execution)
     if execution == STOCK:
         return KernelsStart()
     found = server.kernels() if server.kernels else KernelsStart(missing=NO_KERNELS)

@@ -146,7 +146,7 @@ def _first_example(recipe: Recipe, layout: Layout) -> str | None:
 
 
 def _gguf_text(recipe: Recipe) -> str | None:
-    """Return how llama.cpp's format changes the scales, and why the file can't be run here.
+    """Return how llama.cpp's format changes scales and head, and why the file can't be run here.
 
     None if it is no target.
     """
@@ -158,6 +158,8 @@ def _gguf_text(recipe: Recipe) -> str | None:
             f"scales have {recipe.scale_bits} significant bits, so that GGUF blocks can store them "
             "with their zero points"
         )
+    if recipe.export.gguf_head != "float":
+        notes.append("codes bit for bit; a float head may become Q8_0 (export.gguf_head)")
     if missing := why_not_run("gguf", recipe.unmerged):
         notes.append(f"not run in the deployed form: {missing}")
     return "; ".join(notes) or "bit for bit"

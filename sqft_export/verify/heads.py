@@ -36,6 +36,11 @@ def round_to_q8_0(weight: Tensor) -> Tensor:
     return (codes * scale.half().float()).reshape(weight.shape)
 
 
+def round_if(rounded: bool, weight: Tensor) -> Tensor:
+    """Return a matrix as a file stores it: rounded to Q8_0, or unchanged."""
+    return round_to_q8_0(weight) if rounded else weight
+
+
 def reference_of(
     certificate: Certificate, subject: Subject, name: str, reference: Reference
 ) -> Reference:
@@ -48,7 +53,7 @@ def reference_of(
         return reference
 
     def round_head(parameter: str, weight: Tensor) -> Tensor:
-        return round_to_q8_0(weight) if parameter == head else weight
+        return round_if(parameter == head, weight)
 
     rounded = Reference(subject.merge / "model", None, reference.device, edit=round_head)
     title = f"divergence of {name} by its Q8_0 head"

@@ -14,7 +14,7 @@ from sqft_export.packed.folders import PACKED, packed_file
 from sqft_export.targets import target
 from sqft_export.targets.tokenizers import ids_or_none, read_ids
 from sqft_export.verify.certificate import Certificate, Check, count_in_parallel
-from sqft_export.verify.heads import round_to_q8_0, rounded_parameter
+from sqft_export.verify.heads import round_if, rounded_parameter
 from sqft_export.verify.subject import Subject
 
 TOKEN_IDS = "token ids: base and"
@@ -87,8 +87,7 @@ def _check_floats(
             held = np.ascontiguousarray(array, np.float32).tobytes()
             vectors.append((_vector_key(module, shapes), held))
             return
-        stored = merged.tensor(key).float()
-        expected = (round_to_q8_0(stored) if key == rounded else stored).numpy()
+        expected = round_if(key == rounded, merged.tensor(key).float()).numpy()
         same = expected.shape == array.shape
         check.count(expected != array if same else np.ones(expected.shape, bool), key)
         missing.discard(key)

@@ -136,10 +136,7 @@ def export(
         writer.add_string(f"{_PREFIX}{key}", value)
     head = float_head(checkpoint) if options.gguf_head == "q8_0" else None
     tensors = list(_tensors(checkpoint, names, config, head))
-    if rounded := [tensor.name for tensor in tensors if tensor.is_head]:
-        writer.add_string(ROUNDED_KEY, ",".join(rounded))
-    first = next(tensor for tensor in tensors if not tensor.is_head)
-    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[first.kind]])
+    _describe_tensors(writer, tensors)
     _write_tensors(writer, tensors)
     for pattern in COPIED_FILES:
         for file in merged.glob(pattern):
@@ -154,6 +151,16 @@ def _cap_context(folder: Path, config: "ModelConfig") -> None:
     stored, context = read_json(folder / "config.json"), context_of_file(config)
     if stored.get("max_position_embeddings", context) > context:
         write_config(folder, stored | {"max_position_embeddings": context})
+
+
+def _describe_tensors(writer: "GGUFWriter", tensors: list[_Tensor]) -> None:
+    """Add the names of a rounded head, and the file type, which is that of the first tensor."""
+    import gguf
+
+    if rounded := [tensor.name for tensor in tensors if tensor.is_head]:
+        writer.add_string(ROUNDED_KEY, ",".join(rounded))
+    first = next(tensor for tensor in tensors if not tensor.is_head)
+    writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[first.kind]])
 
 
 def _write_tensors(writer: "GGUFWriter", tensors: list[_Tensor]) -> None:
