@@ -719,10 +719,10 @@ class Names:
             grouped = np.arange(rows).reshape(groups, heads, -1)
             parts = grouped[:, :-2], grouped[:, -2], grouped[:, -1]
             return np.concatenate([part.reshape(-1) for part in parts])
-        if (heads := self._value_head_order()) is not None and last in _VALUE_ROWS:
+        if (moved := self._value_head_order()) is not None and last in _VALUE_ROWS:
             first = 2 * self.heads["linear_num_key_heads"] * self.heads["linear_key_head_dim"]
             first = first if last in _AFTER_KEYS else 0
-            values = np.arange(first, rows).reshape(len(heads), -1)[heads]
+            values = np.arange(first, rows).reshape(len(moved), -1)[moved]
             return np.concatenate([np.arange(first), values.reshape(-1)])
         return None
 
