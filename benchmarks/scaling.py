@@ -33,7 +33,7 @@ SMALL = ("calibration.samples=16", "adapt.steps=12", "adapt.batch=8", "benchmark
 # Only what a sweep needs, so that the adapt passes dominate.
 LEAN = (
     *("export.targets=[openvino]", "export.sparse_files=false", "export.sparse_execution=false"),
-    *("benchmark.baselines=[merged]", "benchmark.items=20", "benchmark.repeats=1"),
+    *("benchmark.baselines=[merged]", "benchmark.items=20", "benchmark.repeats=2"),
     *("benchmark.rounds=1", "verify.prompts=4"),
 )
 AXES = (
@@ -206,7 +206,9 @@ def main() -> None:
     parser.add_argument("--times", type=Path, help="JSON of measured seconds: pass -> seconds")
     options = parser.parse_args()
     options.out.mkdir(parents=True)
-    settings, ratios, values = SMALL if options.small else (), {}, {}
+    settings = SMALL if options.small else ()
+    ratios: dict[str, dict[str, float]] = {}
+    values: dict[str, object] = {}
     for part in options.part or PARTS:
         if part == "processes":
             found, values[part] = measure_processes(options.out, options.rounds, settings)
@@ -218,8 +220,8 @@ def main() -> None:
             values["lost_seconds"] = measure_kills(options.out, settings)
         else:
             times = json.loads(options.times.read_text()) if options.times else ASSUMED
-            values[part] = predict_nodes(times)
-            rows = [[count, row["hours"], row["ideal"]] for count, row in values[part].items()]
+            values[part] = predicted = predict_nodes(times)
+            rows = [[count, row["hours"], row["ideal"]] for count, row in predicted.items()]
             table(["machines", "hours", "ideal"], rows)
     finish("scaling", ratios, values)
 

@@ -164,8 +164,8 @@ class BlockStates(Generic[Results]):
         for key, tensor in self._saved_tensors(document):
             kind, _, rest = key.partition("/")
             if kind == _HELD:
-                writer, _, name = rest.partition("/")
-                held[writer][name] = tensor
+                owner, _, name = rest.partition("/")
+                held[owner][name] = tensor
             else:
                 inputs[kind][int(rest)] = tensor
         self._inputs = {

@@ -23,7 +23,7 @@ OVER = ("--over", "sparsify.sparsity=0.4,0.5,0.6", "--over", "quantize.bits=4,8"
 QUICK = (
     *("adapt=none", "calibration.samples=4", "export.targets=[openvino]", "verify.prompts=2"),
     *("export.sparse_files=false", "export.sparse_execution=false", "benchmark.items=2"),
-    *("benchmark.repeats=1", "benchmark.rounds=1", "benchmark.new_tokens=2"),
+    *("benchmark.repeats=2", "benchmark.rounds=1", "benchmark.new_tokens=2"),
     "benchmark.baselines=[merged]",
 )
 
@@ -112,6 +112,7 @@ run_recipe(recipe, Path(sys.argv[1]), ("quantize",), worker=sys.argv[3])
 """
 
 
+@pytest.mark.slow
 def test_two_workers_in_one_folder_run_each_pass_once(tmp_path):
     """Both need the same sparsify pass; each quantizes with other bits."""
     root = tmp_path / "tiny"
