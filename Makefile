@@ -39,7 +39,7 @@ INSTALLED := $(VENV)/installed-$(shell echo '$(TORCH)' | tr -c 'A-Za-z0-9.+\n' _
 DEVELOP := $(VENV)/develop
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: recipe install sweep plan test test-slow lint format docs wheel clean
+.PHONY: recipe install sweep plan test types pytest test-slow lint format docs wheel clean
 
 recipe: $(INSTALLED)
 	@$(if $(LAUNCH),PATH="$(CURDIR)/$(BIN):$$PATH" $(LAUNCH) -m sqft_export.cli,$(BIN)/sqft-export) run recipes/$(RECIPE).yaml $(TASK_ARGS) $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
@@ -54,9 +54,18 @@ sweep: $(INSTALLED)
 plan: $(INSTALLED)
 	@$(BIN)/sqft-export plan recipes/$(RECIPE).yaml $(TASK_ARGS) $(ARGS) $(if $(MODEL_PATH),--model-path "$(MODEL_PATH)")
 
+# mypy runs next to the tests, whose workers wait for each other at the start and at the end.
+test: $(DEVELOP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	@$(MAKE) --no-print-directory --jobs=2 types pytest
+
+types: $(DEVELOP)
+	$(BIN)/mypy
+
 # Two workers, each on its share of the processors. A worker takes a file of tests at a time, or a
 # case of a file that tests/conftest.py shares.
-test: lint
+pytest: $(DEVELOP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n 2 --dist loadscope
 
 test-slow: $(DEVELOP)
@@ -65,7 +74,7 @@ test-slow: $(DEVELOP)
 lint: $(DEVELOP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
+	@$(MAKE) --no-print-directory types
 
 format: $(DEVELOP)
 	$(BIN)/ruff check --fix

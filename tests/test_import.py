@@ -79,6 +79,28 @@ def test_importing_every_module_changes_no_logger_and_hides_no_module():
     run(f"KNOWN = ['gguf', 'optuna', 'nncf']\n{libraries}{code}{unchanged}")
 
 
+@pytest.mark.parametrize(
+    ("code", "unneeded"),
+    [
+        ("import sqft_export.run.pipeline, sqft_export.run.preview", {"transformers", "peft"}),
+        (
+            "from pathlib import Path\n"
+            "from sqft_export.measure.jobs import MeasuredModel\n"
+            "from sqft_export.measure.worker import open_measured\n"
+            "model = {'kind': 'torch', 'folder': Path(MODEL), 'threads': 1, 'device': 'cpu'}\n"
+            "open_measured(MeasuredModel(**model))",
+            {"peft", "datasets", "sklearn"},
+        ),
+    ],
+    ids=["checks", "a torch row"],
+)
+def test_libraries_that_take_seconds_are_imported_where_they_are_needed(
+    random_llama, code, unneeded
+):
+    found = f"import sys\nassert not {unneeded} & set(sys.modules), {unneeded} & set(sys.modules)"
+    run(f"MODEL = {str(random_llama)!r}\n{code}\n{found}")
+
+
 def test_loading_a_deployment_changes_nothing(tiny_run):
     folder = tiny_run["export-openvino"].path
     code = (

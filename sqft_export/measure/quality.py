@@ -15,7 +15,6 @@ from pydantic import Field
 from torch import Tensor
 
 from sqft_export.adapters.files import Base, read_low_rank
-from sqft_export.adapters.loading import Layers
 from sqft_export.artifacts.store import SEAL, key_of
 from sqft_export.data.items import load_tokenizer, sample_items
 from sqft_export.documents import Document
@@ -71,6 +70,8 @@ class _EffectiveWeights(StreamedWeights):
     """The weights that the model after a pass multiplies with."""
 
     def __init__(self, model: PassModel):
+        from sqft_export.adapters.loading import Layers  # imports peft, which `plan` does not need
+
         self.layers = Layers(model.base, model.adapter)
         unmerged = model.adapter if model.base.unmerged else None
         updates = read_low_rank(unmerged) if unmerged else {}

@@ -13,10 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.integrations import get_reporting_integration_callbacks
+from typing import TYPE_CHECKING, Any
 
 from sqft_export.adapters.files import TRAINING_LOG, read_training_log
 from sqft_export.artifacts.store import Artifact
@@ -24,6 +21,9 @@ from sqft_export.errors import HostError, one_line
 from sqft_export.measure.quality import quality_file, read_quality
 from sqft_export.recipe.schema import Recipe
 from sqft_export.textfiles import read_json
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 PROJECT = "sqft-export"  # project of Weights & Biases and trackio, experiment of MLflow
 PROJECT_VARIABLES = ("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME")
@@ -70,13 +70,17 @@ class RunLoggers:
     """
 
     arguments: _RunArguments
-    callbacks: Sequence[TrainerCallback] = ()
+    callbacks: "Sequence[TrainerCallback]" = ()
     step: int = 0
     live: set[str] = field(default_factory=set)
 
-    def training_callbacks(self, name: str) -> tuple[TrainerCallback, ...]:
+    def training_callbacks(self, name: str) -> "tuple[TrainerCallback, ...]":
         """Return callbacks that log the training steps of a pass while it trains."""
-        return (_TrainingSteps(self, name),) if self.callbacks else ()
+        if not self.callbacks:
+            return ()
+        from sqft_export.report.training_steps import TrainingSteps
+
+        return (TrainingSteps(self, name),)
 
     def log_steps(self, name: str, step: int, figures: Mapping[str, object]) -> None:
         """Log the figures of a training step."""
@@ -103,25 +107,18 @@ class RunLoggers:
 
     def close(self) -> None:
         """End the run in every logger."""
+        from transformers import TrainerControl, TrainerState
+
         state, control = TrainerState(global_step=self.step), TrainerControl()
         for callback in self.callbacks:
             callback.on_train_end(self.arguments, state, control)  # type: ignore[arg-type]
 
     def _log(self, figures: Mapping[str, object], step: int) -> None:
+        from transformers import TrainerControl, TrainerState
+
         state, control = TrainerState(global_step=step), TrainerControl()
         for callback in self.callbacks:
             callback.on_log(self.arguments, state, control, logs=dict(figures))  # type: ignore
-
-
-class _TrainingSteps(TrainerCallback):
-    """Passes the Trainer's figures of a step on to the run's loggers."""
-
-    def __init__(self, loggers: RunLoggers, name: str):
-        self.loggers, self.name = loggers, name
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if state.is_world_process_zero and "loss" in (logs or {}):
-            self.loggers.log_steps(self.name, state.global_step, logs)
 
 
 @contextlib.contextmanager
@@ -132,6 +129,11 @@ def open_loggers(recipe: Recipe, root: Path) -> Iterator[RunLoggers]:
     """
     time = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
     arguments = _RunArguments(str(root), f"{recipe.name} {time}", recipe.model_dump(mode="json"))
+    if not recipe.log:  # the Trainer's module takes seconds to import
+        yield RunLoggers(arguments)
+        return
+    from transformers.integrations import get_reporting_integration_callbacks
+
     callbacks = [kind() for kind in get_reporting_integration_callbacks(list(recipe.log))]
     loggers = RunLoggers(arguments, callbacks)
     with contextlib.ExitStack() as ends:
@@ -143,11 +145,13 @@ def open_loggers(recipe: Recipe, root: Path) -> Iterator[RunLoggers]:
         yield loggers
 
 
-def _start(name: str, callback: TrainerCallback, arguments: _RunArguments) -> None:
+def _start(name: str, callback: "TrainerCallback", arguments: _RunArguments) -> None:
     """Start a run in one logger.
 
     :raises HostError: if it does not start, for example without an account.
     """
+    from transformers import TrainerControl, TrainerState
+
     try:
         with _default_project():
             callback.on_train_begin(arguments, TrainerState(), TrainerControl())  # type: ignore

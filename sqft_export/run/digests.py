@@ -26,7 +26,6 @@ from sqft_export.model.companions import companions, file_in_folder
 from sqft_export.model.tensorfiles import TensorFiles
 from sqft_export.recipe.schema import HUB, Chat, Dataset, Recipe
 from sqft_export.search.space import Ranks
-from sqft_export.stages.search import configured_ranks
 
 
 def model_digest(folder: Path, sha256_of: Callable[[Path], str]) -> str:
@@ -114,6 +113,9 @@ class Digests:
         return digest_of(self.recipe.resolve(config.source), self._sha256_of)
 
     def _configuration(self) -> Ranks:
+        # Its module imports peft, which takes seconds; a refused recipe is reported without.
+        from sqft_export.stages.search import configured_ranks
+
         return configured_ranks(self.recipe)
 
     def _score(self) -> str | None:

@@ -21,6 +21,7 @@ def swept(tiny_cli, tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path
     done = subprocess.run(
         [
             *(SQFT, "sweep", "recipes/tiny.yaml", *SMALL, "benchmark.baselines=[merged]"),
+            "export.targets=[openvino, onnx]",
             *("--over", "sparsify.sparsity=0.5,0.7", "--runs", str(runs)),
         ],
         cwd=ROOT,
