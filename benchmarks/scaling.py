@@ -30,7 +30,7 @@ BIN = Path(sys.executable).parent
 PARTS = ("processes", "ray", "kill", "nodes")
 SEARCHED = ("search.strategy=hill-climb", "search.budget=8")
 SMALL = ("calibration.samples=16", "adapt.steps=12", "adapt.batch=8", "benchmark.items=8")
-# Only what a sweep needs, so that the adapt passes dominate.
+# Small other passes, so that the adapt passes dominate.
 LEAN = (
     *("export.targets=[openvino]", "export.sparse_files=false", "export.sparse_execution=false"),
     *("benchmark.baselines=[merged]", "benchmark.items=20", "benchmark.repeats=2"),

@@ -51,8 +51,8 @@ class Owner:
 
     def has_ended(self) -> bool:
         """Return whether this process is known to have ended; False if it is on another machine."""
-        if self.machine != Owner.of_this_process().machine:
-            return False
+        if self.machine != Owner.of_this_process().machine or os.name != "posix":
+            return False  # on Windows, os.kill would end the process
         try:
             os.kill(self.process, 0)
         except ProcessLookupError:
@@ -208,7 +208,7 @@ def _numbers(path: Path) -> list[int]:
 
 
 def _last_number(path: Path) -> int:
-    """Return the number of the claim that counts; 0 if there is none."""
+    """Return the number of the claim that counts; 0 without a claim."""
     return max(_numbers(path), default=0)
 
 

@@ -19,7 +19,7 @@ _Item = TypeVar("_Item")
 
 
 class _Message(NamedTuple, Generic[_Value]):
-    """What a process sends to all others: a value, or the text and exit code of its error."""
+    """A message of a process to all others: a value, or the text and exit code of its error."""
 
     value: _Value | None
     error: str = ""

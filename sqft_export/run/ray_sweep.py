@@ -74,7 +74,9 @@ def _submit(
     """Submit every pass that is not sealed, after its parents; return reference -> key."""
     import ray
 
-    remote, nodes = ray.remote(run_pass), [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    # A process per pass, which sets its threads before it imports torch.
+    remote = ray.remote(max_calls=1)(run_pass)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     references: dict[str, ObjectRef[Any]] = {}
     for key, task in tasks.items():
         if task.sealed:
@@ -90,7 +92,7 @@ def _submit(
             int(options["num_cpus"]),
         )
         parents = [references[parent] for parent in task.parents if parent in references]
-        chosen = remote.options(max_calls=1, max_retries=MAX_RETRIES, **options)
+        chosen = remote.options(max_retries=MAX_RETRIES, **options)
         references[key] = chosen.remote(request, *parents)
     return {reference: key for key, reference in references.items()}
 

@@ -89,7 +89,7 @@ def _open_study(sweep: Sweep, folder: Path, sampler: str, goals: dict[str, str])
         storage=storage,
         sampler=samplers[sampler],
         study_name="; ".join((" ".join(parts), *wanted)),
-        directions=list(goals.values()),
+        directions=[optuna.study.StudyDirection[way.upper()] for way in goals.values()],
         load_if_exists=True,
     )
 

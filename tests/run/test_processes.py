@@ -14,12 +14,23 @@ from sqft_export.run.pipeline import run_recipe
 
 TORCHRUN = str(Path(sys.executable).parent / "torchrun")
 WORKER = """
+import os
+import signal
 import sys
 from pathlib import Path
 from conftest import small_recipe
 from sqft_export.errors import UserError
 from sqft_export.machine.launcher import process_rank
+from sqft_export.model import blocks
 from sqft_export.run.pipeline import run_recipe
+run_block = blocks._run_block
+
+def run_or_die(block, *others):
+    if str(block.index) == os.environ.get("KILLED_BLOCK") and process_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run_block(block, *others)
+
+blocks._run_block = run_or_die
 model = None if sys.argv[2] == "-" else Path(sys.argv[2])
 try:
     recipe = small_recipe(*sys.argv[4:], model_path=model)
@@ -31,8 +42,15 @@ except UserError as error:
 SETTINGS = ("adapt=none", "calibration.samples=6", "calibration.sequence_length=48")
 
 
-def run_on(count: int, root: Path, last: str, *settings: str, model: Path | None = None):
-    """Run the passes up to ``last`` in several processes."""
+def run_on(
+    count: int,
+    root: Path,
+    last: str,
+    *settings: str,
+    model: Path | None = None,
+    killed_block: str = "",
+) -> subprocess.CompletedProcess:
+    """Run the passes up to ``last`` in several processes; SIGKILL ends one of them in a block."""
     script = root.parent / "worker.py"
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text(WORKER)
@@ -42,7 +60,12 @@ def run_on(count: int, root: Path, last: str, *settings: str, model: Path | None
             *(str(root), str(model or "-"), last, *SETTINGS, *settings),
         ],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            "OMP_NUM_THREADS": "1",
+            "KILLED_BLOCK": killed_block,
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -70,6 +93,23 @@ def test_codes_do_not_depend_on_the_number_of_processes(tmp_path, count, setting
     for name, artifact in one.items():
         assert several[name].manifest["files"] == artifact.manifest["files"], name
         assert several[name].metrics == artifact.metrics
+
+
+@pytest.mark.slow
+def test_one_process_resumes_what_two_have_begun(tmp_path):
+    """One of two processes is killed in the third block; a single process goes on from there."""
+    recipe = small_recipe(*SETTINGS, "sparsify.method=wanda")
+    whole = run_recipe(recipe, tmp_path / "whole", ("sparsify",))["sparsify"]
+    root = tmp_path / "several"
+    done = run_on(2, root, "sparsify", "sparsify.method=wanda", killed_block="2")
+    assert done.returncode != 0
+    (states,) = root.glob("sparsify-*.partial/states/blocks")
+    assert {file.name for file in states.glob("2*")} >= {
+        *("2.json", "2-0.safetensors", "2-1.safetensors"),
+    }
+    resumed = run_recipe(recipe, root, ("sparsify",))["sparsify"]
+    assert resumed.manifest["files"] == whole.manifest["files"]
+    assert resumed.metrics == whole.metrics
 
 
 def test_all_processes_stop_with_the_first_error(tmp_path):
