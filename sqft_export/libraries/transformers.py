@@ -1,4 +1,4 @@
-"""Private parts of transformers' models, and what it imports without need."""
+"""Private parts of transformers' models, and its import without scikit-learn."""
 
 import sys
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Measured speeds of this machine: products, memory and disk, a quarter of a second each."""
+"""Measured speeds of this machine: products, memory and disk, 0.25 s per speed."""
 
 import os
 import tempfile

@@ -150,10 +150,10 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in (*LONG_TAIL, *FORMS, "linear")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in (*LONG_TAIL, *FORMS)]
 
 
-@pytest.fixture(scope="module", params=[*MODELS, "llama3", *SLOW])
+@pytest.fixture(scope="module", params=[*MODELS, *ROPES, *SLOW])
 def family_run(request, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     model_type, rope = ROPES.get(request.param, (request.param, None))
@@ -443,7 +443,7 @@ def test_the_file_says_what_it_is(tiny_run, exported):
     assert says == theirs and float(says["sparsity"]) > 0.5
 
 
-@pytest.mark.parametrize("pipeline", ["sqft", pytest.param("shears", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pipeline", ["sqft", "shears"])
 def test_an_adapter_that_stays_apart_is_a_lora_file(tmp_path, pipeline):
     settings = (f"adapt.pipeline={pipeline}", "export.targets=[gguf]", "export.sparse_files=false")
     none = ("quantize={method: none}",) if pipeline == "shears" else ()

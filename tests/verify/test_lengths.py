@@ -105,9 +105,7 @@ def test_what_no_text_reaches_is_unverified():
         LONGROPE,
         DYNAMIC,
         {"model_type": "qwen2", **UPPER_WINDOWS},
-        pytest.param(
-            {"model_type": "qwen3", "head_dim": 16, **UPPER_WINDOWS}, marks=pytest.mark.slow
-        ),
+        {"model_type": "qwen3", "head_dim": 16, **UPPER_WINDOWS},
     ],
     ids=["longrope", "dynamic", "qwen2", "qwen3"],
 )
