@@ -177,9 +177,8 @@ def _compress(context: Context[Sections], grids: GridWriter, weights: TensorWrit
         weights.add_all(checkpoint.tensors(sorted(rest)))
         advance()
     for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
-        grid = outer_grid(checkpoint, name, tensor, config.embedding_bits, config.symmetric)
-        if grid is not None:
-            add(name.removesuffix(".weight"), tensor, grid)
+        if (of_rows := outer_grid(checkpoint, name, tensor, config)) is not None:
+            add(name.removesuffix(".weight"), tensor, of_rows)
         else:
             weights.add(name, tensor)
     warnings += seen.warnings(checkpoint.linears, inputs.has_hessian) + scale_warnings(scales)

@@ -13,7 +13,7 @@ import numpy as np
 
 from sqft_export.model.config import ModelConfig, RopeParameters
 from sqft_export.model.contexts import (
-    DEFAULT_CONTEXT,
+    UNLIMITED_CONTEXT,
     cache_sizes,
     cached_heads,
     context_length,
@@ -788,7 +788,7 @@ def context_of_file(config: ModelConfig) -> int:
 
     llama.cpp has no sliding window for most families. The context then ends at the window.
     """
-    length = context_length(config) or DEFAULT_CONTEXT
+    length = context_length(config) or UNLIMITED_CONTEXT
     known = ARCHITECTURES[config["model_type"]]
     window = None if known.window_period else config.get("sliding_window")
     return min(length, window) if window and "use_sliding_window" not in config else length
