@@ -437,8 +437,8 @@ def architecture_lacks(config: ModelConfig) -> str | None:
     if known is None:
         written = ", ".join(ARCHITECTURES)
         return f"this package can't write {model_type} as GGUF yet; it writes {written}"
-    fields = ("hidden_act", "hidden_activation", "activation_function")
-    activation = next((config[name] for name in fields if config.get(name)), None)
+    activation = config.get("hidden_act") or config.get("hidden_activation")
+    activation = activation or config.get("activation_function")
     if known.activations and activation and activation not in known.activations:
         return f"llama.cpp computes {known.activations[0]} for {model_type}, not {activation}"
     rope = rope_of(config)["rope_type"]
@@ -747,8 +747,8 @@ def write_keys(writer: "GGUFWriter", config: ModelConfig) -> None:
 
 def _feed_forward(config: ModelConfig) -> int | list[int]:
     """Return the inner width of the MLP, per layer if it differs."""
-    fields = ("ffn_hidden_size", "n_inner", "shared_intermediate_size")
-    found = next((config[name] for name in fields if config.get(name)), None)
+    found = config.get("ffn_hidden_size") or config.get("n_inner")
+    found = found or config.get("shared_intermediate_size")
     if config["model_type"] not in ("bloom", "gpt2"):  # which have no such field
         found = found or config.get("intermediate_size")
     if found and config.get("use_double_wide_mlp"):
