@@ -870,5 +870,5 @@ def _write_gemma4(writer: "GGUFWriter", config: ModelConfig) -> None:
     writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
     writer.add_shared_kv_layers(config["num_kv_shared_layers"])
     writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
-    if cap := config.get("final_logit_softcapping"):
-        writer.add_final_logit_softcapping(cap)
+    # Without the key, llama.cpp caps logits at 30; zero means no cap.
+    writer.add_final_logit_softcapping(config.get("final_logit_softcapping") or 0.0)
