@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # Fields with the number of positions of a model; the second one is GPT-2's.
 POSITION_FIELDS = ("max_position_embeddings", "n_positions")
-DEFAULT_CONTEXT = 2048  # tokens; of a deployment if the config has no limit
+UNLIMITED_CONTEXT = 2048  # tokens; of a deployment if the config has no limit
 
 
 def context_length(config: ModelConfig) -> int | None:

@@ -29,6 +29,7 @@ from sqft_export.numerics.affine import quantize_rows, replace_zero_scales, row_
 from sqft_export.numerics.codes import Grid, QuantizedWeight
 from sqft_export.numerics.gptq_layout import from_gptq, from_pack_quantized, grid_from_gptq
 from sqft_export.numerics.masks import bits_to_mask
+from sqft_export.recipe.schema import Quantize
 
 GRID_FIELDS = ("bits", "group_size", "sym")  # of a grid in quantization_config
 MASKS, GRIDS = "masks", "grids"  # stems of the file names
@@ -100,17 +101,14 @@ def load_grids(folder: Path | None) -> dict[str, Grid]:
     }
 
 
-def outer_grid(
-    checkpoint: Checkpoint, name: str, weight: Tensor, bits: int | None, symmetric: bool
-) -> Grid | None:
-    """Return the grid of a matrix outside the blocks; None if it stays in floats.
+def outer_grid(checkpoint: Checkpoint, name: str, weight: Tensor, config: Quantize) -> Grid | None:
+    """Return the grid of a tensor outside the blocks; None if it stays in floats.
 
     :param weight: the tensor ``name``; a vector stays in floats.
-    :param bits: of embedding and head; None: they stay in floats.
     """
     field = checkpoint.family.tables.get(name.removesuffix(".weight"))
     if field is None:
-        return row_grid(weight, bits, symmetric)
+        return row_grid(weight, config.embedding_bits, config.symmetric)
     columns = int(cast(dict[str, int], checkpoint.config)[field])
     return table_grid(weight, columns)
 

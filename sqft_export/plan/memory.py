@@ -41,8 +41,7 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
     largest = 4 * max(map(prod, layout.linears.values()))
     widest = max(inputs for _, inputs in layout.linears.values())
     activations = _calibration_bytes(recipe, layout, workload)
-    tables, whole = layout.tables, layout.weights + layout.others
-    outer = 4 * (layout.others - tables)
+    outer, whole = 4 * (layout.others - layout.tables), layout.weights + layout.others
     quantize, data = recipe.quantize, (recipe, layout, workload)
     hessians = 4 * widest**2 * (quantize.method == "gptq")
     deployed = _deployed_bytes(recipe, artifacts)
@@ -54,16 +53,13 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
         "reconstruct": _reconstruction_bytes(recipe.sparsify.reconstruct, *data),
         "quantize": max(
             MAPPED_BYTES + block + 2 * largest + hessians + activations * quantize.calibrates,
-            MAPPED_BYTES + layout.width * tables,
             _reconstruction_bytes(quantize.reconstruct, *data),
         ),
         "search": SEARCH_BYTES + (with_cache if recipe.search.evaluates else tuned),
-        "merge": max(
-            max(4 * largest, 4 * tables) + 2**29, _probe_bytes(layout, outer) + _kept_bytes(whole)
-        ),
+        "merge": max(4 * largest + 2**29, _probe_bytes(layout, outer) + _kept_bytes(whole)),
         "export-openvino": deployed,
-        "export-onnx": MAPPED_BYTES + 2 * largest + outer + 2 * tables,
-        "export-gguf": MAPPED_BYTES + max(largest, 3 * tables) + _stacked_bytes(layout),
+        "export-onnx": MAPPED_BYTES + 2 * largest + outer,
+        "export-gguf": MAPPED_BYTES + largest + _stacked_bytes(layout),
         "verify": _comparison_bytes(*data) + 2 * deployed + _gguf_copy_bytes(recipe, whole),
         "benchmark": max(deployed, torch_row) + MAX_LOGIT_BYTES + _kv_cache_bytes(*data),
     }
@@ -74,9 +70,19 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
     else:
         training = _torch_model_bytes(layout) + 5 * artifacts["adapt"] + 4 * largest
         training += _activation_bytes(*data) + outer * (recipe.adapt.precision == "float32")
-        training += 4 * tables
         peaks |= {"adapt": training, "teacher": training}
-    return {name: FIXED_MEMORY + peaks.get(name, 0) for name in artifacts}
+    return {n: FIXED_MEMORY + peaks.get(n, 0) + _table_bytes(layout, n) for n in artifacts}
+
+
+def _table_bytes(layout: Layout, name: str) -> float:
+    """Return the bytes that token tables besides the embedding add to a pass.
+
+    A table is read and rounded in chunks of rows. The copies are those of its result: floats of the
+    checkpoint's dtype, float32, or codes in the layout of a runtime.
+    """
+    float32 = dict.fromkeys(("merge", "verify", "adapt", "teacher"), 4)
+    copies = {"quantize": layout.width, "export-onnx": 2, "export-gguf": 3} | float32
+    return float(layout.tables * copies.get(name, 0))
 
 
 def _deployed_bytes(recipe: Recipe, artifacts: dict[str, int]) -> float:
@@ -243,8 +249,7 @@ def _comparison_bytes(recipe: Recipe, layout: Layout, workload: Workload) -> flo
     """
     layers = min(MAX_THREADS, allowed_processors()) * max(map(prod, layout.linears.values()))
     vocabulary, _ = layout.embedding
-    compared = 4 * max(layers, layout.tables)
-    return compared + 3 * 4 * vocabulary * checked_tokens(recipe, workload)
+    return 4 * layers + 3 * 4 * vocabulary * checked_tokens(recipe, workload)
 
 
 def _kv_cache_bytes(recipe: Recipe, layout: Layout, workload: Workload) -> float:

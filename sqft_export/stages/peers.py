@@ -161,9 +161,9 @@ def _quantize(context: Context[Sections], folder: Path) -> None:
             weights.add_all(checkpoint.tensors(sorted(rest)))
             advance()
         for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
-            outer = outer_grid(checkpoint, name, tensor, config.embedding_bits, config.symmetric)
-            if outer is not None:
-                add(name.removesuffix(".weight"), tensor.float(), outer)
+            of_rows = outer_grid(checkpoint, name, tensor, config)
+            if of_rows is not None:
+                add(name.removesuffix(".weight"), tensor.float(), of_rows)
             else:
                 weights.add(name, tensor)
 

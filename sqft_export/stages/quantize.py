@@ -217,9 +217,8 @@ def _compress(
     output = _Output(checkpoint, weights, grids, results)
     _compress_blocks(context, inputs, states, output)
     for name, tensor in checkpoint.tensors(checkpoint.outer_names()):
-        grid = outer_grid(checkpoint, name, tensor, config.embedding_bits, config.symmetric)
-        if grid is not None:
-            output.add(name.removesuffix(".weight"), tensor, grid)
+        if (of_rows := outer_grid(checkpoint, name, tensor, config)) is not None:
+            output.add(name.removesuffix(".weight"), tensor, of_rows)
         else:
             weights.add(name, tensor)
     seen, uncalibrated = results.seen, results.uncalibrated

@@ -147,6 +147,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
             **{"num_hidden_layers": 2, "layer_types": WINDOWED_AND_FULL},
             **{"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
             **{"attention_k_eq_v": True, "num_global_key_value_heads": 1},
+            "final_logit_softcapping": None,  # llama.cpp's default is 30
         },
     ),
 }

@@ -13,7 +13,7 @@ import numpy as np
 
 from sqft_export.model.config import ModelConfig, RopeParameters
 from sqft_export.model.contexts import (
-    DEFAULT_CONTEXT,
+    UNLIMITED_CONTEXT,
     cache_sizes,
     cached_heads,
     context_length,
@@ -515,8 +515,8 @@ def architecture_lacks(config: ModelConfig) -> str | None:
     if known is None:
         written = ", ".join(ARCHITECTURES)
         return f"this package can't write {model_type} as GGUF yet; it writes {written}"
-    fields = ("hidden_act", "hidden_activation", "activation_function")
-    activation = next((config[name] for name in fields if config.get(name)), None)
+    activation = config.get("hidden_act") or config.get("hidden_activation")
+    activation = activation or config.get("activation_function")
     if known.activations and activation and activation not in known.activations:
         return f"llama.cpp computes {known.activations[0]} for {model_type}, not {activation}"
     rope = rope_of(config)["rope_type"]
@@ -880,8 +880,8 @@ def _feed_forward(config: ModelConfig) -> int | list[int]:
     """Return the inner width of the MLP, per layer if it differs."""
     if config["model_type"] == "lfm2":
         return lfm2_inner_width(config)
-    fields = ("ffn_hidden_size", "n_inner", "shared_intermediate_size")
-    found = next((config[name] for name in fields if config.get(name)), None)
+    found = config.get("ffn_hidden_size") or config.get("n_inner")
+    found = found or config.get("shared_intermediate_size")
     if config["model_type"] not in ("bloom", "gpt2"):  # which have no such field
         found = found or config.get("intermediate_size")
     if found and config.get("use_double_wide_mlp"):
@@ -964,7 +964,7 @@ def context_of_file(config: ModelConfig) -> int:
 
     llama.cpp has no sliding window for most families. The context then ends at the window.
     """
-    length = context_length(config) or DEFAULT_CONTEXT
+    length = context_length(config) or UNLIMITED_CONTEXT
     known = ARCHITECTURES[config["model_type"]]
     window = None if known.window_period else config.get("sliding_window")
     return min(length, window) if window and "use_sliding_window" not in config else length
@@ -1046,5 +1046,5 @@ def _write_gemma4(writer: "GGUFWriter", config: ModelConfig) -> None:
     writer.add_rope_freq_base_swa(rope["sliding_attention"]["rope_theta"])
     writer.add_shared_kv_layers(config["num_kv_shared_layers"])
     writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
-    if cap := config.get("final_logit_softcapping"):
-        writer.add_final_logit_softcapping(cap)
+    # Without the key, llama.cpp caps logits at 30; zero means no cap.
+    writer.add_final_logit_softcapping(config.get("final_logit_softcapping") or 0.0)

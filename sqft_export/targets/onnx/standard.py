@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from sqft_export.model.config import ModelConfig
-from sqft_export.model.contexts import DEFAULT_CONTEXT, cache_sizes, context_length, named_config
+from sqft_export.model.contexts import UNLIMITED_CONTEXT, cache_sizes, context_length, named_config
 from sqft_export.model.skeleton import PLAIN_ATTENTION, empty_matrix, skeleton
 from sqft_export.targets.folder import GENAI_CONFIG
 from sqft_export.targets.onnx.weights import (
@@ -214,7 +214,7 @@ def _write_config(
         found = getattr(generation, name, None)
         return config.get(name) if found is None else found
 
-    context = context_length(config) or DEFAULT_CONTEXT
+    context = context_length(config) or UNLIMITED_CONTEXT
     model_section = {
         "bos_token_id": _first_token(token("bos_token_id"), token("eos_token_id")),
         "context_length": context,
