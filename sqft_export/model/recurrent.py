@@ -161,15 +161,17 @@ class GatedDeltaNet(nn.Module):
     ) -> Tensor:
         """Return outputs ``[batch, length, value heads, value size]`` and update the state."""
         query, key = _normalize(query) * self.key_size**-0.5, _normalize(key)
-        parts = [x.transpose(1, 2).contiguous() for x in (query, key, value, g, beta)]
+        query, key, value, g, beta = (
+            x.transpose(1, 2).contiguous() for x in (query, key, value, g, beta)
+        )
         state = None if cache is None else cache.layers[self.layer_idx].recurrent_states
         if state is None:
-            state = value.new_zeros(*parts[2].shape[:2], self.key_size, self.value_size)
+            state = value.new_zeros(*value.shape[:2], self.key_size, self.value_size)
         if torch.jit.is_tracing():
-            both, count = self.steps(*parts, state), parts[2].numel()
-            outputs, state = both[:count].reshape(parts[2].shape), both[count:].reshape(state.shape)
+            both, count = self.steps(query, key, value, g, beta, state), value.numel()
+            outputs, state = both[:count].reshape(value.shape), both[count:].reshape(state.shape)
         else:
-            outputs, state = apply_delta_rule(*parts, state)
+            outputs, state = apply_delta_rule(query, key, value, g, beta, state)
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)
         return outputs.transpose(1, 2).contiguous()
