@@ -171,7 +171,8 @@ class GatedDeltaNet(nn.Module):
             both, count = self.steps(query, key, value, g, beta, state), value.numel()
             outputs, state = both[:count].reshape(value.shape), both[count:].reshape(state.shape)
         else:
-            outputs, state = apply_delta_rule(query, key, value, g, beta, state)
+            with torch.autocast(value.device.type, enabled=False):
+                outputs, state = apply_delta_rule(query, key, value, g, beta, state)
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)
         return outputs.transpose(1, 2).contiguous()
@@ -182,7 +183,7 @@ def apply_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Return outputs and new state of the gated delta rule; arguments as of :class:`DeltaSteps`.
 
-    With ``D_t`` the sum of ``g`` up to token t of a chunk, what a token writes solves
+    With ``D_t`` the sum of ``g`` up to token t of a chunk, the update ``u_t`` of a token solves
 
         u_t + beta_t sum_{j<t} exp(D_t - D_j) (k_j k_t) u_j = beta_t (v_t - exp(D_t) S k_t)
 
