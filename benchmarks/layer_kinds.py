@@ -2,11 +2,11 @@
 
     python benchmarks/layer_kinds.py [--steps 600] [--family qwen3_5_text] [--seed 0]
 
-Makes a model of two blocks, one recurrent and one with attention, with random weights. It is
-measured as it is, and again after ``--steps`` steps of training on the embedded task. For every
-kind of Linear, all matrices of this kind are rounded to INT4 (round to nearest, groups of 32), and
-all other weights stay in floats. The table has the mean KL divergence from the float model, in nats
-per token, on held-out problems; and the share of the decoder's weights that are of this kind.
+Makes a model of two blocks, one recurrent and one with attention. It is measured with random
+weights, and again after ``--steps`` steps of training on the embedded task. For every kind of
+Linear, all matrices of this kind are rounded to INT4 (round to nearest, groups of 32), and all
+other weights stay in floats. The table has the mean KL divergence from the float model, in nats per
+token, on held-out problems; and the share of the decoder's weights that are of this kind.
 
 Short convolutions are no Linears. They are rounded per channel, to see what that would cost.
 """

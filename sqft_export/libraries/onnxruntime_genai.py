@@ -35,7 +35,7 @@ def build_graph(
     # The decoder of Qwen3.5 is only a part of the classes in ``builder``.
     base = getattr(builder, class_name, None) or getattr(qwen, class_name)
 
-    class Graph(base):  # type: ignore[misc]
+    class Graph(base):  # type: ignore[misc, valid-type]
         def load_weights(self, input_path):
             return model
 

@@ -161,15 +161,18 @@ class GatedDeltaNet(nn.Module):
     ) -> Tensor:
         """Return outputs ``[batch, length, value heads, value size]`` and update the state."""
         query, key = _normalize(query) * self.key_size**-0.5, _normalize(key)
-        parts = [x.transpose(1, 2).contiguous() for x in (query, key, value, g, beta)]
+        query, key, value, g, beta = (
+            x.transpose(1, 2).contiguous() for x in (query, key, value, g, beta)
+        )
         state = None if cache is None else cache.layers[self.layer_idx].recurrent_states
         if state is None:
-            state = value.new_zeros(*parts[2].shape[:2], self.key_size, self.value_size)
+            state = value.new_zeros(*value.shape[:2], self.key_size, self.value_size)
         if torch.jit.is_tracing():
-            both, count = self.steps(*parts, state), parts[2].numel()
-            outputs, state = both[:count].reshape(parts[2].shape), both[count:].reshape(state.shape)
+            both, count = self.steps(query, key, value, g, beta, state), value.numel()
+            outputs, state = both[:count].reshape(value.shape), both[count:].reshape(state.shape)
         else:
-            outputs, state = apply_delta_rule(*parts, state)
+            with torch.autocast(value.device.type, enabled=False):
+                outputs, state = apply_delta_rule(query, key, value, g, beta, state)
         if cache is not None:
             cache.update_recurrent_state(state, self.layer_idx)
         return outputs.transpose(1, 2).contiguous()
@@ -180,7 +183,7 @@ def apply_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Return outputs and new state of the gated delta rule; arguments as of :class:`DeltaSteps`.
 
-    With ``D_t`` the sum of ``g`` up to token t of a chunk, what a token writes solves
+    With ``D_t`` the sum of ``g`` up to token t of a chunk, the update ``u_t`` of a token solves
 
         u_t + beta_t sum_{j<t} exp(D_t - D_j) (k_j k_t) u_j = beta_t (v_t - exp(D_t) S k_t)
 

@@ -169,7 +169,7 @@ def _forward(
         setattr(cache.layers[state.layer], state.part, tensor)
     hidden = decoder.embed_tokens(input_ids)
     visible = _causal_mask(attention_mask, input_ids.shape[1])
-    rotary = decoder.rotary_emb(hidden, position_ids)
+    rotary = _first_module(decoder, "rotary_emb", "pos_emb")(hidden, position_ids)
     for layer, kind in zip(decoder.layers, model.config.layer_types, strict=True):
         hidden = layer(
             hidden,
@@ -177,12 +177,13 @@ def _forward(
             attention_mask=visible if kind == FULL_ATTENTION else attention_mask,
             past_key_values=cache,
         )
-    logits = model.lm_head(_final_norm(decoder)(hidden))
+    logits = model.lm_head(_first_module(decoder, "embedding_norm", "norm")(hidden))
     return (logits, *(getattr(cache.layers[one.layer], one.part) for one in states))
 
 
-def _final_norm(decoder: nn.Module) -> nn.Module:
-    return decoder.embedding_norm if hasattr(decoder, "embedding_norm") else decoder.norm
+def _first_module(decoder: nn.Module, *names: str) -> nn.Module:
+    """Return the module under the first of some names; model classes name it differently."""
+    return decoder.get_submodule(next(name for name in names if hasattr(decoder, name)))
 
 
 def _causal_mask(attention_mask: Tensor, length: int) -> Tensor:

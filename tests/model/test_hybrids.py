@@ -183,13 +183,18 @@ def test_what_a_runtime_lacks_is_refused_before_any_work(name, settings, recipe,
 
 @pytest.mark.slow
 def test_hybrids_go_through_all_passes(hybrid, tmp_path):
+    """Also texts shorter than a convolution, and beyond a chunk of the delta rule."""
     recipe = small_recipe(
-        *("adapt.steps=4", "adapt.ranks=[8, 4]", "adapt.target_modules=null"),
-        *("adapt.elastic_groups=null", "quantize.group_size=32", "export.sparse_files=true"),
+        *("adapt.steps=2", "adapt.ranks=[8, 4]", "adapt.target_modules=null"),
+        *("adapt.elastic_groups=null", "quantize.group_size=32", "verify.prompts=4"),
+        *("benchmark.baselines=[]", "export.sparse_files=true"),
         f"export.targets=[{', '.join(RUNTIMES)}]",
         model_path=hybrid,
     )
-    run = run_recipe(recipe, tmp_path)
-    failed = [c["name"] for c in run["verify"].metrics["checks"] if not c["passed"]]
-    assert not failed
-    assert {f"export-{name}" for name in RUNTIMES} <= set(run)
+    run = run_recipe(recipe, tmp_path, ("verify",))
+    checks = {check["name"]: check["passed"] for check in run["verify"].metrics["checks"]}
+    assert all(checks.values())
+    for runtime in RUNTIMES:
+        assert f"greedy tokens: merged in torch and {runtime}" in checks
+        within = [n for n in checks if n.startswith("logits within") and n.endswith(runtime)]
+        assert len(within) == 1

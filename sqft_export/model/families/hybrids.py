@@ -9,10 +9,10 @@ from dataclasses import replace
 from sqft_export.model.families import Experts
 from sqft_export.model.families.llama import LLAMA
 
-_GATE = "one output per head decides {} at every token, and errors add up over the tokens"
+_GATE = "its output per head scales {} at every token, and errors add up over the tokens"
 FAMILIES = (
     # Gated short convolutions. ``in_proj`` makes two gates and the convolved input, and computes as
-    # many products as attention's four Linears, so that it is rounded as they are.
+    # many products as attention's four Linears, so that it is rounded too.
     replace(
         LLAMA,
         model_types=("lfm2",),
@@ -62,8 +62,8 @@ FAMILIES = (
         },
         recurrent=("linear_attention",),
         floats={
-            "linear_attn.in_proj_b": _GATE.format("what is written to the state"),
-            "linear_attn.in_proj_a": _GATE.format("what the state forgets"),
+            "linear_attn.in_proj_b": _GATE.format("the update of the state"),
+            "linear_attn.in_proj_a": _GATE.format("the decay of the state"),
         },
     ),
 )

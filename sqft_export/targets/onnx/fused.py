@@ -136,14 +136,13 @@ def parts_of(node: str, weights: Weights) -> list[Rows]:
 
 def _part_of_joined(path: str, family: Family, weights: Weights) -> list[Rows]:
     """Return the rows of a product that is one part of a Linear, such as gate of gate and up."""
-    for whole, names in family.joined.items():
-        for index, name in enumerate(names):
-            if path.endswith(name):
-                linear = path.removesuffix(name) + whole
-                if len(names) == 1:
-                    return [Rows(linear)]
-                rows = weights.checkpoint.linears[linear][0] // len(names)
-                return [Rows(linear, index * rows, (index + 1) * rows)]
+    found = ((w, names, n) for w, names in family.joined.items() for n in names if path.endswith(n))
+    for whole, names, name in found:
+        linear = path.removesuffix(name) + whole
+        if len(names) == 1:
+            return [Rows(linear)]
+        rows, index = weights.checkpoint.linears[linear][0] // len(names), names.index(name)
+        return [Rows(linear, index * rows, (index + 1) * rows)]
     return []
 
 
