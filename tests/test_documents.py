@@ -41,7 +41,7 @@ EXPLAINED = {
     "sqft-export benchmark deployed/openvino deployed/onnx --data": "needs a chat template; "
     "tests/measure/test_own_data.py has one",
     "sqft-export serve runs/SmolLM2": "needs that run; tests/commands serves another",
-    "sqft-export web runs/tiny --serve": "serves until Ctrl-C; tests/web opens the site",
+    "sqft-export serve --web": "serves until Ctrl-C; tests/web opens the page",
     "cd runs/tiny/export-gguf": "needs Ollama",
     "cp -r runs/tiny/export-onnx": "needs Foundry Local",
     "tensorboard --logdir": "starts a server; tests/report/test_loggers.py reads the files",
@@ -198,7 +198,7 @@ def planned(command: str, stage: Path) -> None:
             axes.append([f"{setting}={value}" for value in split_values(listed)])
         elif word == "--model-path":
             path = Path(next(values))
-        elif word == "--only":
+        elif word in ("--target", "--only"):
             settings.append(f"export.targets=[{next(values)}]")
         elif not word.startswith("--"):
             settings.append(word)

@@ -32,7 +32,7 @@ _ComputeThreads = Annotated[
     int | None,
     typer.Option(min=1, max=4096, help="compute threads; default: the runtime's choice"),
 ]
-_DeviceName = Annotated[str, typer.Option(help="cpu, gpu or npu")]
+_DeviceName = Annotated[str, typer.Option(help="a device that `list targets` prints, such as cpu")]
 NEW_CONVERSATION = "/new"
 INTRODUCTION = f"type a message; {NEW_CONVERSATION} starts a new conversation, Ctrl-D ends"
 
@@ -104,7 +104,10 @@ def _open(folder: Path, device: str, threads: int | None) -> "TextSession":
         speed = found.tokens_per_second
         measured = f", {speed:.0f} tokens per second in the report" if speed else ""
         _note(f"{found.name}, the best deployment of {folder}{measured}: {found.path}")
-    return open_deployment(found.path, device, threads)
+    opened = open_deployment(found.path, device, threads)
+    if opened.session.placement:
+        _note(opened.session.placement)
+    return opened
 
 
 def _messages() -> Iterator[str]:

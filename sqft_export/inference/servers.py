@@ -26,10 +26,11 @@ from sqft_export.packed.usage import form_of
 from sqft_export.targets.folder import kind_of
 
 SERVED_KINDS = ("gguf", "openvino")
-NO_ONNX_SERVER = (
-    "no server loads a folder of ONNX Runtime GenAI; serve the OpenVINO or the GGUF deployment of "
-    "the same run"
-)
+NO_SERVER = {
+    "onnx": "no server loads a folder of ONNX Runtime GenAI; serve the OpenVINO or the GGUF "
+    "deployment of the same run",
+    "web": "its model runs in the browser; --web shows the page",
+}
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def server_for(deployment: Deployment, at: Address) -> Server:
     """
     kind = kind_of(deployment.path)
     if kind not in SERVED_KINDS:
-        reason = NO_ONNX_SERVER if kind == "onnx" else "only deployments are served"
+        reason = NO_SERVER.get(kind, "only deployments are served")
         raise UserError(f"{deployment.path}: {reason}")
     for server in SERVERS[kind]:
         if server.here():

@@ -20,12 +20,13 @@ import numpy as np
 
 from sqft_export.data.items import end_tokens
 from sqft_export.data.stops import cut_at_stop
-from sqft_export.errors import UserError, one_line
+from sqft_export.errors import HostError, UserError, one_line
 from sqft_export.inference.templates import (
     read_chat_template,
     read_special_tokens,
     render_conversation,
 )
+from sqft_export.machine.host import LESS_MEMORY, out_of_memory
 from sqft_export.targets import Session, runner
 from sqft_export.targets.folder import context_of, kind_of
 
@@ -68,7 +69,7 @@ class TextSession:
     """A loaded deployment with its tokenizer and its chat template.
 
     folder: the deployment.
-    runtime: openvino, onnx, gguf or torch.
+    runtime: openvino, onnx, gguf, web or torch.
     template: the chat template; None: prompts are plain text.
     context: largest number of tokens of prompt and answer.
     speed: of the last answer.
@@ -198,7 +199,7 @@ def cut_stream(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
 def open_deployment(folder: Path, device: str = "cpu", threads: int | None = None) -> TextSession:
     """Load a deployment (packed or plain) or a merged Hugging Face model into its runtime.
 
-    :param device: cpu, gpu or npu.
+    :param device: a kind of device, see ``list targets``.
     :param threads: CPU threads; None: the runtime's choice.
     :raises UserError: if the folder is no such model, or its runtime cannot load it.
     """
@@ -208,5 +209,7 @@ def open_deployment(folder: Path, device: str = "cpu", threads: int | None = Non
     except (UserError, ImportError, MemoryError, OSError):
         raise
     except Exception as error:  # each runtime has its own exception classes
+        if out_of_memory(error):
+            raise HostError(f"{folder}: {device}: {one_line(error)}; {LESS_MEMORY}") from error
         raise UserError(f"{folder}: {kind} can't load it: {one_line(error)}") from error
     return TextSession(folder, session)

@@ -217,7 +217,7 @@ def summarize(measured: MeasuredFolder, runs: list[WorkerResult]) -> FolderResul
         joules_per_token=(
             sum(known) / sum(one.passes for one in profiles) if len(known) == len(runs) else None
         ),
-        notes=_notes(measured.folder),
+        notes=[*_notes(measured.folder), *filter(None, [runs[0].placement])],
     )
 
 

@@ -33,6 +33,7 @@ from sqft_export.report.prompts import example_prompt, prompt_section
 from sqft_export.report.provenance import PROVENANCE_FIELDS, model_card, origin_of
 from sqft_export.stages import Context
 from sqft_export.targets import target
+from sqft_export.web.static_page import settings_of_task, write_page
 
 CONSUMES: tuple[str, ...] = ("merge",)
 READS: tuple[str, ...] = ("model", "train")
@@ -44,6 +45,7 @@ FIELDS_OF_TARGET: dict[str, tuple[str, ...]] = {
     "openvino": ("export.sparse_execution",),
     "onnx": ("export.onnx_graph",),
     "gguf": (),
+    "web": ("export.onnx_graph",),
 }
 FREE: tuple[str, ...] = TASK_FILES
 VERSION = 11
@@ -90,10 +92,16 @@ def run(context: Context[Sections]) -> ExportMetrics:
     if runtime == "onnx":
         text = inference_model_text(folder, context.recipe.name)
         (folder / INFERENCE_MODEL).write_text(text, encoding="utf-8")
+    if runtime == "web":
+        name, task = context.recipe.name, context.recipe.task
+        write_page(
+            folder,
+            settings_of_task(folder, name, task, example_prompt(context.recipe, tokenizer)),
+        )
     copy_probe(merge.path, folder, runtime, context.recipe.verify)
     write_seal(folder, origin.to_json())
     metrics = ExportMetrics(bytes=file_bytes(folder))
-    if context.recipe.export.sparse_files:
+    if context.recipe.export.sparse_files and runtime != "web":  # a page loads plain weights
         metrics = metrics.model_copy(update=_pack(context, folder))
     if runtime == "openvino" and context.recipe.export.sparse_execution:
         metrics = metrics.model_copy(update={"sparse": _specialize(context, folder)})

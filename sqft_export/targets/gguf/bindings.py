@@ -13,6 +13,7 @@ import numpy as np
 from sqft_export.errors import UserError
 from sqft_export.machine.host import installed
 from sqft_export.packed.loaders import gguf_model, silence_llama_cpp
+from sqft_export.targets.offload import OffloadDevice, require_device_memory
 
 if TYPE_CHECKING:
     import llama_cpp as llama_cpp_python
@@ -90,20 +91,26 @@ class Opened(Protocol):
         """
 
 
-def open_model(file: Path) -> Opened:
-    """Load a model with the installed binding.
+def open_model(file: Path, gpu: OffloadDevice | None = None) -> Opened:
+    """Load a model with the installed binding; only cyllama's off-loads layers.
 
+    :param gpu: device that gets all layers; None: they stay on the CPU.
     :raises UserError: if llama.cpp refuses the file.
+    :raises HostError: if the weights are larger than the free memory of the device.
     """
-    return LlamaCppModel(file) if installed("llama_cpp") else CyllamaModel(file)
+    if gpu is None and installed("llama_cpp"):
+        return LlamaCppModel(file)
+    return CyllamaModel(file, gpu)
 
 
 class CyllamaModel:
     """A model loaded by ``cyllama``."""
 
-    def __init__(self, file: Path):
-        self.model = gguf_model(file)
-        self.vocabulary = self.model.n_vocab
+    def __init__(self, file: Path, gpu: OffloadDevice | None = None):
+        if gpu is not None:
+            require_device_memory(file, file.stat().st_size, gpu)
+        self.model = gguf_model(file, None if gpu is None else gpu.number)
+        self.vocabulary, self.offloaded = self.model.n_vocab, gpu is not None
 
     def tokenize(self, text: str) -> list[int]:
         return list(self.model.get_vocab().tokenize(text, True, True))
@@ -113,6 +120,8 @@ class CyllamaModel:
 
         params = llama_cpp.LlamaContextParams()
         _set_parameters(params, cells, threads, exact)
+        # Else a build with a GPU backend computes long prompts there, wherever the layers are.
+        params.offload_kqv = params.op_offload = self.offloaded
         context = llama_cpp.LlamaContext(model=self.model, params=params)
         return _CyllamaCache(context, self.vocabulary)
 

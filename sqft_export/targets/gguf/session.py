@@ -20,12 +20,14 @@ from sqft_export.targets import Session, last_columns
 from sqft_export.targets.devices import find_device
 from sqft_export.targets.folder import ADAPTER_FOLDER
 from sqft_export.targets.gguf.bindings import MAX_SEQUENCES, PASS_TOKENS, Opened, Token, open_model
+from sqft_export.targets.offload import OffloadDevice, find_offload
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
 _FIRST_CELLS = 2048  # initial cache size in tokens
 ADAPTER_FILE = "adapter.gguf"
+_KEPT_ON_CPU = "llama.cpp keeps the input embedding on the CPU"
 
 
 class GgufSession(Session):
@@ -39,8 +41,16 @@ class GgufSession(Session):
     computes_padding = False
     max_rows = MAX_SEQUENCES
 
-    def __init__(self, model: Opened, exact: bool, threads: int | None):
+    def __init__(
+        self,
+        model: Opened,
+        exact: bool,
+        threads: int | None,
+        gpu: OffloadDevice | None = None,
+    ):
         self.model, self.exact = model, exact
+        if gpu is not None:
+            self.placement = f"all layers on {gpu.name} ({gpu.description}); {_KEPT_ON_CPU}"
         self.threads = threads or allowed_processors()
         self.vocabulary = model.vocabulary
         self.cells = _FIRST_CELLS
@@ -160,26 +170,38 @@ def open_session(
     device: str = "cpu",
     float32_cache: bool = False,
 ) -> GgufSession:
-    """Load a GGUF folder into a llama.cpp session on the CPU.
+    """Load a GGUF folder into a llama.cpp session.
 
     :param exact: compute in float32, to compare with torch; an unmerged adapter is added to the
         weights.
     :param threads: CPU threads.
+    :param device: cpu, or the kind of a GPU that gets all layers: vulkan, cuda.
     :param float32_cache: float32 keys and values without flash attention, as in exact mode.
-    :raises UserError: if the device is not the CPU, or if an unmerged adapter is to run in default
+    :raises UserError: if the device is unavailable, or if an unmerged adapter is to run in default
         mode, which cyllama does not support.
     """
-    find_device("gguf", device)
+    gpu = _find_gpu(device)
     adapter = folder / ADAPTER_FOLDER / ADAPTER_FILE
     if adapter.is_file() and not exact:
         raise UserError(f"{adapter}: cyllama can't apply an adapter; llama-cli --lora can")
     with dense_gguf(folder) as file:
         if not exact:
-            return GgufSession(open_model(file), float32_cache, threads)
+            return GgufSession(open_model(file, gpu), float32_cache, threads, gpu)
         with tempfile.TemporaryDirectory(prefix="sqft-") as scratch:
             floats = Path(scratch) / "float32.gguf"
             write_float32(file, floats, adapter if adapter.is_file() else None)
-            return GgufSession(open_model(floats), exact, threads)
+            return GgufSession(open_model(floats, gpu), exact, threads, gpu)
+
+
+def _find_gpu(device: str) -> OffloadDevice | None:
+    """Return the GPU of a device kind; None for the CPU.
+
+    :raises UserError: with the reason, if it is unavailable.
+    """
+    find_device("gguf", device)
+    found = None if device == "cpu" else find_offload(device)
+    assert not isinstance(found, str)  # find_device refuses it
+    return found
 
 
 def write_float32(file: Path, out: Path, adapter: Path | None = None) -> None:
