@@ -21,6 +21,7 @@ def deployment(tiny_run) -> str:
     return str(tiny_run["export-gguf"].path / "model")
 
 
+@pytest.mark.slow
 def test_the_self_test_passes_on_vulkan_in_both_modes(deployment):
     done = sqft(llama_environment(), "verify", deployment, "--device", "vulkan", "--json")
     assert done.returncode == 0, done.stderr
@@ -41,6 +42,7 @@ def test_generate_says_where_the_layers_are_and_answers_as_on_the_cpu(deployment
     assert "all layers on Vulkan0" in on_gpu.stderr and "Vulkan0" not in on_cpu.stderr
 
 
+@pytest.mark.slow
 def test_benchmark_notes_the_device(deployment):
     quick = ("--rounds", "1", "--prompt-tokens", "8", "--new-tokens", "2", "--batch", "1")
     done = sqft(

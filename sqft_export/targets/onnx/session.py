@@ -149,7 +149,6 @@ class OnnxSession(Session):
         self.presents = [re.sub("^past_key_values", "present", name) for name in self.caches]
         self.padding = "right" if fused else "left"
         on_cpu = self.session.get_providers()[0] == CPU_PROVIDER
-        self.placement = "" if on_cpu else placement_text(self.session)
         self.in_place = fused and on_cpu and adapter is None  # bound outputs exclude adapters
         self.vocabulary = next(
             output.shape[2] for output in self.session.get_outputs() if output.name == "logits"
@@ -282,15 +281,25 @@ class OnnxSession(Session):
         return binding.get_outputs()[0].numpy().astype(np.float32, copy=False)
 
 
-def placement_text(session: ort.InferenceSession) -> str:
-    """Return how many nodes of a graph each provider computes, with the kinds left on the CPU."""
+def placement_text(session: ort.InferenceSession, folder: Path) -> str:
+    """Return how many nodes of a deployment's graph stay on the CPU, and their kinds.
+
+    ONNX Runtime records the nodes on the CPU; built-in providers do not record theirs.
+    """
+    import onnx
+
+    nodes = onnx.load(graph_and_weights(folder)[0], load_external_data=False).graph.node
     graphs = session.get_provider_graph_assignment_info()
-    nodes = [(graph.ep_name, node.op_type) for graph in graphs for node in graph.get_nodes()]
-    counts = Counter(provider for provider, _ in nodes)
-    left = Counter(kind for provider, kind in nodes if provider == CPU_PROVIDER)
-    parts = [f"{count} of {len(nodes)} nodes on {name}" for name, count in counts.most_common()]
+    left = Counter(
+        node.op_type
+        for graph in graphs
+        if graph.ep_name == CPU_PROVIDER
+        for node in graph.get_nodes()
+    )
     kinds = ", ".join(f"{kind} {count}" for kind, count in left.most_common())
-    return "; ".join(parts) + (f" ({kinds})" if kinds else "")
+    return f"{session.get_providers()[0]}; {left.total()} of {len(nodes)} nodes stay on the CPU" + (
+        f" ({kinds})" if kinds else ""
+    )
 
 
 def cache_dtype(session: ort.InferenceSession) -> type[np.floating]:
@@ -364,4 +373,7 @@ def open_decoder(
         adapter.Load(str(file))
     fused = FUSED_OPERATOR in read_bounded(graph_and_weights(folder)[0], MAX_ONNX_BYTES)
     # An exact session edits the graph anyway, so it selects logits from the start.
-    return OnnxSession(load, decoder, fused, exact, adapter)
+    session = OnnxSession(load, decoder, fused, exact, adapter)
+    if provider != CPU_PROVIDER:
+        session.placement = placement_text(session.session, folder)
+    return session
