@@ -335,6 +335,18 @@ def open_session(
     return open_decoder(folder, decoder_of(folder), exact, threads, device)
 
 
+def _session_options(provider: str, threads: int | None) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+    if provider != CPU_PROVIDER:
+        options.add_session_config_entry(RECORD_PLACEMENT, "1")
+    if provider == WEBGPU_PROVIDER:
+        add_webgpu(options)
+    return options
+
+
 def open_decoder(
     folder: Path, decoder: DecoderConfig, exact: bool, threads: int | None, device: str
 ) -> OnnxSession:
@@ -345,14 +357,7 @@ def open_decoder(
     provider = CPU_PROVIDER if device == "cpu" else find_device("onnx", device).name
 
     def load(wanted_logits: bool) -> ort.InferenceSession:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads:
-            options.intra_op_num_threads = threads
-        if provider != CPU_PROVIDER:
-            options.add_session_config_entry(RECORD_PLACEMENT, "1")
-        if provider == WEBGPU_PROVIDER:
-            add_webgpu(options)
+        options = _session_options(provider, threads)
         edit = partial(_edit_graph, exact) if wanted_logits else None
         session = load_onnx(folder, options, [provider], edit)
         if provider == CPU_PROVIDER and has_half_cache(session):
