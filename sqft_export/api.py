@@ -151,7 +151,7 @@ def compile(
     :param data: conversations, prompts and answers, or a text; see ``docs/reference/tasks.md``.
     :param recipe: file or mapping, in place of ``data`` and ``preset``; ``model`` replaces its
         model.
-    :param preset: int4, int4-sparse, int8 or int4-untuned.
+    :param preset: int4, int4-sparse, int4-npu, int8 or int4-untuned.
     :param test: held-out data; None: a part of ``data``.
     :param out: folder of all runs; the artifacts are in ``<out>/<name>``.
     :param on_progress: called with the progress of every pass; None: lines on stderr.

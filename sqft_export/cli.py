@@ -49,7 +49,9 @@ publishing.register(app)
 web.register(app)
 sweeping.register(app)
 
-Deployment = Annotated[Path, typer.Argument(help="deployment: an OpenVINO, ONNX or GGUF folder")]
+Deployment = Annotated[
+    Path, typer.Argument(help="deployment: an OpenVINO, ONNX, GGUF or web folder")
+]
 MAX_OPTION = 2**20
 Items = Annotated[
     int,
@@ -59,7 +61,10 @@ Items = Annotated[
 ]
 Device = Annotated[
     str,
-    typer.Option("--device", help="cpu, gpu or npu; `list targets` lists those of this machine"),
+    typer.Option(
+        "--device",
+        help="cpu, gpu, npu, vulkan, cuda or webgpu; `list targets` lists those of this machine",
+    ),
 ]
 Kernels = Annotated[
     str,
@@ -128,7 +133,12 @@ def export(
     recipe: RecipeFile,
     overrides: Overrides = None,
     only: Annotated[
-        str | None, typer.Option(help="openvino, onnx or gguf; default: the targets of the recipe")
+        str | None,
+        typer.Option(
+            "--target",
+            "--only",
+            help="openvino, onnx, gguf or web; default: the targets of the recipe",
+        ),
     ] = None,
     model_path: ModelPath = None,
     runs: Runs = Path("runs"),
@@ -136,7 +146,7 @@ def export(
 ) -> None:
     """Write the deployment folders of a recipe. Finished passes are not run again.
 
-    Example: sqft-export export recipes/tiny.yaml --only onnx
+    Example: sqft-export export recipes/tiny.yaml --target onnx
     """
     from sqft_export.machine.host import writing_to
     from sqft_export.recipe.load import load_recipe
@@ -145,7 +155,7 @@ def export(
     loaded = load_recipe(recipe, (*(overrides or ()), *settings), model_path)
     last = tuple(f"export-{target}" for target in loaded.export.targets)
     if not last:
-        raise UserError(f"{loaded.file}: export.targets: found no target; name one with --only")
+        raise UserError(f"{loaded.file}: export.targets: found no target; name one with --target")
     set_compute_threads(threads, runs / loaded.name)
     from sqft_export.run.pipeline import run_recipe
 

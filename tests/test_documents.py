@@ -42,7 +42,7 @@ EXPLAINED = {
     "tests/measure/test_own_data.py has one",
     "sqft-export serve runs/SmolLM2": "needs that run; tests/commands serves another",
     "sqft-export serve <folder>": "serves until Ctrl-C; tests/commands/test_serving.py starts it",
-    "sqft-export web runs/tiny --serve": "serves until Ctrl-C; tests/web opens the site",
+    "sqft-export serve --web": "serves until Ctrl-C; tests/web opens the page",
     "cd runs/tiny/export-gguf": "needs Ollama",
     "cp -r runs/tiny/export-onnx": "needs Foundry Local",
     "tensorboard --logdir": "starts a server; tests/report/test_loggers.py reads the files",
@@ -204,7 +204,7 @@ def planned(command: str, stage: Path) -> None:
             path = Path(next(values))
         elif word in OPTIONS_WITH_VALUES:
             next(values)
-        elif word == "--only":
+        elif word in ("--target", "--only"):
             settings.append(f"export.targets=[{next(values)}]")
         elif not word.startswith("--"):
             settings.append(word)

@@ -42,11 +42,11 @@ BELOW: dict[str, set[str]] = {
     "report": {"metrics"},
     "plan": {"probes", "sparsifiers"},
     "probes": {"inference"},
-    "stages": {"plan", "probes", "quantizers", "search"},
+    "stages": {"plan", "probes", "quantizers", "search", "web"},
     "run": {"stages"},
     "inference": {"report"},
     "api": {"inference", "run"},
-    "web": {"inference"},
+    "web": {"probes"},
     "commands": {"api", "web"},
     "cli": {"commands"},
 }
@@ -54,7 +54,7 @@ BELOW: dict[str, set[str]] = {
 LOWER = {"folders": {"model.chat", "targets.folder", "targets.genai_config"}}
 # Packages whose ``__init__`` has content: protocols, registries and exporters of several modules.
 FRONTS = {"model.families", "quantizers", "search", "sparsifiers", "stages", "targets"}
-FRONTS |= {"targets.gguf", "targets.onnx"}
+FRONTS |= {"targets.gguf", "targets.onnx", "targets.web"}
 ROOMS = sorted(p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name[0] not in "_.")
 # What every plug of a kind offers: the same name in each, held by a Protocol.
 CONTRACTS = {"NEEDS", "compress", "search"}

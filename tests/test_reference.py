@@ -22,6 +22,10 @@ def test_a_reference_page_is_up_to_date(name):
     assert written == generate.PAGES[name](), "run: python docs/generate.py"
 
 
+def test_the_table_of_targets_in_the_readme_is_up_to_date():
+    assert generate.README.read_text() == generate.readme(), "run: python docs/generate.py"
+
+
 def test_a_field_is_listed_with_what_is_allowed_and_its_default():
     rows = {row.field: row for row in recipe_fields()}
     assert rows["quantize.bits"].allowed == "2, 3, 4, 8" and rows["quantize.bits"].default == "4"

@@ -53,7 +53,9 @@ _TestData = Annotated[
 _Preset = Annotated[str | None, typer.Option(help=f"{_PRESET_HELP}; default: {DEFAULT_PRESET}")]
 _Targets = Annotated[
     list[str] | None,
-    typer.Option("--target", help="openvino, onnx or gguf; may be repeated; default: all three"),
+    typer.Option(
+        "--target", help="openvino, onnx, gguf or web; may be repeated; default: the first three"
+    ),
 ]
 _TorchDevice = Annotated[
     str | None, typer.Option("--device", help="device for torch: auto, cpu, cuda, xpu or mps")

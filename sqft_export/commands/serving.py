@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from sqft_export.commands.options import KernelsOption
+from sqft_export.commands.web import serve_page
 from sqft_export.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,16 +22,19 @@ def serve_command(
         Path,
         typer.Argument(
             help="run folder, which stands for its best deployment that has a server; or an "
-            "OpenVINO or GGUF folder",
+            "OpenVINO or GGUF folder; with --web, a web or ONNX folder",
             metavar="FOLDER",
         ),
     ],
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="port to listen on")] = 8080,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port to listen on")] = 8080,
     name: Annotated[
         str | None, typer.Option(help="name of the model for clients; default: name of the run")
     ] = None,
     execution: KernelsOption = None,
+    web: Annotated[
+        bool, typer.Option("--web", help="show the web page instead; port 0 takes a free one")
+    ] = False,
 ) -> None:
     """Serve a deployment with an OpenAI-compatible interface, on an installed server.
 
@@ -38,6 +42,9 @@ def serve_command(
 
     Example: sqft-export serve runs/SmolLM2-135M-Instruct --port 8080
     """
+    if web:
+        serve_page(folder, host, port)
+        return
     from sqft_export.inference.servers import (
         Address,
         check_port,

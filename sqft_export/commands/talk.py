@@ -33,7 +33,7 @@ _ComputeThreads = Annotated[
     int | None,
     typer.Option(min=1, max=4096, help="compute threads; default: the runtime's choice"),
 ]
-_DeviceName = Annotated[str, typer.Option(help="cpu, gpu or npu")]
+_DeviceName = Annotated[str, typer.Option(help="a device that `list targets` prints, such as cpu")]
 NEW_CONVERSATION = "/new"
 INTRODUCTION = f"type a message; {NEW_CONVERSATION} starts a new conversation, Ctrl-D ends"
 
@@ -136,6 +136,8 @@ def _open(folder: Path, device: str, threads: int | None, execution: str | None)
     session = open_deployment(found.path, device, threads, kernels)
     if session.runtime == "gguf" and kernels != "stock":
         _note(kernels_title(session.runtime, kernels))
+    if session.session.placement:
+        _note(session.session.placement)
     return session
 
 

@@ -17,6 +17,7 @@ LIBRARIES = {
     "openvino": "openvino",
     "onnx": "onnxruntime-genai",
     "gguf": "gguf",
+    "web": "transformers.js",
     "torch": "transformers",
 }
 _FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)

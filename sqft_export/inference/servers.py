@@ -33,10 +33,11 @@ from sqft_export.targets.folder import kind_of
 _logger = logging.getLogger(__name__)
 SERVED_KINDS = ("gguf", "openvino")
 NO_KERNELS = "it has its own; specialized folders and sqft_export.load run on ours"
-NO_ONNX_SERVER = (
-    "no server loads a folder of ONNX Runtime GenAI; serve the OpenVINO or the GGUF deployment of "
-    "the same run"
-)
+NO_SERVER = {
+    "onnx": "no server loads a folder of ONNX Runtime GenAI; serve the OpenVINO or the GGUF "
+    "deployment of the same run",
+    "web": "its model runs in the browser; --web shows the page",
+}
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def server_for(deployment: Deployment, at: Address) -> Server:
     """
     kind = kind_of(deployment.path)
     if kind not in SERVED_KINDS:
-        reason = NO_ONNX_SERVER if kind == "onnx" else "only deployments are served"
+        reason = NO_SERVER.get(kind, "only deployments are served")
         raise UserError(f"{deployment.path}: {reason}")
     for server in SERVERS[kind]:
         if server.here():

@@ -20,13 +20,14 @@ import numpy as np
 
 from sqft_export.data.items import end_tokens
 from sqft_export.data.stops import cut_at_stop
-from sqft_export.errors import UserError, one_line
+from sqft_export.errors import HostError, UserError, one_line
 from sqft_export.inference.templates import (
     read_chat_template,
     read_special_tokens,
     render_conversation,
 )
 from sqft_export.kernels.choice import STOCK
+from sqft_export.machine.host import LESS_MEMORY, out_of_memory
 from sqft_export.targets import Session
 from sqft_export.targets.execution import open_on_kernels
 from sqft_export.targets.folder import context_of, kind_of
@@ -70,7 +71,7 @@ class TextSession:
     """A loaded deployment with its tokenizer and its chat template.
 
     folder: the deployment.
-    runtime: openvino, onnx, gguf or torch.
+    runtime: openvino, onnx, gguf, web or torch.
     template: the chat template; None: prompts are plain text.
     context: largest number of tokens of prompt and answer.
     speed: of the last answer.
@@ -202,7 +203,7 @@ def open_deployment(
 ) -> TextSession:
     """Load a deployment (packed or plain) or a merged Hugging Face model into its runtime.
 
-    :param device: cpu, gpu or npu.
+    :param device: a kind of device, see ``list targets``.
     :param threads: CPU threads; None: the runtime's choice.
     :param execution: auto, sparse or dense: our kernels; stock: the runtime's.
     :raises UserError: if the folder is no such model, or its runtime cannot load it.
@@ -213,5 +214,7 @@ def open_deployment(
     except (UserError, ImportError, MemoryError, OSError):
         raise
     except Exception as error:  # each runtime has its own exception classes
+        if out_of_memory(error):
+            raise HostError(f"{folder}: {device}: {one_line(error)}; {LESS_MEMORY}") from error
         raise UserError(f"{folder}: {kind} can't load it: {one_line(error)}") from error
     return TextSession(folder, session)

@@ -55,11 +55,13 @@ def energy_joules(device: str = "cpu") -> float | None:
 
     Only differences of two readings have a meaning.
 
-    :param device: ``gpu``: all NVIDIA GPUs through NVML (needs nvidia-ml-py). Else: the processor
-        packages through RAPL.
+    :param device: ``gpu``, ``cuda``: all NVIDIA GPUs through NVML (needs nvidia-ml-py). ``cpu``,
+        ``npu``: the processor packages through RAPL. Others have no counter.
     """
-    if device == "gpu":
+    if device in ("gpu", "cuda"):
         return _gpu_joules()
+    if device in ("vulkan", "webgpu"):  # of any vendor; there is no common counter
+        return None
     counters = sorted(Path("/sys/class/powercap").glob("intel-rapl:[0-9]/energy_uj"))
     try:
         return sum(int(counter.read_text()) for counter in counters) / 1e6 if counters else None

@@ -82,6 +82,7 @@ OUT_OF_MEMORY_MESSAGES = (
     *("not enough memory", "bad_alloc", "can't allocate memory", "Cannot allocate memory"),
     *("out of memory", "ALLOC_FAILED", "OUT_OF_MEMORY"),  # accelerators and their libraries
 )
+LESS_MEMORY = "use fewer bits (quantize.bits), a smaller model or --device cpu"
 # numpy's message when it could write only a part of a file.
 PARTIAL_WRITE = re.compile(r"\d+ requested and \d+ written")
 

@@ -224,7 +224,7 @@ def summarize(
         joules_per_token=(
             sum(known) / sum(one.passes for one in profiles) if len(known) == len(runs) else None
         ),
-        notes=_notes(measured, wanted),
+        notes=[*_notes(measured, wanted), *filter(None, [runs[0].placement])],
     )
 
 

@@ -9,7 +9,7 @@ from sqft_export.data.scoring import Scores, ScoringRequest
 from sqft_export.documents import Document
 from sqft_export.measure.results import TaskMetrics
 
-SessionKind = Literal["torch", "adapted", "openvino", "onnx", "gguf"]
+SessionKind = Literal["torch", "adapted", "openvino", "onnx", "gguf", "web"]
 _Value = TypeVar("_Value")
 
 
@@ -125,9 +125,13 @@ class TimedScores(Scores):
 
 
 class WorkerResult(Document):
-    """The measurements of a worker; None: not requested."""
+    """The measurements of a worker; None: not requested.
+
+    placement: of ``targets.Session``.
+    """
 
     load_seconds: float
+    placement: str = ""
     steady_memory_bytes: int
     peak_memory_bytes: int
     profile: Profile | None = None

@@ -13,7 +13,7 @@ from sqft_export.machine.counters import MachineFacts
 # adapted: compressed and tuned, with its adapter. merged: the result of merge.
 # peer: the baseline, quantized after its training.
 RowKind = Literal["base", "baseline", "compressed", "adapted", "merged", "deployment", "peer"]
-Runtime = Literal["torch", "openvino", "onnx", "gguf"]
+Runtime = Literal["torch", "openvino", "onnx", "gguf", "web"]
 FINAL_KINDS: tuple[RowKind, ...] = ("merged", "deployment")  # the results of a recipe
 # Ids of rows; ``measure.rows.Row`` lists all.
 DENSE, DENSE_LORA, MERGED = "dense", "dense-lora", "merged"

@@ -20,6 +20,7 @@ TITLES: dict[Runtime, str] = {
     "openvino": "OpenVINO",
     "onnx": "ONNX Runtime",
     "gguf": "llama.cpp",
+    "web": "web page",
 }
 MODEL_FILES = (
     *("*.safetensors", "*.bin", "*.xml", "*.onnx", "*.data", "*.onnx_adapter", "*.gguf"),

@@ -18,7 +18,7 @@ from sqft_export.data.scoring import ScoringRequest
 from sqft_export.errors import HostError, UserError
 from sqft_export.libraries.transformers import import_without_sklearn
 from sqft_export.machine.counters import energy_joules, memory_now, peak_memory
-from sqft_export.machine.host import die_with_parent, exhausted_resource
+from sqft_export.machine.host import LESS_MEMORY, die_with_parent, exhausted_resource, out_of_memory
 from sqft_export.machine.processors import deployed_environment
 from sqft_export.measure.decode import measure_latency, profile
 from sqft_export.measure.jobs import (
@@ -37,6 +37,8 @@ from sqft_export.measure.results import TaskMetrics
 from sqft_export.targets import Session
 from sqft_export.targets.execution import open_on_kernels
 from sqft_export.telemetry import disable_telemetry
+
+LOWER_ON_DEVICE = f"lower --prompt-tokens, --new-tokens or --batch, {LESS_MEMORY}"
 
 
 def open_measured(model: MeasuredModel) -> Session:
@@ -93,6 +95,7 @@ def measure(model: MeasuredModel, requests: Requests) -> WorkerResult:
         lm_eval, warnings = _score_with_lm_eval(session, model.folder, requests.lm_eval)
     return WorkerResult(
         load_seconds=load_seconds,
+        placement=session.placement,
         steady_memory_bytes=steady,
         peak_memory_bytes=peak,
         profile=profiled,
@@ -152,11 +155,19 @@ def measure_in_process(
             check=False,
         )
         if done.returncode:
-            message = _error_message(done)
-            kind = HostError if exhausted_resource(RuntimeError(message), None) else UserError
-            raise kind(f"{model.folder}: the measurement failed:\n{message}")
+            raise failure_of(model, _error_message(done))
         where = f"{model.folder}: the result of the measurement"
         return WorkerResult.parse(result_file.read_text(), where)
+
+
+def failure_of(model: MeasuredModel, message: str) -> UserError:
+    """Return the error of a failed worker; without memory on a device, with what to lower."""
+    error = RuntimeError(message)
+    if model.device != "cpu" and out_of_memory(error):
+        reason = exhausted_resource(error, None)
+        return HostError(f"{model.folder}: {model.device}: {reason}; {LOWER_ON_DEVICE}")
+    kind = HostError if exhausted_resource(error, None) else UserError
+    return kind(f"{model.folder}: the measurement failed:\n{message}")
 
 
 def _error_message(done: subprocess.CompletedProcess) -> str:

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sqft_export.artifacts.store import sha256_of
-from sqft_export.errors import DamagedError, UserError, one_line
+from sqft_export.errors import DamagedError, HostError, UserError, one_line
 from sqft_export.kernels.choice import STOCK
 from sqft_export.kernels.extension import openvino_extension, require_kernels
 from sqft_export.kernels.ir import Graph, is_specialized
 from sqft_export.kernels.library import HUGE_PAGE, use_huge_pages
 from sqft_export.kernels.rewrite import mark_resident
-from sqft_export.machine.host import installed, require_space
+from sqft_export.machine.host import LESS_MEMORY, installed, out_of_memory, require_space
 from sqft_export.packed.container import PackedFile
 from sqft_export.packed.execution import available_execution, resolve_execution, rewrite_deployment
 from sqft_export.packed.folders import map_weights, packed_file
@@ -52,6 +52,8 @@ def _name_folder_in_errors(runtime: str, folder: Path) -> Iterator[None]:
     except (UserError, ImportError, MemoryError, OSError):
         raise
     except Exception as error:  # each runtime has its own exception classes
+        if out_of_memory(error):
+            raise HostError(f"{folder}: {runtime}: {one_line(error)}; {LESS_MEMORY}") from error
         raise UserError(f"{folder}: {runtime} can't load it: {one_line(error)}") from error
 
 
@@ -215,12 +217,15 @@ def load_onnx(
 
     check_seal(Path(folder), whole=False)
     graph, _ = graph_and_weights(Path(folder))
-    options, providers = options or ort.SessionOptions(), providers or ["CPUExecutionProvider"]
+    options = options or ort.SessionOptions()
+    # A plug-in is added to the options, which excludes names of providers.
+    providers = None if options.has_providers() else providers or ["CPUExecutionProvider"]
     with _name_folder_in_errors("ONNX Runtime", Path(folder)), _open_dense(Path(folder)) as dense:
+        place = dense / graph.relative_to(folder)
         if edit is None:
-            return ort.InferenceSession(str(dense / graph.name), options, providers=providers)
+            return ort.InferenceSession(str(place), options, providers=providers)
         options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(dense)
+            "session.model_external_initializers_file_folder_path", str(place.parent)
         )
         return ort.InferenceSession(
             edit(read_bounded(graph, MAX_ONNX_BYTES)), options, providers=providers
@@ -263,9 +268,13 @@ def dense_gguf(folder: Path) -> Iterator[Path]:
         yield dense / GRAPHS["gguf"]
 
 
-def gguf_model(file: Path) -> "LlamaModel":
+_ALL_LAYERS = 2**16
+
+
+def gguf_model(file: Path, gpu: int | None = None) -> "LlamaModel":
     """Return a ``cyllama`` model with the attribute ``n_vocab``, which its context class reads.
 
+    :param gpu: number of the GPU that gets all layers; None: they stay on the CPU.
     :raises UserError: if llama.cpp refuses the file.
     """
     from cyllama.llama import llama_cpp
@@ -274,8 +283,12 @@ def gguf_model(file: Path) -> "LlamaModel":
         n_vocab = 0
 
     llama_cpp.disable_logging()
+    if not llama_cpp.ggml_backend_dev_count():  # a wheel with separate backends
+        llama_cpp.ggml_backend_load_all()
     params = llama_cpp.LlamaModelParams()
     params.n_gpu_layers = 0
+    if gpu is not None:
+        params.n_gpu_layers, params.split_mode, params.main_gpu = _ALL_LAYERS, 0, gpu
     try:
         model = Model(path_model=str(file), params=params)
     except (ValueError, RuntimeError) as error:

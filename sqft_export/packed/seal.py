@@ -144,9 +144,10 @@ def _check_listed(folder: Path, document: Provenance, whole: bool) -> None:
     listed = dict(document["files"])
     if packed.is_file():
         _check_packed(packed, listed.pop(weights.name, None), whole)
-    names = list(listed) if whole else [n for n in (graph.name, weights.name) if n in listed]
+    loaded = [str(file.relative_to(folder)) for file in (graph, weights)]
+    names = list(listed) if whole else [name for name in loaded if name in listed]
     for name in names:
-        deep = whole or (name == graph.name and graph != weights)
+        deep = whole or (name == loaded[0] and graph != weights)
         _check_file(folder / name, listed[name], deep)
     if whole:
         there = {str(f.relative_to(folder)) for f in files_of(folder, PROVENANCE)}

@@ -82,6 +82,9 @@ LOADERS: dict[tuple[str, str], tuple[Loader, ...]] = {
     ),
     ("gguf", "plain"): (Loader("cyllama", 'cyllama.LLM("{folder}/model.gguf")'),),
     ("gguf", "packed"): (Loader("cyllama", 'sqft_export.load_gguf("{folder}")'),),
+    ("web", "plain"): (
+        Loader("onnxruntime", 'onnxruntime.InferenceSession("{folder}/onnx/model_q4.onnx")'),
+    ),
 }
 for _form in ("packed", "specialized"):
     LOADERS["openvino", _form] = (
@@ -126,7 +129,7 @@ def usage_section(folder: Path, prompt: str) -> str:
     runtime = runtime_of(folder)
     question = json.dumps(prompt, ensure_ascii=False)
     note = "  # replace each field in braces" if re.search(r"(?<!\{)\{\w", prompt) else ""
-    blocks = {"openvino": _openvino, "onnx": _onnx, "gguf": _gguf}[runtime](folder, form)
+    blocks = _BLOCKS[runtime](folder, form)
     lines = [line.replace("{prompt}", f"prompt = {question}{note}") for line in blocks]
     return "\n".join(["## How to run it", "", "In this folder:", "", *lines])
 
@@ -229,6 +232,25 @@ def _llama_cpp(file: str, folder: Path) -> list[str]:
         "{prompt}",
         f"print({question})",
     ]
+
+
+def _web(folder: Path, form: str) -> list[str]:
+    is_chat = has_template(folder)
+    question = '[{ role: "user", content: prompt }]' if is_chat else "prompt"
+    return [
+        "```sh",
+        "sqft-export serve --web .",
+        *("```", "", "Any static host serves this folder. In your own page:", ""),
+        "```js",
+        'import { pipeline } from "@huggingface/transformers";',
+        "",
+        'const generate = await pipeline("text-generation", "<this model>", { dtype: "q4" });',
+        f"const answer = await generate({question}, {{ max_new_tokens: {_NEW_TOKENS} }});",
+        *("```", ""),
+    ]
+
+
+_BLOCKS = {"openvino": _openvino, "onnx": _onnx, "gguf": _gguf, "web": _web}
 
 
 def rewrite_card(folder: Path) -> None:

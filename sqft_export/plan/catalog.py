@@ -8,18 +8,20 @@ Entries = list[dict[str, str]]
 
 
 def _targets() -> Entries:
-    """Return runtimes and devices, and for missing ones the reason."""
+    """Return runtimes and devices; why one is missing; whether we have run it."""
     from sqft_export.kernels.extension import unavailable_reason
     from sqft_export.kernels.library import find_kernels
-    from sqft_export.targets.devices import devices
+    from sqft_export.targets.devices import Device, devices
+    from sqft_export.targets.support import evidence_of
 
-    found = [asdict(device) for device in devices()]
     kernels = find_kernels()  # kernels of this package
     name = kernels.name if kernels else "none"
-    found.append(
-        {"runtime": "openvino", "kind": "kernels", "name": name, "missing": unavailable_reason()}
-    )
-    return [d | {"missing": d["missing"] or "here"} for d in found]
+    found = [*devices(), Device("openvino", "kernels", name, unavailable_reason())]
+    return [
+        asdict(one)
+        | {"state": evidence_of(one.runtime, one.kind), "missing": one.missing or "here"}
+        for one in found
+    ]
 
 
 def _recipes() -> Entries:

@@ -342,7 +342,7 @@ def _gguf_grid_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
 
 def _row_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
     """Yield a fault if the benchmark would have no row."""
-    missing = [why_not_run(name, recipe.unmerged) for name in recipe.export.targets]
+    missing = [why_not_run(name, recipe.unmerged) for name in recipe.export.measured]
     if not recipe.benchmark.baselines and all(missing):
         reasons = "; ".join(dict.fromkeys(map(str, missing)))
         yield f"benchmark.baselines: found [], and no deployment can be run here ({reasons})"

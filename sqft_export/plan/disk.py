@@ -45,6 +45,7 @@ def predict_bytes(recipe: Recipe, layout: Layout) -> dict[str, int]:
         "export-openvino": deployed,
         "export-onnx": deployed,
         "export-gguf": deployed,
+        "export-web": deployed,
         "teacher": stored,
         "baselines": merged,
         "peers-grid": 3 * stored + len(recipe.grid_targets) * deployed,

@@ -46,6 +46,7 @@ class PlanDocument(Document):
     first_example: the first training example of a chat task, with its loss mask marked.
     expectation: which deployment the report will probably recommend; None without training.
     gguf, sparse_execution: notes about these deployments; None if they are not requested.
+    accepted_by: device that this machine lacks -> whether it takes the codes, with the source.
     """
 
     recipe: str
@@ -65,5 +66,6 @@ class PlanDocument(Document):
     expectation: str | None
     gguf: str | None
     sparse_execution: str | None
+    accepted_by: dict[str, str]
     first_example: str | None
     warnings: list[str]

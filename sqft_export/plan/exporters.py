@@ -32,12 +32,15 @@ from sqft_export.recipe.schema import Export, OnnxGraph, Recipe
 from sqft_export.targets import target
 from sqft_export.targets.gguf.architectures import architecture_lacks, first_version
 from sqft_export.targets.gguf.tokenizer import NotExpressible, read_vocabulary
+from sqft_export.targets.web import NO_ADAPTER
+from sqft_export.targets.web.graph import PART_BYTES
 from sqft_export.verify.lengths import LONGEST_VERIFIED, unverified_lengths
 
 PACKAGES = {
     "openvino": ("openvino", "openvino_tokenizers", "optimum.intel"),
     "onnx": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir"),
     "gguf": ("gguf",),
+    "web": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir"),
 }
 _REHEARSED_TOKENS = 24
 # Largest difference of logits, in their standard deviations. Rounding is far below, another graph
@@ -167,7 +170,25 @@ def _gguf_lacks(recipe: Recipe, layout: Layout, config: ModelConfig) -> str | No
     return None
 
 
-_REASONS = {"openvino": _openvino_lacks, "onnx": _onnx_lacks, "gguf": _gguf_lacks}
+def _web_lacks(recipe: Recipe, layout: Layout, config: ModelConfig) -> str | None:
+    if recipe.unmerged:
+        return NO_ADAPTER
+    rows, width = layout.embedding
+    size = rows * width * (recipe.quantize.embedding_bits or 32) // 8
+    if size > PART_BYTES:
+        return (
+            f"its embedding has {size:,} bytes, and a browser holds at most {PART_BYTES:,} in one "
+            "buffer; set quantize.embedding_bits: 8"
+        )
+    return _onnx_lacks(recipe, layout, config)
+
+
+_REASONS = {
+    "openvino": _openvino_lacks,
+    "onnx": _onnx_lacks,
+    "gguf": _gguf_lacks,
+    "web": _web_lacks,
+}
 
 
 def _rehearsal_lacks(name: str, recipe: Recipe, layout: Layout) -> str | None:

@@ -16,7 +16,7 @@ def gate_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
             f"gates.accuracy_drop: found {recipe.gates.accuracy_drop:g}, but benchmark.baselines "
             f"is {list(baselines)}; add dense, from which the drop is computed"
         )
-    elif not recipe.export.targets and (recipe.unmerged or "merged" not in baselines):
+    elif not recipe.export.measured and (recipe.unmerged or "merged" not in baselines):
         yield (
             f"gates.accuracy_drop: found {recipe.gates.accuracy_drop:g}, but the benchmark has "
             "no row of a merged model or deployment; add a target to export.targets"

@@ -58,7 +58,7 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
         "search": SEARCH_BYTES + (with_cache if recipe.search.evaluates else tuned),
         "merge": max(4 * largest + 2**29, _probe_bytes(layout, outer) + _kept_bytes(whole)),
         "export-openvino": deployed,
-        "export-onnx": MAPPED_BYTES + 2 * largest + outer,
+        **dict.fromkeys(("export-onnx", "export-web"), MAPPED_BYTES + 2 * largest + outer),
         "export-gguf": MAPPED_BYTES + largest + _stacked_bytes(layout),
         "verify": _comparison_bytes(*data) + 2 * deployed + _gguf_copy_bytes(recipe, whole),
         "benchmark": max(deployed, torch_row) + MAX_LOGIT_BYTES + _kv_cache_bytes(*data),

@@ -11,6 +11,7 @@ SectionMapping = dict[str, Any]  # a section of a recipe, or all of them, as in 
 PRESETS = {
     "int4": "INT4, tuned through its grid: loses least",
     "int4-sparse": "INT4 with 50 % zeros, tuned through its grid: smaller files",
+    "int4-npu": "INT4 in groups of 128, tuned through its grid: for Intel NPUs, not run by us",
     "int8": "INT8, tuned through its grid",
     "int4-untuned": "INT4 without training; the data only calibrates and scores",
 }
@@ -31,10 +32,11 @@ def preset_sections(preset: str) -> SectionMapping:
         known = "; ".join(f"{name} ({about})" for name, about in PRESETS.items())
         raise UserError(f"preset: found {preset!r}; allowed are {known}")
     sparse, tuned = preset == "int4-sparse", preset != "int4-untuned"
+    groups = 128 if preset == "int4-npu" else 64
     return {
         "calibration": {"samples": 128, "sequence_length": 512},
         "sparsify": {"method": "sparsegpt", "sparsity": SPARSITY} if sparse else {"method": "none"},
-        "quantize": _quantize_section(8 if preset == "int8" else 4, tuned),
+        "quantize": _quantize_section(8 if preset == "int8" else 4, groups, tuned),
         "adapt": _adapt_section() if tuned else "none",
         "export": _export_section(sparse),
         "verify": {"prompts": 16},
@@ -50,8 +52,8 @@ def _baselines(tuned: bool) -> list[str]:
     return ["dense", "dense-lora", "merged", "lora-then-int4", *files]
 
 
-def _quantize_section(bits: int, tuned: bool) -> SectionMapping:
-    section = {"method": "gptq", "bits": bits, "group_size": 64, "symmetric": True}
+def _quantize_section(bits: int, groups: int, tuned: bool) -> SectionMapping:
+    section = {"method": "gptq", "bits": bits, "group_size": groups, "symmetric": True}
     return section if tuned else section | {"reconstruct": {}}
 
 

@@ -88,7 +88,7 @@ def differing_texts(recipe: VerifySections, folder: Path, rows: int) -> dict[str
 
 
 def _is_readable(name: str) -> bool:
-    here = all(installed(module) for module in RUNTIMES[name])
+    here = name in RUNTIMES and all(installed(module) for module in RUNTIMES[name])
     return here and (name != "gguf" or llama_cpp_here())
 
 

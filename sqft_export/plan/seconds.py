@@ -54,6 +54,7 @@ PASS_COSTS = {
     "export-openvino": Cost(10, 85, 1, 0.45, "thread"),
     "export-onnx": Cost(15, 37, 1, 0.12, "thread"),
     "export-gguf": Cost(21, 0, 3, place="thread"),
+    "export-web": Cost(17, 37, 1, 0.12, "thread"),
     "verify": Cost(28, 20, 4),
     "baselines": Cost(22),
     "peers-grid": Cost(75, 120, 3, 0.45, "device"),

@@ -29,6 +29,7 @@ class ModeResult(Document):
     mean_kl, largest_kl: KL divergence from the reference, in nats per token.
     allowed: of ``largest_kl`` in exact mode, of ``mean_kl`` in default mode.
     skipped: reason why the mode was not run.
+    placement: parts of the model that an accelerator computes, see ``targets.Session``.
     error: message of a runtime that failed.
     """
 
@@ -42,6 +43,7 @@ class ModeResult(Document):
     first_difference: MayBeMissing[TokenDifference] = None
     skipped: MayBeMissing[str] = None
     error: MayBeMissing[str] = None
+    placement: MayBeMissing[str] = None
 
     def __str__(self) -> str:
         if self.skipped is not None:
@@ -60,7 +62,7 @@ class ModeResult(Document):
                 f", first differing token: prompt {first.prompt}, generated token {first.step}: "
                 f"{first.found} where {first.expected} is expected (margin {first.margin:.2g} nats)"
             )
-        return text
+        return f"{text}; {self.placement}" if self.placement else text
 
 
 class TextResult(Document):

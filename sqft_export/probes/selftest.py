@@ -124,7 +124,10 @@ def _run_mode(
         text = f"{runtime} fails: {one_line(error)}"
         return ModeRun(result.model_copy(update={"error": text}), None)
     value = found.largest_kl if mode == "exact" else found.mean_kl
-    return ModeRun(_result(mode, found, allowed, value <= allowed), found)
+    result = _result(mode, found, allowed, value <= allowed)
+    if session.placement:
+        result = result.model_copy(update={"placement": session.placement})
+    return ModeRun(result, found)
 
 
 def _check_vocabulary(folder: Path, probe: Probe, session: Session) -> None:

@@ -85,7 +85,7 @@ def rounding_changes(folder: Path, runtime: str, setup: Setup) -> list[Change]:
             Change("cache precision", "a float32 cache", cached, False),
             Change("activation rounding", "float32 weights and activations", setup, True),
         ]
-    if runtime == "onnx":
+    if runtime in ("onnx", "web"):
         return [Change("activation rounding", "accuracy_level=1", setup, True)]
     return [Change("dtype", "float32", setup, True)]
 
@@ -103,13 +103,15 @@ def machine_changes(setup: Setup, exact: bool, short: bool) -> list[Change]:
     :param short: compute the prompts token by token too.
     """
     found = []
-    if setup.device != "cpu":
-        found.append(Change("device", "--device cpu", replace(setup, device="cpu"), exact))
-    if setup.threads != 1 and (os.cpu_count() or 1) > 1:
-        found.append(Change("thread count", "--threads 1", replace(setup, threads=1), exact))
     single = replace(setup, by_token=True)
     name = "prompts of several tokens in one pass"
-    return [*found, *([Change(name, "prompts token by token", single, exact)] if short else [])]
+    by_token = [Change(name, "prompts token by token", single, exact)] if short else []
+    if setup.device != "cpu":  # a device that computes only prompts wrongly is of use
+        found += [*by_token, Change("device", "--device cpu", replace(setup, device="cpu"), exact)]
+        by_token = []
+    if setup.threads != 1 and (os.cpu_count() or 1) > 1:
+        found.append(Change("thread count", "--threads 1", replace(setup, threads=1), exact))
+    return [*found, *by_token]
 
 
 def _text(properties: Mapping[str, str]) -> str:

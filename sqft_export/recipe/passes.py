@@ -4,8 +4,8 @@ from sqft_export.recipe.peers import PEERS
 from sqft_export.recipe.schema import Recipe
 
 CPU_PASSES = (
-    *("merge", "baselines", "export-openvino", "export-onnx", "export-gguf", "peers-nncf"),
-    "report",
+    *("merge", "baselines", "export-openvino", "export-onnx", "export-gguf"),
+    *("export-web", "peers-nncf", "report"),
 )
 
 

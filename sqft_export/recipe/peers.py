@@ -85,7 +85,7 @@ def peers_of(recipe: "Recipe") -> tuple[str, ...]:
     if "baselines" in recipe.benchmark.model_fields_set:
         listed = (name for name in PEERS if name in recipe.benchmark.baselines)
         return tuple(name for name in listed if PEERS[name].runtime in (None, *targets))
-    has_grid = recipe.quantize.method not in ("none", "existing")
+    has_grid = recipe.quantize.method not in ("none", "existing") and recipe.export.measured
     grid = ("lora-then-int4",) if has_grid else ()
     return grid + default_files(targets)
 
@@ -95,5 +95,5 @@ def grid_targets(recipe: "Recipe") -> tuple[str, ...]:
 
     They are those of the recipe that have other quantizers; else the recipe's first one.
     """
-    targets = tuple(map(str, recipe.export.targets))
+    targets = recipe.export.measured
     return tuple(name for name in targets if name in _GRID_RUNTIMES) or targets[:1]

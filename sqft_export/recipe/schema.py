@@ -798,9 +798,10 @@ OnnxGraph = Literal["auto", "fused", "standard"]
 class Export(Section):
     """Which deployments are written."""
 
-    targets: tuple[Literal["openvino", "onnx", "gguf"], ...] = Field(
+    targets: tuple[Literal["openvino", "onnx", "gguf", "web"], ...] = Field(
         ("openvino", "onnx"),
-        description="runtimes to write a deployment for; gguf is for llama.cpp",
+        description="runtimes to write a deployment for; gguf is for llama.cpp, web is a page for "
+        "browsers",
     )
     onnx_graph: OnnxGraph = Field(
         "auto",
@@ -832,6 +833,11 @@ class Export(Section):
         description="true: also write an OpenVINO folder that computes directly from mask and kept "
         "codes with this package's kernels; load it with sqft_export.openvino_extension()",
     )
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Return the targets whose deployments the benchmark runs; a page runs in a browser."""
+        return tuple(name for name in self.targets if name != "web")
 
     @model_validator(mode="after")
     def _check_entropy(self):
@@ -888,7 +894,7 @@ class Benchmark(Section):
         "a runtime that is no target are left out. Without this field, a recipe that trains also "
         "has lora-then-int4, and lora-then-q4_k_m or lora-then-nncf",
     )
-    targets: tuple[Literal["auto", "cpu", "gpu", "npu"], ...] = Field(
+    targets: tuple[Literal["auto", "cpu", "gpu", "npu", "vulkan", "cuda", "webgpu"], ...] = Field(
         ("cpu",),
         min_length=1,
         description="devices to measure deployments on; auto: all devices of this machine",

@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from sqft_export.adapters.files import RankedStepLog
 
 Point = tuple[float, float]  # cost and accuracy
-COLOURS = {"torch": "#4c72b0", "openvino": "#dd8452", "onnx": "#55a868", "gguf": "#8172b3"}
+COLOURS = {
+    "torch": "#4c72b0",
+    "openvino": "#dd8452",
+    "onnx": "#55a868",
+    "gguf": "#8172b3",
+    "web": "#937860",
+}
 
 TICK_STEPS = [1, 2, 2.5, 5, 10]
 LABEL_STEP = 0.065  # smallest distance of two labels, as a share of the axes' height
@@ -190,7 +196,7 @@ def spread_labels(heights: Sequence[float]) -> list[float]:
     return found
 
 
-MARKERS = {"torch": "o", "openvino": "s", "onnx": "^", "gguf": "D"}
+MARKERS = {"torch": "o", "openvino": "s", "onnx": "^", "gguf": "D", "web": "P"}
 
 
 def runs_scatter(rows: Sequence[BenchmarkRow], runs: list[int], measure: str, cost: str) -> str:

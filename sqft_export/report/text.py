@@ -53,6 +53,7 @@ def plan_text(plan: "PlanDocument") -> str:
         lines.append(f"  gguf: {plan.gguf}")
     if plan.sparse_execution:
         lines.append(f"  sparse execution {plan.sparse_execution}")
+    lines += [f"  {device}: {verdict}" for device, verdict in plan.accepted_by.items()]
     for name, size in plan.group_size_fallback.items():
         lines.append(
             f"  {name}: group_size {plan.group_size} does not divide its number of inputs; "

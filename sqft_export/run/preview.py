@@ -19,7 +19,7 @@ from sqft_export.plan.disk import disk_bytes, predict_bytes
 from sqft_export.plan.document import Need, PlanDocument, PlannedPass
 from sqft_export.plan.exporters import drop_unsupported
 from sqft_export.plan.history import PassTime, pass_times
-from sqft_export.plan.layout import Layout, fallback_sizes
+from sqft_export.plan.layout import Layout, fallback_sizes, group_sizes
 from sqft_export.plan.memory import accelerator_bytes, predict_memory
 from sqft_export.plan.peers import expectation
 from sqft_export.plan.seconds import predict_seconds
@@ -29,6 +29,7 @@ from sqft_export.plan.workload import Workload, workload_of
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.pipeline import Planned, plan_passes
 from sqft_export.targets.devices import why_not_run
+from sqft_export.targets.grids import WeightGrid, describe_acceptance
 
 
 def preview(recipe: Recipe, runs: Path) -> PlanDocument:
@@ -51,10 +52,7 @@ def preview(recipe: Recipe, runs: Path) -> PlanDocument:
         recipe=recipe.name,
         model=str(folder or f"{recipe.model.hub} (not on this machine)"),
         weights=layout.weights + layout.others,
-        passes=[
-            _planned_pass(step, written[step.name], times[step.name], memory[step.name])
-            for step in steps
-        ],
+        passes=[_planned_pass(s, written[s.name], times[s.name], memory[s.name]) for s in steps],
         group_size=recipe.quantize.group_size,
         group_size_fallback=fallback_sizes(recipe, layout),
         disk=Need(needed_bytes=needed, free_bytes=free),
@@ -69,6 +67,7 @@ def preview(recipe: Recipe, runs: Path) -> PlanDocument:
         first_example=_first_example(recipe, layout),
         gguf=_gguf_text(recipe),
         sparse_execution=_kernels_text(recipe),
+        accepted_by=_acceptance_of(recipe, layout),
         warnings=list(plan_warnings(recipe, layout)),
     )
 
@@ -163,6 +162,23 @@ def _gguf_text(recipe: Recipe) -> str | None:
     if missing := why_not_run("gguf", recipe.unmerged):
         notes.append(f"not run in the deployed form: {missing}")
     return "; ".join(notes) or "bit for bit"
+
+
+def _acceptance_of(recipe: Recipe, layout: Layout) -> dict[str, str]:
+    """Return which devices take the decoder's codes; {} if they are not known before the run."""
+    quantize = recipe.quantize
+    if quantize.method not in ("gptq", "rtn"):
+        return {}
+    sizes = group_sizes(recipe, layout)
+    grids = [
+        WeightGrid(name, *layout.linears[name], quantize.bits, size, quantize.symmetric)
+        for name, size in sizes.items()
+    ]
+    runtimes = [name for name in ("openvino",) if name in recipe.export.targets]
+    found: dict[str, str] = {}
+    for runtime in (*runtimes, "torch"):  # the merged folder is written by every run
+        found |= describe_acceptance(runtime, grids)
+    return found
 
 
 def _kernels_text(recipe: Recipe) -> str | None:

@@ -38,6 +38,7 @@ from sqft_export.report.provenance import PROVENANCE_FIELDS, model_card, origin_
 from sqft_export.stages import Context
 from sqft_export.targets import target
 from sqft_export.targets.gguf.architectures import uses_gelu_table
+from sqft_export.web.static_page import settings_of_task, write_page
 
 CONSUMES: tuple[str, ...] = ("merge",)
 READS: tuple[str, ...] = ("model", "train")
@@ -49,9 +50,10 @@ FIELDS_OF_TARGET: dict[str, tuple[str, ...]] = {
     "openvino": ("export.sparse_execution",),
     "onnx": ("export.onnx_graph",),
     "gguf": ("export.gguf_head",),
+    "web": ("export.onnx_graph",),
 }
 FREE: tuple[str, ...] = TASK_FILES
-VERSION = 12
+VERSION = 13
 RESUMES = False
 DISTRIBUTED = False
 
@@ -98,12 +100,18 @@ def run(context: Context[Sections]) -> ExportMetrics:
     if runtime == "onnx":
         text = inference_model_text(folder, context.recipe.name)
         (folder / INFERENCE_MODEL).write_text(text, encoding="utf-8")
+    if runtime == "web":
+        name, task = context.recipe.name, context.recipe.task
+        write_page(
+            folder,
+            settings_of_task(folder, name, task, example_prompt(context.recipe, tokenizer)),
+        )
     copy_probe(merge.path, folder, runtime, context.recipe.verify)
     write_seal(folder, origin.to_json())
     metrics = ExportMetrics(bytes=file_bytes(folder))
     if head:
         metrics = metrics.model_copy(update={"head": head})
-    if context.recipe.export.sparse_files:
+    if context.recipe.export.sparse_files and runtime != "web":  # a page loads plain weights
         metrics = metrics.model_copy(update=_pack(context, folder))
     if runtime == "openvino" and context.recipe.export.sparse_execution:
         metrics = metrics.model_copy(update={"sparse": _specialize(context, folder)})

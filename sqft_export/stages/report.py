@@ -25,6 +25,7 @@ CONSUMES: tuple[str, ...] = (
     "export-openvino",
     "export-onnx",
     "export-gguf",
+    "export-web",
     "verify",
     "teacher",
     "baselines",

@@ -51,6 +51,7 @@ CONSUMES: tuple[str, ...] = (
     "export-openvino",
     "export-onnx",
     "export-gguf",
+    "export-web",
 )
 READS: tuple[str, ...] = ("model", "test", "device")
 FREE: tuple[str, ...] = ("device", *TASK_FILES)

@@ -1,4 +1,4 @@
-"""Runtimes that models are exported to and run on: openvino, onnx, gguf, torch."""
+"""Runtimes that models are exported to and run on: openvino, onnx, gguf, web, torch."""
 
 import importlib
 from collections.abc import Iterator
@@ -24,6 +24,7 @@ class Session(Protocol):
     max_rows: the largest batch that the cache holds.
     joins: a row may begin on a copy of another row's cache, which its mask then hides. A recurrent
         state can't be hidden.
+    placement: which parts of the model an accelerator computes; empty on the CPU.
     """
 
     padding: str
@@ -33,6 +34,7 @@ class Session(Protocol):
     pass_tokens: int = 64
     max_rows: int = 2**31
     joins: bool = True
+    placement: str = ""
 
     def reset(self) -> None:
         """Clear the cache."""
@@ -71,7 +73,7 @@ class Runner(Protocol):
 
         :param exact: compute in float32, to compare with torch; else use the runtime's defaults.
         :param threads: CPU threads; None: the runtime's choice.
-        :param device: cpu, gpu or npu.
+        :param device: a kind of device (``devices.DEVICE_KINDS``).
         :raises UserError: if this machine does not have the device.
         """
 
@@ -143,12 +145,12 @@ def runner(name: str) -> Runner:
 
 
 def target(name: str) -> Target:
-    """Return the module of an export target: openvino, onnx or gguf."""
+    """Return the module of an export target: openvino, onnx, gguf or web."""
     return cast(Target, importlib.import_module(f"{__name__}.{name}"))
 
 
 if TYPE_CHECKING:  # mypy checks every module against its protocol
-    from sqft_export.targets import gguf, onnx, openvino, torch
+    from sqft_export.targets import gguf, onnx, openvino, torch, web
 
-    _TARGETS: tuple[Target, ...] = (gguf, onnx, openvino)
+    _TARGETS: tuple[Target, ...] = (gguf, onnx, openvino, web)
     _RUNNERS: tuple[Runner, ...] = (torch,)

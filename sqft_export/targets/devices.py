@@ -3,12 +3,14 @@
 import importlib.metadata
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqft_export.errors import UserError
 from sqft_export.machine.host import float32_fits, installed
+from sqft_export.targets.offload import BACKENDS, find_offload
+from sqft_export.targets.webgpu import WEBGPU_PROVIDER, why_no_webgpu
 
-DEVICE_KINDS = ("cpu", "gpu", "npu")
+DEVICE_KINDS = ("cpu", "gpu", "npu", "vulkan", "cuda", "webgpu")
 OPENVINO_NEEDS = {
     "gpu": "an Intel GPU and its compute runtime",
     "npu": "an Intel NPU and its driver",
@@ -27,7 +29,7 @@ PROVIDER_NEEDS = {
 class Device:
     """A device of one runtime.
 
-    kind: cpu, gpu or npu.
+    kind: one of ``DEVICE_KINDS``.
     name: the runtime's name for the device.
     missing: reason why the device is unavailable; None if it is available.
     """
@@ -48,10 +50,12 @@ def find_device(runtime: str, kind: str) -> Device:
 
     :raises UserError: with the reason, if the device is unavailable.
     """
-    found = [device for device in PROBES[runtime]() if device.kind == kind]
-    for device in found:
-        if device.missing is None:
-            return device
+    found = []
+    for device in PROBES[runtime]():  # lazily: some kinds start a process
+        if device.kind == kind:
+            if device.missing is None:
+                return device
+            found.append(device)
     reasons = "; ".join(f"{d.name}: {d.missing}" for d in found) or "it has no such device"
     raise UserError(f"device: found {kind}, which {runtime} can't use on this machine ({reasons})")
 
@@ -93,7 +97,7 @@ def _openvino() -> Iterator[Device]:
         import openvino as ov
 
         available = [name.partition(".")[0] for name in ov.Core().available_devices]
-    for kind in DEVICE_KINDS:
+    for kind in ("cpu", *OPENVINO_NEEDS):
         missing = None
         if not installed("openvino"):
             missing = "openvino is not installed"
@@ -118,6 +122,8 @@ def _onnx() -> Iterator[Device]:
             elif name.startswith("CUDA") and shutil.which("nvidia-smi") is None:
                 missing = "no NVIDIA driver"
             yield Device("onnx", kind, name, missing)
+    missing = why_no_webgpu() if installed("onnxruntime") else "onnxruntime is not installed"
+    yield Device("onnx", "webgpu", WEBGPU_PROVIDER, missing)
 
 
 def _torch() -> Iterator[Device]:
@@ -138,9 +144,22 @@ def _torch() -> Iterator[Device]:
     yield Device("torch", "gpu", name, missing)
 
 
+def _web() -> Iterator[Device]:
+    """Yield ONNX Runtime on the CPU, which stands in for the browser."""
+    for device in _onnx():
+        if device.kind == "cpu":
+            yield replace(device, runtime="web")
+
+
 def _gguf() -> Iterator[Device]:
     missing = "llama.cpp is not installed; pip install 'sqft-export[gguf-runtime]'"
     yield Device("gguf", "cpu", "llama.cpp", None if llama_cpp_here() else missing)
+    for kind, backend in BACKENDS.items():
+        found = find_offload(kind)
+        if isinstance(found, str):
+            yield Device("gguf", kind, backend.name, found)
+        else:
+            yield Device("gguf", kind, f"{found.name} ({found.description})", None)
 
 
-PROBES = {"openvino": _openvino, "onnx": _onnx, "gguf": _gguf, "torch": _torch}
+PROBES = {"openvino": _openvino, "onnx": _onnx, "gguf": _gguf, "web": _web, "torch": _torch}

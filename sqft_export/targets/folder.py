@@ -14,16 +14,29 @@ from sqft_export.untrusted import (
     files_inside,
 )
 
-GRAPHS = {"openvino": "openvino_model.xml", "onnx": "model.onnx", "gguf": "model.gguf"}
-# A GGUF file holds both graph and weights.
-WEIGHT_FILES = GRAPHS | {"openvino": "openvino_model.bin", "onnx": "model.onnx.data"}
+GRAPHS = {
+    "openvino": "openvino_model.xml",
+    "onnx": "model.onnx",
+    "gguf": "model.gguf",
+    "web": "onnx/model_q4.onnx",
+}
+# A GGUF file holds both graph and weights. A web folder may have more parts of its weights.
+WEIGHT_FILES = GRAPHS | {
+    "openvino": "openvino_model.bin",
+    "onnx": "model.onnx.data",
+    "web": "onnx/model_q4.onnx_data",
+}
 SUFFIX = ".sqft"  # appended to the name of the dense weight file
 GENAI_CONFIG = "genai_config.json"  # written for ONNX Runtime GenAI
 ADAPTER_FOLDER = "adapter"  # subfolder of a deployment, with its unmerged adapter
 # Size limit, in bytes, of files that a program loads completely; other files: MAX_JSON_BYTES.
 MAX_LOADED_BYTES = {".xml": MAX_IR_BYTES, ".onnx": MAX_ONNX_BYTES}
+MAX_PARTS = 64  # of the weights of a web folder
 # Weights are mapped or streamed.
-UNLIMITED_SUFFIXES = (".bin", ".data", ".gguf", SUFFIX, ".safetensors", ".onnx_adapter")
+UNLIMITED_SUFFIXES = (
+    *(".bin", ".data", ".gguf", SUFFIX, ".safetensors", ".onnx_adapter", ".onnx_data"),
+    *(f".onnx_data_{number}" for number in range(1, MAX_PARTS)),
+)
 # Some runtimes crash if a folder has the name of a file that they read.
 FILE_SUFFIXES = (*MAX_LOADED_BYTES, *UNLIMITED_SUFFIXES, ".json", ".jinja", ".txt", ".model")
 

@@ -12,7 +12,8 @@ from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.packed.seal import check_seal
 from sqft_export.packed.usage import loaders_of, why_no_loader
 from sqft_export.targets import target
-from sqft_export.targets.folder import SUFFIX, is_deployment, runtime_of
+from sqft_export.targets.folder import UNLIMITED_SUFFIXES, is_deployment, runtime_of
+from sqft_export.targets.grids import WeightGrid, describe_acceptance
 
 
 class InspectedLayer(TypedDict):
@@ -47,6 +48,7 @@ class Inspection(TypedDict):
     bytes: kind of file -> total size.
     files: file -> SHA-256.
     says: facts about the model that the deployment stores.
+    accepted_by: device that we could not run on -> whether it takes the codes, with the source.
     """
 
     folder: str
@@ -57,6 +59,7 @@ class Inspection(TypedDict):
     sealed: bool
     says: dict[str, str]
     loads_in: list[InspectedLoader]
+    accepted_by: dict[str, str]
 
 
 _WEIGHTS, _GRAPH, _TOKENIZER = "weights", "graph", "tokenizer and configs"
@@ -65,12 +68,15 @@ _WEIGHTS, _GRAPH, _TOKENIZER = "weights", "graph", "tokenizer and configs"
 def inspect_folder(folder: Path) -> Inspection:
     """Return layers, bytes per kind of file, digests, stored model facts, and possible loaders.
 
-    Of a multimodal Hugging Face model, return which tensors a run would read and leave out.
+    For a merged model, return its layers and whether Marlin takes them. For a multimodal Hugging
+    Face model, return which tensors a run would read and leave out.
 
     :raises UserError: if the folder is not a deployment, or its runtime is not installed.
     """
     if not is_deployment(folder) and (facts := _wrapper_facts(folder)):
-        return _model_inspection(folder, facts)
+        return _model_inspection(folder, facts, [])
+    if not is_deployment(folder) and (layers := _merged_layers(folder)):
+        return _model_inspection(folder, {}, layers)
     runtime = runtime_of(folder)
     sealed = check_seal(folder, whole=True)
     module = target(runtime)
@@ -93,6 +99,7 @@ def inspect_folder(folder: Path) -> Inspection:
         "sealed": sealed,
         "says": facts,
         "loads_in": _runtimes(folder),
+        "accepted_by": _acceptance(runtime, layers),
     }
 
 
@@ -118,12 +125,41 @@ def _wrapper_facts(folder: Path) -> dict[str, str]:
     }
 
 
-def _model_inspection(folder: Path, facts: dict[str, str]) -> Inspection:
-    """Return the result for a Hugging Face model, which has no exported layers."""
+def _merged_layers(folder: Path) -> list[InspectedLayer]:
+    """Return the quantized layers of a Hugging Face model; [] of a float model or other folder."""
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        return []
+    from sqft_export.model.checkpoint import Checkpoint
+    from sqft_export.model.storage import quantized_names, read_quantized
+
+    checkpoint = Checkpoint(folder)
+    names = quantized_names(checkpoint)
+    return [_layer(name, read_quantized(checkpoint, name).numpy()) for name in names]
+
+
+def _grid_of(layer: InspectedLayer) -> WeightGrid:
+    outputs, inputs = layer["shape"]
+    size, symmetric = layer["group_size"], layer["symmetric"]
+    return WeightGrid(layer["layer"], outputs, inputs, layer["bits"], size, symmetric)
+
+
+def _acceptance(runtime: str, layers: list[InspectedLayer]) -> dict[str, str]:
+    grids = [_grid_of(layer) for layer in layers]
+    return describe_acceptance(runtime, grids)
+
+
+def _model_inspection(
+    folder: Path, facts: dict[str, str], layers: list[InspectedLayer]
+) -> Inspection:
+    """Return the result for a Hugging Face model.
+
+    :param layers: its quantized layers.
+    """
     return {
         "folder": str(folder),
         "runtime": "torch",
-        "layers": [],
+        "layers": layers,
+        "accepted_by": _acceptance("torch", layers),
         "bytes": _bytes_by_kind(folder),
         "files": {str(f.relative_to(folder)): sha256_of(f) for f in files_of(folder)},
         "sealed": False,
@@ -170,7 +206,7 @@ def _layer(name: str, quantized: QuantizedWeight[np.ndarray]) -> InspectedLayer:
 def _kind(file: Path) -> str:
     if "tokenizer" in file.name:
         return _TOKENIZER
-    if file.suffix in (".bin", ".data", ".safetensors", ".onnx_adapter", ".gguf", SUFFIX):
+    if file.suffix in UNLIMITED_SUFFIXES:
         return _WEIGHTS
     return _GRAPH if file.suffix in (".xml", ".onnx") else _TOKENIZER
 
@@ -205,6 +241,7 @@ def inspection_text(found: Inspection) -> str:
     for entry in found["loads_in"]:
         here = "" if entry["installed"] else f"  # {entry['missing']}"
         lines.append(f"    {entry['runtime']:16}  {entry['code']}{here}")
+    lines += [f"  {device}: {verdict}" for device, verdict in found["accepted_by"].items()]
     if found["layers"]:
         lines.append(f"  {'layer':44} {'shape':>14} bits group  zeros")
     for layer in found["layers"]:

@@ -52,6 +52,8 @@ def tokenize_as_deployed(runtime: str, source: Path, texts: list[str], rows: int
     :return: tokenizer -> ids of every text; None for a text on which the tokenizer fails.
     :raises Exception: any error of the runtime's converter, if it does not support the tokenizer.
     """
+    if runtime not in _WRITERS:  # it reads tokenizer.json, as the tokenizers library does
+        return {}
     with tempfile.TemporaryDirectory(prefix="sqft-") as scratch:
         folder = Path(scratch)
         _WRITERS[runtime](source, folder, rows)

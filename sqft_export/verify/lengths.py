@@ -23,7 +23,7 @@ from sqft_export.model.recurrent import CHUNK_TOKENS
 from sqft_export.recipe.schema import Export
 from sqft_export.targets import target
 from sqft_export.targets.devices import why_not_exact, why_not_run
-from sqft_export.targets.folder import GRAPHS, context_of
+from sqft_export.targets.folder import context_of, graph_and_weights, runtime_of
 from sqft_export.targets.onnx.session import FUSED_OPERATOR
 from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.compute import logit_tolerance, prompt_logits
@@ -170,9 +170,9 @@ def _check_deployed(
 
 def _onnx_graph(folder: Path) -> Literal["auto", "fused", "standard"]:
     """Return the graph form of an ONNX deployment; auto for other runtimes."""
-    graph = folder / GRAPHS["onnx"]
-    if not graph.is_file():
+    if runtime_of(folder) not in ("onnx", "web"):
         return "auto"
+    graph, _ = graph_and_weights(folder)
     return "fused" if FUSED_OPERATOR in graph.read_bytes() else "standard"
 
 

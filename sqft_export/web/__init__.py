@@ -1,7 +1,7 @@
-"""Static web sites that run an ONNX deployment in the browser with Transformers.js.
+"""Static web sites that run a deployment in the browser with Transformers.js.
 
-site     the site's folder: page, model folder, library
-graph    the graph with its external data under the names that Transformers.js expects
-library  Transformers.js and ONNX Runtime Web, from the npm registry
-server   the local preview
+static_page  the page and its settings next to a model folder
+site         the site of a run or deployment
+library      Transformers.js and ONNX Runtime Web, from the npm registry
+server       the local preview
 """

@@ -37,11 +37,12 @@ class Package:
         return f"{REGISTRY}/{self.name}/-/{self.name.split('/')[-1]}-{self.version}.tgz"
 
 
+LIBRARY_MODULE = "transformers.min.js"
 TRANSFORMERS_JS = Package(
     "@huggingface/transformers",
     "4.3.2",
     "V3+dqf3iWlRYJ9I9GreM3zGQd0lAXnnoPeddmkOQYWAEE4l/+Fi6p7tx/qVUJlKQgLXGim2W76rTOzz+eC0i7g==",
-    ("dist/transformers.min.js", "LICENSE"),
+    (f"dist/{LIBRARY_MODULE}", "LICENSE"),
 )
 # The version that TRANSFORMERS_JS depends on; its bundle has all of it but these files.
 ONNX_RUNTIME_WEB = Package(
@@ -55,7 +56,7 @@ ONNX_RUNTIME_WEB = Package(
 )
 CDN_MODULE = (
     f"https://cdn.jsdelivr.net/npm/{TRANSFORMERS_JS.name}@{TRANSFORMERS_JS.version}"
-    "/dist/transformers.min.js"
+    f"/dist/{LIBRARY_MODULE}"
 )
 
 

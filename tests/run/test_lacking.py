@@ -14,6 +14,8 @@ from sqft_export.artifacts.store import Store
 from sqft_export.errors import HostError
 from sqft_export.machine.host import exhausted_resource, writing_to
 from sqft_export.machine.progress import silent
+from sqft_export.measure.jobs import MeasuredModel
+from sqft_export.measure.worker import failure_of
 from sqft_export.plan import memory
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.memory import check_memory
@@ -40,6 +42,15 @@ CUDA = (
 def test_memory_of_the_host_or_an_accelerator_that_is_used_up(error):
     said = exhausted_resource(error, None)
     assert said and said.startswith("out of memory: ") and "\n" not in said
+
+
+def test_a_device_without_memory_says_what_to_lower():
+    """A worker's message becomes one line with exit code 3."""
+    model = MeasuredModel(kind="onnx", folder=Path("deployed"), threads=None, device="gpu")
+    error = failure_of(model, f"OutOfMemoryError: {CUDA}")
+    assert isinstance(error, HostError) and "\n" not in str(error)
+    assert "deployed: gpu: out of memory: " in str(error)
+    assert "lower --prompt-tokens, --new-tokens or --batch" in str(error)
 
 
 def test_a_pass_that_an_accelerator_has_no_memory_for_says_what_to_lower(tmp_path, monkeypatch):

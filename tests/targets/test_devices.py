@@ -26,12 +26,17 @@ def test_every_runtime_tells_of_its_devices():
     done = subprocess.run([SQFT, "list", "targets", "--json"], capture_output=True, check=True)
     found = {(p["runtime"], p["kind"]): p["missing"] for p in json.loads(done.stdout)}
     assert set(found) == {
-        *[("openvino", device) for device in devices.DEVICE_KINDS],
+        *[("openvino", device) for device in ("cpu", "gpu", "npu")],
+        *[("gguf", device) for device in ("vulkan", "cuda")],
+        ("onnx", "webgpu"),
+        ("web", "cpu"),
         *[(runtime, device) for runtime in ("onnx", "torch") for device in ("cpu", "gpu")],
         ("gguf", "cpu"),
         ("openvino", "kernels"),
     }
     assert found["openvino", "kernels"] == "here"
+    states = {(p["runtime"], p["kind"]): p["state"] for p in json.loads(done.stdout)}
+    assert all(states.values()) and states["openvino", "npu"] == "from documentation only"
     assert all(found[runtime, "cpu"] == "here" for runtime in ("openvino", "onnx", "gguf", "torch"))
 
 

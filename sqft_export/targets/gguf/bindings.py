@@ -18,6 +18,7 @@ from sqft_export.kernels.choice import STOCK
 from sqft_export.libraries.xllamacpp import llama_functions
 from sqft_export.machine.host import installed
 from sqft_export.packed.loaders import gguf_model, silence_llama_cpp
+from sqft_export.targets.offload import OffloadDevice, require_device_memory
 
 if TYPE_CHECKING:
     from cyllama.llama.llama_cpp import LlamaContext
@@ -97,13 +98,17 @@ class Opened(Protocol):
         """
 
 
-def open_model(file: Path) -> Opened:
-    """Load a model with the installed binding.
+def open_model(file: Path, gpu: OffloadDevice | None = None) -> Opened:
+    """Load a model with the installed binding; only cyllama's off-loads layers.
 
+    :param gpu: device that gets all layers; None: they stay on the CPU.
     :raises UserError: if llama.cpp refuses the file.
+    :raises HostError: if the weights are larger than the free memory of the device.
     """
     functions = _c_functions()
-    return CyllamaModel(file) if functions is None else LlamaCppModel(file, functions)
+    if gpu is None and functions is not None:
+        return LlamaCppModel(file, functions)
+    return CyllamaModel(file, gpu)
 
 
 def _c_functions() -> Any:
@@ -146,9 +151,11 @@ def describe_build(execution: str) -> str:
 class CyllamaModel:
     """A model loaded by ``cyllama``."""
 
-    def __init__(self, file: Path):
-        self.model = gguf_model(file)
-        self.vocabulary = self.model.n_vocab
+    def __init__(self, file: Path, gpu: OffloadDevice | None = None):
+        if gpu is not None:
+            require_device_memory(file, file.stat().st_size, gpu)
+        self.model = gguf_model(file, None if gpu is None else gpu.number)
+        self.vocabulary, self.offloaded = self.model.n_vocab, gpu is not None
 
     def tokenize(self, text: str) -> list[int]:
         return list(self.model.get_vocab().tokenize(text, True, True))
@@ -160,6 +167,8 @@ class CyllamaModel:
 
         params = llama_cpp.LlamaContextParams()
         _set_parameters(params, cells, threads, exact, sequences)
+        # Else a build with a GPU backend computes long prompts there, wherever the layers are.
+        params.offload_kqv = params.op_offload = self.offloaded
         context = llama_cpp.LlamaContext(model=self.model, params=params)
         return _CyllamaCache(context, self.vocabulary)
 

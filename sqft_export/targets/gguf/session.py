@@ -30,6 +30,7 @@ from sqft_export.targets.gguf.bindings import (
     Token,
     open_model,
 )
+from sqft_export.targets.offload import OffloadDevice, find_offload
 from sqft_export.textfiles import read_json
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _FIRST_CELLS = 2048  # initial cache size in tokens
 ADAPTER_FILE = "adapter.gguf"
+_KEPT_ON_CPU = "llama.cpp keeps the input embedding on the CPU"
 
 
 class GgufSession(Session):
@@ -50,10 +52,17 @@ class GgufSession(Session):
     computes_padding = False
 
     def __init__(
-        self, model: Opened, exact: bool, threads: int | None, max_rows: int = MAX_SEQUENCES
+        self,
+        model: Opened,
+        exact: bool,
+        threads: int | None,
+        max_rows: int = MAX_SEQUENCES,
+        gpu: OffloadDevice | None = None,
     ):
         self.max_rows = max_rows
         self.model, self.exact = model, exact
+        if gpu is not None:
+            self.placement = f"all layers on {gpu.name} ({gpu.description}); {_KEPT_ON_CPU}"
         self.threads = threads or allowed_processors()
         self.vocabulary = model.vocabulary
         self.cells = _FIRST_CELLS
@@ -175,18 +184,19 @@ def open_session(
     float32_cache: bool = False,
     execution: str = STOCK,
 ) -> GgufSession:
-    """Load a GGUF folder into a llama.cpp session on the CPU.
+    """Load a GGUF folder into a llama.cpp session.
 
     :param exact: compute in float32, to compare with torch; an unmerged adapter is added to the
         weights.
     :param threads: CPU threads.
+    :param device: cpu, or the kind of a GPU that gets all layers: vulkan, cuda.
     :param float32_cache: float32 keys and values without flash attention, as in exact mode.
     :param execution: auto, sparse or dense: our kernels multiply. In exact mode they read the
         quantized weights of the file, and round no activations. stock: llama.cpp's own.
-    :raises UserError: if the device is not the CPU, if our kernels can't run, or if an unmerged
+    :raises UserError: if the device is unavailable, if our kernels can't run, or if an unmerged
         adapter is to run in default mode, which cyllama does not support.
     """
-    find_device("gguf", device)
+    gpu = _find_gpu(device)
     adapter = folder / ADAPTER_FOLDER / ADAPTER_FILE
     if adapter.is_file() and not exact:
         raise UserError(f"{adapter}: cyllama can't apply an adapter; llama-cli --lora can")
@@ -196,11 +206,11 @@ def open_session(
     rows = _max_rows(folder)
     with dense_gguf(folder) as file:
         if not exact or execution != STOCK:
-            return GgufSession(open_model(file), exact or float32_cache, threads, rows)
+            return GgufSession(open_model(file, gpu), exact or float32_cache, threads, rows, gpu)
         with tempfile.TemporaryDirectory(prefix="sqft-") as scratch:
             floats = Path(scratch) / "float32.gguf"
             write_float32(file, floats, adapter if adapter.is_file() else None)
-            return GgufSession(open_model(floats), exact, threads, rows)
+            return GgufSession(open_model(floats, gpu), exact, threads, rows, gpu)
 
 
 def _max_rows(folder: Path) -> int:
@@ -209,6 +219,17 @@ def _max_rows(folder: Path) -> int:
     model_type = read_json(file).get("model_type") if file.is_file() else None
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     return RECURRENT_SEQUENCES if family and family.recurrent else MAX_SEQUENCES
+
+
+def _find_gpu(device: str) -> OffloadDevice | None:
+    """Return the GPU of a device kind; None for the CPU.
+
+    :raises UserError: with the reason, if it is unavailable.
+    """
+    find_device("gguf", device)
+    found = None if device == "cpu" else find_offload(device)
+    assert not isinstance(found, str)  # find_device refuses it
+    return found
 
 
 def write_float32(file: Path, out: Path, adapter: Path | None = None) -> None:

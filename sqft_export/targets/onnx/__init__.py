@@ -5,18 +5,23 @@ torch (``standard.py``). Both store weights in the layout of ``weights.py``.
 """
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime as ort
 
 from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.recipe.schema import Export
 from sqft_export.targets.folder import GRAPHS, WEIGHT_FILES
-from sqft_export.targets.onnx.session import CPU_PROVIDER, open_session
+from sqft_export.targets.onnx.reading import (
+    FACT_PREFIX,
+    find_compressed_modules,
+    read_graph_codes,
+    read_graph_facts,
+    read_graph_floats,
+)
+from sqft_export.targets.onnx.session import open_session
 
 if TYPE_CHECKING:
     from onnx import GraphProto
@@ -67,7 +72,7 @@ def export(
         model = build(weights, folder, data)
     _fix_cache_sizes(model.graph, cache_sizes(config))
     for key, value in (facts or model_facts(weights.checkpoint)).items():
-        model.metadata_props.add(key=f"sqft_export.{key}", value=value)
+        model.metadata_props.add(key=f"{FACT_PREFIX}{key}", value=value)
     onnx.save(model, folder / MODEL)
     for pattern in TOKENIZER_FILES:
         for file in merged.glob(pattern):
@@ -95,60 +100,20 @@ def add_adapter(folder: Path, adapter: Path) -> None:
 
 
 def read_back(folder: Path) -> Iterator[tuple[str, QuantizedWeight[np.ndarray]]]:
-    """Yield module and quantized weight, one at a time, from the written file.
-
-    Codes are uint8 ``[out, in]``, scales float32 and zero points uint8 ``[out, groups]``.
-    """
-    import onnx
-
-    from sqft_export.targets.onnx.weights import read_quantized_weights
-
-    return read_quantized_weights(onnx.load(folder / MODEL, load_external_data=False), folder)
+    """Yield module and quantized weight, one at a time, from the written file."""
+    return read_graph_codes(folder)
 
 
 def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield name and values of float constants, float32.
-
-    The name of a matrix ``[out, in]`` is its module. Other constants have the name of their
-    initializer.
-    """
-    import onnx
-
-    from sqft_export.targets.onnx.weights import read_float_weights
-
-    return read_float_weights(onnx.load(folder / MODEL, load_external_data=False), folder)
+    """Yield name and values of float constants, float32."""
+    return read_graph_floats(folder)
 
 
 def metadata(folder: Path) -> dict[str, str]:
     """Return the model facts that the graph stores."""
-    import onnx
-
-    model = onnx.load(folder / MODEL, load_external_data=False)
-    prefix = "sqft_export."
-    found = {p.key: p.value for p in model.metadata_props if p.key.startswith(prefix)}
-    return {key.removeprefix(prefix): value for key, value in found.items()}
+    return read_graph_facts(folder)
 
 
 def compressed_kernels(folder: Path, scratch: Path) -> set[str]:
     """Return the modules that read codes in the graph that ONNX Runtime optimizes for the CPU."""
-    import onnx
-
-    from sqft_export.targets.onnx.weights import product_parts
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    with tempfile.TemporaryDirectory(dir=scratch) as copy:
-        optimized = Path(copy) / MODEL
-        options.optimized_model_filepath = str(optimized)
-        options.add_session_config_entry(
-            "session.optimized_model_external_initializers_file_name", DATA
-        )
-        ort.InferenceSession(str(folder / MODEL), options, providers=[CPU_PROVIDER])
-        graph = onnx.load(optimized, load_external_data=False).graph
-    found = set()
-    for node in graph.node:
-        if node.op_type == "MatMulNBits":
-            found |= {part.linear for part in product_parts(node)}
-        elif node.op_type == "GatherBlockQuantized":
-            found.add(node.input[0].removesuffix(".B"))
-    return found
+    return find_compressed_modules(folder, scratch)

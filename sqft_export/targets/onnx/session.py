@@ -1,6 +1,7 @@
 """Run a decoder graph in ONNX Runtime, in its default mode or with float32 activations."""
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,9 @@ from sqft_export.errors import UserError
 from sqft_export.packed.loaders import load_onnx
 from sqft_export.targets import RECURRENT_STATE, Session, last_columns, positions_of
 from sqft_export.targets.devices import find_device
-from sqft_export.targets.folder import ADAPTER_FOLDER, GENAI_CONFIG, GRAPHS
+from sqft_export.targets.folder import ADAPTER_FOLDER, GENAI_CONFIG, graph_and_weights
 from sqft_export.targets.genai_config import DecoderConfig
+from sqft_export.targets.webgpu import WEBGPU_PROVIDER, add_webgpu
 from sqft_export.textfiles import read_json
 from sqft_export.untrusted import MAX_ONNX_BYTES, read_bounded
 
@@ -32,6 +34,7 @@ CACHE_DTYPES: dict[str, type[np.floating]] = {
 }
 POSITION_PARTS = 3
 FIRST_SPARE_TOKENS = 64  # initial spare capacity of a cache; it doubles each time it is used up
+RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
 FLOAT32_ACCURACY = 1  # accuracy level of float32 activations; the default mode uses int8
 
 
@@ -323,6 +326,27 @@ def cache_inputs(session: ort.InferenceSession) -> list[ort.NodeArg]:
     return [i for i in session.get_inputs() if i.name.startswith(starts)]
 
 
+def placement_text(session: ort.InferenceSession, folder: Path) -> str:
+    """Return how many nodes of a deployment's graph stay on the CPU, and their kinds.
+
+    ONNX Runtime records the nodes on the CPU; built-in providers do not record theirs.
+    """
+    import onnx
+
+    nodes = onnx.load(graph_and_weights(folder)[0], load_external_data=False).graph.node
+    graphs = session.get_provider_graph_assignment_info()
+    left = Counter(
+        node.op_type
+        for graph in graphs
+        if graph.ep_name == CPU_PROVIDER
+        for node in graph.get_nodes()
+    )
+    kinds = ", ".join(f"{kind} {count}" for kind, count in left.most_common())
+    return f"{session.get_providers()[0]}; {left.total()} of {len(nodes)} nodes stay on the CPU" + (
+        f" ({kinds})" if kinds else ""
+    )
+
+
 def cache_dtype(session: ort.InferenceSession) -> type[np.floating]:
     """Return the dtype of a graph's key-value cache.
 
@@ -353,29 +377,53 @@ def open_session(
     :param threads: CPU threads.
     :raises UserError: if the device is unavailable.
     """
+    return open_decoder(folder, decoder_of(folder), exact, threads, device)
+
+
+def _session_options(provider: str, threads: int | None) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+    if provider != CPU_PROVIDER:
+        options.add_session_config_entry(RECORD_PLACEMENT, "1")
+    if provider == WEBGPU_PROVIDER:
+        add_webgpu(options)
+    return options
+
+
+def open_decoder(
+    folder: Path, decoder: DecoderConfig, exact: bool, threads: int | None, device: str
+) -> OnnxSession:
+    """Load the decoder graph of a deployment for ONNX Runtime or the web into a session.
+
+    :param decoder: sizes of the key-value cache.
+    """
     provider = CPU_PROVIDER if device == "cpu" else find_device("onnx", device).name
 
     def load(wanted_logits: bool) -> ort.InferenceSession:
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads:
-            options.intra_op_num_threads = threads
+        options = _session_options(provider, threads)
         edit = partial(_edit_graph, exact) if wanted_logits else None
         session = load_onnx(folder, options, [provider], edit)
         if provider == CPU_PROVIDER and has_half_cache(session):
             # GenAI's builder names sizes of such a graph wrongly; reused buffers are too small.
             options.enable_mem_reuse = False
             session = load_onnx(folder, options, [provider], edit)
-        if (
-            session.get_providers()[0] != provider
-        ):  # ONNX Runtime falls back to another provider and only logs it
-            raise UserError(f"{folder}: {provider} could not be started; see ONNX Runtime's log")
+        # ONNX Runtime falls back to another provider and only logs it.
+        if (found := session.get_providers()[0]) != provider:
+            raise UserError(
+                f"{folder}: {provider} could not be started, ONNX Runtime took {found}; is the "
+                "driver of the GPU installed? --device cpu runs it on the CPU"
+            )
         return session
 
     adapter = None
     if (file := folder / ADAPTER_FOLDER / ADAPTER_FILE).is_file():
         adapter = ort.LoraAdapter()
         adapter.Load(str(file))
-    fused = FUSED_OPERATOR in read_bounded(folder / GRAPHS["onnx"], MAX_ONNX_BYTES)
+    fused = FUSED_OPERATOR in read_bounded(graph_and_weights(folder)[0], MAX_ONNX_BYTES)
     # An exact session edits the graph anyway, so it selects logits from the start.
-    return OnnxSession(load, decoder_of(folder), fused, exact, adapter)
+    session = OnnxSession(load, decoder, fused, exact, adapter)
+    if provider != CPU_PROVIDER:
+        session.placement = placement_text(session.session, folder)
+    return session

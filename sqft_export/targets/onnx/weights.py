@@ -27,6 +27,7 @@ from sqft_export.numerics.codes import QuantizedWeight, from_arrays, join_rows, 
 from sqft_export.numerics.nibbles import pack_nibbles, unpack_nibbles
 from sqft_export.packed.container import PackedFile
 from sqft_export.packed.folders import packed_file
+from sqft_export.targets.folder import graph_and_weights
 from sqft_export.targets.genai_config import DecoderConfig
 
 # Accuracy level of int8 activations, the builder's default on the CPU.
@@ -263,7 +264,7 @@ def read_quantized_weights(
 
     Codes are uint8 ``[out, in]``, scales float32 and zero points uint8 ``[out, groups]``.
 
-    :param folder: folder of the external data.
+    :param folder: the deployment.
     """
     array = _reader(model, folder)
     for node in model.graph.node:
@@ -283,6 +284,7 @@ def read_quantized_weights(
 def _reader(model: onnx.ModelProto, folder: Path) -> Callable[[str], np.ndarray]:
     """Return a function that reads an initializer by name, from the graph or the data file."""
     tensors = {t.name: t for t in model.graph.initializer}
+    place = graph_and_weights(folder)[0].parent
     packed, content = packed_file(folder), np.empty(0, np.uint8)
     if packed is not None:
         with PackedFile(packed) as opened:
@@ -293,7 +295,7 @@ def _reader(model: onnx.ModelProto, folder: Path) -> Callable[[str], np.ndarray]
         copy.CopyFrom(tensors[name])
         where = {entry.key: entry.value for entry in copy.external_data}
         if not len(content) or "offset" not in where:
-            return numpy_helper.to_array(copy, str(folder))
+            return numpy_helper.to_array(copy, str(place))
         start = int(where["offset"])
         stored = content[start : start + int(where["length"])]
         kind = helper.tensor_dtype_to_np_dtype(copy.data_type)

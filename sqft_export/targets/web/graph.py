@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sqft_export.errors import UserError
-from sqft_export.targets.folder import graph_and_weights
+from sqft_export.targets.folder import GRAPHS, MAX_PARTS, graph_and_weights
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
 
-BROWSER_GRAPH = "model_q4.onnx"
+BROWSER_GRAPH = Path(GRAPHS["web"]).name
 PART_BYTES = 2_000_000_000  # largest part
 
 
@@ -86,6 +86,11 @@ def _split(spans: list[_Span], part_bytes: int, deployment: Path) -> list[list[_
         if not parts or span.start + span.length - parts[-1][0].start > part_bytes:
             parts.append([])
         parts[-1].append(span)
+    if len(parts) > MAX_PARTS:
+        raise UserError(
+            f"{deployment}: its weights need {len(parts)} parts of {part_bytes:,} bytes; a page "
+            f"loads at most {MAX_PARTS}"
+        )
     return parts
 
 

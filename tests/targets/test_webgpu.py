@@ -1,0 +1,50 @@
+"""ONNX Runtime on WebGPU, with SwiftShader, a driver that computes on the CPU."""
+
+import json
+import re
+import subprocess
+
+import pytest
+from software_gpu import onnx_environment
+
+from conftest import SQFT, test_prompts
+
+
+def sqft(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([SQFT, *arguments], env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def deployment(tiny_run) -> str:
+    return str(tiny_run["export-onnx"].path / "model")
+
+
+@pytest.mark.slow
+def test_prompt_and_decode_pass_the_self_test_and_the_nodes_on_the_cpu_are_counted(
+    deployment, tmp_path
+):
+    """Prompts run in one pass and continuations token by token, so both paths are compared."""
+    env = onnx_environment(tmp_path)
+    done = sqft(env, "verify", deployment, "--device", "webgpu", "--json")
+    assert done.returncode == 0, done.stderr
+    for mode in json.loads(done.stdout)["modes"]:
+        assert mode["positions"] > 0 and mode["passed"]
+        assert mode["placement"].startswith("WebGpuExecutionProvider; ")
+        left, total = re.search(r"(\d+) of (\d+) nodes stay", mode["placement"]).groups()
+        assert int(left) < int(total) / 4  # only the arithmetic of the attention mask
+        assert "MatMulNBits" not in mode["placement"]
+
+
+def test_no_adapter_is_refused_instead_of_computing_on_the_cpu(deployment, tmp_path):
+    env = onnx_environment(tmp_path, "missing.json")
+    (prompt,) = test_prompts(1)
+    done = sqft(env, "generate", deployment, "-p", prompt, "--device", "webgpu")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "WebGpuExecutionProvider could not be started" in done.stderr
+
+
+def test_a_build_without_the_provider_names_the_package(tiny_run, sqft_here):
+    folder = str(tiny_run["export-onnx"].path / "model")
+    done = sqft_here("generate", folder, "-p", "1", "--device", "webgpu")
+    assert done.returncode == 2
+    assert "pip install onnxruntime-ep-webgpu" in done.stderr
