@@ -59,7 +59,8 @@ def run_trials(
         study.optimize(objective, n_trials=missing)
     done = study.get_trials(states=(finished,))
     reports = dict.fromkeys(Path(trial.user_attrs[_REPORT]) for trial in done)
-    return TriedCombinations([_line_of(trial, goals) for trial in study.best_trials], [*reports])
+    lines = dict.fromkeys(_line_of(trial, goals) for trial in study.best_trials)
+    return TriedCombinations([*lines], [*reports])
 
 
 def _choose(trial: "optuna.Trial", axis: tuple[str, ...]) -> str:

@@ -204,6 +204,7 @@ def test_a_sweep_on_ray_runs_each_pass_once_and_survives_a_kill(tmp_path):
     while not (claims := list(root.glob("quantize-*.claim-1"))) and sweep.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    assert claims, sweep.communicate()
     with contextlib.suppress(ValueError, OSError):  # the claim is empty for a moment
         os.kill(json.loads(claims[0].read_text())["process"], signal.SIGKILL)
     out, errors = sweep.communicate()
