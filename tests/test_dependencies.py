@@ -17,6 +17,7 @@ OPTIONAL = {
     "pynvml": "energy of an NVIDIA GPU (nvidia-ml-py)",
     "wandb": "one of the loggers that a recipe can name",
     "llama_cpp": "llama-cpp-python (extra llama-cpp), which its users compile",
+    "onnxruntime_ep_webgpu": "WebGPU for ONNX Runtime, one of two packages that have it",
 }
 # Declared, but not imported by this package.
 INDIRECT = {
