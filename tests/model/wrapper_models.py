@@ -56,7 +56,7 @@ WRAPPERS: dict[str, tuple[dict, dict, dict]] = {
         | {
             **{"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 416},
             **{"global_head_dim": 32, "num_kv_shared_layers": 2, "use_double_wide_mlp": True},
-            **{"num_hidden_layers": 4, "sliding_window": 16},
+            **{"num_hidden_layers": 4, "sliding_window": 16, "final_logit_softcapping": 30.0},
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
         {},
