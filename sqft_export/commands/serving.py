@@ -44,7 +44,12 @@ def serve_command(
     """
     if web:
         serve_page(folder, host, port)
-        return
+    else:
+        _serve(folder, host, port, name or (folder.resolve().name or "model"), execution)
+
+
+def _serve(folder: Path, host: str, port: int, name: str, execution: str | None) -> None:
+    """Serve a deployment until its server ends."""
     from sqft_export.inference.servers import (
         Address,
         check_port,
@@ -53,14 +58,13 @@ def serve_command(
         server_for,
     )
 
-    found = _servable(folder)
-    at = Address(host, port, name or (folder.resolve().name or "model"))
+    found, at = _servable(folder), Address(host, port, name)
     server = server_for(found, at)
     check_port(at)
     ours = kernels_of(server, execution or found.execution)
     with served_path(found.path) as path:
         command = [*server.command(path, at), *ours.options]
-        before = "".join(f"{name}={value} " for name, value in ours.variables.items())
+        before = "".join(f"{key}={value} " for key, value in ours.variables.items())
         print(f"{found.name}: {found.path}\n{server.name}: {before}", end="", file=sys.stderr)
         _run_server(server.name, command, ours.variables, f"{at.url}, model {at.model}")
 

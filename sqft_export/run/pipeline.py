@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -387,8 +387,8 @@ def run_recipe(
     :param last: only these passes and the passes that they depend on; empty: all passes.
     :param redirect: redirect this process's file descriptors to the log (``run/output.py``).
     :param listener: called with the progress of every pass, in place of lines on stderr.
-    :param worker: name of this process among several that share the folder; it is part of the name
-        of the log. Empty: the folder is used by this process only.
+    :param worker: name of this process among several that share the folder, for its log. Empty: no
+        other process uses the folder.
     :raises UserError: before any work, if the recipe can't be run here.
     """
     check_launcher()
@@ -402,17 +402,19 @@ def run_recipe(
         open_loggers(recipe, root) as loggers,
     ):
         recipe = resolve_precision(recipe, root)
-        for warning in plan_warnings(recipe, layout):
-            reporter.say(f"warning: {warning}")
-        steps = _plan_within_limits(recipe, folder, layout, store, last)
-        for step in steps:
+        _say_warnings(reporter, plan_warnings(recipe, layout))
+        for step in (steps := _plan_within_limits(recipe, folder, layout, store, last)):
             warnings = _obtain(step, recipe, folder, artifacts, store, reporter, log, loggers)
             try:  # also logs the quality that makes a gate stop the run
                 warnings += gates.check(step.name, artifacts)
             finally:
                 loggers.log_pass(artifacts[step.name])
-            for warning in warnings:
-                reporter.say(f"warning: {warning}")
+            _say_warnings(reporter, warnings)
             if step.name == "verify" and step.artifact is None and step is not steps[-1]:
                 reporter.say(USABLE.format(root=root))
     return artifacts
+
+
+def _say_warnings(reporter: Reporter, warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        reporter.say(f"warning: {warning}")

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from sqft_export.data.items import (
     CARD_FIELDS,
@@ -39,6 +39,9 @@ from sqft_export.stages import Context
 from sqft_export.targets import target
 from sqft_export.targets.gguf.architectures import uses_gelu_table
 from sqft_export.web.static_page import settings_of_task, write_page
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONSUMES: tuple[str, ...] = ("merge",)
 READS: tuple[str, ...] = ("model", "train")
@@ -94,18 +97,7 @@ def run(context: Context[Sections]) -> ExportMetrics:
     if head and head.rounded:
         card += f"\n## Output head\n\nIn this file, {head}.\n"
     (folder / "README.md").write_text(card)
-    if runtime == "gguf":
-        ends, stops = stop_ids(folder, tokenizer), stop_texts(context.recipe.task)
-        (folder / MODELFILE).write_text(modelfile_text(folder, ends, stops))
-    if runtime == "onnx":
-        text = inference_model_text(folder, context.recipe.name)
-        (folder / INFERENCE_MODEL).write_text(text, encoding="utf-8")
-    if runtime == "web":
-        name, task = context.recipe.name, context.recipe.task
-        write_page(
-            folder,
-            settings_of_task(folder, name, task, example_prompt(context.recipe, tokenizer)),
-        )
+    _write_runtime_files(context, folder, runtime, tokenizer)
     copy_probe(merge.path, folder, runtime, context.recipe.verify)
     write_seal(folder, origin.to_json())
     metrics = ExportMetrics(bytes=file_bytes(folder))
@@ -117,6 +109,22 @@ def run(context: Context[Sections]) -> ExportMetrics:
         metrics = metrics.model_copy(update={"sparse": _specialize(context, folder)})
     advance()
     return metrics
+
+
+def _write_runtime_files(
+    context: Context[Sections], folder: Path, runtime: str, tokenizer: "PreTrainedTokenizerBase"
+) -> None:
+    """Write what programs of one runtime read: Ollama, Foundry Local, or a browser."""
+    name, task = context.recipe.name, context.recipe.task
+    if runtime == "gguf":
+        ends, stops = stop_ids(folder, tokenizer), stop_texts(task)
+        (folder / MODELFILE).write_text(modelfile_text(folder, ends, stops))
+    if runtime == "onnx":
+        text = inference_model_text(folder, name)
+        (folder / INFERENCE_MODEL).write_text(text, encoding="utf-8")
+    if runtime == "web":
+        prompt = example_prompt(context.recipe, tokenizer)
+        write_page(folder, settings_of_task(folder, name, task, prompt))
 
 
 def _choose_head(context: Context[Sections]) -> tuple[Export, RoundedHead | None]:

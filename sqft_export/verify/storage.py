@@ -65,10 +65,9 @@ def _check_floats(
 ) -> None:
     """Compare float matrices and vectors (norms, biases, filters) by name.
 
-    A Q8_0 head is compared as a float matrix.
-
-    The filters of a convolution count as one vector. A graph may have no name for a vector, for
-    example after several vectors are concatenated. Such a vector is looked up by its bytes.
+    A Q8_0 head is a float matrix. The filters of a convolution count as one vector. A graph may
+    have no name for a vector, for example after several vectors are concatenated. Such a vector is
+    looked up by its bytes.
     """
     merged, quantized = subject.merged, set(subject.quantized)
     rounded = rounded_parameter(subject, name)
@@ -95,8 +94,15 @@ def _check_floats(
             zeros.count_zeros(subject.dropped(module, array.shape), array != 0, module)
 
     count_in_parallel(count, target(name).read_floats(folder), check, zeros)
-    everything = b"".join(held for _, held in vectors)
-    for key in sorted(missing):
+    _check_vectors(check, subject, sorted(missing), vectors)
+
+
+def _check_vectors(
+    check: Check, subject: Subject, missing: list[str], vectors: list[tuple[str | None, bytes]]
+) -> None:
+    """Count the parameters that no matrix of a deployment has: they are among its vectors."""
+    merged, everything = subject.merged, b"".join(held for _, held in vectors)
+    for key in missing:
         expected = merged.tensor(key).float().numpy()
         named = [held for name, held in vectors if name == key]
         forms = _forms(subject, expected) if expected.ndim != 2 else []

@@ -279,14 +279,11 @@ def _float_tensors(checkpoint: "Checkpoint", names: Names, key: str) -> Iterator
     """
     import torch
 
-    from sqft_export.model.recurrent import DECAY_PARAMETER
-
     module, part = split_parameter(key)
     shape = checkpoint.shapes[key]
     if len(shape) == CONVOLUTION_DIMENSIONS:
         yield _convolution_tensor(checkpoint, names, key)
         return
-    offset = checkpoint.family.offset_of(module)
     # llama.cpp multiplies with routers in float32.
     is_matrix = len(shape) > 1 and not checkpoint.family.is_router(module)
     is_bfloat16 = is_matrix and checkpoint.headers[key].dtype in ("BF16",)
@@ -294,31 +291,36 @@ def _float_tensors(checkpoint: "Checkpoint", names: Names, key: str) -> Iterator
     dtype = np.float16 if is_float16 else np.float32  # float64 is rounded
 
     def make(rows: slice) -> np.ndarray:
+        if len(shape) == 1:
+            return _vector_values(checkpoint, names, key)[rows]
         tensor = checkpoint.tensor(key)
         if is_bfloat16:
             halves = names.permute_rows(module, tensor.view(torch.int16).numpy())[rows]
             return np.ascontiguousarray(names.permute_columns(module, halves)).view(np.uint8)
-        if len(shape) > 1:
-            values = tensor.numpy() if is_matrix else tensor.float().numpy()
-            values = names.permute_rows(module, values.astype(dtype, copy=False))[rows]
-            return names.permute_columns(module, values)
-        if key.endswith(DECAY_PARAMETER):
-            tensor = -tensor.float().exp()
-        owner = key.removesuffix(".weight").removesuffix(".bias")
-        return (names.permute_rows(owner, tensor.float().numpy()) + np.float32(offset))[rows]
+        values = tensor.numpy() if is_matrix else tensor.float().numpy()
+        values = names.permute_rows(module, values.astype(dtype, copy=False))[rows]
+        return names.permute_columns(module, values)
 
     if own_name := names.tensor_of_parameter(key):
         yield _Tensor(own_name, shape, dtype, None, functools.partial(make, slice(None)))
         return
-    expert = expert_number(module)
+    bytes_wide, stored, kind = (2, np.uint8, "BF16") if is_bfloat16 else (1, dtype, None)
     for name, rows in names.tensors_of(module, shape[0]):
-        sizes = (len(range(shape[0])[rows]), *shape[1:])
-        made = functools.partial(make, rows)
-        if is_bfloat16:
-            stored = (sizes[0], 2 * sizes[1])
-            yield _Tensor(f"{name}.{part}", stored, np.uint8, "BF16", made, expert)
-        else:
-            yield _Tensor(f"{name}.{part}", sizes, dtype, None, made, expert)
+        sizes = (len(range(shape[0])[rows]), *(bytes_wide * width for width in shape[1:]))
+        made, expert = functools.partial(make, rows), expert_number(module)
+        yield _Tensor(f"{name}.{part}", sizes, stored, kind, made, expert)
+
+
+def _vector_values(checkpoint: "Checkpoint", names: Names, key: str) -> np.ndarray:
+    """Return a norm, bias or rate as llama.cpp stores it, float32."""
+    from sqft_export.model.recurrent import DECAY_PARAMETER
+
+    tensor = checkpoint.tensor(key).float()
+    if key.endswith(DECAY_PARAMETER):
+        tensor = -tensor.exp()
+    owner = key.removesuffix(".weight").removesuffix(".bias")
+    offset = checkpoint.family.offset_of(split_parameter(key)[0])
+    return names.permute_rows(owner, tensor.numpy()) + np.float32(offset)
 
 
 def _convolution_tensor(checkpoint: "Checkpoint", names: Names, key: str) -> _Tensor:

@@ -840,16 +840,7 @@ def write_keys(writer: "GGUFWriter", config: ModelConfig) -> None:
     :param config: the transformers config as a dict, with the defaults of its class.
     """
     model_type = config["model_type"]
-    heads = naming_of(config).heads
-    width, count = _width(config), heads["num_attention_heads"]
-    blocks = config.get("num_hidden_layers") or config["n_layer"]
-    writer.add_context_length(context_of_file(config))
-    writer.add_embedding_length(width)
-    writer.add_block_count(blocks)
-    writer.add_feed_forward_length(_feed_forward(config))
-    writer.add_head_count(count)
-    writer.add_head_count_kv(_key_value_heads(config))
-    writer.add_vocab_size(config["vocab_size"])
+    _write_sizes(writer, config)
     if model_type == "granitemoehybrid" and config.get("position_embedding_type") != "rope":
         writer.add_rope_scaling_finetuned(False)  # llama.cpp's switch for Granite's rotation
     known, values = ARCHITECTURES[model_type], cast(Mapping[str, float], config)
@@ -857,9 +848,6 @@ def write_keys(writer: "GGUFWriter", config: ModelConfig) -> None:
         writer.add_layer_norm_rms_eps(values[known.epsilon])
     else:
         writer.add_layer_norm_eps(values[known.epsilon])
-    if model_type not in ("bloom", "gpt_neox"):
-        writer.add_key_length(_full_size(config))
-        writer.add_value_length(_full_size(config))
     if model_type in ("gpt_neox", "stablelm"):
         writer.add_parallel_residual(config["use_parallel_residual"])
     if config.get("rope_parameters"):
@@ -874,6 +862,20 @@ def write_keys(writer: "GGUFWriter", config: ModelConfig) -> None:
         writer.add_float32(f"{known.name}.{name}", values[key])
     _write_hybrid(writer, config)
     _write_experts(writer, config)
+
+
+def _write_sizes(writer: "GGUFWriter", config: ModelConfig) -> None:
+    """Write widths, and numbers of blocks, heads and tokens."""
+    writer.add_context_length(context_of_file(config))
+    writer.add_embedding_length(_width(config))
+    writer.add_block_count(config.get("num_hidden_layers") or config["n_layer"])
+    writer.add_feed_forward_length(_feed_forward(config))
+    writer.add_head_count(naming_of(config).heads["num_attention_heads"])
+    writer.add_head_count_kv(_key_value_heads(config))
+    writer.add_vocab_size(config["vocab_size"])
+    if config["model_type"] not in ("bloom", "gpt_neox"):
+        writer.add_key_length(_full_size(config))
+        writer.add_value_length(_full_size(config))
 
 
 def _feed_forward(config: ModelConfig) -> int | list[int]:
