@@ -82,7 +82,7 @@ class Inputs:
             self._round.append((name, x))
 
     def _squares(self, x: Tensor) -> Tensor:
-        """Return what a sample contributes: its squares ``[in]``, or the inputs of a Hessian."""
+        """Return the contribution of a sample: its squares ``[in]``, or the inputs of a Hessian."""
         return x.square().sum(dim=0) if self.needs == "norms" else x
 
     def _sum(self, name: str, part: Tensor) -> None:
@@ -223,7 +223,7 @@ class Position:
     start: number of the first block that it yields.
     inputs: hidden states into that block, ``[1, length, hidden]`` per sample; not read at block 0.
     finish: called with the number of finished blocks and the inputs of the next one. It is not
-        called if blocks of the model share a state beside the hidden states, such as a cache.
+        called if blocks share a state other than the hidden states, such as a cache.
     """
 
     start: int = 0

@@ -130,7 +130,7 @@ class Checkpoint(TensorFiles):
         """Return a writer of a Hugging Face folder of the same model.
 
         :param shard_bytes: bytes that are buffered before a shard is written.
-        :param active: False writes nothing, in a process beside the one that writes.
+        :param active: False writes nothing, in a process next to the one that writes.
         """
         return TensorWriter(
             folder,

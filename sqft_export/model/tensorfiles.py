@@ -245,7 +245,7 @@ def _bytes_of(tensor: "Tensor") -> memoryview:
 
 
 class WriterState(TypedDict):
-    """What a :class:`TensorWriter` has written.
+    """The state of a :class:`TensorWriter`.
 
     shards: names of the tensors in each shard. digests: SHA-256 of each. total: bytes of all
     tensors, with those that it still holds.
@@ -263,7 +263,7 @@ class TensorWriter:
     interrupted write leaves no readable checkpoint.
 
     :param shard_bytes: bytes that are buffered before a shard is written.
-    :param active: False writes nothing, in a process beside the one that writes.
+    :param active: False writes nothing, in a process next to the one that writes.
     :param is_transposed: whether the matrix of a name is stored as ``[in, out]``.
     """
 
@@ -311,7 +311,7 @@ class TensorWriter:
         return self.folder / f"{self.stem}-{number}"
 
     def state(self) -> WriterState:
-        """Return what :meth:`resume` needs beside the tensors that are still held."""
+        """Return what :meth:`resume` needs in addition to the tensors that are still held."""
         for number in range(len(self._digests), len(self._shards)):
             self._digests.append(file_sha256(self._shard(number)))
         return {"shards": self._shards, "digests": self._digests, "total": self._total}
