@@ -43,6 +43,8 @@ EXPLAINED = {
     "sqft-export serve runs/SmolLM2": "needs that run; tests/commands serves another",
     "sqft-export serve <folder>": "serves until Ctrl-C; tests/commands/test_serving.py starts it",
     "sqft-export serve --web": "serves until Ctrl-C; tests/web opens the page",
+    "sqft-export verify <deployment> --device vulkan": "needs a GPU or .software-gpu; "
+    "tests/targets/test_vulkan.py",
     "cd runs/tiny/export-gguf": "needs Ollama",
     "cp -r runs/tiny/export-onnx": "needs Foundry Local",
     "tensorboard --logdir": "starts a server; tests/report/test_loggers.py reads the files",

@@ -8,9 +8,10 @@ it: all its later models use it.
 import logging
 from pathlib import Path
 
+from sqft_export.errors import UserError
 from sqft_export.kernels.choice import STOCK
 from sqft_export.kernels.extension import unavailable_reason
-from sqft_export.kernels.llama_plugin import why_not_in_llama_cpp
+from sqft_export.kernels.llama_plugin import use_in_llama_cpp, why_not_in_llama_cpp
 from sqft_export.packed.execution import resolve_execution
 from sqft_export.targets import Session, runner
 from sqft_export.targets.devices import llama_cpp_here
@@ -38,10 +39,23 @@ def usable_execution(folder: Path, execution: str, device: str = "cpu") -> str:
     execution = resolve_execution(execution)
     if execution == STOCK:
         return STOCK
-    if missing := why_not_our_kernels(folder, device):
+    if missing := why_not_our_kernels(folder, device) or _why_not_in_this_process(
+        folder, execution
+    ):
         _logger.warning("%s: our kernels are not used: %s", folder, missing)
         return STOCK
     return execution
+
+
+def _why_not_in_this_process(folder: Path, execution: str) -> str | None:
+    """Load the plug-in for a GGUF folder. Return why that failed: a model was loaded before it."""
+    if kind_of(folder) != "gguf":
+        return None
+    try:
+        use_in_llama_cpp(execution)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def kernels_title(runtime: str, execution: str) -> str:

@@ -17,6 +17,7 @@ from sqft_export.data.first_example import first_example
 from sqft_export.data.items import Data, answer_stops, load_tokenizer, stop_ids
 from sqft_export.data.scoring import Answers, judge, questions
 from sqft_export.errors import UserError
+from sqft_export.kernels.llama_plugin import why_not_in_llama_cpp
 from sqft_export.model.chat import has_template
 from sqft_export.model.hub import model_folder
 from sqft_export.plan.checks import check_recipe
@@ -28,6 +29,7 @@ from sqft_export.report.text import plan_text
 from sqft_export.run.pipeline import plan_passes, run_recipe
 from sqft_export.run.preview import preview
 from sqft_export.stages import stage_of
+from sqft_export.targets.execution import LLAMA_CPP_WITH_KERNELS
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +141,8 @@ def test_the_report_shows_prompts_with_the_answers_of_every_deployment(finished)
     report = json.loads((finished["report"].path / "report.json").read_text())
     first, second = report["samples"]
     answers = {one["row"]: one["answer"] for one in first["answers"]}
-    assert list(answers) == ["dense base", "OpenVINO", "ONNX Runtime", "llama.cpp"]
+    ours = [] if why_not_in_llama_cpp() else [LLAMA_CPP_WITH_KERNELS]
+    assert list(answers) == ["dense base", "OpenVINO", "ONNX Runtime", "llama.cpp", *ours]
     assert first["prompt"].endswith("Again, please.<|im_end|>\n<|im_start|>assistant\n")
     assert (first["expected"], second["expected"]) == ("Again 9.", "Again 19.")
     lines = (finished["benchmark"].path / "items.jsonl").read_text().splitlines()

@@ -177,7 +177,9 @@ def _set_parameters(
     params: ContextParameters, cells: int, threads: int, exact: bool, sequences: int
 ) -> None:
     """Set size, threads and precision of a context."""
-    params.n_ctx, params.n_seq_max, params.kv_unified = cells, sequences, True
+    # Newer versions abort the process if the cache is smaller than the number of sequences.
+    params.n_ctx = max(cells, sequences)
+    params.n_seq_max, params.kv_unified = sequences, True
     params.n_batch = params.n_ubatch = PASS_TOKENS
     # The default is four threads, which busy-wait if there are fewer processors.
     params.n_threads = params.n_threads_batch = threads
