@@ -55,7 +55,8 @@ COMPLETE = "complete"  # file written after a checkpoint; partial checkpoints ar
 class _Callback(TrainerCallback):
     """Sets the ranks before a step, advances the progress bar and marks complete checkpoints.
 
-    :raises UserError: if the loss is NaN or infinite.
+    :raises UserError: if the loss or the gradient is NaN or infinite. torch's attention on AVX-512
+        drops NaN in the forward, so that only the gradient shows it.
     """
 
     def __init__(
@@ -71,11 +72,12 @@ class _Callback(TrainerCallback):
         if loss is None:  # the summary after the last step
             return
         self.advance(f"loss {loss:.3f}, {self.throughput.tokens_per_second:,.0f} tokens/s")
-        if not math.isfinite(loss):
-            raise UserError(
-                f"adapt: the loss is {loss} at step {state.global_step}; "
-                "lower adapt.learning_rate or use precision float32"
-            )
+        for name, value in (("loss", loss), ("norm of the gradient", logs.get("grad_norm", 0.0))):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"adapt: the {name} is {value} at step {state.global_step}; "
+                    "lower adapt.learning_rate or use precision float32"
+                )
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:

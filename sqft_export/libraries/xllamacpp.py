@@ -11,7 +11,6 @@ import struct
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 DISTRIBUTION = "xllamacpp"
 PRIVATE = ("xllamacpp.xllamacpp:Server",)
@@ -78,7 +77,7 @@ def extension_module() -> Path | None:
 
 
 @functools.cache
-def llama_functions() -> Any:
+def llama_functions() -> SimpleNamespace | None:
     """Return an object with llama.cpp's functions, under the names of ``llama_cpp``'s module.
 
     :return: None if xllamacpp is not installed, hides a function, or has unknown parameters.
@@ -104,7 +103,9 @@ def llama_functions() -> Any:
     return found
 
 
-def _declared(library: ctypes.CDLL, name: str, result: type | None, arguments: list) -> Any:
+def _declared(
+    library: ctypes.CDLL, name: str, result: type | None, arguments: list
+) -> "ctypes._NamedFuncPointer":
     function = getattr(library, name)
     function.restype, function.argtypes = result, list(arguments)
     return function
@@ -155,14 +156,14 @@ def _context_fields(defaults: bytes) -> _Fields:
     ]
 
 
-def _structure(fields: _Fields) -> Any:
+def _structure(fields: _Fields) -> type[ctypes.Structure] | None:
     """Return a structure with fields at their offsets, and room after them; None without fields.
 
     It is passed by value. A function reads only as many bytes as its own structure has.
     """
     if not fields:
         return None
-    listed, end = list[tuple[str, Any]](), 0
+    listed, end = list[tuple[str, type]](), 0
     for name, offset, kind in sorted(fields, key=lambda field: field[1]):
         if offset > end:
             listed.append((f"_until_{name}", ctypes.c_uint8 * (offset - end)))

@@ -21,6 +21,7 @@ from sqft_export.model.tensorfiles import TensorInfo, TensorWriter
 if TYPE_CHECKING:
     from sqft_export.model.checkpoint import Checkpoint
 
+_Values = dict[str, Any]  # of a config of unknown structure
 # Fields whose presence marks a multimodal model.
 MULTIMODAL_FIELDS = ("vision_config", "audio_config", "vision_tower")
 # Text model of a wrapper -> model type that computes the same on text. Their rotary positions have
@@ -65,7 +66,7 @@ class LeftOut:
     bytes: int
 
 
-def is_wrapper(config: Mapping[str, Any]) -> bool:
+def is_wrapper(config: Mapping[str, object]) -> bool:
     """Return whether a ``config.json`` describes a multimodal model with a text model in it."""
     multimodal = any(config.get(name) for name in MULTIMODAL_FIELDS)
     described = isinstance(config.get("text_config"), dict)
@@ -88,7 +89,7 @@ def text_config_of(config: ModelConfig, where: str) -> ModelConfig:
     """
     if not is_wrapper(config):
         return config
-    outer = cast(dict[str, Any], config)
+    outer = cast(_Values, config)
     inner = outer.get("text_config")
     text = dict(inner) if isinstance(inner, dict) else _flat_text(outer)
     text["model_type"] = _text_type(outer, text, where)
@@ -101,14 +102,14 @@ def text_config_of(config: ModelConfig, where: str) -> ModelConfig:
     return cast(ModelConfig, text)
 
 
-def _flat_text(outer: dict[str, Any]) -> dict[str, Any]:
+def _flat_text(outer: _Values) -> _Values:
     """Return the text model's fields of a wrapper that has them at the top."""
     others = ("vision", "image", "video")
     fields = {k: v for k, v in outer.items() if not any(word in k for word in others)}
     return fields | {"model_type": FLAT_WRAPPERS[outer["model_type"]]}
 
 
-def _text_type(outer: dict[str, Any], text: dict[str, Any], where: str) -> str:
+def _text_type(outer: _Values, text: _Values, where: str) -> str:
     """Return the type that the text model is written as.
 
     :raises UserError: if transformers has no causal language model of that type.
@@ -133,7 +134,7 @@ def _class_of(model_type: str) -> str:
     return found if isinstance(found, str) else found[0]
 
 
-def _default_text(outer: dict[str, Any]) -> dict[str, Any]:
+def _default_text(outer: _Values) -> _Values:
     """Return the text config that transformers gives a wrapper's type; {} for unknown types."""
     from transformers import AutoConfig
 
@@ -145,7 +146,7 @@ def _default_text(outer: dict[str, Any]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _tied(outer: dict[str, Any], text: dict[str, Any]) -> bool | None:
+def _tied(outer: _Values, text: _Values) -> bool | None:
     """Return whether the configs tie embedding and head; None if neither has the field.
 
     The wrapper's field counts first, because its class owns the head.
@@ -156,7 +157,7 @@ def _tied(outer: dict[str, Any], text: dict[str, Any]) -> bool | None:
     return None
 
 
-def _plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
+def _plain_rope(rope: _Values) -> _Values:
     """Return rotary parameters without the split into time, height and width."""
     plain = {k: v for k, v in rope.items() if k not in _THREE_PART_FIELDS}
     kinds = {k: "default" for k in ("type", "rope_type") if plain.get(k) == "mrope"}

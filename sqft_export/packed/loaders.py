@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -297,7 +298,7 @@ def gguf_model(file: Path, gpu: int | None = None) -> "LlamaModel":
     return model
 
 
-def silence_llama_cpp(functions: Any) -> None:
+def silence_llama_cpp(functions: ModuleType | SimpleNamespace) -> None:
     """Silence the log messages of llama.cpp, which lists every tensor.
 
     :param functions: the module ``llama_cpp``, or an object with the same functions.

@@ -15,7 +15,7 @@ from sqft_export.data.stops import stop_texts
 from sqft_export.inference.foundry import INFERENCE_MODEL, inference_model_text
 from sqft_export.inference.modelfile import MODELFILE, modelfile_text
 from sqft_export.kernels.extension import unavailable_reason
-from sqft_export.measure.head import MAX_HEAD_DIVERGENCE, measure_head
+from sqft_export.measure.head import choose_head
 from sqft_export.metrics import (
     ExportMetrics,
     MergeMetrics,
@@ -24,7 +24,7 @@ from sqft_export.metrics import (
     SparseExecution,
     read_metrics,
 )
-from sqft_export.model.checkpoint import Checkpoint, file_bytes
+from sqft_export.model.checkpoint import file_bytes
 from sqft_export.packed.execution import NothingSpecialized, specialize
 from sqft_export.packed.folders import PACKED, SPARSE, NothingSaved, pack
 from sqft_export.packed.seal import write_seal
@@ -37,7 +37,6 @@ from sqft_export.report.prompts import example_prompt, prompt_section
 from sqft_export.report.provenance import PROVENANCE_FIELDS, model_card, origin_of
 from sqft_export.stages import Context
 from sqft_export.targets import target
-from sqft_export.targets.gguf.architectures import uses_gelu_table
 from sqft_export.web.static_page import settings_of_task, write_page
 
 if TYPE_CHECKING:
@@ -131,22 +130,16 @@ def _choose_head(context: Context[Sections]) -> tuple[Export, RoundedHead | None
     """Return the options of a GGUF export with ``gguf_head`` resolved, and the measured cost.
 
     The cost is measured on the short prompts of the self-test and their continuations. The head
-    stays float with an unmerged adapter. ``auto`` also keeps it where llama.cpp reads GELU from a
-    table: there the certificate could not tell that rounding from the head's.
+    stays float with an unmerged adapter.
     """
-    wanted, merged = context.recipe.export.gguf_head, context.inputs["merge"].path / "model"
-    has_table = uses_gelu_table(Checkpoint(merged).config["model_type"])
-    if wanted == "float" or context.recipe.unmerged or (wanted == "auto" and has_table):
-        return Export(gguf_head="float"), None
+    merged = context.inputs["merge"].path / "model"
+    wanted = "float" if context.recipe.unmerged else context.recipe.export.gguf_head
     probe = read_probe(merged)
     assert probe is not None  # merge has written it
     texts = [one.ids + one.continuation for one in probe.prompts if one.beyond is None]
-    cost = measure_head(merged, texts)
-    if cost is None:
-        return Export(gguf_head="float"), None
-    rounded = wanted == "q8_0" or cost.largest < MAX_HEAD_DIVERGENCE
-    head = RoundedHead(**asdict(cost), rounded=rounded)
-    return Export(gguf_head="q8_0" if rounded else "float"), head
+    head, cost = choose_head(wanted, merged, texts)
+    measured = None if cost is None else RoundedHead(**asdict(cost), rounded=head == "q8_0")
+    return Export(gguf_head=head), measured
 
 
 def _pack(context: Context[Sections], folder: Path) -> dict[str, PackedMetrics | list[str]]:

@@ -25,6 +25,7 @@ from sqft_export.data.calibration import (
 from sqft_export.data.items import CARD_FIELDS, TASK_FILES, TRAIN_FIELDS, load_tokenizer
 from sqft_export.machine.device import device_of
 from sqft_export.machine.host import allowed_processors
+from sqft_export.measure.head import choose_head
 from sqft_export.measure.peers import peers_in
 from sqft_export.metrics import PeersMetrics
 from sqft_export.model.blocks import Inputs, walk
@@ -66,9 +67,11 @@ FIELDS_OF_KIND: dict[str, tuple[str, ...]] = {
     "peers-nncf": ("quantize.group_size",),
 }
 FREE: tuple[str, ...] = ("device", *TASK_FILES)
-VERSION = 1
+VERSION = 2
 RESUMES = False
 DISTRIBUTED = False
+# Calibration texts, and tokens of each, on which a rounded head is measured.
+HEAD_TEXTS, HEAD_TOKENS = 6, 64
 
 
 class Sections(
@@ -86,8 +89,9 @@ class Sections(
 def fields(recipe: Recipe, name: str) -> tuple[str, ...]:
     """Return the calibration fields, those of the card, and those of this kind."""
     in_onnx = name == "peers-grid" and "onnx" in recipe.grid_targets
-    graph = ("export.onnx_graph",) if in_onnx else ()
-    return (*calibration_fields(recipe), *_CARD_AND_ORIGIN, *FIELDS_OF_KIND[name], *graph)
+    in_gguf = name == "peers-grid" and "gguf" in recipe.grid_targets
+    options = ("export.onnx_graph",) * in_onnx + ("export.gguf_head",) * in_gguf
+    return (*calibration_fields(recipe), *_CARD_AND_ORIGIN, *FIELDS_OF_KIND[name], *options)
 
 
 def run(context: Context[Sections]) -> PeersMetrics:
@@ -118,14 +122,21 @@ def _write_grid(context: Context[Sections]) -> dict[str, list[str]]:
     _quantize(context, scratch)
     write_merged(Layers(Base(scratch / "model", grids=scratch)), merged)
     shutil.rmtree(scratch)
-    options = Export()
-    if "onnx" in targets:
-        options = Export(onnx_graph=context.recipe.export.onnx_graph)
     for name in targets:
         folder = context.folder / f"lora-then-int4-{name}"
         folder.mkdir()
-        target(name).export(merged, folder, options)
+        target(name).export(merged, folder, _options(context, name, merged))
     return {}
+
+
+def _options(context: Context[Sections], runtime: str, merged: Path) -> Export:
+    """Return the options of an export, as those of the recipe's own deployment."""
+    if runtime == "onnx":
+        return Export(onnx_graph=context.recipe.export.onnx_graph)
+    if runtime == "gguf":
+        texts = [one.flatten()[:HEAD_TOKENS].tolist() for one in _samples(context)[:HEAD_TEXTS]]
+        return Export(gguf_head=choose_head(context.recipe.export.gguf_head, merged, texts)[0])
+    return Export()
 
 
 @torch.no_grad()

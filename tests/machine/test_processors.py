@@ -168,7 +168,7 @@ def test_plan_says_that_it_measured_a_busy_machine():
             "sparse_execution": None,
             "expectation": None,
         },
-        **{"group_size_fallback": {}, "warnings": []},
+        **{"group_size_fallback": {}, "warnings": [], "accepted_by": {}},
         machine=Speeds(speed, speed, speed, 1e9, 0.1),
     )
     busy = document.model_copy(update={"machine": Speeds(speed, speed, speed, 1e9, 1.2)})

@@ -135,8 +135,18 @@ def test_nothing_is_named_where_nothing_is_broken(deployments, runtime, threads)
     assert len(found.texts) == 2 + len(probe.chat.readers)
 
 
-@pytest.mark.parametrize("instructions", ["AVX", "AVX2"])
+def computes_in_bfloat16() -> bool:
+    """Whether OpenVINO's default mode rounds everything to bfloat16 on this processor."""
+    import openvino as ov
+
+    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@pytest.mark.parametrize("instructions", ["AVX", "AVX2", "AVX512_CORE_BF16"])
 def test_instruction_sets_give_no_false_alarm(deployments, instructions):
+    # OpenVINO chooses bfloat16 by the processor, and fails if oneDNN may not use it.
+    if computes_in_bfloat16() != (instructions == "AVX512_CORE_BF16"):
+        pytest.skip(f"OpenVINO can't run on this processor with oneDNN's {instructions}")
     done = verify(deployments["openvino"], "--long", ONEDNN_MAX_CPU_ISA=instructions)
     assert done.returncode == 0, done.stderr
 
@@ -244,6 +254,8 @@ def test_an_8_bit_cache_is_named(copies):
     """OpenVINO reads the cache's type from the graph."""
     import openvino as ov
 
+    if computes_in_bfloat16():
+        pytest.skip("bfloat16 products differ more than an 8-bit cache")
     folder = copies["openvino"]
     change_probe(folder, divergence=1e-5)
     assert run(folder).passed
@@ -275,6 +287,8 @@ def overflowing(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("runtime", ["openvino", "gguf"])
 def test_float16_overflow_of_the_cache_is_named(overflowing, tmp_path, runtime):
+    if runtime == "openvino" and computes_in_bfloat16():
+        pytest.skip("OpenVINO's cache has keys in bfloat16, which hold them")
     found = run(deploy(overflowing, tmp_path / runtime, runtime))
     assert [mode.passed for mode in found.modes] == [True, False], found.lines()
     assert any(cause.startswith("cache precision") for cause in found.causes), found.causes

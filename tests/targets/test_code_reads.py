@@ -14,7 +14,9 @@ from sqft_export.run.gates import QualityGates
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets import target
 
-MOST = 5  # by merge for the facts in every deployment, for the self-test, and by every export
+# By merge for the facts in every deployment, for the self-test, by every export, and twice to
+# measure what a rounded head costs in llama.cpp.
+MOST = 7
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def counts_of(reads: Counter, folder: Path, end: str) -> dict[str, int]:
     return {name: n for (where, name), n in reads.items() if where == folder and name.endswith(end)}
 
 
-def test_codes_are_read_five_times_at_most_before_verify(tmp_path, reads):
+def test_codes_are_read_seven_times_at_most_before_verify(tmp_path, reads):
     run = compiled(tmp_path, targets=("openvino", "onnx", "gguf"))
     merged = run["merge"].path / "model"
     # The merged model lay in the partial folder while merge itself read it.

@@ -397,8 +397,11 @@ def test_choices_share_the_pass_over_their_prompt(exported, reference):
     session = target("gguf").open_session(exported, True, 2)
     prompts = [PROMPTS[1]] * 3 + [PROMPTS[0]] * 2
     targets = [[20, 21, 22], [20, 30], [40, 41, 42, 43], [50, 51], [60, 61, 62]]
-    ours, theirs = (log_likelihoods(s, prompts, targets) for s in (session, reference))
-    np.testing.assert_allclose([s for s, _ in ours], [s for s, _ in theirs], atol=1e-3)
+    together, torch_scores = (log_likelihoods(s, prompts, targets) for s in (session, reference))
+    alone = [log_likelihoods(session, [p], [t])[0] for p, t in zip(prompts, targets, strict=True)]
+    np.testing.assert_allclose([s for s, _ in together], [s for s, _ in alone], atol=1e-3)
+    # The file has its head in Q8_0.
+    np.testing.assert_allclose([s for s, _ in together], [s for s, _ in torch_scores], rtol=3e-3)
 
 
 def test_llama_cpp_chooses_the_likeliest_itself(exported):

@@ -9,7 +9,8 @@ functions that our kernels need.
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -111,7 +112,7 @@ def open_model(file: Path, gpu: OffloadDevice | None = None) -> Opened:
     return CyllamaModel(file, gpu)
 
 
-def _c_functions() -> Any:
+def _c_functions() -> ModuleType | SimpleNamespace | None:
     """Return an object with llama.cpp's functions; None if only cyllama is installed."""
     if not installed("llama_cpp"):
         return llama_functions()
@@ -231,7 +232,7 @@ class LlamaCppModel:
     functions: the module ``llama_cpp``, or an object with the same functions.
     """
 
-    def __init__(self, file: Path, functions: Any):
+    def __init__(self, file: Path, functions: ModuleType | SimpleNamespace):
         self.functions = functions
         silence_llama_cpp(functions)
         functions.llama_backend_init()
@@ -268,7 +269,7 @@ class LlamaCppModel:
 
 
 class _LlamaCppCache:
-    def __init__(self, model: LlamaCppModel, context: Any):
+    def __init__(self, model: LlamaCppModel, context: int | None):
         self.model, self.context, self.functions = model, context, model.functions
         self.memory = self.functions.llama_get_memory(context)
 
