@@ -459,7 +459,10 @@ double time_product(BufferType *type, int weight_type, int64_t rows, int64_t inp
   Tensor *w = host.new_tensor_2d(weights, weight_type, inputs, rows);
   Buffer *buffer = host.buft_alloc(type, host.nbytes(w));
   double fastest = 0;
-  if (buffer && !host.tensor_alloc(buffer, w, host.buffer_base(buffer))) {
+  const bool placed = buffer && !host.tensor_alloc(buffer, w, host.buffer_base(buffer));
+  Tensor *x = host.new_tensor_2d(others, F32, inputs, tokens), *y = host.mul_mat(others, w, x);
+  /* A type that does not take the weight may not be given its bytes either. */
+  if (placed && host.dev_supports_op(host.device, y)) {
     std::vector<uint8_t> blocks(host.nbytes(w));
     for (size_t i = 0; i < blocks.size(); i++) blocks[i] = uint8_t(i * 2654435761u >> 24);
     for (size_t i = 0; i < blocks.size(); i += w->nb[0]) {
@@ -467,12 +470,11 @@ double time_product(BufferType *type, int weight_type, int64_t rows, int64_t inp
       if (weight_type == Q4_1) blocks[i + 2] = 0, blocks[i + 3] = 0xc8; /* minimum -8 */
     }
     host.tensor_set(w, blocks.data(), 0, blocks.size());
-    Tensor *x = host.new_tensor_2d(others, F32, inputs, tokens), *y = host.mul_mat(others, w, x);
     for (int64_t i = 0; i < inputs * tokens; i++)
       static_cast<float *>(x->data)[i] = float(i % 255 - 127);
     Graph *graph = host.new_graph(others);
     host.build_forward(graph, y);
-    for (int n = 0; n <= kTimedProducts && host.dev_supports_op(host.device, y); n++) {
+    for (int n = 0; n <= kTimedProducts; n++) {
       const auto began = std::chrono::steady_clock::now();
       if (host.graph_compute(backend, graph)) break;
       const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - began;
