@@ -1,5 +1,6 @@
 """The training loop: transformers' Trainer, with new ranks for every group at each step."""
 
+import inspect
 import math
 import os
 import shutil
@@ -206,6 +207,8 @@ class _Trainer(PlainCheckpointTrainer):
         super().__init__(**kwargs)
         self.config, self.throughput = config, throughput
         self.teacher = None if teacher is None else teacher.to(self.args.device)
+        accepted = inspect.signature(self.model.forward).parameters
+        self.selects_logits = "logits_to_keep" in accepted
 
     def train_sampler(self, rows: Dataset) -> Sampler:
         batch = self.config.batch * self.config.accumulation * process_count()
@@ -236,6 +239,7 @@ class _Trainer(PlainCheckpointTrainer):
             inputs |= {"use_cache": False}
         distill = None if self.teacher is None else self.config.distill
         if self.teacher is None or distill is None:
+            inputs = select_logits(inputs) if self.selects_logits else inputs
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = inputs | {"output_hidden_states": bool(distill.layers)}
         labels = inputs["labels"]
@@ -255,6 +259,20 @@ class _Trainer(PlainCheckpointTrainer):
             distilled = distilled * self.accelerator.num_processes
         loss = (1 - distill.weight) * loss + distilled
         return (loss, outputs) if return_outputs else loss
+
+
+def select_logits(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a batch for which a model computes logits only where a row has a token in the loss.
+
+    Prompts and padding have none, and the head of a large vocabulary costs as much as all blocks.
+    The loss is the same.
+
+    :param inputs: ``labels`` int64 ``[batch, length]``, -100 where a token is not in the loss.
+    """
+    targets = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+    kept = (targets != -100).any(dim=0).nonzero()[:, 0]
+    aligned = targets[:, kept]
+    return inputs | {"labels": aligned, "shift_labels": aligned, "logits_to_keep": kept}
 
 
 def divergence(

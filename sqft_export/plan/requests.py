@@ -5,8 +5,9 @@ from the model, the data and the machine:
 
 sequence length  the 99th percentile of the training examples, rounded up
 new tokens       the same of the answers
-steps            three epochs, 5 % of them warmup
-batch            16 examples per step, in parts that fit into this machine's memory
+steps            three epochs, up to ten if they have fewer than 100 steps; 5 % of them warmup
+batch            16 examples per step, 8 or 4 if that gives fewer than 100 steps; in parts that fit
+                 into this machine's memory
 """
 
 import math
@@ -29,6 +30,8 @@ from sqft_export.plan.memory import predict_memory
 from sqft_export.plan.presets import (
     DEFAULT_PRESET,
     EPOCHS,
+    MIN_STEPS,
+    MOST_EPOCHS,
     STEP_EXAMPLES,
     SectionMapping,
     preset_sections,
@@ -308,17 +311,27 @@ def _grid_of(layout: Layout) -> SectionMapping:
 
 def _training_of(recipe: Recipe, layout: Layout, workload: Workload, length: int) -> SectionMapping:
     """Return the training settings of a model's size and the number of examples."""
-    batch, checkpointing = _fitting_batch(recipe, layout, workload, length)
-    passes = math.ceil(math.ceil((workload.examples or 1) / batch) / (STEP_EXAMPLES // batch))
+    step, epochs = step_and_epochs(workload.examples or 1)
+    fitting, checkpointing = _fitting_batch(recipe, layout, workload, length)
+    batch = min(step, fitting)
+    steps = math.ceil(math.ceil((workload.examples or 1) / batch) / (step // batch)) * epochs
     settings: SectionMapping = {
         "learning_rate": 2e-3 if layout.weights < SMALL_WEIGHTS else 3e-4,
-        "warmup_steps": max(1, round(WARMUP_SHARE * passes * EPOCHS)),
+        "warmup_steps": max(1, round(WARMUP_SHARE * steps)),
+        "epochs": epochs,
         "batch": batch,
-        "accumulation": STEP_EXAMPLES // batch,
+        "accumulation": step // batch,
         "loss_on": "answer",
         "precision": "auto",
     }
     return settings | ({"gradient_checkpointing": True} if checkpointing else {})
+
+
+def step_and_epochs(examples: int) -> tuple[int, int]:
+    """Return the examples per optimizer step, and the epochs, for a number of training examples."""
+    steps = (step for step in STEP_EXAMPLES if examples * EPOCHS >= MIN_STEPS * step)
+    step = next(steps, STEP_EXAMPLES[-1])
+    return step, min(max(EPOCHS, math.ceil(MIN_STEPS * step / examples)), MOST_EPOCHS)
 
 
 def _fitting_batch(

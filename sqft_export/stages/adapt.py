@@ -19,7 +19,7 @@ CONSUMES: tuple[str, ...] = ("sparsify", "reconstruct", "quantize", "teacher")
 READS: tuple[str, ...] = ("model", "train", "device", "processes")
 SETTINGS = section_fields("adapt", Adapt, without=("save_steps",))
 FREE: tuple[str, ...] = ("device", "adapt.save_steps", *TASK_FILES)
-VERSION = 6
+VERSION = 7
 RESUMES = True
 DISTRIBUTED = True
 

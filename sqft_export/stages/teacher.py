@@ -31,7 +31,7 @@ _COMPRESSION_FIELDS = (
 )
 SETTINGS = section_fields("adapt", Adapt, without=(*_COMPRESSION_FIELDS, "elastic", "save_steps"))
 FREE: tuple[str, ...] = ("device", "adapt.save_steps", *TASK_FILES)
-VERSION = 7
+VERSION = 8
 RESUMES = True
 DISTRIBUTED = True
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from conftest import random_model
 from sqft_export.adapters.elastic import draw_ranks, elastic_layers, set_ranks
 from sqft_export.adapters.files import Base
 from sqft_export.adapters.loading import add_adapters, load_compressed
@@ -11,6 +12,7 @@ from sqft_export.adapters.training import (
     _LengthGroupedSampler,
     collate,
     layer_error,
+    select_logits,
     train_adapter,
     training_rows,
 )
@@ -107,6 +109,31 @@ def test_padding_is_out_of_attention_and_loss():
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 1, 1]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen3", "granite", "gpt_neox"])
+def test_logits_without_a_target_are_left_out_of_the_product_and_change_nothing(
+    model_type, tmp_path
+):
+    model = load_compressed(Base(random_model(tmp_path, model_type=model_type)), torch.float32)
+    head = model.get_output_embeddings()
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    model = add_adapters(model, tuple({n.split(".")[-1] for n in linears}), 8, 16, 0.0)
+    rows = [{"input_ids": [5, 6, 7, 8, 9, 10], "skip": 4}, {"input_ids": [8, 9, 4], "skip": 2}]
+    batch = collate(rows, pad=1)
+    selected = select_logits(batch)
+    assert selected["logits_to_keep"].tolist() == [1, 3, 4]
+    found = []
+    for inputs in (batch, selected):
+        model.zero_grad()
+        output = model(**inputs, num_items_in_batch=torch.tensor(3))
+        output.loss.backward()
+        found.append((output, [p.grad for p in model.parameters() if p.grad is not None]))
+    (full, gradients), (less, others) = found
+    assert full.logits.shape[1] == 6 and less.logits.shape[1] == 3
+    torch.testing.assert_close(less.loss, full.loss)
+    assert len(gradients) == len(others) > 0
+    torch.testing.assert_close(others, gradients, rtol=1e-3, atol=1e-6)
 
 
 def test_no_label_left_is_an_error(random_llama, tmp_path):

@@ -23,6 +23,7 @@ from sqft_export.plan.requests import (
     percentile,
     run_name,
     sequence_length,
+    step_and_epochs,
     task_section,
     write_preset,
 )
@@ -101,13 +102,22 @@ def test_every_preset_is_a_recipe_with_a_comment_for_every_field(tmp_path, prese
     assert recipe.quantize.bits == (8 if preset == "int8" else 4)
     assert (recipe.sparsify.method != "none") == (preset == "int4-sparse")
     assert (recipe.adapt is None) == (preset == "int4-untuned")
-    if recipe.adapt is not None:  # 180 rows in steps of 16, three times, 5 % of them warmup
-        assert recipe.adapt.batch * recipe.adapt.accumulation == 16
-        assert recipe.adapt.warmup_steps == round(0.05 * 36)
+    if recipe.adapt is not None:  # 180 rows in steps of 4, three times, 5 % of them warmup
+        assert recipe.adapt.batch * recipe.adapt.accumulation == 4
+        assert recipe.adapt.warmup_steps == round(0.05 * 135)
     lines = text.splitlines()
     for at, line in enumerate(lines):
         if line.startswith("  ") and not line.strip().startswith("#"):
             assert lines[at - 1].startswith("  # "), line
+
+
+def test_a_small_set_gets_enough_steps():
+    """Also by more epochs; the stopping rule ends a training that has learned its set."""
+    found = {n: step_and_epochs(n) for n in (1, 20, 60, 180, 300, 534, 100_000)}
+    assert found == {
+        **{1: (4, 10), 20: (4, 10), 60: (4, 7), 180: (4, 3)},
+        **{300: (8, 3), 534: (16, 3), 100_000: (16, 3)},
+    }
 
 
 def test_names_of_runs_and_models():
