@@ -39,23 +39,16 @@ def usable_execution(folder: Path, execution: str, device: str = "cpu") -> str:
     execution = resolve_execution(execution)
     if execution == STOCK:
         return STOCK
-    if missing := why_not_our_kernels(folder, device) or _why_not_in_this_process(
-        folder, execution
-    ):
+    if missing := why_not_our_kernels(folder, device):
         _logger.warning("%s: our kernels are not used: %s", folder, missing)
         return STOCK
+    if kind_of(folder) == "gguf":
+        try:
+            use_in_llama_cpp(execution)
+        except UserError as error:  # this process has loaded a model before
+            _logger.warning("%s", error)
+            return STOCK
     return execution
-
-
-def _why_not_in_this_process(folder: Path, execution: str) -> str | None:
-    """Load the plug-in for a GGUF folder. Return why that failed: a model was loaded before it."""
-    if kind_of(folder) != "gguf":
-        return None
-    try:
-        use_in_llama_cpp(execution)
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def kernels_title(runtime: str, execution: str) -> str:

@@ -153,6 +153,7 @@ def test_a_tied_embedding_in_int8_is_stored_once(tmp_path):
         "quantize.embedding_bits=8",
         "verify.prompts=2",
         "verify.divergence=1",
+        "verify.tolerance=3e-4",  # random weights of this width amplify rounding
     )
     run = run_recipe(small_recipe(*settings, model_path=model), tmp_path / "runs", ("verify",))
     codes = Checkpoint(model).shapes["model.embed_tokens.weight"][0] * 576
