@@ -108,6 +108,15 @@ def test_greedy_tokens_and_kl_are_those_of_llama_cpp(files, shared, tmp_path, na
     assert run([files[name]], shared, out).tokens[:3] == usual.tokens[:3]
 
 
+@pytest.mark.parametrize("name", benchmark.FILES)
+def test_shapes_can_be_timed_against_those_of_llama_cpp(files, shared, tmp_path, name):
+    """llama.cpp takes no weight of another type or shape than its own repacking knows."""
+    out = tmp_path / "logits.npz"
+    usual = run([files[name]], shared, out)
+    timed = run([files[name]], shared | {"SQFT_CHOICE": "measured"}, out)
+    assert timed.tokens[:3] == usual.tokens[:3]
+
+
 def test_sparse_and_dense_forms_give_the_same_bits(files, shared, tmp_path):
     out = tmp_path / "logits.npz"
     for name in ("int4_50", "int8_50"):
