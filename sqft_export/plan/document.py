@@ -34,12 +34,28 @@ class Need(Document):
     free_bytes: int
 
 
+class GpuNeed(Document):
+    """The smallest number of GPUs of one size; training is sharded with FSDP2.
+
+    gpu_bytes: of each GPU.
+    count: None if the bytes that each GPU needs do not fit, however many there are.
+    needed_bytes: on each GPU, of the pass that needs most.
+    too_large: pass that holds the whole model on a GPU, and does not fit -> its bytes.
+    """
+
+    gpu_bytes: int
+    count: int | None
+    needed_bytes: int
+    too_large: dict[str, int]
+
+
 class PlanDocument(Document):
     """The prediction for a recipe on this machine.
 
     model: folder or name of the base model.
     group_size_fallback: Linear -> its group size, if it is not the requested one.
     memory, device_memory: of the pass that needs most; None without an accelerator.
+    gpus: the smallest number of GPUs of common sizes.
     lengths_counted: how the lengths of the data were counted, see ``plan.workload``.
     seconds, seconds_range: of all passes that are not cached.
     within_a_day: settings with which the run takes less than a day, if it takes longer.
@@ -58,6 +74,7 @@ class PlanDocument(Document):
     disk: Need
     memory: Need
     device_memory: Need | None
+    gpus: list[GpuNeed]
     machine: Speeds
     lengths_counted: str
     seconds: float

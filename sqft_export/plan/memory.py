@@ -17,7 +17,7 @@ from sqft_export.machine.limits import free_memory
 from sqft_export.machine.threads import MAX_THREADS
 from sqft_export.measure.batches import MAX_BATCH_ROWS, MAX_CACHE_TOKENS, MAX_LOGIT_BYTES
 from sqft_export.plan.disk import adapter_bytes, predict_bytes
-from sqft_export.plan.layout import Layout
+from sqft_export.plan.layout import Layout, group_sizes
 from sqft_export.plan.workload import Workload, calibration_tokens, checked_tokens
 from sqft_export.probes.document import LONG_CACHE_BYTES, LONG_TOKENS
 from sqft_export.recipe.passes import runs_on_cpu
@@ -32,8 +32,14 @@ FIXED_MEMORY = 0.65 * 2**30  # bytes of the imported libraries
 SEARCH_BYTES = 2**27  # logits and other data of search
 
 
-def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[str, float]:
-    """Predict the peak resident bytes of every pass, including the processes that it starts."""
+def predict_memory(
+    recipe: Recipe, layout: Layout, workload: Workload, processes: int = 1
+) -> dict[str, float]:
+    """Predict the peak resident bytes of every pass, including the processes that it starts.
+
+    :param processes: of a launcher; the bytes are those of each. They split the calibration
+        samples, and train with FSDP2.
+    """
     # Variables are bytes, except ``whole``: a number of weights. ``block``, ``largest`` and
     # ``outer`` are float32 copies of a block, of the largest Linear, and of all other tensors.
     artifacts = predict_bytes(recipe, layout)
@@ -41,6 +47,7 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
     largest = 4 * max(map(prod, layout.linears.values()))
     widest = max(inputs for _, inputs in layout.linears.values())
     activations = _calibration_bytes(recipe, layout, workload)
+    share = activations / (1 if layout.family.experts else processes)
     outer, whole = 4 * (layout.others - layout.tables), layout.weights + layout.others
     quantize, data = recipe.quantize, (recipe, layout, workload)
     hessians = 4 * widest**2 * (quantize.method == "gptq")
@@ -49,10 +56,10 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
     with_cache = tuned + _weight_cache_bytes(layout, SEARCH_BYTES + tuned)
     torch_row = max(_torch_row_bytes(recipe, layout), with_cache * _has_tuned_row(recipe))
     peaks = {
-        "sparsify": MAPPED_BYTES + block + 3 * largest + activations * recipe.sparsify.calibrates,
+        "sparsify": MAPPED_BYTES + block + 3 * largest + share * recipe.sparsify.calibrates,
         "reconstruct": _reconstruction_bytes(recipe.sparsify.reconstruct, *data),
         "quantize": max(
-            MAPPED_BYTES + block + 2 * largest + hessians + activations * quantize.calibrates,
+            MAPPED_BYTES + block + 2 * largest + hessians + share * quantize.calibrates,
             _reconstruction_bytes(quantize.reconstruct, *data),
         ),
         "search": SEARCH_BYTES + (with_cache if recipe.search.evaluates else tuned),
@@ -68,8 +75,9 @@ def predict_memory(recipe: Recipe, layout: Layout, workload: Workload) -> dict[s
     if recipe.adapt is None:  # verify runs the model itself, as search does
         peaks["verify"] = max(peaks["verify"], peaks["search"])
     else:
-        training = _torch_model_bytes(layout) + 5 * artifacts["adapt"] + 4 * largest
-        training += _activation_bytes(*data) + outer * (recipe.adapt.precision == "float32")
+        training = _trained_model_bytes(recipe, layout, artifacts["adapt"], processes)
+        training += 4 * largest + _activation_bytes(*data)
+        training += outer * (recipe.adapt.precision == "float32")
         peaks |= {"adapt": training, "teacher": training}
     return {n: FIXED_MEMORY + peaks.get(n, 0) + _table_bytes(layout, n) for n in artifacts}
 
@@ -181,6 +189,24 @@ def _require_memory(recipe: Recipe, resource: str, needed: dict[str, float], fre
 def _torch_model_bytes(layout: Layout) -> float:
     """Return the bytes of a model in torch: the checkpoint's dtype, and one mask bit per weight."""
     return layout.width * (layout.weights + layout.others) + layout.weights / 8
+
+
+def _trained_model_bytes(recipe: Recipe, layout: Layout, adapter: float, processes: int) -> float:
+    """Return the bytes of the model in training: frozen weights, adapter, gradients and moments.
+
+    FSDP2 spreads parameters over the processes. Each process also holds what it gathers, which is
+    two blocks and all tensors outside the blocks, and all masks and grids, which are buffers.
+
+    :param adapter: bytes of the adapter in float32.
+    """
+    groups = group_sizes(recipe, layout) if recipe.quantize.method != "none" else {}
+    grids = 3 * sum(prod(layout.linears[name]) / size for name, size in groups.items())
+    whole = _torch_model_bytes(layout) + 5 * adapter
+    buffers = layout.weights / 8
+    if processes == 1:
+        return whole + grids
+    gathered = layout.width * (2 * layout.weights / layout.blocks + layout.others)
+    return (whole - buffers) / processes + buffers + grids + gathered
 
 
 def _tuned_model_bytes(recipe: Recipe, layout: Layout, largest: int) -> float:

@@ -1,11 +1,10 @@
 """Measured speeds of this machine: products, memory and disk, 0.25 s per speed."""
 
-import os
 import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sqft_export.machine.host import cache_folder
 from sqft_export.machine.processors import sample, used_by_others
 from sqft_export.plan.layout import Layout
 
@@ -128,7 +127,7 @@ def _measure_one_thread() -> float:
 def _measure_disk() -> float:
     from sqft_export.machine.device import CPU, seconds_of
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sqft_export"
+    cache = cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
     block = bytes(2**26)
     with tempfile.TemporaryFile(dir=cache) as scratch:

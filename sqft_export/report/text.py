@@ -9,7 +9,7 @@ from sqft_export.machine.progress import duration
 
 if TYPE_CHECKING:
     from sqft_export.measure.results import Accuracy, DeploymentResults, FolderAccuracy
-    from sqft_export.plan.document import Need, PlanDocument, PlannedPass
+    from sqft_export.plan.document import GpuNeed, Need, PlanDocument, PlannedPass
     from sqft_export.plan.speeds import Speeds
 
 # How plan estimates lengths without the model's tokenizer or the data.
@@ -29,6 +29,20 @@ def accuracy_text(row: "Accuracy") -> str:
     return f"{share} ({100 * low:.1f} to {100 * high:.1f})"
 
 
+def _gpu_line(need: "GpuNeed") -> str:
+    """Return the smallest number of GPUs of one size, and what does not fit on them."""
+    size, needed = size_text(need.gpu_bytes), size_text(need.needed_bytes)
+    if need.count is None:
+        return f"  GPUs of {size}: too small; each needs {needed}, however many there are"
+    word = "GPU" if need.count == 1 else "GPUs"
+    training = " with FSDP2" if need.count > 1 else ""
+    text = f"  {need.count} {word} of {size}{training}: {needed} on each"
+    if need.too_large:
+        names, most = ", ".join(need.too_large), size_text(max(need.too_large.values()))
+        text += f"; {names} hold the whole model ({most}): device=cpu, or a larger GPU"
+    return text
+
+
 def plan_text(plan: "PlanDocument") -> str:
     """Return a plan as text."""
     lines = [f"{plan.recipe}: {plan.model}, {plan.weights:,} weights"]
@@ -41,6 +55,8 @@ def plan_text(plan: "PlanDocument") -> str:
         )
     needs = {"disk": plan.disk, "memory": plan.memory, "device memory": plan.device_memory}
     lines += [_need_line(name, need) for name, need in needs.items() if need]
+    if any(need.count != 1 for need in plan.gpus):  # else a single GPU is enough
+        lines += map(_gpu_line, plan.gpus)
     lines += _speed_lines(plan.machine)
     if counted := LENGTH_ESTIMATES.get(plan.lengths_counted):
         lines.append(f"  {counted}")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from sqft_export.artifacts.store import Store
+from sqft_export.artifacts.store import open_store
 from sqft_export.data.first_example import first_example
 from sqft_export.data.items import load_tokenizer
 from sqft_export.kernels.extension import unavailable_reason
@@ -18,6 +18,7 @@ from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.disk import disk_bytes, predict_bytes
 from sqft_export.plan.document import Need, PlanDocument, PlannedPass
 from sqft_export.plan.exporters import drop_unsupported
+from sqft_export.plan.gpus import gpu_needs
 from sqft_export.plan.history import PassTime, pass_times
 from sqft_export.plan.layout import Layout, fallback_sizes, group_sizes
 from sqft_export.plan.memory import accelerator_bytes, predict_memory
@@ -41,7 +42,7 @@ def preview(recipe: Recipe, runs: Path) -> PlanDocument:
     recipe, folder, layout = _prepare_recipe(recipe)
     machine, workload = measure_speeds(layout, recipe.device), workload_of(recipe, folder)
     written, memory = predict_bytes(recipe, layout), predict_memory(recipe, layout, workload)
-    steps = plan_passes(recipe, folder, Store(runs / recipe.name))
+    steps = plan_passes(recipe, folder, open_store(runs / recipe.name))
     times = _pass_times(recipe, layout, machine, workload, steps, runs)
     wanted = [step.name for step in steps if step.artifact is None]
     needed, free = disk_bytes(recipe, layout, runs, wanted)
@@ -58,6 +59,7 @@ def preview(recipe: Recipe, runs: Path) -> PlanDocument:
         disk=Need(needed_bytes=needed, free_bytes=free),
         memory=_largest_need(memory, wanted, free_memory()),
         device_memory=_device_memory(recipe, machine, memory, wanted),
+        gpus=gpu_needs(recipe, layout, workload),
         machine=machine,
         lengths_counted=workload.counted,
         seconds=sum(to_run_seconds.values()),

@@ -159,6 +159,7 @@ def test_plan_says_that_it_measured_a_busy_machine():
     document = PlanDocument(
         **{"recipe": "r", "model": "m", "weights": 1, "passes": [], "group_size": None},
         **{"disk": enough, "memory": enough, "device_memory": None, "lengths_counted": ""},
+        gpus=[],
         **{
             "seconds": 9,
             "seconds_range": (6, 13),
