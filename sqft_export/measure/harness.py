@@ -19,6 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from sqft_export.data.items import load_tokenizer, stop_ids
 from sqft_export.data.stops import cut_at_stop, stop_pieces
 from sqft_export.errors import UserError
+from sqft_export.machine.processes import ALONE, Processes
 from sqft_export.measure.decode import generate
 from sqft_export.measure.likelihood import log_likelihoods
 from sqft_export.measure.results import TaskMetrics
@@ -40,6 +41,8 @@ class SessionLM(TemplateLM):
     :param threads: CPU threads; None: the runtime's choice.
     :param device: cpu, gpu or npu.
     :param session: an open session of the folder; None: open one.
+    :param processes: processes that split the batches; each has the model and the same tasks, and
+        gets all results.
 
     ``warnings`` lists tasks whose prompts or answers did not fit into the context.
     """
@@ -50,13 +53,14 @@ class SessionLM(TemplateLM):
         threads: int | None = None,
         device: str = "cpu",
         session: Session | None = None,
+        processes: Processes = ALONE,
     ):
         super().__init__()
         self.folder = Path(folder)
         if session is None:
             kind = kind_of(self.folder)
             session = target(kind).open_session(self.folder, False, threads, device)
-        self.session = session
+        self.session, self.processes = session, processes
         self.tokenizer = load_tokenizer(self.folder)
         self.stop = stop_ids(self.folder, self.tokenizer)
         self.max_length = context_of(self.folder) or DEFAULT_CONTEXT
@@ -97,7 +101,7 @@ class SessionLM(TemplateLM):
             (prompt + target)[-self.max_length - 1 :][: -len(target)]
             for _, prompt, target in requests
         ]
-        found = log_likelihoods(self.session, prompts, targets)
+        found = log_likelihoods(self.session, prompts, targets, self.processes)
         return [
             (total, first == len(target))
             for (total, first), target in zip(found, targets, strict=True)
@@ -136,7 +140,7 @@ class SessionLM(TemplateLM):
             stops = Stops(self.stop, until, self._pieces(until), self.max_length)
             prompts = [self.tok_encode(requests[i].args[0]) for i in indices]
             fitting, new_tokens = self._fit(prompts, limit)
-            found = generate(self.session, fitting, new_tokens, stops)
+            found = generate(self.session, fitting, new_tokens, stops, self.processes)
             for index, ids in zip(indices, found, strict=True):
                 answers[index] = self._answer(ids, until)
         return answers

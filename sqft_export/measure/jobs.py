@@ -87,11 +87,16 @@ class Requests(Document):
 
 
 class Job(Document):
-    """The job of a worker, which ends if the process ``parent`` ends."""
+    """The job of a worker, which ends if the process ``parent`` ends.
+
+    group: name under which the workers of a launcher's processes split the scoring; empty: this
+        worker does it all.
+    """
 
     model: MeasuredModel
     requests: Requests
     parent: int
+    group: str = ""
 
 
 class Profile(Document):

@@ -19,6 +19,7 @@ from sqft_export.errors import HostError, UserError
 from sqft_export.libraries.transformers import import_without_sklearn
 from sqft_export.machine.counters import energy_joules, memory_now, peak_memory
 from sqft_export.machine.host import LESS_MEMORY, die_with_parent, exhausted_resource, out_of_memory
+from sqft_export.machine.processes import ALONE, Processes, child_variables, join_processes
 from sqft_export.machine.processors import deployed_environment
 from sqft_export.measure.decode import measure_latency, profile
 from sqft_export.measure.jobs import (
@@ -45,6 +46,9 @@ def open_measured(model: MeasuredModel) -> Session:
     """Open the session of a job's model."""
     if model.kind in ("torch", "adapted"):
         import_without_sklearn()
+        from sqft_export.machine.device import use_own_accelerator
+
+        use_own_accelerator()
     if model.parts is not None:
         return _open_adapted(model, model.parts)
     folder, threads, device = model.folder, model.threads, model.device
@@ -76,8 +80,14 @@ def _open_adapted(model: MeasuredModel, parts: AdapterParts) -> Session:
     return TorchSession(adapted, name)
 
 
-def measure(model: MeasuredModel, requests: Requests) -> WorkerResult:
-    """Open a model and run the requested measurements."""
+def measure(model: MeasuredModel, requests: Requests, processes: Processes = ALONE) -> WorkerResult:
+    """Open a model and run the requested measurements.
+
+    :param processes: workers that split the scoring. The first one measures everything else before,
+        while the others wait: they would change its figures.
+    """
+    if not processes.is_first:
+        return _help_scoring(model, requests, processes)
     if requests.profile and requests.profile.cpus:
         os.sched_setaffinity(0, requests.profile.cpus)
     started = time.perf_counter()
@@ -85,14 +95,15 @@ def measure(model: MeasuredModel, requests: Requests) -> WorkerResult:
     load_seconds = time.perf_counter() - started
     profiled = _profile(session, requests.profile) if requests.profile else None
     latency = measure_latency(session, requests.latency) if requests.latency else None
-    scores = _score(session, requests.questions) if requests.questions else None
+    processes.gather(None)
+    scores = _score(session, requests.questions, processes) if requests.questions else None
     steady, peak = memory_now(), peak_memory()
     # Memory is read here: the measurements below need memory that a deployment does not need.
     if wanted := requests.distributions:
         np.save(wanted.file, distributions(session, wanted.ids))
     lm_eval, warnings = None, list[str]()
     if requests.lm_eval:
-        lm_eval, warnings = _score_with_lm_eval(session, model.folder, requests.lm_eval)
+        lm_eval, warnings = _score_with_lm_eval(session, model.folder, requests.lm_eval, processes)
     return WorkerResult(
         load_seconds=load_seconds,
         placement=session.placement,
@@ -106,6 +117,19 @@ def measure(model: MeasuredModel, requests: Requests) -> WorkerResult:
     )
 
 
+def _help_scoring(model: MeasuredModel, requests: Requests, processes: Processes) -> WorkerResult:
+    """Score a part of the batches once the first worker has timed the model."""
+    processes.gather(None)
+    session = open_measured(model)
+    if requests.questions:
+        score(session, requests.questions, processes)
+    if requests.lm_eval:
+        _score_with_lm_eval(session, model.folder, requests.lm_eval, processes)
+    return WorkerResult(
+        load_seconds=0.0, steady_memory_bytes=memory_now(), peak_memory_bytes=peak_memory()
+    )
+
+
 def _profile(session: Session, request: ProfileRequest) -> Profile:
     """Profile a session and add the energy that its passes took."""
     before = energy_joules(request.device)
@@ -115,32 +139,33 @@ def _profile(session: Session, request: ProfileRequest) -> Profile:
     return found.model_copy(update={"energy_joules": taken})
 
 
-def _score(session: Session, questions: ScoringRequest) -> TimedScores:
+def _score(session: Session, questions: ScoringRequest, processes: Processes) -> TimedScores:
     started = time.perf_counter()
-    found = score(session, questions)
+    found = score(session, questions, processes)
     return TimedScores(**dict(found), seconds=time.perf_counter() - started)
 
 
 def _score_with_lm_eval(
-    session: Session, folder: Path, request: LmEvalRequest
+    session: Session, folder: Path, request: LmEvalRequest, processes: Processes
 ) -> tuple[TaskMetrics, list[str]]:
     """Return the metrics of lm-eval's tasks, and warnings."""
     from sqft_export.measure.harness import SessionLM, evaluate
 
-    model = SessionLM(folder, session=session)
+    model = SessionLM(folder, session=session, processes=processes)
     return evaluate(model, request.tasks, request.folder, request.items), model.warnings
 
 
 def measure_in_process(
-    model: MeasuredModel, requests: Requests, scratch: Path | None = None
+    model: MeasuredModel, requests: Requests, scratch: Path | None = None, group: str = ""
 ) -> WorkerResult:
     """Run :func:`measure` in a child process, which ends if this process ends.
 
     :param scratch: folder for temporary files; None: the system's.
+    :param group: of ``Job``.
     :raises UserError: if the child fails; the message ends with the child's error.
     :raises HostError: if it fails because the machine lacks memory or disk.
     """
-    job = Job(model=model, requests=requests, parent=os.getpid())
+    job = Job(model=model, requests=requests, parent=os.getpid(), group=group)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         job_file, result_file = Path(folder) / "job.json", Path(folder) / "result.json"
         job_file.write_text(job.model_dump_json())
@@ -148,7 +173,7 @@ def measure_in_process(
         command = [sys.executable, "-P", "-m", "sqft_export.measure.worker"]
         done = subprocess.run(
             [*command, str(job_file), str(result_file)],
-            env=deployed_environment() | {"TMPDIR": folder},
+            env=deployed_environment() | child_variables() | {"TMPDIR": folder},
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
@@ -184,4 +209,6 @@ if __name__ == "__main__":
     job = Job.parse(job_file.read_text(), str(job_file))
     die_with_parent(job.parent)
     disable_telemetry()
-    result_file.write_text(measure(job.model, job.requests).model_dump_json())
+    with join_processes(job.group, bool(job.group)) as processes:
+        found = measure(job.model, job.requests, processes)
+    result_file.write_text(found.model_dump_json())

@@ -1,8 +1,8 @@
 """benchmark: score and time every row of the report on the same held-out items.
 
 Each row runs in a separate process (``measure/worker.py``), one after the other, with the same
-number of threads. Deployments run in the default precision of their runtime, not in the exact
-mode.
+number of threads. Under a launcher, its processes split the scoring of the rows in torch.
+Deployments run in the default precision of their runtime, not in the exact mode.
 """
 
 import itertools
@@ -31,6 +31,7 @@ from sqft_export.kernels.choice import STOCK
 from sqft_export.machine.counters import machine_facts
 from sqft_export.machine.device import device_of
 from sqft_export.machine.host import allowed_processors
+from sqft_export.machine.processes import Processes, join_processes
 from sqft_export.measure.agreement import ReferenceModels
 from sqft_export.measure.chance import GUESSING_PERPLEXITY, chance_accuracy, is_at_chance
 from sqft_export.measure.jobs import (
@@ -119,7 +120,7 @@ SETTINGS = (
 FREE: tuple[str, ...] = ("device", "benchmark.lm_eval_folder", *TASK_FILES, *SCORE_FILES)
 VERSION = 15
 RESUMES = False
-DISTRIBUTED = False
+DISTRIBUTED = True  # the rows in torch
 
 
 PILOT_ITEMS = 8  # items per set that are timed to estimate how many items fit into the minutes
@@ -311,10 +312,25 @@ def threads(recipe: Sections) -> int:
 
 def run(context: Context[Sections]) -> RowsMetrics:
     """Write ``results.json``, and ``items.jsonl`` with every answer of every row."""
+    tokenizer, table = load_tokenizer(context.model), rows(context)
+    items = Data(context.recipe, tokenizer).test
+    with join_processes(context.folder.name.partition(".")[0]) as processes:
+        if not processes.is_first:
+            _help_rows(context, table, items, tokenizer, processes)
+            return RowsMetrics(rows=0, warnings=[])
+        scored, measured = _measure_rows(context, table, items, tokenizer, processes)
+    return _write(context, table, scored, measured, tokenizer)
+
+
+def _write(
+    context: Context[Sections],
+    table: list[Row],
+    items: list[Item],
+    measured: "dict[str, _Measured]",
+    tokenizer: "PreTrainedTokenizerBase",
+) -> RowsMetrics:
+    """Judge the answers of all rows and write the results."""
     recipe = context.recipe
-    tokenizer = load_tokenizer(context.model)
-    table = rows(context)
-    items, measured = _measure_rows(context, table, Data(recipe, tokenizer).test, tokenizer)
     judged = {r.id: judge(recipe, items, measured[r.id].scores, tokenizer) for r in table}
     with (context.folder / "items.jsonl").open("w") as log:
         for row in table:
@@ -434,6 +450,7 @@ def _measure_rows(
     table: list[Row],
     items: list[Item],
     tokenizer: "PreTrainedTokenizerBase",
+    processes: Processes,
 ) -> tuple[list[Item], dict[str, _Measured]]:
     """Run every row in every round; return the scored items, and the results by row id.
 
@@ -443,7 +460,7 @@ def _measure_rows(
     config, started = context.recipe.benchmark, time.monotonic()
     rounds, minutes = config.rounds, config.minutes
     scored = first_of_every_set(items, PILOT_ITEMS if minutes else config.items)
-    run_row = _row_runner(context, (rounds + bool(minutes)) * len(table))
+    run_row = _row_runner(context, (rounds + bool(minutes)) * len(table), processes)
     found: dict[str, _Measured] = {}
     latency, lm_eval = _latency_request(context.recipe, scored), _lm_eval_request(context.recipe)
     references = _References(context.folder, items, table)
@@ -461,22 +478,56 @@ def _measure_rows(
             again = run_row(row, Requests(latency=latency))
             found[row.id].latencies.append(requested(again.latency))
     if minutes:
-        scored = _items_within(items, found, 60 * minutes - (time.monotonic() - started))
+        left = 60 * minutes - (time.monotonic() - started)
+        count = processes.from_first(lambda: _items_per_set(found, left))
+        scored = first_of_every_set(items, count)
         final = Requests(questions=_questions(context, tokenizer, scored), lm_eval=lm_eval)
         for row in table:
             found[row.id].first = run_row(row, final)
     return scored, found
 
 
-def _row_runner(context: Context[Sections], total: int) -> Callable[[Row, Requests], WorkerResult]:
+def _help_rows(
+    context: Context[Sections],
+    table: list[Row],
+    items: list[Item],
+    tokenizer: "PreTrainedTokenizerBase",
+    processes: Processes,
+) -> None:
+    """Score a part of the rows in torch, as a process that is not the first."""
+    minutes, lm_eval = context.recipe.benchmark.minutes, _lm_eval_request(context.recipe)
+    scored = first_of_every_set(items, PILOT_ITEMS if minutes else context.recipe.benchmark.items)
+    run_row = _row_runner(context, 0, processes)
+    mine = [row for row in table if row.runtime == "torch"]
+    first = _questions(context, tokenizer, scored)
+    for row in mine:
+        run_row(row, Requests(questions=first, lm_eval=None if minutes else lm_eval))
+    if minutes:
+        count = processes.from_first(lambda: PILOT_ITEMS)
+        final = _questions(context, tokenizer, first_of_every_set(items, count))
+        for row in mine:
+            run_row(row, Requests(questions=final, lm_eval=lm_eval))
+
+
+def _row_runner(
+    context: Context[Sections], total: int, processes: Processes
+) -> Callable[[Row, Requests], WorkerResult]:
     """Return a function that measures a row in a process.
 
-    :param total: number of processes.
+    :param total: number of processes, one after the other.
+    :param processes: processes that split the scoring of rows in torch. They start such a row
+        together: before, another process would disturb the rows that the first one times.
     """
-    advance = context.start(total)
+    advance, numbers = context.start(total), itertools.count()
+    name = context.folder.name.partition(".")[0]
+    scratch = context.folder if processes.is_first else None  # the first one seals the folder
 
     def run_row(row: Row, requests: Requests) -> WorkerResult:
-        result = measure_in_process(_model(context, row), requests, context.folder)
+        group = ""
+        if processes.count > 1 and row.runtime == "torch" and requests.questions:
+            group = f"{name}/{next(numbers)}"
+            processes.gather(None)
+        result = measure_in_process(_model(context, row), requests, scratch, group)
         advance(row.name)
         return result
 
@@ -518,13 +569,13 @@ def _questions(
     return questions(context.recipe, items, stop, tokenizer, context_of(context.model))
 
 
-def _items_within(items: list[Item], found: dict[str, _Measured], seconds: float) -> list[Item]:
-    """Return the items of every set that all rows together can score within a time.
+def _items_per_set(found: dict[str, _Measured], seconds: float) -> int:
+    """Return how many items of every set all rows together can score within a time.
 
     The estimate is linear in the time that the pilot items took.
     """
     pilot_seconds = sum(measured.scores.seconds for measured in found.values())
-    return first_of_every_set(items, max(PILOT_ITEMS, int(PILOT_ITEMS * seconds / pilot_seconds)))
+    return max(PILOT_ITEMS, int(PILOT_ITEMS * seconds / pilot_seconds))
 
 
 def _warnings(results: list[BenchmarkRow], was_tuned: bool) -> list[str]:
