@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sqft_export.artifacts.remote import runs_folder
 from sqft_export.machine.progress import PassProgress
 from sqft_export.plan.presets import DEFAULT_PRESET
 
@@ -153,7 +154,8 @@ def compile(
         model.
     :param preset: int4, int4-sparse, int4-npu, int8 or int4-untuned.
     :param test: held-out data; None: a part of ``data``.
-    :param out: folder of all runs; the artifacts are in ``<out>/<name>``.
+    :param out: folder of all runs, or a URL such as ``s3://bucket/runs``; the artifacts are in
+        ``<out>/<name>``.
     :param on_progress: called with the progress of every pass; None: lines on stderr.
     :param threads: compute threads; None: those of the environment. Without effect if torch is
         already imported.
@@ -164,7 +166,7 @@ def compile(
     _set_threads(threads)
     from sqft_export.run.pipeline import run_recipe
 
-    root = Path(out) / made.name
+    root = runs_folder(out) / made.name
     run_recipe(made, root, listener=on_progress)
     return Run(root, made)
 
@@ -179,7 +181,7 @@ def plan(
     **settings: Any,
 ) -> Plan:
     """Check what :func:`compile` would do and predict its cost; arguments as there."""
-    return _plan_of(_recipe_of(model, data, recipe, preset, test, settings), Path(out))
+    return _plan_of(_recipe_of(model, data, recipe, preset, test, settings), runs_folder(out))
 
 
 def open_run(folder: str | Path) -> Run:

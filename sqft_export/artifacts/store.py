@@ -2,9 +2,12 @@
 
 A stage writes into ``<stage>-<key>.partial``. Sealing lists every file with its SHA-256, writes
 the manifest last and renames the directory. An artifact that exists is therefore complete. An
-interrupted stage leaves only its ``.partial``, which the next run resumes or starts over.
+interrupted stage leaves only its ``.partial``, which the next run resumes or starts over. A run's
+folder may be the local copy of an object store (``remote.py``): sealed artifacts are uploaded, and
+those of other machines are downloaded.
 """
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -12,13 +15,19 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypedDict, cast
 
-from sqft_export.artifacts.claims import Claim, ClaimLostError, partial_folders
+from sqft_export.artifacts.claims import (
+    Claim,
+    ClaimLostError,
+    claim_artifact,
+    partial_folders,
+)
 from sqft_export.artifacts.hashes import FileHashes
+from sqft_export.artifacts.remote import Remote, url_of
 from sqft_export.errors import DamagedError, UserError, one_line
 from sqft_export.machine.host import openmp_threads, processor_name
 from sqft_export.untrusted import (
@@ -176,11 +185,16 @@ def environment() -> Environment:
 
 
 class Store:
-    """The artifacts of one recipe: ``<root>/<stage>-<first 16 digits of key>/``."""
+    """The artifacts of one recipe: ``<root>/<stage>-<first 16 digits of key>/``.
 
-    def __init__(self, root: Path):
-        self.root = root
+    :param remote: object store that ``root`` is the local copy of.
+    """
+
+    def __init__(self, root: Path, remote: Remote | None = None):
+        self.root, self.remote = root, remote
         self.hashes = FileHashes(root, sha256_of)
+        if remote:
+            remote.pull_records(root)
 
     def path_of(self, stage: str, key: str) -> Path:
         """Return the directory of an artifact once it is sealed."""
@@ -193,12 +207,84 @@ class Store:
     def find(self, stage: str, key: str) -> Artifact | None:
         """Return the sealed artifact of this key after checking its files; None if it is missing.
 
+        The files of an artifact that is only in the object store are missing until :meth:`fetch`.
+
         :raises DamagedError: naming the file that is missing, added or changed since it was sealed.
         """
         path = self.path_of(stage, key)
-        if not (path / MANIFEST).exists():
+        if (path / MANIFEST).exists():
+            return check_artifact(path, key, self.hashes.sha256_of)
+        content = self.remote.read(f"{path.name}.json") if self.remote else None
+        if self.remote is None or content is None:
             return None
-        return check_artifact(path, key, self.hashes.sha256_of)
+        where = f"{self.remote.url}/{path.name}.json"
+        found = Artifact(path, _parse_manifest(content, where, f"delete {where} and run again"))
+        if found.key != key:
+            raise DamagedError(f"{where} belongs to another key; delete it and run again")
+        return found
+
+    def fetch(self, artifact: Artifact) -> Artifact:
+        """Return an artifact that :meth:`find` has found, here and in the object store.
+
+        :raises DamagedError: if a file in the object store is not the one that was sealed.
+        """
+        path, files = artifact.path, artifact.manifest["files"]
+        if self.remote is None:
+            return artifact
+        if (path / MANIFEST).exists():
+            with contextlib.suppress(ClaimLostError):
+                self._upload(artifact)
+                return artifact
+            found = self.find(artifact.manifest["stage"], artifact.key)
+            return self.fetch(found) if found else artifact
+        self.remote.download(path.name, files, path, MANIFEST)
+        try:
+            check_artifact(path, artifact.key, self.hashes.sha256_of)
+        except DamagedError as error:
+            shutil.rmtree(path)
+            place = f"{self.remote.url}/{path.name}.json"
+            raise DamagedError(f"{error}; downloaded from {place}, delete that too") from error
+        for unfinished in partial_folders(path):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        return artifact
+
+    def _upload(self, artifact: Artifact) -> None:
+        """Publish a sealed artifact in the object store, if there is one.
+
+        :raises ClaimLostError: if another machine has published it; the local copy is deleted.
+        """
+        if self.remote is None:
+            return
+        path, files = artifact.path, artifact.manifest["files"]
+        theirs = self.remote.read(f"{path.name}.json")
+        if theirs is None and self.remote.upload(path, files, MANIFEST):
+            return
+        theirs = theirs or self.remote.read(f"{path.name}.json")
+        if theirs != (path / MANIFEST).read_bytes():
+            shutil.rmtree(path)
+            raise ClaimLostError(f"{path}: another machine has published it")
+
+    def share_records(self) -> bool:
+        """Publish new records of the run; return whether another machine's have replaced some."""
+        return self.remote is not None and self.remote.push_records(self.root)
+
+    @contextlib.contextmanager
+    def claim(
+        self, stage: str, key: str, report_wait: Callable[[str], None]
+    ) -> Iterator[Claim | None]:
+        """Wait until this process may make an artifact; yield None if another worker has.
+
+        :param report_wait: called once with the owner if another worker has the claim.
+        """
+        path = self.path_of(stage, key)
+        with claim_artifact(path, (path / MANIFEST).exists, report_wait) as claim:
+            if claim is None or self.remote is None:
+                yield claim
+                return
+            with self.remote.claim(path.name, report_wait) as shared:
+                if shared is None and (found := self.find(stage, key)):
+                    self.fetch(found)
+                yield replace(claim, shared=shared) if shared else None
 
     def open_partial(self, stage: str, key: str, resumes: bool, claim: Claim | None = None) -> Path:
         """Create the directory that a stage writes into.
@@ -253,7 +339,9 @@ class Store:
         path = self.path_of(stage, key)
         _publish(partial, path, unsealed)
         self.hashes.save()
-        return Artifact(path, manifest)
+        made = Artifact(path, manifest)
+        self._upload(made)
+        return made
 
 
 def _write_manifest(partial: Path, manifest: Manifest) -> None:
@@ -292,6 +380,12 @@ def _remove_empty_folders(directory: Path) -> None:
             path = path.parent
 
 
+def open_store(root: Path) -> Store:
+    """Open the artifacts of a recipe; those of an object store if ``root`` is its local copy."""
+    url = url_of(root.parent)
+    return Store(root, Remote(f"{url}/{root.name}") if url else None)
+
+
 # Fields of a manifest and their types.
 MANIFEST_FIELDS: dict[str, type | tuple[type, ...]] = {
     "stage": str,
@@ -311,14 +405,26 @@ def read_artifact(path: Path) -> Artifact:
     """
     file = path / MANIFEST
     try:
-        manifest = parse_json(read_bounded(file, MAX_JSON_BYTES), str(file))
+        content = read_bounded(file, MAX_JSON_BYTES)
+    except UserError as error:
+        raise DamagedError(f"{file} is damaged: {one_line(error)}; {_advice(path)}") from error
+    return Artifact(path, _parse_manifest(content, str(file), _advice(path)))
+
+
+def _parse_manifest(content: bytes, where: str, advice: str) -> Manifest:
+    """Return a manifest without its seal.
+
+    :raises DamagedError: if it changed since it was sealed.
+    """
+    try:
+        manifest = parse_json(content, where)
         wrong = [k for k, kind in MANIFEST_FIELDS.items() if not isinstance(manifest[k], kind)]
         sealed = {k: v for k, v in manifest.items() if k != SEAL}
         if wrong or key_of(sealed) != manifest[SEAL]:
             raise ValueError(f"its seal is broken{': ' + ', '.join(wrong) if wrong else ''}")
     except (UserError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{file} is damaged: {one_line(error)}; {_advice(path)}") from error
-    return Artifact(path, cast(Manifest, sealed))
+        raise DamagedError(f"{where} is damaged: {one_line(error)}; {advice}") from error
+    return cast(Manifest, sealed)
 
 
 def _advice(path: Path) -> str:

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from sqft_export.artifacts.remote import runs_folder
+
 RecipeFile = Annotated[
     Path,
     typer.Argument(help="recipe file, or a name that `list recipes` prints, such as tiny"),
@@ -16,7 +18,14 @@ Overrides = Annotated[
 ModelPath = Annotated[
     Path | None, typer.Option(help="local Hugging Face folder, instead of the recipe's model")
 ]
-Runs = Annotated[Path, typer.Option(help="folder for all artifacts")]
+Runs = Annotated[
+    Path,
+    typer.Option(
+        parser=runs_folder,
+        metavar="FOLDER",
+        help="folder for all artifacts, or a URL such as s3://bucket/runs (extra s3)",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from sqft_export.artifacts.remote import url_of
 from sqft_export.commands.machine import set_compute_threads
 from sqft_export.commands.options import ModelPath, Overrides, RecipeFile, Runs, Threads
 from sqft_export.errors import UserError
@@ -177,7 +178,11 @@ def _print_commands(sweep: "Sweep", over: list[str], runs: Path, threads: int | 
     count = len(sweep.combinations)
     options = [option for axis in over for option in ("--over", axis)]
     options += ["--model-path", str(sweep.model_path)] if sweep.model_path else []
-    options += ["--runs", str(runs), *(["--threads", str(threads)] if threads else [])]
+    options += [
+        "--runs",
+        url_of(runs) or str(runs),
+        *(["--threads", str(threads)] if threads else []),
+    ]
     for number in range(1, count + 1):
         words = ("sqft-export", "sweep", str(sweep.recipe), *sweep.overrides, *options)
         print(shlex.join((*words, "--shard", f"{number}/{count}")))

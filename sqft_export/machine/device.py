@@ -8,6 +8,7 @@ from statistics import median
 import torch
 
 from sqft_export.errors import UserError
+from sqft_export.machine.launcher import local_rank, process_count
 
 CPU = torch.device("cpu")
 MIN_BFLOAT16_SPEEDUP = 1.2  # over float32; below it float32 is used
@@ -29,6 +30,12 @@ def device_of(setting: str) -> torch.device:
             f"allowed are {here}"
         )
     return found
+
+
+def use_own_accelerator() -> None:
+    """Let every process of a launcher on this machine compute on another accelerator."""
+    if process_count() > 1 and (count := torch.accelerator.device_count()):
+        torch.accelerator.set_device_index(local_rank() % count)
 
 
 def device_name(device: torch.device) -> str:

@@ -137,6 +137,11 @@ def _free_space_text(place: object) -> str:
     return f"; {size_text(shutil.disk_usage(nearest_folder(Path(place))).free)} are free"
 
 
+def cache_folder() -> Path:
+    """Return the folder for files of this package that may be deleted at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sqft_export"
+
+
 def nearest_folder(place: Path) -> Path:
     """Return a path if it exists, else its nearest parent that does."""
     existing = place.resolve()

@@ -26,6 +26,16 @@ def process_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_rank() -> int:
+    """Return the number of this process among those of the launcher on this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def on_one_machine() -> bool:
+    """Return whether all processes of the launcher run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", process_count())) == process_count()
+
+
 def process_count() -> int:
     """Return the number of processes that the launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -6,14 +6,22 @@ exchange, so that none waits for it.
 """
 
 import contextlib
+import datetime
+import functools
 import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from sqft_export.errors import HostError, UserError, one_line
 from sqft_export.machine.launcher import process_count, process_rank
 
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+# One process may download a model while the others wait. A process that ends breaks the connection,
+# so that nobody waits this long for it.
+MAX_WAIT = datetime.timedelta(days=1)
 _Value = TypeVar("_Value")
 _Item = TypeVar("_Item")
 
@@ -128,6 +136,25 @@ def _connection() -> Iterator[None]:
         ) from error
 
 
+@functools.cache
+def _rendezvous() -> "tuple[Store, int, int]":
+    """Return the store of the launcher's processes, and this process's rank among how many."""
+    import torch.distributed as dist
+
+    return next(dist.rendezvous("env://", timeout=MAX_WAIT))
+
+
+def child_variables() -> dict[str, str]:
+    """Return the environment with which a child of this process joins those of other processes.
+
+    Its store is that of the launcher, or of the first process if the launcher has none.
+    """
+    if process_count() == 1:
+        return {}
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": attempt}
+
+
 @contextlib.contextmanager
 def join_processes(name: str, together: bool = True) -> Iterator[Processes]:
     """Connect the processes of a launcher for one pass; one process without a launcher.
@@ -142,10 +169,10 @@ def join_processes(name: str, together: bool = True) -> Iterator[Processes]:
         return
     import torch.distributed as dist
 
-    store, rank, count = next(dist.rendezvous("env://"))
+    store, rank, count = _rendezvous()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"sqft-export/{attempt}/{name}", store)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=MAX_WAIT)
     processes = Processes(rank, count)
     try:
         yield processes

@@ -9,27 +9,31 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
-from sqft_export.artifacts.claims import Claim, ClaimLostError, claim_artifact, claimed_folder
+from sqft_export.artifacts.claims import Claim, ClaimLostError, claimed_folder
 from sqft_export.artifacts.store import (
-    MANIFEST,
     Artifact,
     Facts,
     Store,
     environment,
     key_of,
+    open_store,
     read_artifact,
 )
 from sqft_export.errors import HostError, UserError
+from sqft_export.machine.device import device_of, use_own_accelerator
 from sqft_export.machine.host import exhausted_resource, out_of_memory, require_space
 from sqft_export.machine.launcher import (
     check_launcher,
     first_process_presence,
     first_process_works,
+    local_rank,
+    on_one_machine,
     process_count,
     process_rank,
     wait_for_first,
 )
 from sqft_export.machine.precision import resolve_precision
+from sqft_export.machine.processes import Processes, join_processes
 from sqft_export.machine.processors import (
     THREADS_FILE,
     Sample,
@@ -69,6 +73,8 @@ MEMORY_SETTINGS = {
     "benchmark": "benchmark.items",
 }
 MEMORY_SETTINGS["teacher"] = MEMORY_SETTINGS["adapt"]
+_START = "start"  # name of the group of processes that agree on a run
+_PREPARING_TURNS = 2  # the first process of every machine, then all others
 # The comparison with other models may take as long as the model itself.
 USABLE = "The deployments are verified and are measured now. Try one: sqft-export chat {root}"
 
@@ -166,29 +172,91 @@ def _plan_within_limits(
     return steps
 
 
-def _run_as_other_rank(
+@dataclass(frozen=True)
+class _Decision:
+    """What the first of several processes decides for all.
+
+    recipe: with the commits of its datasets, its precision, and without unsupported targets.
+    device: kind of the device that torch computes on.
+    steps: passes with their keys, and which of them are sealed.
+    """
+
+    recipe: Recipe
+    device: str
+    steps: list[Planned]
+
+
+def _decide(
+    processes: Processes,
     recipe: Recipe,
     folder: Path,
     layout: Layout,
     store: Store,
     last: tuple[str, ...],
-    redirect: bool,
-) -> dict[str, Artifact]:
+) -> _Decision:
+    """Plan the passes and send the decision to the other processes, which then prepare."""
+    if store.remote and not on_one_machine():
+        raise UserError(
+            f"--runs: {store.remote.url}: found a launcher with processes on several machines, "
+            "which need a shared folder; a URL goes with processes on one machine, --ray and "
+            "--shard"
+        )
+    undecided, recipe = recipe, resolve_precision(recipe, store.root)
+    if store.share_records():  # another machine was faster
+        recipe = resolve_precision(undecided, store.root)
+    steps = _plan_within_limits(recipe, folder, layout, store, last)
+    if store.share_records():
+        steps = _plan_within_limits(recipe, folder, layout, store, last)
+    decided = _Decision(recipe, device_of(recipe.device).type, steps)
+    if processes.count > 1:
+        processes.gather(decided)
+        for _ in range(_PREPARING_TURNS):
+            processes.gather(None)
+    return decided
+
+
+def _accept_decision(processes: Processes, root: Path) -> tuple[_Decision, Path]:
+    """Return the first process's decision, and the folder of the base model on this machine.
+
+    The first process of each machine downloads a missing model.
+
+    :raises UserError: if this process can't do what was decided; all processes get the error.
+    """
+    decided: _Decision = processes.gather(None)[0]  # type: ignore[assignment]
+    device = device_of(decided.recipe.device).type
+    if device != decided.device:
+        raise HostError(
+            f"device: process {processes.number} found {device}, process 0 has {decided.device}; "
+            "set device=cpu, or start processes only where there is such a device"
+        )
+    folder = root
+    for turn in range(_PREPARING_TURNS):
+        if turn == min(local_rank(), _PREPARING_TURNS - 1):
+            folder = prepare_recipe(decided.recipe, root)[1]
+        processes.gather(None)
+    return decided, folder
+
+
+def _run_as_other_rank(recipe: Recipe, root: Path, redirect: bool) -> dict[str, Artifact]:
     """Run as a launcher's process with a rank above 0.
 
     Such a process takes part in distributed passes and otherwise waits for the first process. If
     the first process fails, the launcher ends the others.
     """
     artifacts: dict[str, Artifact] = {}
-    store.root.mkdir(parents=True, exist_ok=True)
-    recipe = resolve_precision(recipe, store.root)
-    with open_output(store.root / f"log-{process_rank()}.txt", redirect) as output:
-        for step in _plan_within_limits(recipe, folder, layout, store, last):
+    root.mkdir(parents=True, exist_ok=True)
+    with join_processes(_START) as processes:
+        decided, folder = _accept_decision(processes, root)
+    store = Store(root)
+    with open_output(root / f"log-{process_rank()}.txt", redirect) as output:
+        for step in decided.steps:
             sealed = store.path_of(step.name, step.key)
             if not sealed.exists():
                 note = f"process {process_rank()} of {process_count()} waits for the first one"
                 print(f"{step.name:16} {note}", file=output.terminal, flush=True)
-                _join_pass(step, recipe, folder, artifacts, store)
+                if step.artifact is None:
+                    _join_pass(step, decided.recipe, folder, artifacts, store)
+                wait_for_first(root, sealed.exists)
             artifacts[step.name] = read_artifact(sealed)
     return artifacts
 
@@ -196,7 +264,7 @@ def _run_as_other_rank(
 def _join_pass(
     step: Planned, recipe: Recipe, folder: Path, artifacts: dict[str, Artifact], store: Store
 ) -> None:
-    """Take part in a distributed pass, and return once the first process has sealed it."""
+    """Take part in a distributed pass; return at once from any other."""
     stage, sealed = stage_of(step.name), store.path_of(step.name, step.key)
     wait_for_first(store.root, lambda: sealed.exists() or first_process_works(store.root))
     if stage.DISTRIBUTED and not sealed.exists():
@@ -206,7 +274,6 @@ def _join_pass(
         wait_for_first(store.root, base.is_dir)
         view, lineage = _view_of(recipe, step.name), {step.name: step.facts}
         stage.run(Context(step.name, view, base, inputs, partial, silent, lineage))
-    wait_for_first(store.root, sealed.exists)
 
 
 def prepare_recipe(recipe: Recipe, root: Path) -> tuple[Recipe, Path, Layout]:
@@ -318,7 +385,7 @@ def _run_or_wait(
         reporter.say(f"{step.name:16} waits for {owner}", step.name)
 
     while True:
-        with claim_artifact(path, (path / MANIFEST).exists, report_wait) as claim:
+        with store.claim(step.name, step.key, report_wait) as claim:
             if claim is None:
                 return read_artifact(path), True
             start = reporter.start_of(step.name)
@@ -339,7 +406,7 @@ def _obtain(
 ) -> list[str]:
     """Add the artifact of a pass, cached or new, to ``artifacts``; return a new one's warnings."""
     if step.artifact is not None:
-        artifacts[step.name] = step.artifact
+        artifacts[step.name] = store.fetch(step.artifact)
         reporter.say(f"{step.name:16} cached{_machine_note(step.artifact)}", step.name)
         return []
     before = sample()
@@ -392,23 +459,26 @@ def run_recipe(
     :raises UserError: before any work, if the recipe can't be run here.
     """
     check_launcher()
-    recipe, folder, layout = prepare_recipe(recipe, root)
-    recipe, store = pin_revisions(recipe, online=True), Store(root)
+    use_own_accelerator()
     if process_rank():
-        return _run_as_other_rank(recipe, folder, layout, store, last, redirect)
-    artifacts, gates = dict[str, Artifact](), QualityGates(recipe, folder, store)
-    with (
-        _open_run(root, redirect, listener, worker) as (reporter, log),
-        open_loggers(recipe, root) as loggers,
-    ):
-        recipe = resolve_precision(recipe, root)
-        _say_warnings(reporter, plan_warnings(recipe, layout))
-        for step in (steps := _plan_within_limits(recipe, folder, layout, store, last)):
+        return _run_as_other_rank(recipe, root, redirect)
+    artifacts = dict[str, Artifact]()
+    with contextlib.ExitStack() as opened:
+        with join_processes(_START) as processes:
+            recipe, folder, layout = prepare_recipe(recipe, root)
+            recipe, store = pin_revisions(recipe, online=True), open_store(root)
+            reporter, log = opened.enter_context(_open_run(root, redirect, listener, worker))
+            loggers = opened.enter_context(open_loggers(recipe, root))
+            _say_warnings(reporter, plan_warnings(recipe, layout))
+            decided = _decide(processes, recipe, folder, layout, store, last)
+        recipe, steps, gates = decided.recipe, decided.steps, QualityGates(recipe, folder, store)
+        for step in steps:
             warnings = _obtain(step, recipe, folder, artifacts, store, reporter, log, loggers)
             try:  # also logs the quality that makes a gate stop the run
                 warnings += gates.check(step.name, artifacts)
             finally:
                 loggers.log_pass(artifacts[step.name])
+            store.share_records()
             _say_warnings(reporter, warnings)
             if step.name == "verify" and step.artifact is None and step is not steps[-1]:
                 reporter.say(USABLE.format(root=root))

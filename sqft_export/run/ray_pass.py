@@ -7,9 +7,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class PassRequest:
-    """A pass of a recipe and the folder of all runs, which every machine reaches.
+    """A pass of a recipe.
 
     label: name of the task, for the log in the run's folder.
+    runs: folder of all runs, or its URL; every machine reaches it.
     """
 
     recipe: Path
@@ -17,7 +18,7 @@ class PassRequest:
     model_path: Path | None
     name: str
     label: str
-    runs: Path
+    runs: str
     threads: int
 
 
@@ -44,6 +45,7 @@ def run_pass(request: PassRequest, *parents: PassOutcome) -> PassOutcome:
     node = platform.node()
     if any(parent.code for parent in parents):
         return PassOutcome(node, code=1, skipped=True)
+    from sqft_export.artifacts.remote import runs_folder
     from sqft_export.errors import UserError
     from sqft_export.machine.processors import set_threads
 
@@ -53,7 +55,7 @@ def run_pass(request: PassRequest, *parents: PassOutcome) -> PassOutcome:
         from sqft_export.run.pipeline import run_recipe
 
         recipe = load_recipe(request.recipe, request.settings, request.model_path)
-        root = request.runs / recipe.name
+        root = runs_folder(request.runs) / recipe.name
         made = run_recipe(recipe, root, (request.name,), worker=request.label)[request.name]
         return PassOutcome(node, made.manifest["seconds"])
     except UserError as error:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sqft_export.artifacts.remote import url_of
 from sqft_export.errors import HostError, UserError
 from sqft_export.machine.host import allowed_processors, size_text
 from sqft_export.run.combinations import Sweep
@@ -23,7 +24,8 @@ _LOCAL = "local"
 def run_passes(sweep: Sweep, runs: Path, threads: int | None, address: str | None) -> None:
     """Run the unique passes of all combinations on a cluster.
 
-    :param runs: absolute path of a folder that all machines of the cluster reach.
+    :param runs: absolute path of a folder that all machines of the cluster reach, or local copy of
+        an object store that they reach.
     :param threads: processors of each pass; None takes at most ``MAX_PROCESSORS``.
     :param address: of a running cluster; None starts one on this machine.
     :raises UserError: the first error of a pass, after all passes that do not depend on it.
@@ -88,7 +90,7 @@ def _submit(
             sweep.model_path,
             task.name,
             task.label,
-            runs,
+            url_of(runs) or str(runs),
             int(options["num_cpus"]),
         )
         parents = [references[parent] for parent in task.parents if parent in references]

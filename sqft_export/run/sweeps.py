@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqft_export.artifacts.store import MANIFEST, Store
+from sqft_export.artifacts.store import open_store
 from sqft_export.model.hub import model_folder
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.memory import FIXED_MEMORY, predict_memory
@@ -51,12 +51,11 @@ def check_combinations(recipes: Sequence[Recipe]) -> None:
 
 def sealed_report(recipe: Recipe, root: Path) -> Path | None:
     """Return the folder of a combination's report; None if it is not finished."""
-    store = Store(root)
+    store = open_store(root)
     recipe, folder, _ = prepare_recipe(recipe, root)
     recipe = pin_revisions(recipe, online=True)
     report = next(p for p in plan_passes(recipe, folder, store) if p.name == "report")
-    path = store.path_of(report.name, report.key)
-    return path if (path / MANIFEST).exists() else None
+    return store.fetch(report.artifact).path if report.artifact else None
 
 
 def pass_tasks(sweep: Sweep, runs: Path) -> dict[str, PassTask]:
@@ -67,7 +66,7 @@ def pass_tasks(sweep: Sweep, runs: Path) -> dict[str, PassTask]:
         recipe, folder, layout = prepare_recipe(recipe, runs / recipe.name)
         recipe = pin_revisions(recipe, online=True)
         memory = predict_memory(recipe, layout, workload_of(recipe, folder))
-        for step in plan_passes(recipe, folder, Store(runs / recipe.name)):
+        for step in plan_passes(recipe, folder, open_store(runs / recipe.name)):
             known = tasks.get(step.key)
             tasks[step.key] = PassTask(
                 name=step.name,
