@@ -1,6 +1,8 @@
 """Passes on several processes give the bytes of one process, and stop together."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +24,10 @@ from conftest import small_recipe
 from sqft_export.errors import UserError
 from sqft_export.machine.launcher import process_rank
 from sqft_export.model import blocks
-from sqft_export.run.pipeline import run_recipe
-run_block = blocks._run_block
+from sqft_export.run import pipeline
+run_block, run_recipe = blocks._run_block, pipeline.run_recipe
+if process_rank():  # the first process decides
+    pipeline.plan_passes = pipeline.resolve_precision = pipeline.pin_revisions = None
 
 def run_or_die(block, *others):
     if str(block.index) == os.environ.get("KILLED_BLOCK") and process_rank() == 1:
@@ -126,6 +130,99 @@ def test_all_processes_stop_with_the_first_error(tmp_path):
     lines = [line for line in done.stdout.splitlines() if line.startswith("rank ")]
     assert done.returncode != 0
     assert lines and all("NaN or infinite" in line for line in lines), done.stderr[-2000:]
+
+
+START_WORKER = """
+import sys
+from pathlib import Path
+import torch
+from conftest import small_recipe
+from sqft_export.errors import HostError, UserError
+from sqft_export.machine.launcher import process_rank
+from sqft_export.run import pipeline
+recipe, prepare = small_recipe("adapt=none", "calibration.samples=4"), pipeline.prepare_recipe
+
+def lacks_disk(*arguments):
+    raise HostError("disk: 9 GiB needed, 1 GiB free")
+
+def other_device(setting):
+    return torch.device("cuda")
+
+if str(process_rank()) == sys.argv[2]:
+    pipeline.prepare_recipe = lacks_disk
+if process_rank() == 1 and sys.argv[2] == "device":
+    pipeline.device_of = other_device
+try:
+    pipeline.run_recipe(recipe, Path(sys.argv[1]), ("sparsify",))
+except UserError as error:
+    print(error, flush=True)
+    sys.exit(error.code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("failing", "message"),
+    [
+        ("0", "disk: 9 GiB needed, 1 GiB free"),
+        ("1", "disk: 9 GiB needed, 1 GiB free"),
+        ("device", "device: process 1 found cuda, process 0 has cpu; set device=cpu"),
+    ],
+)
+def test_a_failure_before_the_passes_ends_all_processes_with_its_exit_code(
+    tmp_path, failing, message
+):
+    """No launcher that could end the other process: it gets the error itself."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", START_WORKER, str(tmp_path / "runs"), failing],
+            cwd=ROOT,
+            env={
+                **os.environ,
+                **launched,
+                **{"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+                "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [worker.communicate(timeout=300) for worker in workers]
+    assert [worker.returncode for worker in workers] == [3, 3], outputs
+    source = int(failing == "1" or failing == "device")
+    assert outputs[source][0].startswith(message), outputs
+    assert outputs[1 - source][0].startswith(f"process {source}: {message}"), outputs
+
+
+@pytest.mark.slow
+def test_scores_of_torch_rows_do_not_depend_on_the_number_of_processes(tmp_path):
+    """Both processes have the model and share the batches; one of them times it."""
+    settings = (
+        *("sparsify.method=wanda", "export.targets=[]", "benchmark.items=9", "verify.prompts=2"),
+        *("benchmark.baselines=[dense, merged]", "benchmark.repeats=2", "benchmark.rounds=2"),
+        "benchmark.new_tokens=2",
+    )
+    recipe = small_recipe(*SETTINGS, *settings)
+    one = run_recipe(recipe, tmp_path / "one", ("benchmark",))["benchmark"]
+    done = run_on(2, tmp_path / "several", "benchmark", *settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = run_recipe(recipe, tmp_path / "several", ("benchmark",))["benchmark"]
+    answers = [(found.path / "items.jsonl").read_text() for found in (one, two)]
+    assert answers[0] == answers[1] and answers[0].count("\n") == 18
+    figures = [
+        [
+            {name: row[name] for name in ("id", "accuracy", "perplexity", "token_accuracy")}
+            for row in json.loads((found.path / "results.json").read_text())["rows"]
+        ]
+        for found in (one, two)
+    ]
+    assert figures[0] == figures[1]
+    assert set(two.manifest["files"]) == set(one.manifest["files"])
 
 
 def test_the_first_version_of_fsdp_is_refused(monkeypatch):

@@ -102,6 +102,25 @@ def test_combinations_share_their_passes(tmp_path):
         earlier.add(task.key)
 
 
+def test_the_commands_of_the_guide_parse():
+    """The page on several GPUs and machines; slow tests run sweeps in each of these ways."""
+    import typer
+
+    from sqft_export.cli import app
+
+    page = (ROOT / "docs" / "how-to" / "several-gpus.md").read_text()
+    lines = [line.strip() for line in page.splitlines() if line.startswith("    sqft-export ")]
+    command = typer.main.get_command(app)
+    for line in lines:
+        _, name, *arguments = shlex.split(line)
+        context = command.commands[name].make_context(name, arguments)
+        given = context.params
+        if name == "sweep":
+            sweep = Sweep(given["recipe"], (), parse_axes(given["over"]), None)
+            assert all(sweep.load(settings) for settings in sweep.combinations)
+    assert len(lines) >= 7
+
+
 WORKER = """
 import sys
 from pathlib import Path
