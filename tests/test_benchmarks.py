@@ -83,3 +83,29 @@ def test_worth_prints_differences_in_points_and_resumes(tmp_path):
         second.stdout.splitlines()[-1] != ""
         and values == json.loads(second.stdout.splitlines()[-1])["values"]
     )
+
+
+def run_scaling(out, *options: str) -> dict:
+    command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), "--small"]
+    command += ["--out", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_scaling_predicts_hours_between_the_ideal_and_one_machine(tmp_path):
+    document = run_scaling(tmp_path / "nodes", "--part", "nodes")
+    hours = document["values"]["nodes"]
+    assert set(hours) == {"1", "2", "4", "8"}
+    assert all(found["ideal"] <= found["hours"] <= hours["1"]["hours"] for found in hours.values())
+
+
+@pytest.mark.slow
+def test_scaling_measures_two_processes_and_kills(tmp_path):
+    document = run_scaling(
+        tmp_path / "all", "--part", "processes", "--part", "kill", "--rounds", "1"
+    )
+    names = {f"{name}_one_over_two_processes" for name in ("sparsify", "quantize", "search")}
+    assert set(document["ratios"]) == names
+    lost = document["values"]["lost_seconds"]
+    assert {"sparsify", "quantize", "adapt", "benchmark"} <= set(lost)
