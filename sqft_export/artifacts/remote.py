@@ -33,14 +33,29 @@ _BLOBS, _RECORDS, _PROBE = "blobs", "records", ".put-if-absent"
 # Choices of the first worker, and measurements that the report reads.
 _SHARED_RECORD = re.compile(r"[a-z]+-precision\.json|quality-[\w-]+\.json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_EXTRAS = {"s3": "pip install 'sqft-export[s3]'", "gs": "pip install gcsfs"}
+# File systems of fsspec that create an object only if it is absent in one request; others query
+# first, so that two workers could both succeed. ``memory`` is for tests.
+_PACKAGES = {
+    "s3": "pip install 'sqft-export[s3]'",
+    "gs": "pip install gcsfs",
+    "memory": "pip install fsspec",
+}
 
 
 def runs_folder(runs: str | Path) -> Path:
-    """Return the folder of all runs; for a URL, the local copy on this machine."""
+    """Return the folder of all runs; for a URL, the local copy on this machine.
+
+    :raises UserError: if it is a URL of another kind of store.
+    """
     url = str(runs).rstrip("/")
-    if "://" not in url:
+    scheme, found, _ = url.partition("://")
+    if not found:
         return Path(runs)
+    if scheme not in _PACKAGES:
+        raise UserError(
+            f"--runs: found {one_line(url)}; allowed are a folder, s3://<bucket>/<folder> and "
+            "gs://<bucket>/<folder>; a file system that is mounted is a folder"
+        )
     folder = _copies() / hashlib.sha256(url.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / URL_FILE, url)
@@ -85,7 +100,7 @@ def _file_system(url: str) -> "AbstractFileSystem":
 
             return url_to_fs(url)[0]
     except ImportError as error:
-        advice = _EXTRAS.get(url.partition("://")[0], "install its package for fsspec")
+        advice = _PACKAGES[url.partition("://")[0]]
         raise UserError(f"--runs: {url}: {one_line(error)}; {advice}") from error
 
 
