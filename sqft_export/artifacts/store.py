@@ -312,13 +312,12 @@ class Store:
     ) -> Artifact:
         """Write the manifest and rename the directory, after which the artifact exists.
 
-        :param facts: everything that the key is computed from.
-        :param metrics: results of the stage.
+        :param facts: everything that the key is computed from. metrics: results of the stage.
         :param claim: the worker's claim, if several workers share the folder.
         :param unsealed: folder in it that an interrupted pass resumes from; it is deleted last.
         :raises ClaimLostError: if another worker has taken over the pass.
         """
-        key = key_of(facts)
+        key, path = key_of(facts), self.path_of(stage, key_of(facts))
         _remove_empty_folders(partial)
         manifest: Manifest = {
             "stage": stage,
@@ -336,11 +335,9 @@ class Store:
         _write_manifest(partial, manifest)
         if claim and claim.is_lost():
             raise ClaimLostError(f"{partial}: another worker has taken over this pass")
-        path = self.path_of(stage, key)
         _publish(partial, path, unsealed)
         self.hashes.save()
-        made = Artifact(path, manifest)
-        self._upload(made)
+        self._upload(made := Artifact(path, manifest))
         return made
 
 

@@ -18,6 +18,7 @@ PROCESS_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 ADDRESS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 PRESENCE_FILE = ".first-process"  # locked while the first process works in a run's folder
 POLL_SECONDS = 0.5
+START_SECONDS = 300.0  # within which all processes of a launcher start
 MAX_ABSENCE_SECONDS = 60.0  # time without a first process after which another gives up
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from sqft_export.errors import HostError, UserError, one_line
+from sqft_export.machine import launcher
 from sqft_export.machine.launcher import process_count, process_rank
 
 if TYPE_CHECKING:
@@ -138,10 +139,31 @@ def _connection() -> Iterator[None]:
 
 @functools.cache
 def _rendezvous() -> "tuple[Store, int, int]":
-    """Return the store of the launcher's processes, and this process's rank among how many."""
+    """Return the store of the launcher's processes, and this process's rank among how many.
+
+    :raises UserError: if not all of them start.
+    """
     import torch.distributed as dist
 
-    return next(dist.rendezvous("env://", timeout=MAX_WAIT))
+    wait = datetime.timedelta(seconds=launcher.START_SECONDS)
+    try:
+        store, rank, count = next(dist.rendezvous("env://", timeout=wait))
+        present = dist.PrefixStore(f"sqft-export/{_attempt()}/present", store)
+        present.set(str(rank), b"1")
+        present.wait([str(number) for number in range(count)], wait)
+    except RuntimeError as error:
+        raise UserError(
+            f"RANK={process_rank()}, WORLD_SIZE={process_count()}: this process waits for the "
+            f"others, and not all have started within {launcher.START_SECONDS:.0f} s; start all "
+            "processes with a launcher, or unset these variables"
+        ) from error
+    store.set_timeout(MAX_WAIT)
+    return store, rank, count
+
+
+def _attempt() -> str:
+    """Return how often the launcher has restarted its processes."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def child_variables() -> dict[str, str]:
@@ -151,8 +173,7 @@ def child_variables() -> dict[str, str]:
     """
     if process_count() == 1:
         return {}
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": attempt}
+    return {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": _attempt()}
 
 
 @contextlib.contextmanager
@@ -170,8 +191,7 @@ def join_processes(name: str, together: bool = True) -> Iterator[Processes]:
     import torch.distributed as dist
 
     store, rank, count = _rendezvous()
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"sqft-export/{attempt}/{name}", store)
+    store = dist.PrefixStore(f"sqft-export/{_attempt()}/{name}", store)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=MAX_WAIT)
     processes = Processes(rank, count)
     try:

@@ -40,28 +40,19 @@ def predict_memory(
     :param processes: of a launcher; the bytes are those of each. They split the calibration
         samples, and train with FSDP2.
     """
-    # Variables are bytes, except ``whole``: a number of weights. ``block``, ``largest`` and
-    # ``outer`` are float32 copies of a block, of the largest Linear, and of all other tensors.
+    # Variables are bytes, except ``whole``: a number of weights. ``largest`` and ``outer`` are
+    # float32 copies of the largest Linear, and of all tensors that are no Linears of the decoder.
     artifacts = predict_bytes(recipe, layout)
-    block = _block_bytes(layout)
     largest = 4 * max(map(prod, layout.linears.values()))
-    widest = max(inputs for _, inputs in layout.linears.values())
     activations = _calibration_bytes(recipe, layout, workload)
-    share = activations / (1 if layout.family.experts else processes)
     outer, whole = 4 * (layout.others - layout.tables), layout.weights + layout.others
-    quantize, data = recipe.quantize, (recipe, layout, workload)
-    hessians = 4 * widest**2 * (quantize.method == "gptq")
+    data = recipe, layout, workload
     deployed = _deployed_bytes(recipe, artifacts)
     tuned = _tuned_model_bytes(recipe, layout, largest)
     with_cache = tuned + _weight_cache_bytes(layout, SEARCH_BYTES + tuned)
     torch_row = max(_torch_row_bytes(recipe, layout), with_cache * _has_tuned_row(recipe))
     peaks = {
-        "sparsify": MAPPED_BYTES + block + 3 * largest + share * recipe.sparsify.calibrates,
-        "reconstruct": _reconstruction_bytes(recipe.sparsify.reconstruct, *data),
-        "quantize": max(
-            MAPPED_BYTES + block + 2 * largest + hessians + share * quantize.calibrates,
-            _reconstruction_bytes(quantize.reconstruct, *data),
-        ),
+        **_compression_bytes(*data, largest, processes),
         "search": SEARCH_BYTES + (with_cache if recipe.search.evaluates else tuned),
         "merge": max(4 * largest + 2**29, _probe_bytes(layout, outer) + _kept_bytes(whole)),
         "export-openvino": deployed,
@@ -80,6 +71,29 @@ def predict_memory(
         training += outer * (recipe.adapt.precision == "float32")
         peaks |= {"adapt": training, "teacher": training}
     return {n: FIXED_MEMORY + peaks.get(n, 0) + _table_bytes(layout, n) for n in artifacts}
+
+
+def _compression_bytes(
+    recipe: Recipe, layout: Layout, workload: Workload, largest: int, processes: int
+) -> dict[str, float]:
+    """Return the bytes of the passes that walk over the blocks.
+
+    :param largest: bytes of the largest Linear in float32.
+    :param processes: processes that split the calibration samples.
+    """
+    quantize, data = recipe.quantize, (recipe, layout, workload)
+    samples = _calibration_bytes(*data) / (1 if layout.family.experts else processes)
+    widest = max(inputs for _, inputs in layout.linears.values())
+    hessians = 4 * widest**2 * (quantize.method == "gptq")
+    block = MAPPED_BYTES + _block_bytes(layout)
+    return {
+        "sparsify": block + 3 * largest + samples * recipe.sparsify.calibrates,
+        "reconstruct": _reconstruction_bytes(recipe.sparsify.reconstruct, *data),
+        "quantize": max(
+            block + 2 * largest + hessians + samples * quantize.calibrates,
+            _reconstruction_bytes(quantize.reconstruct, *data),
+        ),
+    }
 
 
 def _table_bytes(layout: Layout, name: str) -> float:

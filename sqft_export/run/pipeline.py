@@ -174,7 +174,7 @@ def _plan_within_limits(
 
 @dataclass(frozen=True)
 class _Decision:
-    """What the first of several processes decides for all.
+    """The choices of the first of several processes, which hold for all.
 
     recipe: with the commits of its datasets, its precision, and without unsupported targets.
     device: kind of the device that torch computes on.
@@ -193,8 +193,8 @@ def _decide(
     layout: Layout,
     store: Store,
     last: tuple[str, ...],
-) -> _Decision:
-    """Plan the passes and send the decision to the other processes, which then prepare."""
+) -> tuple[Recipe, list[Planned]]:
+    """Return the recipe with its precision, and its passes, after all processes have got them."""
     if store.remote and not on_one_machine():
         raise UserError(
             f"--runs: {store.remote.url}: found a launcher with processes on several machines, "
@@ -207,12 +207,11 @@ def _decide(
     steps = _plan_within_limits(recipe, folder, layout, store, last)
     if store.share_records():
         steps = _plan_within_limits(recipe, folder, layout, store, last)
-    decided = _Decision(recipe, device_of(recipe.device).type, steps)
     if processes.count > 1:
-        processes.gather(decided)
+        processes.gather(_Decision(recipe, device_of(recipe.device).type, steps))
         for _ in range(_PREPARING_TURNS):
             processes.gather(None)
-    return decided
+    return recipe, steps
 
 
 def _accept_decision(processes: Processes, root: Path) -> tuple[_Decision, Path]:
@@ -463,26 +462,37 @@ def run_recipe(
     if process_rank():
         return _run_as_other_rank(recipe, root, redirect)
     artifacts = dict[str, Artifact]()
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as run:
         with join_processes(_START) as processes:
             recipe, folder, layout = prepare_recipe(recipe, root)
             recipe, store = pin_revisions(recipe, online=True), open_store(root)
-            reporter, log = opened.enter_context(_open_run(root, redirect, listener, worker))
-            loggers = opened.enter_context(open_loggers(recipe, root))
+            reporter, log = run.enter_context(_open_run(root, redirect, listener, worker))
+            loggers = run.enter_context(open_loggers(recipe, root))
             _say_warnings(reporter, plan_warnings(recipe, layout))
-            decided = _decide(processes, recipe, folder, layout, store, last)
-        recipe, steps, gates = decided.recipe, decided.steps, QualityGates(recipe, folder, store)
+            recipe, steps = _decide(processes, recipe, folder, layout, store, last)
+        gates = QualityGates(recipe, folder, store)
         for step in steps:
             warnings = _obtain(step, recipe, folder, artifacts, store, reporter, log, loggers)
-            try:  # also logs the quality that makes a gate stop the run
-                warnings += gates.check(step.name, artifacts)
-            finally:
-                loggers.log_pass(artifacts[step.name])
-            store.share_records()
+            warnings += _judge(step, artifacts, gates, loggers, store)
             _say_warnings(reporter, warnings)
             if step.name == "verify" and step.artifact is None and step is not steps[-1]:
                 reporter.say(USABLE.format(root=root))
     return artifacts
+
+
+def _judge(
+    step: Planned,
+    artifacts: dict[str, Artifact],
+    gates: QualityGates,
+    loggers: RunLoggers,
+    store: Store,
+) -> list[str]:
+    """Measure and log what a pass costs, also if a gate stops the run; return warnings."""
+    try:
+        return gates.check(step.name, artifacts)
+    finally:
+        loggers.log_pass(artifacts[step.name])
+        store.share_records()
 
 
 def _say_warnings(reporter: Reporter, warnings: Iterable[str]) -> None:
