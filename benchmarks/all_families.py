@@ -31,6 +31,7 @@ from sqft_export.telemetry import disable_telemetry
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "sqft_export" / "builtin" / "tiny"
+PROBLEMS = ROOT / "tests" / "problems"  # a part of the embedded ones: every run reads all
 OUTCOME = "outcome.json"
 LIMIT_SECONDS = 300
 REASON_CHARACTERS = 600
@@ -61,6 +62,7 @@ PASSES = (
     *("calibration.samples=4", "quantize.group_size=32", "verify.prompts=4"),
     *("benchmark.baselines=[merged]", "export.sparse_files=false"),
     "export.sparse_execution=false",
+    *(f"task.{split}={PROBLEMS / split}.jsonl" for split in ("train", "test")),
 )
 
 

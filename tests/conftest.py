@@ -241,7 +241,7 @@ def random_model(folder: Path, seed: int = 0, model_type: str = "llama", **confi
     made = AutoConfig.for_model(model_type, **(sizes | config))
     model = AutoModelForCausalLM.from_config(made)
     for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):  # else zeros, which would hide a lost one
+        if name.endswith((".bias", "proj_bias")):  # else zeros, which would hide a lost one
             torch.nn.init.normal_(parameter, std=0.2)
         elif parameter.dim() == 1:  # norms: else ones
             torch.nn.init.normal_(parameter, mean=float(parameter.mean()), std=0.1)

@@ -128,7 +128,7 @@ def test_a_hub_that_is_out_of_reach_is_one_sentence_with_two_ways_out(tmp_path, 
 
 
 def test_a_mixture_of_experts_is_refused_by_name_before_any_work(tmp_path, sqft_here):
-    (tmp_path / "config.json").write_text('{"model_type": "gpt_oss"}')
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_moe"}')
     done = sqft_here("run", "recipes/tiny.yaml", "--model-path", str(tmp_path))
     assert done.returncode == 2
-    assert "model_type: gpt_oss is a mixture of experts" in done.stderr
+    assert "model_type: qwen2_moe is a mixture of experts" in done.stderr

@@ -18,6 +18,7 @@ from sqft_export.errors import UserError
 from sqft_export.model.architecture import family_of, shapes_of
 from sqft_export.model.companions import file_in_folder
 from sqft_export.model.config import ModelConfig
+from sqft_export.model.existing import without_mxfp4
 from sqft_export.model.expert_names import expert_tensors
 from sqft_export.model.families import Family
 from sqft_export.model.tensorfiles import TORCH_NAMES, TensorFiles, TensorInfo, TensorWriter
@@ -52,7 +53,7 @@ class Checkpoint(TensorFiles):
         stored = read_json(file_in_folder(folder, "config.json"))
         # config.json of a multimodal wrapper; its text model is read. None for a text model.
         self.wrapper_config = stored if is_wrapper(stored) else None
-        self.stored_config = text_config_of(cast(ModelConfig, stored), self.where)
+        self.stored_config = without_mxfp4(text_config_of(cast(ModelConfig, stored), self.where))
 
     @cached_property
     def config(self) -> ModelConfig:

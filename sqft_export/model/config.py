@@ -23,6 +23,8 @@ class RopeParameters(TypedDict, total=False):
     alpha: float
     beta_fast: float
     beta_slow: float
+    truncate: bool
+    attention_factor: float
     mscale: float
     mscale_all_dim: float
     llama_4_scaling_beta: float

@@ -2,9 +2,21 @@
 
 from typing import NamedTuple
 
-from sqft_export.model.config import QuantizationConfig, WeightScheme
+from sqft_export.model.config import ModelConfig, QuantizationConfig, WeightScheme
+from sqft_export.model.families import FAMILIES
 
 GPTQ_BITS = (4, 8)
+
+
+def without_mxfp4(config: ModelConfig) -> ModelConfig:
+    """Return a config without the settings of experts in MXFP4, which are read as bfloat16."""
+    family = FAMILIES.get(config.get("model_type", ""))
+    known = family is not None and family.experts is not None and family.experts.alternate
+    if not known or config.get("quantization_config", {}).get("quant_method") != "mxfp4":
+        return config
+    plain = config.copy()
+    del plain["quantization_config"]
+    return plain
 
 
 class StoredGrid(NamedTuple):

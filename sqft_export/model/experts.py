@@ -8,6 +8,7 @@ equal up to the order of the sum over experts.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +16,38 @@ from torch import Tensor, nn
 from sqft_export.model.families import Experts
 
 
-class Expert(nn.Module):
-    """One expert: ``down(act(gate(x)) * up(x))``."""
+Combination = Callable[[Tensor, Tensor], Tensor]  # outputs of gate and up -> inputs of down
 
-    def __init__(self, hidden: int, inner: int, names: tuple[str, str, str], act: Callable):
+
+def gate_outputs(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    """Return ``act(gate) * up``."""
+    return act(gate) * up
+
+
+def gate_clamped_outputs(alpha: float, limit: float, gate: Tensor, up: Tensor) -> Tensor:
+    """Return ``(up + 1) * gate * sigmoid(alpha * gate)`` of clamped outputs (gpt-oss).
+
+    Up is clamped on both sides, the gate above.
+    """
+    gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+
+
+class Expert(nn.Module):
+    """One expert: ``down(combine(gate(x), up(x)))``."""
+
+    def __init__(self, hidden: int, inner: int, experts: Experts, combine: Combination):
         super().__init__()
-        self.names, self.act = names, act
-        gate, up, down = names
-        self.add_module(gate, nn.Linear(hidden, inner, bias=False))
-        self.add_module(up, nn.Linear(hidden, inner, bias=False))
-        self.add_module(down, nn.Linear(inner, hidden, bias=False))
+        self.names, self.combine = experts.linears, combine
+        gate, up, down = experts.linears
+        self.add_module(gate, nn.Linear(hidden, inner, bias=experts.biases))
+        self.add_module(up, nn.Linear(hidden, inner, bias=experts.biases))
+        self.add_module(down, nn.Linear(inner, hidden, bias=experts.biases))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output ``[tokens, hidden]`` of inputs of the same shape."""
         gate, up, down = (self.get_submodule(name) for name in self.names)
-        return down(self.act(gate(x)) * up(x))
+        return down(self.combine(gate(x), up(x)))
 
 
 @dataclass(frozen=True)
@@ -62,9 +80,10 @@ class RoutedExperts(nn.ModuleList):
         whose operations can't depend on the data. Otherwise an expert gets only its own tokens.
     """
 
-    def __init__(self, count: int, hidden: int, inner: int, names: tuple[str, ...], act: Callable):
-        gate, up, down = names
-        super().__init__(Expert(hidden, inner, (gate, up, down), act) for _ in range(count))
+    def __init__(
+        self, count: int, hidden: int, inner: int, experts: Experts, combine: Combination
+    ):
+        super().__init__(Expert(hidden, inner, experts, combine) for _ in range(count))
         self.computes_all = False
         self.recorded: list[Routed] | None = None
         self._replayed: Iterator[Tensor] | None = None
@@ -164,12 +183,16 @@ def separate_experts(model: nn.Module, experts: Experts) -> None:
 def _separated(module: nn.Module, experts: Experts) -> nn.Module | None:
     """Return the module with separate experts; None if it has no batched ones."""
     both = getattr(module, "gate_up_proj", None)
+    if isinstance(both, nn.Parameter) and both.dim() == 3 and experts.alternate:
+        count, hidden, outputs = both.shape
+        clamped = partial(gate_clamped_outputs, module.alpha, module.limit)
+        return RoutedExperts(count, hidden, outputs // 2, experts, clamped)
     if isinstance(both, nn.Parameter) and both.dim() == 3:
-        count, inner, hidden = both.shape
-        return RoutedExperts(count, hidden, inner // 2, experts.linears, module.act_fn)
+        count, outputs, hidden = both.shape
+        gated = partial(gate_outputs, module.act_fn)
+        return RoutedExperts(count, hidden, outputs // 2, experts, gated)
     if hasattr(module, "input_linear") and hasattr(module.input_linear, "num_experts"):
-        count, inner, hidden = module.input_linear.weight.shape
-        act = module.activation
-        routed = RoutedExperts(count, hidden, inner // 2, experts.linears, act)
-        return _GraniteBlock(module, routed)
+        count, outputs, hidden = module.input_linear.weight.shape
+        gated = partial(gate_outputs, module.activation)
+        return _GraniteBlock(module, RoutedExperts(count, hidden, outputs // 2, experts, gated))
     return None

@@ -41,11 +41,15 @@ def index_name(stem: str) -> str:
 
 
 class Slice(NamedTuple):
-    """Rows ``start`` to ``stop`` of one matrix of a stored tensor with three axes."""
+    """Every ``step``-th row from ``start`` to ``stop`` of one matrix of a stored tensor.
+
+    The tensor has three axes; with two axes, a vector in place of the matrix.
+    """
 
     matrix: int
     start: int
     stop: int
+    step: int = 1
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class TensorInfo:
 
     key: name in that file. part: the matrix that is read; None: the complete tensor.
     transposed: the file has the matrix ``[in, out]`` of this ``shape``.
+    scales: the tensor with the scales of codes in MXFP4; None: ``key`` has values. ``shape`` and
+        ``dtype`` are those of the values.
     """
 
     file: str
@@ -62,6 +68,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     part: Slice | None = None
     transposed: bool = False
+    scales: "TensorInfo | None" = None
 
     @property
     def bytes(self) -> int:
@@ -186,7 +193,21 @@ class TensorFiles:
         for file, wanted in by_file.items():
             with safe_open(self.folder / file, framework="pt") as shard:
                 for name in wanted:
-                    yield name, _read_tensor(shard, self.headers[name])
+                    yield name, self._read(shard, self.headers[name])
+
+    def _read(self, shard: "safe_open", info: TensorInfo) -> "Tensor":
+        """Return a tensor of an open file; codes in MXFP4 are dequantized."""
+        if info.scales is None:
+            return _read_tensor(shard, info)
+        from safetensors import safe_open
+
+        from sqft_export.numerics.mxfp4 import dequantize_mxfp4
+
+        codes = _read_tensor(shard, info)
+        if info.scales.file == info.file:
+            return dequantize_mxfp4(codes, _read_tensor(shard, info.scales))
+        with safe_open(self.folder / info.scales.file, framework="pt") as other:
+            return dequantize_mxfp4(codes, _read_tensor(other, info.scales))
 
     def dtype(self, name: str) -> "torch.dtype":
         """Return the dtype of a stored tensor."""
@@ -204,8 +225,11 @@ def _read_tensor(shard: "safe_open", info: TensorInfo) -> "Tensor":
     if info.part is None:
         tensor = shard.get_tensor(info.key)
         return tensor.T.contiguous() if info.transposed else tensor
-    matrix, start, stop = info.part
-    return shard.get_slice(info.key)[matrix, start:stop]
+    matrix, start, stop, step = info.part
+    if step == 1 and not info.transposed:
+        return shard.get_slice(info.key)[matrix, start:stop]
+    found = shard.get_slice(info.key)[matrix, :]  # slices of a file have no step
+    return (found.T if info.transposed else found)[start:stop:step].contiguous()
 
 
 def file_sha256(file: Path) -> str:

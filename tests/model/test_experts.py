@@ -1,10 +1,13 @@
 """Mixtures of experts: each expert is compressed on its own tokens, without training."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import random_model, small_recipe
 from sqft_export.errors import UserError
@@ -23,6 +26,7 @@ from sqft_export.plan.workload import workload_of
 from sqft_export.quantizers import rtn
 from sqft_export.recipe.schema import Recipe
 from sqft_export.run.pipeline import run_recipe
+from sqft_export.targets.gguf.architectures import architecture_lacks
 
 IDS = torch.randint(5, 400, (2, 40), generator=torch.Generator().manual_seed(0))
 SIZES = {"intermediate_size": 64, "num_experts_per_tok": 2}
@@ -47,6 +51,17 @@ EXPERTS: list[tuple[str, dict, str]] = [
     ),
     ("phimoe", {"num_local_experts": 4}, "[openvino, onnx]"),
     ("olmoe", {"num_experts": 4, "num_key_value_heads": 4}, "[onnx, gguf]"),
+    (
+        "gpt_oss",
+        {
+            **{"num_local_experts": 4, "head_dim": 16, "sliding_window": 16},
+            "rope_parameters": {
+                **{"rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0},
+                **{"original_max_position_embeddings": 64, "truncate": True},
+            },
+        },
+        "[openvino, onnx, gguf]",
+    ),
     (
         "lfm2_moe",
         {
@@ -97,6 +112,65 @@ def test_separate_experts_compute_what_the_batched_ones_compute(name, tmp_path):
         torch.testing.assert_close(separate(input_ids=IDS).logits, expected, atol=1e-4, rtol=1e-4)
         compute_all_experts(separate)
         torch.testing.assert_close(separate(input_ids=IDS).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def write_mxfp4(folder: Path) -> dict[str, torch.Tensor]:
+    """Replace the experts of a gpt-oss folder by random codes in MXFP4, as published ones are.
+
+    :return: the batched matrices by transformers' conversion, ``[experts, in, out]``.
+    """
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    tensors, expected = load_file(folder / "model.safetensors"), {}
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        count, inputs, outputs = tensors.pop(name).shape
+        shape = (count, outputs, inputs // 32)
+        scales = torch.randint(120, 126, shape, generator=generator, dtype=torch.uint8)
+        codes = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": codes, f"{name}_scales": scales}
+        expected[name] = convert_moe_packed_tensors(codes, scales)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return expected
+
+
+def test_experts_in_mxfp4_are_read_as_bfloat16(tmp_path):
+    """A matrix at a time, with the values that transformers converts them to."""
+    expected = write_mxfp4(write_model(tmp_path, "gpt_oss"))
+    checkpoint = Checkpoint(tmp_path)
+    checkpoint.check()
+    assert "quantization_config" not in checkpoint.config
+    for name, batched in expected.items():
+        path = name.rpartition(".")[0]
+        parts = ["gate_proj", "up_proj"] if "gate_up" in name else ["down_proj"]
+        for number, matrix in enumerate(batched):
+            for index, part in enumerate(parts):
+                found = checkpoint.tensor(f"{path}.{number}.{part}.weight")
+                assert found.dtype == torch.bfloat16
+                assert torch.equal(found, matrix[:, index :: len(parts)].T)
+    run = run_recipe(recipe_of(tmp_path, "export.targets=[]"), tmp_path / "runs", ("merge",))
+    merged = Checkpoint(run["merge"].path / "model")
+    assert read_quantized(merged, "model.layers.0.mlp.experts.3.up_proj").bits == 4
+
+
+def test_mxfp4_of_other_families_is_refused(base, tmp_path):
+    shutil.copytree(base, tmp_path / "model")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="quantized by 'mxfp4'"):
+        check_recipe(recipe_of(tmp_path / "model"), tmp_path / "model")
+
+
+def test_llama_cpp_is_refused_if_it_rounds_the_borders_of_yarn():
+    """The published gpt-oss does not round them."""
+    published = AutoConfig.for_model("gpt_oss").to_dict()
+    assert "(8 and 18), and the model has 8.09 and 17.40" in architecture_lacks(published)
+    rounded = published["rope_parameters"] | {"truncate": True}
+    assert architecture_lacks(published | {"rope_parameters": rounded}) is None
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "granitemoe"])

@@ -22,6 +22,10 @@ class Experts:
         down. Checkpoints store either these or every expert separately.
     stored_buffers: last names of buffers of the class that checkpoints store, as a router's bias;
         they are read as parameters.
+    biases: whether the experts' Linears have biases, which checkpoints store as
+        ``<batched>_bias`` ``[experts, out]``.
+    alternate: whether the stored matrices are ``[experts, in, out]``, and outputs of gate and up
+        alternate. Checkpoints in MXFP4 have ``[experts, out, in]`` and the same order of outputs.
     """
 
     linears: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
@@ -29,6 +33,8 @@ class Experts:
     renamed: dict[str, str] = field(default_factory=dict)
     batched: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     stored_buffers: tuple[str, ...] = ()
+    biases: bool = False
+    alternate: bool = False
 
 
 @dataclass(frozen=True)

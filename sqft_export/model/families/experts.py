@@ -39,4 +39,10 @@ FAMILIES = (
             ),
         ),
     ),
+    # Biases everywhere, clamped gates, a sink per head, windows in every other layer.
+    replace(
+        _MOE,
+        model_types=("gpt_oss",),
+        experts=Experts(routers=("mlp.router",), biases=True, alternate=True),
+    ),
 )

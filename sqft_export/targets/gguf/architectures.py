@@ -4,6 +4,7 @@ Names are those of llama.cpp's ``gguf`` package. llama.cpp expects rotary pairs 
 for some families, and all rows of q before those of k and v. Rows are permuted; no value changes.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -224,6 +225,18 @@ ARCHITECTURES = {
             *("gate_proj", "up_proj", "down_proj"),
         ),
         ropes=("default", "linear"),
+    ),
+    "gpt_oss": Architecture(
+        "gpt-oss",
+        _ATTENTION
+        | {"post_attention_norm": "post_attention_layernorm"}
+        | _experts("mlp.router", "mlp.experts", "gate_proj", "up_proj", "down_proj"),
+        _OUTER,
+        parameters={"attn_sinks.weight": "self_attn.sinks"},
+        head_always=True,
+        ropes=("default", "yarn"),
+        window_period=2,
+        since="b6096 (August 2025)",
     ),
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -474,6 +487,7 @@ ARCHITECTURES = {
 }
 
 
+_BETA_FAST, _BETA_SLOW = 32.0, 1.0  # defaults of YaRN, in turns over the first context
 _EXAONE_LAYERS = 64  # llama.cpp recognizes the 32B model by it
 # Model types that llama.cpp does not support.
 WITHOUT_ARCHITECTURE = ("opt",)
@@ -535,6 +549,8 @@ def architecture_lacks(config: ModelConfig) -> str | None:
         return _gemma4_lacks(config)
     if model_type == "ministral3":
         return _yarn_lacks(rope_of(config))
+    if model_type == "gpt_oss":
+        return _gpt_oss_lacks(config)
     if model_type.startswith("gemma"):
         return _gemma_lacks(config)
     return _qwen3_5_lacks(config) if model_type == "qwen3_5_text" else None
@@ -567,6 +583,40 @@ def _yarn_lacks(rope: RopeParameters) -> str | None:
     if rope["mscale"] != rope["mscale_all_dim"]:
         return "llama.cpp's mistral3 takes mscale to be mscale_all_dim"
     return None
+
+
+def _gpt_oss_lacks(config: ModelConfig) -> str | None:
+    """Return what llama.cpp's graph of gpt-oss computes differently; None if nothing."""
+    if not config.get("sliding_window"):
+        return "llama.cpp requires sliding_window for gpt_oss"
+    rope = rope_of(config)
+    if rope["rope_type"] != "yarn":
+        return None
+    for key in ("attention_factor", "mscale", "mscale_all_dim"):
+        if rope.get(key):
+            return f"llama.cpp's gpt-oss has no {key} in rope_parameters"
+    low, high = _yarn_borders(rope, _rotary_size(config))
+    if rope.get("truncate", True) or low == int(low) and high == int(high):
+        return None
+    return (
+        "llama.cpp rounds the borders of YaRN to whole columns "
+        f"({math.floor(low)} and {math.ceil(high)}), and the model has {low:.2f} and {high:.2f} "
+        "(truncate: false), so that angles differ and texts of thousands of tokens are computed "
+        "differently"
+    )
+
+
+def _yarn_borders(rope: RopeParameters, size: int) -> tuple[float, float]:
+    """Return the columns between which YaRN mixes its frequencies.
+
+    :param size: rotated columns of a head.
+    """
+    length, base = rope["original_max_position_embeddings"], rope["rope_theta"]
+    turns = rope.get("beta_fast") or _BETA_FAST, rope.get("beta_slow") or _BETA_SLOW
+    low, high = (
+        size * math.log(length / (count * 2 * math.pi)) / (2 * math.log(base)) for count in turns
+    )
+    return max(low, 0.0), min(high, size - 1.0)
 
 
 def _gemma4_lacks(config: ModelConfig) -> str | None:
@@ -949,7 +999,10 @@ def _write_experts(writer: "GGUFWriter", config: ModelConfig) -> None:
         return
     writer.add_expert_count(count)
     writer.add_expert_used_count(config["num_experts_per_tok"])
-    if inner := config.get("moe_intermediate_size"):
+    inner = config.get("moe_intermediate_size")
+    if config["model_type"] == "gpt_oss":
+        inner = config["intermediate_size"]
+    if inner:
         writer.add_expert_feed_forward_length(inner)
     if config["model_type"] == "lfm2_moe":
         writer.add_leading_dense_block_count(config["num_dense_layers"])
@@ -1007,16 +1060,17 @@ def _write_rope(writer: "GGUFWriter", config: ModelConfig) -> None:
 
 
 def _write_yarn(writer: "GGUFWriter", rope: RopeParameters) -> None:
-    """Write a YaRN scaling, and the growth of queries with the position."""
+    """Write a YaRN scaling, and the growth of queries with the position if the model has one."""
     import gguf
 
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(rope["factor"])
     writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
-    writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
-    writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
-    writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+    writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or _BETA_FAST)
+    writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or _BETA_SLOW)
+    if "llama_4_scaling_beta" in rope:
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
 
 
 def _write_gemma(writer: "GGUFWriter", config: ModelConfig) -> None:
