@@ -1,6 +1,6 @@
 """Which Linears of a hybrid can be INT4: KL divergence if only one kind of Linear is rounded.
 
-    python benchmarks/layer_kinds.py [--steps 600] [--family qwen3_5_text] [--seed 0]
+    python benchmarks/layer_kinds.py [--steps 600] [--families qwen3_5_text lfm2] [--seed 0]
 
 Makes a model of two blocks, one recurrent and one with attention. It is measured with random
 weights, and again after ``--steps`` steps of training on the embedded task. For every kind of
@@ -24,12 +24,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from sqft_export.builtin.tiny.pretrain import batches, texts
 from sqft_export.builtin.tiny.pretrain import train as train_phase
 from sqft_export.builtin.tiny.problems import problems
-from sqft_export.model.families import FAMILIES
+from sqft_export.model.families import FAMILIES, Family
 from sqft_export.model.miniature import TOKENIZER
 from sqft_export.model.recurrent import replace_recurrent
 from sqft_export.numerics.affine import dequantize, fit_grid, quantize
 
 GROUP_SIZE, BITS = 32, 4
+BATCH, LEARNING_RATE = 32, 2e-3
 TEST_TEXTS = 64
 PROBLEMS = 20  # solved during training, to see its progress
 SIZES = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -106,37 +107,49 @@ def measure(
         yield kind, 100 * share, total / sum(map(len, expected))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--family", choices=SHAPES, default="qwen3_5_text")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    family, seed = FAMILIES[arguments.family], arguments.seed
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    stream = batches(tokenizer, texts(seed + 100, True), 16)
-    held_out = list(itertools.islice(stream, TEST_TEXTS // 16))
-    model = make_model(arguments.family, seed, len(tokenizer))
+def measure_family(name: str, steps: int, seed: int) -> dict[str, dict[str, float]]:
+    """Return kind of Linear -> share of the weights, and KL divergence before and after training."""
+    family, tokenizer = FAMILIES[name], AutoTokenizer.from_pretrained(TOKENIZER)
+    stream = batches(tokenizer, texts(seed + 100, True), TEST_TEXTS)
+    held_out = [next(stream)]
+    model = make_model(name, seed, len(tokenizer))
     random = {kind: (share, kl) for kind, share, kl in measure(model, held_out, family.blocks)}
     model.train()
     items = list(itertools.islice(problems(seed + 1, held_out=True, easy=True), PROBLEMS))
-    train_phase(model, tokenizer, seed, True, arguments.steps, 2e-3, items)
+    train_phase(model, tokenizer, seed, True, steps, LEARNING_RATE, items, BATCH)
     trained = {kind: kl for kind, _, kl in measure(model, held_out, family.blocks)}
-    rows = [
-        [kind, share, kl, trained[kind], kl / share, trained[kind] / share, _place(family, kind)]
-        for kind, (share, kl) in random.items()
-    ]
-    header = ["kind", "% of weights", "KL random", "KL trained"]
-    table([*header, "per %, random", "per %, trained", "stored as"], rows)
-    values = {
+    return {
         kind: {"percent": share, "random": kl, "trained": trained[kind]}
         for kind, (share, kl) in random.items()
     }
-    finish("layer_kinds", {}, {arguments.family: values, "steps": arguments.steps})
 
 
-def _place(family, kind: str) -> str:
-    return "floats" if kind in family.floats or "conv" in kind.rpartition(".")[2] else "INT4"
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--families", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    found = {}
+    for name in arguments.families:
+        found[name] = measure_family(name, arguments.steps, arguments.seed)
+        print(f"{name}, {arguments.steps} steps of {BATCH} texts")
+        header = ["kind", "% of weights", "KL random", "KL trained", "trained, per %", "stored as"]
+        rows = [
+            [
+                *(kind, *values.values(), values["trained"] / values["percent"]),
+                _place(FAMILIES[name], kind),
+            ]
+            for kind, values in found[name].items()
+        ]
+        table(header, rows)
+    finish("layer_kinds", {}, found | {"steps": arguments.steps})
+
+
+def _place(family: Family, kind: str) -> str:
+    """Return how the family stores a kind of matrix."""
+    is_filter = kind.endswith((".conv", ".conv1d"))
+    return "floats" if kind in family.floats or is_filter else "INT4"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from sqft_export.adapters.evidence import CapturedForward, row_digests
 from sqft_export.adapters.files import AdapterFiles, read_low_rank
 from sqft_export.data.items import load_tokenizer
 from sqft_export.model.checkpoint import Checkpoint
-from sqft_export.model.floats import Reference
+from sqft_export.model.floats import Edit, Reference
 from sqft_export.model.storage import load_grids, read_quantized
 from sqft_export.numerics.affine import dequantize, quantize, widen_to_4_bits
 from sqft_export.numerics.codes import Grid, QuantizedWeight
@@ -150,7 +150,12 @@ def _check_tokens(certificate: Certificate, subject: Subject) -> None:
         check.count(np.array([found != ids]), repr(text[:40]))
 
 
-def load_reference(subject: Subject, device: torch.device) -> Reference:
-    """Return the merged model in torch, with the adapter if it was not merged."""
+def load_reference(
+    subject: Subject, device: torch.device, edit: Edit | None = None
+) -> Reference:
+    """Return the merged model in torch, with the adapter if it was not merged.
+
+    :param edit: changes every float weight, as for :class:`Reference`.
+    """
     updates = read_low_rank(subject.adapter) if subject.adapter else None
-    return Reference(subject.merge / "model", updates, device)
+    return Reference(subject.merge / "model", updates, device, edit=edit)

@@ -1,6 +1,6 @@
-"""Check a GGUF deployment whose output head is Q8_0 against the merged model with that rounding.
+"""The merged model with the roundings of a GGUF deployment: GELU, and an output head as Q8_0.
 
-The rounding is computed here from llama.cpp's formula: d = max |w| / 127 per 32 weights of a row,
+GELU is that of ``gelu.py``. The rounding is computed here from llama.cpp's formula: d = max |w| / 127 per 32 weights of a row,
 q = w / d rounded to the nearest whole number (halves away from zero), d stored as float16.
 """
 
@@ -12,7 +12,10 @@ from sqft_export.measure.head import MAX_HEAD_DIVERGENCE
 from sqft_export.measure.likelihood import log_softmax
 from sqft_export.model.floats import Reference
 from sqft_export.targets import gguf
+from sqft_export.targets.gguf.architectures import uses_gelu_table
 from sqft_export.verify.certificate import Certificate
+from sqft_export.verify.fidelity import load_reference
+from sqft_export.verify.gelu import use_gelu_table
 from sqft_export.verify.subject import Subject
 
 _BLOCK, _LARGEST_CODE = 32, 127
@@ -44,10 +47,18 @@ def round_if(rounded: bool, weight: Tensor) -> Tensor:
 def reference_of(
     certificate: Certificate, subject: Subject, name: str, reference: Reference
 ) -> Reference:
-    """Return the reference of a target: with a rounded head if its deployments have one.
+    """Return the reference of a target: with the roundings that its runtime or its files have.
 
-    The divergence that the rounding adds is a check of the certificate.
+    These are GELU from llama.cpp's table, and a head as Q8_0. The divergence that each rounding
+    adds is a check of the certificate.
     """
+    if name != "gguf":
+        return reference
+    if uses_gelu_table(subject.merged.config["model_type"]):
+        table = load_reference(subject, reference.device)
+        use_gelu_table(table.model)
+        _check_divergence(certificate, subject, "GELU table", reference, table)
+        reference = table
     head = rounded_parameter(subject, name)
     if head is None:
         return reference
@@ -55,13 +66,22 @@ def reference_of(
     def round_head(parameter: str, weight: Tensor) -> Tensor:
         return round_if(parameter == head, weight)
 
-    rounded = Reference(subject.merge / "model", None, reference.device, edit=round_head)
-    title = f"divergence of {name} by its Q8_0 head"
+    rounded = load_reference(subject, reference.device, round_head)
+    if uses_gelu_table(subject.merged.config["model_type"]):
+        use_gelu_table(rounded.model)
+    _check_divergence(certificate, subject, "Q8_0 head", reference, rounded)
+    return rounded
+
+
+def _check_divergence(
+    certificate: Certificate, subject: Subject, what: str, reference: Reference, rounded: Reference
+) -> None:
+    """Check the mean KL divergence that a rounding adds on the prompts."""
+    title = f"divergence of gguf by its {what}"
     check = certificate.start("compute", title, "nats per token", MAX_HEAD_DIVERGENCE)
     total, tokens = 0.0, 0
     for prompt in subject.asked.prompts:
         one, other = (log_softmax(each.logits([prompt])[0]) for each in (reference, rounded))
         total += float((np.exp(one) * (one - other)).sum())
         tokens += len(one)
-    check.record_largest(total / tokens, tokens, name)
-    return rounded
+    check.record_largest(total / tokens, tokens, "gguf")

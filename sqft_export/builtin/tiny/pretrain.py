@@ -128,10 +128,22 @@ def exact_match(model, tokenizer, items: list[dict[str, str]]) -> float:
     return sum(right) / len(items)
 
 
-def train(model, tokenizer, seed: int, easy: bool, steps: int, lr: float, test: list) -> None:
-    """Train one phase with AdamW: linear warm-up over 50 steps, linear decay to zero."""
+def train(
+    model,
+    tokenizer,
+    seed: int,
+    easy: bool,
+    steps: int,
+    lr: float,
+    test: list,
+    batch: int = BATCH,
+) -> None:
+    """Train one phase with AdamW: linear warm-up over 50 steps, linear decay to zero.
+
+    :param test: problems that show the progress every 250 steps.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.98), weight_decay=0.01)
-    stream = itertools.islice(batches(tokenizer, texts(seed, easy), BATCH), steps)
+    stream = itertools.islice(batches(tokenizer, texts(seed, easy), batch), steps)
     for step, (input_ids, labels) in enumerate(stream, start=1):
         decay = 1 - (step - 1) / steps
         optimizer.param_groups[0]["lr"] = lr * min(1.0, step / 50) * decay
