@@ -38,7 +38,9 @@ def _split(
 
     :param scales: scales of the tensor, if it has codes in MXFP4.
     """
-    for path, parts in zip(experts.batched, (experts.linears[:2], experts.linears[2:]), strict=True):
+    for path, parts in zip(
+        experts.batched, (experts.linears[:2], experts.linears[2:]), strict=True
+    ):
         prefix, _, end = name.rpartition(f".{path}")
         if not prefix:
             continue

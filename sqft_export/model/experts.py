@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from sqft_export.model.families import Experts
 
-
 Combination = Callable[[Tensor, Tensor], Tensor]  # outputs of gate and up -> inputs of down
 
 
@@ -80,9 +79,7 @@ class RoutedExperts(nn.ModuleList):
         whose operations can't depend on the data. Otherwise an expert gets only its own tokens.
     """
 
-    def __init__(
-        self, count: int, hidden: int, inner: int, experts: Experts, combine: Combination
-    ):
+    def __init__(self, count: int, hidden: int, inner: int, experts: Experts, combine: Combination):
         super().__init__(Expert(hidden, inner, experts, combine) for _ in range(count))
         self.computes_all = False
         self.recorded: list[Routed] | None = None

@@ -150,9 +150,7 @@ def _check_tokens(certificate: Certificate, subject: Subject) -> None:
         check.count(np.array([found != ids]), repr(text[:40]))
 
 
-def load_reference(
-    subject: Subject, device: torch.device, edit: Edit | None = None
-) -> Reference:
+def load_reference(subject: Subject, device: torch.device, edit: Edit | None = None) -> Reference:
     """Return the merged model in torch, with the adapter if it was not merged.
 
     :param edit: changes every float weight, as for :class:`Reference`.

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import random_model, small_recipe
+from conftest import ROOT, random_model, small_recipe
 from sqft_export.errors import UserError
 from sqft_export.model.blocks import Inputs, walk
 from sqft_export.model.checkpoint import Checkpoint
@@ -20,6 +20,7 @@ from sqft_export.model.storage import load_grids, load_mask, read_quantized
 from sqft_export.numerics.affine import quantize
 from sqft_export.plan.checks import check_recipe
 from sqft_export.plan.experts import find_computed_experts
+from sqft_export.plan.exporters import unsupported_targets
 from sqft_export.plan.layout import layout_of
 from sqft_export.plan.memory import predict_memory
 from sqft_export.plan.workload import workload_of
@@ -29,6 +30,9 @@ from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets.gguf.architectures import architecture_lacks
 
 IDS = torch.randint(5, 400, (2, 40), generator=torch.Generator().manual_seed(0))
+RUNTIMES = ("openvino", "onnx", "gguf")
+ALL = f"[{', '.join(RUNTIMES)}]"
+PAGE = ROOT / "docs" / "how-to" / "multimodal-and-experts.md"
 SIZES = {"intermediate_size": 64, "num_experts_per_tok": 2}
 # model_type, settings, runtimes that compute it
 EXPERTS: list[tuple[str, dict, str]] = [
@@ -255,6 +259,21 @@ def test_routers_and_norms_stay_in_floats(base):
 def test_settings_that_do_not_fit_experts_are_refused(base, settings, message):
     with pytest.raises(UserError, match=message):
         check_recipe(recipe_of(base, *settings), base)
+
+
+def test_the_page_says_where_each_family_runs_and_why_not(tmp_path):
+    """The reasons are those that `plan` prints."""
+    lines = [
+        "| `model_type` | OpenVINO | ONNX Runtime | llama.cpp |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, _, targets in EXPERTS:
+        recipe = recipe_of(folder := write_model(tmp_path / name, name), "export.targets=" + ALL)
+        reasons = unsupported_targets(recipe, layout_of(recipe, folder))
+        assert {runtime for runtime in RUNTIMES if runtime not in targets} == set(reasons)
+        cells = (f"no: {reasons[r]}" if r in reasons else "yes" for r in RUNTIMES)
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    assert "\n".join(lines) in PAGE.read_text(), "\n".join([f"{PAGE.name} needs", *lines])
 
 
 def test_plan_says_which_graphs_compute_all_experts(base):

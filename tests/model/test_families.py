@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from test_experts import EXPERTS
 from transformers import AutoTokenizer
 
 from conftest import exact_onnx, exact_pipeline, random_model, said_by_onnx_genai, small_recipe
@@ -206,6 +207,11 @@ def test_every_model_type_has_its_case():
 def _runtimes_of(model_type: str) -> tuple[str, str, str]:
     """Return the cells of a family: OpenVINO, ONNX Runtime, llama.cpp."""
     family = FAMILIES[model_type]
+    if family.experts:
+        targets = next(targets for name, _, targets in EXPERTS if name == model_type)
+        words = {"openvino": "yes", "onnx": "`standard`", "gguf": "yes"}
+        found = [word if target in targets else "no" for target, word in words.items()]
+        return found[0], found[1], f"{found[2]}; without training"
     graphs = "`fused`, `standard`" if family.builder else "`standard`"
     graphs = "`fused`" if family.recurrent else graphs
     return "yes", graphs, "yes" if model_type in ARCHITECTURES else "no"
@@ -214,7 +220,7 @@ def _runtimes_of(model_type: str) -> tuple[str, str, str]:
 def test_the_readme_says_which_family_runs_where():
     """One row per combination of runtimes, from the families and what is tested here."""
     rows: dict[tuple[str, str, str], list[str]] = {}
-    for model_type in dict.fromkeys(case[0] for case in (*MODELS, *LONG_TAIL)):
+    for model_type in dict.fromkeys(case[0] for case in (*MODELS, *LONG_TAIL, *EXPERTS)):
         rows.setdefault(_runtimes_of(model_type), []).append(f"`{model_type}`")
     lines = [
         "| `model_type` | OpenVINO, its GenAI | ONNX Runtime, its GenAI | llama.cpp |",

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from wrapper_models import WRAPPERS, write_wrapper
 
-from conftest import small_recipe
+from conftest import ROOT, small_recipe
 from sqft_export.artifacts.store import Store, files_of, sha256_of
 from sqft_export.errors import UserError
 from sqft_export.model.checkpoint import Checkpoint
@@ -21,7 +21,8 @@ from sqft_export.run.pipeline import plan_passes, run_recipe
 from sqft_export.targets.inspect import inspect_folder, inspection_text
 
 IDS = torch.randint(5, 400, (2, 40), generator=torch.Generator().manual_seed(0))
-ALL_PASSES = ("gemma3", "gemma4", "mistral3", "llava", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+PAGE = ROOT / "docs" / "how-to" / "multimodal-and-experts.md"
+TARGETS = {"openvino": "OpenVINO", "onnx": "ONNX", "gguf": "GGUF"}
 OLD_PREFIXES = (("gemma3", "language_model.model."), ("qwen3_vl", "model.language_model."))
 
 
@@ -141,15 +142,27 @@ def test_a_run_writes_the_text_model_and_keys_follow_the_original(tmp_path):
     assert not is_cached()
 
 
+def test_the_page_lists_every_wrapper():
+    lines = [
+        "| multimodal `model_type` | text model | logits equal the original's on text | all passes on "
+        "a random model |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, (text, vision, others) in WRAPPERS.items():
+        kind, sections = name.partition("-")[0], {"text_config": text, "vision_config": vision}
+        config = AutoConfig.for_model(kind, **sections | others).to_dict()
+        made = text_config_of(config, "here")["model_type"]
+        lines.append(f"| `{kind}` | `{made}` | bit for bit | {', '.join(TARGETS.values())} |")
+    assert "\n".join(lines) in PAGE.read_text(), "\n".join([f"{PAGE.name} needs", *lines])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ALL_PASSES)
+@pytest.mark.parametrize("name", WRAPPERS)
 def test_a_wrapper_goes_through_all_passes(name, tmp_path):
     write_wrapper(tmp_path / "wrapper", name)
     before = digests(tmp_path / "wrapper")
-    # GGUF of Gemma 4 is compared in test_gguf.py; llama.cpp's GELU table differs more here.
-    targets = ["openvino", "onnx"] + ["gguf"] * (name != "gemma4")
-    recipe = recipe_of(tmp_path / "wrapper", f"export.targets=[{', '.join(targets)}]")
+    recipe = recipe_of(tmp_path / "wrapper", f"export.targets=[{', '.join(TARGETS)}]")
     run = run_recipe(recipe, tmp_path / "runs" / "tiny", ("verify",))
     assert all(check["passed"] for check in run["verify"].metrics["checks"])
-    assert {f"export-{target}" for target in targets} <= set(run)
+    assert {f"export-{target}" for target in TARGETS} <= set(run)
     assert digests(tmp_path / "wrapper") == before

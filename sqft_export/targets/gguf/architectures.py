@@ -596,7 +596,7 @@ def _gpt_oss_lacks(config: ModelConfig) -> str | None:
         if rope.get(key):
             return f"llama.cpp's gpt-oss has no {key} in rope_parameters"
     low, high = _yarn_borders(rope, _rotary_size(config))
-    if rope.get("truncate", True) or low == int(low) and high == int(high):
+    if rope.get("truncate", True) or (low == int(low) and high == int(high)):
         return None
     return (
         "llama.cpp rounds the borders of YaRN to whole columns "
