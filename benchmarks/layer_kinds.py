@@ -108,7 +108,7 @@ def measure(
 
 
 def measure_family(name: str, steps: int, seed: int) -> dict[str, dict[str, float]]:
-    """Return kind of Linear -> share of the weights, and KL divergence before and after training."""
+    """Return kind -> share of the weights, and KL divergence before and after training."""
     family, tokenizer = FAMILIES[name], AutoTokenizer.from_pretrained(TOKENIZER)
     stream = batches(tokenizer, texts(seed + 100, True), TEST_TEXTS)
     held_out = [next(stream)]

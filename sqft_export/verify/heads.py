@@ -1,7 +1,8 @@
 """The merged model with the roundings of a GGUF deployment: GELU, and an output head as Q8_0.
 
-GELU is that of ``gelu.py``. The rounding is computed here from llama.cpp's formula: d = max |w| / 127 per 32 weights of a row,
-q = w / d rounded to the nearest whole number (halves away from zero), d stored as float16.
+GELU is that of ``gelu.py``. The head's rounding is computed here from llama.cpp's formula:
+d = max |w| / 127 per 32 weights of a row, q = w / d rounded to the nearest whole number (halves
+away from zero), d stored as float16.
 """
 
 import numpy as np
