@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from document import finish, table
+from transformers import PretrainedConfig
 
 from sqft_export.telemetry import disable_telemetry
 
@@ -34,6 +35,7 @@ TINY = ROOT / "sqft_export" / "builtin" / "tiny"
 PROBLEMS = ROOT / "tests" / "problems"  # a part of the embedded ones: every run reads all
 OUTCOME = "outcome.json"
 LIMIT_SECONDS = 300
+MAX_PARAMETERS = 20_000_000  # a config whose sizes have other names stays large
 REASON_CHARACTERS = 600
 RUNTIMES = ("openvino", "onnx", "gguf")
 WORKS, NOTICE, REFUSED = "works", "works with notice", "refused with reason"
@@ -50,7 +52,12 @@ SIZES = {
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "seq_length", "max_seq_len"), 256),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 416),
-    **{"head_dim": 16, "hidden_size_per_layer_input": 16, "word_embed_proj_dim": 64},
+    **{
+        "head_dim": 16,
+        "rotary_dim": 8,
+        "hidden_size_per_layer_input": 16,
+        "word_embed_proj_dim": 64,
+    },
     **{"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4},
     **{"moe_intermediate_size": 32, "sliding_window": 64},
     **{"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1},
@@ -70,11 +77,12 @@ def small_settings(config: Any) -> dict[str, Any]:
     """Return settings that make a config small: its own fields, with the values of ``SIZES``."""
     known = config.to_dict()
     small: dict[str, Any] = {
-        name: size for name, size in SIZES.items() if known.get(name) is not None
+        name: [size] * SIZES["num_hidden_layers"] if isinstance(known[name], list) else size
+        for name, size in SIZES.items()
+        if known.get(name) is not None
     }
-    for name in ("text_config", "decoder"):
-        if isinstance(known.get(name), dict):
-            section = getattr(config, name)
+    for name in known:
+        if isinstance(section := getattr(config, name, None), PretrainedConfig):
             small[name] = small_settings(section) | {"model_type": section.model_type}
     return small
 
@@ -89,6 +97,10 @@ def write_model(model_type: str, folder: Path) -> None:
     torch.manual_seed(0)
     try:
         config = AutoConfig.for_model(model_type, **small_settings(default))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        if (count := model.num_parameters()) > MAX_PARAMETERS:
+            raise ValueError(f"{count:,} parameters")
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     except Exception as error:  # sizes that do not fit, or modules that are not installed
         logging.getLogger(__name__).warning("no small model: %s: %s", type(error).__name__, error)

@@ -48,7 +48,8 @@ class StreamedWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         module, _, parameter = name.rpartition(".")
-        module = self.checkpoint.stored_name(module)
+        if parameter == "weight":  # a tied head has its own bias
+            module = self.checkpoint.stored_name(module)
         weight = self.read(module, parameter)
         if parameter == "weight" and module in self.updates:
             lora_a, lora_b = map(torch.from_numpy, self.updates[module])

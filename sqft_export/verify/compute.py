@@ -22,8 +22,9 @@ from sqft_export.verify.subject import Asked, Subject
 from sqft_export.verify.text_answers import answer_by_ids, check_answer
 
 BATCH = 16  # prompts per batch of the torch reference
-# Standard deviations of logits. llama.cpp reads GELU from a float16 table. If torch uses the same
-# table, the difference is as small as in other runtimes.
+# Standard deviations of logits. llama.cpp reads GELU from a float16 table; so does the reference
+# (``gelu.py``). On average they agree to 1e-5. An input at the border of two float16 may have either
+# in each, and their values differ by 1e-3: the largest difference on random models was 2.6e-3.
 GELU_TABLE_TOLERANCE = 5e-3
 # Runtimes accumulate the state of a delta rule in float32 over all tokens; the reference does not.
 DELTA_TOLERANCE = 1e-3
@@ -76,8 +77,7 @@ def logit_tolerance(subject: Subject, name: str) -> float:
     if "linear_attention" in subject.merged.family.recurrent:
         return max(subject.asked.tolerance, DELTA_TOLERANCE)
     if name == "gguf" and uses_gelu_table(subject.merged.config["model_type"]):
-        reads = 2 if subject.merged.family.tables else 1  # a gate per layer has a GELU too
-        return max(subject.asked.tolerance, reads * GELU_TABLE_TOLERANCE)
+        return max(subject.asked.tolerance, GELU_TABLE_TOLERANCE)
     return subject.asked.tolerance
 
 

@@ -155,7 +155,8 @@ def test_experts_in_mxfp4_are_read_as_bfloat16(tmp_path):
                 found = checkpoint.tensor(f"{path}.{number}.{part}.weight")
                 assert found.dtype == torch.bfloat16
                 assert torch.equal(found, matrix[:, index :: len(parts)].T)
-    run = run_recipe(recipe_of(tmp_path, "export.targets=[]"), tmp_path / "runs", ("merge",))
+    recipe = recipe_of(tmp_path, "export.targets=[]", "benchmark.baselines=[merged]")
+    run = run_recipe(recipe, tmp_path / "runs", ("merge",))
     merged = Checkpoint(run["merge"].path / "model")
     assert read_quantized(merged, "model.layers.0.mlp.experts.3.up_proj").bits == 4
 
