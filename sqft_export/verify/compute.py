@@ -23,8 +23,8 @@ from sqft_export.verify.text_answers import answer_by_ids, check_answer
 
 BATCH = 16  # prompts per batch of the torch reference
 # Standard deviations of logits. llama.cpp reads GELU from a float16 table; so does the reference
-# (``gelu.py``). On average they agree to 1e-5. An input at the border of two float16 may have either
-# in each, and their values differ by 1e-3: the largest difference on random models was 2.6e-3.
+# (``gelu.py``). On average they agree to 1e-5. But an input at the border of two float16 may become
+# either, and their values differ by 1e-3: the largest difference on random models was 2.6e-3.
 GELU_TABLE_TOLERANCE = 5e-3
 # Runtimes accumulate the state of a delta rule in float32 over all tokens; the reference does not.
 DELTA_TOLERANCE = 1e-3
