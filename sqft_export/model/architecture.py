@@ -157,7 +157,8 @@ def _check_sizes(config: ModelConfig, where: str) -> None:
     """Refuse sizes that no real model has: they would take hours and all memory to fail."""
     for field, most in _MAX_SIZES.items():
         found = config.get(field)
-        if found is not None and (type(found) is not int or not 0 < found <= most):
+        sizes = found if isinstance(found, list) else [found]  # one per layer
+        if found is not None and not all(type(n) is int and 0 < n <= most for n in sizes):
             raise UserError(f"{where}: {field}: found {found!r}; allowed are 1 to {most}")
 
 

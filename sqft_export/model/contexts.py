@@ -11,14 +11,14 @@ from sqft_export.model.families import rope_type
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Fields with the number of positions of a model; the second one is GPT-2's.
-POSITION_FIELDS = ("max_position_embeddings", "n_positions")
+# Fields with the number of positions of a model; the second one is GPT-2's, the third one MPT's.
+POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len")
 UNLIMITED_CONTEXT = 2048  # tokens; of a deployment if the config has no limit
 
 
 def context_length(config: ModelConfig) -> int | None:
     """Return the maximum number of tokens of a model; None if the config has no such field."""
-    found = (config.get(field) for field in (*POSITION_FIELDS, "seq_length", "max_seq_len"))
+    found = (config.get(field) for field in (*POSITION_FIELDS, "seq_length"))
     return next((length for length in found if isinstance(length, int)), None)
 
 

@@ -31,12 +31,16 @@ def family_of_model(model: "PreTrainedModel", model_type: str, where: str) -> Fa
     :raises UserError: if the model has no list of blocks, no causal self-attention, or blocks that
         can't be compressed.
     """
-    path = _find_blocks(model)
-    if path is None:
-        raise UserError(
-            f"{where}: model_type: {model_type} has no list of blocks with Linears in them; tested "
-            f"are {', '.join(sorted(FAMILIES))}"
+    paths = _find_blocks(model)
+    if len(paths) != 1:
+        lists = (
+            f"several lists of Linears, {' and '.join(paths)}, in place of one" if paths else "no"
         )
+        raise UserError(
+            f"{where}: model_type: {model_type} has {lists} list of blocks with Linears in them; "
+            f"tested are {', '.join(sorted(FAMILIES))}"
+        )
+    [path] = paths
     embedding, head = _find_ends(model, model_type, where)
     check_blocks(model, path, where)
     targets = tuple(
@@ -124,8 +128,8 @@ def _is_list_of_experts(part: "nn.Module") -> bool:
     return len(parts) > 1 and all(map(linears_of, parts))
 
 
-def _find_blocks(model: "nn.Module") -> str | None:
-    """Return the path of the longest list of blocks with Linears; None without one."""
+def _find_blocks(model: "nn.Module") -> list[str]:
+    """Return the paths of the longest lists of modules with Linears; blocks are one such list."""
     from torch import nn
 
     lists = [
@@ -133,7 +137,9 @@ def _find_blocks(model: "nn.Module") -> str | None:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and linears_of(module)
     ]
-    return max(lists, key=lambda found: len(found[1]))[0] if lists else None
+    longest = max((len(module) for _, module in lists), default=0)
+    paths = [name for name, module in lists if len(module) == longest]
+    return [path for path in paths if not path.startswith(tuple(f"{one}." for one in paths))]
 
 
 def _find_ends(model: "PreTrainedModel", model_type: str, where: str) -> tuple[str, str]:

@@ -138,6 +138,8 @@ def _target_module_faults(recipe: Recipe, layout: Layout) -> Iterator[str]:
         return
     targets, _ = adapted(layout.family, adapt.target_modules, None)
     ends = layout.last_names
+    if adapt.target_modules is None:  # a hybrid may have one kind of block only
+        targets = tuple(name for name in targets if name in ends)
     if unknown := sorted(set(targets) - set(ends)):
         yield (
             f"adapt.target_modules: found {', '.join(unknown)}, which is the name of no decoder "

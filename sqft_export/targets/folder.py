@@ -140,7 +140,8 @@ def context_of(folder: Path) -> int | None:
 
     :raises UserError: if the value is not a number.
     """
-    return number_in_config(folder, "max_position_embeddings", "n_positions", "context_length")
+    fields = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length")
+    return number_in_config(folder, *fields)
 
 
 def vocabulary_of(folder: Path) -> int:

@@ -85,7 +85,8 @@ def _weight(merged: Checkpoint, name: str, quantized: set[str]) -> Tensor | None
     stored = merged.stored_name(module)
     if stored in quantized and (name == module or name.endswith(".weight")):
         return dequantize(*read_quantized(merged, stored))
-    key = f"{name}.weight" if name in merged.linears else f"{stored}.{name.rpartition('.')[2]}"
+    part = "weight" if name == module else name.rpartition(".")[2]
+    key = f"{stored if part == 'weight' else module}.{part}"  # a tied head has its own bias
     return merged.tensor(key) if key in merged.headers else None
 
 

@@ -45,6 +45,10 @@ def test_an_unlisted_model_is_taken_by_its_blocks_with_a_notice(caplog):
         ({"model_type": "t5"}, "found 't5', which is not a causal language model"),
         ({"model_type": "minimax"}, "minimax is a mixture of experts"),
         ({"model_type": "openai-gpt", "n_layer": 2}, "openai-gpt has no list of blocks with"),
+        (
+            {"model_type": "xlm", "emb_dim": 64, "n_layers": 2, "n_heads": 4},
+            "xlm has several lists of Linears, transformer.attentions and transformer.ffns, in",
+        ),
         ({"model_type": "mamba"}, r"mamba: backbone.layers.0.mixer belongs to a recurrent block"),
         ({"model_type": "bert"}, "bert lets tokens see later ones"),
         (
