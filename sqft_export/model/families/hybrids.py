@@ -1,7 +1,8 @@
 """Hybrids: blocks with attention alternate with recurrent blocks, which have a fixed state.
 
-The weights of the short convolutions have two dimensions per channel and stay in floats; they are a
-thousandth of a block.
+The weights of the short convolutions have two dimensions per channel and stay in floats. They are a
+thousandth of a block, and INT4 would cost ten times as much per weight there as anywhere else
+(``benchmarks/layer_kinds.py``).
 """
 
 from dataclasses import replace
@@ -9,7 +10,7 @@ from dataclasses import replace
 from sqft_export.model.families import Experts
 from sqft_export.model.families.llama import LLAMA
 
-_GATE = "its output per head scales {} at every token, and errors add up over the tokens"
+_GATE = "its output per head scales {} at every token; INT4 would save a thousandth of the bytes"
 FAMILIES = (
     # Gated short convolutions. ``in_proj`` makes two gates and the convolved input, and computes as
     # many products as attention's four Linears, so that it is rounded too.
