@@ -68,6 +68,7 @@ WINDOWED = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 CONVOLUTIONS = {"layer_types": ["conv", "conv", "full_attention", "conv"]}
 # Model type -> settings of its small model that no other one needs.
 EXTRA: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_vocab": 100},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "gemma3n_text": WINDOWED
     | {"num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 4},
@@ -76,9 +77,15 @@ EXTRA: dict[str, dict[str, Any]] = {
         **{"num_local_experts": 0, "shared_intermediate_size": 128},
         **{"layer_types": ["attention"] * 4, "position_embedding_type": "rope"},
     },
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "youtu": {
+        **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 16),
+        "num_key_value_heads": 4,
+    },
     "lfm2": CONVOLUTIONS,
     "lfm2_moe": CONVOLUTIONS | {"num_dense_layers": 1},
 }
+WRAPPERS = ("qwen3_5",)  # the class of text models does not take their config
 DERIVED = ("head_dim", "num_key_value_heads")  # None in configs that must set them
 PASSES = (
     *("adapt.steps=2", "adapt.batch=4", "adapt.ranks=[8, 4]", "adapt.save_steps=2"),
@@ -104,28 +111,38 @@ def small_settings(config: Any) -> dict[str, Any]:
     return small | EXTRA.get(config.model_type, {})
 
 
-def write_model(model_type: str, folder: Path) -> None:
-    """Write a random model and the embedded tokenizer; only a config if there is no such model."""
+def write_model(model_type: str, folder: Path) -> str:
+    """Write a random model and the embedded tokenizer.
+
+    :return: why only a config was written; empty for a model.
+    """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+    )
 
     AutoTokenizer.from_pretrained(TINY).save_pretrained(folder)
     try:
         default = AutoConfig.for_model(model_type)
-    except Exception:  # it requires the configs of its parts
+    except Exception as error:  # it requires the configs of its parts
         (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
-        return
+        return f"{type(error).__name__}: {error}"
     torch.manual_seed(0)
     try:
         config = AutoConfig.for_model(model_type, **small_settings(default))
+        kind = AutoModelForCausalLM if model_type not in WRAPPERS else AutoModelForImageTextToText
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = kind.from_config(config)
         if (count := model.num_parameters()) > MAX_PARAMETERS:
             raise ValueError(f"{count:,} parameters")
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+        kind.from_config(config, dtype=torch.float32).save_pretrained(folder)
     except Exception as error:  # sizes that do not fit, or modules that are not installed
-        logging.getLogger(__name__).warning("no small model: %s: %s", type(error).__name__, error)
         default.save_pretrained(folder)
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 class _Notices(logging.Handler):
@@ -151,13 +168,14 @@ def try_family(model_type: str, root: Path, runtimes: tuple[str, ...]) -> dict[s
     notices = _Notices()
     logging.getLogger("sqft_export").addHandler(notices)
     folder = root / "model"
-    write_model(model_type, folder)
+    unmade = write_model(model_type, folder)
     try:
         settings = (*PASSES, f"export.targets=[{', '.join(runtimes)}]")
         recipe = load_recipe(ROOT / "recipes" / "tiny.yaml", settings, folder)
         layout = check_recipe(recipe, folder)
     except UserError as error:
-        return {"outcome": REFUSED, "text": str(error)}
+        text = f"transformers makes no small model: {unmade}; " if unmade else ""
+        return {"outcome": REFUSED, "text": text + str(error)}
     kept = drop_unsupported(recipe, layout)
     skipped = [f"no {name}: {reason}" for name, reason in kept.skipped.items()]
     artifacts = run_recipe(recipe, root / "runs", ("verify",))

@@ -55,7 +55,7 @@ def shrink_config(config: Mapping[str, object]) -> dict[str, object]:
     small |= {"num_kv_shared_layers": sum(reads_another[i] for i in kept)} if shared else {}
     heads = next(sizes[name] for name in _HEADS if name in sizes)
     groups = {key: sizes[key] for key in _GROUPS if sizes.get(key)}
-    few = 4 if any(1 < count < heads for count in groups.values()) else 2
+    few = 4  # a class may need a multiple of four (CodeGen)
     widths = {key: sizes[key] // heads * few for key in _WIDTHS if sizes.get(key)}
     small |= widths | {key: few for key in _HEADS if key in config}
     small |= {key: few if n == heads else min(2, n) for key, n in groups.items()}
