@@ -26,6 +26,7 @@ from sqft_export.targets.devices import why_not_exact, why_not_run
 from sqft_export.targets.folder import context_of, graph_and_weights, runtime_of
 from sqft_export.targets.gguf.architectures import uses_gelu_table
 from sqft_export.targets.onnx.session import FUSED_OPERATOR
+from sqft_export.targets.torch import TorchSession
 from sqft_export.verify.certificate import Certificate
 from sqft_export.verify.compute import logit_tolerance, prompt_logits
 from sqft_export.verify.gelu import use_gelu_table
@@ -194,6 +195,7 @@ def _check_miniature(
         target(name).export(model, deployed, Export(onnx_graph=graph))
         ours = target("torch").open_session(model, True, None)
         if name == "gguf" and uses_gelu_table(config.model_type):
+            assert isinstance(ours, TorchSession)
             use_gelu_table(ours.model)
         theirs = target(name).open_session(deployed, True, None)
         for length in lengths:
