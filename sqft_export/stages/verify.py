@@ -55,7 +55,7 @@ CONSUMES: tuple[str, ...] = (
 )
 READS: tuple[str, ...] = ("model", "test", "device")
 FREE: tuple[str, ...] = ("device", *TASK_FILES)
-VERSION = 7
+VERSION = 8
 RESUMES = False
 DISTRIBUTED = False
 
