@@ -22,6 +22,7 @@ from sqft_export.errors import UserError
 from sqft_export.machine.device import CPU
 from sqft_export.measure.decode import generate
 from sqft_export.measure.likelihood import log_likelihoods
+from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.families import FAMILIES
 from sqft_export.numerics.affine import dequantize, fit_grid, quantize
 from sqft_export.numerics.codes import QuantizedWeight
@@ -31,7 +32,7 @@ from sqft_export.run.pipeline import run_recipe
 from sqft_export.run.preview import preview
 from sqft_export.stages.verify import _skipped_checks
 from sqft_export.targets import target
-from sqft_export.targets.gguf.architectures import ARCHITECTURES, Names
+from sqft_export.targets.gguf.architectures import ARCHITECTURES, Names, uses_gelu_table
 from sqft_export.targets.gguf.bindings import CyllamaModel, LlamaCppModel, _c_functions
 from sqft_export.targets.gguf.blocks import block_type, from_blocks, to_blocks
 from sqft_export.targets.gguf.session import GgufSession
@@ -186,6 +187,8 @@ def test_a_family_is_the_same_in_llama_cpp(family_run):
         "divergence of gguf in its default mode",
     ):
         assert checks[name]["compared"]
+    model_type = Checkpoint(family_run["merge"].path / "model").config["model_type"]
+    assert ("divergence of gguf by its GELU table" in checks) == uses_gelu_table(model_type)
 
 
 SHAPES = st.sampled_from([(1, 32, 32), (3, 64, 32), (5, 192, 64), (2, 256, 256), (7, 128, 128)])
