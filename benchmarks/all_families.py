@@ -25,7 +25,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from document import finish, table
+from document import finish
 from transformers import PretrainedConfig
 
 from sqft_export.telemetry import disable_telemetry
@@ -226,6 +226,16 @@ def read_outcomes(file: Path) -> dict[str, dict[str, str]]:
     return {entry["model_type"]: entry for entry in map(json.loads, lines)}
 
 
+def shorten(text: str) -> str:
+    """Return a message without its lists of families, which are those of this package."""
+    from sqft_export.model.families import FAMILIES
+
+    experts = sorted(name for name, family in FAMILIES.items() if family.experts)
+    for names in (sorted(FAMILIES), experts):
+        text = text.replace(", ".join(names), "...")
+    return text.replace("/model/config.json: ", "")
+
+
 def main() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -248,7 +258,8 @@ def main() -> None:
         with arguments.out.open("a") as file:
             file.write(json.dumps(entry) + "\n")
     rows = [found[name] for name in wanted]
-    table(["model_type", "outcome", "text"], [[*map(row.get, row)] for row in rows])
+    for row in rows:
+        print(f"{row['model_type']:24} {row['outcome']:19} {shorten(row['text'])}".rstrip())
     counts = Counter(row["outcome"] for row in rows)
     print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
     finish("all_families", {}, {"outcomes": {row["model_type"]: row["outcome"] for row in rows}})
