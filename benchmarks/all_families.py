@@ -2,7 +2,8 @@
 
     python benchmarks/all_families.py [--out FILE] [--only TYPE ...] [--again] [--export]
 
-Each model type runs in its own process, with a time limit. A model of four random blocks is written
+Each model type runs in its own process; all of them take ten minutes. A model of four random
+blocks is written
 as a Hugging Face folder. Then the passes run: prune, quantize, train two steps, merge, and verify,
 which compares the merged model with what was trained. ``--export`` adds every runtime that knows
 the model; a minute or two per model type. The outcome is one of

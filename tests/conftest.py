@@ -258,7 +258,7 @@ def random_llama(tmp_path_factory) -> Path:
     return random_model(tmp_path_factory.mktemp("llama"))
 
 
-def exact_pipeline(folder: Path):
+def exact_pipeline(folder: Path, **properties: str):
     """A folder in OpenVINO GenAI, in float32 throughout."""
     import openvino_genai
 
@@ -268,6 +268,7 @@ def exact_pipeline(folder: Path):
         INFERENCE_PRECISION_HINT="f32",
         DYNAMIC_QUANTIZATION_GROUP_SIZE=0,
         KV_CACHE_PRECISION="f32",
+        **properties,
     )
 
 

@@ -42,6 +42,8 @@ PACKAGES = {
     "gguf": ("gguf",),
     "web": ("onnxruntime", "onnxruntime_genai", "onnx", "onnx_ir"),
 }
+# Families whose windows OpenVINO GenAI does not apply with paged attention, its default.
+WITHOUT_PAGED_WINDOWS = ("olmo3", "exaone4")
 _REHEARSED_TOKENS = 24
 # Largest difference of logits, in their standard deviations. Rounding is far below, another graph
 # above.
@@ -93,11 +95,24 @@ def find_caps(recipe: Recipe, layout: Layout) -> Iterator[str]:
                 f"verify: texts of more than {length.tokens} tokens ({length.what}) are not "
                 f"compared with torch; the longest text has {LONGEST_VERIFIED}"
             )
+    if "openvino" in recipe.export.targets and (reason := _paged_windows_lack(layout.config)):
+        yield reason
     since = first_version(layout.config)
     if "gguf" in recipe.export.targets and since:
         yield f"export.targets: gguf: llama.cpp reads {layout.config['model_type']} from {since} on"
     if "gguf" in recipe.export.targets and layout.width == 8:
         yield "model: weights are float64; GGUF stores those that are not quantized as float32"
+
+
+def _paged_windows_lack(config: ModelConfig) -> str | None:
+    """Return how OpenVINO GenAI computes the windows of a model; None if by default."""
+    if config["model_type"] not in WITHOUT_PAGED_WINDOWS or not config.get("sliding_window"):
+        return None
+    return (
+        f"export.targets: openvino: OpenVINO GenAI computes texts of more than "
+        f"{config['sliding_window']} tokens (sliding_window) of {config['model_type']} correctly "
+        'with ATTENTION_BACKEND="SDPA" only; its default has no windows there'
+    )
 
 
 def unsupported_targets(recipe: Recipe, layout: Layout) -> dict[str, str]:

@@ -12,6 +12,7 @@ from conftest import exact_onnx, exact_pipeline, random_model, said_by_onnx_gena
 from sqft_export.measure.decode import generate
 from sqft_export.model.checkpoint import Checkpoint
 from sqft_export.model.families import FAMILIES
+from sqft_export.plan.exporters import WITHOUT_PAGED_WINDOWS
 from sqft_export.recipe.schema import Export
 from sqft_export.run.pipeline import run_recipe
 from sqft_export.targets import openvino as openvino_target
@@ -308,7 +309,9 @@ def test_both_genai_runtimes_say_what_torch_says(family_run, tmp_path):
     prompt = tokenizer.encode("Question: 3 + 4\nAnswer:")
     reference, stop = target("torch").open_session(merged, True, None), [tokenizer.eos_token_id]
     [expected] = generate(reference, [prompt], NEW_TOKENS, stop)
-    pipe = exact_pipeline(family_run["export-openvino"].path / "model")
+    needs_sdpa = Checkpoint(merged).config["model_type"] in WITHOUT_PAGED_WINDOWS
+    properties = {"ATTENTION_BACKEND": "SDPA"} if needs_sdpa else {}
+    pipe = exact_pipeline(family_run["export-openvino"].path / "model", **properties)
     ids = openvino_target.ov.Tensor(np.array([prompt]))
     said = pipe.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False).tokens[0]
     assert [token for token in said if token not in stop] == expected
