@@ -36,6 +36,7 @@ TINY = ROOT / "sqft_export" / "builtin" / "tiny"
 PROBLEMS = ROOT / "tests" / "problems"  # a part of the embedded ones: every run reads all
 OUTCOME = "outcome.json"
 LIMIT_SECONDS = 300
+LAYERS = 4
 MAX_PARAMETERS = 20_000_000  # a config whose sizes have other names stays large
 REASON_CHARACTERS = 600
 RUNTIMES = ("openvino", "onnx", "gguf")
@@ -46,7 +47,7 @@ SIZES = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_size"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "d_inner", "dff"), 128),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "ffn_hidden_size"), 128),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers"), 4),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers"), LAYERS),
     **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
@@ -102,7 +103,7 @@ def small_settings(config: Any) -> dict[str, Any]:
     """Return settings that make a config small: its own fields, with the values of ``SIZES``."""
     known = config.to_dict()
     small: dict[str, Any] = {
-        name: [size] * SIZES["num_hidden_layers"] if isinstance(known[name], list) else size
+        name: [size] * LAYERS if isinstance(known[name], list) else size
         for name, size in SIZES.items()
         if known.get(name) is not None or (name in DERIVED and name in known)
     }

@@ -89,7 +89,7 @@ def test_a_rehearsed_export_that_fails_names_the_cause(monkeypatch):
 
 @pytest.mark.slow
 def test_a_standard_graph_that_torch_cannot_trace_skips_onnx(monkeypatch):
-    monkeypatch.setattr("sqft_export.targets.onnx.standard.cached_heads", lambda config: 4)
+    monkeypatch.setattr("sqft_export.targets.onnx.standard.cache_sizes", lambda _: [(4, 16)] * 2)
     config = {"model_type": "falcon", "multi_query": True, "num_attention_heads": 4}
     config |= {"vocab_size": 416, "hidden_size": 64, "num_hidden_layers": 2}
     reason = rehearse("onnx", json.dumps(config), "auto")
