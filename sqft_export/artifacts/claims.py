@@ -87,7 +87,8 @@ class ClaimRecords(Protocol):
     interval_factor: multiplies the seconds between renewals and between polls.
     """
 
-    interval_factor: float
+    @property
+    def interval_factor(self) -> float: ...
 
     def numbers(self) -> list[int]:
         """Return the numbers of all claims, sorted."""
