@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import click
 import typer
 
-from sqft_export.commands import compiling, publishing, serving, sweeping, talk, web
+from sqft_export.commands import compiling, publishing, serving, supervising, sweeping, talk, web
 from sqft_export.commands.help import INTRODUCTION, Commands, version_option
 from sqft_export.commands.machine import set_compute_threads
 from sqft_export.commands.options import (
@@ -527,8 +527,8 @@ RESUME_HINT = "finished passes are kept; the same command resumes the run"
 def _run() -> int:
     """Run the command and return its exit code.
 
-    2: error of the user. 3: the machine lacks memory, disk or permission. 4: damaged files.
-    5: a certificate failed. 130: Ctrl-C. 143: SIGTERM.
+    2: error of the user. 3: the machine lacks memory, disk or permission, or lost a device.
+    4: damaged files. 5: a certificate failed. 130: Ctrl-C. 143: SIGTERM.
     """
     from sqft_export.machine.host import exhausted_resource
 
@@ -570,6 +570,9 @@ def _print_error(message: str, code: int) -> int:
 
 def main() -> None:
     """Run the command line. Errors of the user print one message and no traceback."""
+    if supervising.needs_supervision(sys.argv[1:]):
+        sys.exit(supervising.supervise(sys.argv[1:]))
+    supervising.redirect_native_messages()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may be invalid UTF-8

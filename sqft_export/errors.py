@@ -27,7 +27,7 @@ class UserError(Exception):
 
 
 class HostError(UserError):
-    """The machine lacks a resource: disk, memory or permission."""
+    """The machine lacks a resource (disk, memory or permission), or lost a device."""
 
     code = 3
 

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,19 @@ def onnx_environment(folder: Path, driver: Path | str = SWIFTSHADER) -> dict[str
     require("Debian's package chromium", SWIFTSHADER)
     require("Debian's package libvulkan1", LIBRARIES / "libvulkan.so.1")
     return environment("onnx", driver) | {"XDG_RUNTIME_DIR": str(folder)}
+
+
+def failing_vulkan(folder: Path, calls: str) -> dict[str, str]:
+    """Variables by which programs load a Vulkan loader that fails, built into a folder.
+
+    calls: see ``failing_vulkan.c``.
+    """
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("gcc is not installed")
+    source, library = ROOT / "tests" / "failing_vulkan.c", folder / "libvulkan.so.1"
+    command = [compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-o", library, source, "-ldl"]
+    subprocess.run(command, check=True)
+    libraries = os.pathsep.join([str(folder), str(LIBRARIES)])
+    real = str(LIBRARIES / "libvulkan.so.1")
+    return {"LD_LIBRARY_PATH": libraries, "REAL_VULKAN": real, "FAILING_CALLS": calls}

@@ -3,11 +3,14 @@
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sqft_export.documents import Document
 from sqft_export.machine.host import installed
 
+NVML_DEVICES = ("gpu", "cuda")  # kinds of devices that NVML reports
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "asimd")
 
 
@@ -58,8 +61,9 @@ def energy_joules(device: str = "cpu") -> float | None:
     :param device: ``gpu``, ``cuda``: all NVIDIA GPUs through NVML (needs nvidia-ml-py). ``cpu``,
         ``npu``: the processor packages through RAPL. Others have no counter.
     """
-    if device in ("gpu", "cuda"):
-        return _gpu_joules()
+    if device in NVML_DEVICES:
+        joules = _read_nvml(lambda nvml, gpu: nvml.nvmlDeviceGetTotalEnergyConsumption(gpu))
+        return None if joules is None else joules / 1e3
     if device in ("vulkan", "webgpu"):  # of any vendor; there is no common counter
         return None
     counters = sorted(Path("/sys/class/powercap").glob("intel-rapl:[0-9]/energy_uj"))
@@ -69,7 +73,24 @@ def energy_joules(device: str = "cpu") -> float | None:
         return None
 
 
-def _gpu_joules() -> float | None:
+def device_memory(device: str) -> int | None:
+    """Return the used bytes of a device's memory; None if they cannot be read.
+
+    They include other processes. CUDA's runtimes keep freed memory, so that the difference of a
+    reading before a model is loaded and one after its passes is the largest amount that it used.
+
+    :param device: ``gpu``, ``cuda``: all NVIDIA GPUs through NVML (needs nvidia-ml-py).
+    """
+    if device not in NVML_DEVICES:
+        return None
+    return _read_nvml(lambda nvml, gpu: nvml.nvmlDeviceGetMemoryInfo(gpu).used)
+
+
+def _read_nvml(read: Callable[[Any, Any], int]) -> int | None:
+    """Return the sum of a value of all NVIDIA GPUs; None without NVML or the value.
+
+    :param read: takes the module ``pynvml`` and the handle of a GPU.
+    """
     if not installed("pynvml"):
         return None
     import pynvml
@@ -77,9 +98,10 @@ def _gpu_joules() -> float | None:
     try:
         pynvml.nvmlInit()
         gpus = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-        return sum(map(pynvml.nvmlDeviceGetTotalEnergyConsumption, gpus)) / 1e3
-    except pynvml.NVMLError:  # no driver, or a GPU without an energy counter
+        found = [read(pynvml, gpu) for gpu in gpus]
+    except pynvml.NVMLError:  # no driver, or a GPU without this value
         return None
+    return sum(found) if found else None
 
 
 def _status(field: str) -> int | None:

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -33,6 +34,22 @@ def installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
+
+
+def distribution_of(module: str) -> importlib.metadata.Distribution:
+    """Return the distribution that an installed package is from.
+
+    Builds for other devices have other names: ``onnxruntime`` is from ``onnxruntime-gpu`` or others.
+    """
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None
+    start = f"{module}/"
+    for found in importlib.metadata.distributions(path=[str(Path(spec.origin).parent.parent)]):
+        if found.name.replace("-", "_").startswith(module) and any(
+            str(file).startswith(start) for file in found.files or ()
+        ):
+            return found
+    return importlib.metadata.distribution(module)
 
 
 def allowed_processors() -> int:
@@ -80,7 +97,10 @@ def size_text(size: float) -> str:
 DISK_FULL_MESSAGES = ("No space left", "os error 28", "Disk quota exceeded", "File too large")
 OUT_OF_MEMORY_MESSAGES = (
     *("not enough memory", "bad_alloc", "can't allocate memory", "Cannot allocate memory"),
-    *("out of memory", "ALLOC_FAILED", "OUT_OF_MEMORY"),  # accelerators and their libraries
+    # Accelerators and their libraries: CUDA, Vulkan, WebGPU, ONNX Runtime, OpenCL and OpenVINO.
+    *("out of memory", "ALLOC_FAILED", "OUT_OF_MEMORY", "OutOfDeviceMemory", "Out of memory"),
+    *("OUT_OF_DEVICE_MEMORY", "Failed to allocate memory", "Device memory allocation"),
+    *("CL_MEM_OBJECT_ALLOCATION_FAILURE", "Exceeded max size of memory object allocation"),
 )
 LESS_MEMORY = "use fewer bits (quantize.bits), a smaller model or --device cpu"
 # numpy's message when it could write only a part of a file.

@@ -21,6 +21,8 @@ from sqft_export.targets import Session
 DROP_ENDED_SHARE = 0.25
 # Stop a batch once this share of it runs. The rest continues with the rest of other batches.
 MIN_RUNNING_SHARE = 0.125
+FIRST_WARMUP_TOKENS = 4
+BATCH_WARMUP_TOKENS = 2  # a pass over the prompts and one over a token: GPUs compile both
 
 
 def greedy(
@@ -147,7 +149,7 @@ def profile(session: Session, request: ProfileRequest) -> Profile:
     def prompt(length: int, batch: int = 1) -> np.ndarray:
         return np.tile(np.arange(length, dtype=np.int64) * 7 % request.vocabulary, (batch, 1))
 
-    _pass_seconds(session, prompt(prompt_tokens[0]), 4)
+    _pass_seconds(session, prompt(prompt_tokens[0]), FIRST_WARMUP_TOKENS)
     first = _pass_seconds(session, prompt(prompt_tokens[0]), new_tokens)
     ttft = {str(prompt_tokens[0]): [1e3 * first[0]]}
     for length in prompt_tokens[1:]:
@@ -156,12 +158,13 @@ def profile(session: Session, request: ProfileRequest) -> Profile:
     rates, prompt_rates = {}, {}
     for batch in request.batches:
         ids = prompt(prompt_tokens[0], batch)
-        _pass_seconds(session, ids, 1)  # warm-up: allocations for this batch size
+        _pass_seconds(session, ids, BATCH_WARMUP_TOKENS)  # allocations for this batch size
         prefill, *later = _pass_seconds(session, ids, new_tokens)
         rates[str(batch)] = batch * len(later) / sum(later)
         prompt_rates[str(batch)] = ids.size / prefill
     rows = sum(request.batches)
-    passes = new_tokens + 2 * (len(prompt_tokens) - 1) + (new_tokens + 1) * rows
+    passes = FIRST_WARMUP_TOKENS + new_tokens + 2 * (len(prompt_tokens) - 1)
+    passes += (BATCH_WARMUP_TOKENS + new_tokens) * rows
     return Profile(
         ttft_ms=ttft,
         tpot_ms=[1e3 * s for s in first[1:]],

@@ -11,9 +11,13 @@ of the machine affects all of them. Definitions:
     agreement  on the tokens of a task or text: the share with the same argmax as the first folder,
                and the KL divergence from the first folder, in nats per token
     memory     peak: of the process, runtime included; steady: resident after the last answer
-    energy     of the processor package over the measured passes, if the kernel reports it
+    device     the largest amount of a GPU's memory that loading and passes took, by NVML
+    energy     of the device over all passes, if RAPL (processor) or NVML (NVIDIA) reports it
+    power      this energy over the time of the passes
 
-Every process runs unmeasured warm-up passes for each prompt length and batch size.
+Every process runs unmeasured warm-up passes for each prompt length and batch size: GPUs compile
+their kernels in them. A pass ends when its logits or its argmax token are in the process's own
+memory, so the clock stops after the device is done.
 """
 
 import json
@@ -36,7 +40,7 @@ from sqft_export.kernels.choice import STOCK
 from sqft_export.kernels.extension import require_kernels
 from sqft_export.kernels.ir import is_specialized
 from sqft_export.machine.counters import machine_facts
-from sqft_export.machine.host import installed
+from sqft_export.machine.host import distribution_of, installed
 from sqft_export.measure.agreement import ReferenceModels
 from sqft_export.measure.comparable import write_comparable
 from sqft_export.measure.jobs import (
@@ -75,7 +79,7 @@ from sqft_export.targets.folder import (
     number_in_config,
     vocabulary_of,
 )
-from sqft_export.targets.gguf.bindings import binding_package
+from sqft_export.targets.gguf.bindings import binding_module
 from sqft_export.targets.gguf.quantizer import fallback_notes
 from sqft_export.untrusted import MAX_IR_BYTES, read_bounded
 
@@ -207,7 +211,10 @@ def summarize(
     :param wanted: requested kernels.
     """
     profiles = _profiles(runs)
-    known = [one.energy_joules for one in profiles if one.energy_joules is not None]
+    known = [one for one in profiles if one.energy_joules is not None]
+    joules = sum(one.energy_joules or 0.0 for one in known)
+    all_known = len(known) == len(runs)
+    on_device = [run.device_memory_bytes for run in runs if run.device_memory_bytes is not None]
     return FolderResults(
         runtime=_runtime(measured.folder),
         file_bytes=file_bytes(measured.folder),
@@ -221,9 +228,9 @@ def summarize(
         prompt_tokens_per_second=_median_rates([one.prompt_tokens_per_second for one in profiles]),
         peak_memory_bytes=max(run.peak_memory_bytes for run in runs),
         steady_memory_bytes=int(np.median([run.steady_memory_bytes for run in runs])),
-        joules_per_token=(
-            sum(known) / sum(one.passes for one in profiles) if len(known) == len(runs) else None
-        ),
+        joules_per_token=joules / sum(one.passes for one in known) if all_known else None,
+        watts=joules / sum(one.seconds for one in known) if all_known else None,
+        device_memory_bytes=max(on_device, default=None),
         notes=[*_notes(measured, wanted), *filter(None, [runs[0].placement])],
     )
 
@@ -491,14 +498,13 @@ def _drop_long_prompts(settings: DeviceSettings, folders: list[Path]) -> DeviceS
 
 
 def runtime_versions(kinds: set[str]) -> dict[str, str]:
-    """Return the versions of this package and of the libraries of the runtimes."""
-    import importlib.metadata
-
-    libraries = {
-        "openvino": ("openvino",),
-        "onnx": ("onnxruntime",),
-        "gguf": (binding_package(),),
-        "torch": ("torch",),
+    """Return the versions of this package and of the packages of the runtimes."""
+    modules = {
+        "openvino": "openvino",
+        "onnx": "onnxruntime",
+        "web": "onnxruntime",
+        "gguf": binding_module(),
+        "torch": "torch",
     }
-    names = ["sqft-export", *(name for kind in sorted(kinds) for name in libraries[kind])]
-    return {name: importlib.metadata.version(name) for name in names}
+    found = map(distribution_of, ("sqft_export", *(modules[kind] for kind in sorted(kinds))))
+    return {one.name: one.version for one in found}

@@ -104,8 +104,9 @@ class Profile(Document):
 
     prompt_tokens_per_second: prompts of the first length.
 
-    passes: number of measured passes, each counted once per row of its batch.
+    passes: number of all passes, warm-up included, each counted once per row of its batch.
     energy_joules: energy of these passes; None if the machine does not report it.
+    seconds: duration of these passes.
     """
 
     ttft_ms: dict[str, list[float]]
@@ -114,6 +115,7 @@ class Profile(Document):
     prompt_tokens_per_second: dict[str, float]
     passes: int
     energy_joules: float | None = None
+    seconds: float = 0.0
 
 
 class LatencySamples(Document):
@@ -133,12 +135,15 @@ class WorkerResult(Document):
     """The measurements of a worker; None: not requested.
 
     placement: of ``targets.Session``.
+    device_memory_bytes: largest amount of a device's memory that the model took; None if the
+        machine does not report it.
     """
 
     load_seconds: float
     placement: str = ""
     steady_memory_bytes: int
     peak_memory_bytes: int
+    device_memory_bytes: int | None = None
     profile: Profile | None = None
     latency: LatencySamples | None = None
     scores: TimedScores | None = None

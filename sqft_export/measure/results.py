@@ -183,7 +183,9 @@ class FolderResults(Document):
 
     tokens_per_second: of decode. prompt_tokens_per_second: of the pass over prompts of the first
         length.
-    joules_per_token: energy per measured pass; None if the machine does not report it.
+    joules_per_token: energy per pass of a row; None if the machine does not report it.
+    watts: mean power of the device during the passes; None if the machine does not report it.
+    device_memory_bytes: of the device, such as a GPU; None if the machine does not report it.
     notes: facts about its files, such as fallback types of K-quants.
     """
 
@@ -197,6 +199,8 @@ class FolderResults(Document):
     peak_memory_bytes: WholeNumber
     steady_memory_bytes: WholeNumber
     joules_per_token: float | None
+    watts: float | None = None
+    device_memory_bytes: int | None = None
     notes: list[str] = Field(default_factory=list)
 
 

@@ -11,13 +11,19 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from sqft_export.data.scoring import ScoringRequest
 from sqft_export.errors import HostError, UserError
 from sqft_export.libraries.transformers import import_without_sklearn
-from sqft_export.machine.counters import energy_joules, memory_now, peak_memory
+from sqft_export.machine.counters import (
+    device_memory,
+    energy_joules,
+    memory_now,
+    peak_memory,
+)
 from sqft_export.machine.host import LESS_MEMORY, die_with_parent, exhausted_resource, out_of_memory
 from sqft_export.machine.processes import ALONE, Processes, child_variables, join_processes
 from sqft_export.machine.processors import deployed_environment
@@ -37,8 +43,10 @@ from sqft_export.measure.likelihood import distributions, score
 from sqft_export.measure.results import TaskMetrics
 from sqft_export.targets import Session
 from sqft_export.targets.execution import open_on_kernels
+from sqft_export.targets.faults import RUN_AGAIN, device_fault, ended_by_signal
 from sqft_export.telemetry import disable_telemetry
 
+_Number = TypeVar("_Number", int, float)
 LOWER_ON_DEVICE = f"lower --prompt-tokens, --new-tokens or --batch, {LESS_MEMORY}"
 
 
@@ -90,6 +98,7 @@ def measure(model: MeasuredModel, requests: Requests, processes: Processes = ALO
         return _help_scoring(model, requests, processes)
     if requests.profile and requests.profile.cpus:
         os.sched_setaffinity(0, requests.profile.cpus)
+    unloaded = device_memory(model.device)
     started = time.perf_counter()
     session = open_measured(model)
     load_seconds = time.perf_counter() - started
@@ -98,6 +107,7 @@ def measure(model: MeasuredModel, requests: Requests, processes: Processes = ALO
     processes.gather(None)
     scores = _score(session, requests.questions, processes) if requests.questions else None
     steady, peak = memory_now(), peak_memory()
+    on_device = _difference(unloaded, device_memory(model.device))
     # Memory is read here: the measurements below need memory that a deployment does not need.
     if wanted := requests.distributions:
         np.save(wanted.file, distributions(session, wanted.ids))
@@ -109,6 +119,7 @@ def measure(model: MeasuredModel, requests: Requests, processes: Processes = ALO
         placement=session.placement,
         steady_memory_bytes=steady,
         peak_memory_bytes=peak,
+        device_memory_bytes=on_device,
         profile=profiled,
         latency=latency,
         scores=scores,
@@ -132,11 +143,16 @@ def _help_scoring(model: MeasuredModel, requests: Requests, processes: Processes
 
 def _profile(session: Session, request: ProfileRequest) -> Profile:
     """Profile a session and add the energy that its passes took."""
-    before = energy_joules(request.device)
+    started, before = time.perf_counter(), energy_joules(request.device)
     found = profile(session, request)
-    after = energy_joules(request.device)
-    taken = None if before is None or after is None else after - before
-    return found.model_copy(update={"energy_joules": taken})
+    taken = _difference(before, energy_joules(request.device))
+    seconds = time.perf_counter() - started
+    return found.model_copy(update={"energy_joules": taken, "seconds": seconds})
+
+
+def _difference(before: _Number | None, after: _Number | None) -> _Number | None:
+    """Return the difference of two readings of a counter; None if one is missing."""
+    return None if before is None or after is None else after - before
 
 
 def _score(session: Session, questions: ScoringRequest, processes: Processes) -> TimedScores:
@@ -186,19 +202,22 @@ def measure_in_process(
 
 
 def failure_of(model: MeasuredModel, message: str) -> UserError:
-    """Return the error of a failed worker; without memory on a device, with what to lower."""
-    error = RuntimeError(message)
+    """Return the error of a failed worker; one of a device is one line with what helps."""
+    message = message.removesuffix(f"; {LESS_MEMORY}")
+    error, place = RuntimeError(message), f"{model.folder}: {model.device}"
+    reason = exhausted_resource(error, None)
     if model.device != "cpu" and out_of_memory(error):
-        reason = exhausted_resource(error, None)
-        return HostError(f"{model.folder}: {model.device}: {reason}; {LOWER_ON_DEVICE}")
-    kind = HostError if exhausted_resource(error, None) else UserError
+        return HostError(f"{place}: {reason}; {LOWER_ON_DEVICE}")
+    if model.device != "cpu" and (fault := device_fault(place, error)):
+        return HostError(f"{place}: {message}") if RUN_AGAIN in message else fault
+    kind = HostError if reason else UserError
     return kind(f"{model.folder}: the measurement failed:\n{message}")
 
 
 def _error_message(done: subprocess.CompletedProcess) -> str:
     """Return the error message of a failed worker, without its traceback."""
     if done.returncode < 0:
-        return f"ended by signal {-done.returncode}; the machine may be out of memory"
+        return ended_by_signal(-done.returncode, done.stderr)
     lines = done.stderr[-2000:].strip().splitlines()
     messages = [line for line in lines if "UserError: " in line or "Error: " in line]
     return messages[-1].partition("Error: ")[2] if messages else "\n".join(lines[-5:])

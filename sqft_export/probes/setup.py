@@ -9,6 +9,7 @@ from sqft_export.kernels.choice import STOCK
 from sqft_export.kernels.extension import require_kernels
 from sqft_export.kernels.ir import is_specialized
 from sqft_export.targets import Session, runner
+from sqft_export.targets.faults import name_device_faults
 from sqft_export.targets.folder import GRAPHS, kind_of
 from sqft_export.untrusted import MAX_IR_BYTES, read_bounded
 
@@ -40,6 +41,10 @@ class Setup:
 
     def open(self, folder: Path, exact: bool) -> Session:
         """Load a deployment into a session."""
+        with name_device_faults(self.device):
+            return self._open(folder, exact)
+
+    def _open(self, folder: Path, exact: bool) -> Session:
         runtime = kind_of(folder)
         if runtime == "openvino":
             from sqft_export.targets import openvino

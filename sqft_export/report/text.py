@@ -170,19 +170,26 @@ def _latency_table(document: "DeploymentResults") -> list[str]:
     header = ["deployment", "files MB", "load s", *(f"TTFT ms ({n})" for n in lengths)]
     header += ["TPOT ms", "p90", "p99", *(f"tokens/s x{b}" for b in batches)]
     header += [f"prompt tokens/s x{b}" for b in batches]
-    header += ["peak MiB", "J/token"]
+    on_cpu = document.settings.device == "cpu"
+    header += ["peak MiB", *([] if on_cpu else ["device MiB"]), "J/token", "W"]
     rows = [header]
     for name, row in document.folders.items():
-        tpot, joules = row.tpot_ms, row.joules_per_token
+        tpot, used = row.tpot_ms, row.device_memory_bytes
         cells = [name, f"{row.file_bytes / 1e6:.2f}", f"{row.load_seconds.median:.2f}"]
         cells += [f"{row.ttft_ms[n].median:.2f}" for n in lengths]
         cells += [f"{value:.2f}" for value in (tpot.median, tpot.p90, tpot.p99)]
         cells += [f"{row.tokens_per_second[b]:.0f}" for b in batches]
         cells += [f"{row.prompt_tokens_per_second[b]:.0f}" for b in batches]
         cells += [f"{row.peak_memory_bytes / 2**20:.0f}"]
-        cells += [f"{joules:.2f}" if joules is not None else "not measurable"]
+        cells += [] if on_cpu else [_reading(None if used is None else used / 2**20, 0)]
+        cells += [_reading(row.joules_per_token, 2), _reading(row.watts, 1)]
         rows.append(cells)
     return align_columns(rows)
+
+
+def _reading(value: float | None, digits: int) -> str:
+    """Return the value of a counter as text."""
+    return "not readable" if value is None else f"{value:.{digits}f}"
 
 
 def align_columns(rows: list[list[str]]) -> list[str]:

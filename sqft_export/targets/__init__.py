@@ -24,6 +24,7 @@ class Session(Protocol):
     max_rows: the largest batch that the cache holds.
     joins: a row may begin on a copy of another row's cache, which its mask then hides. A recurrent
         state can't be hidden.
+    device: name of the device that computes, in messages; cpu.
     placement: which parts of the model an accelerator computes; empty on the CPU.
     """
 
@@ -34,6 +35,7 @@ class Session(Protocol):
     pass_tokens: int = 64
     max_rows: int = 2**31
     joins: bool = True
+    device: str = "cpu"
     placement: str = ""
 
     def reset(self) -> None:

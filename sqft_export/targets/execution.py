@@ -15,6 +15,7 @@ from sqft_export.kernels.llama_plugin import use_in_llama_cpp, why_not_in_llama_
 from sqft_export.packed.execution import resolve_execution
 from sqft_export.targets import Session, runner
 from sqft_export.targets.devices import llama_cpp_here
+from sqft_export.targets.faults import name_device_faults
 from sqft_export.targets.folder import kind_of
 
 LLAMA_CPP_WITH_KERNELS = "llama.cpp with our kernels"
@@ -84,7 +85,13 @@ def open_on_kernels(
 
     :param execution: auto, sparse or dense: our kernels; stock: the runtime's.
     :raises UserError: if our kernels can't run in llama.cpp, or this machine lacks the device.
+    :raises HostError: if the device is lost or has too little memory.
     """
+    with name_device_faults(device):
+        return _open(folder, exact, threads, device, execution)
+
+
+def _open(folder: Path, exact: bool, threads: int | None, device: str, execution: str) -> Session:
     runtime = kind_of(folder)
     if execution != STOCK and runtime == "openvino":
         from sqft_export.targets import openvino

@@ -31,6 +31,7 @@ from sqft_export.packed.loaders import load_openvino
 from sqft_export.recipe.schema import Export
 from sqft_export.targets import RECURRENT_STATE, Session, positions_of
 from sqft_export.targets.devices import find_device
+from sqft_export.targets.faults import names_device_faults
 from sqft_export.targets.folder import ADAPTER_FOLDER, GRAPHS
 from sqft_export.targets.tokenizers import write_openvino_tokenizers
 from sqft_export.textfiles import read_json
@@ -361,8 +362,8 @@ class OpenVinoSession(Session):
     padding = "left"
     computes_padding = True
 
-    def __init__(self, compiled: ov.CompiledModel):
-        self.compiled = compiled
+    def __init__(self, compiled: ov.CompiledModel, device: str = "cpu"):
+        self.compiled, self.device = compiled, device
         self.request = compiled.create_infer_request()
         self.names = {name for port in compiled.inputs for name in port.names}
         self.vocabulary = compiled.output("logits").get_partial_shape()[2].get_length()
@@ -380,6 +381,7 @@ class OpenVinoSession(Session):
     def select(self, rows: np.ndarray) -> None:
         self.rows = rows if self.rows is None else self.rows[rows]
 
+    @names_device_faults
     def forward(
         self, ids: np.ndarray, mask: np.ndarray | None = None, last: int | None = None
     ) -> np.ndarray:
@@ -447,7 +449,7 @@ def open_session(
         graph = _apply_adapter(graph, adapter)
     if device == "cpu":
         _add_last_tokens_input(graph)
-    return OpenVinoSession(core.compile_model(graph, device.upper(), settings))
+    return OpenVinoSession(core.compile_model(graph, device.upper(), settings), device)
 
 
 def compressed_kernels(folder: Path, scratch: Path) -> set[str]:

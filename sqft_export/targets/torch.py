@@ -25,6 +25,7 @@ from sqft_export.numerics.affine import dequantize
 from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.targets import Session, positions_of
 from sqft_export.targets.devices import find_device
+from sqft_export.targets.faults import names_device_faults
 
 INT4_GROUP_SIZES = (32, 64, 128, 256)
 ACCELERATOR_PASS_TOKENS = 2048  # tokens that take as long as the overhead of one more pass
@@ -176,6 +177,7 @@ class TorchSession(Session):
         assert self.cache is not None
         self.cache.reorder_cache(torch.from_numpy(rows).to(self.device))
 
+    @names_device_faults
     @torch.no_grad()
     def forward(
         self, ids: np.ndarray, mask: np.ndarray | None = None, last: int | None = None

@@ -7,17 +7,16 @@ functions that our kernels need.
 """
 
 import platform
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from sqft_export.errors import UserError
+from sqft_export.errors import HostError, UserError
 from sqft_export.kernels.choice import STOCK
 from sqft_export.libraries.xllamacpp import llama_functions
-from sqft_export.machine.host import installed
+from sqft_export.machine.host import LESS_MEMORY, distribution_of, installed
 from sqft_export.packed.loaders import gguf_model, silence_llama_cpp
 from sqft_export.targets.offload import OffloadDevice, require_device_memory
 
@@ -121,10 +120,10 @@ def _c_functions() -> ModuleType | SimpleNamespace | None:
     return llama_cpp
 
 
-def binding_package() -> str:
-    """Return the distribution that :func:`open_model` uses."""
+def binding_module() -> str:
+    """Return the module that :func:`open_model` uses."""
     if installed("llama_cpp"):
-        return "llama-cpp-python"
+        return "llama_cpp"
     return "cyllama" if llama_functions() is None else "xllamacpp"
 
 
@@ -137,13 +136,13 @@ def describe_build(execution: str) -> str:
 
     :param execution: stock, or which of our kernels multiply.
     """
-    package, functions = binding_package(), _c_functions()
+    found, functions = distribution_of(binding_module()), _c_functions()
     if functions is None:
         build = "AVX2" if platform.machine() in ("x86_64", "AMD64") else ""
     else:
         features = functions.llama_print_system_info().decode()
         build = next((name for name in _INSTRUCTION_SETS if f" {name} = 1" in features), "")
-    text = f"llama.cpp of {package} {version(package)}"
+    text = f"llama.cpp of {found.name} {found.version}"
     if build:
         text += f", an {build} build"
     return text if execution == STOCK else f"{text}, with our kernels ({execution})"
@@ -156,7 +155,7 @@ class CyllamaModel:
         if gpu is not None:
             require_device_memory(file, file.stat().st_size, gpu)
         self.model = gguf_model(file, None if gpu is None else gpu.number)
-        self.vocabulary, self.offloaded = self.model.n_vocab, gpu is not None
+        self.vocabulary, self.gpu = self.model.n_vocab, gpu
 
     def tokenize(self, text: str) -> list[int]:
         return list(self.model.get_vocab().tokenize(text, True, True))
@@ -169,9 +168,20 @@ class CyllamaModel:
         params = llama_cpp.LlamaContextParams()
         _set_parameters(params, cells, threads, exact, sequences)
         # Else a build with a GPU backend computes long prompts there, wherever the layers are.
-        params.offload_kqv = params.op_offload = self.offloaded
-        context = llama_cpp.LlamaContext(model=self.model, params=params)
+        params.offload_kqv = params.op_offload = self.gpu is not None
+        try:
+            context = llama_cpp.LlamaContext(model=self.model, params=params)
+        except (ValueError, RuntimeError) as error:
+            raise _no_cache(cells, self.gpu) from error
         return _CyllamaCache(context, self.vocabulary)
+
+
+def _no_cache(cells: int, gpu: OffloadDevice | None) -> UserError:
+    """Return the error of a context that llama.cpp refused; a GPU has too little memory."""
+    refused = f"llama.cpp can't make a cache of {cells} tokens"
+    if gpu is None:
+        return UserError(refused)
+    return HostError(f"{gpu.name} ({gpu.description}): {refused}: out of memory; {LESS_MEMORY}")
 
 
 def _set_parameters(
@@ -264,7 +274,7 @@ class LlamaCppModel:
         _set_parameters(params, cells, threads, exact, sequences)
         context = self.functions.llama_init_from_model(self.model, params)
         if not context:
-            raise UserError(f"llama.cpp can't make a cache of {cells} tokens")
+            raise _no_cache(cells, None)
         return _LlamaCppCache(self, context)
 
 

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sqft_export.errors import UserError
+from sqft_export.errors import HostError, UserError, one_line
 from sqft_export.kernels.choice import STOCK
 from sqft_export.kernels.llama_plugin import set_exact_products, use_in_llama_cpp
-from sqft_export.machine.host import allowed_processors
+from sqft_export.machine.host import LESS_MEMORY, allowed_processors
 from sqft_export.machine.threads import map_in_order
 from sqft_export.model.families import FAMILIES
 from sqft_export.packed.gguf_file import read_gguf
 from sqft_export.packed.loaders import dense_gguf
 from sqft_export.targets import Session, last_columns
 from sqft_export.targets.devices import find_device
+from sqft_export.targets.faults import RUN_AGAIN
 from sqft_export.targets.folder import ADAPTER_FOLDER
 from sqft_export.targets.gguf.bindings import (
     MAX_SEQUENCES,
@@ -62,7 +63,8 @@ class GgufSession(Session):
         self.max_rows = max_rows
         self.model, self.exact = model, exact
         if gpu is not None:
-            self.placement = f"all layers on {gpu.name} ({gpu.description}); {_KEPT_ON_CPU}"
+            self.device = f"{gpu.name} ({gpu.description})"
+            self.placement = f"all layers on {self.device}; {_KEPT_ON_CPU}"
         self.threads = threads or allowed_processors()
         self.vocabulary = model.vocabulary
         self.cells = _FIRST_CELLS
@@ -152,8 +154,23 @@ class GgufSession(Session):
             )
 
     def _decode(self, tokens: list[Token]) -> None:
-        if failed := self.cache.decode(tokens):
-            raise UserError(f"llama.cpp failed: llama_decode returned {failed}")
+        """Run a pass.
+
+        :raises HostError: if it fails on a GPU; newer drivers return a status for a lost device,
+            others end the process (``commands/supervising.py``).
+        """
+        try:
+            status = self.cache.decode(tokens)
+            failed = f"llama_decode returned {status}" if status else ""
+        except (RuntimeError, ValueError) as error:  # cyllama's
+            failed = one_line(error)
+        if failed and self.device == "cpu":
+            raise UserError(f"llama.cpp failed: {failed}")
+        if failed:
+            raise HostError(
+                f"{self.device}: llama.cpp failed: {failed}; the device was lost or its memory is "
+                f"exhausted: {RUN_AGAIN}, or {LESS_MEMORY}"
+            )
 
     def _grow_cache(self, more: int) -> None:
         """Replace the cache by one of at least twice the needed size, if ``more`` tokens don't fit.

@@ -14,6 +14,7 @@ from sqft_export.errors import UserError
 from sqft_export.packed.loaders import load_onnx
 from sqft_export.targets import RECURRENT_STATE, Session, last_columns, positions_of
 from sqft_export.targets.devices import find_device
+from sqft_export.targets.faults import names_device_faults
 from sqft_export.targets.folder import ADAPTER_FOLDER, GENAI_CONFIG, graph_and_weights
 from sqft_export.targets.genai_config import DecoderConfig
 from sqft_export.targets.webgpu import WEBGPU_PROVIDER, add_webgpu
@@ -159,8 +160,11 @@ class OnnxSession(Session):
             if name.startswith(RECURRENT_STATE)
         }
         self.padding = "right" if fused else "left"
-        on_cpu = self.session.get_providers()[0] == CPU_PROVIDER
-        self.in_place = fused and on_cpu and adapter is None  # bound outputs exclude adapters
+        provider = self.session.get_providers()[0]
+        self.device = "cpu" if provider == CPU_PROVIDER else provider
+        self.in_place = (
+            fused and self.device == "cpu" and adapter is None
+        )  # bound outputs exclude adapters
         self.vocabulary = next(
             output.shape[2] for output in self.session.get_outputs() if output.name == "logits"
         )
@@ -187,6 +191,7 @@ class OnnxSession(Session):
     def select(self, rows: np.ndarray) -> None:
         self.rows = rows if self.rows is None else self.rows[rows]
 
+    @names_device_faults
     def forward(
         self, ids: np.ndarray, mask: np.ndarray | None = None, last: int | None = None
     ) -> np.ndarray:
