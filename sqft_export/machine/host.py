@@ -39,7 +39,7 @@ def installed(module: str) -> bool:
 def distribution_of(module: str) -> importlib.metadata.Distribution:
     """Return the distribution that an installed package is from.
 
-    Builds for other devices have other names: ``onnxruntime`` is from ``onnxruntime-gpu`` or others.
+    Builds for other devices have other names, such as ``onnxruntime-gpu``.
     """
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None
