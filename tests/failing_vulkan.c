@@ -18,12 +18,13 @@ static Submit real_submit;
 static Allocate real_allocate;
 static Lookup real_device_lookup;
 
+static void *real(const char *name) {
+  return dlsym(dlopen(getenv("REAL_VULKAN"), RTLD_NOW | RTLD_LOCAL), name);
+}
+
 static Lookup real_lookup(void) {
   static Lookup found;
-  if (!found) {
-    void *library = dlopen(getenv("REAL_VULKAN"), RTLD_NOW | RTLD_LOCAL);
-    found = (Lookup)dlsym(library, "vkGetInstanceProcAddr");
-  }
+  if (!found) found = (Lookup)real("vkGetInstanceProcAddr");
   return found;
 }
 
@@ -51,21 +52,21 @@ static int allocate(void *device, const void *info, const void *allocator, void 
 static Function device_lookup(void *device, const char *name);
 Function vkGetInstanceProcAddr(void *instance, const char *name);
 
-static Function wrapped(Function real, const char *name) {
-  if (!real) return real;
+static Function wrapped(Function found, const char *name) {
+  if (!found) return found;
   if (!strcmp(name, "vkQueueSubmit")) {
-    real_submit = (Submit)real;
+    real_submit = (Submit)found;
     return (Function)submit;
   }
   if (!strcmp(name, "vkAllocateMemory")) {
-    real_allocate = (Allocate)real;
+    real_allocate = (Allocate)found;
     return (Function)allocate;
   }
   if (!strcmp(name, "vkGetDeviceProcAddr")) {
-    real_device_lookup = (Lookup)real;
+    real_device_lookup = (Lookup)found;
     return (Function)device_lookup;
   }
-  return real;
+  return found;
 }
 
 static Function device_lookup(void *device, const char *name) {
@@ -75,4 +76,17 @@ static Function device_lookup(void *device, const char *name) {
 Function vkGetInstanceProcAddr(void *instance, const char *name) {
   if (!strcmp(name, "vkGetInstanceProcAddr")) return (Function)vkGetInstanceProcAddr;
   return wrapped(real_lookup()(instance, name), name);
+}
+
+/* Functions that llama.cpp's library takes from the loader by name. */
+void vkCmdCopyBuffer(void *commands, void *from, void *to, uint32_t count, const void *regions) {
+  typedef void (*Copy)(void *, void *, void *, uint32_t, const void *);
+  static Copy copy;
+  if (!copy) copy = (Copy)real("vkCmdCopyBuffer");
+  copy(commands, from, to, count, regions);
+}
+
+void vkGetPhysicalDeviceFeatures2(void *device, void *features) {
+  typedef void (*Query)(void *, void *);
+  ((Query)real("vkGetPhysicalDeviceFeatures2"))(device, features);
 }

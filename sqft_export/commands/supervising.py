@@ -45,6 +45,7 @@ def supervise(arguments: Sequence[str]) -> int:
         messages = Path(scratch) / "messages"
         messages.touch()
         variables = {_MESSAGES_FILE: str(messages), _PARENT: str(os.getpid())}
+        variables["GGML_NO_BACKTRACE"] = "1"  # else ggml starts a debugger, which prints pages
         # -P: do not import from the current folder, which may be untrusted.
         command = [sys.executable, "-P", "-m", "sqft_export.cli", *arguments]
         child = subprocess.Popen(command, env=os.environ | variables)

@@ -71,8 +71,8 @@ def test_a_device_that_is_lost_in_a_session_is_named(tiny_run, monkeypatch, runt
     with pytest.raises(type(LOST[runtime]) if runtime != "gguf" else Exception) as on_cpu:
         session.forward(ids[:, :1])
     assert not isinstance(on_cpu.value, HostError)
-    session.device = "GPU 0"
-    with pytest.raises(HostError, match=r"GPU 0.*lost.*run the command again"):
+    session.device = "meta"  # a device of torch without hardware
+    with pytest.raises(HostError, match=r"meta.*lost.*run the command again"):
         session.forward(ids[:, :1])
 
 
