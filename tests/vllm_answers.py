@@ -35,10 +35,7 @@ def main() -> None:
         )
         (answer,) = llm.generate([TokensPrompt(prompt_token_ids=prompt["ids"])], params)
         (out,) = answer.outputs
-        rows = [
-            [step[token].logprob for token in sorted(step)]
-            for step in out.logprobs
-        ]
+        rows = [[step[token].logprob for token in sorted(step)] for step in out.logprobs]
         answers.append({"tokens": list(out.token_ids), "log_probabilities": rows})
     result = {
         "method": config.model_config.quantization,

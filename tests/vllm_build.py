@@ -19,7 +19,7 @@ PIP = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version
 
 
 def environment() -> dict[str, str]:
-    """The environment of a process that imports vLLM; the first time it is installed, in minutes."""
+    """The environment of a process that imports vLLM; the first call installs it."""
     if not (SITE / "finished").exists():
         _install()
     path = os.pathsep.join([str(SITE), os.environ.get("PYTHONPATH", "")])

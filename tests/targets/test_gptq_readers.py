@@ -15,7 +15,8 @@ from sqft_export.probes.document import ProbePrompt, read_probe
 from sqft_export.probes.running import compare_session, divergence_of_stored
 from sqft_export.targets.torch import TorchSession
 
-KL = 2e-3  # nats per token; 16-bit activations
+VLLM_KL = 1e-4  # nats per token; 9e-7 was measured, with float16 activations
+MARLIN_KL = 1e-3
 VLLM_SCRIPT = Path(__file__).parent.parent / "vllm_answers.py"
 
 
@@ -84,8 +85,8 @@ def test_vllm_gives_the_references_tokens_within_the_divergence(vllm, prompts):
             one = stored[len(prompt.ids) - 1 + step]
             expected = np.array(one.log_probabilities)
             divergences.append(divergence_of_stored(expected, np.array(found)[one.ids]))
-    assert len(divergences) > 20
-    assert np.mean(divergences) < KL
+    assert len(divergences) > 10
+    assert np.mean(divergences) < VLLM_KL
 
 
 @pytest.mark.gpu
@@ -100,4 +101,4 @@ def test_gptqmodel_answers_on_marlin_as_the_reference(merged, prompts):
     on_marlin = {name for name, one in model.named_modules() if isinstance(one, MarlinLinear)}
     assert on_marlin == set(Checkpoint(merged).quantized_linears)
     found = compare_session(TorchSession(model, "cuda:0"), prompts)
-    assert found.first_difference is None and found.mean_kl < KL
+    assert found.first_difference is None and found.mean_kl < MARLIN_KL
