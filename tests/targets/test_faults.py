@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_a_device_that_is_lost_in_a_session_is_named(tiny_run, monkeypatch, runt
 
 
 def test_a_worker_whose_device_is_lost_names_it_once():
-    model = MeasuredModel(kind="onnx", folder="deployed", threads=None, device="webgpu")
+    model = MeasuredModel(kind="onnx", folder=Path("deployed"), threads=None, device="webgpu")
     for message in (str(LOST["onnx"]), str(device_fault("WebGpu", LOST["onnx"]))):
         error = failure_of(model, message)
         assert isinstance(error, HostError) and str(error).count("was lost") == 1
