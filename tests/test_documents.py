@@ -45,6 +45,8 @@ EXPLAINED = {
     "sqft-export serve --web": "serves until Ctrl-C; tests/web opens the page",
     "sqft-export verify <deployment> --device vulkan": "needs a GPU or .software-gpu; "
     "tests/targets/test_vulkan.py",
+    "vllm serve": "needs vLLM; tests/targets/test_gptq_readers.py",
+    "sqft-export benchmark <deployment> --device cuda": "needs a GPU for inference",
     "cd runs/tiny/export-gguf": "needs Ollama",
     "cp -r runs/tiny/export-onnx": "needs Foundry Local",
     "tensorboard --logdir": "starts a server; tests/report/test_loggers.py reads the files",

@@ -228,11 +228,14 @@ class Remote:
         """Upload new records; return whether another worker's record has replaced one."""
         known, replaced = set(self.names(_RECORDS)), False
         for file in sorted(root.glob("*.json")):
-            if file.name in known or not _SHARED_RECORD.fullmatch(file.name):
+            if not _SHARED_RECORD.fullmatch(file.name):
                 continue
             name, content = f"{_RECORDS}/{file.name}", file.read_bytes()
-            if not self.create(name, content) and (theirs := self.read(name)) != content:
-                write_file(file, (theirs or b"").decode(errors="replace"))
+            if file.name not in known and self.create(name, content):
+                continue
+            theirs = self.read(name)
+            if theirs is not None and theirs != content:
+                write_file(file, theirs.decode(errors="replace"))
                 replaced = True
         return replaced
 

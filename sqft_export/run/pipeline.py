@@ -253,9 +253,7 @@ def _run_as_other_rank(recipe: Recipe, root: Path, redirect: bool) -> dict[str, 
             if not sealed.exists():
                 note = f"process {process_rank()} of {process_count()} waits for the first one"
                 print(f"{step.name:16} {note}", file=output.terminal, flush=True)
-                if step.artifact is None:
-                    _join_pass(step, decided.recipe, folder, artifacts, store)
-                wait_for_first(root, sealed.exists)
+                _join_pass(step, decided.recipe, folder, artifacts, store)
             artifacts[step.name] = read_artifact(sealed)
     return artifacts
 
@@ -263,16 +261,18 @@ def _run_as_other_rank(recipe: Recipe, root: Path, redirect: bool) -> dict[str, 
 def _join_pass(
     step: Planned, recipe: Recipe, folder: Path, artifacts: dict[str, Artifact], store: Store
 ) -> None:
-    """Take part in a distributed pass; return at once from any other."""
+    """Wait until an artifact is sealed; take part in its pass if that is distributed."""
     stage, sealed = stage_of(step.name), store.path_of(step.name, step.key)
-    wait_for_first(store.root, lambda: sealed.exists() or first_process_works(store.root))
-    if stage.DISTRIBUTED and not sealed.exists():
+    if step.artifact is None:
+        wait_for_first(store.root, lambda: sealed.exists() or first_process_works(store.root))
+    if step.artifact is None and stage.DISTRIBUTED and not sealed.exists():
         inputs = {n: artifacts[n] for n in stage.CONSUMES if n in artifacts}
         partial = claimed_folder(sealed)
         base = base_folder(folder, store.root, store.hashes.sha256_of, write=False)
         wait_for_first(store.root, base.is_dir)
         view, lineage = _view_of(recipe, step.name), {step.name: step.facts}
         stage.run(Context(step.name, view, base, inputs, partial, silent, lineage))
+    wait_for_first(store.root, sealed.exists)
 
 
 def prepare_recipe(recipe: Recipe, root: Path) -> tuple[Recipe, Path, Layout]:

@@ -132,12 +132,13 @@ def _choose_head(context: Context[Sections]) -> tuple[Export, RoundedHead | None
     The cost is measured on the short prompts of the self-test and their continuations. The head
     stays float with an unmerged adapter.
     """
+    if context.recipe.unmerged:
+        return Export(gguf_head="float"), None
     merged = context.inputs["merge"].path / "model"
-    wanted = "float" if context.recipe.unmerged else context.recipe.export.gguf_head
     probe = read_probe(merged)
     assert probe is not None  # merge has written it
     texts = [one.ids + one.continuation for one in probe.prompts if one.beyond is None]
-    head, cost = choose_head(wanted, merged, texts)
+    head, cost = choose_head(context.recipe.export.gguf_head, merged, texts)
     measured = None if cost is None else RoundedHead(**asdict(cost), rounded=head == "q8_0")
     return Export(gguf_head=head), measured
 
