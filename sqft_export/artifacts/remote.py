@@ -89,8 +89,8 @@ def _reported(url: str) -> Iterator[None]:
 
 
 @functools.cache
-def _file_system(url: str) -> "AbstractFileSystem":
-    """Open the file system of a URL.
+def _file_system(url: str) -> "tuple[AbstractFileSystem, str]":
+    """Open the file system of a URL; return it and the URL's path in it.
 
     :raises UserError: if no installed package reaches it.
     """
@@ -98,7 +98,7 @@ def _file_system(url: str) -> "AbstractFileSystem":
         with _reported(url):
             from fsspec.core import url_to_fs
 
-            return url_to_fs(url)[0]
+            return url_to_fs(url)
     except ImportError as error:
         advice = _PACKAGES[url.partition("://")[0]]
         raise UserError(f"--runs: {url}: {one_line(error)}; {advice}") from error
@@ -113,9 +113,8 @@ class Remote:
     """
 
     def __init__(self, url: str):
-        self.url, self._fs = url, _file_system(url)
-        with _reported(url):
-            self._root = self._fs._strip_protocol(url)
+        self.url = url
+        self._fs, self._root = _file_system(url)
         self._require_put_if_absent()
 
     def _require_put_if_absent(self) -> None:

@@ -10,9 +10,10 @@ GPTQ_BITS = (4, 8)
 
 def without_mxfp4(config: ModelConfig) -> ModelConfig:
     """Return a config without the settings of experts in MXFP4, which are read as bfloat16."""
-    family = FAMILIES.get(config.get("model_type", ""))
+    model_type, stored = config.get("model_type"), config.get("quantization_config")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     known = family is not None and family.experts is not None and family.experts.alternate
-    if not known or config.get("quantization_config", {}).get("quant_method") != "mxfp4":
+    if not known or not isinstance(stored, dict) or stored.get("quant_method") != "mxfp4":
         return config
     plain = config.copy()
     del plain["quantization_config"]
