@@ -176,7 +176,7 @@ class RoundedHead(Document):
 
     def __str__(self) -> str:
         found = (
-            f"KL divergence {self.mean:.2g} nats per token (largest {self.largest:.2g} of "
+            f"KL divergence of {self.mean:.2g} nats per token (largest {self.largest:.2g} of "
             f"{self.positions} tokens)"
         )
         if self.rounded:

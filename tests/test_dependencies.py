@@ -17,6 +17,7 @@ OPTIONAL = {
     "pynvml": "energy of an NVIDIA GPU (nvidia-ml-py)",
     "wandb": "one of the loggers that a recipe can name",
     "llama_cpp": "llama-cpp-python (extra llama-cpp), which its users compile",
+    "fsspec": "object stores as the folder of runs (extra s3)",
     "onnxruntime_ep_webgpu": "WebGPU for ONNX Runtime, one of two packages that have it",
 }
 # Declared, but not imported by this package.
@@ -24,6 +25,7 @@ INDIRECT = {
     "llama-cpp-python": "imported as llama_cpp, where it is installed",
     "gptqmodel": "a test loads a merged folder through transformers",
     "onnxscript": "torch's ONNX exporter",
+    "s3fs": "fsspec imports it for s3://",
 }
 TOOLS = ("dev", "docs")
 

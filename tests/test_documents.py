@@ -45,6 +45,7 @@ EXPLAINED = {
     "sqft-export serve --web": "serves until Ctrl-C; tests/web opens the page",
     "sqft-export verify <deployment> --device vulkan": "needs a GPU or .software-gpu; "
     "tests/targets/test_vulkan.py",
+    "export AWS_ENDPOINT_URL": "needs an object store; tests/artifacts/test_remote.py",
     "vllm serve": "needs vLLM; tests/targets/test_gptq_readers.py",
     "sqft-export benchmark <deployment> --device cuda": "needs a GPU for inference",
     "cd runs/tiny/export-gguf": "needs Ollama",

@@ -11,7 +11,7 @@ from sqft_export.model.hub import model_folder
 from sqft_export.plan import disk, memory
 from sqft_export.plan.budget import settings_for_a_day
 from sqft_export.plan.checks import check_recipe
-from sqft_export.plan.disk import check_disk, predict_bytes
+from sqft_export.plan.disk import check_disk, predict_bytes, state_bytes
 from sqft_export.plan.layout import fallback_sizes, layout_of
 from sqft_export.plan.memory import predict_memory
 from sqft_export.plan.seconds import predict_seconds
@@ -115,7 +115,7 @@ def test_training_through_the_grid_is_foretold_of_quantize(odd):
     layout = layout_of(plain, odd)
     for predict in (
         lambda recipe: predict_seconds(recipe, layout, MACHINE, WORK),
-        lambda recipe: predict_bytes(recipe, layout),
+        lambda recipe: state_bytes(recipe, layout),
         lambda recipe: predict_memory(recipe, layout, WORK),
     ):
         before, after = predict(plain), predict(grid)

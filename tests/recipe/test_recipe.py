@@ -63,8 +63,8 @@ def test_broken_yaml_names_the_line(tmp_path):
 def test_a_missing_recipe_names_those_there_are():
     with pytest.raises(
         UserError,
-        match=r"recipes there: bloom, llama3, llama3\.2-1b, mistral, opt, phi3, qwen2\.5, smollm2, "
-        "stories, tiny",
+        match=r"recipes there: bloom, gemma4-e2b, lfm2-1\.2b, llama3, llama3\.2-1b, mistral, opt, "
+        r"phi3, qwen2\.5, qwen3\.5-0\.8b, smollm2, stories, tiny",
     ):
         load_recipe(ROOT / "recipes" / "nope.yaml")
 

@@ -116,7 +116,7 @@ def test_the_commands_of_the_guide_parse():
         context = command.commands[name].make_context(name, arguments)
         given = context.params
         if name == "sweep":
-            sweep = Sweep(given["recipe"], (), parse_axes(given["over"]), None)
+            sweep = Sweep(Path(given["recipe"]), (), parse_axes(given["over"]), None)
             assert all(sweep.load(settings) for settings in sweep.combinations)
     assert len(lines) >= 7
 

@@ -71,7 +71,7 @@ def test_rules_that_evaluate_nothing():
 
 def test_search_scores_on_training_items_that_training_never_saw(tmp_path):
     model = random_model(tmp_path / "model")
-    common = ("adapt.ranks=[8, 4]", "adapt.steps=3", "task.max_new_tokens=4")
+    common = ("adapt.ranks=[8, 4]", "adapt.steps=3", "task.max_new_tokens=20")
     recipe = small_recipe(
         *common, "search={strategy: hill-climb, budget: 3, items: 8}", model_path=model
     )

@@ -6,6 +6,7 @@ import pytest
 
 from conftest import small_recipe
 from sqft_export.data.items import Data, load_tokenizer
+from sqft_export.machine.processes import Processes
 from sqft_export.measure.jobs import LatencySamples, TimedScores, WorkerResult
 from sqft_export.measure.rows import Row
 from sqft_export.model.hub import model_folder
@@ -33,7 +34,7 @@ def measured(tiny_run, monkeypatch, tmp_path):
         ]
         names = {row.folder: row.name for row in table}
 
-        def measure_in_process(model, requests, scratch):
+        def measure_in_process(model, requests, scratch, group):
             name, asked = names[model.folder], requests.questions
             taken = seconds[name] * len(asked.prompts) if asked else 0.0
             clock.now += taken + 1
@@ -54,7 +55,9 @@ def measured(tiny_run, monkeypatch, tmp_path):
         silent = lambda total: lambda note="": None  # noqa: E731
         context = Context("benchmark", recipe, folder, tiny_run, tmp_path, silent)
         tokenizer = load_tokenizer(folder)
-        items, found = _measure_rows(context, table, Data(recipe, tokenizer).test, tokenizer)
+        items, found = _measure_rows(
+            context, table, Data(recipe, tokenizer).test, tokenizer, Processes()
+        )
         assert [len(each.latencies) for each in found.values()] == [2] * len(table)
         return items, jobs, clock.now
 
