@@ -74,6 +74,13 @@ def _copies() -> Path:
     return cache_folder() / "runs"
 
 
+def _is_taken(error: BaseException) -> bool:
+    """Return whether S3 has refused to create an object that exists; s3fs makes it an OSError."""
+    response = getattr(error.__cause__, "response", None)
+    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    return code == "PreconditionFailed"
+
+
 @contextlib.contextmanager
 def _reported(url: str) -> Iterator[None]:
     """Turn an error of the object store into one for the user; missing objects stay an error."""
@@ -82,6 +89,8 @@ def _reported(url: str) -> Iterator[None]:
     except (FileNotFoundError, FileExistsError, ImportError, UserError):
         raise
     except Exception as error:  # each store has its own
+        if _is_taken(error):
+            raise FileExistsError(url) from error
         raise HostError(
             f"{url}: {type(error).__name__}: {one_line(error)}; check the address, the "
             "credentials and the network"
