@@ -18,7 +18,7 @@ from sqft_export.machine import launcher
 from sqft_export.machine.launcher import process_count, process_rank
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import ProcessGroup, Store
 
 # One process may download a model while the others wait. A process that ends breaks the connection,
 # so that nobody waits this long for it.
@@ -39,10 +39,11 @@ class Processes:
     """This process among the processes of a pass.
 
     number: of this process; process 0 writes. count: of all processes.
+    group: torch's group of them; None: the default group.
     """
 
-    def __init__(self, number: int = 0, count: int = 1):
-        self.number, self.count = number, count
+    def __init__(self, number: int = 0, count: int = 1, group: "ProcessGroup | None" = None):
+        self.number, self.count, self.group = number, count, group
 
     @property
     def is_first(self) -> bool:
@@ -78,7 +79,9 @@ class Processes:
 
         found: list = [None] * self.count
         with _connection():
-            dist.gather_object(value, found if self.number == root else None, dst=root)
+            dist.gather_object(
+                value, found if self.number == root else None, dst=root, group=self.group
+            )
         return found if self.number == root else []
 
     def assign(self, costs: dict[str, float]) -> dict[str, int]:
@@ -105,7 +108,7 @@ class Processes:
 
         found: list = [None] * self.count
         with _connection():
-            dist.all_gather_object(found, message)
+            dist.all_gather_object(found, message, group=self.group)
         return found
 
 
@@ -190,10 +193,14 @@ def join_processes(name: str, together: bool = True) -> Iterator[Processes]:
         return
     import torch.distributed as dist
 
-    store, rank, count = _rendezvous()
-    store = dist.PrefixStore(f"sqft-export/{_attempt()}/{name}", store)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=MAX_WAIT)
-    processes = Processes(rank, count)
+    group = None
+    if dist.is_initialized():  # by the Trainer, which keeps its group, on accelerators' backend
+        group = dist.new_group(backend="gloo", timeout=MAX_WAIT)
+    else:
+        store, rank, count = _rendezvous()
+        store = dist.PrefixStore(f"sqft-export/{_attempt()}/{name}", store)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=MAX_WAIT)
+    processes = Processes(dist.get_rank(), dist.get_world_size(), group)
     try:
         yield processes
     except ProcessError:
@@ -202,4 +209,4 @@ def join_processes(name: str, together: bool = True) -> Iterator[Processes]:
         processes.fail(error)
         raise
     finally:
-        dist.destroy_process_group()
+        dist.destroy_process_group(group)
