@@ -95,7 +95,7 @@ def test_the_report_shows_every_row_with_every_number(tiny_run):
     text = (folder / "report.md").read_text()
     for row in document["rows"]:
         assert f"\n| {row['name']} |" in text
-        assert all(text.count(note) == 1 for note in row["notes"])
+        assert all(text.count(f": {note}\n") == 1 for note in row["notes"])
 
 
 def test_training_log_has_the_rank_of_every_group_at_every_step(tiny_run):
