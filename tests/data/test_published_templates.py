@@ -1,9 +1,8 @@
 """Chat templates that llama.cpp's source package ships as models publish them, and their spans."""
 
 import pytest
-from chat_cases import CONVERSATIONS, encoder_of, loss_spans
 from llama_builds import source
-from test_turns import HERMES_CALL, SUNNY, both
+from test_turns import HERMES_CALL, SUNNY, both, check_masks
 
 pytestmark = pytest.mark.slow
 
@@ -23,12 +22,4 @@ SPANS = {
 @pytest.mark.parametrize("name", SPANS)
 def test_mask_covers_the_answers_of_a_published_template(name):
     file = source() / "vendor" / "llama.cpp" / "models" / "templates" / f"{name}.jinja"
-    encoder = encoder_of(file.read_text(encoding="utf-8"))
-    for key, spans in SPANS[name].items():
-        conversation = CONVERSATIONS[key]
-        encoded = encoder.encode(conversation)
-        assert loss_spans(encoded) == spans, key
-        messages, _ = encoder.template.render(conversation.messages, conversation.tools)
-        assert encoded.ids == encoder.template.tokenizer.apply_chat_template(
-            messages, tools=conversation.tools, return_dict=False
-        )
+    check_masks(file.read_text(encoding="utf-8"), SPANS[name])

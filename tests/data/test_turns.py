@@ -172,10 +172,10 @@ def test_many_templates_have_no_markers():
     assert not [name for name in SPANS if GENERATION_MARKER.search(template_text(name))]
 
 
-@pytest.mark.parametrize("name", SPANS)
-def test_mask_covers_the_answers(name):
-    encoder = encoder_of(template_text(name))
-    for key, spans in SPANS[name].items():
+def check_masks(template: str, spans_of: dict[str, list[str]]) -> None:
+    """Compare loss spans with those written by hand, and ids with ``apply_chat_template``."""
+    encoder = encoder_of(template)
+    for key, spans in spans_of.items():
         conversation = CONVERSATIONS[key]
         encoded = encoder.encode(conversation)
         assert loss_spans(encoded) == spans, key
@@ -183,6 +183,11 @@ def test_mask_covers_the_answers(name):
         assert encoded.ids == encoder.template.tokenizer.apply_chat_template(
             messages, tools=conversation.tools, return_dict=False
         )
+
+
+@pytest.mark.parametrize("name", SPANS)
+def test_mask_covers_the_answers(name):
+    check_masks(template_text(name), SPANS[name])
 
 
 def test_reasoning_is_the_assistants_where_the_template_writes_it():

@@ -5,21 +5,17 @@ torch (``standard.py``). Both store weights in the layout of ``weights.py``.
 """
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.recipe.schema import Export
 from sqft_export.targets.folder import GRAPHS, WEIGHT_FILES
 from sqft_export.targets.onnx.reading import (
     FACT_PREFIX,
-    find_compressed_modules,
-    read_graph_codes,
-    read_graph_facts,
-    read_graph_floats,
+    compressed_kernels,
+    metadata,
+    read_back,
+    read_floats,
 )
 from sqft_export.targets.onnx.session import open_session
 
@@ -97,23 +93,3 @@ def add_adapter(folder: Path, adapter: Path) -> None:
     from sqft_export.targets.onnx import adapter as files
 
     files.add_adapter(folder, adapter)
-
-
-def read_back(folder: Path) -> Iterator[tuple[str, QuantizedWeight[np.ndarray]]]:
-    """Yield module and quantized weight, one at a time, from the written file."""
-    return read_graph_codes(folder)
-
-
-def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield name and values of float constants, float32."""
-    return read_graph_floats(folder)
-
-
-def metadata(folder: Path) -> dict[str, str]:
-    """Return the model facts that the graph stores."""
-    return read_graph_facts(folder)
-
-
-def compressed_kernels(folder: Path, scratch: Path) -> set[str]:
-    """Return the modules that read codes in the graph that ONNX Runtime optimizes for the CPU."""
-    return find_compressed_modules(folder, scratch)

@@ -24,7 +24,7 @@ def _load_graph(folder: Path) -> "ModelProto":
     return onnx.load(graph_and_weights(folder)[0], load_external_data=False)
 
 
-def read_graph_codes(folder: Path) -> Iterator[tuple[str, QuantizedWeight[np.ndarray]]]:
+def read_back(folder: Path) -> Iterator[tuple[str, QuantizedWeight[np.ndarray]]]:
     """Yield module and quantized weight, one at a time.
 
     Codes are uint8 ``[out, in]``, scales float32 and zero points uint8 ``[out, groups]``.
@@ -34,7 +34,7 @@ def read_graph_codes(folder: Path) -> Iterator[tuple[str, QuantizedWeight[np.nda
     return read_quantized_weights(_load_graph(folder), folder)
 
 
-def read_graph_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
+def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Yield name and values of float constants, float32.
 
     The name of a matrix ``[out, in]`` is its module. Other constants have the name of their
@@ -45,14 +45,14 @@ def read_graph_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
     return read_float_weights(_load_graph(folder), folder)
 
 
-def read_graph_facts(folder: Path) -> dict[str, str]:
+def metadata(folder: Path) -> dict[str, str]:
     """Return the model facts that the graph stores."""
     stored = _load_graph(folder).metadata_props
     found = {p.key: p.value for p in stored if p.key.startswith(FACT_PREFIX)}
     return {key.removeprefix(FACT_PREFIX): value for key, value in found.items()}
 
 
-def find_compressed_modules(folder: Path, scratch: Path) -> set[str]:
+def compressed_kernels(folder: Path, scratch: Path) -> set[str]:
     """Return the modules that read codes in the graph that ONNX Runtime optimizes for the CPU.
 
     :param scratch: folder for the optimized graph.

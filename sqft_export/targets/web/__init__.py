@@ -7,25 +7,32 @@ The page itself is in the package ``web``. On this machine, ONNX Runtime runs th
 """
 
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from sqft_export.errors import UserError
-from sqft_export.numerics.codes import QuantizedWeight
 from sqft_export.recipe.schema import Export
 from sqft_export.targets import onnx
 from sqft_export.targets.folder import ADAPTER_FOLDER, GRAPHS
 from sqft_export.targets.onnx.reading import (
-    find_compressed_modules,
-    read_graph_codes,
-    read_graph_facts,
-    read_graph_floats,
+    compressed_kernels,
+    metadata,
+    read_back,
+    read_floats,
 )
 from sqft_export.targets.onnx.session import OnnxSession, open_decoder
 from sqft_export.targets.web.config import read_decoder_sizes, write_browser_configs
 from sqft_export.targets.web.graph import write_graph
+
+__all__ = [
+    "add_adapter",
+    "compressed_kernels",
+    "convert_onnx",
+    "export",
+    "metadata",
+    "open_session",
+    "read_back",
+    "read_floats",
+]
 
 MODEL = GRAPHS["web"]
 NO_ADAPTER = "Transformers.js applies no adapter; adapt.pipeline: qa-sparsepeft merges it"
@@ -73,23 +80,3 @@ def open_session(
     :param exact: float32 activations in every MatMulNBits; else the accuracy level of the file.
     """
     return open_decoder(folder, read_decoder_sizes(folder), exact, threads, device)
-
-
-def read_back(folder: Path) -> Iterator[tuple[str, QuantizedWeight[np.ndarray]]]:
-    """Yield module and quantized weight, one at a time, from the written file."""
-    return read_graph_codes(folder)
-
-
-def read_floats(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield name and values of float constants, float32."""
-    return read_graph_floats(folder)
-
-
-def metadata(folder: Path) -> dict[str, str]:
-    """Return the model facts that the graph stores."""
-    return read_graph_facts(folder)
-
-
-def compressed_kernels(folder: Path, scratch: Path) -> set[str]:
-    """Return the modules that read codes in the graph that ONNX Runtime optimizes for the CPU."""
-    return find_compressed_modules(folder, scratch)
