@@ -101,7 +101,7 @@ def test_codes_do_not_depend_on_the_number_of_processes(tmp_path, count, setting
 
 @pytest.mark.slow
 def test_one_process_resumes_what_two_have_begun(tmp_path):
-    """One of two processes is killed in the third block; a single process goes on from there."""
+    """One of two processes is killed in the third block; a single process resumes there."""
     recipe = small_recipe(*SETTINGS, "sparsify.method=wanda")
     whole = run_recipe(recipe, tmp_path / "whole", ("sparsify",))["sparsify"]
     root = tmp_path / "several"

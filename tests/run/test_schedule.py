@@ -15,7 +15,7 @@ def test_what_depends_on_a_pass_waits_for_it(machines, seconds):
 
 
 def test_the_longest_chain_goes_first():
-    """Two machines: the chain of 1 + 5 beside two passes of 3, not after them."""
+    """Two machines: the chain of 1 + 5 alongside two passes of 3, not after them."""
     passes = {
         "short": TimedPass(3.0, ()),
         "other": TimedPass(3.0, ()),

@@ -487,7 +487,7 @@ ARCHITECTURES = {
 }
 
 
-_BETA_FAST, _BETA_SLOW = 32.0, 1.0  # defaults of YaRN, in turns over the first context
+_BETA_FAST, _BETA_SLOW = 32.0, 1.0  # defaults of YaRN, in rotations over the first context
 _EXAONE_LAYERS = 64  # llama.cpp recognizes the 32B model by it
 # Model types that llama.cpp does not support.
 WITHOUT_ARCHITECTURE = ("opt",)

@@ -150,7 +150,7 @@ class OnnxSession(Session):
         self.shapes = {i.name: i.shape for i in self.session.get_inputs()}
         self.cache_dtype = cache_dtype(self.session)
         self.wants_positions = "position_ids" in self.shapes
-        # Of a model for pictures: time, height and width, which are equal for text.
+        # A model for pictures has time, height and width, which are equal for text.
         self.three_positions = self.shapes.get("position_ids", [0])[0] == POSITION_PARTS
         self.caches = [one.name for one in cache_inputs(self.session)]
         self.presents = [re.sub("^past(_key_values)?", "present", name) for name in self.caches]
